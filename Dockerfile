@@ -1,0 +1,30 @@
+# syntax=docker/dockerfile:1
+FROM python:3.11-slim-bookworm AS build
+# Where the CPU build of torch comes from, for example the CPU index that pytorch.org names. Empty: pip's own settings.
+ARG TORCH_INDEX=
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+WORKDIR /src
+# The largest layer first: it changes only with its pin.
+COPY constraints.txt ./
+RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url $TORCH_INDEX} torch
+COPY pyproject.toml README.md LICENSE ./
+# The dependencies without the source, so that a change of the source does not fetch them again.
+RUN mkdir app service && touch app/__init__.py service/__init__.py && pip install --constraint constraints.txt . && pip uninstall --yes pvt-serve
+COPY app app
+COPY service service
+RUN pip install --no-deps --constraint constraints.txt .
+
+FROM python:3.11-slim-bookworm
+COPY --from=build /opt/venv /opt/venv
+COPY model_store /srv/model_store
+RUN useradd --system --uid 10001 --no-create-home pvt
+USER pvt
+WORKDIR /srv
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PVT_HOST=0.0.0.0 PVT_PORT=8000 PVT_MODEL_STORE=/srv/model_store
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f\"http://127.0.0.1:{os.environ['PVT_PORT']}/health/ready\", timeout=4)"]
+CMD ["python", "-m", "app"]

@@ -1,0 +1,1 @@
+"""HTTP: knows FastAPI and the engine; never torch, PIL or OpenVINO."""

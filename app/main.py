@@ -1,0 +1,53 @@
+"""The application, put together."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+
+from app import problems
+from app.dependencies import State
+from app.metrics import HttpMetrics
+from app.middleware import RequestContext
+from app.routes import health, models, pages, predict
+from app.settings import Settings
+from service.engine import Engine
+from service.metrics import EngineMetrics
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The ASGI application for `settings`; its engine lives from startup to shutdown."""
+    registry = _registry()
+    app = FastAPIOffline(
+        title="pvt-serve",
+        summary="Pyramid Vision Transformer v2 image models behind HTTP.",
+        version=version("pvt-serve"),
+        lifespan=_lifespan(settings, registry),
+    )
+    app.add_middleware(RequestContext, metrics=HttpMetrics(registry))
+    problems.install(app)
+    for module in (predict, models, health, pages):
+        app.include_router(module.router)
+    return app
+
+
+def _lifespan(
+    settings: Settings, registry: CollectorRegistry
+) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        async with Engine(settings.engine_options(), EngineMetrics(registry)) as engine:
+            yield State(engine=engine, settings=settings, registry=registry)
+
+    return lifespan
+
+
+def _registry() -> CollectorRegistry:
+    """A registry of this application's own, so that several can live in one process."""
+    registry = CollectorRegistry()
+    for collector in (ProcessCollector, PlatformCollector, GCCollector):
+        collector(registry=registry)
+    return registry

@@ -1,0 +1,27 @@
+"""The metrics of the HTTP layer."""
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class HttpMetrics:
+    """Requests by route template, never by path, so that no caller can make new time series."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "pvt_http_requests", "Requests answered.", ["route", "method", "status"], registry=registry
+        )
+        self.request_seconds = Histogram(
+            "pvt_http_request_seconds",
+            "Seconds from a request's head to its response's end.",
+            ["route"],
+            buckets=REQUEST_BUCKETS,
+            registry=registry,
+        )
+
+    def record(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Count one answered request."""
+        self.requests.labels(route, method if method in METHODS else "other", str(status)).inc()
+        self.request_seconds.labels(route).observe(seconds)

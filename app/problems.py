@@ -1,0 +1,123 @@
+"""Where HTTP meets errors: their status, their one body (RFC 9457), their one handler."""
+
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+from math import ceil
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from service import errors
+
+log = structlog.get_logger("pvt.http")
+
+MEDIA_TYPE = "application/problem+json"
+CLIENT_CLOSED_REQUEST = 499  # nginx's number for a caller that hung up
+
+
+class UnsupportedMediaType(errors.ServiceError):
+    """The body's content type is none that the endpoint reads."""
+
+
+class BodyTooLarge(errors.ImageTooLarge):
+    """The request body exceeds PVT_MAX_BODY_MB."""
+
+
+class Unauthorized(errors.ServiceError):
+    """The request carries no valid key."""
+
+
+# The nearest class in an error's ancestry decides.
+STATUS: Mapping[type[Exception], int] = {
+    errors.InvalidRequest: 422,
+    errors.ImageTooLarge: 413,
+    errors.ModelNotFound: 404,
+    errors.WeightsUnavailable: 503,
+    errors.ModelLoadFailed: 503,
+    errors.OutOfMemory: 503,
+    errors.QueueFull: 429,
+    errors.DeadlineExceeded: 504,
+    errors.ShuttingDown: 503,
+    UnsupportedMediaType: 415,
+    Unauthorized: 401,
+}
+
+
+class Problem(BaseModel):
+    """An error as RFC 9457 problem details."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str | None = None
+
+
+def problem(error: Exception, request_id: str | None = None) -> Problem:
+    """What a caller is told of `error`: all of one of ours, nothing of any other."""
+    for kind in type(error).__mro__:
+        if kind in STATUS:
+            return _problem(type(error).__name__, STATUS[kind], str(error), request_id)
+    return _problem("InternalError", 500, "an unexpected error; the log has it under this request id", request_id)
+
+
+def install(app: FastAPI) -> None:
+    """Make every error that leaves a route, and every refusal of the framework, a problem."""
+    app.add_exception_handler(errors.ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _invalid_parameters)
+    app.add_exception_handler(HTTPException, _framework_refusal)
+    app.add_exception_handler(ClientDisconnect, _client_gone)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def _problem(name: str, status: int, detail: str, request_id: str | None) -> Problem:
+    words = re.sub(r"(?<!^)(?=[A-Z])", " ", name)
+    kind = f"urn:pvt-serve:problem:{words.replace(' ', '-').lower()}"
+    return Problem(type=kind, title=words.capitalize(), status=status, detail=detail, request_id=request_id)
+
+
+def _response(body: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(body.model_dump(exclude_none=True), body.status, headers, media_type=MEDIA_TYPE)
+
+
+def _request_id(request: Request) -> str | None:
+    return getattr(request.state, "request_id", None)
+
+
+async def _service_error(request: Request, error: Exception) -> JSONResponse:
+    headers = {}
+    if isinstance(error, errors.QueueFull):
+        headers["Retry-After"] = str(max(1, ceil(error.retry_after_seconds)))
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, BodyTooLarge):
+        headers["Connection"] = "close"  # the rest of the body will not be read
+    return _response(problem(error, _request_id(request)), headers)
+
+
+async def _invalid_parameters(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)  # noqa: S101  it is registered for nothing else
+    reasons = "; ".join(f"{' '.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    return _response(_problem("InvalidRequest", 422, reasons, _request_id(request)))
+
+
+async def _framework_refusal(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)  # noqa: S101  it is registered for nothing else
+    name = HTTPStatus(error.status_code).phrase.title().replace(" ", "").replace("-", "")
+    detail = f"{request.method} {request.url.path}: {error.detail}; GET /docs lists what there is"
+    return _response(_problem(name, error.status_code, detail, _request_id(request)), error.headers)
+
+
+async def _client_gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)  # nobody reads it; the log and the metrics do
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    log.error("unexpected_error", request_id=_request_id(request), exc_info=error)
+    return _response(problem(error, _request_id(request)))

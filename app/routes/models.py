@@ -1,0 +1,20 @@
+"""`GET /models`."""
+
+from fastapi import APIRouter, Depends
+
+from app.dependencies import EngineDep, require_key
+from app.schemas import ModelInfo, ModelList, model_info
+
+router = APIRouter(prefix="/models", tags=["models"], dependencies=[Depends(require_key)])
+
+
+@router.get("", response_model_exclude_none=True)
+async def models(engine: EngineDep) -> ModelList:
+    """Every model of the store, and where it stands."""
+    return ModelList(models=[model_info(model) for model in await engine.models()])
+
+
+@router.get("/{model_id}", response_model_exclude_none=True)
+async def model(model_id: str, engine: EngineDep) -> ModelInfo:
+    """One model; a variant alone finds what it would find in a request."""
+    return model_info(await engine.model(model_id))

@@ -1,0 +1,91 @@
+"""`POST /predict`."""
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from app.bodies import FIELD, ImagesBody, Upload, read_uploads
+from app.dependencies import EngineDep, SettingsDep, require_key
+from app.disconnect import cancelled_on_disconnect
+from app.problems import MEDIA_TYPE, Problem
+from app.schemas import PredictQuery, PredictResponse, image_result
+from service.errors import ServiceError
+from service.results import Predictions
+
+router = APIRouter(tags=["inference"], dependencies=[Depends(require_key)])
+
+_BINARY = {"type": "string", "format": "binary"}
+# The body is read by `read_uploads`, not by the framework, so its three forms are described here.
+BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": [FIELD],
+                "properties": {FIELD: {"type": "array", "items": _BINARY}},
+                "additionalProperties": False,
+            }
+        },
+        "image/*": {"schema": _BINARY},
+        "application/octet-stream": {"schema": _BINARY},
+        "application/json": {"schema": ImagesBody.model_json_schema()},
+    },
+}
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"description": description, "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}}
+    for status, description in {
+        401: "A key is asked for (PVT_API_KEYS).",
+        404: "No such model.",
+        413: "The body or a picture exceeds a limit.",
+        415: "None of the body's three forms.",
+        422: "A parameter or a picture is wrong.",
+        429: "The model's queue is full; `Retry-After` says when to come back.",
+        503: "The model can't be had, or the service is shutting down.",
+        504: "Not answered within `timeout_ms`.",
+    }.items()
+}
+
+
+@router.post("/predict", response_model=PredictResponse, responses=PROBLEMS, openapi_extra={"requestBody": BODY})
+async def predict(
+    request: Request, query: Annotated[PredictQuery, Query()], engine: EngineDep, settings: SettingsDep
+) -> Response:
+    """The best classes of one picture or several.
+
+    With several, a bad one becomes an `error` in its place and the others are answered; with one its problem is the
+    response.
+    """
+    uploads = await read_uploads(request, settings.max_body_bytes)
+    async with cancelled_on_disconnect(request):
+        predictions = await engine.predict(
+            [upload.data for upload in uploads],
+            model=query.model,
+            top_k=query.top_k,
+            timeout_seconds=query.timeout_seconds,
+        )
+    _note(request, predictions)
+    start = perf_counter()
+    body = _body(uploads, predictions, request.state.request_id)
+    engine.encoded(predictions, perf_counter() - start)
+    return Response(body, media_type="application/json")
+
+
+def _body(uploads: Sequence[Upload], predictions: Predictions, request_id: str) -> str:
+    results = [
+        image_result(upload.filename, result, request_id)
+        for upload, result in zip(uploads, predictions.results, strict=True)
+    ]
+    return PredictResponse(model=predictions.model, version=predictions.version, results=results).model_dump_json()
+
+
+def _note(request: Request, predictions: Predictions) -> None:
+    """Leave what the middleware writes into headers and log; of several pictures the slowest one's times."""
+    request.state.log = {"model": predictions.model, "images": len(predictions.results)}
+    answered = [result for result in predictions.results if not isinstance(result, ServiceError)]
+    if answered:
+        request.state.timing = max((each.timing for each in answered), key=sum)._asdict()
+    elif len(predictions.results) == 1 and isinstance(error := predictions.results[0], ServiceError):
+        raise error

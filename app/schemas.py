@@ -1,0 +1,138 @@
+"""The bodies that go out, and the query that comes in with a picture."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.problems import Problem, problem
+from service.cards import Accuracy
+from service.engine import ModelStatus
+from service.errors import ServiceError
+from service.results import Prediction
+
+
+class PredictQuery(BaseModel):
+    """Parameters of `POST /predict`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Annotated[
+        str | None, Field(description="`<variant>.<tag>`, or a variant alone; the service's default model if absent.")
+    ] = None
+    top_k: Annotated[int, Field(ge=1, le=1000, description="How many classes to name, best first.")] = 5
+    timeout_ms: Annotated[
+        int | None,
+        Field(ge=1, le=3_600_000, description="Answer within this time or not at all; default PVT_TIMEOUT_MS."),
+    ] = None
+
+    @property
+    def timeout_seconds(self) -> float | None:
+        """The timeout in seconds."""
+        return None if self.timeout_ms is None else self.timeout_ms / 1000
+
+
+class ClassPrediction(BaseModel):
+    """One class; `score` is its share of the softmax over all classes."""
+
+    class_id: int
+    label: str
+    score: float
+
+
+class ImageResult(BaseModel):
+    """The answer for one picture; width and height are its own, in pixels."""
+
+    filename: str | None
+    width: int
+    height: int
+    predictions: list[ClassPrediction]
+
+
+class ImageError(BaseModel):
+    """The problem of one picture among several."""
+
+    filename: str | None
+    error: Problem
+
+
+class PredictResponse(BaseModel):
+    """The results, in the order of the pictures."""
+
+    model: str
+    version: str
+    results: list[ImageResult | ImageError]
+
+
+class BatchSize(BaseModel):
+    """A compiled batch size and its measured time."""
+
+    size: int
+    ms: float
+
+
+class ModelInfo(BaseModel):
+    """A model of the store; the second half is there once it is loaded."""
+
+    id: str
+    variant: str
+    version: str
+    state: Literal["available", "loading", "ready", "failed"]
+    default: bool
+    reason: Annotated[str | None, Field(description="Why the model failed.")] = None
+    num_classes: int | None = None
+    input_size: Annotated[tuple[int, int] | None, Field(description="Height and width, in pixels.")] = None
+    parameters: int | None = None
+    accuracy: Accuracy | None = None
+    licence: str | None = None
+    backend: str | None = None
+    precision: str | None = None
+    memory_bytes: int | None = None
+    batch_plan: list[BatchSize] | None = None
+    load_seconds: float | None = None
+
+
+class ModelList(BaseModel):
+    """Every model of the store."""
+
+    models: list[ModelInfo]
+
+
+class HealthResponse(BaseModel):
+    """`reasons` says what is wrong; empty when nothing is."""
+
+    live: bool
+    ready: bool
+    reasons: list[str]
+
+
+def image_result(filename: str | None, result: Prediction | ServiceError, request_id: str) -> ImageResult | ImageError:
+    """One place of `PredictResponse.results`."""
+    if isinstance(result, ServiceError):
+        return ImageError(filename=filename, error=problem(result, request_id))
+    predictions = [ClassPrediction(class_id=c.class_id, label=c.label, score=c.score) for c in result.classes]
+    return ImageResult(filename=filename, width=result.width, height=result.height, predictions=predictions)
+
+
+def model_info(model: ModelStatus) -> ModelInfo:
+    """What is known of `model`: from its card, and from memory once it is there."""
+    stored, status = model.stored, model.status
+    failure = status.failure or stored.failure
+    info = ModelInfo(
+        id=stored.id,
+        variant=stored.variant,
+        version=stored.version,
+        state="failed" if failure else status.state,
+        default=model.default,
+        reason=str(failure) if failure else None,
+    )
+    if card := stored.card:
+        size = (card.preprocessing.height, card.preprocessing.width)
+        known = {"num_classes": len(card.labels), "input_size": size, "parameters": card.parameters}
+        info = info.model_copy(update={**known, "accuracy": card.accuracy, "licence": card.licence})
+    if status.loaded:
+        executable = status.loaded.executable
+        plan = [BatchSize(size=n, ms=round(t * 1000, 3)) for n, t in executable.plan.seconds.items()]
+        report = executable.report
+        loaded = {"backend": report.backend, "precision": report.precision, "memory_bytes": report.memory_bytes}
+        info = info.model_copy(update={**loaded, "batch_plan": plan, "load_seconds": round(report.load_seconds, 3)})
+    return info

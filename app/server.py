@@ -1,0 +1,112 @@
+"""The process: uvicorn, told to drain before it closes."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from types import FrameType
+from typing import Any, cast
+
+import structlog
+import uvicorn
+
+from app.main import create_app
+from app.settings import Settings
+
+log = structlog.get_logger("pvt.server")
+
+# How long callers may take to come back on connections that are open and be told there to close them.
+LINGER_SECONDS = 0.5
+
+
+class DrainingServer(uvicorn.Server):
+    """On SIGTERM or SIGINT: refuse new work with a clear answer, finish what is under way, then close and exit 0.
+
+    Uvicorn alone closes its socket and every idle connection at once, on which a caller may just have sent something.
+    """
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say where."""
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            log.info("listening", url=f"http://{host}:{port}")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain at the first signal; stop at once at the second."""
+        if self._draining or not self.started:
+            super().handle_exit(sig, frame)
+            return
+        log.info("draining", signal=signal.Signals(sig).name)
+        self._draining = asyncio.get_running_loop().create_task(self._drain(sig))
+
+    async def _drain(self, sig: int) -> None:
+        engine = self.lifespan.state["engine"]
+        try:
+            async with asyncio.timeout(self.config.timeout_graceful_shutdown):
+                await engine.drain()
+                await asyncio.sleep(LINGER_SECONDS)
+        except TimeoutError:
+            log.warning("drain_timeout", seconds=self.config.timeout_graceful_shutdown)
+        await self._accept_the_last()
+        await self._last_answers()
+        self.config.timeout_graceful_shutdown = 1  # what had its time has had it
+        super().handle_exit(sig, None)
+
+    async def _accept_the_last(self) -> None:
+        """Stop listening, but take every connection that the kernel has accepted: closing the socket resets those."""
+        loop = asyncio.get_running_loop()
+        for server in self.servers:
+            listeners = [socket.socket(fileno=os.dup(each.fileno())) for each in server.sockets]
+            server.close()
+            accepted = [connection for listener in listeners for connection in _accept_all(listener)]
+            for connection in accepted:
+                await loop.connect_accepted_socket(self._protocol, connection)
+
+    def _protocol(self) -> asyncio.Protocol:
+        """What uvicorn makes for each connection."""
+        make = cast("type[Any]", self.config.http_protocol_class)
+        protocol: asyncio.Protocol = make(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
+
+    async def _last_answers(self) -> None:
+        """Wait until the connections that are left are closed, each by the answer to what its caller sent last."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + LINGER_SECONDS
+        while self.server_state.connections and loop.time() < end:  # noqa: ASYNC110  uvicorn has no event for it
+            await asyncio.sleep(LINGER_SECONDS / 50)
+
+
+def _accept_all(listener: socket.socket) -> Iterator[socket.socket]:
+    """The connections that wait for `listener`, which is closed at once behind the last of them."""
+    with listener, suppress(BlockingIOError):
+        listener.setblocking(False)  # noqa: FBT003  the standard library's own signature
+        while True:
+            yield listener.accept()[0]
+
+
+def run(settings: Settings) -> None:
+    """Serve until a signal asks to stop."""
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=settings.shutdown_seconds,
+    )
+    # Uvicorn raises the signal again once it is done; a stop that was asked for is no failure.
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sig, lambda *_: None)
+    DrainingServer(config).run()

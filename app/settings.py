@@ -1,0 +1,107 @@
+"""Settings: `PVT_*` environment variables, read once."""
+
+import os
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.options import EngineOptions
+
+PREFIX = "PVT_"
+Names = Annotated[tuple[str, ...], NoDecode]
+
+
+class UnknownSettingError(ValueError):
+    """A `PVT_*` variable that is no setting."""
+
+
+class Settings(BaseSettings):
+    """Every setting, its default and its bounds; `PVT_PORT` is `port` and so on. Lists are separated by commas."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 takes a free one."""
+    model_store: Path = Path("model_store")
+    """Folder of the model store."""
+    default_model: str = "pvt_v2_b0.digits"
+    """Model that answers when a request names none."""
+    preload: Names = ()
+    """Models to load at start; the service is ready when they are. Others are loaded by their first request."""
+    backend: Literal["auto", "openvino", "torch"] = "auto"
+    """What executes the models; auto is openvino on a CPU."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic; auto is bfloat16 where backend and CPU compute in it natively, float32 elsewhere."""
+    instances: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Batches that run at the same time; 0 is one for each core that affinity and cgroup quota allow."""
+    max_batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Images per batch at the most; the measured batch plan may stay below."""
+    max_batch_delay_ms: Annotated[float, Field(ge=0, le=60_000)] = 0
+    """How long an idle instance may wait for a fuller batch; 0 never waits."""
+    queue_size: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    """Images in the house per model, waiting or running; more are refused with 429."""
+    timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 30_000
+    """Time a request may take when it names no `timeout_ms` of its own."""
+    max_body_mb: Annotated[float, Field(gt=0, le=4096)] = 32
+    """Bytes of a request body, in units of 10^6."""
+    max_images: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Images in one request."""
+    max_image_megapixels: Annotated[float, Field(gt=0, le=178)] = 50
+    """Pixels of one image, in units of 10^6. Time goes with pixels: 50 are decoded within a second."""
+    stall_seconds: Annotated[float, Field(gt=0)] = 30
+    """A decode or inference thread that is at one job for longer makes the service unhealthy."""
+    shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
+    """How long requests under way may take to finish after SIGTERM."""
+    api_keys: Names = ()
+    """Keys of which a request must carry one, as `Authorization: Bearer <key>`; none: open to all."""
+    log_format: Literal["json", "console"] = "json"
+    """One JSON object a line, or text for people."""
+
+    @field_validator("preload", "api_keys", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """The settings of this process.
+
+        Raises:
+            UnknownSettingError: a `PVT_*` variable that is none, with the nearest one.
+            pydantic.ValidationError: a value out of bounds.
+        """
+        known = {f"{PREFIX}{name.upper()}" for name in cls.model_fields}
+        for name in os.environ:
+            if name.upper().startswith(PREFIX) and name.upper() not in known:
+                near = get_close_matches(name.upper(), known, n=1, cutoff=0)[0]
+                raise UnknownSettingError(f"{name} is no setting; the nearest one is {near}")
+        return cls()
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The limit on a request body, in bytes."""
+        return int(self.max_body_mb * 1e6)
+
+    def engine_options(self) -> EngineOptions:
+        """What of it concerns the engine."""
+        options = EngineOptions(
+            model_store=self.model_store,
+            default_model=self.default_model,
+            preload=self.preload,
+            backend="openvino" if self.backend == "auto" else self.backend,
+            precision=None if self.precision == "auto" else self.precision,
+            max_batch_size=self.max_batch_size,
+            max_batch_delay_seconds=self.max_batch_delay_ms / 1000,
+            queue_size=self.queue_size,
+            timeout_seconds=self.timeout_ms / 1000,
+            max_image_pixels=int(self.max_image_megapixels * 1e6),
+            max_images=self.max_images,
+            stall_seconds=self.stall_seconds,
+        )
+        return replace(options, instances=self.instances) if self.instances else options

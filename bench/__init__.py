@@ -1,0 +1,1 @@
+"""Measurements: stores to measure with, load, and what came of it."""

@@ -1,0 +1,1 @@
+"""The engine: bytes and tensors in, results out; never HTTP."""

@@ -1,0 +1,105 @@
+"""Everything this service can say no with. No HTTP here: `app.problems` gives each one its status.
+
+- ServiceError
+  - InvalidRequest          the caller's parameters
+    - InvalidImage          the bytes are no image that can be decoded
+  - ImageTooLarge           more bytes or pixels than a setting allows
+  - ModelNotFound           no such model, version or variant
+  - WeightsUnavailable      a known model whose weights are not in the store
+  - ModelLoadFailed         the model is in the store and can't be loaded
+    - CardInvalid           its card.json
+    - WeightsInvalid        its weights file
+      - WeightsCorrupt      truncated or not in its own format
+      - WeightsDigestMismatch   not the bytes the card speaks of
+      - WeightsUnsafe       a pickle that would run code
+      - WeightsMismatch     tensors missing, unexpected or misshapen
+      - WeightsNotFinite    NaN or infinity inside
+    - BackendUnavailable    the backend that was asked for can't run here
+  - OutOfMemory             a batch did not fit; the scheduler retries with less
+  - QueueFull               refused at admission; carries when to come back
+  - DeadlineExceeded        not answered in the time the request allowed
+  - ShuttingDown            the service takes no new work
+"""
+
+
+class ServiceError(Exception):
+    """Base of all errors that a caller may be told of; `str()` is the sentence to show."""
+
+
+class InvalidRequest(ServiceError):
+    """A parameter of the request is wrong; the message names it."""
+
+
+class InvalidImage(InvalidRequest):
+    """The bytes can't be decoded as an image; the message says why."""
+
+
+class ImageTooLarge(ServiceError):
+    """An image exceeds a limit; the message names the limit and its setting."""
+
+
+class ModelNotFound(ServiceError):
+    """No model of that name is known; the message lists near ones."""
+
+
+class WeightsUnavailable(ServiceError):
+    """The model is known and its weights are not in the store; the message says what to do."""
+
+
+class ModelLoadFailed(ServiceError):
+    """A model in the store can't be loaded; the message gives the reason."""
+
+
+class CardInvalid(ModelLoadFailed):
+    """A model card is missing, is no JSON or breaks its schema."""
+
+
+class WeightsInvalid(ModelLoadFailed):
+    """Base of all that can be wrong with a weights file."""
+
+
+class WeightsCorrupt(WeightsInvalid):
+    """The file is truncated or is not in the format its name says."""
+
+
+class WeightsDigestMismatch(WeightsInvalid):
+    """The file's SHA-256 is not the expected one."""
+
+
+class WeightsUnsafe(WeightsInvalid):
+    """The pickle asks for more than tensors and is refused."""
+
+
+class WeightsMismatch(WeightsInvalid):
+    """Tensors are missing, unexpected or misshapen; the message lists them by name."""
+
+
+class WeightsNotFinite(WeightsInvalid):
+    """A tensor holds NaN or infinity; the message names it."""
+
+
+class BackendUnavailable(ModelLoadFailed):
+    """The backend or device that a setting asks for can't run on this machine."""
+
+
+class OutOfMemory(ServiceError):
+    """A batch did not fit into memory."""
+
+
+class QueueFull(ServiceError):
+    """The queue is at its bound.
+
+    `retry_after_seconds` is when a place is likely to be free, from the queue's length and measured batch times.
+    """
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class DeadlineExceeded(ServiceError):
+    """The request's time ran out before its answer was there."""
+
+
+class ShuttingDown(ServiceError):
+    """The service is draining and takes no new work."""

@@ -1,0 +1,60 @@
+"""The engine's metrics: one catalogue, every label bounded by the models of the store."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+# From a digit on one core (half a millisecond) to a b5 behind a full queue.
+STAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+LOAD_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class EngineMetrics:
+    """Every metric of the engine, registered in `registry`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.stage_seconds = Histogram(
+            "pvt_stage_seconds",
+            "Seconds an image spends in each stage of a request.",
+            ["stage", "model"],
+            buckets=STAGE_BUCKETS,
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "pvt_batch_size",
+            "Images per batch, padding not counted.",
+            ["model"],
+            buckets=SIZE_BUCKETS,
+            registry=registry,
+        )
+        self.batch_releases = Counter(
+            "pvt_batch_releases", "Batches released to an instance.", ["reason", "model"], registry=registry
+        )
+        self.queue_depth = Gauge("pvt_queue_depth", "Images that wait for an instance.", ["model"], registry=registry)
+        self.images = Counter("pvt_images", "Images by what became of them.", ["model", "outcome"], registry=registry)
+        self.cancellations = Counter(
+            "pvt_cancelled", "Images whose caller hung up or whose time ran out.", ["stage"], registry=registry
+        )
+        self.model_loads = Counter(
+            "pvt_model_loads", "Attempts to load a model.", ["model", "outcome"], registry=registry
+        )
+        self.model_load_seconds = Histogram(
+            "pvt_model_load_seconds",
+            "Seconds from the first request for a model to its being ready.",
+            ["model"],
+            buckets=LOAD_BUCKETS,
+            registry=registry,
+        )
+        self.model_memory_bytes = Gauge(
+            "pvt_model_memory_bytes", "Resident memory that loading the model took.", ["model"], registry=registry
+        )
+        self.models_loaded = Gauge("pvt_models_loaded", "Models that are ready.", registry=registry)
+        self.instances_busy = Gauge("pvt_instances_busy", "Instances that run a batch.", registry=registry)
+
+    def batch_released(self, model: str, reason: str, size: int) -> None:
+        """A batch of `size` images of `model` went to an instance."""
+        self.batch_releases.labels(reason, model).inc()
+        self.batch_size.labels(model).observe(size)
+
+    def cancelled(self, stage: str) -> None:
+        """An image left at `stage` because its caller hung up or its time ran out."""
+        self.cancellations.labels(stage).inc()

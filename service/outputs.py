@@ -1,0 +1,40 @@
+"""From a model's numbers to an answer's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+class Outputs(NamedTuple):
+    """What one image gave: `logits` of shape (classes,) and the pooled `embedding` of shape (channels,)."""
+
+    logits: Floats
+    embedding: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class ClassScore:
+    """One class and its share of the softmax over all classes."""
+
+    class_id: int
+    label: str
+    score: float
+
+
+def softmax(logits: Floats) -> Floats:
+    """Probabilities of the last axis of `logits`, computed so that no exponential overflows."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    shares: Floats = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return shares
+
+
+def top_k(logits: Floats, labels: Sequence[str], k: int) -> list[ClassScore]:
+    """The `k` best classes of `logits` (classes,), best first; all of them if there are fewer."""
+    scores = softmax(logits)
+    order = np.argsort(-scores, kind="stable")[:k]
+    return [ClassScore(int(i), labels[i], float(scores[i])) for i in order]

@@ -1,0 +1,53 @@
+"""What the engine answers with."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from service.errors import ServiceError
+from service.outputs import ClassScore, Outputs
+
+
+class Timing(NamedTuple):
+    """Seconds one image spent being decoded (waiting for a thread included), in the queue, and in its batch."""
+
+    decode: float
+    queue: float
+    infer: float
+
+
+@dataclass(frozen=True, slots=True)
+class Inferred:
+    """One image through a model: the picture's own size in pixels, what came out, and how long it took."""
+
+    width: int
+    height: int
+    outputs: Outputs
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The best classes of one image, best first."""
+
+    width: int
+    height: int
+    classes: list[ClassScore]
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """One result or error for each image, in the order they came, and the model that answered."""
+
+    model: str
+    version: str
+    results: list[Prediction | ServiceError]
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """`reasons` says what keeps the service from being live or ready; empty when it is both."""
+
+    live: bool
+    ready: bool
+    reasons: list[str]

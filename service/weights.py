@@ -1,0 +1,216 @@
+"""A checkpoint file in any public dialect -> the model's own `state_dict`.
+
+The model speaks the official repository's names. The other dialects are timm's (its `models/pvt_v2.py`), lucid's (its
+`models/vision/pvt/_model.py`: timm's names, with `classifier` for `head`) and Hugging Face transformers' (its
+`models/pvt_v2/modeling_pvt_v2.py`), which also splits `kv` into a key and a value.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from service.errors import (
+    WeightsCorrupt,
+    WeightsDigestMismatch,
+    WeightsMismatch,
+    WeightsNotFinite,
+    WeightsUnavailable,
+    WeightsUnsafe,
+)
+
+State = Mapping[str, Tensor]
+
+LISTED = 8  # names in a message, at most
+WRAPPERS = ("model", "state_dict")  # under which training scripts keep the weights
+FETCH_AGAIN = "fetch it again from its source"
+
+FOREIGN = re.compile(r"^(patch_embed|stages|classifier|pvt_v2|encoder)\.")
+STAGE_PART = re.compile(r"^(?:pvt_v2\.)?(?:stages|encoder\.layers)\.(\d+)\.([a-z_]+)\.")
+STAGE_PARTS = {
+    "downsample": "patch_embed", "patch_embedding": "patch_embed",
+    "blocks": "block",
+    "norm": "norm", "layer_norm": "norm",
+}  # fmt: skip
+RENAMES = (
+    (re.compile(r"^patch_embed\."), "patch_embed1."),
+    (re.compile(r"^classifier\."), "head."),
+    (re.compile(r"\.attention\."), ".attn."),
+    (re.compile(r"\.query\."), ".q."),
+    (re.compile(r"\.spatial_reduction\."), ".sr."),
+    (re.compile(r"\.layer_norm\."), ".norm."),
+    (re.compile(r"\.layer_norm_([12])\."), r".norm\1."),
+    (re.compile(r"\.dense([12])\."), r".fc\1."),
+    (re.compile(r"\.mlp\.dwconv\.(?=weight$|bias$)"), ".mlp.dwconv.dwconv."),
+)
+UNSAFE = ("GLOBAL", "unrecognized function", "allowlisted")  # in torch's words for a pickle that asks for code
+
+
+def _official(name: str) -> str:
+    def stage(match: re.Match[str]) -> str:
+        index, part = match.groups()
+        return f"{STAGE_PARTS.get(part, part)}{int(index) + 1}."
+
+    name = STAGE_PART.sub(stage, name)
+    for pattern, replacement in RENAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _joined_keys_and_values(state: State) -> dict[str, Tensor]:
+    """Replace each pair `attn.key`, `attn.value` by one `attn.kv`, keys first."""
+    joined = {}
+    for name, tensor in state.items():
+        value = state.get(name.replace(".attn.key.", ".attn.value."))
+        if ".attn.key." in name and value is not None and value.shape == tensor.shape:
+            joined[name.replace(".attn.key.", ".attn.kv.")] = torch.cat([tensor, value])
+        elif not (".attn.value." in name and name.replace(".attn.value.", ".attn.key.") in state):
+            joined[name] = tensor
+    return joined
+
+
+def remap_keys(state: State) -> dict[str, Tensor]:
+    """The same tensors under official names; as they are where no name is foreign.
+
+    Raises:
+        WeightsMismatch: two tensors end up with one name.
+    """
+    if state and all(name.startswith("module.") for name in state):  # left by DistributedDataParallel
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if not any(FOREIGN.match(name) for name in state):
+        return dict(state)
+    official = {_official(name): tensor for name, tensor in state.items()}
+    if len(official) < len(state):
+        twice = sorted(name for name in official if sum(_official(other) == name for other in state) > 1)
+        raise WeightsMismatch(f"dialects are mixed: more than one tensor would be {_listed(twice)}")
+    return _joined_keys_and_values(official)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _parse(path: Path, data: bytes) -> object:
+    """The objects in the file's bytes; code inside never runs.
+
+    Raises:
+        WeightsUnsafe: a pickle asks for more than tensors.
+        WeightsCorrupt: the bytes are not in the format that the suffix says.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load(data)
+        if path.suffix == ".pth":
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # broken bytes make the parsers raise almost anything
+        if isinstance(error, UnpicklingError) and any(words in str(error) for words in UNSAFE):
+            raise WeightsUnsafe(
+                f"{path}: the pickle asks for code, not only tensors, and was not run; convert it to .safetensors"
+            ) from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise WeightsCorrupt(f"{path}: truncated or no {path.suffix} file ({reason}); {FETCH_AGAIN}") from error
+    raise WeightsCorrupt(f"{path}: unknown format; it must end in .safetensors or .pth")
+
+
+def _tensors(path: Path, content: object, limit: int) -> dict[str, Tensor]:
+    """The float32 state dict in a file's content, none of whose tensors has more than `limit` elements.
+
+    Raises:
+        WeightsCorrupt: there is none, or something beside floating-point tensors in it.
+    """
+    while isinstance(content, Mapping) and (key := next((k for k in WRAPPERS if k in content), None)):
+        content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsCorrupt(f"{path}: holds no tensors; save the model's state_dict()")
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor):
+            raise WeightsCorrupt(f"{path}: {name!r} is {type(tensor).__name__}; save the model's state_dict() alone")
+        if not tensor.is_floating_point() or tensor.is_sparse or tensor.is_meta or tensor.numel() > limit:
+            raise WeightsCorrupt(f"{path}: {name!r}, {tensor.dtype}, is no dense floating-point tensor; {FETCH_AGAIN}")
+    return {str(name): tensor.detach().float().contiguous() for name, tensor in content.items()}
+
+
+def read_checkpoint(path: Path, *, sha256: str | None = None) -> dict[str, Tensor]:
+    """The weights in `path`, float32 on the CPU, under official names. The file is read once.
+
+    Args:
+        path: a .safetensors file, or a .pth file, whose state dict may lie under `model` or `state_dict`.
+        sha256: what the file's bytes must hash to, in hexadecimal.
+
+    Raises:
+        WeightsUnavailable: there is no such file, or no permission to read it.
+        WeightsDigestMismatch: the bytes are others than `sha256` says.
+        WeightsCorrupt: truncated, of another format, or with more in it than floating-point tensors.
+        WeightsUnsafe: a pickle with code in it, which did not run.
+        WeightsMismatch: a mixture of dialects.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise WeightsUnavailable(f"{path}: {error.strerror or error}; pull the model or correct its card") from error
+    actual = hashlib.sha256(data).hexdigest() if sha256 else sha256
+    if actual != sha256:
+        raise WeightsDigestMismatch(f"{path}: SHA-256 is {actual}, expected {sha256}; {FETCH_AGAIN}")
+    if not data:
+        raise WeightsCorrupt(f"{path}: the file is empty; {FETCH_AGAIN}")
+    try:
+        return remap_keys(_tensors(path, _parse(path, data), limit=len(data)))
+    except WeightsMismatch as error:
+        raise WeightsMismatch(f"{path}: {error}; {FETCH_AGAIN}") from error
+
+
+def load_into(model: nn.Module, state: State, *, source: str = "the checkpoint") -> None:
+    """Put all of `state` into `model`, whose tensors it replaces where they are on the meta device.
+
+    Args:
+        model: built for exactly these tensors.
+        state: official names.
+        source: what messages call it.
+
+    Raises:
+        WeightsMismatch: tensors are missing, unexpected or misshapen; the model is left as it was.
+        WeightsNotFinite: a tensor holds NaN or infinity; likewise.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    misshapen = [f"{n} {found[n]} for {wanted[n]}" for n in wanted if n in found and found[n] != wanted[n]]
+    kinds = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "misshapen": misshapen,
+    }
+    problems = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+    if problems:
+        advice = "compare the card's variant and number of labels with the file"
+        raise WeightsMismatch(f"{source} does not fit the model: {'; '.join(problems)}; {advice}")
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise WeightsNotFinite(f"{source}: {name} holds NaN or infinity; {FETCH_AGAIN}")
+    model.load_state_dict(state, assign=any(parameter.is_meta for parameter in model.parameters()))
+
+
+def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> None:
+    """Read `path` into `model`.
+
+    Raises:
+        WeightsUnavailable: as `read_checkpoint`.
+        WeightsInvalid: as `read_checkpoint` and `load_into`.
+    """
+    load_into(model, read_checkpoint(path, sha256=sha256), source=str(path))

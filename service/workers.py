@@ -1,0 +1,43 @@
+"""The one door from asynchronous code to blocking code: named threads, a fixed number of them."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import monotonic
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Workers:
+    """A pool of `threads` threads for one kind of work, which can say whether one of them is stuck."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self.name = name
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"pvt-{name}")
+        # Mutable state: when each busy thread began its job, on the monotonic clock.
+        self._since: dict[int, float] = {}
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `function` on one of the threads. A caller that is cancelled while the job waits takes it along."""
+        return await asyncio.wrap_future(self._pool.submit(self._timed, partial(function, *args, **kwargs)))
+
+    def stalled_seconds(self) -> float:
+        """How long the job that has run longest has been running; 0 when all threads are idle."""
+        return monotonic() - min(self._since.copy().values(), default=monotonic())
+
+    def close(self) -> None:
+        """End the threads once their present jobs are done; jobs that wait are dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _timed(self, job: Callable[[], T]) -> T:
+        thread = threading.get_ident()
+        self._since[thread] = monotonic()
+        try:
+            return job()
+        finally:
+            del self._since[thread]

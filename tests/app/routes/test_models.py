@@ -1,0 +1,64 @@
+from pathlib import Path
+
+from starlette.testclient import TestClient
+
+from tests.app.conftest import MakeClient, png
+from tests.service.stores import add_model
+
+
+def test_the_embedded_model_is_there_before_it_is_loaded(make_client: MakeClient) -> None:
+    (model,) = make_client().get("/models").json()["models"]
+
+    assert model["id"] == "pvt_v2_b0.digits"
+    assert (model["state"], model["default"], model["version"]) == ("available", True, "1")
+    assert (model["num_classes"], model["input_size"], model["parameters"]) == (10, [64, 64], 3_412_330)
+    assert model["accuracy"]["top1"] >= 0.98
+    assert "backend" not in model
+
+
+def test_a_loaded_model_tells_how_it_runs(client: TestClient) -> None:
+    client.post("/predict", files={"image": png()})
+
+    model = client.get("/models/pvt_v2_b0.digits").json()
+
+    assert (model["state"], model["backend"]) == ("ready", "openvino")
+    assert model["precision"] in {"float32", "bfloat16"}
+    assert model["batch_plan"][0]["size"] == 1
+    assert all(step["ms"] > 0 for step in model["batch_plan"])
+    assert model["load_seconds"] > 0
+    assert model["memory_bytes"] > 0
+
+
+def test_a_model_of_another_name_is_not_found(client: TestClient) -> None:
+    assert client.get("/models/resnet50").status_code == 404
+
+
+def test_a_broken_model_is_failed_with_the_reason_and_harms_no_other(make_client: MakeClient, tmp_path: Path) -> None:
+    add_model(tmp_path, "pvt_v2_b0.good")
+    broken = add_model(tmp_path, "pvt_v2_b0.broken") / "model.safetensors"
+    data = bytearray(broken.read_bytes())
+    data[1000] ^= 1
+    broken.write_bytes(data)
+    client = make_client(model_store=tmp_path, default_model="pvt_v2_b0.good", backend="torch")
+
+    refused = client.post("/predict?model=pvt_v2_b0.broken", files={"image": png()})
+    answered = client.post("/predict", files={"image": png()})
+
+    assert (refused.status_code, answered.status_code) == (503, 200)
+    assert "SHA-256" in refused.json()["detail"]
+    states = {model["id"]: model for model in client.get("/models").json()["models"]}
+    assert states["pvt_v2_b0.broken"]["state"] == "failed"
+    assert "SHA-256" in states["pvt_v2_b0.broken"]["reason"]
+    assert states["pvt_v2_b0.good"]["state"] == "ready"
+
+
+def test_a_mended_model_is_loaded_by_the_next_request(make_client: MakeClient, tmp_path: Path) -> None:
+    weights = add_model(tmp_path, "pvt_v2_b0.tiny") / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(b"\0" * len(good))
+    client = make_client(model_store=tmp_path, default_model="pvt_v2_b0.tiny", backend="torch")
+    assert client.post("/predict", files={"image": png()}).status_code == 503
+
+    weights.write_bytes(good)
+
+    assert client.post("/predict", files={"image": png()}).status_code == 200

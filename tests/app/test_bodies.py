@@ -1,0 +1,90 @@
+from collections.abc import Iterator
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.app.conftest import MakeClient, png
+
+
+@pytest.fixture
+def small(make_client: MakeClient) -> TestClient:
+    """A service that takes bodies of up to 10 kB."""
+    return make_client(max_body_mb=0.01)
+
+
+def test_a_body_that_announces_too_much_is_refused_unread(small: TestClient) -> None:
+    response = small.post("/predict", content=b"x" * 10_001, headers={"Content-Type": "image/png"})
+
+    assert response.status_code == 413
+    assert "larger than 0.01 MB, which PVT_MAX_BODY_MB allows" in response.json()["detail"]
+    assert response.headers["Connection"] == "close"
+
+
+def test_a_body_that_turns_out_too_large_is_refused(small: TestClient) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(11):
+            yield b"x" * 1000
+
+    response = small.post("/predict", content=chunks(), headers={"Content-Type": "image/png"})
+
+    assert response.status_code == 413
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "", "image/", "nonsense"])
+def test_another_content_type_is_told_the_three_that_are_read(client: TestClient, content_type: str) -> None:
+    response = client.post("/predict", content=png(), headers={"Content-Type": content_type})
+
+    assert response.status_code == 415
+    assert "multipart/form-data with a file field 'image'" in response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("{", "Invalid JSON"),
+        ("[]", "Input should be an object"),
+        ("{}", "images: Field required"),
+        ('{"images": "abc"}', "images: Input should be a valid array"),
+        ('{"images": [1]}', "images.0: Input should be a valid string"),
+        ('{"images": [], "model": "x"}', "model: Extra inputs are not permitted"),
+        ('{"images": []}', "the request carries no image"),
+        ('{"images": ["%%%"]}', "neither base64 nor a data: URL"),
+        ('{"images": ["data:image/png;base64,%"]}', "neither base64 nor a data: URL"),
+        ('{"images": ["http://example.org/cat.png"]}', "neither base64 nor a data: URL"),
+    ],
+)
+def test_a_wrong_json_body_says_what_is_wrong(client: TestClient, body: str, reason: str) -> None:
+    response = client.post("/predict", content=body, headers={"Content-Type": "application/json"})
+
+    assert response.status_code == 422
+    assert reason in response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "multipart body is broken"),
+        (b"garbage", "multipart body is broken"),
+        (b'--B\r\nContent-Disposition: form-data; name="image"\r\n\r\nabc', "multipart body is broken"),
+        (b"--B\r\nContent-Type: image/png\r\n\r\nabc\r\n--B--\r\n", "broken"),
+        (b"--B--\r\n", "the form has no file"),
+        (b'--B\r\nContent-Disposition: form-data; name="file"\r\n\r\nabc\r\n--B--\r\n', "unknown form field 'file'"),
+    ],
+)
+def test_a_wrong_form_says_what_is_wrong(client: TestClient, body: bytes, reason: str) -> None:
+    response = client.post("/predict", content=body, headers={"Content-Type": "multipart/form-data; boundary=B"})
+
+    assert response.status_code == 422
+    assert reason in response.json()["detail"]
+
+
+def test_a_form_without_a_boundary_is_refused(client: TestClient) -> None:
+    response = client.post("/predict", content=b"x", headers={"Content-Type": "multipart/form-data"})
+
+    assert response.status_code == 422
+
+
+def test_file_names_in_any_script_come_back(client: TestClient) -> None:
+    response = client.post("/predict", files={"image": ("été 数字.png", png())})
+
+    assert response.json()["results"][0]["filename"] == "été 数字.png"

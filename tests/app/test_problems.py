@@ -1,0 +1,63 @@
+import pytest
+import structlog
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from app import problems
+from service import errors
+from tests.app.conftest import MakeClient
+
+
+def descendants(kind: type[Exception]) -> list[type[Exception]]:
+    return [kind, *(each for child in kind.__subclasses__() for each in descendants(child))]
+
+
+def test_every_error_of_the_service_has_a_status() -> None:
+    unmapped = [
+        kind.__name__
+        for kind in descendants(errors.ServiceError)
+        if kind is not errors.ServiceError and not any(ancestor in problems.STATUS for ancestor in kind.__mro__)
+    ]
+
+    assert unmapped == []
+
+
+def test_an_unexpected_error_is_anonymous_and_logged() -> None:
+    app = FastAPI()
+    problems.install(app)
+
+    @app.get("/")
+    def fail() -> None:
+        raise LookupError("the secret")
+
+    with structlog.testing.capture_logs() as lines:
+        response = TestClient(app, raise_server_exceptions=False).get("/")
+
+    assert response.status_code == 500
+    assert response.json()["type"] == "urn:pvt-serve:problem:internal-error"
+    assert "secret" not in response.text
+    assert [(line["event"], repr(line["exc_info"])) for line in lines] == [
+        ("unexpected_error", "LookupError('the secret')")
+    ]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("DELETE", "/predict", 405)])
+def test_what_the_framework_refuses_is_a_problem_too(client: TestClient, method: str, path: str, status: int) -> None:
+    response = client.request(method, path)
+
+    assert response.status_code == status
+    assert response.headers["Content-Type"] == "application/problem+json"
+    assert response.json()["request_id"] == response.headers["X-Request-ID"]
+
+
+def test_with_keys_set_a_request_must_carry_one(make_client: MakeClient) -> None:
+    client = make_client(api_keys=("first", "second"))
+
+    refused = client.get("/models")
+    wrong = client.get("/models", headers={"Authorization": "Bearer third"})
+    basic = client.get("/models", headers={"Authorization": "Basic second"})
+    right = client.get("/models", headers={"Authorization": "Bearer second"})
+
+    assert [each.status_code for each in (refused, wrong, basic, right)] == [401, 401, 401, 200]
+    assert refused.headers["WWW-Authenticate"] == "Bearer"
+    assert client.get("/health").status_code == 200

@@ -1,0 +1,137 @@
+"""The process as it is deployed: a real server, real sockets, real signals."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.app.conftest import png
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    lines: "SimpleQueue[str | None]" = field(default_factory=SimpleQueue)
+    url: str = ""
+
+    def event(self, name: str) -> dict[str, Any]:
+        """The next log line of that event."""
+        while (line := self.lines.get(timeout=60)) is not None:
+            record: dict[str, Any] = json.loads(line)
+            if record["event"] == name:
+                return record
+        pytest.fail(f"the server ended without {name!r}")
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+@contextmanager
+def serving(**settings: str) -> Iterator[Server]:
+    environment = {**os.environ, "PVT_PORT": "0", **{f"PVT_{name.upper()}": v for name, v in settings.items()}}
+    command = [sys.executable, "-m", "app"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        server = Server(process)
+
+        def read() -> None:
+            assert process.stderr
+            for line in process.stderr:
+                server.lines.put(line)
+            server.lines.put(None)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            server.url = server.event("listening")["url"]
+            yield server
+        finally:
+            process.kill()
+            reader.join()
+
+
+def post(url: str, files: list[tuple[str, bytes]]) -> httpx.Response:
+    return httpx.post(f"{url}/predict", files=files, timeout=60)
+
+
+def test_sigterm_finishes_what_is_under_way_and_exits_0() -> None:
+    with serving() as server:
+        answers: list[httpx.Response] = []
+        work = [("image", png(size=(3000, 3000)))] * 30
+        caller = threading.Thread(target=lambda: answers.append(post(server.url, work)))
+        caller.start()
+        server.event("model_loaded")
+
+        assert server.stop() == 0
+        caller.join()
+
+    assert [answer.status_code for answer in answers] == [200]
+    assert len(answers[0].json()["results"]) == 30
+
+
+def test_under_load_no_accepted_request_is_lost_by_sigterm() -> None:
+    with serving() as server:
+        post(server.url, [("image", png())])
+        statuses: list[int] = []
+
+        def call() -> None:
+            with httpx.Client(timeout=60) as client:
+                while True:
+                    try:
+                        response = client.post(f"{server.url}/predict", files={"image": png(size=(300, 300))})
+                    except httpx.ConnectError:
+                        return  # refused before it was accepted
+                    statuses.append(response.status_code)
+
+        callers = [threading.Thread(target=call) for _ in range(8)]
+        for caller in callers:
+            caller.start()
+        for _ in range(50):
+            server.event("request")
+
+        assert server.stop() == 0
+        for caller in callers:
+            caller.join(30)
+
+    assert statuses.count(200) >= 50
+    assert set(statuses) <= {200, 503}
+
+
+def test_a_caller_that_hangs_up_takes_its_pictures_along() -> None:
+    with serving() as server:
+        post(server.url, [("image", png())])
+        request = httpx.Request("POST", f"{server.url}/predict", files=[("image", png(size=(4000, 4000)))] * 40)
+        url = httpx.URL(server.url)
+
+        with socket.create_connection((url.host, url.port)) as connection:
+            head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+            connection.sendall(f"POST /predict HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+            httpx.get(f"{server.url}/health")  # by its answer the request before it has been read
+
+        assert server.event("request")["status"] == 200  # the first post
+        assert server.event("request")["status"] == 499
+        cancelled = [line for line in httpx.get(f"{server.url}/metrics").text.splitlines() if "cancelled" in line]
+
+    assert any(line.startswith("pvt_cancelled_total") and float(line.split()[-1]) > 1 for line in cancelled)
+
+
+def test_two_signals_stop_at_once() -> None:
+    with serving() as server:
+        server.process.send_signal(signal.SIGINT)
+        server.event("draining")
+
+        assert server.stop() == 0

@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from service.backends.base import Backend, Served
+from service.backends.openvino import OpenVinoBackend
+from service.backends.torch import TorchBackend
+from service.cards import ModelCard, read_card
+from service.pvt_v2 import VARIANTS, create
+from service.weights import load_weights
+from tests.conftest import ROOT
+from training.digits import render, split
+
+DIGITS = ROOT / "model_store" / "pvt_v2_b0.digits" / "1"
+
+# How far logits may be from the plain float32 module's, as a share of the largest logit's size.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+
+
+@pytest.fixture(scope="module")
+def card() -> ModelCard:
+    return read_card(DIGITS)
+
+
+@pytest.fixture(scope="module")
+def served(card: ModelCard) -> Served:
+    """The embedded model, plain float32."""
+    model = create(card.variant, num_classes=len(card.labels))
+    load_weights(model, DIGITS / card.weights.file, card.weights.sha256)
+    return Served(model, card.preprocessing.mean, card.preprocessing.std).eval()
+
+
+@pytest.fixture(scope="module")
+def pictures() -> NDArray[np.uint8]:
+    """All held-out digits, (360, 64, 64, 3)."""
+    grey = np.stack([np.asarray(render(each)) for each in split().held_out.pixels])
+    return np.repeat(grey[..., np.newaxis], 3, axis=3)
+
+
+@pytest.fixture(scope="module")
+def truth(served: Served, pictures: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    with torch.inference_mode():
+        logits, embedding = served(torch.from_numpy(pictures))
+    return logits.numpy(), embedding.numpy()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (OpenVinoBackend, "float32"),
+        (OpenVinoBackend, "bfloat16"),
+        (TorchBackend, "float32"),
+        (TorchBackend, "bfloat16"),
+    ],
+    ids=lambda param: f"{param[0].name}-{param[1]}",
+)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    kind, precision = request.param
+    made: Backend = kind(2, 1, precision)
+    return made
+
+
+def test_a_backend_answers_as_the_plain_module_does(
+    backend: Backend,
+    served: Served,
+    pictures: NDArray[np.uint8],
+    truth: tuple[NDArray[np.float32], NDArray[np.float32]],
+) -> None:
+    program = backend.program(served, 64, 64)
+    graph = program.graph(8)
+
+    batches = [graph.run(i % 2, pictures[start : start + 8]) for i, start in enumerate(range(0, len(pictures), 8))]
+
+    for part, expected in zip((0, 1), truth, strict=True):
+        given = np.concatenate([batch[part] for batch in batches])
+        assert given.shape == expected.shape
+        assert given.dtype == np.float32
+        assert np.abs(given - expected).max() <= TOLERANCE[program.precision] * np.abs(expected).max()
+    logits = np.concatenate([batch[0] for batch in batches])
+    np.testing.assert_array_equal(logits.argmax(axis=1), truth[0].argmax(axis=1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_openvino_answers_as_the_plain_module_for_every_variant(variant: str) -> None:
+    torch.manual_seed(0)
+    served = Served(create(variant, num_classes=7), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).eval()
+    picture = np.random.default_rng(0).integers(0, 256, (1, 96, 64, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        expected = served(torch.from_numpy(picture))
+
+    given = OpenVinoBackend(1, 1, "float32").program(served, 96, 64).graph(1).run(0, picture)
+
+    for ours, theirs in zip(given, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4 * max(1.0, theirs.abs().max().item()))
+
+
+def test_a_picture_answers_the_same_in_every_batch_size(served: Served, pictures: NDArray[np.uint8]) -> None:
+    program = OpenVinoBackend(1, 1, "float32").program(served, 64, 64)
+
+    alone, _ = program.graph(1).run(0, pictures[:1])
+    together, _ = program.graph(4).run(0, pictures[:4])
+
+    np.testing.assert_allclose(together[:1], alone, atol=1e-4)
+
+
+def test_results_of_one_batch_are_not_overwritten_by_the_next(served: Served, pictures: NDArray[np.uint8]) -> None:
+    graph = OpenVinoBackend(1, 1, "float32").program(served, 64, 64).graph(1)
+    first, _ = graph.run(0, pictures[:1])
+    kept = first.copy()
+
+    graph.run(0, pictures[1:2])
+
+    np.testing.assert_array_equal(first, kept)

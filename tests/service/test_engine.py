@@ -1,0 +1,125 @@
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from service import engine as engine_module
+from service.engine import Engine
+from service.errors import DeadlineExceeded, InvalidImage, ModelLoadFailed, ServiceError, ShuttingDown
+from service.loader import Executable
+from service.loader import load as real_load
+from service.metrics import EngineMetrics
+from service.options import EngineOptions
+from service.results import Prediction
+from tests.app.conftest import png
+from tests.service.stores import add_model
+
+NAME = "pvt_v2_b0.tiny"
+
+
+@asynccontextmanager
+async def engine(root: Path, **options: Any) -> AsyncIterator[Engine]:
+    add_model(root)
+    chosen = EngineOptions(**{"model_store": root, "default_model": NAME, "backend": "torch", **options})
+    async with Engine(chosen, EngineMetrics(CollectorRegistry())) as made:
+        yield made
+
+
+async def test_an_image_is_answered_by_the_default_model(tmp_path: Path) -> None:
+    async with engine(tmp_path) as e:
+        predictions = await e.predict([png(size=(40, 30))], top_k=2)
+
+    (result,) = predictions.results
+    assert isinstance(result, Prediction)
+    assert (predictions.model, predictions.version) == (NAME, "1")
+    assert (result.width, result.height, len(result.classes)) == (40, 30, 2)
+    assert all(seconds >= 0 for seconds in result.timing)
+
+
+async def test_a_bad_image_fails_alone(tmp_path: Path) -> None:
+    async with engine(tmp_path) as e:
+        first, second, third = (await e.predict([png(), b"none", png()])).results
+
+    assert isinstance(first, Prediction)
+    assert isinstance(second, InvalidImage)
+    assert isinstance(third, Prediction)
+
+
+async def test_a_preloaded_model_is_waited_for_by_readiness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def gated(*args: Any) -> Executable:
+        asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(30)
+        return real_load(*args)
+
+    monkeypatch.setattr(engine_module, "load", gated)
+    async with engine(tmp_path, preload=(NAME,)) as e:
+        await asyncio.sleep(0)
+        before = await e.health()
+        gate.set()
+        await e.predict([png()])
+        after = await e.health()
+
+    assert (before.live, before.ready) == (True, False)
+    assert "to be loaded before the service is ready" in before.reasons[0]
+    assert after.ready
+
+
+async def test_a_deadline_covers_the_loading_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def gated(*args: Any) -> Executable:
+        asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(30)
+        return real_load(*args)
+
+    monkeypatch.setattr(engine_module, "load", gated)
+    async with engine(tmp_path) as e:
+        with pytest.raises(DeadlineExceeded, match="no answer within 10 ms"):
+            await e.predict([png()], timeout_seconds=0.01)
+        gate.set()
+
+        assert (await e.predict([png()])).model == NAME
+
+
+async def test_an_unexpected_error_of_a_load_is_told_with_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Executable:
+        raise ZeroDivisionError("of all things")
+
+    monkeypatch.setattr(engine_module, "load", broken)
+    async with engine(tmp_path) as e:
+        with pytest.raises(ModelLoadFailed, match="could not be loaded: ZeroDivisionError: of all things"):
+            await e.predict([png()])
+
+
+async def test_draining_answers_what_is_under_way_and_refuses_the_rest(tmp_path: Path) -> None:
+    async with engine(tmp_path) as e:
+        under_way = asyncio.create_task(e.predict([png()] * 8))
+        await asyncio.sleep(0)
+        draining = asyncio.create_task(e.drain())
+        await asyncio.sleep(0)
+
+        with pytest.raises(ShuttingDown):
+            await e.predict([png()])
+        assert not (await e.health()).ready
+        await draining
+
+        assert not [each for each in (await under_way).results if isinstance(each, ServiceError)]
+
+
+async def test_a_stalled_thread_makes_it_neither_live_nor_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with engine(tmp_path, stall_seconds=30) as e:
+        monkeypatch.setattr("service.workers.Workers.stalled_seconds", lambda _: 31.0)
+        health = await e.health()
+
+    assert (health.live, health.ready) == (False, False)
+    assert health.reasons[0] == "a thread for decode has been at one job for 31 s"

@@ -1,0 +1,154 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.errors import CardInvalid, ModelNotFound, WeightsCorrupt, WeightsUnavailable
+from service.store import Store
+from tests.service.stores import add_model
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    add_model(tmp_path, "pvt_v2_b0.tiny")
+    return Store(tmp_path)
+
+
+def edit_card(folder: Path, **fields: Any) -> None:
+    path = folder / "card.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_model_is_read_with_its_card(store: Store) -> None:
+    (model,) = store.models()
+
+    assert (model.id, model.variant, model.version) == ("pvt_v2_b0.tiny", "pvt_v2_b0", "1")
+    assert model.require_card().labels == ("label 0", "label 1", "label 2")
+
+
+def test_the_newest_version_counts_by_number(store: Store) -> None:
+    for version in ("2", "10"):
+        add_model(store.root, version=version)
+
+    assert store.find("pvt_v2_b0.tiny").version == "10"
+
+
+def test_what_was_added_is_found_without_a_restart(store: Store) -> None:
+    add_model(store.root, "pvt_v2_b1.new")
+
+    assert [model.id for model in store.models()] == ["pvt_v2_b0.tiny", "pvt_v2_b1.new"]
+
+
+def test_a_variant_alone_means_its_only_model(store: Store) -> None:
+    assert store.find("pvt_v2_b0").id == "pvt_v2_b0.tiny"
+
+
+def test_a_variant_alone_means_its_imagenet_weights_first(store: Store) -> None:
+    add_model(store.root, "pvt_v2_b0.in1k")
+
+    assert store.find("pvt_v2_b0").id == "pvt_v2_b0.in1k"
+
+
+def test_a_variant_alone_that_could_mean_several_is_refused(store: Store) -> None:
+    add_model(store.root, "pvt_v2_b0.other")
+
+    with pytest.raises(ModelNotFound, match=r"'pvt_v2_b0' alone could mean 'pvt_v2_b0.other', 'pvt_v2_b0.tiny'"):
+        store.find("pvt_v2_b0")
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b5", "pvt_v2_b5.in1k"])
+def test_published_weights_that_are_not_here_are_unavailable(store: Store, name: str) -> None:
+    with pytest.raises(WeightsUnavailable, match=r"'pvt_v2_b5.in1k' are not in the store; put its card.json"):
+        store.find(name)
+
+
+def test_an_unknown_name_is_not_found_and_the_nearest_one_named(store: Store) -> None:
+    with pytest.raises(ModelNotFound, match=r"no model 'pvt_v2_b0.tni'.*did you mean 'pvt_v2_b0.tiny'"):
+        store.find("pvt_v2_b0.tni")
+
+
+@pytest.mark.parametrize("name", ["../secret", "pvt_v2_b0.tiny/1", "", ".", "pvt_v2_b0."])
+def test_a_name_is_never_a_path(store: Store, name: str) -> None:
+    with pytest.raises(ModelNotFound):
+        store.find(name)
+
+
+def test_a_store_that_is_not_there_says_which_setting_names_it(tmp_path: Path) -> None:
+    with pytest.raises(WeightsUnavailable, match="PVT_MODEL_STORE"):
+        Store(tmp_path / "nowhere").models()
+
+
+def test_hidden_folders_and_files_are_no_models(store: Store) -> None:
+    (store.root / ".partial").mkdir()
+    (store.root / "README.md").write_text("hello")
+
+    assert [model.id for model in store.models()] == ["pvt_v2_b0.tiny"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"id": "pvt_v2_b0.other"}, "the card is for 'pvt_v2_b0.other' and lies in the folder of 'pvt_v2_b0.tiny'"),
+        ({"variant": "pvt_v2_b1"}, "named <variant>.<tag> with the card's variant 'pvt_v2_b1'"),
+        ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+        ({"labels": []}, "labels: Tuple should have at least 1 item"),
+        ({"parameters": -1}, "parameters: Input should be greater than 0"),
+        ({"preprocessing": {"height": 16, "width": 32}}, "preprocessing.height: Input should be greater than or equal"),
+        ({"weights": {"file": "../x.pth", "sha256": "0" * 64, "bytes": 1}}, "weights.file: String should match"),
+    ],
+)
+def test_a_broken_card_fails_its_model_with_the_reason_and_no_other(
+    store: Store, fields: dict[str, Any], reason: str
+) -> None:
+    edit_card(store.root / "pvt_v2_b0.tiny" / "1", **fields)
+    add_model(store.root, "pvt_v2_b1.fine")
+
+    broken, fine = store.models()
+
+    assert isinstance(broken.failure, CardInvalid)
+    assert reason in str(broken.failure)
+    assert fine.failure is None
+    with pytest.raises(CardInvalid):
+        broken.require_card()
+
+
+def test_a_card_that_is_no_json_fails_its_model(store: Store) -> None:
+    (store.root / "pvt_v2_b0.tiny" / "1" / "card.json").write_text("{")
+
+    assert "Invalid JSON" in str(store.models()[0].failure)
+
+
+def test_a_missing_card_fails_its_model(store: Store) -> None:
+    (store.root / "pvt_v2_b0.tiny" / "1" / "card.json").unlink()
+
+    assert "No such file" in str(store.models()[0].failure)
+
+
+def test_a_model_without_a_version_fails(store: Store) -> None:
+    shutil.rmtree(store.root / "pvt_v2_b0.tiny" / "1")
+
+    assert "no version folder" in str(store.models()[0].failure)
+
+
+def test_weights_of_another_length_fail_before_they_are_read(store: Store) -> None:
+    with (store.root / "pvt_v2_b0.tiny" / "1" / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+
+    failure = store.models()[0].failure
+    assert isinstance(failure, WeightsCorrupt)
+    assert "the card says" in str(failure)
+
+
+def test_missing_weights_fail_their_model(store: Store) -> None:
+    (store.root / "pvt_v2_b0.tiny" / "1" / "model.safetensors").unlink()
+
+    assert isinstance(store.models()[0].failure, WeightsCorrupt)
+
+
+def test_writing_a_version_again_replaces_it_whole(store: Store) -> None:
+    folder = add_model(store.root, classes=5)
+
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["1"]
+    assert len(store.find("pvt_v2_b0.tiny").require_card().labels) == 5

@@ -1,0 +1,62 @@
+"""Imports run one way: app -> service, and inside service from the top of this list to its bottom."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# Modules of one row do not import each other.
+LAYERS = [
+    {"engine"},
+    {"pipeline"},
+    {"loader", "registry"},
+    {"scheduler", "store", "options"},
+    {"queues", "backends", "cards"},
+    {"plan", "weights", "images", "results"},
+    {"outputs", "pvt_v2"},
+    {"errors", "metrics", "workers", "cores"},
+]
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+FOREIGN_TO_APP = {"torch", "PIL", "openvino", "numpy", "safetensors"}
+FOREIGN_TO_SERVICE = {"app", "fastapi", "starlette", "uvicorn", "httpx"}
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def roots(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def test_every_module_of_the_service_has_its_layer() -> None:
+    modules = {
+        path.relative_to(ROOT / "service").parts[0].removesuffix(".py") for path in (ROOT / "service").rglob("*.py")
+    }
+
+    assert modules - {"__init__", "__pycache__"} == set(LEVEL)
+
+
+def test_service_imports_run_downwards() -> None:
+    upwards = []
+    for path in (ROOT / "service").rglob("*.py"):
+        module = path.relative_to(ROOT / "service").parts[0].removesuffix(".py")
+        targets = {name.split(".")[1] for name in imports(path) if name.startswith("service.")} - {module}
+        upwards += [f"{module} -> {target}" for target in targets if LEVEL[target] <= LEVEL[module]]
+
+    assert upwards == []
+
+
+def test_the_service_knows_no_http() -> None:
+    assert {path.name: roots(path) & FOREIGN_TO_SERVICE for path in (ROOT / "service").rglob("*.py")
+            if roots(path) & FOREIGN_TO_SERVICE} == {}  # fmt: skip
+
+
+def test_the_app_knows_no_tensors() -> None:
+    assert {path.name: roots(path) & FOREIGN_TO_APP for path in (ROOT / "app").rglob("*.py")
+            if roots(path) & FOREIGN_TO_APP} == {}  # fmt: skip
