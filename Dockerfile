@@ -14,7 +14,10 @@ COPY pyproject.toml README.md LICENSE ./
 RUN mkdir app service && touch app/__init__.py service/__init__.py && pip install --constraint constraints.txt . && pip uninstall --yes pvt-serve
 COPY app app
 COPY service service
-RUN pip install --no-deps --constraint constraints.txt .
+# What serving never reads: torch's C++ tests and headers, and pip itself.
+RUN pip install --no-deps --constraint constraints.txt . \
+    && rm -rf /opt/venv/lib/python3.*/site-packages/torch/test /opt/venv/lib/python3.*/site-packages/torch/include \
+    && pip uninstall --yes pip
 
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/venv /opt/venv

@@ -5,12 +5,13 @@ from typing import Literal
 
 import orjson
 import structlog
-from structlog.typing import EventDict, Processor
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 
 def configure(log_format: Literal["json", "console"]) -> None:
     """Send every log line of the process to standard error in `log_format`."""
     shared: list[Processor] = [
+        _without_color_message,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -22,7 +23,7 @@ def configure(log_format: Literal["json", "console"]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+            foreign_pre_chain=[structlog.stdlib.ExtraAdder(), *shared],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
         )
     )
@@ -33,6 +34,12 @@ def configure(log_format: Literal["json", "console"]) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+def _without_color_message(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Uvicorn says some things twice, the second time with terminal colours."""
+    event.pop("color_message", None)
+    return event
 
 
 def _dumps(event: EventDict, **_: object) -> str:

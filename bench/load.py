@@ -58,15 +58,15 @@ class Wrk:
         return Load(
             clients,
             float(_find(r"Requests/sec:\s+([\d.]+)", report)),
-            _milliseconds(_find(r"50%\s+(\S+)", report)),
-            _milliseconds(_find(r"99%\s+(\S+)", report)),
+            _milliseconds(_find(r"^\s+50%\s+(\S+)", report)),
+            _milliseconds(_find(r"^\s+99%\s+(\S+)", report)),
             sum(map(int, re.findall(r"Non-2xx or 3xx responses: (\d+)", report)))
             + sum(map(int, re.findall(r"(?:connect|read|write|timeout) (\d+)", report))),
         )
 
 
 def _find(pattern: str, report: str) -> str:
-    match = re.search(pattern, report)
+    match = re.search(pattern, report, re.MULTILINE)
     if not match:
         raise RuntimeError(f"no {pattern!r} in wrk's report:\n{report}")
     return match[1]
