@@ -1,6 +1,7 @@
 """Logs: one line an event, JSON for machines or text for people, from us and from uvicorn alike."""
 
 import logging
+import sys
 from typing import Literal
 
 import orjson
@@ -9,38 +10,44 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 
 def configure(log_format: Literal["json", "console"]) -> None:
-    """Send every log line of the process to standard error in `log_format`."""
+    """Send every log line of the process to standard error in `log_format`.
+
+    Our own lines, one a request, go there straight; those of libraries come through the standard library's logging.
+    """
     shared: list[Processor] = [
-        _without_color_message,
-        structlog.stdlib.add_logger_name,
-        structlog.stdlib.add_log_level,
+        structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if log_format == "json":
-        last: list[Processor] = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(_dumps)]
+        last: list[Processor] = [structlog.processors.dict_tracebacks, _json]
     else:
-        last = [structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)]
+        last = [
+            structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+            _encoded,
+        ]
+    structlog.configure(
+        processors=[*shared, *last],
+        logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        cache_logger_on_first_use=True,
+    )
     handler = logging.StreamHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[structlog.stdlib.ExtraAdder(), *shared],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last, _decoded],
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=True,
-    )
 
 
-def _without_color_message(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """Uvicorn says some things twice, the second time with terminal colours."""
-    event.pop("color_message", None)
-    return event
+def _json(_: WrappedLogger, __: str, event: EventDict) -> bytes:
+    return orjson.dumps(event, default=str)
 
 
-def _dumps(event: EventDict, **_: object) -> str:
-    return orjson.dumps(event, default=str).decode()
+def _encoded(_: WrappedLogger, __: str, event: EventDict | str) -> bytes:
+    return str(event).encode()
+
+
+def _decoded(_: WrappedLogger, __: str, event: EventDict | bytes) -> str:
+    return event.decode() if isinstance(event, bytes) else str(event)

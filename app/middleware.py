@@ -1,8 +1,8 @@
 """Around every request: its id, its log line, its metrics, its `Server-Timing`. Pure ASGI."""
 
 import re
+from random import getrandbits
 from time import perf_counter
-from uuid import uuid4
 
 import structlog
 from starlette.datastructures import MutableHeaders
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.metrics import HttpMetrics
 from app.problems import CLIENT_CLOSED_REQUEST
 
-log = structlog.get_logger("pvt.access")
+log = structlog.get_logger(component="access")
 
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 _UNTIMED = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
@@ -73,4 +73,4 @@ def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and (match := _REQUEST_ID.fullmatch(value.decode("latin-1"))):
             return match[0]
-    return uuid4().hex
+    return f"{getrandbits(128):032x}"

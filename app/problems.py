@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from service import errors
 
-log = structlog.get_logger("pvt.http")
+log = structlog.get_logger(component="http")
 
 MEDIA_TYPE = "application/problem+json"
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for a caller that hung up

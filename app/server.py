@@ -15,7 +15,7 @@ import uvicorn
 from app.main import create_app
 from app.settings import Settings
 
-log = structlog.get_logger("pvt.server")
+log = structlog.get_logger(component="server")
 
 # How long callers may take to come back on connections that are open and be told there to close them.
 LINGER_SECONDS = 0.5
@@ -29,24 +29,33 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
+        # Mutable state: the loop once it listens, whether a signal came, and what that set going.
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = False
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say where."""
         await super().startup(sockets)
         if self.started:
+            self._loop = asyncio.get_running_loop()
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             log.info("listening", url=f"http://{host}:{port}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal; stop at once at the second."""
-        if self._draining or not self.started:
+        if self._stopping or self._loop is None:
             super().handle_exit(sig, frame)
             return
-        log.info("draining", signal=signal.Signals(sig).name)
-        self._draining = asyncio.get_running_loop().create_task(self._drain(sig))
+        self._stopping = True
+        # Nothing more here: whatever the signal interrupted may hold a lock, the log's for one.
+        self._loop.call_soon_threadsafe(self._begin_drain, sig)
+
+    def _begin_drain(self, sig: int) -> None:
+        self._draining = asyncio.create_task(self._drain(sig))
 
     async def _drain(self, sig: int) -> None:
+        log.info("draining", signal=signal.Signals(sig).name)
         engine = self.lifespan.state["engine"]
         try:
             async with asyncio.timeout(self.config.timeout_graceful_shutdown):
@@ -104,6 +113,7 @@ def run(settings: Settings) -> None:
         access_log=False,
         log_config=None,
         server_header=False,
+        proxy_headers=False,  # nothing here depends on who the caller is
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
     # Uvicorn raises the signal again once it is done; a stop that was asked for is no failure.

@@ -21,7 +21,7 @@ from service.results import Health, Inferred, Prediction, Predictions
 from service.store import Store, StoredModel
 from service.workers import Workers
 
-log = structlog.get_logger("pvt.engine")
+log = structlog.get_logger(component="engine")
 
 
 @dataclass(frozen=True, slots=True)
