@@ -8,6 +8,7 @@ import structlog
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import problems
 from app.metrics import HttpMetrics
 from app.problems import CLIENT_CLOSED_REQUEST
 
@@ -49,6 +50,11 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except Exception as error:
+            if status != CLIENT_CLOSED_REQUEST:  # the response has begun and can't be taken back
+                raise
+            # Here, and not in the framework's outermost layer, so that this response too has its headers and its line.
+            await problems.unexpected(error, state["request_id"])(scope, receive, send_with_headers)
         finally:
             self._record(scope, status, perf_counter() - start)
 

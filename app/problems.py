@@ -68,12 +68,11 @@ def problem(error: Exception, request_id: str | None = None) -> Problem:
 
 
 def install(app: FastAPI) -> None:
-    """Make every error that leaves a route, and every refusal of the framework, a problem."""
+    """Make every foreseen error that leaves a route, and every refusal of the framework, a problem."""
     app.add_exception_handler(errors.ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _invalid_parameters)
     app.add_exception_handler(HTTPException, _framework_refusal)
     app.add_exception_handler(ClientDisconnect, _client_gone)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 def _problem(name: str, status: int, detail: str, request_id: str | None) -> Problem:
@@ -118,6 +117,7 @@ async def _client_gone(_: Request, __: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)  # nobody reads it; the log and the metrics do
 
 
-async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    log.error("unexpected_error", request_id=_request_id(request), exc_info=error)
-    return _response(problem(error, _request_id(request)))
+def unexpected(error: Exception, request_id: str) -> Response:
+    """The answer to an error that nobody foresaw: the log learns everything, the caller nothing."""
+    log.error("unexpected_error", request_id=request_id, exc_info=error)
+    return _response(problem(error, request_id))

@@ -1,6 +1,5 @@
 import pytest
 import structlog
-from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from app import problems
@@ -22,23 +21,24 @@ def test_every_error_of_the_service_has_a_status() -> None:
     assert unmapped == []
 
 
-def test_an_unexpected_error_is_anonymous_and_logged() -> None:
-    app = FastAPI()
-    problems.install(app)
-
-    @app.get("/")
-    def fail() -> None:
+def test_an_unexpected_error_is_anonymous_and_logged(make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
         raise LookupError("the secret")
 
+    client = make_client()
+    monkeypatch.setattr("app.routes.models.model_info", fail)
+
     with structlog.testing.capture_logs() as lines:
-        response = TestClient(app, raise_server_exceptions=False).get("/")
+        response = client.get("/models/pvt_v2_b0.digits", headers={"X-Request-ID": "mine"})
 
     assert response.status_code == 500
     assert response.json()["type"] == "urn:pvt-serve:problem:internal-error"
+    assert response.json()["request_id"] == response.headers["X-Request-ID"] == "mine"
     assert "secret" not in response.text
-    assert [(line["event"], repr(line["exc_info"])) for line in lines] == [
-        ("unexpected_error", "LookupError('the secret')")
-    ]
+    unexpected, request = lines
+    assert (unexpected["event"], repr(unexpected["exc_info"])) == ("unexpected_error", "LookupError('the secret')")
+    assert (request["event"], request["status"]) == ("request", 500)
+    assert 'route="/models/{model_id}",status="500"' in client.get("/metrics").text
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("DELETE", "/predict", 405)])
