@@ -1,16 +1,21 @@
 """`python -m app`: serve, as the environment says."""
 
 import sys
+from argparse import ArgumentParser
 
 from pydantic import ValidationError
 
 from app import logs
-from app.server import run
+from app.server import listen, run
 from app.settings import PREFIX, Settings, UnknownSettingError
 
 
 def main() -> int:
     """Serve until told to stop; 2 when a setting is wrong."""
+    ArgumentParser(
+        prog="python -m app",
+        description="Serve PVT-v2 models over HTTP. Settings are environment variables, such as PVT_PORT: see README.",
+    ).parse_args()
     try:
         settings = Settings.from_environment()
     except UnknownSettingError as error:
@@ -20,7 +25,12 @@ def main() -> int:
             "; ".join(f"{PREFIX}{str(e['loc'][0]).upper()}={e['input']}: {e['msg']}" for e in error.errors())
         )
     logs.configure(settings.log_format)
-    run(settings)
+    try:
+        listener = listen(settings.host, settings.port)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        return _refuse(f"can't listen on {where}, as PVT_HOST and PVT_PORT say: {error.strerror or error}")
+    run(settings, listener)
     return 0
 
 

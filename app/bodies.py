@@ -1,24 +1,29 @@
 """Request bodies to image bytes: multipart, raw, or JSON with base64."""
 
+import asyncio
 import base64
 import binascii
 import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
 
+import orjson
 from fastapi import Request
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
 
 from app.problems import BodyTooLarge, UnsupportedMediaType
 from service.errors import InvalidImage, InvalidRequest
 
-FIELD = "image"
+FIELD, JSON_FIELD = "image", "images"
 RAW_TYPES = re.compile(r"image/[\w.+-]+|application/octet-stream")
+# One white pixel as a PNG.
+EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
 DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+DISCARD_SECONDS = 5.0
 LARGE_JSON = 65_536  # bytes; parsing more would hold up the event loop
 
 
@@ -31,30 +36,35 @@ class Upload:
 
 
 class ImagesBody(BaseModel):
-    """The JSON form."""
+    """The JSON form, for the schema."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
 
-    images: Annotated[list[str], Field(description="Each picture as base64 or as a `data:` URL with base64.")]
+    images: Annotated[
+        list[str],
+        Field(
+            min_length=1, description="Each picture as base64 or as a `data:` URL with base64.", examples=[[EXAMPLE]]
+        ),
+    ]
 
 
-async def read_uploads(request: Request, max_bytes: int) -> list[Upload]:
+async def read_uploads(request: Request, max_bytes: int, max_images: int) -> list[Upload]:
     """The pictures of a request, in their order.
 
     Raises:
         UnsupportedMediaType: the content type is none of the three forms.
         BodyTooLarge: more than `max_bytes`.
-        InvalidRequest: the body is not what its content type says; the message names the field.
+        InvalidRequest: the body is not what its content type says, or holds no image or more than `max_images`.
     """
     content_type, options = parse_options_header(request.headers.get("content-type", ""))
     chunks = _limited(request, max_bytes)
     if content_type == "multipart/form-data":
-        return await _multipart(chunks, options.get("boundary", ""))
+        return await _multipart(chunks, options.get("boundary", ""), max_images)
     if RAW_TYPES.fullmatch(content_type):
         return [Upload(None, b"".join([chunk async for chunk in chunks]))]
     if content_type == "application/json":
         body = b"".join([chunk async for chunk in chunks])
-        return _json(body) if len(body) < LARGE_JSON else await run_in_threadpool(_json, body)
+        return _json(body, max_images) if len(body) < LARGE_JSON else await run_in_threadpool(_json, body, max_images)
     raise UnsupportedMediaType(
         f"content type {content_type or '(none)'!r}; send multipart/form-data with a file field {FIELD!r}, the "
         "picture's bytes as image/* or application/octet-stream, or application/json"
@@ -64,21 +74,41 @@ async def read_uploads(request: Request, max_bytes: int) -> list[Upload]:
 async def _limited(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
     """The body's chunks; refuses what announces, or turns out, to be more than `max_bytes`."""
     announced = request.headers.get("content-length", "")
+    chunks = request.stream()
     if announced.isdecimal() and int(announced) > max_bytes:
+        if "expect" not in request.headers:  # who asks first is told before it sends anything
+            await _discard(chunks)
         raise _too_large(max_bytes)
     received = 0
-    async for chunk in request.stream():
+    async for chunk in chunks:
         received += len(chunk)
         if received > max_bytes:
+            await _discard(chunks)
             raise _too_large(max_bytes)
         yield chunk
+
+
+async def _discard(chunks: AsyncIterator[bytes]) -> None:
+    """Let a client finish what it is sending, for a while: closing on it would destroy the answer on its way."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            async for _ in chunks:
+                pass
+
+
+def check_count(count: int, max_images: int) -> None:
+    """Raises InvalidRequest when a request has none or more than `max_images` images."""
+    if not count:
+        raise InvalidRequest("the request carries no image")
+    if count > max_images:
+        raise InvalidRequest(f"more than {max_images} images in one request, which PVT_MAX_IMAGES allows")
 
 
 def _too_large(max_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(f"the request body is larger than {max_bytes / 1e6:g} MB, which PVT_MAX_BODY_MB allows")
 
 
-async def _multipart(chunks: AsyncIterator[bytes], boundary: str) -> list[Upload]:
+async def _multipart(chunks: AsyncIterator[bytes], boundary: str, max_images: int) -> list[Upload]:
     uploads: list[Upload] = []
     parts: list[bytes | bytearray] = []
     segment: MultipartSegment | None = None
@@ -88,15 +118,14 @@ async def _multipart(chunks: AsyncIterator[bytes], boundary: str) -> list[Upload
                 for event in parser.parse(chunk):
                     if isinstance(event, MultipartSegment):
                         segment = _image_field(event)
+                        check_count(len(uploads) + 1, max_images)
                     elif event is not None:
                         parts.append(event)
                     elif segment is not None:
                         uploads.append(Upload(segment.filename, b"".join(parts)))
                         parts.clear()
-    except ClientDisconnect:
-        raise
     except MultipartError as error:
-        raise InvalidRequest(f"the multipart body is broken: {error}") from error
+        raise InvalidRequest(f"the multipart body is broken: {error.args[0]}") from error
     if not uploads:
         raise InvalidRequest(f"the form has no file; send at least one in the field {FIELD!r}")
     return uploads
@@ -104,19 +133,30 @@ async def _multipart(chunks: AsyncIterator[bytes], boundary: str) -> list[Upload
 
 def _image_field(segment: MultipartSegment) -> MultipartSegment:
     if segment.name != FIELD:
-        raise InvalidRequest(f"unknown form field {segment.name!r}; files go in {FIELD!r}, parameters in the query")
+        raise InvalidRequest(
+            f"unknown form field {(segment.name or '')[:100]!r}; files go in {FIELD!r}, parameters in the query"
+        )
     return segment
 
 
-def _json(body: bytes) -> list[Upload]:
+def _json(body: bytes, max_images: int) -> list[Upload]:
+    """By hand, and up to the first thing wrong: a validator would make a report of a million wrong items."""
     try:
-        images = ImagesBody.model_validate_json(body).images
-    except ValidationError as error:
-        reasons = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors(include_url=False)
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is no JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get(JSON_FIELD), list):
+        raise InvalidRequest(
+            f'the body must be an object with a list of strings: {{"{JSON_FIELD}": ["<base64>", ...]}}'
         )
-        raise InvalidRequest(reasons) from error
-    return [Upload(None, _base64(text)) for text in images]
+    if unknown := next((name for name in content if name != JSON_FIELD), None):
+        raise InvalidRequest(f"unknown field {unknown[:100]!r}; parameters go in the query")
+    images = content[JSON_FIELD]
+    check_count(len(images), max_images)
+    for index, image in enumerate(images):
+        if not isinstance(image, str):
+            raise InvalidRequest(f"{JSON_FIELD}.{index} is no string; send base64 or a data: URL")
+    return [Upload(None, _base64(image)) for image in images]
 
 
 def _base64(text: str) -> bytes | InvalidImage:
@@ -124,4 +164,4 @@ def _base64(text: str) -> bytes | InvalidImage:
     try:
         return base64.b64decode(text[match.end() :] if match else text, validate=True)
     except (binascii.Error, ValueError) as error:
-        return InvalidImage(f"neither base64 nor a data: URL with base64: {error}")
+        return InvalidImage(f"not valid base64, nor a data: URL of it: {error}")

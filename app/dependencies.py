@@ -6,7 +6,8 @@ All are coroutines, though none awaits: FastAPI runs plain functions on a thread
 import hmac
 from typing import Annotated, TypedDict
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry
 
 from app.problems import Unauthorized
@@ -45,12 +46,17 @@ SettingsDep = Annotated[Settings, Depends(get_settings)]
 RegistryDep = Annotated[CollectorRegistry, Depends(get_registry)]
 
 
-async def require_key(request: Request, settings: SettingsDep) -> None:
+_bearer = HTTPBearer(auto_error=False, description="One of PVT_API_KEYS, where the service has some.")
+CredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+
+
+async def require_key(credentials: CredentialsDep, settings: SettingsDep) -> None:
     """Refuse a request without a key where PVT_API_KEYS asks for one."""
     if not settings.api_keys:
         return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
     # Every key is compared, in constant time: how long it takes tells nothing.
-    matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in settings.api_keys]
-    if scheme.lower() != "bearer" or not any(matches):
-        raise Unauthorized("this service asks for a key; send it as 'Authorization: Bearer <key>' (PVT_API_KEYS)")
+    presented = (credentials.credentials if credentials else "").encode("utf-8", "surrogateescape")
+    keys = [key.get_secret_value().encode("utf-8", "surrogateescape") for key in settings.api_keys]
+    matches = [hmac.compare_digest(presented, key) for key in keys]
+    if not any(matches):
+        raise Unauthorized("this service requires an API key; send it as 'Authorization: Bearer <key>' (PVT_API_KEYS)")

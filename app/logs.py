@@ -19,7 +19,9 @@ def configure(log_format: Literal["json", "console"]) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if log_format == "json":
-        last: list[Processor] = [structlog.processors.dict_tracebacks, _json]
+        # Without the frames' variables: keys and pictures are among them.
+        tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        last: list[Processor] = [structlog.processors.ExceptionRenderer(tracebacks), _json]
     else:
         last = [
             structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),

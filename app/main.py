@@ -25,6 +25,7 @@ def create_app(settings: Settings) -> FastAPI:
         title="pvt-serve",
         summary="Pyramid Vision Transformer v2 image models behind HTTP.",
         version=version("pvt-serve"),
+        redoc_url=None,  # one page of documentation is enough, and that one loads a logo from elsewhere
         lifespan=_lifespan(settings, registry),
     )
     app.add_middleware(RequestContext, metrics=HttpMetrics(registry))

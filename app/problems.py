@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from math import ceil
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
@@ -17,6 +18,7 @@ from service import errors
 
 log = structlog.get_logger(component="http")
 
+_TOLD = 5  # of what is wrong with one request
 MEDIA_TYPE = "application/problem+json"
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for a caller that hung up
 
@@ -59,6 +61,24 @@ class Problem(BaseModel):
     request_id: str | None = None
 
 
+MEANING: Mapping[int, str] = {
+    401: "An API key is required (PVT_API_KEYS).",
+    404: "No such model.",
+    413: "The body or a picture exceeds a limit.",
+    415: "Unsupported form of body.",
+    422: "A parameter or a picture is wrong.",
+    429: "The model's queue is full; `Retry-After` says when to come back.",
+    503: "The model is unavailable, or the service is shutting down.",
+    504: "Not answered within `timeout_ms`.",
+}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that may answer with these problems."""
+    content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+    return {status: {"description": MEANING[status], "content": content} for status in statuses}
+
+
 def problem(error: Exception, request_id: str | None = None) -> Problem:
     """What a caller is told of `error`: all of one of ours, nothing of any other."""
     for kind in type(error).__mro__:
@@ -89,6 +109,12 @@ def _request_id(request: Request) -> str | None:
     return getattr(request.state, "request_id", None)
 
 
+def _told(request: Request, body: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The response, and a note of it for the request's log line."""
+    request.state.log = {"problem": body.title, "detail": body.detail}
+    return _response(body, headers)
+
+
 async def _service_error(request: Request, error: Exception) -> JSONResponse:
     headers = {}
     if isinstance(error, errors.QueueFull):
@@ -97,20 +123,23 @@ async def _service_error(request: Request, error: Exception) -> JSONResponse:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BodyTooLarge):
         headers["Connection"] = "close"  # the rest of the body will not be read
-    return _response(problem(error, _request_id(request)), headers)
+    return _told(request, problem(error, _request_id(request)), headers)
 
 
 async def _invalid_parameters(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101  it is registered for nothing else
-    reasons = "; ".join(f"{' '.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-    return _response(_problem("InvalidRequest", 422, reasons, _request_id(request)))
+    found = error.errors()
+    reasons = "; ".join(f"{' '.join(map(str, e['loc']))[:100]}: {e['msg'][:200]}" for e in found[:_TOLD])
+    if len(found) > _TOLD:
+        reasons += f"; and {len(found) - _TOLD} more"
+    return _told(request, _problem("InvalidRequest", 422, reasons, _request_id(request)))
 
 
 async def _framework_refusal(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101  it is registered for nothing else
     name = HTTPStatus(error.status_code).phrase.title().replace(" ", "").replace("-", "")
     detail = f"{request.method} {request.url.path}: {error.detail}; GET /docs lists what there is"
-    return _response(_problem(name, error.status_code, detail, _request_id(request)), error.headers)
+    return _told(request, _problem(name, error.status_code, detail, _request_id(request)), error.headers)
 
 
 async def _client_gone(_: Request, __: Exception) -> Response:

@@ -86,7 +86,10 @@ class ModelInfo(BaseModel):
     licence: str | None = None
     backend: str | None = None
     precision: str | None = None
-    memory_bytes: int | None = None
+    memory_bytes: Annotated[
+        int | None,
+        Field(description="Resident memory that loading took; the first model's includes the libraries' own."),
+    ] = None
     batch_plan: list[BatchSize] | None = None
     load_seconds: float | None = None
 

@@ -4,6 +4,8 @@ import asyncio
 import os
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from types import FrameType
@@ -13,6 +15,7 @@ import structlog
 import uvicorn
 
 from app.main import create_app
+from app.protocol import BoundedProtocol
 from app.settings import Settings
 
 log = structlog.get_logger(component="server")
@@ -44,15 +47,25 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal; stop at once at the second."""
-        if self._stopping or self._loop is None:
+        if self._loop is None:
             super().handle_exit(sig, frame)
             return
-        self._stopping = True
         # Nothing more here: whatever the signal interrupted may hold a lock, the log's for one.
-        self._loop.call_soon_threadsafe(self._begin_drain, sig)
+        self._loop.call_soon_threadsafe(self._stop_now if self._stopping else self._begin_drain, sig)
+        self._stopping = True
 
     def _begin_drain(self, sig: int) -> None:
         self._draining = asyncio.create_task(self._drain(sig))
+
+    def _stop_now(self, sig: int) -> None:
+        if self._draining:
+            self._draining.cancel()
+        self.lifespan.state["engine"].abort()
+        self._end(sig)
+
+    def _end(self, sig: int) -> None:
+        self.config.timeout_graceful_shutdown = 1  # what had its time has had it
+        super().handle_exit(sig, None)
 
     async def _drain(self, sig: int) -> None:
         log.info("draining", signal=signal.Signals(sig).name)
@@ -63,10 +76,10 @@ class DrainingServer(uvicorn.Server):
                 await asyncio.sleep(LINGER_SECONDS)
         except TimeoutError:
             log.warning("drain_timeout", seconds=self.config.timeout_graceful_shutdown)
+            engine.abort()
         await self._accept_the_last()
         await self._last_answers()
-        self.config.timeout_graceful_shutdown = 1  # what had its time has had it
-        super().handle_exit(sig, None)
+        self._end(sig)
 
     async def _accept_the_last(self) -> None:
         """Stop listening, but take every connection that the kernel has accepted: closing the socket resets those."""
@@ -102,14 +115,22 @@ def _accept_all(listener: socket.socket) -> Iterator[socket.socket]:
             yield listener.accept()[0]
 
 
-def run(settings: Settings) -> None:
-    """Serve until a signal asks to stop."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to `host` and `port`.
+
+    Raises:
+        OSError: the address is taken, not this machine's, or not ours to take.
+    """
+    (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return socket.create_server(address[:2], family=family, backlog=2048)
+
+
+def run(settings: Settings, listener: socket.socket) -> None:
+    """Serve on `listener` until a signal asks to stop."""
     config = uvicorn.Config(
         create_app(settings),
-        host=settings.host,
-        port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=BoundedProtocol,
         access_log=False,
         log_config=None,
         server_header=False,
@@ -119,4 +140,8 @@ def run(settings: Settings) -> None:
     # Uvicorn raises the signal again once it is done; a stop that was asked for is no failure.
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, lambda *_: None)
-    DrainingServer(config).run()
+    DrainingServer(config).run(sockets=[listener])
+    if any(thread.name.startswith("pvt-") for thread in threading.enumerate()):
+        # A load that was given up, or a thread that is stuck: the interpreter would wait for it.
+        sys.stderr.flush()
+        os._exit(0)

@@ -1,17 +1,20 @@
 """Settings: `PVT_*` environment variables, read once."""
 
 import os
+import re
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.options import EngineOptions
 
 PREFIX = "PVT_"
+# What Kubernetes sets in every pod for a service named pvt-serve, or pvt-anything.
+_SERVICE_LINK = re.compile(r"PVT_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+_\w+)")
 Names = Annotated[tuple[str, ...], NoDecode]
 
 
@@ -24,13 +27,13 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    host: str = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one."""
     model_store: Path = Path("model_store")
     """Folder of the model store."""
-    default_model: str = "pvt_v2_b0.digits"
+    default_model: Annotated[str, Field(min_length=1)] = "pvt_v2_b0.digits"
     """Model that answers when a request names none."""
     preload: Names = ()
     """Models to load at start; the service is ready when they are. Others are loaded by their first request."""
@@ -45,7 +48,7 @@ class Settings(BaseSettings):
     max_batch_delay_ms: Annotated[float, Field(ge=0, le=60_000)] = 0
     """How long an idle instance may wait for a fuller batch; 0 never waits."""
     queue_size: Annotated[int, Field(ge=1, le=1_000_000)] = 256
-    """Images in the house per model, waiting or running; more are refused with 429."""
+    """Images per model, waiting or running; more are refused with 429."""
     timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 30_000
     """Time a request may take when it names no `timeout_ms` of its own."""
     max_body_mb: Annotated[float, Field(gt=0, le=4096)] = 32
@@ -53,20 +56,25 @@ class Settings(BaseSettings):
     max_images: Annotated[int, Field(ge=1, le=4096)] = 64
     """Images in one request."""
     max_image_megapixels: Annotated[float, Field(gt=0, le=178)] = 50
-    """Pixels of one image, in units of 10^6. Time goes with pixels: 50 are decoded within a second."""
+    """Pixels of one image, in units of 10^6. Decoding time and memory go with them."""
     stall_seconds: Annotated[float, Field(gt=0)] = 30
     """A decode or inference thread that is at one job for longer makes the service unhealthy."""
     shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
     """How long requests under way may take to finish after SIGTERM."""
-    api_keys: Names = ()
-    """Keys of which a request must carry one, as `Authorization: Bearer <key>`; none: open to all."""
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    """Keys of which a request for predictions or models must carry one: `Authorization: Bearer <key>`; none: open."""
     log_format: Literal["json", "console"] = "json"
-    """One JSON object a line, or text for people."""
+    """`json`: one object a line; `console`: text for people."""
 
     @field_validator("preload", "api_keys", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        if value.strip() and not any(parts):
+            raise ValueError("a list with nothing in it; leave the variable out for an empty one")
+        return tuple(part for part in parts if part)
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -78,9 +86,9 @@ class Settings(BaseSettings):
         """
         known = {f"{PREFIX}{name.upper()}" for name in cls.model_fields}
         for name in os.environ:
-            if name.upper().startswith(PREFIX) and name.upper() not in known:
+            if name.upper().startswith(PREFIX) and name.upper() not in known and not _SERVICE_LINK.fullmatch(name):
                 near = get_close_matches(name.upper(), known, n=1, cutoff=0)[0]
-                raise UnknownSettingError(f"{name} is no setting; the nearest one is {near}")
+                raise UnknownSettingError(f"{name} is not a setting; the nearest one is {near}")
         return cls()
 
     @property

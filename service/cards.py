@@ -14,7 +14,7 @@ Triple = tuple[float, float, float]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Preprocessing(_Record):
@@ -79,6 +79,8 @@ def read_card(folder: Path) -> ModelCard:
         CardInvalid: it is missing, is no JSON, or a field is wrong; each wrong field is named.
     """
     path = folder / CARD_FILE
+    if path.exists() and not path.is_file():
+        raise CardInvalid(f"{path}: no regular file")
     try:
         return ModelCard.model_validate_json(path.read_bytes())
     except OSError as error:

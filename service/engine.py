@@ -1,8 +1,8 @@
 """The facade: image bytes in, results out. The one thing of `service` that HTTP talks to."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from time import monotonic, perf_counter
 from types import TracebackType
@@ -10,7 +10,7 @@ from typing import Self
 
 import structlog
 
-from service.errors import DeadlineExceeded, InvalidRequest, ModelLoadFailed, ServiceError, ShuttingDown
+from service.errors import DeadlineExceeded, ModelLoadFailed, ServiceError, ShuttingDown
 from service.loader import load
 from service.metrics import EngineMetrics
 from service.options import EngineOptions, make_backend
@@ -22,6 +22,10 @@ from service.store import Store, StoredModel
 from service.workers import Workers
 
 log = structlog.get_logger(component="engine")
+
+
+STORE_SECONDS = 2.0  # a store on a network that takes longer to list its cards is no good to serve from
+PRELOAD_AGAIN_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +49,31 @@ class Engine:
         self._files = Workers("store", 1)
         self._pipeline = Pipeline(options, self._backend, metrics)
         self._registry = Registry[Resident](self._find, self._load)
-        # Mutable state: what closes with the engine, requests under way, and whether new ones are refused.
-        self._stack = AsyncExitStack()
+        # Mutable state: the loads asked for at the start, requests under way, whether new ones are refused, and whether
+        # those under way are given up.
+        self._preloads: list[asyncio.Task[None]] = []
         self._under_way: set[asyncio.Task[object]] = set()
         self.draining = False
+        self._aborted = False
 
     async def __aenter__(self) -> Self:
-        self._stack.callback(self._files.close)
-        self._stack.callback(self._loaders.close)
-        await self._stack.enter_async_context(self._pipeline)
-        self._stack.push_async_callback(self._registry.close)
-        group = await self._stack.enter_async_context(asyncio.TaskGroup())
-        for name in self.options.preload:
-            group.create_task(self._preload(name))
+        for name in {self.options.default_model} - {*self.options.preload}:
+            for reason in await self._unready(name):
+                log.warning("default_model_unavailable", reason=reason)
+        self._preloads = [asyncio.create_task(self._preload(name)) for name in self.options.preload]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.drain()
-        await self._stack.aclose()
+        for task in self._preloads:
+            task.cancel()
+        await asyncio.gather(*self._preloads, return_exceptions=True)
+        await self._registry.close()
+        await self._pipeline.close(wait=not self._aborted)
+        self._loaders.close(wait=False)
+        self._files.close(wait=False)
 
     async def drain(self) -> None:
         """Refuse new requests from now on and wait for those under way."""
@@ -72,27 +81,52 @@ class Engine:
         while self._under_way:
             await asyncio.wait(self._under_way)
 
+    def abort(self) -> None:
+        """Refuse those under way too: whoever waits gets `ShuttingDown` at once."""
+        self.draining = self._aborted = True
+        for task in self._under_way:
+            task.cancel()
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """What `drain` waits for: enter it before reading a request's body, so that an upload is not cut off.
+
+        Raises:
+            ShuttingDown: the engine takes no new work, or has just given this one up.
+        """
+        task = asyncio.current_task()
+        if task is None or task in self._under_way:
+            yield
+            return
+        if self.draining:
+            raise ShuttingDown("the service is shutting down and takes no new work; send the request again")
+        self._under_way.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._aborted:
+                raise
+            task.uncancel()
+            raise ShuttingDown("the service stopped before this request was answered; send it again") from None
+        finally:
+            self._under_way.discard(task)
+
     async def predict(
         self, images: Sequence[Image], *, model: str | None = None, top_k: int = 5, timeout_seconds: float | None = None
     ) -> Predictions:
         """The `top_k` best classes of each of `images`.
 
         Raises:
-            InvalidRequest: no image, or more than a request may carry.
+            InvalidRequest: more images than the model's queue ever takes.
             ModelNotFound, WeightsUnavailable, ModelLoadFailed: `model` can't be had.
             QueueFull: too many images wait for that model already.
             DeadlineExceeded: `timeout_seconds` passed.
             ShuttingDown: the engine takes no new work.
         """
-        if not images:
-            raise InvalidRequest("the request carries no image")
-        if len(images) > self.options.max_images:
-            raise InvalidRequest(
-                f"{len(images)} images in one request; PVT_MAX_IMAGES allows {self.options.max_images}"
-            )
-        name = model or self.options.default_model
-        async with self._deadline(timeout_seconds) as deadline, self._registry.lease(name) as resident:
-            inferred = await self._pipeline.infer(resident, images, deadline)
+        name = self.options.default_model if model is None else model
+        with self.request():
+            async with self._deadline(timeout_seconds) as deadline, self._registry.lease(name) as resident:
+                inferred = await self._pipeline.infer(resident, images, deadline)
         card, version = resident.executable.card, resident.executable.stored.version
         return Predictions(card.id, version, [_predict(each, card.labels, top_k) for each in inferred])
 
@@ -101,14 +135,15 @@ class Engine:
         self._metrics.stage_seconds.labels("encode", predictions.model).observe(seconds)
 
     async def models(self) -> list[ModelStatus]:
-        """Every model of the store.
+        """Every model of the store, and every other that is loaded.
 
         Raises:
             WeightsUnavailable: the store can't be read.
         """
         default = await self._default_id()
-        stored = await self._files.run(self._store.models)
-        return [ModelStatus(each, each.id == default, self._registry.status(each.id)) for each in stored]
+        found = {stored.id: stored for stored in await self._files.run(self._store.models)}
+        known = found | {resident.id: resident.executable.stored for resident in self._registry.loaded()}
+        return [self._status(stored, default) for _, stored in sorted(known.items())]
 
     async def model(self, name: str) -> ModelStatus:
         """The model called `name`.
@@ -116,18 +151,24 @@ class Engine:
         Raises:
             ModelNotFound, WeightsUnavailable: the store has none.
         """
-        stored = await self._find(name)
-        return ModelStatus(stored, stored.id == await self._default_id(), self._registry.status(stored.id))
+        return self._status(await self._find(name), await self._default_id())
+
+    def live(self) -> Health:
+        """Live while the threads move; says nothing of readiness, and asks no disk."""
+        stalled = self._pipeline.stalled(self._files)
+        return Health(live=not stalled, ready=not stalled, reasons=stalled)
 
     async def health(self) -> Health:
-        """Live while the threads move; ready when the default model and what is preloaded answer, or would if asked."""
-        stalled = self._pipeline.stalled()
-        reasons = [*stalled]
-        if self.draining:
-            reasons.append("the service is shutting down")
-        for name in dict.fromkeys((self.options.default_model, *self.options.preload)):
-            reasons.extend(await self._unready(name))
-        return Health(live=not stalled, ready=not reasons, reasons=reasons)
+        """Live, and ready when the default model and what is preloaded answer, or would if asked."""
+        live = self.live()
+        reasons = [*live.reasons, *(["the service is shutting down"] if self.draining else [])]
+        try:
+            async with asyncio.timeout(STORE_SECONDS):
+                for name in dict.fromkeys((self.options.default_model, *self.options.preload)):
+                    reasons.extend(await self._unready(name))
+        except TimeoutError:
+            reasons.append(f"the model store has not answered for {STORE_SECONDS:.0f} s")
+        return Health(live=live.live, ready=not reasons, reasons=reasons)
 
     def collect_metrics(self) -> None:
         """Bring the gauges up to date; call before they are read."""
@@ -140,12 +181,8 @@ class Engine:
     @asynccontextmanager
     async def _deadline(self, timeout_seconds: float | None) -> AsyncIterator[float]:
         """The time one request has; yields when it ends, on `monotonic`."""
-        task = asyncio.current_task()
-        if self.draining or task is None:
-            raise ShuttingDown("the service is shutting down and takes no new work; send the request again")
         seconds = timeout_seconds or self.options.timeout_seconds
         scope = asyncio.timeout(seconds)
-        self._under_way.add(task)
         try:
             async with scope:
                 yield monotonic() + seconds
@@ -155,17 +192,22 @@ class Engine:
             raise DeadlineExceeded(
                 f"no answer within {seconds * 1000:.0f} ms; allow more with timeout_ms or PVT_TIMEOUT_MS"
             ) from error
-        finally:
-            self._under_way.discard(task)
 
     async def _preload(self, name: str) -> None:
-        try:
-            async with self._registry.lease(name):
-                pass
-        except ServiceError as error:
-            log.warning("preload_failed", model=name, reason=str(error))
+        """Load `name`; what fails is tried again, since it keeps the service from being ready."""
+        while True:
+            try:
+                async with self._registry.lease(name):
+                    return
+            except ServiceError as error:
+                log.warning("preload_failed", model=name, reason=str(error), again_in_seconds=PRELOAD_AGAIN_SECONDS)
+            except Exception:
+                log.exception("preload_failed", model=name, again_in_seconds=PRELOAD_AGAIN_SECONDS)
+            await asyncio.sleep(PRELOAD_AGAIN_SECONDS)
 
     async def _find(self, name: str) -> StoredModel:
+        if loaded := self._registry.find_loaded(name):
+            return loaded.executable.stored
         return await self._files.run(self._store.find, name)
 
     async def _default_id(self) -> str | None:
@@ -173,6 +215,11 @@ class Engine:
             return (await self._find(self.options.default_model)).id
         except ServiceError:
             return None
+
+    def _status(self, stored: StoredModel, default: str | None) -> ModelStatus:
+        """What runs counts, not what has become of its folder since."""
+        status = self._registry.status(stored.id)
+        return ModelStatus(status.loaded.executable.stored if status.loaded else stored, stored.id == default, status)
 
     async def _load(self, stored: StoredModel) -> Resident:
         start = perf_counter()

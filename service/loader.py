@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from service.backends.base import Backend, Graph, Precision, Program, Served
 from service.cards import ModelCard
-from service.errors import CardInvalid
+from service.errors import CardInvalid, ModelLoadFailed
 from service.outputs import Outputs
 from service.plan import BatchPlan, measure
 from service.pvt_v2 import PVT_V2, create
@@ -92,6 +92,8 @@ def _graphs(card: ModelCard, program: Program, max_batch_size: int) -> tuple[Bat
         graphs[size] = program.graph(size)
         shape = (size, card.preprocessing.height, card.preprocessing.width, 3)
         batch = random.integers(0, 256, shape, dtype=np.uint8)
+        if not all(np.isfinite(part).all() for part in graphs[size].run(0, batch)):
+            raise ModelLoadFailed(f"{card.id} gives NaN or infinity; check its weights and the card's mean and std")
         return lambda: graphs[size].run(0, batch)
 
     plan = measure(prepare, max_batch_size)

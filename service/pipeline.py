@@ -4,8 +4,6 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from types import TracebackType
-from typing import Self
 
 from service.backends.base import Backend
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
@@ -36,7 +34,7 @@ class Resident:
 
 
 class Pipeline:
-    """Decode threads, the scheduler and its instances. Leaving the context finishes what is under way."""
+    """Decode threads, the scheduler and its instances. It lives until it is closed."""
 
     def __init__(self, options: EngineOptions, backend: Backend, metrics: EngineMetrics) -> None:
         self._options = options
@@ -47,16 +45,11 @@ class Pipeline:
             backend.instances, metrics, max_delay_seconds=options.max_batch_delay_seconds
         )
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        async with self._scheduler:
-            pass
-        self._decoders.close()
-        self._instances.close()
+    async def close(self, *, wait: bool) -> None:
+        """Finish what is queued and end the threads; without `wait`, give up both."""
+        await self._scheduler.close(wait=wait)
+        self._decoders.close(wait=wait)
+        self._instances.close(wait=wait)
 
     def open(self, executable: Executable) -> Resident:
         """Give `executable` its queue."""
@@ -86,11 +79,11 @@ class Pipeline:
         """The scheduler's present state."""
         return self._scheduler.stats()
 
-    def stalled(self) -> list[str]:
-        """A reason for each kind of thread that has been at one job for longer than the options allow."""
+    def stalled(self, *others: Workers) -> list[str]:
+        """A reason for each kind of thread, `others` too, that has been at one job for longer than options allow."""
         return [
             f"a thread for {workers.name} has been at one job for {seconds:.0f} s"
-            for workers in (self._decoders, self._instances)
+            for workers in (self._decoders, self._instances, *others)
             if (seconds := workers.stalled_seconds()) > self._options.stall_seconds
         ]
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
@@ -59,7 +60,7 @@ class Registry(Generic[M]):
         entry = await self._entry(name)
         entry.leases += 1
         try:
-            yield await asyncio.shield(entry.task)
+            yield await self._loaded(entry)
         finally:
             entry.leases -= 1
 
@@ -79,11 +80,25 @@ class Registry(Generic[M]):
         return [status.loaded for id_ in self._entries if (status := self.status(id_)).loaded is not None]
 
     async def close(self) -> None:
-        """Wait for loads under way and forget everything."""
+        """Give up loads under way and forget everything."""
         tasks = [entry.task for entry in self._entries.values()]
+        for task in tasks:
+            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._entries.clear()
         self._ids.clear()
+
+    @staticmethod
+    async def _loaded(entry: _Entry[M]) -> M:
+        try:
+            return await asyncio.shield(entry.task)
+        except ServiceError as error:
+            # A copy: the task keeps its own, and on that the frames, and so the pictures, of all who waited would stay.
+            raise copy(error) from None
+
+    def find_loaded(self, name: str) -> M | None:
+        """The model that answers to `name` now, if one does."""
+        return self.status(self._ids.get(name, name)).loaded
 
     async def _entry(self, name: str) -> _Entry[M]:
         known = self._entries.get(self._ids.get(name, ""))

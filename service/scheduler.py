@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
-from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from service.errors import DeadlineExceeded, OutOfMemory, QueueFull, ShuttingDown
+from service.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, QueueFull, ShuttingDown
 from service.plan import BatchPlan
 from service.queues import Batch, Item, Queue, Queues
 
@@ -66,7 +65,7 @@ class Lane(Generic[T, R]):
 class Scheduler(Generic[T, R]):
     """Gives idle instances work as soon as there is some, and lets batches grow only while all are busy.
 
-    Use as an async context manager: leaving it answers what it holds, then refuses.
+    It lives until it is closed.
     """
 
     def __init__(self, instances: int, observer: Observer, *, max_delay_seconds: float = 0.0) -> None:
@@ -85,16 +84,14 @@ class Scheduler(Generic[T, R]):
         busy = self._instances - len(self._idle)
         return f"<Scheduler waiting={len(self._queues)} busy={busy}/{self._instances}>"
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def close(self, *, wait: bool = True) -> None:
+        """Refuse what comes and answer what is there; without `wait`, end that with `ShuttingDown`."""
         self._closed = True
         self._queues.max_delay_seconds = 0.0
         self._dispatch()
         while self._running:
+            for task in () if wait else self._running:
+                task.cancel()
             await asyncio.wait(self._running)
 
     def open_lane(self, name: str, plan: BatchPlan, run: Run[T, R], capacity: int) -> Lane[T, R]:
@@ -113,11 +110,14 @@ class Scheduler(Generic[T, R]):
         """Hold `count` of the lane's places while the context lasts.
 
         Raises:
+            InvalidRequest: it never has that many.
             QueueFull: it has not that many left.
             ShuttingDown: the scheduler is closed.
         """
         if self._closed:
             raise ShuttingDown("the service is shutting down and takes no new work; send the request again")
+        if count > lane.capacity:
+            raise InvalidRequest(f"{count} images in one request; PVT_QUEUE_SIZE allows {lane.capacity} at a time")
         if lane.admitted + count > lane.capacity:
             raise QueueFull(
                 f"{lane.admitted} images wait for {lane.queue.name!r} and PVT_QUEUE_SIZE allows {lane.capacity}; "

@@ -47,7 +47,7 @@ class Store:
     """Reads a store's folders afresh at each call, so that what was added is found and nothing is cached wrongly."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root = root.absolute()
 
     def models(self) -> list[StoredModel]:
         """Every model of the store by name; a broken one carries its failure.
@@ -56,7 +56,7 @@ class Store:
             WeightsUnavailable: the store's folder can't be read.
         """
         try:
-            folders = sorted(path for path in self.root.iterdir() if path.is_dir() and not path.name.startswith("."))
+            folders = sorted(path for path in self.root.iterdir() if _may_be_model(path))
         except OSError as error:
             raise WeightsUnavailable(
                 f"the model store {str(self.root)!r} can't be read ({error.strerror}); PVT_MODEL_STORE names its folder"
@@ -103,8 +103,16 @@ class Store:
         )
 
 
+def _may_be_model(path: Path) -> bool:
+    """Whether it has a model's name, or nearly: lost+found and the like are nobody's mistake."""
+    return (MODEL_ID.fullmatch(path.name) is not None or path.name in VARIANTS) and path.is_dir()
+
+
 def _read(folder: Path) -> StoredModel:
-    versions = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+    try:
+        versions = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+    except OSError as error:
+        return StoredModel(folder.name, "", folder, None, CardInvalid(f"{folder}: {error.strerror or error}"))
     if not versions:
         failure = CardInvalid(f"{folder}: no version folder (1, 2, ...) in it")
         return StoredModel(folder.name, "", folder, None, failure)
@@ -130,8 +138,11 @@ def _check(name: str, folder: Path, card: ModelCard) -> None:
     weights = folder / card.weights.file
     try:
         size = weights.stat().st_size
+        regular = weights.is_file()
     except OSError as error:
         raise WeightsCorrupt(f"{weights}: {error.strerror}; put the file that the card names there") from error
+    if not regular:
+        raise WeightsCorrupt(f"{weights}: no regular file")
     if size != card.weights.bytes:
         raise WeightsCorrupt(f"{weights}: {size} bytes, the card says {card.weights.bytes}; copy the file again")
 

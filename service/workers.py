@@ -31,9 +31,9 @@ class Workers:
         now = monotonic()
         return now - min(self._since.copy().values(), default=now)
 
-    def close(self) -> None:
-        """End the threads once their present jobs are done; jobs that wait are dropped."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, *, wait: bool = True) -> None:
+        """Drop the jobs that wait and end the threads; without `wait`, each in its own time."""
+        self._pool.shutdown(wait=wait, cancel_futures=True)
 
     def _timed(self, job: Callable[[], T]) -> T:
         thread = threading.get_ident()

@@ -1,6 +1,9 @@
 """Health for orchestrators, metrics for Prometheus. Open to all, whatever PVT_API_KEYS says."""
 
+from typing import Any
+
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from app.dependencies import EngineDep, RegistryDep
@@ -8,8 +11,10 @@ from app.schemas import HealthResponse
 
 router = APIRouter(tags=["operations"])
 
+UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": HealthResponse, "description": "Not so; see `reasons`."}}
 
-@router.get("/health")
+
+@router.get("/health", summary="Liveness and readiness", responses=UNHEALTHY)
 async def health(engine: EngineDep, response: Response) -> HealthResponse:
     """Liveness and readiness, with reasons."""
     state = await engine.health()
@@ -17,15 +22,15 @@ async def health(engine: EngineDep, response: Response) -> HealthResponse:
     return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
 
 
-@router.get("/health/live")
+@router.get("/health/live", summary="Liveness", responses=UNHEALTHY)
 async def live(engine: EngineDep, response: Response) -> HealthResponse:
     """Whether the process does its work; if not, restart it."""
-    state = await engine.health()
+    state = engine.live()
     response.status_code = 200 if state.live else 503
     return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", summary="Readiness", responses=UNHEALTHY)
 async def ready(engine: EngineDep, response: Response) -> HealthResponse:
     """Whether to send requests here."""
     state = await engine.health()
@@ -33,7 +38,7 @@ async def ready(engine: EngineDep, response: Response) -> HealthResponse:
     return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
 
 
-@router.get("/metrics")
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
 async def metrics(engine: EngineDep, registry: RegistryDep) -> Response:
     """Prometheus text."""
     engine.collect_metrics()

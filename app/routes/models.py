@@ -3,18 +3,24 @@
 from fastapi import APIRouter, Depends
 
 from app.dependencies import EngineDep, require_key
+from app.problems import documented
 from app.schemas import ModelInfo, ModelList, model_info
 
 router = APIRouter(prefix="/models", tags=["models"], dependencies=[Depends(require_key)])
 
 
-@router.get("", response_model_exclude_none=True)
+@router.get("", summary="List the models", response_model_exclude_none=True, responses=documented(401, 503))
 async def models(engine: EngineDep) -> ModelList:
     """Every model of the store, and where it stands."""
     return ModelList(models=[model_info(model) for model in await engine.models()])
 
 
-@router.get("/{model_id}", response_model_exclude_none=True)
+@router.get(
+    "/{model_id}",
+    summary="Describe one model",
+    response_model_exclude_none=True,
+    responses=documented(401, 404, 422, 503),
+)
 async def model(model_id: str, engine: EngineDep) -> ModelInfo:
     """One model; a variant alone finds what it would find in a request."""
     return model_info(await engine.model(model_id))

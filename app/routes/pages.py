@@ -15,6 +15,7 @@ _PAGE = Template("""<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>pvt-serve</title>
+<link rel="icon" href="data:,">
 <style>
   body { font: 16px/1.6 system-ui, sans-serif; max-width: 42rem; margin: 4rem auto; padding: 0 1rem; color: #1d2733; }
   code, pre { background: #f1f4f8; border-radius: 6px; padding: .15em .4em; }
@@ -22,7 +23,7 @@ _PAGE = Template("""<!doctype html>
   a { color: #0b5cad; }
 </style>
 <h1>pvt-serve</h1>
-<p>This service answers what is on a picture, with Pyramid Vision Transformer v2 models. Its default model is
+<p>This service tells what is in a picture, with Pyramid Vision Transformer v2 models. Its default model is
 <code>$model</code>.</p>
 <pre>curl -F image=@picture.png $url/predict</pre>
 <ul>

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from app.bodies import FIELD, ImagesBody, Upload, read_uploads
 from app.dependencies import EngineDep, SettingsDep, require_key
 from app.disconnect import cancelled_on_disconnect
-from app.problems import MEDIA_TYPE, Problem
+from app.problems import documented
 from app.schemas import PredictQuery, PredictResponse, image_result
 from service.errors import ServiceError
 from service.results import Predictions
@@ -29,43 +29,38 @@ BODY: dict[str, Any] = {
                 "additionalProperties": False,
             }
         },
-        "image/*": {"schema": _BINARY},
+        "image/png": {"schema": _BINARY},
+        "image/jpeg": {"schema": _BINARY},
         "application/octet-stream": {"schema": _BINARY},
         "application/json": {"schema": ImagesBody.model_json_schema()},
     },
 }
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"description": description, "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}}
-    for status, description in {
-        401: "A key is asked for (PVT_API_KEYS).",
-        404: "No such model.",
-        413: "The body or a picture exceeds a limit.",
-        415: "None of the body's three forms.",
-        422: "A parameter or a picture is wrong.",
-        429: "The model's queue is full; `Retry-After` says when to come back.",
-        503: "The model can't be had, or the service is shutting down.",
-        504: "Not answered within `timeout_ms`.",
-    }.items()
-}
 
 
-@router.post("/predict", response_model=PredictResponse, responses=PROBLEMS, openapi_extra={"requestBody": BODY})
+@router.post(
+    "/predict",
+    summary="Classify pictures",
+    response_model=PredictResponse,
+    responses=documented(401, 404, 413, 415, 422, 429, 503, 504),
+    openapi_extra={"requestBody": BODY},
+)
 async def predict(
     request: Request, query: Annotated[PredictQuery, Query()], engine: EngineDep, settings: SettingsDep
 ) -> Response:
     """The best classes of one picture or several.
 
-    With several, a bad one becomes an `error` in its place and the others are answered; with one its problem is the
-    response.
+    With several, a bad one becomes an `error` in its place and the others are answered. With a single picture, its
+    error is the response.
     """
-    uploads = await read_uploads(request, settings.max_body_bytes)
-    async with cancelled_on_disconnect(request):
-        predictions = await engine.predict(
-            [upload.data for upload in uploads],
-            model=query.model,
-            top_k=query.top_k,
-            timeout_seconds=query.timeout_seconds,
-        )
+    with engine.request():
+        uploads = await read_uploads(request, settings.max_body_bytes, settings.max_images)
+        async with cancelled_on_disconnect(request):
+            predictions = await engine.predict(
+                [upload.data for upload in uploads],
+                model=query.model,
+                top_k=query.top_k,
+                timeout_seconds=query.timeout_seconds,
+            )
     _note(request, predictions)
     start = perf_counter()
     body = _body(uploads, predictions, request.state.request_id)

@@ -3,6 +3,7 @@ from collections.abc import Iterator
 import pytest
 from starlette.testclient import TestClient
 
+from app.bodies import EXAMPLE
 from tests.app.conftest import MakeClient, png
 
 
@@ -41,16 +42,16 @@ def test_another_content_type_is_told_the_three_that_are_read(client: TestClient
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("{", "Invalid JSON"),
-        ("[]", "Input should be an object"),
-        ("{}", "images: Field required"),
-        ('{"images": "abc"}', "images: Input should be a valid array"),
-        ('{"images": [1]}', "images.0: Input should be a valid string"),
-        ('{"images": [], "model": "x"}', "model: Extra inputs are not permitted"),
+        ("{", "the body is no JSON"),
+        ("[]", "the body must be an object with a list of strings"),
+        ("{}", "the body must be an object with a list of strings"),
+        ('{"images": "abc"}', "the body must be an object with a list of strings"),
+        ('{"images": [1]}', "images.0 is no string"),
+        ('{"images": [], "model": "x"}', "unknown field 'model'; parameters go in the query"),
         ('{"images": []}', "the request carries no image"),
-        ('{"images": ["%%%"]}', "neither base64 nor a data: URL"),
-        ('{"images": ["data:image/png;base64,%"]}', "neither base64 nor a data: URL"),
-        ('{"images": ["http://example.org/cat.png"]}', "neither base64 nor a data: URL"),
+        ('{"images": ["%%%"]}', "not valid base64, nor a data: URL"),
+        ('{"images": ["data:image/png;base64,%"]}', "not valid base64, nor a data: URL"),
+        ('{"images": ["http://example.org/cat.png"]}', "not valid base64, nor a data: URL"),
     ],
 )
 def test_a_wrong_json_body_says_what_is_wrong(client: TestClient, body: str, reason: str) -> None:
@@ -88,3 +89,44 @@ def test_file_names_in_any_script_come_back(client: TestClient) -> None:
     response = client.post("/predict", files={"image": ("été 数字.png", png())})
 
     assert response.json()["results"][0]["filename"] == "été 数字.png"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"images": [' + "1," * 999_999 + "1]}",
+        '{"images": [' + '"-",' * 999_999 + '"-"]}',
+        '{"images": [], ' + ", ".join(f'"k{i}": 0' for i in range(100_000)) + "}",
+        '{"' + "x" * 1_000_000 + '": 0, "images": []}',
+        '{"images":' * 100_000,
+    ],
+    ids=["numbers", "strings", "fields", "long field", "deep"],
+)
+def test_a_large_wrong_json_body_gets_a_short_answer(client: TestClient, body: str) -> None:
+    response = client.post("/predict", content=body, headers={"Content-Type": "application/json"})
+
+    assert response.status_code == 422
+    assert len(response.content) < 1000
+
+
+def test_a_long_query_of_unknown_parameters_gets_a_short_answer(client: TestClient) -> None:
+    response = client.post("/predict?" + "&".join(f"k{i}=1" for i in range(2000)), content=png())
+
+    assert response.status_code == 422
+    assert response.json()["detail"].endswith("; and 1995 more")
+
+
+def test_a_file_name_that_is_no_unicode_is_said_in_words(client: TestClient) -> None:
+    head = b'--B\r\nContent-Disposition: form-data; name="image"; filename="\xff\xfe"\r\n\r\n'
+
+    response = client.post("/predict", content=head + png() + b"\r\n--B--\r\n",
+                           headers={"Content-Type": "multipart/form-data; boundary=B"})  # fmt: skip
+
+    assert response.status_code == 422
+    assert response.json()["detail"] == "the multipart body is broken: Segment header failed to decode"
+
+
+def test_the_schemas_example_is_a_picture(client: TestClient) -> None:
+    response = client.post("/predict", json={"images": [EXAMPLE]})
+
+    assert "predictions" in response.json()["results"][0]

@@ -68,6 +68,21 @@ def post(url: str, files: list[tuple[str, bytes]]) -> httpx.Response:
     return httpx.post(f"{url}/predict", files=files, timeout=60)
 
 
+def begin_upload(connection: socket.socket, server: Server, length: int, first: bytes, *headers: str) -> None:
+    """Send the beginning of a picture of `length` bytes, and wait until the server has read it."""
+    head = [
+        "POST /predict HTTP/1.1",
+        "Host: x",
+        "Content-Type: image/png",
+        f"Content-Length: {length}",
+        *headers,
+        "",
+        "",
+    ]
+    connection.sendall("\r\n".join(head).encode() + first)
+    httpx.get(f"{server.url}/health")  # what came before this has been read when it is answered
+
+
 def test_sigterm_finishes_what_is_under_way_and_exits_0() -> None:
     with serving() as server:
         answers: list[httpx.Response] = []
@@ -129,9 +144,88 @@ def test_a_caller_that_hangs_up_takes_its_pictures_along() -> None:
     assert any(line.startswith("pvt_cancelled_total") and float(line.split()[-1]) > 1 for line in cancelled)
 
 
-def test_two_signals_stop_at_once() -> None:
+def test_an_upload_under_way_is_not_cut_off_by_sigterm(digits: Path) -> None:
+    picture = (digits / "seven.png").read_bytes()
     with serving() as server:
-        server.process.send_signal(signal.SIGINT)
-        server.event("draining")
+        url = httpx.URL(server.url)
+        with socket.create_connection((url.host, url.port)) as connection:
+            begin_upload(connection, server, len(picture), picture[:100])
+            server.process.send_signal(signal.SIGTERM)
+            server.event("draining")
+            connection.sendall(picture[100:])
+            answer = connection.recv(65536)
 
-        assert server.stop() == 0
+        assert server.process.wait(30) == 0
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"connection: close" in answer.lower()
+
+
+def test_an_upload_that_never_ends_does_not_keep_it_from_stopping() -> None:
+    with serving(shutdown_seconds="1") as server:
+        url = httpx.URL(server.url)
+        with socket.create_connection((url.host, url.port)) as connection:
+            connection.sendall(
+                b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\nx"
+            )
+            httpx.get(f"{server.url}/health")
+
+            assert server.stop() == 0
+            assert connection.recv(65536).startswith(b"HTTP/1.1 503")
+
+
+def test_a_second_signal_gives_up_what_is_under_way() -> None:
+    with serving(shutdown_seconds="3600") as server:
+        url = httpx.URL(server.url)
+        with socket.create_connection((url.host, url.port)) as connection:
+            connection.sendall(
+                b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\nx"
+            )
+            httpx.get(f"{server.url}/health")
+            server.process.send_signal(signal.SIGTERM)
+            server.event("draining")
+
+            assert server.stop() == 0
+            assert connection.recv(65536).startswith(b"HTTP/1.1 503")
+
+
+def test_neither_keys_nor_pictures_get_into_the_log_of_an_error() -> None:
+    with serving(shutdown_seconds="1", api_keys="hush-hush") as server:
+        url = httpx.URL(server.url)
+        with socket.create_connection((url.host, url.port)) as connection:
+            begin_upload(connection, server, 9, b"x", "Authorization: Bearer hush-hush")
+
+            assert server.stop() == 0
+        lines = list(iter(server.lines.get, None))
+
+    assert lines
+    assert not [line for line in lines if "hush" in line]
+
+
+def test_a_body_that_is_too_large_is_told_so_even_to_a_client_that_sends_it_all() -> None:
+    with serving(max_body_mb="1") as server:
+        for _ in range(5):
+            headers = {"Content-Type": "image/png"}
+            response = httpx.post(f"{server.url}/predict", content=b"x" * 20_000_000, headers=headers, timeout=60)
+
+            assert response.status_code == 413
+
+
+def test_a_request_head_without_end_is_refused() -> None:
+    with serving() as server:
+        url = httpx.URL(server.url)
+        with socket.create_connection((url.host, url.port)) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 200_000)
+
+            assert connection.recv(65536).startswith(b"HTTP/1.1 431")
+        assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_an_offer_of_http2_is_ignored_and_the_body_kept(digits: Path) -> None:
+    with serving() as server:
+        headers = {"Content-Type": "image/png", "Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c",
+                   "HTTP2-Settings": "AAEAAEAAAAIAAAAAAAMAAAAAAAQBAAAAAAUAAEAAAAYABgAA"}  # fmt: skip
+        content = (digits / "seven.png").read_bytes()
+        response = httpx.post(f"{server.url}/predict", content=content, headers=headers, timeout=60)
+
+    assert response.status_code == 200
+    assert response.json()["results"][0]["predictions"][0]["label"] == "7"

@@ -1,12 +1,13 @@
+import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from app.settings import Settings, UnknownSettingError
 from service.cores import usable_cores
+from tests.conftest import ROOT
 
 
 def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,13 +19,21 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_setting_is_refused_with_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PVT_MODELSTORE", "/srv")
 
-    with pytest.raises(UnknownSettingError, match="PVT_MODELSTORE is no setting; the nearest one is PVT_MODEL_STORE"):
+    with pytest.raises(
+        UnknownSettingError, match="PVT_MODELSTORE is not a setting; the nearest one is PVT_MODEL_STORE"
+    ):
         Settings.from_environment()
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("PVT_PORT", "70000"), ("PVT_QUEUE_SIZE", "0"), ("PVT_BACKEND", "tensorrt"), ("PVT_MAX_BODY_MB", "-1")],
+    [
+        ("PVT_HOST", ""),
+        ("PVT_PORT", "70000"),
+        ("PVT_QUEUE_SIZE", "0"),
+        ("PVT_BACKEND", "tensorrt"),
+        ("PVT_MAX_BODY_MB", "-1"),
+    ],
 )
 def test_a_value_out_of_bounds_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
@@ -50,18 +59,52 @@ def test_instances_default_to_the_usable_cores() -> None:
     assert Settings(instances=3).engine_options().instances == 3
 
 
+@pytest.mark.parametrize("name", ["PVT_SERVE_SERVICE_HOST", "PVT_SERVE_PORT", "PVT_SERVE_PORT_8000_TCP_ADDR"])
+def test_what_kubernetes_sets_for_a_service_of_that_name_is_no_setting(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "tcp://10.0.0.1:8000")
+
+    assert Settings.from_environment() == Settings()
+
+
+def test_a_list_with_nothing_in_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PVT_API_KEYS", ",")
+
+    with pytest.raises(ValidationError, match="nothing in it"):
+        Settings.from_environment()
+
+
+def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PVT_API_KEYS", "hush,hush2")
+
+    settings = Settings.from_environment()
+
+    assert len(settings.api_keys) == 2
+    assert "hush" not in repr(settings)
+
+
+def test_a_port_that_is_taken_is_said_and_exits_with_2() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        environment = {"PVT_PORT": str(taken.getsockname()[1])}
+        done = subprocess.run(
+            [sys.executable, "-m", "app"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+
+    assert done.returncode == 2
+    assert "as PVT_HOST and PVT_PORT say: Address already in use" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("PVT_PROT", "1", "pvt-serve: PVT_PROT is no setting; the nearest one is PVT_PORT"),
+        ("PVT_PROT", "1", "pvt-serve: PVT_PROT is not a setting; the nearest one is PVT_PORT"),
         ("PVT_PORT", "many", "pvt-serve: PVT_PORT=many: Input should be a valid integer"),
     ],
 )
 def test_the_process_says_what_is_wrong_and_exits_with_2(name: str, value: str, message: str) -> None:
-    root = Path(__file__).parent.parent.parent
-
     done = subprocess.run(
-        [sys.executable, "-m", "app"], cwd=root, env={name: value}, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "app"], cwd=ROOT, env={name: value}, capture_output=True, text=True, check=False
     )
 
     assert done.returncode == 2
@@ -71,4 +114,5 @@ def test_the_process_says_what_is_wrong_and_exits_with_2(name: str, value: str, 
 def test_the_readme_lists_every_setting_with_its_default(readme: str) -> None:
     for name, field in Settings.model_fields.items():
         default = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
-        assert f"| `PVT_{name.upper()}` | {f'`{default}`' if default else ''} |" in readme, name
+        meaning = " ".join((field.description or "").split())
+        assert f"| `PVT_{name.upper()}` | {f'`{default}`' if default else ''} | {meaning} |" in readme, name

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -112,3 +115,24 @@ def test_results_of_one_batch_are_not_overwritten_by_the_next(served: Served, pi
     graph.run(0, pictures[1:2])
 
     np.testing.assert_array_equal(first, kept)
+
+
+def test_nothing_is_reported_over_the_network() -> None:
+    script = """
+import sys
+def refuse(event, args):
+    if event in ("socket.getaddrinfo", "socket.connect", "urllib.Request"):
+        print(event, args); sys.stdout.flush(); import os; os._exit(1)
+sys.addaudithook(refuse)
+import torch
+from service.backends.base import Served
+from service.backends.openvino import OpenVinoBackend
+from service.pvt_v2 import create
+OpenVinoBackend(1, 1).program(Served(create("pvt_v2_b0"), (0, 0, 0), (1, 1, 1)), 32, 32).graph(1)
+import threading
+[thread.join() for thread in threading.enumerate() if thread is not threading.main_thread()]
+"""
+
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (0, "")

@@ -1,4 +1,5 @@
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from service import engine as engine_module
 from service.engine import Engine
-from service.errors import DeadlineExceeded, InvalidImage, ModelLoadFailed, ServiceError, ShuttingDown
+from service.errors import DeadlineExceeded, InvalidImage, ModelLoadFailed, ServiceError, ShuttingDown, WeightsCorrupt
 from service.loader import Executable
 from service.loader import load as real_load
 from service.metrics import EngineMetrics
@@ -97,6 +98,37 @@ async def test_an_unexpected_error_of_a_load_is_told_with_its_kind(
     async with engine(tmp_path) as e:
         with pytest.raises(ModelLoadFailed, match="could not be loaded: ZeroDivisionError: of all things"):
             await e.predict([png()])
+
+
+async def test_a_preload_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "PRELOAD_AGAIN_SECONDS", 0.01)
+    mended = asyncio.Event()
+
+    def load(*args: Any) -> Executable:
+        if not mended.is_set():
+            mended.set()
+            raise WeightsCorrupt("not yet")
+        return real_load(*args)
+
+    monkeypatch.setattr(engine_module, "load", load)
+    async with engine(tmp_path, preload=(NAME,)) as e, asyncio.timeout(30):
+        while not (await e.health()).ready:  # noqa: ASYNC110  its turn is what the preload needs
+            await asyncio.sleep(0)
+
+    assert mended.is_set()
+
+
+async def test_giving_up_ends_what_is_under_way_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    monkeypatch.setattr(engine_module, "load", lambda *_: never.wait(30))
+    async with engine(tmp_path) as e:
+        under_way = asyncio.create_task(e.predict([png()]))
+        await asyncio.sleep(0)
+        e.abort()
+
+        with pytest.raises(ShuttingDown, match="stopped before this request was answered"):
+            await under_way
+    never.set()
 
 
 async def test_draining_answers_what_is_under_way_and_refuses_the_rest(tmp_path: Path) -> None:

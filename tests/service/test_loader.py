@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from service.backends.torch import TorchBackend
-from service.errors import CardInvalid, WeightsDigestMismatch, WeightsMismatch
+from service.errors import CardInvalid, ModelLoadFailed, WeightsDigestMismatch, WeightsMismatch
 from service.loader import Executable, load
 from service.store import Store
 from tests.service.stores import add_model
@@ -73,4 +73,12 @@ def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:
     path.write_bytes(data)
 
     with pytest.raises(WeightsDigestMismatch):
+        load_tiny(tmp_path)
+
+
+def test_a_card_that_makes_the_model_answer_nan_is_refused(tmp_path: Path) -> None:
+    pixels = {"height": 32, "width": 32, "mean": [0.0, 0.0, 0.0], "std": [1e-320, 1e-320, 1e-320]}
+    edit_card(add_model(tmp_path), preprocessing=pixels)
+
+    with pytest.raises(ModelLoadFailed, match="gives NaN or infinity"):
         load_tiny(tmp_path)

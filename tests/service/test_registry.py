@@ -1,4 +1,6 @@
 import asyncio
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -133,12 +135,29 @@ async def test_an_unknown_model_is_the_stores_to_refuse(registry: Registry[str])
         await use(registry, "c")
 
 
-async def test_closing_waits_for_loads_under_way_and_forgets(store: FakeStore, registry: Registry[str]) -> None:
+async def test_closing_gives_up_loads_under_way_and_forgets(store: FakeStore, registry: Registry[str]) -> None:
     waiting = asyncio.create_task(use(registry, "a"))
     await begun(store)
-    closing = asyncio.create_task(registry.close())
-    store.gate.set()
 
-    await asyncio.gather(closing, waiting)
+    await registry.close()
 
+    assert isinstance(*await asyncio.gather(waiting, return_exceptions=True), asyncio.CancelledError)
     assert registry.loaded() == []
+
+
+async def test_a_failure_keeps_nothing_of_those_who_waited_alive(store: FakeStore, registry: Registry[str]) -> None:
+    class Body:
+        """What a caller holds while it waits."""
+
+    async def call() -> weakref.ref[Body]:
+        body = Body()
+        with pytest.raises(ModelLoadFailed):
+            await use(registry, "a")
+        return weakref.ref(body)
+
+    store.gate.set()
+    store.broken.add("a")
+    reference = await call()
+    gc.collect()
+
+    assert reference() is None

@@ -4,7 +4,7 @@ from time import monotonic
 
 import pytest
 
-from service.errors import DeadlineExceeded, OutOfMemory, QueueFull, ShuttingDown
+from service.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, QueueFull, ShuttingDown
 from service.plan import BatchPlan
 from service.scheduler import Completed, Lane, Scheduler
 
@@ -203,27 +203,48 @@ async def test_with_a_delay_an_idle_instance_waits_for_a_fuller_batch() -> None:
     assert machine.batches == [[0, 1, 2]]
 
 
-async def test_leaving_answers_what_it_holds_and_then_refuses() -> None:
+async def test_closing_answers_what_it_holds_and_then_refuses() -> None:
     machine = Machine(open_=False)
     scheduler, lane = start(machine)
-    async with scheduler:
-        tasks = await submit_all(scheduler, lane, range(5))
-        machine.gate.set()
+    tasks = await submit_all(scheduler, lane, range(5))
+    machine.gate.set()
+
+    await scheduler.close()
 
     assert [task.result().result for task in tasks] == [0, 2, 4, 6, 8]
     with pytest.raises(ShuttingDown), scheduler.places(lane, 1):
         pass
 
 
-async def test_leaving_does_not_wait_for_a_batch_that_is_being_held_back() -> None:
+async def test_closing_does_not_wait_for_a_batch_that_is_being_held_back() -> None:
     machine = Machine()
     scheduler = Scheduler[int, int](1, Seen(), max_delay_seconds=3600.0)
     lane = scheduler.open_lane("m", PLAN, machine.run, 100)
 
-    async with asyncio.timeout(5), scheduler:
-        (task,) = await submit_all(scheduler, lane, [1])
+    (task,) = await submit_all(scheduler, lane, [1])
+    async with asyncio.timeout(5):
+        await scheduler.close()
 
     assert (await task).result == 2
+
+
+async def test_closing_without_waiting_ends_everything_that_is_there() -> None:
+    machine = Machine(open_=False)
+    scheduler, lane = start(machine)
+    tasks = await submit_all(scheduler, lane, range(20))
+
+    async with asyncio.timeout(5):
+        await scheduler.close(wait=False)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert {type(each) for each in results} == {ShuttingDown}
+
+
+async def test_a_request_larger_than_the_queue_is_refused_for_good() -> None:
+    scheduler, lane = start(Machine(), capacity=4)
+
+    with pytest.raises(InvalidRequest, match="5 images in one request; PVT_QUEUE_SIZE allows 4"):
+        scheduler.places(lane, 5).__enter__()
 
 
 async def test_its_repr_tells_what_it_does() -> None:

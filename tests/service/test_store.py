@@ -1,5 +1,8 @@
+import errno
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +83,9 @@ def test_a_store_that_is_not_there_says_which_setting_names_it(tmp_path: Path) -
         Store(tmp_path / "nowhere").models()
 
 
-def test_hidden_folders_and_files_are_no_models(store: Store) -> None:
-    (store.root / ".partial").mkdir()
+def test_other_folders_and_files_are_no_models(store: Store) -> None:
+    for name in (".partial", "lost+found", "private", os.fsdecode(b"pvt_v2_b0.\xff")):
+        (store.root / name).mkdir()
     (store.root / "README.md").write_text("hello")
 
     assert [model.id for model in store.models()] == ["pvt_v2_b0.tiny"]
@@ -118,6 +122,48 @@ def test_a_card_that_is_no_json_fails_its_model(store: Store) -> None:
     (store.root / "pvt_v2_b0.tiny" / "1" / "card.json").write_text("{")
 
     assert "Invalid JSON" in str(store.models()[0].failure)
+
+
+def test_a_variant_without_a_tag_is_a_mistake_and_said(store: Store) -> None:
+    (store.root / "pvt_v2_b0").mkdir()
+
+    assert "no version folder" in str(store.models()[0].failure)
+
+
+def test_a_folder_that_can_not_be_read_fails_its_model_and_no_other(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_model(store.root, "pvt_v2_b1.closed")
+    listed = Path.iterdir
+
+    def refusing(path: Path) -> Iterator[Path]:
+        if path.name == "pvt_v2_b1.closed":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", refusing)
+
+    fine, closed = store.models()
+
+    assert fine.failure is None
+    assert "Permission denied" in str(closed.failure)
+
+
+@pytest.mark.parametrize("name", ["card.json", "model.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(store: Store, name: str) -> None:
+    path = store.root / "pvt_v2_b0.tiny" / "1" / name
+    path.unlink()
+    os.mkfifo(path)
+
+    assert "no regular file" in str(store.models()[0].failure)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999"])
+def test_a_card_with_a_number_that_is_none_fails(store: Store, value: str) -> None:
+    path = store.root / "pvt_v2_b0.tiny" / "1" / "card.json"
+    path.write_text(path.read_text().replace("0.485", value))
+
+    assert isinstance(store.models()[0].failure, CardInvalid)
 
 
 def test_a_missing_card_fails_its_model(store: Store) -> None:

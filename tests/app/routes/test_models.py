@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 from starlette.testclient import TestClient
@@ -62,3 +63,23 @@ def test_a_mended_model_is_loaded_by_the_next_request(make_client: MakeClient, t
     weights.write_bytes(good)
 
     assert client.post("/predict", files={"image": png()}).status_code == 200
+
+
+def test_what_runs_counts_and_not_what_has_become_of_its_folder(make_client: MakeClient, tmp_path: Path) -> None:
+    folder = add_model(tmp_path, "pvt_v2_b0.tiny")
+    client = make_client(model_store=tmp_path, default_model="pvt_v2_b0.tiny", backend="torch")
+    assert client.post("/predict", files={"image": png()}).status_code == 200
+
+    (folder.parent / "2").mkdir()
+    half_copied = client.get("/models/pvt_v2_b0.tiny").json()
+    shutil.rmtree(folder.parent)
+    (gone,) = client.get("/models").json()["models"]
+
+    for model in (half_copied, gone):
+        assert (model["state"], model["version"]) == ("ready", "1")
+    assert client.get("/health/ready").status_code == 200
+    assert client.post("/predict", files={"image": png()}).status_code == 200
+
+
+def test_a_model_without_a_name_is_not_found(client: TestClient) -> None:
+    assert client.post("/predict?model=", files={"image": png()}).status_code == 404

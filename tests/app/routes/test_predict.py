@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from service.errors import QueueFull
 from tests.app.conftest import MakeClient, png
 from training.digits import render, split
 
@@ -99,7 +100,7 @@ def test_broken_base64_among_several_is_an_error_in_its_place(client: TestClient
     results = client.post("/predict", json={"images": [good, "%%%"]}).json()["results"]
 
     assert "predictions" in results[0]
-    assert "neither base64 nor a data: URL" in results[1]["error"]["detail"]
+    assert "not valid base64, nor a data: URL" in results[1]["error"]["detail"]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_too_many_pictures_name_their_setting(make_client: MakeClient) -> None:
     response = client.post("/predict", files=[("image", png())] * 3)
 
     assert response.status_code == 422
-    assert "3 images in one request; PVT_MAX_IMAGES allows 2" in response.json()["detail"]
+    assert "more than 2 images in one request, which PVT_MAX_IMAGES allows" in response.json()["detail"]
 
 
 def test_a_picture_with_too_many_pixels_names_its_setting(make_client: MakeClient) -> None:
@@ -199,13 +200,22 @@ def test_a_picture_with_too_many_pixels_names_its_setting(make_client: MakeClien
     assert "PVT_MAX_IMAGE_MEGAPIXELS" in response.json()["detail"]
 
 
-def test_a_full_queue_is_429_with_a_time_to_come_back(make_client: MakeClient) -> None:
-    client = make_client(queue_size=2)
+def test_a_full_queue_is_429_with_a_time_to_come_back(make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise QueueFull("the queue is full", retry_after_seconds=2.3)
 
-    response = client.post("/predict", files=[("image", png())] * 3)
+    monkeypatch.setattr("service.scheduler.Scheduler.places", full)
+
+    response = make_client().post("/predict", files={"image": png()})
 
     assert response.status_code == 429
-    assert int(response.headers["Retry-After"]) >= 1
+    assert response.headers["Retry-After"] == "3"
+
+
+def test_more_pictures_than_the_queue_ever_takes_are_refused_for_good(make_client: MakeClient) -> None:
+    response = make_client(queue_size=2).post("/predict", files=[("image", png())] * 3)
+
+    assert response.status_code == 422
     assert "PVT_QUEUE_SIZE allows 2" in response.json()["detail"]
 
 
