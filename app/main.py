@@ -4,12 +4,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from app import problems
-from app.dependencies import State
+from app.dependencies import State, require_key
 from app.metrics import HttpMetrics
 from app.middleware import RequestContext
 from app.routes import health, models, pages, predict
@@ -30,7 +30,11 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.add_middleware(RequestContext, metrics=HttpMetrics(registry))
     problems.install(app)
-    for module in (predict, models, health, pages):
+    # Only where keys are set: a dependency costs each request, and the docs then ask for a key that nobody has.
+    protected = [Depends(require_key)] if settings.api_keys else []
+    for module in (predict, models):
+        app.include_router(module.router, dependencies=protected)
+    for module in (health, pages):
         app.include_router(module.router)
     return app
 

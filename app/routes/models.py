@@ -1,12 +1,12 @@
 """`GET /models`."""
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
-from app.dependencies import EngineDep, require_key
+from app.dependencies import EngineDep
 from app.problems import documented
 from app.schemas import ModelInfo, ModelList, model_info
 
-router = APIRouter(prefix="/models", tags=["models"], dependencies=[Depends(require_key)])
+router = APIRouter(prefix="/models", tags=["models"])
 
 
 @router.get("", summary="List the models", response_model_exclude_none=True, responses=documented(401, 503))

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from app.bodies import FIELD, ImagesBody, Upload, read_uploads
-from app.dependencies import EngineDep, SettingsDep, require_key
+from app.dependencies import EngineDep, SettingsDep
 from app.disconnect import cancelled_on_disconnect
 from app.problems import documented
 from app.schemas import PredictQuery, PredictResponse, image_result
 from service.errors import ServiceError
 from service.results import Predictions
 
-router = APIRouter(tags=["inference"], dependencies=[Depends(require_key)])
+router = APIRouter(tags=["inference"])
 
 _BINARY = {"type": "string", "format": "binary"}
 # The body is read by `read_uploads`, not by the framework, so its three forms are described here.

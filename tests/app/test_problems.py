@@ -61,3 +61,4 @@ def test_with_keys_set_a_request_must_carry_one(make_client: MakeClient) -> None
     assert [each.status_code for each in (refused, wrong, basic, right)] == [401, 401, 401, 200]
     assert refused.headers["WWW-Authenticate"] == "Bearer"
     assert client.get("/health").status_code == 200
+    assert client.get("/openapi.json").json()["paths"]["/predict"]["post"]["security"]
