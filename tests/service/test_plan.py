@@ -66,13 +66,19 @@ class FakeMachine:
 
 
 def test_measuring_stops_at_the_first_size_that_is_not_worth_its_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = FakeMachine(lambda n: 0.004 * n, monkeypatch)
+    machine = FakeMachine(lambda n: 0.04 * n, monkeypatch)
 
     plan = measure(machine.prepare, 64)
 
     assert plan.sizes == (1,)
-    assert plan.time(1) == pytest.approx(0.004)
+    assert plan.time(1) == pytest.approx(0.04)
     assert machine.prepared == [1, 2]
+
+
+def test_a_short_run_is_batched_for_the_hand_overs_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = FakeMachine(lambda n: 0.005 * n, monkeypatch)
+
+    assert measure(machine.prepare, 64).sizes == (1, 2)
 
 
 def test_measuring_goes_up_to_the_ceiling_where_batches_pay(monkeypatch: pytest.MonkeyPatch) -> None:
