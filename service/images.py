@@ -13,12 +13,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import AvifImagePlugin, Image, ImageCms, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
+from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from service.errors import ImageTooLarge, InvalidImage
 
@@ -30,6 +30,17 @@ _MAX_SIDE = 65_535  # JPEG's own; costs per row and Pillow's float32 boxes are f
 _MAX_READS = 100_000  # by Pillow in Python, for it walks markers, chunks and blocks there: 0.1 s
 _MAX_SCANNED_PIXELS = 2_000_000_000  # passes over the pixels of a JPEG, 0.3 s per billion; real ones make 10
 _MAX_TIFF_VALUES = 65_536  # of one TIFF tag: Pillow makes a Python object of each
+_MAX_BYTES = 9  # of memory per pixel of the limit: 4 of the picture, as much in the decoder, and what is small
+_HELD_BYTES = {  # per pixel: libwebp's two canvases, libavif's planes of 16 bits and its RGB, and Pillow's copy of it
+    ("WEBP", "RGB"): 12,
+    ("WEBP", "RGBA"): 12,
+    ("AVIF", "RGB"): 12,
+    ("AVIF", "RGBA"): 16,
+}
+_HALVED_PIXELS = (
+    2**24
+)  # above, a JPEG of several scans is read at half its sides: libjpeg keeps 8 bytes per pixel of it
+_STRIP_PIXELS = 2**19  # of a larger picture, what is converted at a time
 _MOST_PIXELS = 178_956_970  # Pillow's own limit on all it opens, whatever the setting
 _MAX_REPEATS = 16  # of these blocks, whose handling adds up; there should be one
 _ONCE: Mapping[str, bytes] = {"JPEG": rb"Exif\0\0", "PNG": b"iCCP"}
@@ -40,6 +51,8 @@ _OFFSETS = {273, 324}  # TIFF tags that Pillow loops over whatever their type: S
 _MIRRORED, _UPSIDE_DOWN, _SIDEWAYS = {2, 3, 7, 8}, {3, 4, 6, 7}, {5, 6, 7, 8}
 _LOGIC_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError)
 _FOREIGN = (OSError, EOFError, SyntaxError, struct.error, zlib.error, *_LOGIC_ERRORS)
+
+_LAB_TO_RGB = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
 
 Image.init()  # all plugins now, not in the first request's thread
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the thread pool already has one thread per core
@@ -72,22 +85,28 @@ def decode(data: bytes | bytearray | memoryview, geometry: Geometry, *, max_pixe
 
     Raises:
         InvalidImage: it is empty, in no supported format, truncated or corrupt.
-        ImageTooLarge: it has more than `max_pixels` pixels; none of them was decoded.
+        ImageTooLarge: it has more than `max_pixels` pixels, or its decoding takes more than 9 bytes for each of them;
+            nothing was decoded.
     """
     name = _format(raw := bytes(data))
     with _map_errors(name, max_pixels):
         _check_blocks(raw, name)
         with Image.open(reader := _BoundedReader(raw), formats=(name.upper(),)) as image:
-            _check_size(image, max_pixels)
+            size = _check_size(image, max_pixels)
             if name == "JPEG":
                 _check_scans(image, raw, reader.tell())
             elif name == "TIFF":
+                _check_tiles(image, max_pixels)
                 vars(image)["is_animated"] = True  # keeps Pillow from reading all its EXIF, which may take seconds
-            image.load()
+            picture = _load(image)
+            if name != "JPEG":  # which may be read at half its size
+                size = picture.size  # XMP may have turned a TIFF
             turn = 1 if name == "TIFF" else _orientation(image.info.get("exif", b""))  # Pillow turns a TIFF itself
-            upright = image.size[::-1] if turn in _SIDEWAYS else image.size
-            box = _source_box(crop_box(*upright, geometry), image.size, turn)
-            return Decoded(_fit(_visible(image), box, turn, geometry), *upright)
+            upright = size[::-1] if turn in _SIDEWAYS else size
+            left, top, right, bottom = _source_box(crop_box(*upright, geometry), size, turn)
+            part = 1 if picture.size == size else 0.5
+            box = left * part, top * part, right * part, bottom * part
+            return Decoded(_fit(picture, box, turn, geometry), *upright)
 
 
 def crop_box(width: int, height: int, geometry: Geometry) -> Box:
@@ -147,11 +166,37 @@ def _more_than(limit: int, pattern: bytes, raw: bytes) -> bool:
     return next(islice(re.finditer(pattern, raw), limit, None), None) is not None
 
 
-def _check_size(image: Image.Image, max_pixels: int) -> None:
+def _check_size(image: Image.Image, max_pixels: int) -> tuple[int, int]:
     if image.width * image.height > max_pixels:
         raise _too_large(f"{image.width * image.height / 1e6:.4g}", max_pixels)
     if max(image.size) > _MAX_SIDE:
         raise ImageTooLarge(f"the picture has {max(image.size)} pixels on a side, the limit is {_MAX_SIDE}")
+    _check_memory(_HELD_BYTES.get((image.format or "", image.mode), 0) * image.width * image.height, max_pixels)
+    return image.size
+
+
+def _check_memory(size: float, max_pixels: int) -> None:
+    if size > _MAX_BYTES * max_pixels:
+        limits = f"{_MAX_BYTES * max_pixels / 1e6:.4g} ({_MAX_BYTES} for each of PVT_MAX_IMAGE_MEGAPIXELS)"
+        raise ImageTooLarge(f"decoding the picture takes {size / 1e6:.4g} megabytes, the limit is {limits}")
+
+
+def _check_tiles(image: Image.Image, max_pixels: int) -> None:
+    """Refuses a TIFF whose tiles or strips take more memory or time than its pixels; libtiff decodes them whole."""
+    if vars(image)["tile"][0][0] != "libtiff":
+        return  # Pillow reads uncompressed ones row by row
+    tags: Mapping[int, Any] = vars(image)["tag_v2"]
+    width, height = tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
+    rows = min(height, tags.get(TiffImagePlugin.ROWSPERSTRIP, height))
+    across, down = tags.get(TiffImagePlugin.TILEWIDTH, width), tags.get(TiffImagePlugin.TILELENGTH, rows)
+    covered = -(-width // across) * across * -(-height // down) * down
+    if covered - width * height > max_pixels:
+        raise _too_large(f"{covered / 1e6:.4g}", max_pixels)
+    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+    pixel = 1 if image.mode in {"1", "L", "P"} else 4
+    block = across * down * max(pixel, max(bits) * max(len(bits), tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)) / 8)
+    turns = tags.get(ExifTags.Base.Orientation, 1) != 1 or TiffImagePlugin.XMP in tags  # XMP may tell it too
+    _check_memory(block + pixel * (1 + turns) * width * height, max_pixels)  # turned by Pillow while libtiff holds on
 
 
 def _check_blocks(raw: bytes, name: str) -> None:
@@ -172,6 +217,22 @@ def _check_scans(image: Image.Image, raw: bytes, start: int) -> None:
     limit = _MAX_SCANNED_PIXELS // max(image.width * image.height, 1_000_000)
     if _more_than(limit, rb"\xff[\xda]", raw):  # [] halves the time of the search
         raise InvalidImage(f"corrupt JPEG: more than {limit} scans")
+    if image.width * image.height > _HALVED_PIXELS:
+        image.draft(None, (image.width // 2, image.height // 2))
+
+
+def _load(image: Image.Image) -> Image.Image:
+    """The first frame; of WebP and AVIF without what Pillow holds of it at once, up to five copies."""
+    if image.format not in {"WEBP", "AVIF"}:
+        image.load()
+        return image
+    decoder = vars(image).pop("_decoder")
+    frame = decoder.get_frame(0) if image.format == "AVIF" else decoder.get_next()
+    if frame is None:
+        raise InvalidImage("corrupt WebP: its first frame can not be decoded")
+    del decoder  # with its canvases
+    mode = getattr(image, "rawmode", image.mode)  # a WebP's may be RGBX, then without transparency
+    return Image.frombuffer(mode, image.size, frame[0], "raw", mode, 0, 1)
 
 
 def _tags(tiff: bytes) -> Iterator[tuple[int, int, int, bytes]]:
@@ -205,45 +266,88 @@ def _source_box(box: Box, size: tuple[int, int], turn: int) -> Box:
     return left, top, right, bottom
 
 
-def _fit(image: Image.Image, box: Box, turn: int, geometry: Geometry) -> NDArray[np.uint8]:
+def _fit(picture: Image.Image, box: Box, turn: int, geometry: Geometry) -> NDArray[np.uint8]:
     """Resizes what `box` holds, and only then turns it and spreads grey to RGB: there are far fewer pixels then."""
     size = (geometry.height, geometry.width) if turn in _SIDEWAYS else (geometry.width, geometry.height)
-    if image.size != size or box != (0, 0, *size):
-        image = image.resize(size, Image.Resampling[geometry.interpolation.upper()], box=box)
-    pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    filtered = Image.Resampling[geometry.interpolation.upper()]
+    if picture.mode not in {"RGB", "L"} or picture.has_transparency_data:
+        picture, box = _visible(picture, box, size, filtered)
+    if picture.size != size or box != (0, 0, *size):
+        picture = picture.resize(size, filtered, box=box)
+    pixels = np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     pixels = pixels[:: -1 if turn in _UPSIDE_DOWN else 1, :: -1 if turn in _MIRRORED else 1]
     return np.ascontiguousarray(pixels.swapaxes(0, 1) if turn in _SIDEWAYS else pixels)
 
 
-def _visible(image: Image.Image) -> Image.Image:
-    """The picture as people see it, in mode RGB or L."""
-    if image.mode[0] in "IF":
-        return Image.fromarray(_eight_bits(image))
-    if image.has_transparency_data:
+def _visible(
+    picture: Image.Image, box: Box, size: tuple[int, int], filtered: Image.Resampling
+) -> tuple[Image.Image, Box]:
+    """The picture as people see it, in mode RGB or L, and where `box` lies in it.
+
+    A large one is converted by strips that are at once resized to the target's width, so that there is no second
+    picture of its size. Pillow resizes in the same two passes, so nothing else changes.
+    """
+    span = _span(picture)
+    if picture.width * picture.height <= _STRIP_PIXELS:
+        return _seen(picture, span), box
+    left, top, right, bottom = box
+    reach = 2 + 2 * max(1, (bottom - top) / size[1])  # of the filters, in rows, rounded up
+    above, below = max(0, int(top - reach)), min(picture.height, int(bottom + reach))
+    strips = (_seen(strip, span) for strip in _strips(picture, above, below))
+    narrow = [strip.resize((size[0], strip.height), filtered, box=(left, 0, right, strip.height)) for strip in strips]
+    joined, y = Image.new(narrow[0].mode, (size[0], below - above)), 0
+    for strip in narrow:
+        joined.paste(strip, (0, y))
+        y += strip.height
+    return joined, (0, top - above, size[0], bottom - above)
+
+
+def _strips(picture: Image.Image, above: int, below: int) -> Iterator[Image.Image]:
+    rows = max(1, _STRIP_PIXELS // picture.width)
+    for y in range(above, below, rows):
+        yield picture.crop((0, y, picture.width, min(y + rows, below)))
+
+
+def _seen(strip: Image.Image, span: tuple[float, float]) -> Image.Image:
+    """`strip` in mode RGB or L; `span` is the whole picture's."""
+    if strip.mode[0] in "IF":
+        return Image.fromarray(_eight_bits(strip, *span))
+    if strip.has_transparency_data:
         # On white: the ground of the pages, documents and product photos that most such pictures are made for.
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        (canvas := Image.new("RGB", image.size, "white")).paste(image, mask=image)
+        strip = (strip.convert("LA") if strip.mode == "La" else strip).convert("RGBA")
+        (canvas := Image.new("RGB", strip.size, "white")).paste(strip, mask=strip)
         return canvas
-    if image.mode == "LAB":
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image
-    return image if image.mode in {"RGB", "L"} else image.convert("L" if image.mode == "1" else "RGB")
+    if strip.mode == "LAB":
+        return ImageCms.applyTransform(strip, _LAB_TO_RGB) or strip
+    return strip if strip.mode in {"RGB", "L"} else strip.convert("L" if strip.mode == "1" else "RGB")
 
 
-def _eight_bits(image: Image.Image) -> NDArray[np.uint8]:
+def _numbers(strip: Image.Image) -> NDArray[np.float64]:
+    numbers = np.asarray(strip).astype(np.float64)
+    return numbers if np.isfinite(numbers).all() else np.nan_to_num(numbers, copy=False)
+
+
+def _span(picture: Image.Image) -> tuple[float, float]:
+    """The lowest and the highest value of a picture in mode I or F, where they decide on the scale."""
+    if picture.mode not in {"I", "F"}:
+        return 0, 0
+    spans = [(v.min(), v.max()) for v in map(_numbers, _strips(picture, 0, picture.height))]
+    return float(min(low for low, _ in spans)), float(max(high for _, high in spans))
+
+
+def _eight_bits(strip: Image.Image, low: float, high: float) -> NDArray[np.uint8]:
     """Grey of more than 8 bits on 0..255, without clipping.
 
     Integers within 0..65535 are 16-bit grey; floats are on the smallest of 0..1, 0..255 and 0..65535 that holds them;
     what no scale holds is stretched from its darkest to its brightest value. NaN is black.
     """
-    values = np.asarray(image)
-    if image.mode.startswith("I;16"):
+    if strip.mode.startswith("I;16"):
+        values = np.asarray(strip)
         grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        grey[values == image.info.get("transparency", -1)] = 255  # PNG's transparent value, on white
+        grey[values == strip.info.get("transparency", -1)] = 255  # PNG's transparent value, on white
         return grey
-    values = np.nan_to_num(values.astype(np.float64))
-    low, high = float(values.min()), float(values.max())
-    scales = [s for s in ((1, 255, 65535) if image.mode == "F" else (65535,)) if 0 <= low <= high <= s]
+    numbers = _numbers(strip)
+    scales = [s for s in ((1, 255, 65535) if strip.mode == "F" else (65535,)) if 0 <= low <= high <= s]
     if not scales:
-        values = (values / 2 - low / 2) / (high / 2 - low / 2 or 1.0)
-    return np.rint(values * (255 / scales[0] if scales else 255)).astype(np.uint8)
+        numbers = (numbers / 2 - low / 2) / (high / 2 - low / 2 or 1.0)
+    return np.rint(numbers * (255 / scales[0] if scales else 255)).astype(np.uint8)

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 # A larger batch makes each of its images wait for the whole; it must pay that back with this much more throughput.
 WORTHWHILE_GAIN = 1.03
-# What a batch costs beside its run, however large it is: two changes of thread and a turn of the event loop, under load.
+# What a batch costs beside its run, whatever its size: two changes of thread and a turn of the event loop, under load.
 HAND_OVER_SECONDS = 0.0005
 _RUNS = 5
 
