@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     max_images: Annotated[int, Field(ge=1, le=4096)] = 64
     """Images in one request."""
     max_image_megapixels: Annotated[float, Field(gt=0, le=178)] = 50
-    """Pixels of one image, in units of 10^6. Decoding time and memory go with them."""
+    """Pixels of one image, in units of 10^6; decoding one may take 9 bytes of memory for each."""
     stall_seconds: Annotated[float, Field(gt=0)] = 30
     """A decode or inference thread that is at one job for longer makes the service unhealthy."""
     shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
