@@ -30,6 +30,18 @@ async def engine(root: Path, **options: Any) -> AsyncIterator[Engine]:
         yield made
 
 
+def gated_load(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Loads wait for this event."""
+    gate, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def gated(*args: Any) -> Executable:
+        asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(30)
+        return real_load(*args)
+
+    monkeypatch.setattr(engine_module, "load", gated)
+    return gate
+
+
 async def test_an_image_is_answered_by_the_default_model(tmp_path: Path) -> None:
     async with engine(tmp_path) as e:
         predictions = await e.predict([png(size=(40, 30))], top_k=2)
@@ -51,14 +63,7 @@ async def test_a_bad_image_fails_alone(tmp_path: Path) -> None:
 
 
 async def test_a_preloaded_model_is_waited_for_by_readiness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def gated(*args: Any) -> Executable:
-        asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(30)
-        return real_load(*args)
-
-    monkeypatch.setattr(engine_module, "load", gated)
+    gate = gated_load(monkeypatch)
     async with engine(tmp_path, preload=(NAME,)) as e:
         await asyncio.sleep(0)
         before = await e.health()
@@ -72,14 +77,7 @@ async def test_a_preloaded_model_is_waited_for_by_readiness(tmp_path: Path, monk
 
 
 async def test_a_deadline_covers_the_loading_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def gated(*args: Any) -> Executable:
-        asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(30)
-        return real_load(*args)
-
-    monkeypatch.setattr(engine_module, "load", gated)
+    gate = gated_load(monkeypatch)
     async with engine(tmp_path) as e:
         with pytest.raises(DeadlineExceeded, match="no answer within 10 ms"):
             await e.predict([png()], timeout_seconds=0.01)
