@@ -24,7 +24,11 @@ Pixels = NDArray[np.uint8]  # (height, width, 3)
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """How a model was loaded. `memory_bytes` is what the process's resident memory grew by meanwhile."""
+    """How a model was loaded.
+
+    `memory_bytes` is what the process's resident memory grew by meanwhile, and at least the size of the weights, since
+    growth that fits into memory freed before is not seen.
+    """
 
     backend: str
     precision: Precision
@@ -64,7 +68,8 @@ def load(stored: StoredModel, backend: Backend, max_batch_size: int) -> Executab
     card = stored.require_card()
     program = _program(card, _module(card, stored.folder), backend)
     plan, graphs = _graphs(card, program, max_batch_size)
-    report = LoadReport(backend.name, program.precision, perf_counter() - start, max(0, _resident_bytes() - memory))
+    grown = max(card.weights.bytes, _resident_bytes() - memory)
+    report = LoadReport(backend.name, program.precision, perf_counter() - start, grown)
     return Executable(stored, plan, graphs, report)
 
 

@@ -52,6 +52,15 @@ def test_the_report_says_what_was_loaded_and_how(tmp_path: Path) -> None:
     assert report.load_seconds > 0
 
 
+def test_memory_that_was_freed_before_does_not_make_a_model_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = add_model(tmp_path) / "model.safetensors"
+    monkeypatch.setattr("service.loader._resident_bytes", lambda: 10**9)
+
+    assert load_tiny(tmp_path).report.memory_bytes == path.stat().st_size
+
+
 def test_a_card_with_another_number_of_labels_than_the_head_is_refused(tmp_path: Path) -> None:
     edit_card(add_model(tmp_path), labels=["one", "two"])
 
