@@ -8,6 +8,7 @@ from app.problems import Problem, problem
 from service.cards import Accuracy
 from service.engine import ModelStatus
 from service.errors import ServiceError
+from service.loader import Executable
 from service.results import Prediction
 
 
@@ -64,10 +65,17 @@ class PredictResponse(BaseModel):
 
 
 class BatchSize(BaseModel):
-    """A compiled batch size and its measured time."""
+    """A compiled batch size and its measured time, while all instances run."""
 
     size: int
     ms: float
+
+
+class CoreLayout(BaseModel):
+    """`streams` batches run at a time, each on `threads` cores."""
+
+    streams: int
+    threads: int
 
 
 class ModelInfo(BaseModel):
@@ -91,6 +99,12 @@ class ModelInfo(BaseModel):
         Field(description="Resident memory that loading took; the first model's includes the libraries' own."),
     ] = None
     batch_plan: list[BatchSize] | None = None
+    alone_ms: Annotated[
+        float | None, Field(description="Measured time of a lone image on all cores, where that pays.")
+    ] = None
+    layout: CoreLayout | None = None
+    plan_cached: Annotated[bool | None, Field(description="Whether plan and graphs came from PVT_CACHE_DIR.")] = None
+    notes: Annotated[list[str] | None, Field(description="What was tried and left out, and why.")] = None
     load_seconds: float | None = None
 
 
@@ -132,10 +146,20 @@ def model_info(model: ModelStatus) -> ModelInfo:
         size = (card.preprocessing.height, card.preprocessing.width)
         known = {"num_classes": len(card.labels), "input_size": size, "parameters": card.parameters}
         info = info.model_copy(update={**known, "accuracy": card.accuracy, "licence": card.licence})
-    if status.loaded:
-        executable = status.loaded.executable
-        plan = [BatchSize(size=n, ms=round(t * 1000, 3)) for n, t in executable.plan.seconds.items()]
-        report = executable.report
-        loaded = {"backend": report.backend, "precision": report.precision, "memory_bytes": report.memory_bytes}
-        info = info.model_copy(update={**loaded, "batch_plan": plan, "load_seconds": round(report.load_seconds, 3)})
-    return info
+    return info.model_copy(update=_loaded(status.loaded.executable)) if status.loaded else info
+
+
+def _loaded(executable: Executable) -> dict[str, object]:
+    """What is known of a model once it is in memory."""
+    plan, report = executable.plan, executable.report
+    return {
+        "backend": report.backend,
+        "precision": report.precision,
+        "memory_bytes": report.memory_bytes,
+        "batch_plan": [BatchSize(size=n, ms=round(t * 1000, 3)) for n, t in plan.seconds.items()],
+        "alone_ms": None if plan.alone_seconds is None else round(plan.alone_seconds * 1000, 3),
+        "layout": CoreLayout(**report.layout._asdict()),
+        "plan_cached": report.cached,
+        "notes": list(report.notes),
+        "load_seconds": round(report.load_seconds, 3),
+    }

@@ -38,9 +38,11 @@ class Settings(BaseSettings):
     preload: Names = ()
     """Models to load at start; the service is ready when they are. Others are loaded by their first request."""
     backend: Literal["auto", "openvino", "torch"] = "auto"
-    """What executes the models; auto is openvino on a CPU."""
+    """What executes the models; auto is openvino, and torch for a model that fails there."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic; auto is bfloat16 where backend and CPU compute in it natively, float32 elsewhere."""
+    """Arithmetic; auto is bfloat16 where that is faster and its answers are as good, float32 elsewhere."""
+    cache_dir: Path | None = Path("~/.cache/pvt-serve")
+    """Folder in which measured batch plans and compiled graphs are kept; empty: nowhere."""
     instances: Annotated[int, Field(ge=0, le=1024)] = 0
     """Batches that run at the same time; 0 is one for each core that affinity and cgroup quota allow."""
     max_batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
@@ -76,6 +78,11 @@ class Settings(BaseSettings):
             raise ValueError("a list with nothing in it; leave the variable out for an empty one")
         return tuple(part for part in parts if part)
 
+    @field_validator("cache_dir", mode="before")
+    @classmethod
+    def _none(cls, value: object) -> object:
+        return None if value == "" else value
+
     @classmethod
     def from_environment(cls) -> Self:
         """The settings of this process.
@@ -102,7 +109,8 @@ class Settings(BaseSettings):
             model_store=self.model_store,
             default_model=self.default_model,
             preload=self.preload,
-            backend="openvino" if self.backend == "auto" else self.backend,
+            backend=self.backend,
+            cache=self.cache_dir.expanduser() if self.cache_dir else None,
             precision=None if self.precision == "auto" else self.precision,
             max_batch_size=self.max_batch_size,
             max_batch_delay_seconds=self.max_batch_delay_ms / 1000,

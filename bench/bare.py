@@ -7,14 +7,15 @@ from time import perf_counter
 
 from service.images import decode
 from service.loader import load
-from service.options import EngineOptions, make_backend
+from service.options import EngineOptions, make_backends
 from service.store import Store
+from service.tuning import Limits
 
 
 def bare_loop(store: Path, model: str, pictures: Sequence[bytes], seconds: float) -> float:
     """Images per second of `model` over `pictures`."""
     options = EngineOptions(model_store=store, default_model=model)
-    executable = load(Store(store).find(model), make_backend(options), options.max_batch_size)
+    executable = load(Store(store).find(model), make_backends(options), Limits(options.cores))
     geometry = executable.card.preprocessing.geometry
     counts = [0] * options.instances
     end = perf_counter() + seconds

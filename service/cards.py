@@ -49,6 +49,13 @@ class WeightsFile(_Record):
     bytes: Annotated[int, Field(gt=0)]
 
 
+class ReferenceFile(_Record):
+    """The file beside the card that holds reference images and their float32 logits: see `service.reference`."""
+
+    file: Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class Accuracy(_Record):
     """A measured top-1 accuracy: share of `images` of `dataset` that were right."""
 
@@ -68,6 +75,7 @@ class ModelCard(_Record):
     parameters: Annotated[int, Field(gt=0)]
     licence: str
     source: str
+    reference: ReferenceFile | None = None
     accuracy: Accuracy | None = None
     training: str | None = None
 

@@ -1,7 +1,7 @@
 """The facade: image bytes in, results out. The one thing of `service` that HTTP talks to."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from time import monotonic, perf_counter
@@ -11,14 +11,16 @@ from typing import Self
 import structlog
 
 from service.errors import DeadlineExceeded, ModelLoadFailed, ServiceError, ShuttingDown
-from service.loader import load
+from service.loader import Executable, load
 from service.metrics import EngineMetrics
-from service.options import EngineOptions, make_backend
+from service.options import EngineOptions, make_backends
 from service.outputs import top_k as best_classes
 from service.pipeline import Image, Pipeline, Resident
+from service.plan_cache import PlanCache
 from service.registry import Registry, Status
 from service.results import Health, Inferred, Prediction, Predictions
 from service.store import Store, StoredModel
+from service.tuning import Limits
 from service.workers import Workers
 
 log = structlog.get_logger(component="engine")
@@ -43,15 +45,17 @@ class Engine:
     def __init__(self, options: EngineOptions, metrics: EngineMetrics) -> None:
         self.options = options
         self._metrics = metrics
-        self._backend = make_backend(options)
+        self._backends = make_backends(options)
+        self._limits = Limits(options.cores, options.max_batch_size, options.precision)
+        self._plans = PlanCache(options.cache) if options.cache else None
         self._store = Store(options.model_store)
         self._loaders = Workers("load", 1)
         self._files = Workers("store", 1)
-        self._pipeline = Pipeline(options, self._backend, metrics)
+        self._pipeline = Pipeline(options, metrics)
         self._registry = Registry[Resident](self._find, self._load)
-        # Mutable state: the loads asked for at the start, requests under way, whether new ones are refused, and whether
+        # Mutable state: work that no request waits for, requests under way, whether new ones are refused, and whether
         # those under way are given up.
-        self._preloads: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._under_way: set[asyncio.Task[object]] = set()
         self.draining = False
         self._aborted = False
@@ -60,16 +64,18 @@ class Engine:
         for name in {self.options.default_model} - {*self.options.preload}:
             for reason in await self._unready(name):
                 log.warning("default_model_unavailable", reason=reason)
-        self._preloads = [asyncio.create_task(self._preload(name)) for name in self.options.preload]
+        for name in self.options.preload:
+            self._background(self._preload(name))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.drain()
-        for task in self._preloads:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._preloads, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._registry.close()
         await self._pipeline.close(wait=not self._aborted)
         self._loaders.close(wait=False)
@@ -224,7 +230,7 @@ class Engine:
     async def _load(self, stored: StoredModel) -> Resident:
         start = perf_counter()
         try:
-            executable = await self._loaders.run(load, stored, self._backend, self.options.max_batch_size)
+            executable = await self._loaders.run(load, stored, self._backends, self._limits, self._plans)
         except ServiceError as error:
             self._metrics.model_loads.labels(stored.id, "failed").inc()
             log.warning("model_load_failed", model=stored.id, reason=str(error))
@@ -238,8 +244,22 @@ class Engine:
         self._metrics.model_load_seconds.labels(stored.id).observe(perf_counter() - start)
         self._metrics.model_memory_bytes.labels(stored.id).set(report.memory_bytes)
         log.info("model_loaded", model=stored.id, backend=report.backend, precision=report.precision,
-                 batch_sizes=executable.plan.sizes, seconds=round(report.load_seconds, 3))  # fmt: skip
+                 layout=f"{report.layout.streams}x{report.layout.threads}", batch_sizes=executable.plan.sizes,
+                 cached=report.cached, seconds=round(report.load_seconds, 3))  # fmt: skip
+        self._background(self._widen(executable))
         return self._pipeline.open(executable)
+
+    async def _widen(self, executable: Executable) -> None:
+        """What can wait until the model answers; without it the model goes on as it is."""
+        try:
+            await self._loaders.run(executable.widen)
+        except Exception:
+            log.exception("model_not_widened", model=executable.stored.id)
+
+    def _background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _unready(self, name: str) -> list[str]:
         try:

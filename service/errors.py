@@ -14,6 +14,7 @@
       - WeightsUnsafe       a pickle that would run code
       - WeightsMismatch     tensors missing, unexpected or misshapen
       - WeightsNotFinite    NaN or infinity inside
+    - ReferenceInvalid      its reference images
     - BackendUnavailable    the backend that was asked for can't run here
   - OutOfMemory             a batch did not fit; the scheduler retries with less
   - QueueFull               refused at admission; carries when to come back
@@ -76,6 +77,10 @@ class WeightsMismatch(WeightsInvalid):
 
 class WeightsNotFinite(WeightsInvalid):
     """A tensor holds NaN or infinity; the message names it."""
+
+
+class ReferenceInvalid(ModelLoadFailed):
+    """The reference images of a card are missing, changed or of the wrong shape."""
 
 
 class BackendUnavailable(ModelLoadFailed):

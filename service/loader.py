@@ -2,22 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import psutil
-import torch
+import structlog
 from numpy.typing import NDArray
 
-from service.backends.base import Backend, Graph, Precision, Program, Served
-from service.cards import ModelCard
-from service.errors import CardInvalid, ModelLoadFailed
+from service.backends.base import Backend, Graph, Layout, Precision
+from service.errors import ServiceError
 from service.outputs import Outputs
-from service.plan import BatchPlan, measure
-from service.pvt_v2 import PVT_V2, create
+from service.plan import BatchPlan
+from service.plan_cache import CachedPlan, Key, PlanCache, digest, machine
+from service.reference import Reference, read_reference, synthetic_images
 from service.store import StoredModel
-from service.weights import load_weights
+from service.tuning import Alone, Limits, Tuned, Tuning
+
+log = structlog.get_logger(component="loader")
 
 Pixels = NDArray[np.uint8]  # (height, width, 3)
 
@@ -26,12 +27,16 @@ Pixels = NDArray[np.uint8]  # (height, width, 3)
 class LoadReport:
     """How a model was loaded.
 
+    `notes` says what was tried and left out, and why; `cached` whether plan and graphs came from the plan cache.
     `memory_bytes` is what the process's resident memory grew by meanwhile, and at least the size of the weights, since
     growth that fits into memory freed before is not seen.
     """
 
     backend: str
     precision: Precision
+    layout: Layout
+    notes: tuple[str, ...]
+    cached: bool
     load_seconds: float
     memory_bytes: int
 
@@ -39,70 +44,147 @@ class LoadReport:
 class Executable:
     """A loaded model: runs batches of up to the plan's largest size."""
 
-    def __init__(self, stored: StoredModel, plan: BatchPlan, graphs: dict[int, Graph], report: LoadReport) -> None:
+    def __init__(self, stored: StoredModel, tuned: Tuned, report: LoadReport) -> None:
         self.stored = stored
         self.card = stored.require_card()
-        self.plan = plan
+        self.plan = tuned.plan
         self.report = report
-        self._graphs = graphs
+        self._graphs = tuned.graphs
+        self._make_alone = tuned.alone and tuned.alone.make
+        # Mutable state: the graph for a lone image, there once `widen` has made it.
+        self._alone: Graph | None = None
 
-    def run(self, instance: int, images: Sequence[Pixels]) -> list[Outputs]:
-        """The outputs of `images`, in their order; one call at a time for each `instance`."""
-        logits, embedding = self._graph(len(images)).run(instance, _stack(images, self._padded(len(images))))
+    def widen(self) -> None:
+        """Make what the model can do without for its first answers: the graph that has all cores for a lone image."""
+        if self._make_alone:
+            graph = self._make_alone()
+            graph.run(0, np.zeros((1, *self.shape), np.uint8))  # the first run pays for lazy allocation
+            self._alone = graph
+
+    def run(self, instance: int, images: Sequence[Pixels], *, alone: bool = False) -> list[Outputs]:
+        """The outputs of `images`, in their order; one call at a time for each `instance`.
+
+        `alone` says that nothing else runs, so that one image may have all cores.
+        """
+        size = self.plan.padded(len(images))
+        graph = self._alone if alone and self._alone and size == 1 else self._graphs[size]
+        logits, embedding = graph.run(instance, _stack(images, size))
         return [Outputs(logits[i], embedding[i]) for i in range(len(images))]
 
-    def _padded(self, n: int) -> int:
-        return self.plan.padded(n)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.card.preprocessing.height, self.card.preprocessing.width, 3
 
-    def _graph(self, n: int) -> Graph:
-        return self._graphs[self._padded(n)]
 
-
-def load(stored: StoredModel, backend: Backend, max_batch_size: int) -> Executable:
-    """Load `stored` on `backend` and measure its batch plan up to `max_batch_size`.
+def load(
+    stored: StoredModel, backends: Sequence[Callable[[], Backend]], limits: Limits, cache: PlanCache | None = None
+) -> Executable:
+    """Load `stored` on the first of `backends` that can run it, as `cache` remembers or else as measured now.
 
     Raises:
         ModelLoadFailed: the card or the weights are wrong; the message says how.
+        Exception: what the last backend raised, where none could run it.
     """
     start, memory = perf_counter(), _resident_bytes()
     card = stored.require_card()
-    program = _program(card, _module(card, stored.folder), backend)
-    plan, graphs = _graphs(card, program, max_batch_size)
+    notes: list[str] = []
+    for i, make in enumerate(backends):
+        backend = make()
+        try:
+            tuned, cached = _tuned(stored, backend, limits, cache)
+            break
+        except ServiceError:
+            raise
+        except Exception as error:
+            if i == len(backends) - 1:
+                raise
+            notes.append(f"{backend.name} failed: {type(error).__name__}: {error}")
+            log.warning("backend_failed", model=stored.id, reason=notes[-1])
     grown = max(card.weights.bytes, _resident_bytes() - memory)
-    report = LoadReport(backend.name, program.precision, perf_counter() - start, grown)
-    return Executable(stored, plan, graphs, report)
+    said = (*notes, *tuned.notes)
+    for note in () if cached else tuned.notes:
+        log.warning("plan_note", model=stored.id, note=note)
+    seconds = perf_counter() - start
+    report = LoadReport(backend.name, tuned.precision, tuned.layout, said, cached, seconds, grown)
+    return Executable(stored, tuned, report)
 
 
-def _module(card: ModelCard, folder: Path) -> PVT_V2:
-    # On the meta device the module costs no memory and no random numbers: every tensor comes from the file.
-    with torch.device("meta"):
-        model = create(card.variant, num_classes=len(card.labels))
-    load_weights(model, folder / card.weights.file, sha256=card.weights.sha256)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if parameters != card.parameters:
-        raise CardInvalid(f"{folder}: the card says {card.parameters} parameters, the weights have {parameters}")
-    return model.eval()
+def _tuned(stored: StoredModel, backend: Backend, limits: Limits, cache: PlanCache | None) -> tuple[Tuned, bool]:
+    """Graphs and plan, and whether the cache had them."""
+    key = _key(stored, backend, limits)
+    if cache and (restored := _restored(stored, backend, cache, key)):
+        return restored, True
+    tuned = _measured(stored, backend, limits)
+    blobs = {size: graph.export() for size, graph in tuned.graphs.items()} if cache else {}
+    whole = {size: blob for size, blob in blobs.items() if blob is not None}
+    if cache and whole and len(whole) == len(blobs):
+        entry = CachedPlan(
+            key=dict(key),
+            precision=tuned.precision,
+            layout=tuned.layout,
+            seconds=dict(tuned.plan.seconds),
+            alone_seconds=tuned.plan.alone_seconds,
+            alone_layout=tuned.alone.layout if tuned.alone else None,
+            notes=tuned.notes,
+            graphs={size: digest(blob) for size, blob in whole.items()},
+        )
+        cache.write(stored.id, stored.version, entry, whole)
+    return tuned, False
 
 
-def _program(card: ModelCard, model: PVT_V2, backend: Backend) -> Program:
+def _restored(stored: StoredModel, backend: Backend, cache: PlanCache, key: Key) -> Tuned | None:
+    if not (found := cache.read(stored.id, stored.version, key)):
+        return None
+    entry, paths = found
+    blobs = {size: np.memmap(path, np.uint8, "r") for size, path in paths.items()}
+    try:
+        graphs = {size: backend.restore(blob, entry.layout, entry.precision) for size, blob in blobs.items()}
+        pixels = stored.require_card().preprocessing
+        for size, graph in graphs.items():  # the first run pays for lazy allocation, and shows that it runs
+            graph.run(0, np.zeros((size, pixels.height, pixels.width, 3), np.uint8))
+    except Exception as error:  # noqa: BLE001  whatever is wrong with it, it can be made anew
+        log.warning("plan_cache_ignored", model=stored.id, reason=f"{type(error).__name__}: {error}")
+        return None
+    alone = None
+    if (layout := entry.alone_layout) and entry.alone_seconds:
+        alone = Alone(layout, entry.alone_seconds, lambda: backend.restore(blobs[1], layout, entry.precision))
+    plan = BatchPlan(entry.seconds, entry.alone_seconds)
+    return Tuned(entry.precision, entry.layout, plan, graphs, alone, entry.notes)
+
+
+def _measured(stored: StoredModel, backend: Backend, limits: Limits) -> Tuned:
+    from service.served import build, plain_logits  # noqa: PLC0415  it imports torch, which the cache spares
+
+    card = stored.require_card()
     pixels = card.preprocessing
-    return backend.program(Served(model, pixels.mean, pixels.std), pixels.height, pixels.width)
+    module = build(card, stored.folder)
+
+    def reference() -> Reference:
+        if found := read_reference(card, stored.folder):
+            return found
+        images = synthetic_images(pixels.height, pixels.width)
+        return Reference(images, plain_logits(module, images))
+
+    program = backend.program(module, pixels.height, pixels.width)
+    return Tuning(backend, program, reference, (pixels.height, pixels.width), limits).run()
 
 
-def _graphs(card: ModelCard, program: Program, max_batch_size: int) -> tuple[BatchPlan, dict[int, Graph]]:
-    graphs: dict[int, Graph] = {}
-    random = np.random.default_rng(0)
-
-    def prepare(size: int) -> Callable[[], object]:
-        graphs[size] = program.graph(size)
-        shape = (size, card.preprocessing.height, card.preprocessing.width, 3)
-        batch = random.integers(0, 256, shape, dtype=np.uint8)
-        if not all(np.isfinite(part).all() for part in graphs[size].run(0, batch)):
-            raise ModelLoadFailed(f"{card.id} gives NaN or infinity; check its weights and the card's mean and std")
-        return lambda: graphs[size].run(0, batch)
-
-    plan = measure(prepare, max_batch_size)
-    return plan, {size: graphs[size] for size in plan.sizes}
+def _key(stored: StoredModel, backend: Backend, limits: Limits) -> dict[str, str]:
+    """All that plan and graphs depend on."""
+    card = stored.require_card()
+    pixels = card.preprocessing
+    return {
+        "weights": card.weights.sha256,
+        "card": digest(card.model_dump_json().encode()),
+        "input": f"{pixels.height}x{pixels.width}",
+        "backend": f"{backend.name} {backend.version}",
+        "instances": str(backend.instances),
+        "cores": str(limits.cores),
+        "max_batch_size": str(limits.max_batch_size),
+        "precision": limits.precision or "auto",
+        **machine(),
+    }
 
 
 def _stack(images: Sequence[Pixels], size: int) -> NDArray[np.uint8]:

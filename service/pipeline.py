@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from service.backends.base import Backend
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
 from service.images import Decoded, decode
 from service.loader import Executable, Pixels
@@ -36,13 +35,13 @@ class Resident:
 class Pipeline:
     """Decode threads, the scheduler and its instances. It lives until it is closed."""
 
-    def __init__(self, options: EngineOptions, backend: Backend, metrics: EngineMetrics) -> None:
+    def __init__(self, options: EngineOptions, metrics: EngineMetrics) -> None:
         self._options = options
         self._metrics = metrics
         self._decoders = Workers("decode", options.cores)
-        self._instances = Workers("infer", backend.instances)
+        self._instances = Workers("infer", options.instances)
         self._scheduler = Scheduler[Pixels, Outputs](
-            backend.instances, metrics, max_delay_seconds=options.max_batch_delay_seconds
+            options.instances, metrics, max_delay_seconds=options.max_batch_delay_seconds
         )
 
     async def close(self, *, wait: bool) -> None:

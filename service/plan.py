@@ -1,8 +1,11 @@
 """The batch plan: what a batch of n images costs on this machine, measured, and so which sizes are worth compiling."""
 
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from statistics import median
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import inf
 from time import perf_counter
 from types import MappingProxyType
 
@@ -10,14 +13,20 @@ from types import MappingProxyType
 WORTHWHILE_GAIN = 1.03
 # What a batch costs beside its run, whatever its size: two changes of thread and a turn of the event loop, under load.
 HAND_OVER_SECONDS = 0.0005
-_RUNS = 5
+# A time is the least of so many runs, of fewer when they would take longer than that: interference only ever adds.
+_RUNS, _MIN_RUNS, _TIMING_SECONDS = 8, 2, 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """Which batch sizes are compiled and t(n), the measured seconds of a batch of n on one instance."""
+    """Which batch sizes are compiled and t(n), the measured seconds of a batch of n on one instance.
+
+    They were measured while all instances ran, as under load. `alone_seconds` is the time of one image that has all
+    cores to itself, where a graph for that is kept.
+    """
 
     seconds: Mapping[int, float]
+    alone_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if not self.seconds:
@@ -54,38 +63,71 @@ class BatchPlan:
     def without(self, count: int) -> "BatchPlan":
         """The plan with every size that holds `count` images gone; the smallest size stays, whatever happens."""
         kept = {n: t for n, t in self.seconds.items() if n < count}
-        return BatchPlan(kept or {self.sizes[0]: self.seconds[self.sizes[0]]})
+        return replace(self, seconds=kept or {self.sizes[0]: self.seconds[self.sizes[0]]})
 
 
-def measure(prepare: Callable[[int], Callable[[], object]], ceiling: int) -> BatchPlan:
+Runner = Callable[[int], object]  # runs one batch on the numbered instance
+
+
+def measure(
+    prepare: Callable[[int], Runner],
+    ceiling: int,
+    *,
+    streams: int = 1,
+    deadline: float = inf,
+    note: Callable[[str], None] = lambda _: None,
+) -> BatchPlan:
     """Compile and time sizes 1, 2, 4, ... up to `ceiling`, and stop at the first that is not worth its wait.
 
     Args:
         prepare: compiles a batch size and returns what runs one batch of it.
         ceiling: the largest size allowed.
+        streams: how many batches run at the same time while they are timed, as they do under load.
+        deadline: when to stop, on `perf_counter`; a size that would take longer is not begun, but size 1 always is.
+        note: told why a size that may have paid is not part of the plan.
     """
     seconds: dict[int, float] = {}
     size = 1
     while size <= ceiling:
-        t = _time(prepare(size))
+        began = perf_counter()
+        try:
+            t = batch_seconds(prepare(size), streams)
+        except Exception as error:
+            if not seconds:
+                raise
+            note(f"batches of {size} and more are left out, {size} failed: {type(error).__name__}: {error}")
+            break
         if seconds and _gain(seconds, size, t) < WORTHWHILE_GAIN:
             break
         seconds[size] = t
         size *= 2
+        ended = perf_counter()
+        if size <= ceiling and ended + 2 * (ended - began) > deadline:
+            note(f"batches of {size} and more are left out: measuring them would take too long")
+            break
     return BatchPlan(seconds)
+
+
+def batch_seconds(run: Runner, streams: int = 1) -> float:
+    """The time of a batch while `streams` of them run at the same time, in seconds."""
+    start = perf_counter()
+    run(0)  # the first run pays for lazy allocation
+    runs = max(_MIN_RUNS, min(_RUNS, int(_TIMING_SECONDS / max(perf_counter() - start, 1e-9))))
+    together = threading.Barrier(streams)
+
+    def timed(instance: int) -> list[float]:
+        run(instance)
+        together.wait()
+        marks = [perf_counter()]
+        for _ in range(runs):
+            run(instance)
+            marks.append(perf_counter())
+        return [after - before for before, after in pairwise(marks)]
+
+    with ThreadPoolExecutor(streams, thread_name_prefix="pvt-measure") as pool:
+        return min(t for times in pool.map(timed, range(streams)) for t in times)
 
 
 def _gain(seconds: Mapping[int, float], size: int, t: float) -> float:
     before = min((known + HAND_OVER_SECONDS) / n for n, known in seconds.items())
     return before * size / (t + HAND_OVER_SECONDS)
-
-
-def _time(run: Callable[[], object]) -> float:
-    run()  # the first run pays for lazy allocation
-
-    def once() -> float:
-        start = perf_counter()
-        run()
-        return perf_counter() - start
-
-    return median(once() for _ in range(_RUNS))

@@ -7,15 +7,15 @@ build with epsilon 1e-6; the norms behind a patch embedding or a spatial reducti
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its customary name
+
+from service.variants import VARIANTS
 
 Size = tuple[int, int]  # (H, W) of a map; as tokens it is N = H * W long
 
@@ -231,32 +231,6 @@ class PVT_V2(nn.Module):
         return Outputs(self.head(embedding), embedding, tuple(maps[i - 1] for i in stages))
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A row of the paper's table 1: the arguments of `PVT_V2` that make a variant."""
-
-    embed_dims: tuple[int, ...]
-    depths: tuple[int, ...]
-    mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
-    num_heads: tuple[int, ...] = (1, 2, 5, 8)
-    sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
-    qkv_bias: bool = True
-    norm_layer: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6)  # noqa: RUF009 - it is immutable
-    linear: bool = False
-
-
-_WIDE = (64, 128, 320, 512)
-VARIANTS: Mapping[str, Variant] = MappingProxyType({
-    "pvt_v2_b0": Variant((32, 64, 160, 256), (2, 2, 2, 2)),
-    "pvt_v2_b1": Variant(_WIDE, (2, 2, 2, 2)),
-    "pvt_v2_b2": Variant(_WIDE, (3, 4, 6, 3)),
-    "pvt_v2_b2_li": Variant(_WIDE, (3, 4, 6, 3), linear=True),
-    "pvt_v2_b3": Variant(_WIDE, (3, 4, 18, 3)),
-    "pvt_v2_b4": Variant(_WIDE, (3, 8, 27, 3)),
-    "pvt_v2_b5": Variant(_WIDE, (3, 6, 40, 3), mlp_ratios=(4, 4, 4, 4)),
-})  # fmt: skip
-
-
 def create(variant: str, **overrides: Any) -> PVT_V2:  # noqa: ANN401 - any argument of PVT_V2, checked there
     """A model with fresh weights; `overrides` are arguments of `PVT_V2` that replace the variant's own.
 
@@ -265,4 +239,6 @@ def create(variant: str, **overrides: Any) -> PVT_V2:  # noqa: ANN401 - any argu
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
-    return PVT_V2(**{**vars(VARIANTS[variant]), **overrides})
+    arguments = dict(vars(VARIANTS[variant]))
+    arguments["norm_layer"] = partial(nn.LayerNorm, eps=arguments.pop("norm_eps"))
+    return PVT_V2(**{**arguments, **overrides})

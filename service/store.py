@@ -6,15 +6,17 @@
 
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 
 from service.cards import CARD_FILE, ModelCard, WeightsFile, read_card
 from service.errors import CardInvalid, ModelLoadFailed, ModelNotFound, WeightsCorrupt, WeightsUnavailable
-from service.pvt_v2 import VARIANTS
+from service.variants import VARIANTS
 
 WEIGHTS_FILE = "model.safetensors"
 DEFAULT_TAG = "in1k"  # the tag of the published ImageNet-1k weights
@@ -152,8 +154,12 @@ def weights_file(weights: bytes) -> WeightsFile:
     return WeightsFile(file=WEIGHTS_FILE, sha256=sha256(weights).hexdigest(), bytes=len(weights))
 
 
-def write_model(root: Path, version: str, card: ModelCard, weights: bytes) -> Path:
+def write_model(
+    root: Path, version: str, card: ModelCard, weights: bytes, others: Mapping[str, bytes] = MappingProxyType({})
+) -> Path:
     """Put a model into the store at `root` and return its folder, which appears whole or not at all.
+
+    `others` are the files beside card and weights, by name.
 
     A folder of that version which is there already is replaced.
 
@@ -165,7 +171,8 @@ def write_model(root: Path, version: str, card: ModelCard, weights: bytes) -> Pa
     with TemporaryDirectory(prefix=".", dir=folder.parent) as name:
         staged = Path(name) / version
         staged.mkdir()
-        (staged / card.weights.file).write_bytes(weights)
+        for file, content in {card.weights.file: weights, **others}.items():
+            (staged / file).write_bytes(content)
         (staged / CARD_FILE).write_text(card.model_dump_json(indent=2, exclude_none=True) + "\n")
         if folder.exists():
             shutil.rmtree(folder)

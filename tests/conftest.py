@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,14 @@ ROOT = Path(__file__).parent.parent
 def readme() -> str:
     """The README's text."""
     return (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_plan_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plans that tests measure are kept among tests only, those in processes they start included."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PVT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

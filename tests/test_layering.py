@@ -9,11 +9,14 @@ LAYERS = [
     {"engine"},
     {"pipeline"},
     {"loader", "registry"},
-    {"scheduler", "store", "options"},
-    {"queues", "backends", "cards"},
+    {"scheduler", "store", "options", "tuning"},
+    {"queues", "plan_cache", "reference"},
+    {"backends"},
+    {"served"},
+    {"cards"},
     {"plan", "weights", "images", "results"},
     {"outputs", "pvt_v2", "image_limits", "visible"},
-    {"errors", "metrics", "workers", "cores"},
+    {"errors", "metrics", "workers", "cores", "variants"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FOREIGN_TO_APP = {"torch", "PIL", "openvino", "numpy", "safetensors"}

@@ -25,7 +25,9 @@ from torch.nn import functional as F  # noqa: N812 - its customary name
 from tqdm import tqdm
 
 from service.cards import Accuracy, ModelCard, Preprocessing
-from service.pvt_v2 import create
+from service.pvt_v2 import PVT_V2, create
+from service.reference import Reference, packed
+from service.served import Served, plain_logits
 from service.store import weights_file, write_model
 
 SIDE = 64
@@ -151,13 +153,15 @@ def halved(model: nn.Module, grey: Tensor) -> bool:
     return False
 
 
-def publish(model: nn.Module, store: Path, held_out: Digits, how: str) -> ModelCard:
+def publish(model: PVT_V2, store: Path, held_out: Digits, how: str) -> ModelCard:
     """Write weights and card into `store`; `how` is the start of the card's account of the training."""
     grey, labels = rendered(held_out), torch.from_numpy(held_out.labels)
     kind = torch.float16 if halved(model, grey) else torch.float32
     right, right_inverted = predicted(model, grey) == labels, predicted(model, 255 - grey) == labels
     state = {name: tensor.to(kind).contiguous() for name, tensor in model.state_dict().items()}
     weights = save(state)
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    reference, reference_file = packed(reference_of(model, held_out))
     card = ModelCard(
         id=MODEL_ID,
         variant=VARIANT,
@@ -167,19 +171,32 @@ def publish(model: nn.Module, store: Path, held_out: Digits, how: str) -> ModelC
         parameters=sum(tensor.numel() for tensor in state.values()),
         licence="Apache-2.0",
         source="python -m training.digits",
+        reference=reference_file,
         accuracy=Accuracy(dataset="scikit-learn load_digits, held-out fifth", top1=share(right), images=len(right)),
         training=f"{how} Of the held-out pictures inverted, dark on light, {share(right_inverted):.1%} are right."
         + (" Weights are stored as float16, which changes no held-out prediction." if kind == torch.float16 else ""),
     )
-    write_model(store, "1", card, weights)
+    write_model(store, "1", card, weights, {reference_file.file: reference})
     return card
+
+
+def firsts(digits: Digits) -> list[int]:
+    """Where the first picture of each class is."""
+    return [int(np.argmax(digits.labels == digit)) for digit in range(len(NAMES))]
+
+
+def reference_of(model: PVT_V2, held_out: Digits) -> Reference:
+    """The first held-out picture of each class, and what the plain module answers."""
+    grey = rendered(held_out)[firsts(held_out)]
+    images = grey.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy()  # (N, 1, H, W) -> (N, H, W, 3)
+    served = Served(model, PREPROCESSING.mean, PREPROCESSING.std).eval()
+    return Reference(images, plain_logits(served, images))
 
 
 def write_samples(folder: Path, held_out: Digits) -> None:
     """The first held-out picture of each class, right or wrong, as `zero.png` to `nine.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for digit, name in enumerate(NAMES):
-        first = int(np.argmax(held_out.labels == digit))
+    for first, name in zip(firsts(held_out), NAMES, strict=True):
         render(held_out.pixels[first]).save(folder / f"{name}.png")
 
 

@@ -1,41 +1,31 @@
-"""What every backend offers, and the module that every backend executes."""
+"""What every backend offers. No torch here: a model whose graphs are in the plan cache never needs it."""
 
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from service.outputs import Floats
-from service.pvt_v2 import PVT_V2
+
+if TYPE_CHECKING:
+    from service.served import Served
 
 Precision = Literal["float32", "bfloat16"]
 Batch = NDArray[np.uint8]  # (n, height, width, 3)
+Blob = NDArray[np.uint8]  # (bytes,)
 
 
-class Served(nn.Module):
-    """The model as it is served: uint8 pixels (n, height, width, 3) in, logits and embedding out.
+class Layout(NamedTuple):
+    """How the cores are shared out: `streams` batches at a time, `threads` cores for each."""
 
-    Normalisation is part of it, so that a backend compiles it into its graph.
-    """
-
-    def __init__(self, model: PVT_V2, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.model = model
-        self.mean = nn.Buffer(255 * torch.tensor(mean))
-        self.scale = nn.Buffer(1 / (255 * torch.tensor(std)))
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, classes) and embedding (n, channels) of `pixels`."""
-        x = (pixels.float() - self.mean) * self.scale
-        outputs = self.model.forward_all(x.permute(0, 3, 1, 2))  # (n, height, width, 3) -> (n, 3, height, width)
-        return outputs.logits, outputs.embedding
+    streams: int
+    threads: int
 
 
 class Graph(Protocol):
-    """A module made ready for batches of one fixed size."""
+    """A module made ready for batches of one fixed size; `precision` is what it really computes in."""
+
+    precision: Precision
 
     def run(self, instance: int, batch: Batch) -> tuple[Floats, Floats]:
         """Logits (n, classes) and embedding (n, channels); one call at a time for each `instance`.
@@ -45,23 +35,34 @@ class Graph(Protocol):
         """
         ...
 
+    def export(self) -> bytes | None:
+        """Its compiled form, from which `Backend.restore` makes it again; None if it has none."""
+        ...
+
 
 class Program(Protocol):
     """A module given to a backend, from which graphs of several batch sizes are made."""
 
-    precision: Precision
-
-    def graph(self, size: int) -> Graph:
-        """The graph for batches of `size`."""
+    def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        """The graph for batches of `size`; what the backend can't compile it raises as it comes."""
         ...
 
 
 class Backend(Protocol):
-    """Executes modules on `instances` executors, each of which runs one batch at a time."""
+    """Executes modules on `instances` executors, each of which runs one batch at a time.
+
+    `precisions` are those worth trying on this machine, the most promising first, float32 always last.
+    """
 
     name: str
+    version: str
     instances: int
+    precisions: tuple[Precision, ...]
 
-    def program(self, module: Served, height: int, width: int) -> Program:
+    def program(self, module: "Served", height: int, width: int) -> Program:
         """Take `module` in, for pictures of `height` x `width`."""
+        ...
+
+    def restore(self, blob: Blob, layout: Layout, precision: Precision) -> Graph:
+        """The graph whose `export` is `blob`, which it keeps; what is wrong with that it raises as it comes."""
         ...

@@ -3,67 +3,68 @@
 A dynamic batch dimension costs a factor of two to three on a CPU, hence one graph for each size (docs/architecture.md).
 """
 
-from typing import Any
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
 
 import openvino as ov
-import torch
 from openvino import properties
-from openvino.frontend import FrontEndManager
-from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from openvino.properties import hint
 
-from service.backends.base import Batch, Graph, Precision, Program, Served
+from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
 from service.errors import OutOfMemory
 from service.outputs import Floats
+
+if TYPE_CHECKING:
+    from service.served import Served
 
 _TYPES: dict[Precision, ov.Type] = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16}
 
 
 class OpenVinoBackend:
-    """`instances` streams, each of `threads` threads, on the CPU."""
+    """Compiles for the CPU, for `instances` callers at a time."""
 
     name = "openvino"
+    version: str = ov.__version__
 
-    def __init__(self, instances: int, threads: int, precision: Precision | None = None) -> None:
-        """`precision` None means bfloat16 where the CPU computes in it, float32 elsewhere."""
+    def __init__(self, instances: int) -> None:
         self.instances = instances
         self._core = ov.Core()
-        self._precision: Precision = precision or ("bfloat16" if self._has_bfloat16() else "float32")
-        self._config: dict[str, Any] = {
-            hint.inference_precision(): _TYPES[self._precision],
-            properties.num_streams(): instances,
-            properties.inference_num_threads(): instances * threads,
-            # Decoding runs on the same cores: the kernel places threads better than a fixed core for each stream.
-            hint.enable_cpu_pinning(): False,
-        }
+        native = "BF16" in self._core.get_property("CPU", properties.device.capabilities())
+        self.precisions: tuple[Precision, ...] = ("bfloat16", "float32") if native else ("float32",)
 
-    def program(self, module: Served, height: int, width: int) -> Program:
+    def program(self, module: "Served", height: int, width: int) -> Program:
         """See `Backend.program`."""
-        return _Converted(self._core, self._config, self._precision, self.instances, _convert(module, height, width))
+        from service.backends.convert import convert  # noqa: PLC0415  it imports torch, which a restored graph spares
 
-    def _has_bfloat16(self) -> bool:
-        return "BF16" in self._core.get_property("CPU", properties.device.capabilities())
+        return _Converted(self, self._core, convert(module, height, width))
+
+    def restore(self, blob: Blob, layout: Layout, precision: Precision) -> Graph:
+        """See `Backend.restore`. As a tensor it is not copied: for b5 that takes a second instead of five."""
+        tensor = ov.Tensor(blob)
+        compiled = self._core.import_model(tensor, "CPU", _config(layout, precision))
+        return _Compiled(compiled, self.instances, tensor)
 
 
 class _Converted:
-    def __init__(
-        self, core: ov.Core, config: dict[str, Any], precision: Precision, instances: int, model: ov.Model
-    ) -> None:
-        self.precision = precision
+    def __init__(self, backend: OpenVinoBackend, core: ov.Core, model: ov.Model) -> None:
+        self._backend = backend
         self._core = core
-        self._config = config
-        self._instances = instances
         self._model = model
 
-    def graph(self, size: int) -> Graph:
+    def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
         model = self._model.clone()
         _, *image = self._model.inputs[0].partial_shape
         model.reshape([size, *image])
-        return _Compiled(self._core.compile_model(model, "CPU", self._config), self._instances)
+        compiled = self._core.compile_model(model, "CPU", _config(layout, precision))
+        return _Compiled(compiled, self._backend.instances)
 
 
 class _Compiled:
-    def __init__(self, compiled: ov.CompiledModel, instances: int) -> None:
+    def __init__(self, compiled: ov.CompiledModel, instances: int, blob: ov.Tensor | None = None) -> None:
+        computes_in = compiled.get_property(hint.inference_precision())
+        self.precision: Precision = "bfloat16" if computes_in == ov.Type.bf16 else "float32"
+        self._compiled = compiled
+        self._blob = blob  # its memory is the graph's
         self._requests = [compiled.create_infer_request() for _ in range(instances)]
 
     def run(self, instance: int, batch: Batch) -> tuple[Floats, Floats]:
@@ -75,16 +76,17 @@ class _Compiled:
         # Copies: the request's own tensors are overwritten by its next batch.
         return request.get_output_tensor(0).data.copy(), request.get_output_tensor(1).data.copy()
 
+    def export(self) -> bytes:
+        stream = BytesIO()
+        self._compiled.export_model(stream)
+        return stream.getvalue()
 
-def _convert(module: Served, height: int, width: int) -> ov.Model:
-    """`module` as an OpenVINO model with a dynamic batch dimension.
 
-    The front end is called directly because `ov.convert_model` reports its use over the network.
-    """
-    example = torch.zeros(1, height, width, 3, dtype=torch.uint8)
-    with torch.inference_mode():
-        decoder = TorchScriptPythonDecoder(module.eval(), example_input=(example,), trace_kwargs={"check_trace": False})
-    frontend = FrontEndManager().load_by_framework("pytorch")
-    model = frontend.convert(frontend.load(decoder))
-    model.reshape([-1, height, width, 3])
-    return model
+def _config(layout: Layout, precision: Precision) -> dict[str, Any]:
+    return {
+        hint.inference_precision(): _TYPES[precision],
+        properties.num_streams(): layout.streams,
+        properties.inference_num_threads(): layout.streams * layout.threads,
+        # Decoding runs on the same cores: the kernel places threads better than a fixed core for each stream.
+        hint.enable_cpu_pinning(): False,
+    }

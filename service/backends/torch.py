@@ -5,46 +5,55 @@ from contextlib import contextmanager
 
 import torch
 
-from service.backends.base import Batch, Graph, Precision, Program, Served
+from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
 from service.errors import OutOfMemory
 from service.outputs import Floats
+from service.served import Served
 
 
 class TorchBackend:
-    """Runs the module as it is, with `threads` intra-op threads for each instance."""
+    """Runs the module as it is. Eager bfloat16 on a CPU gains nothing that its error would be worth: not tried."""
 
     name = "torch"
+    version: str = torch.__version__
+    precisions: tuple[Precision, ...] = ("float32",)
 
-    def __init__(self, instances: int, threads: int, precision: Precision | None = None) -> None:
-        """`precision` None means float32: eager bfloat16 on a CPU gains nothing that its error would be worth."""
+    def __init__(self, instances: int) -> None:
         self.instances = instances
-        self._threads = threads
-        self._precision: Precision = precision or "float32"
 
     def program(self, module: Served, height: int, width: int) -> Program:  # noqa: ARG002  eager takes any size
         """See `Backend.program`."""
-        return _Eager(module.eval(), self._threads, self._precision)
+        return _Module(module.eval())
+
+    def restore(self, blob: Blob, layout: Layout, precision: Precision) -> Graph:
+        """Never called: an eager module exports nothing."""
+        raise NotImplementedError(f"{len(blob)} bytes, {layout}, {precision}: eager modules are not cached")
+
+
+class _Module:
+    def __init__(self, module: Served) -> None:
+        self._module = module
+
+    def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:  # noqa: ARG002  eager takes any size
+        return _Eager(self._module, layout.threads, precision)
 
 
 class _Eager:
-    """Program and graph in one: an eager module has no shape to be compiled for."""
-
     def __init__(self, module: Served, threads: int, precision: Precision) -> None:
         self.precision = precision
         self._module = module
         self._threads = threads
 
-    def graph(self, size: int) -> Graph:  # noqa: ARG002
-        return self
-
     def run(self, instance: int, batch: Batch) -> tuple[Floats, Floats]:  # noqa: ARG002
-        torch.set_num_threads(
-            self._threads
-        )  # counts for the calling thread, and instances' threads are not ours to make
+        # Counts for the calling thread, and instances' threads are not ours to make.
+        torch.set_num_threads(self._threads)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16")
         with _memory_errors(len(batch)), torch.inference_mode(), autocast:
             logits, embedding = self._module(torch.tensor(batch))  # a copy: a picture may be read-only
         return logits.float().numpy(), embedding.float().numpy()
+
+    def export(self) -> None:
+        return None
 
 
 @contextmanager

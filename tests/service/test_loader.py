@@ -1,20 +1,54 @@
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
+from service.backends.base import Backend, Batch, Layout, Precision, Program
+from service.backends.openvino import OpenVinoBackend
 from service.backends.torch import TorchBackend
 from service.errors import CardInvalid, ModelLoadFailed, WeightsDigestMismatch, WeightsMismatch
 from service.loader import Executable, load
+from service.outputs import Floats
+from service.plan import BatchPlan
+from service.plan_cache import PlanCache
+from service.reference import Reference, packed, synthetic_images
+from service.served import Served, build, plain_logits
 from service.store import Store
+from service.tuning import Alone, Limits, Tuned
+from tests.conftest import ROOT
 from tests.service.stores import add_model
 from tests.service.test_store import edit_card
 
-BACKEND = TorchBackend(instances=1, threads=1)
+
+class AnyTorch(TorchBackend):
+    """Tries bfloat16 too, which an eager module computes in on any CPU."""
+
+    precisions: tuple[Precision, ...] = ("bfloat16", "float32")
 
 
-def load_tiny(root: Path, max_batch_size: int = 4) -> Executable:
-    return load(Store(root).find("pvt_v2_b0.tiny"), BACKEND, max_batch_size)
+class Broken(TorchBackend):
+    def program(self, module: Served, height: int, width: int) -> Program:
+        raise RuntimeError(f"can't compile {type(module).__name__} for {height}x{width}")
+
+
+def load_tiny(
+    root: Path, max_batch_size: int = 4, *, backends: Sequence[Backend] = (TorchBackend(1),), cache: Path | None = None
+) -> Executable:
+    makers = [partial(lambda backend: backend, backend) for backend in backends]
+    stored = Store(root).find("pvt_v2_b0.tiny")
+    return load(stored, makers, Limits(1, max_batch_size), PlanCache(cache) if cache else None)
+
+
+def add_reference(folder: Path, reference: Reference) -> None:
+    data, file = packed(reference)
+    (folder / file.file).write_bytes(data)
+    edit_card(folder, reference=file.model_dump())
 
 
 def pictures(count: int) -> list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
@@ -91,3 +125,137 @@ def test_a_card_that_makes_the_model_answer_nan_is_refused(tmp_path: Path) -> No
 
     with pytest.raises(ModelLoadFailed, match="gives NaN or infinity"):
         load_tiny(tmp_path)
+
+
+def test_a_backend_that_fails_gives_way_to_the_next_and_the_model_serves(tmp_path: Path) -> None:
+    add_model(tmp_path)
+
+    with capture_logs() as logs:
+        executable = load_tiny(tmp_path, backends=[Broken(1), TorchBackend(1)])
+
+    assert executable.run(0, pictures(1))
+    assert executable.report.notes == ("torch failed: RuntimeError: can't compile Served for 32x32",)
+    assert [line["event"] for line in logs] == ["backend_failed"]
+
+
+def test_the_last_backends_failure_is_the_models(tmp_path: Path) -> None:
+    add_model(tmp_path)
+
+    with pytest.raises(RuntimeError, match="can't compile"):
+        load_tiny(tmp_path, backends=[Broken(1)])
+
+
+def test_bfloat16_is_earned_on_the_cards_reference_images(tmp_path: Path) -> None:
+    folder = add_model(tmp_path)
+    images = synthetic_images(32, 32)
+    card = Store(tmp_path).find("pvt_v2_b0.tiny").require_card()
+    honest = Reference(images, plain_logits(build(card, folder), images))
+    add_reference(folder, honest)
+    kept = load_tiny(tmp_path, 1, backends=[AnyTorch(1)])
+    add_reference(folder, Reference(images, np.roll(honest.logits, 1, axis=1)))
+
+    with capture_logs() as logs:
+        refused = load_tiny(tmp_path, 1, backends=[AnyTorch(1)])
+
+    assert kept.report.notes == ()
+    assert refused.report.precision == "float32"
+    (note,) = refused.report.notes
+    assert note.startswith("bfloat16 is not used: ")
+    assert [(line["event"], line["note"]) for line in logs] == [("plan_note", note)]
+
+
+def test_a_second_load_takes_plan_and_graphs_from_the_cache_and_answers_the_same(tmp_path: Path) -> None:
+    add_model(tmp_path / "store")
+    images = pictures(1)
+    load_once = partial(load_tiny, tmp_path / "store", backends=[OpenVinoBackend(1)], cache=tmp_path / "cache")
+
+    first, second = load_once(), load_once()
+
+    assert (first.report.cached, second.report.cached) == (False, True)
+    assert second.plan == first.plan
+    assert second.report.layout == first.report.layout
+    np.testing.assert_array_equal(second.run(0, images)[0].logits, first.run(0, images)[0].logits)
+
+
+def test_a_load_from_the_cache_needs_neither_torch_nor_the_weights(tmp_path: Path) -> None:
+    path = add_model(tmp_path / "store") / "model.safetensors"
+    load_tiny(tmp_path / "store", backends=[OpenVinoBackend(1)], cache=tmp_path / "cache")
+    path.write_bytes(b"\0" * path.stat().st_size)
+    script = f"""
+import sys
+from pathlib import Path
+from service.backends.openvino import OpenVinoBackend
+from service.loader import load
+from service.outputs import Floats
+from service.plan import BatchPlan
+from service.plan_cache import PlanCache
+from service.store import Store
+from service.tuning import Alone, Limits, Tuned
+stored = Store(Path({str(tmp_path / "store")!r})).find("pvt_v2_b0.tiny")
+executable = load(stored, [lambda: OpenVinoBackend(1)], Limits(1, 4), PlanCache(Path({str(tmp_path / "cache")!r})))
+assert executable.report.cached
+assert "torch" not in sys.modules
+"""
+
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_cached_graph_that_the_backend_refuses_is_made_anew(tmp_path: Path) -> None:
+    class Refusing(OpenVinoBackend):
+        version = OpenVinoBackend.version
+
+        def restore(self, *_: object) -> NoReturn:
+            raise RuntimeError("made by another version")
+
+    add_model(tmp_path / "store")
+    load_once = partial(load_tiny, tmp_path / "store", 1, cache=tmp_path / "cache")
+    load_once(backends=[OpenVinoBackend(1)])
+
+    with capture_logs() as logs:
+        again = load_once(backends=[Refusing(1)])
+
+    assert not again.report.cached
+    assert again.run(0, pictures(1))
+    assert [(line["event"], line["reason"]) for line in logs] == [
+        ("plan_cache_ignored", "RuntimeError: made by another version")
+    ]
+
+
+def test_what_a_plan_was_not_made_for_is_measured_anew(tmp_path: Path) -> None:
+    folder = add_model(tmp_path / "store")
+    load_once = partial(load_tiny, tmp_path / "store", backends=[OpenVinoBackend(1)], cache=tmp_path / "cache")
+    load_once(1)
+
+    assert not load_once(2).report.cached
+    edit_card(folder, preprocessing={"height": 64, "width": 32})
+    assert not load_once(2).report.cached
+    assert load_once(2).report.cached
+
+
+def test_a_lone_image_is_answered_by_the_graph_that_has_all_cores(tmp_path: Path) -> None:
+    class Graph:
+        precision: Precision = "float32"
+
+        def __init__(self, name: float) -> None:
+            self.name = name
+
+        def run(self, _: int, batch: Batch) -> tuple[Floats, Floats]:
+            return np.full((len(batch), 3), self.name, np.float32), np.zeros((len(batch), 2), np.float32)
+
+        def export(self) -> None:
+            return None
+
+    add_model(tmp_path)
+    loaded = load_tiny(tmp_path, 1)
+    alone = Alone(Layout(1, 2), 0.01, lambda: Graph(2))
+    tuned = Tuned("float32", Layout(2, 1), BatchPlan({1: 0.02, 2: 0.03}), {1: Graph(1), 2: Graph(1)}, alone, ())
+    executable = Executable(loaded.stored, tuned, loaded.report)
+
+    def answered(count: int, *, alone: bool) -> float:
+        return float(executable.run(0, pictures(count), alone=alone)[0].logits[0])
+
+    assert answered(1, alone=True) == 1  # until it is there
+    executable.widen()
+    assert [answered(1, alone=True), answered(1, alone=False), answered(2, alone=True)] == [2, 1, 1]

@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from service.plan import BatchPlan, measure
+from service.plan import BatchPlan, Runner, measure
 
 
 def test_best_never_takes_more_than_the_largest_size() -> None:
@@ -56,10 +56,10 @@ class FakeMachine:
         self._seconds = seconds
         monkeypatch.setattr("service.plan.perf_counter", lambda: self.now)
 
-    def prepare(self, size: int) -> Callable[[], object]:
+    def prepare(self, size: int) -> Runner:
         self.prepared.append(size)
 
-        def run() -> None:
+        def run(_: int) -> None:
             self.now += self._seconds(size)
 
         return run

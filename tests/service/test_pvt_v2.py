@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PvtV2Config, PvtV2ForImageClassification
 
-from service.pvt_v2 import PVT_V2, VARIANTS, Attention, Block, create
+from service.pvt_v2 import PVT_V2, Attention, Block, create
+from service.variants import VARIANTS
 from service.weights import load_into, remap_keys
 
 PARAMETERS = {

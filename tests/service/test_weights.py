@@ -22,7 +22,8 @@ from service.errors import (
     WeightsUnavailable,
     WeightsUnsafe,
 )
-from service.pvt_v2 import PVT_V2, VARIANTS, create
+from service.pvt_v2 import PVT_V2, create
+from service.variants import VARIANTS
 from service.weights import digest, load_into, load_weights, read_checkpoint, remap_keys
 
 State = dict[str, Tensor]

@@ -1,0 +1,195 @@
+"""Finds out what runs a model fastest on this machine: the precision, how cores are shared out, the batch sizes.
+
+Everything is measured on the graphs that will run. What does not work is left out and noted, as long as one graph is
+left that does.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+
+from service.backends.base import Backend, Graph, Layout, Precision, Program
+from service.errors import ModelLoadFailed
+from service.plan import WORTHWHILE_GAIN, BatchPlan, Runner, batch_seconds, measure
+from service.reference import Reference
+
+# A first load may spend so long on compiling and timing; what would take longer is left out and noted.
+BUDGET_SECONDS = 10.0
+# The graph for a lone image costs its memory again; it must save that share of the image's time.
+ALONE_SAVES = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a tuning may choose from. `precision` None leaves it to the measurement."""
+
+    cores: int
+    max_batch_size: int = 8
+    precision: Precision | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """What runs an image that is alone in the service: the layout, its measured seconds, and how to get the graph."""
+
+    layout: Layout
+    seconds: float
+    make: Callable[[], Graph]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The outcome. `graphs` are by batch size; `alone` runs one image on all cores, where that pays."""
+
+    precision: Precision
+    layout: Layout
+    plan: BatchPlan
+    graphs: dict[int, Graph]
+    alone: Alone | None
+    notes: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Tuning:
+    """One tuning of one model on one backend; call `run` once."""
+
+    backend: Backend
+    program: Program
+    reference: Callable[[], Reference]
+    shape: tuple[int, int]
+    limits: Limits
+    started: float = field(default_factory=perf_counter)
+    notes: list[str] = field(default_factory=list)
+
+    def run(self) -> Tuned:
+        """Measure and choose.
+
+        Raises:
+            ModelLoadFailed: the model gives no finite numbers.
+            Exception: what the backend raises when nothing at all can be compiled.
+        """
+        base = base_layout(self.backend.instances, self.limits.cores)
+        precision, first = self._precision(base)
+        layout, first, alone = self._layout(base, precision, first)
+        graphs = {1: first}
+
+        def prepare(size: int) -> Runner:
+            graphs[size] = graphs.get(size) or self.program.graph(size, layout, precision)
+            return self._runner(graphs[size], size)
+
+        deadline = self.started + BUDGET_SECONDS
+        plan = measure(
+            prepare, self.limits.max_batch_size, streams=layout.streams, deadline=deadline, note=self.notes.append
+        )
+        # A layout of fewer streams than instances makes instances wait for one another.
+        share = self.backend.instances / layout.streams
+        seconds = {n: t * share for n, t in plan.seconds.items()}
+        kept = {size: graphs[size] for size in plan.sizes}
+        return Tuned(
+            precision, layout, BatchPlan(seconds, alone.seconds if alone else None), kept, alone, tuple(self.notes)
+        )
+
+    def _precision(self, layout: Layout) -> tuple[Precision, Graph]:
+        """The fastest precision whose answers are good enough, and its graph for one image."""
+        forced = self.limits.precision
+        usable: list[tuple[Precision, Graph]] = []
+        for precision in [forced] if forced else self.backend.precisions:
+            if usable and self._spent() > BUDGET_SECONDS / 4:
+                break  # the more promising one works
+            try:
+                graph = self.program.graph(1, layout, precision)
+                self._check_finite(graph)
+                if not forced and graph.precision != "float32" and (why := self._objection(graph)):
+                    self.notes.append(f"{precision} is not used: {why}")
+                    continue
+            except Exception as error:
+                if precision == "float32" and not usable:
+                    raise
+                self.notes.append(f"{precision} is not used: it failed with {type(error).__name__}: {error}")
+                continue
+            usable.append((precision, graph))
+        if not usable:
+            return "float32", self._checked("float32", layout)
+        asked, graph = usable[0]
+        if len(usable) > 1:
+            asked, graph = min(usable, key=lambda each: batch_seconds(self._runner(each[1], 1), layout.streams))
+        if graph.precision != asked:
+            self.notes.append(f"{asked} was asked for, this machine computes in {graph.precision}")
+        return graph.precision, graph
+
+    def _checked(self, precision: Precision, layout: Layout) -> Graph:
+        graph = self.program.graph(1, layout, precision)
+        self._check_finite(graph)
+        return graph
+
+    def _objection(self, graph: Graph) -> str | None:
+        reference = self.reference()
+        logits = np.concatenate([graph.run(0, reference.images[i : i + 1])[0] for i in range(len(reference.images))])
+        return reference.objection(logits)
+
+    def _layout(self, base: Layout, precision: Precision, first: Graph) -> tuple[Layout, Graph, Alone | None]:
+        """The layout with the most images per second, its graph for one image, and what serves a lone image best."""
+        copy = _Copies(self.backend, self.program, first, precision)
+        rates, graphs, alone_seconds = {}, {base: first}, {}
+        for layout in layouts(base, self.limits.cores):
+            try:
+                graphs[layout] = graphs.get(layout) or copy.make(layout)
+                run = self._runner(graphs[layout], 1)
+                rates[layout] = layout.streams / batch_seconds(run, layout.streams)
+                if layout.streams == 1 or layout == base:
+                    alone_seconds[layout] = batch_seconds(run)
+            except Exception as error:
+                if layout == base:
+                    raise
+                self.notes.append(f"{layout.streams} x {layout.threads} cores failed: {type(error).__name__}: {error}")
+        fastest = max(rates, key=rates.__getitem__)
+        best = fastest if rates[fastest] > rates[base] * WORTHWHILE_GAIN else base
+        lone = min(alone_seconds, key=alone_seconds.__getitem__)
+        pays = lone != best and alone_seconds[lone] < alone_seconds[base] * (1 - ALONE_SAVES)
+        return best, graphs[best], Alone(lone, alone_seconds[lone], lambda: graphs[lone]) if pays else None
+
+    def _runner(self, graph: Graph, size: int) -> Runner:
+        batch = np.random.default_rng(size).integers(0, 256, (size, *self.shape, 3), dtype=np.uint8)
+        return lambda instance: graph.run(instance, batch)
+
+    def _check_finite(self, graph: Graph) -> None:
+        batch = np.random.default_rng(0).integers(0, 256, (1, *self.shape, 3), dtype=np.uint8)
+        if not all(np.isfinite(part).all() for part in graph.run(0, batch)):
+            raise ModelLoadFailed("it gives NaN or infinity; check its weights and the card's mean and std")
+
+    def _spent(self) -> float:
+        return perf_counter() - self.started
+
+
+@dataclass(slots=True)
+class _Copies:
+    """Makes the same graph again in other layouts, from its compiled form where it has one: that is faster."""
+
+    backend: Backend
+    program: Program
+    first: Graph
+    precision: Precision
+    blob: bytes | None = None
+
+    def make(self, layout: Layout) -> Graph:
+        self.blob = self.blob or self.first.export()
+        if self.blob is None:
+            return self.program.graph(1, layout, self.precision)
+        return self.backend.restore(np.frombuffer(self.blob, np.uint8), layout, self.precision)
+
+
+def base_layout(instances: int, cores: int) -> Layout:
+    """An even share of the cores for each instance."""
+    return Layout(instances, max(1, cores // instances))
+
+
+def layouts(base: Layout, cores: int) -> Sequence[Layout]:
+    """`base`, and others that use all `cores`: by halves down to one stream where `base` has one for each core.
+
+    Where the number of instances was chosen by hand, one stream on all cores is left, for a lone image.
+    """
+    threads = [1 << i for i in range(1, cores.bit_length())] if base.streams == cores else []
+    others = [Layout(cores // each, each) for each in threads if cores % each == 0]
+    return tuple(dict.fromkeys([base, *others, Layout(1, cores)]))
