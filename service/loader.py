@@ -46,8 +46,11 @@ class Executable:
         self.report = report
         self._graphs = graphs
 
-    def run(self, instance: int, images: Sequence[Pixels]) -> list[Outputs]:
-        """The outputs of `images`, in their order; one call at a time for each `instance`."""
+    def run(self, instance: int, images: Sequence[Pixels], *, alone: bool = False) -> list[Outputs]:  # noqa: ARG002
+        """The outputs of `images`, in their order; one call at a time for each `instance`.
+
+        `alone`: nothing else runs or waits.
+        """
         logits, embedding = self._graph(len(images)).run(instance, _stack(images, self._padded(len(images))))
         return [Outputs(logits[i], embedding[i]) for i in range(len(images))]
 
