@@ -21,9 +21,7 @@ def main() -> int:
     except UnknownSettingError as error:
         return _refuse(str(error))
     except ValidationError as error:
-        return _refuse(
-            "; ".join(f"{PREFIX}{str(e['loc'][0]).upper()}={e['input']}: {e['msg']}" for e in error.errors())
-        )
+        return _refuse("; ".join(_told(str(e["loc"][0]), e["input"], e["msg"]) for e in error.errors()))
     logs.configure(settings.log_format)
     try:
         listener = listen(settings.host, settings.port)
@@ -32,6 +30,11 @@ def main() -> int:
         return _refuse(f"can't listen on {where}, as PVT_HOST and PVT_PORT say: {error.strerror or error}")
     run(settings, listener)
     return 0
+
+
+def _told(name: str, value: object, reason: str) -> str:
+    shown = "" if name.endswith("_keys") else f"={value}"
+    return f"{PREFIX}{name.upper()}{shown}: {reason}"
 
 
 def _refuse(reason: str) -> int:

@@ -9,8 +9,9 @@ from typing import Annotated, TypedDict
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry
+from pydantic import SecretStr
 
-from app.problems import Unauthorized
+from app.problems import Forbidden, Unauthorized
 from app.settings import Settings
 from service.engine import Engine
 
@@ -52,9 +53,29 @@ CredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer
 
 async def require_key(credentials: CredentialsDep, settings: SettingsDep) -> None:
     """Refuse a request without one of PVT_API_KEYS."""
+    if not _is_one_of(settings.api_keys, credentials):
+        raise Unauthorized("this service requires an API key; send it as 'Authorization: Bearer <key>' (PVT_API_KEYS)")
+
+
+_management = HTTPBearer(
+    auto_error=False,
+    scheme_name="Management key",
+    description="One of PVT_MANAGEMENT_KEYS; without any, all is refused.",
+)
+ManagementCredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(_management)]
+
+
+async def require_management_key(credentials: ManagementCredentialsDep, settings: SettingsDep) -> None:
+    """Refuse a request without one of PVT_MANAGEMENT_KEYS, and every request where there is none."""
+    if not settings.management_keys:
+        raise Forbidden("management is off; set PVT_MANAGEMENT_KEYS to one or more keys to turn it on")
+    if not _is_one_of(settings.management_keys, credentials):
+        raise Unauthorized("send a management key as 'Authorization: Bearer <key>' (PVT_MANAGEMENT_KEYS)")
+
+
+def _is_one_of(keys: tuple[SecretStr, ...], credentials: HTTPAuthorizationCredentials | None) -> bool:
     # Every key is compared, in constant time: how long it takes tells nothing.
     presented = (credentials.credentials if credentials else "").encode("utf-8", "surrogateescape")
-    keys = [key.get_secret_value().encode("utf-8", "surrogateescape") for key in settings.api_keys]
-    matches = [hmac.compare_digest(presented, key) for key in keys]
-    if not any(matches):
-        raise Unauthorized("this service requires an API key; send it as 'Authorization: Bearer <key>' (PVT_API_KEYS)")
+    expected = [key.get_secret_value().encode("utf-8", "surrogateescape") for key in keys]
+    matches = [hmac.compare_digest(presented, each) for each in expected]
+    return any(matches)

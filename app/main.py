@@ -12,7 +12,7 @@ from app import problems
 from app.dependencies import State, require_key
 from app.metrics import HttpMetrics
 from app.middleware import RequestContext
-from app.routes import health, models, pages, predict
+from app.routes import debug, health, models, pages, predict
 from app.settings import Settings
 from service.engine import Engine
 from service.metrics import EngineMetrics
@@ -34,7 +34,7 @@ def create_app(settings: Settings) -> FastAPI:
     protected = [Depends(require_key)] if settings.api_keys else []
     for module in (predict, models):
         app.include_router(module.router, dependencies=protected)
-    for module in (health, pages):
+    for module in (health, pages, debug):
         app.include_router(module.router)
     return app
 

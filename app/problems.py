@@ -35,6 +35,10 @@ class Unauthorized(errors.ServiceError):
     """The request carries no valid key."""
 
 
+class Forbidden(errors.ServiceError):
+    """The service is set not to do this for anyone; the message names the setting."""
+
+
 # The nearest class in an error's ancestry decides.
 STATUS: Mapping[type[Exception], int] = {
     errors.InvalidRequest: 422,
@@ -48,6 +52,7 @@ STATUS: Mapping[type[Exception], int] = {
     errors.ShuttingDown: 503,
     UnsupportedMediaType: 415,
     Unauthorized: 401,
+    Forbidden: 403,
 }
 
 
@@ -62,7 +67,8 @@ class Problem(BaseModel):
 
 
 MEANING: Mapping[int, str] = {
-    401: "An API key is required (PVT_API_KEYS).",
+    401: "A key is required (PVT_API_KEYS, or PVT_MANAGEMENT_KEYS for management).",
+    403: "Management is off (PVT_MANAGEMENT_KEYS).",
     404: "No such model.",
     413: "The body or a picture exceeds a limit.",
     415: "Unsupported form of body.",

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.options import EngineOptions
@@ -65,10 +65,12 @@ class Settings(BaseSettings):
     """How long requests under way may take to finish after SIGTERM."""
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
     """Keys of which a request for predictions or models must carry one: `Authorization: Bearer <key>`; none: open."""
+    management_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    """Keys, other than `PVT_API_KEYS`, of which a request to `/debug` must carry one; none: these endpoints are off."""
     log_format: Literal["json", "console"] = "json"
     """`json`: one object a line; `console`: text for people."""
 
-    @field_validator("preload", "api_keys", mode="before")
+    @field_validator("preload", "api_keys", "management_keys", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if not isinstance(value, str):
@@ -82,6 +84,13 @@ class Settings(BaseSettings):
     @classmethod
     def _none(cls, value: object) -> object:
         return None if value == "" else value
+
+    @field_validator("management_keys", mode="after")
+    @classmethod
+    def _distinct(cls, value: tuple[SecretStr, ...], info: ValidationInfo) -> tuple[SecretStr, ...]:
+        if {*value} & {*info.data.get("api_keys", ())}:
+            raise ValueError("one of these is in PVT_API_KEYS too; who may ask for predictions is not who manages")
+        return value
 
     @classmethod
     def from_environment(cls) -> Self:

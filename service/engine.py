@@ -10,6 +10,7 @@ from typing import Self
 
 import structlog
 
+from service.activity import Activity
 from service.errors import DeadlineExceeded, ModelLoadFailed, ServiceError, ShuttingDown
 from service.loader import Executable, load
 from service.metrics import EngineMetrics
@@ -175,6 +176,10 @@ class Engine:
         except TimeoutError:
             reasons.append(f"the model store has not answered for {STORE_SECONDS:.0f} s")
         return Health(live=live.live, ready=not reasons, reasons=reasons)
+
+    def activity(self) -> Activity:
+        """What the scheduler is doing and has done lately."""
+        return self._pipeline.activity()
 
     def collect_metrics(self) -> None:
         """Bring the gauges up to date; call before they are read."""

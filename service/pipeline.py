@@ -3,20 +3,30 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from typing import NamedTuple
 
+from service.activity import Activity, Stats
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
 from service.images import Decoded, decode
-from service.loader import Executable, Pixels
+from service.lanes import Lane
+from service.loader import Executable
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.outputs import Outputs
 from service.results import Inferred, Timing
-from service.scheduler import Lane, Scheduler, Stats
+from service.scheduler import Scheduler
 from service.workers import Workers
 
 # An encoded picture, or the error that reading it already gave.
 Image = bytes | InvalidImage
+
+
+class _Seen(NamedTuple):
+    """What one picture gave, and its own size in pixels."""
+
+    width: int
+    height: int
+    outputs: Outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +34,7 @@ class Resident:
     """A loaded model and its way into the scheduler."""
 
     executable: Executable
-    lane: Lane[Pixels, Outputs]
+    lane: Lane[bytes, Decoded, _Seen]
 
     @property
     def id(self) -> str:
@@ -33,31 +43,35 @@ class Resident:
 
 
 class Pipeline:
-    """Decode threads, the scheduler and its instances. It lives until it is closed."""
+    """The scheduler, and what its threads do for each model. It lives until it is closed."""
 
     def __init__(self, options: EngineOptions, metrics: EngineMetrics) -> None:
         self._options = options
         self._metrics = metrics
-        self._decoders = Workers("decode", options.cores)
-        self._instances = Workers("infer", options.instances)
-        self._scheduler = Scheduler[Pixels, Outputs](
-            options.instances, metrics, max_delay_seconds=options.max_batch_delay_seconds
+        self._scheduler = Scheduler[bytes, Decoded, _Seen](
+            options.instances,
+            metrics,
+            decoders=options.cores,
+            max_delay_seconds=options.max_batch_delay_seconds,
         )
 
     async def close(self, *, wait: bool) -> None:
         """Finish what is queued and end the threads; without `wait`, give up both."""
         await self._scheduler.close(wait=wait)
-        self._decoders.close(wait=wait)
-        self._instances.close(wait=wait)
 
     def open(self, executable: Executable) -> Resident:
-        """Give `executable` its queue."""
+        """Give `executable` its lane."""
+        geometry = executable.card.preprocessing.geometry
 
-        async def run(instance: int, images: Sequence[Pixels]) -> Sequence[Outputs]:
-            return await self._instances.run(executable.run, instance, images)
+        def prepare(image: bytes) -> Decoded:
+            return decode(image, geometry, max_pixels=self._options.max_image_pixels)
 
-        name = executable.stored.id
-        return Resident(executable, self._scheduler.open_lane(name, executable.plan, run, self._options.queue_size))
+        def run(instance: int, payloads: Sequence[Decoded], *, alone: bool) -> Sequence[_Seen]:
+            outputs = executable.run(instance, [each.pixels for each in payloads], alone=alone)
+            return [_Seen(each.width, each.height, out) for each, out in zip(payloads, outputs, strict=True)]
+
+        name, capacity = executable.stored.id, self._options.queue_size
+        return Resident(executable, self._scheduler.open_lane(name, executable.plan, prepare, run, capacity))
 
     async def infer(
         self, resident: Resident, images: Sequence[Image], deadline: float
@@ -66,8 +80,9 @@ class Pipeline:
 
         Raises:
             QueueFull: the model's queue has not that many places left; nothing was done.
+            DeadlineExceeded: what is queued keeps these images from being answered by `deadline`; nothing was done.
         """
-        with self._scheduler.places(resident.lane, len(images)):
+        with self._scheduler.places(resident.lane, len(images), deadline):
             if len(images) == 1:
                 return [await self._infer_one(resident, images[0], deadline)]
             async with asyncio.TaskGroup() as group:
@@ -75,15 +90,20 @@ class Pipeline:
         return [task.result() for task in tasks]
 
     def stats(self) -> Stats:
-        """The scheduler's present state."""
+        """The scheduler's present state, in numbers."""
         return self._scheduler.stats()
+
+    def activity(self) -> Activity:
+        """The scheduler's present state, in full."""
+        return self._scheduler.activity()
 
     def stalled(self, *others: Workers) -> list[str]:
         """A reason for each kind of thread, `others` too, that has been at one job for longer than options allow."""
+        busy = self._scheduler.stalled_seconds() | {workers.name: workers.stalled_seconds() for workers in others}
         return [
-            f"a thread for {workers.name} has been at one job for {seconds:.0f} s"
-            for workers in (self._decoders, self._instances, *others)
-            if (seconds := workers.stalled_seconds()) > self._options.stall_seconds
+            f"a thread for {name} has been at one job for {seconds:.0f} s"
+            for name, seconds in busy.items()
+            if seconds > self._options.stall_seconds
         ]
 
     async def _infer_one(self, resident: Resident, image: Image, deadline: float) -> Inferred | ServiceError:
@@ -108,22 +128,11 @@ class Pipeline:
         return inferred
 
     async def _through(self, resident: Resident, image: bytes, deadline: float) -> Inferred:
-        start = perf_counter()
-        decoded = await self._decode(resident, image)
-        decode_seconds = perf_counter() - start
-        completed = await self._scheduler.submit(resident.lane, decoded.pixels, deadline)
-        timing = Timing(decode_seconds, completed.queue_seconds, completed.run_seconds)
+        completed = await self._scheduler.submit(resident.lane, image, deadline)
+        timing = Timing(completed.decode_seconds, completed.queue_seconds, completed.run_seconds)
         for stage, seconds in zip(("decode", "queue", "infer"), timing, strict=True):
             self._metrics.stage_seconds.labels(stage, resident.id).observe(seconds)
-        return Inferred(decoded.width, decoded.height, completed.result, timing)
-
-    async def _decode(self, resident: Resident, image: bytes) -> Decoded:
-        geometry = resident.executable.card.preprocessing.geometry
-        try:
-            return await self._decoders.run(decode, image, geometry, max_pixels=self._options.max_image_pixels)
-        except asyncio.CancelledError:
-            self._metrics.cancelled("decode")
-            raise
+        return Inferred(*completed.result, timing)
 
     def _count(self, resident: Resident, outcome: str) -> None:
         self._metrics.images.labels(resident.id, outcome).inc()

@@ -1,11 +1,9 @@
-"""What waits, and which of it runs next. Pure decisions: no clock, no task, no thread of its own."""
+"""What waits, and which of it is next. Pure decisions: no clock, no task, no thread of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import ceil, inf
-from typing import Generic, Literal, TypeVar
-
-from service.plan import BatchPlan
+from typing import Generic, Literal, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -21,6 +19,15 @@ class Item(Generic[T]):
     deadline: float = inf
 
 
+class Sizes(Protocol):
+    """What a queue asks of its batch plan; `service.plan.BatchPlan` is one."""
+
+    @property
+    def largest(self) -> int: ...  # noqa: D102
+    def time(self, n: int) -> float: ...  # noqa: D102
+    def best(self, waiting: int) -> int: ...  # noqa: D102
+
+
 @dataclass(eq=False, slots=True)
 class Queue(Generic[T]):
     """The queue of one model.
@@ -29,7 +36,7 @@ class Queue(Generic[T]):
     """
 
     name: str
-    plan: BatchPlan
+    plan: Sizes
     virtual_time: float = 0.0
     waiting: dict[Item[T], None] = field(default_factory=dict)  # a dict for removal in O(1) that keeps the order
 
@@ -117,3 +124,11 @@ class Queues(Generic[T]):
         self._virtual_time = queue.virtual_time
         queue.virtual_time += queue.plan.time(count)
         return Batch(queue, items, reason)
+
+
+def fair_seconds(own: float, others: Iterable[float], instances: int) -> float:
+    """Seconds until `own` seconds of one queue's work are done on `instances` shared fairly with the work of `others`.
+
+    By the time that one queue has had `own`, each other has had as much, or all it asked for.
+    """
+    return (own + sum(min(own, other) for other in others)) / instances

@@ -1,215 +1,216 @@
-"""The async shell of the queues: futures, instances, deadlines, cancellation. Knows neither tensors nor threads."""
+"""The dispatcher put to work: a lock, threads that ask it for their next job, and futures for the callers.
+
+A thread that has finished one job finds its next by itself, without a turn of the event loop: an instance is never idle
+for as long as it takes the loop to come round.
+"""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from math import inf
+from threading import Condition, Thread
 from time import monotonic
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
-from service.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, QueueFull, ShuttingDown
+from service.activity import Activity, Stats
+from service.dispatcher import Dispatcher, Observer
+from service.errors import DeadlineExceeded
+from service.lanes import Call, Completed, Decoding, Lane, Outcome, Run, Running
 from service.plan import BatchPlan
-from service.queues import Batch, Item, Queue, Queues
 
+S = TypeVar("S")
 T = TypeVar("T")
 R = TypeVar("R")
-
-# Runs one batch on the numbered instance; gives as many results as it got payloads, in their order.
-Run = Callable[[int, Sequence[T]], Awaitable[Sequence[R]]]
+P = ParamSpec("P")
 
 
-@dataclass(frozen=True, slots=True)
-class Completed(Generic[R]):
-    """A result and what it took: seconds in the queue, seconds in the batch that gave the result, that batch's size."""
-
-    result: R
-    queue_seconds: float
-    run_seconds: float
-    batch_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """One look at the scheduler; metrics and health share it."""
-
-    waiting: dict[str, int]
-    busy_instances: int
-    instances: int
-
-
-class Observer(Protocol):
-    """Told of what happens; `service.metrics` is one."""
-
-    def batch_released(self, model: str, reason: str, size: int) -> None: ...  # noqa: D102
-    def cancelled(self, stage: str) -> None: ...  # noqa: D102
-
-
-@dataclass(eq=False, slots=True)
-class _Call(Generic[T, R]):
-    payload: T
-    future: asyncio.Future[Completed[R]]
-
-
-class Lane(Generic[T, R]):
-    """One model's way into the scheduler. `capacity` bounds the images it may hold, waiting and running."""
-
-    def __init__(self, queue: Queue[_Call[T, R]], run: Run[T, R], capacity: int) -> None:
-        self.queue = queue
-        self.run = run
-        self.capacity = capacity
-        # Mutable state: images admitted and not yet answered.
-        self.admitted = 0
-
-
-class Scheduler(Generic[T, R]):
+class Scheduler(Generic[S, T, R]):
     """Gives idle instances work as soon as there is some, and lets batches grow only while all are busy.
 
-    It lives until it is closed.
+    It lives until it is closed. Its methods belong to one event loop.
     """
 
-    def __init__(self, instances: int, observer: Observer, *, max_delay_seconds: float = 0.0) -> None:
-        self._instances = instances
+    def __init__(
+        self, instances: int, observer: Observer, *, decoders: int = 1, max_delay_seconds: float = 0.0
+    ) -> None:
+        """`decoders`: how many pictures are decoded at the same time."""
         self._observer = observer
-        # Mutable state: what waits, which instances are idle, the batches that run, the timer of a batch that is being
-        # held back, and whether new work is refused.
-        self._queues: Queues[_Call[T, R]] = Queues(max_delay_seconds)
-        self._lanes: dict[Queue[_Call[T, R]], Lane[T, R]] = {}
-        self._idle = list(range(instances))
-        self._running: set[asyncio.Task[None]] = set()
-        self._wakeup: asyncio.TimerHandle | None = None
-        self._closed = False
+        # Every slot for a job has its thread, so that decoding goes on beside running.
+        self._count = instances + decoders
+        # Mutable state: what there is to do, read and changed under `_changed` only; whether the threads are to end;
+        # and, the event loop's own, the threads and the futures that callers wait for.
+        self._dispatcher = Dispatcher[S, T, R](instances, decoders, observer, max_delay_seconds)
+        self._changed = Condition()
+        self._stopped = False
+        self._threads: list[Thread] = []
+        self._futures: set[asyncio.Future[Completed[R]]] = set()
 
     def __repr__(self) -> str:
-        busy = self._instances - len(self._idle)
-        return f"<Scheduler waiting={len(self._queues)} busy={busy}/{self._instances}>"
+        return f"<Scheduler {self._dispatcher!r}>"
 
     async def close(self, *, wait: bool = True) -> None:
         """Refuse what comes and answer what is there; without `wait`, end that with `ShuttingDown`."""
-        self._closed = True
-        self._queues.max_delay_seconds = 0.0
-        self._dispatch()
-        while self._running:
-            for task in () if wait else self._running:
-                task.cancel()
-            await asyncio.wait(self._running)
+        with self._changed:
+            self._dispatcher.close()
+            self._stopped = not wait
+            if not wait:
+                self._dispatcher.give_up()
+            ended = self._dispatcher.take_ended()
+            self._changed.notify_all()
+        _end_all(ended)
+        while self._futures:
+            await asyncio.wait(self._futures)
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        if wait:
+            await asyncio.to_thread(self._join)
 
-    def open_lane(self, name: str, plan: BatchPlan, run: Run[T, R], capacity: int) -> Lane[T, R]:
-        """A queue for the model `name`, whose batches `run` executes."""
-        lane = Lane[T, R](Queue(name, plan), run, capacity)
-        self._lanes[lane.queue] = lane
+    def open_lane(
+        self, name: str, plan: BatchPlan, decode: Callable[[S], T], run: Run[T, R], capacity: int
+    ) -> Lane[S, T, R]:
+        """A queue for the model `name`. `decode` and `run` are called on threads, `run` once at a time per instance."""
+        lane = Lane(name, plan, decode, run, capacity)
+        with self._changed:
+            self._dispatcher.places.lanes.append(lane)
         return lane
 
-    def stats(self) -> Stats:
-        """How much waits for each model and how many instances run."""
-        waiting = {queue.name: len(queue.waiting) for queue in self._lanes}
-        return Stats(waiting, self._instances - len(self._idle), self._instances)
-
     @contextmanager
-    def places(self, lane: Lane[T, R], count: int) -> Iterator[None]:
-        """Hold `count` of the lane's places while the context lasts.
+    def places(self, lane: Lane[S, T, R], count: int, deadline: float = inf) -> Iterator[None]:
+        """Hold `count` of the lane's places while the context lasts. `deadline` is on `time.monotonic`.
 
         Raises:
-            InvalidRequest: it never has that many.
-            QueueFull: it has not that many left.
-            ShuttingDown: the scheduler is closed.
+            InvalidRequest, QueueFull, DeadlineExceeded, ShuttingDown: see `Admission.take`.
         """
-        if self._closed:
-            raise ShuttingDown("the service is shutting down and takes no new work; send the request again")
-        if count > lane.capacity:
-            raise InvalidRequest(f"{count} images in one request; PVT_QUEUE_SIZE allows {lane.capacity} at a time")
-        if lane.admitted + count > lane.capacity:
-            raise QueueFull(
-                f"{lane.admitted} images wait for {lane.queue.name!r} and PVT_QUEUE_SIZE allows {lane.capacity}; "
-                f"{count} more do not fit now",
-                retry_after_seconds=lane.admitted * lane.queue.plan.image_seconds() / self._instances,
-            )
-        lane.admitted += count
+        try:
+            with self._changed:
+                self._dispatcher.places.take(lane, count, monotonic(), deadline)
+        except DeadlineExceeded:
+            for _ in range(count):
+                self._observer.cancelled("admission")
+            raise
         try:
             yield
         finally:
-            lane.admitted -= count
+            with self._changed:
+                self._dispatcher.places.give_back(lane, count)
 
-    async def submit(self, lane: Lane[T, R], payload: T, deadline: float = inf) -> Completed[R]:
-        """Run `payload` in some batch of `lane`. `deadline` is on `time.monotonic`.
+    async def submit(self, lane: Lane[S, T, R], source: S, deadline: float = inf) -> Completed[R]:
+        """Decode `source` and run it in some batch of `lane`. `deadline` is on `time.monotonic`.
 
         Raises:
             DeadlineExceeded: it still waited when `deadline` passed.
-            Exception: what running it alone raised.
+            Exception: what decoding it, or running it alone, raised.
         """
+        future: asyncio.Future[Completed[R]] = asyncio.get_running_loop().create_future()
+        self._futures.add(future)
+        future.add_done_callback(self._futures.discard)
+        call = Call(lane, source, partial(_settle, future))
+        if not self._threads:
+            self._start()
+        with self._changed:
+            self._dispatcher.add(call, monotonic(), deadline)
+            self._changed.notify()
+        try:
+            return await future
+        finally:
+            with self._changed:
+                self._dispatcher.abandon(call)
+
+    def stats(self) -> Stats:
+        """How much waits for each model and how many instances run."""
+        with self._changed:
+            return self._dispatcher.stats()
+
+    def activity(self) -> Activity:
+        """Queues, instances and the last releases."""
+        with self._changed:
+            return self._dispatcher.activity(monotonic())
+
+    def stalled_seconds(self) -> dict[str, float]:
+        """How long the job of each kind that has run longest has been running; 0 when there is none."""
+        with self._changed:
+            return self._dispatcher.stalled_seconds(monotonic())
+
+    def _start(self) -> None:
         loop = asyncio.get_running_loop()
-        item = Item(_Call[T, R](payload, loop.create_future()), monotonic(), deadline)
-        self._queues.add(lane.queue, item)
-        self._dispatch()
-        try:
-            return await item.payload.future
-        finally:
-            if self._queues.discard(lane.queue, item):
-                self._observer.cancelled("queue")
+        # Daemons: a run that never ends, and was given up, does not keep the process.
+        self._threads = [
+            Thread(target=self._work, args=(loop,), name=f"pvt-work-{i}", daemon=True) for i in range(self._count)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def _dispatch(self) -> None:
-        """Give every idle instance what is due, and set the timer for what is not yet."""
-        now = monotonic()
-        for _, item in self._queues.expire(now):
-            _fail(item.payload.future, DeadlineExceeded("the request's time ran out while the image waited"))
-        while self._idle:
-            decision = self._queues.take(now, len(self._idle))
-            if isinstance(decision, Batch):
-                self._start(decision)
-                continue
-            if self._wakeup:
-                self._wakeup.cancel()
-            self._wakeup = None
-            if decision is not None:
-                self._wakeup = asyncio.get_running_loop().call_later(decision - now, self._dispatch)
-            return
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join()
 
-    def _start(self, batch: Batch[_Call[T, R]]) -> None:
-        self._observer.batch_released(batch.queue.name, batch.reason, len(batch.items))
-        task = asyncio.create_task(self._execute(batch, self._idle.pop()))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The life of a thread."""
+        with suppress(RuntimeError):  # the loop was closed on a job that had been given up
+            while self._do_next(loop):
+                pass
 
-    async def _execute(self, batch: Batch[_Call[T, R]], instance: int) -> None:
-        try:
-            await self._settle(self._lanes[batch.queue], batch.items, instance)
-        finally:
-            for item in batch.items:  # only a task that was itself cancelled leaves one
-                _fail(item.payload.future, ShuttingDown("the service stopped before this image was answered"))
-            self._idle.append(instance)
-            self._dispatch()
+    def _do_next(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Wait for a job and do it; False when there will be none."""
+        job = self._next(loop)
+        if job is None:
+            return False
+        if isinstance(job, Decoding):
+            payload = _attempt(job.call.lane.decode, job.call.source)
+            with self._changed:
+                self._dispatcher.decoded(job, payload, monotonic())
+                ended = self._dispatcher.take_ended()
+            _tell(loop, ended)
+            return True
+        while job.part:
+            results = _attempt(job.lane.run, job.release.instance, job.payloads(), alone=job.release.alone)
+            with self._changed:
+                self._dispatcher.ran(job, results, monotonic())
+                ended = self._dispatcher.take_ended()
+            _tell(loop, ended)
+        return True
 
-    async def _settle(self, lane: Lane[T, R], items: Sequence[Item[_Call[T, R]]], instance: int) -> None:
-        """Answer `items`; when their batch fails, halve it until only those that fail alone are left."""
-        alive = [item for item in items if not item.payload.future.done()]
-        if not alive:
-            return
-        start = monotonic()
-        try:
-            results = await lane.run(instance, [item.payload.payload for item in alive])
-            if len(results) != len(alive):
-                raise RuntimeError(f"a batch of {len(alive)} gave {len(results)} results")  # noqa: TRY301
-        except Exception as error:  # noqa: BLE001  whatever a batch raises belongs to its callers
-            await self._bisect(lane, alive, instance, error)
-            return
-        seconds = monotonic() - start
-        for item, result in zip(alive, results, strict=True):
-            if not item.payload.future.done():
-                item.payload.future.set_result(Completed(result, start - item.arrived, seconds, len(alive)))
-
-    async def _bisect(
-        self, lane: Lane[T, R], items: Sequence[Item[_Call[T, R]]], instance: int, error: Exception
-    ) -> None:
-        if len(items) == 1:
-            _fail(items[0].payload.future, error)
-            return
-        if isinstance(error, OutOfMemory):
-            lane.queue.plan = lane.queue.plan.without(len(items))
-        middle = len(items) // 2
-        await self._settle(lane, items[:middle], instance)
-        await self._settle(lane, items[middle:], instance)
+    def _next(self, loop: asyncio.AbstractEventLoop) -> Decoding[S, T, R] | Running[S, T, R] | None:
+        with self._changed:
+            while not self._stopped:
+                now = monotonic()
+                decision = self._dispatcher.next_job(now)
+                _tell(loop, self._dispatcher.take_ended())
+                if isinstance(decision, Decoding | Running):
+                    if self._dispatcher.has_work():
+                        self._changed.notify()  # one wakes the next, for as long as there is something to do
+                    return decision
+                self._changed.wait(None if decision is None else decision - now)
+        return None
 
 
-def _fail(future: asyncio.Future[Completed[R]], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
+def _attempt(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | Exception:
+    """What `function` returns or raises; whatever it raises belongs to its callers, and the thread lives on."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001
+        return error
+    except BaseException as error:  # noqa: BLE001  extensions raise such, and asyncio would end the loop with it
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _tell(loop: asyncio.AbstractEventLoop, ended: Sequence[tuple[Call[S, T, R], Outcome[R]]]) -> None:
+    """All that ended at once, in one turn of the loop."""
+    if ended:
+        loop.call_soon_threadsafe(_end_all, ended)
+
+
+def _end_all(ended: Sequence[tuple[Call[S, T, R], Outcome[R]]]) -> None:
+    for call, outcome in ended:
+        call.end(outcome)
+
+
+def _settle(future: asyncio.Future[Completed[R]], outcome: Outcome[R]) -> None:
+    if future.done():  # its caller has gone
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

@@ -75,6 +75,14 @@ def test_a_list_with_nothing_in_it_is_refused(monkeypatch: pytest.MonkeyPatch) -
         Settings.from_environment()
 
 
+def test_a_key_for_predictions_is_none_for_management(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PVT_API_KEYS", "one,two")
+    monkeypatch.setenv("PVT_MANAGEMENT_KEYS", "three,two")
+
+    with pytest.raises(ValidationError, match="one of these is in PVT_API_KEYS too"):
+        Settings.from_environment()
+
+
 def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PVT_API_KEYS", "hush,hush2")
 

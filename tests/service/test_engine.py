@@ -148,7 +148,7 @@ async def test_a_stalled_thread_makes_it_neither_live_nor_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with engine(tmp_path, stall_seconds=30) as e:
-        monkeypatch.setattr("service.workers.Workers.stalled_seconds", lambda _: 31.0)
+        monkeypatch.setattr("service.scheduler.Scheduler.stalled_seconds", lambda _: {"decode": 31.0, "infer": 0.0})
         health = await e.health()
 
     assert (health.live, health.ready) == (False, False)
