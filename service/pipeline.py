@@ -119,9 +119,11 @@ class Pipeline:
         return Inferred(decoded.width, decoded.height, completed.result, timing)
 
     async def _decode(self, resident: Resident, image: bytes) -> Decoded:
-        geometry = resident.executable.card.preprocessing.geometry
+        geometry, options = resident.executable.card.preprocessing.geometry, self._options
         try:
-            return await self._decoders.run(decode, image, geometry, max_pixels=self._options.max_image_pixels)
+            return await self._decoders.run(
+                decode, image, geometry, max_pixels=options.max_image_pixels, scaled_jpeg=options.scaled_jpeg
+            )
         except asyncio.CancelledError:
             self._metrics.cancelled("decode")
             raise
