@@ -9,7 +9,6 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from PIL import AvifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffIma
 
 from service.errors import InvalidImage
 from service.image_limits import BoundedReader, check_blocks, check_scans, check_size, check_tiles, map_errors, tags
+from service.resampling import Interpolation, resample
 from service.visible import Box, visible
 
 FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", *(["AVIF"] if AvifImagePlugin.SUPPORTED else []))
@@ -43,7 +43,7 @@ class Geometry:
     height: int
     width: int
     crop: float
-    interpolation: Literal["bilinear", "bicubic"]
+    interpolation: Interpolation
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Decoded:
 def decode(
     data: bytes | bytearray | memoryview, geometry: Geometry, *, max_pixels: int, scaled_jpeg: bool = True
 ) -> Decoded:
-    """The picture in `data`, upright, in RGB, resized and centre-cropped to `geometry`; the pixels are read-only.
+    """The picture in `data`, upright, in RGB, resized and centre-cropped to `geometry`.
 
     A JPEG that is far larger than the model's input is decoded at a half, a quarter or an eighth of its sides, unless
     `scaled_jpeg` is off. The size in the answer is the whole picture's.
@@ -172,11 +172,8 @@ def _source_box(box: Box, size: tuple[int, int], turn: int) -> Box:
 def _fit(picture: Image.Image, box: Box, turn: int, geometry: Geometry) -> NDArray[np.uint8]:
     """Resizes what `box` holds, and only then turns it and spreads grey to RGB: there are far fewer pixels then."""
     size = _turned((geometry.width, geometry.height), turn)
-    filtered = Image.Resampling[geometry.interpolation.upper()]
     if picture.mode not in {"RGB", "L"} or picture.has_transparency_data:
-        picture, box = visible(picture, box, size, filtered)
-    if picture.size != size or box != (0, 0, *size):
-        picture = picture.resize(size, filtered, box=box)
-    pixels = np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+        picture, box = visible(picture, box, size, Image.Resampling[geometry.interpolation.upper()])
+    pixels = resample(picture, box, size, geometry.interpolation)
     pixels = pixels[:: -1 if turn in _UPSIDE_DOWN else 1, :: -1 if turn in _MIRRORED else 1]
     return np.ascontiguousarray(pixels.swapaxes(0, 1) if turn in _SIDEWAYS else pixels)

@@ -12,7 +12,8 @@ LAYERS = [
     {"scheduler", "store", "options"},
     {"queues", "backends", "cards"},
     {"plan", "weights", "images", "results"},
-    {"outputs", "pvt_v2", "image_limits", "visible"},
+    {"outputs", "pvt_v2", "image_limits", "resampling"},
+    {"visible"},
     {"errors", "metrics", "workers", "cores"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
