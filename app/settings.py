@@ -59,6 +59,8 @@ class Settings(BaseSettings):
     """Images in one request."""
     max_image_megapixels: Annotated[float, Field(gt=0, le=178)] = 50
     """Pixels of one image, in units of 10^6; decoding one may take 9 bytes of memory for each."""
+    scaled_jpeg: bool = True
+    """Decode a JPEG four times the model's input or more at 1/2 to 1/8 of its sides; false: every JPEG in full."""
     stall_seconds: Annotated[float, Field(gt=0)] = 30
     """A decode or inference thread that is at one job for longer makes the service unhealthy."""
     shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
@@ -126,6 +128,7 @@ class Settings(BaseSettings):
             queue_size=self.queue_size,
             timeout_seconds=self.timeout_ms / 1000,
             max_image_pixels=int(self.max_image_megapixels * 1e6),
+            scaled_jpeg=self.scaled_jpeg,
             max_images=self.max_images,
             stall_seconds=self.stall_seconds,
         )

@@ -118,17 +118,19 @@ def check_blocks(raw: bytes, name: str) -> None:
             raise InvalidImage(f"corrupt TIFF: tag {tag} has {count} values")
 
 
-def check_scans(image: Image.Image, raw: bytes, start: int) -> None:
-    """Refuses a JPEG that makes libjpeg pass over the pixels very often; its first scan's data begins at `start`."""
+def check_scans(image: Image.Image, raw: bytes, start: int) -> int:
+    """Refuses a JPEG that makes libjpeg pass over the pixels very often; its first scan's data begins at `start`.
+
+    Returns by how much its sides must be reduced at least to be held in memory: 1 or 2.
+    """
     layers = len(image.getbands())
     complete = raw.startswith(bytes((0xFF, 0xDA, 0, 6 + 2 * layers, layers)), max(0, start - 2 * layers - 8))
     if complete and "progressive" not in image.info:
-        return  # all layers are in the first scan, so libjpeg reads no other
+        return 1  # all layers are in the first scan, so libjpeg reads no other
     limit = _MAX_SCANNED_PIXELS // max(image.width * image.height, 1_000_000)
     if _more_than(limit, rb"\xff[\xda]", raw):  # [] halves the time of the search
         raise InvalidImage(f"corrupt JPEG: more than {limit} scans")
-    if image.width * image.height > _HALVED_PIXELS:
-        image.draft(None, (image.width // 2, image.height // 2))
+    return 2 if image.width * image.height > _HALVED_PIXELS else 1
 
 
 def tags(tiff: bytes) -> Iterator[tuple[int, int, int, bytes]]:

@@ -9,7 +9,6 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +16,15 @@ from PIL import AvifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffIma
 
 from service.errors import InvalidImage
 from service.image_limits import BoundedReader, check_blocks, check_scans, check_size, check_tiles, map_errors, tags
+from service.resampling import Interpolation, resample
 from service.visible import Box, visible
 
 FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", *(["AVIF"] if AvifImagePlugin.SUPPORTED else []))
 _ORIENTATION = (0x0112, 3, 1)  # the tag, its type SHORT, one value
 # EXIF orientations by what sets them upright: mirrored left-right, top-bottom, and then width and height swapped
 _MIRRORED, _UPSIDE_DOWN, _SIDEWAYS = {2, 3, 7, 8}, {3, 4, 6, 7}, {5, 6, 7, 8}
+# Pixels on a side that a JPEG of reduced size must still have for each of the model's input; see decision 21
+_MARGIN = 2
 # An AVIF may hold a larger frame than its header says, up to libavif's own limit of 268 megapixels, which costs a
 # gigabyte and can't be told beforehand: one at a time, so that it is one gigabyte.
 _ONE_AVIF = threading.Lock()
@@ -41,7 +43,7 @@ class Geometry:
     height: int
     width: int
     crop: float
-    interpolation: Literal["bilinear", "bicubic"]
+    interpolation: Interpolation
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,13 @@ class Decoded:
     height: int
 
 
-def decode(data: bytes | bytearray | memoryview, geometry: Geometry, *, max_pixels: int) -> Decoded:
-    """The picture in `data`, upright, in RGB, resized and centre-cropped to `geometry`; the pixels are read-only.
+def decode(
+    data: bytes | bytearray | memoryview, geometry: Geometry, *, max_pixels: int, scaled_jpeg: bool = True
+) -> Decoded:
+    """The picture in `data`, upright, in RGB, resized and centre-cropped to `geometry`.
+
+    A JPEG that is far larger than the model's input is decoded at a half, a quarter or an eighth of its sides, unless
+    `scaled_jpeg` is off. The size in the answer is the whole picture's.
 
     Raises:
         InvalidImage: it is empty, in no supported format, truncated or corrupt.
@@ -65,20 +72,22 @@ def decode(data: bytes | bytearray | memoryview, geometry: Geometry, *, max_pixe
     with map_errors(name, max_pixels):
         check_blocks(raw, name)
         with Image.open(reader := BoundedReader(raw), formats=(name.upper(),)) as image:
-            size = check_size(image, max_pixels)
-            if name == "JPEG":
-                check_scans(image, raw, reader.tell())
-            elif name == "TIFF":
+            size, turn, reduction = check_size(image, max_pixels), 1, 1
+            if name == "TIFF":
                 check_tiles(image, max_pixels)
                 vars(image)["is_animated"] = True  # keeps Pillow from reading all its EXIF, which may take seconds
+            else:
+                turn = _orientation(image.info.get("exif", b""))
+            if name == "JPEG":
+                least = check_scans(image, raw, reader.tell())
+                reduction = _reduce(image, turn, geometry, least, 8 if scaled_jpeg else 1)
             picture = _load(image)
-            if name != "JPEG":  # which may be read at half its size
-                size = picture.size  # XMP may have turned a TIFF
-            turn = 1 if name == "TIFF" else _orientation(image.info.get("exif", b""))  # Pillow turns a TIFF itself
-            upright = size[::-1] if turn in _SIDEWAYS else size
+            if name == "TIFF":
+                size = picture.size  # Pillow has turned it
+            upright = _turned(size, turn)
             left, top, right, bottom = _source_box(crop_box(*upright, geometry), size, turn)
-            part = 1 if picture.size == size else 0.5
-            box = left * part, top * part, right * part, bottom * part
+            # Whatever an odd size is rounded up to, a pixel of the reduced picture covers as many source pixels.
+            box = left / reduction, top / reduction, right / reduction, bottom / reduction
             return Decoded(_fit(picture, box, turn, geometry), *upright)
 
 
@@ -132,6 +141,24 @@ def _orientation(exif: bytes) -> int:
     return 1
 
 
+def _turned(size: tuple[int, int], turn: int) -> tuple[int, int]:
+    return size[::-1] if turn in _SIDEWAYS else size
+
+
+def _reduce(image: Image.Image, turn: int, geometry: Geometry, least: int, most: int) -> int:
+    """Has a JPEG decoded at 1/1, 1/2, 1/4 or 1/8 of its sides, at least and at most so much; returns which.
+
+    libjpeg then computes means of so many pixels squared straight from the coefficients. They are resampled as the
+    pixels would be, so the crop must still hold enough of them for the filter.
+    """
+    left, top, right, bottom = crop_box(*_turned(image.size, turn), geometry)
+    held = min((right - left) / geometry.width, (bottom - top) / geometry.height)
+    reduction = max(least, next((r for r in (8, 4, 2) if r <= most and held >= _MARGIN * r), 1))
+    if reduction > 1:
+        image.draft(None, (image.width // reduction, image.height // reduction))
+    return reduction
+
+
 def _source_box(box: Box, size: tuple[int, int], turn: int) -> Box:
     """Where `box` of the upright picture lies in the picture as it is stored."""
     left, top, right, bottom = (box[1], box[0], box[3], box[2]) if turn in _SIDEWAYS else box
@@ -144,12 +171,9 @@ def _source_box(box: Box, size: tuple[int, int], turn: int) -> Box:
 
 def _fit(picture: Image.Image, box: Box, turn: int, geometry: Geometry) -> NDArray[np.uint8]:
     """Resizes what `box` holds, and only then turns it and spreads grey to RGB: there are far fewer pixels then."""
-    size = (geometry.height, geometry.width) if turn in _SIDEWAYS else (geometry.width, geometry.height)
-    filtered = Image.Resampling[geometry.interpolation.upper()]
+    size = _turned((geometry.width, geometry.height), turn)
     if picture.mode not in {"RGB", "L"} or picture.has_transparency_data:
-        picture, box = visible(picture, box, size, filtered)
-    if picture.size != size or box != (0, 0, *size):
-        picture = picture.resize(size, filtered, box=box)
-    pixels = np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+        picture, box = visible(picture, box, size, Image.Resampling[geometry.interpolation.upper()])
+    pixels = resample(picture, box, size, geometry.interpolation)
     pixels = pixels[:: -1 if turn in _UPSIDE_DOWN else 1, :: -1 if turn in _MIRRORED else 1]
     return np.ascontiguousarray(pixels.swapaxes(0, 1) if turn in _SIDEWAYS else pixels)

@@ -31,6 +31,7 @@ class EngineOptions:
     queue_size: int = 256
     timeout_seconds: float = 30.0
     max_image_pixels: int = 50_000_000
+    scaled_jpeg: bool = True
     max_images: int = 64
     stall_seconds: float = 30.0
 

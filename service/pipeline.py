@@ -61,16 +61,16 @@ class Pipeline:
 
     def open(self, executable: Executable) -> Resident:
         """Give `executable` its lane."""
-        geometry = executable.card.preprocessing.geometry
+        geometry, options = executable.card.preprocessing.geometry, self._options
 
         def prepare(image: bytes) -> Decoded:
-            return decode(image, geometry, max_pixels=self._options.max_image_pixels)
+            return decode(image, geometry, max_pixels=options.max_image_pixels, scaled_jpeg=options.scaled_jpeg)
 
         def run(instance: int, payloads: Sequence[Decoded], *, alone: bool) -> Sequence[_Seen]:
             outputs = executable.run(instance, [each.pixels for each in payloads], alone=alone)
             return [_Seen(each.width, each.height, out) for each, out in zip(payloads, outputs, strict=True)]
 
-        name, capacity = executable.stored.id, self._options.queue_size
+        name, capacity = executable.stored.id, options.queue_size
         return Resident(executable, self._scheduler.open_lane(name, executable.plan, prepare, run, capacity))
 
     async def infer(

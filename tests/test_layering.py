@@ -19,7 +19,8 @@ LAYERS = [
     {"activity"},
     {"queues"},
     {"plan", "weights", "images", "results"},
-    {"outputs", "pvt_v2", "image_limits", "visible"},
+    {"outputs", "pvt_v2", "image_limits", "resampling"},
+    {"visible"},
     {"errors", "metrics", "workers", "cores", "variants"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
