@@ -46,8 +46,8 @@ SettingsDep = Annotated[Settings, Depends(get_settings)]
 RegistryDep = Annotated[CollectorRegistry, Depends(get_registry)]
 
 
-_bearer = HTTPBearer(auto_error=False, description="One of PVT_API_KEYS, where the service has some.")
-CredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+bearer = HTTPBearer(auto_error=False, description="One of PVT_API_KEYS, where the service has some.")
+CredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
 
 
 async def require_key(credentials: CredentialsDep, settings: SettingsDep) -> None:

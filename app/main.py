@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 
 from app import problems
 from app.dependencies import State, require_key
+from app.direct import Direct
 from app.metrics import HttpMetrics
 from app.middleware import RequestContext
 from app.routes import health, models, pages, predict
@@ -28,6 +29,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,  # one page of documentation is enough, and that one loads a logo from elsewhere
         lifespan=_lifespan(settings, registry),
     )
+    app.add_middleware(Direct, endpoints={endpoint.path: endpoint for endpoint in (predict.DIRECT,)})
     app.add_middleware(RequestContext, metrics=HttpMetrics(registry))
     problems.install(app)
     # Only where keys are set: a dependency costs each request, and the docs then ask for a key that nobody has.

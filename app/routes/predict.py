@@ -5,9 +5,11 @@ from time import perf_counter
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel
 
 from app.bodies import FIELD, ImagesBody, Upload, read_uploads
 from app.dependencies import EngineDep, SettingsDep
+from app.direct import Endpoint
 from app.disconnect import cancelled_on_disconnect
 from app.problems import documented
 from app.schemas import PredictQuery, PredictResponse, image_result
@@ -66,6 +68,14 @@ async def predict(
     body = _body(uploads, predictions, request.state.request_id)
     engine.encoded(predictions, perf_counter() - start)
     return Response(body, media_type="application/json")
+
+
+async def _direct(request: Request, query: BaseModel) -> Response:
+    assert isinstance(query, PredictQuery)  # noqa: S101  DIRECT says so
+    return await predict(request, query, request.state.engine, request.state.settings)
+
+
+DIRECT = Endpoint("/predict", PredictQuery, _direct)
 
 
 def _body(uploads: Sequence[Upload], predictions: Predictions, request_id: str) -> str:
