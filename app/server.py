@@ -43,7 +43,8 @@ class DrainingServer(uvicorn.Server):
         if self.started:
             self._loop = asyncio.get_running_loop()
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            log.info("listening", url=f"http://{host}:{port}")
+            options = self.lifespan.state["engine"].options
+            log.info("listening", url=f"http://{host}:{port}", instances=options.instances, cores=options.cores)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal; stop at once at the second."""

@@ -48,6 +48,7 @@ class EngineMetrics:
             "pvt_model_memory_bytes", "Resident memory that loading the model took.", ["model"], registry=registry
         )
         self.models_loaded = Gauge("pvt_models_loaded", "Models that are ready.", registry=registry)
+        self.instances = Gauge("pvt_instances", "Batches that can run at the same time.", registry=registry)
         self.instances_busy = Gauge("pvt_instances_busy", "Instances that run a batch.", registry=registry)
 
     def batch_released(self, model: str, reason: str, size: int) -> None:

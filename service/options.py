@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from service.backends.base import Backend, Precision
 from service.backends.openvino import OpenVinoBackend
 from service.backends.torch import TorchBackend
@@ -35,6 +37,7 @@ class EngineOptions:
 def make_backend(options: EngineOptions) -> Backend:
     """The backend that `options` ask for, with the cores shared out among its instances."""
     threads = max(1, options.cores // options.instances)
+    torch.set_num_threads(options.cores)  # loading uses torch too, which knows nothing of quotas
     match options.backend:
         case "openvino":
             return OpenVinoBackend(options.instances, threads, options.precision)
