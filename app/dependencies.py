@@ -10,9 +10,11 @@ from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry
 
+from app.member import Member
 from app.problems import Unauthorized
 from app.settings import Settings
 from service.engine import Engine
+from service.results import Health
 
 
 class State(TypedDict):
@@ -21,6 +23,7 @@ class State(TypedDict):
     engine: Engine
     settings: Settings
     registry: CollectorRegistry
+    member: Member | None
 
 
 async def get_engine(request: Request) -> Engine:
@@ -41,8 +44,25 @@ async def get_registry(request: Request) -> CollectorRegistry:
     return registry
 
 
+async def get_health(request: Request) -> Health:
+    """Liveness and readiness of the service: of this process and of the workers beside it, if there are any."""
+    return _together(request, await request.state.engine.health())
+
+
+async def get_liveness(request: Request) -> Health:
+    """The same, but asks no disk: only liveness counts."""
+    return _together(request, request.state.engine.live())
+
+
+def _together(request: Request, own: Health) -> Health:
+    member: Member | None = request.state.member
+    return own if member is None else member.health(own, request.state.settings.stall_seconds)
+
+
 EngineDep = Annotated[Engine, Depends(get_engine)]
 SettingsDep = Annotated[Settings, Depends(get_settings)]
+HealthDep = Annotated[Health, Depends(get_health)]
+LivenessDep = Annotated[Health, Depends(get_liveness)]
 RegistryDep = Annotated[CollectorRegistry, Depends(get_registry)]
 
 

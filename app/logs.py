@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from functools import partial
 from typing import Literal
 
 import orjson
@@ -9,14 +10,15 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 
-def configure(log_format: Literal["json", "console"]) -> None:
-    """Send every log line of the process to standard error in `log_format`.
+def configure(log_format: Literal["json", "console"], worker: int | None = None) -> None:
+    """Send every log line of the process to standard error in `log_format`, with the number of the `worker`, if any.
 
     Our own lines, one a request, go there straight; those of libraries come through the standard library's logging.
     """
     shared: list[Processor] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        *([] if worker is None else [partial(_with_worker, worker)]),
     ]
     if log_format == "json":
         # Without the frames' variables: keys and pictures are among them.
@@ -41,6 +43,11 @@ def configure(log_format: Literal["json", "console"]) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+
+
+def _with_worker(worker: int, _: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    event["worker"] = worker
+    return event
 
 
 def _json(_: WrappedLogger, __: str, event: EventDict) -> bytes:

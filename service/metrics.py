@@ -1,6 +1,12 @@
 """The engine's metrics: one catalogue, every label bounded by the models of the store."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import Gauge as AnyGauge
+
+# Of several worker processes, gauges are added up, and a dead one's do not count.
+Gauge = partial(AnyGauge, multiprocess_mode="livesum")
 
 # From a digit on one core (half a millisecond) to a b5 behind a full queue.
 STAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
