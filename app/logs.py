@@ -9,6 +9,8 @@ import orjson
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from app.lines import LineHandler, LineLogger, LineWriter
+
 
 def configure(log_format: Literal["json", "console"], worker: int | None = None) -> None:
     """Send every log line of the process to standard error in `log_format`, with the number of the `worker`, if any.
@@ -29,13 +31,14 @@ def configure(log_format: Literal["json", "console"], worker: int | None = None)
             structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
             _encoded,
         ]
+    writer = LineWriter(sys.stderr.fileno())
     structlog.configure(
         processors=[*shared, *last],
-        logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer),
+        logger_factory=lambda *_: LineLogger(writer),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler()
+    handler = LineHandler(writer)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],

@@ -1,10 +1,10 @@
 """The process: uvicorn, told to drain before it closes."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -137,5 +137,5 @@ def run(settings: Settings, listener: socket.socket, member: Member | None = Non
     DrainingServer(config, "listening" if member is None else "worker_listening").run(sockets=[listener])
     if any(thread.name.startswith("pvt-") for thread in threading.enumerate()):
         # A load that was given up, or a thread that is stuck: the interpreter would wait for it.
-        sys.stderr.flush()
+        logging.shutdown()
         os._exit(0)
