@@ -2,10 +2,13 @@
 
     python -m bench.http_overhead [--rounds 5] [--seconds 2] [--clients 8] [--tree DIR ...]
 
-The real server, but with `decode` and `Executable.run` answering at once, so that all it costs is HTTP, admission,
+First the real server, but with `decode` and `Executable.run` answering at once, so that all it costs is HTTP, admission,
 queues, hand-overs to threads and back, log and metrics. wrk drives it with real JPEGs of 640x427, each form of body in
-turn. Each `--tree` is a checkout to measure; rounds go in turn over all of them, so that drift hits all alike, and each
-is compared with the first.
+turn. Then ("whole") the server as it is: its processor time per image, less what decoding and inference of the same
+pictures cost in a loop on one thread; more than HTTP, since both cost more where they share cores and caches.
+
+Each `--tree` is a checkout to measure; rounds go in turn over all of them, so that drift hits all alike, and each is
+compared with the first.
 """
 
 import argparse
@@ -31,12 +34,17 @@ ROOT = Path(__file__).parent.parent
 VARIANT = "pvt_v2_b0"
 PICTURES = 32
 BOUNDARY = "9b1f0d5f"
-# What runs in the measured checkout: its own server, with the two things that are not measured replaced.
-SERVER = """
+# What runs in the measured checkout: its own server.
+WHOLE = """
 import sys
+from app.__main__ import main
+sys.argv = ["app"]
+sys.exit(main())
+"""
+# The same with the two things that are not to be measured replaced.
+TRIVIAL = f"""
 import numpy as np
 import service.pipeline
-from app.__main__ import main
 from service.images import Decoded
 from service.loader import Executable
 from service.outputs import Outputs
@@ -45,8 +53,28 @@ decoded = Decoded(np.zeros((224, 224, 3), np.uint8), 640, 427)
 output = Outputs(np.linspace(0, 5, 1000, dtype=np.float32), np.zeros(256, np.float32))
 service.pipeline.decode = lambda *_, **__: decoded
 Executable.run = lambda self, instance, images: [output] * len(images)
-sys.argv = ["app"]
-sys.exit(main())
+{WHOLE}
+"""
+# Milliseconds of processor that decoding and inference of one picture cost, alone and in turn, on one thread.
+ALONE = """
+import sys
+from pathlib import Path
+from time import process_time
+from service.images import decode
+from service.loader import load
+from service.options import EngineOptions, make_backend
+from service.store import Store
+
+store, model, *paths = sys.argv[1:]
+options = EngineOptions(model_store=Path(store), default_model=model, instances=1, cores=1)
+executable = load(Store(options.model_store).find(model), make_backend(options), 1)
+pictures = [Path(path).read_bytes() for path in paths]
+geometry = executable.card.preprocessing.geometry
+for measured in (False, True):
+    start = process_time()
+    for picture in pictures:
+        executable.run(0, [decode(picture, geometry, max_pixels=options.max_image_pixels).pixels])
+print((process_time() - start) / len(pictures) * 1000)
 """
 SCRIPT = """\
 local bodies = {}
@@ -89,12 +117,16 @@ def main() -> None:
         folder = Path(name)
         scripts = write_scripts(folder, jpegs(PICTURES))
         make_store(folder / "store", VARIANT)
-        servers = [stack.enter_context(serving(tree, folder, number)) for number, tree in enumerate(trees)]
-        figures: dict[str, list[list[float]]] = {form: [[] for _ in servers] for form in scripts}
+        whole = [stack.enter_context(serving(tree, folder, f"whole{n}", WHOLE)) for n, tree in enumerate(trees)]
+        servers = [stack.enter_context(serving(tree, folder, f"bare{n}", TRIVIAL)) for n, tree in enumerate(trees)]
+        figures: dict[str, list[list[float]]] = {form: [[] for _ in trees] for form in (*scripts, "whole")}
         for _ in range(arguments.rounds):
             for form, script in scripts.items():
                 for runs, server in zip(figures[form], servers, strict=True):
                     runs.append(milliseconds(server, script, arguments.clients, arguments.seconds))
+            for runs, tree, server in zip(figures["whole"], trees, whole, strict=True):
+                both = milliseconds(server, scripts["multipart"], arguments.clients, arguments.seconds)
+                runs.append(both - alone(tree, folder))
     for form, each in figures.items():
         for tree, runs in zip(trees, each, strict=True):
             ratio = median(run / first for run, first in zip(runs, each[0], strict=True))
@@ -134,14 +166,21 @@ def milliseconds(server: Server, script: Path, clients: int, seconds: int) -> fl
     return (server.cpu_seconds() - before) / int(count[1]) * 1000
 
 
+def alone(tree: Path, folder: Path) -> float:
+    """Processor time of decoding and inference in `tree`, in milliseconds per picture."""
+    paths = [str(path) for path in sorted(folder.glob("raw*")) if not path.suffix]
+    command = [sys.executable, "-c", ALONE, str(folder / "store"), f"{VARIANT}.{TAG}", *paths]
+    return float(subprocess.run(command, cwd=tree, check=True, capture_output=True, text=True).stdout)
+
+
 @contextmanager
-def serving(tree: Path, folder: Path, number: int) -> Iterator[Server]:
+def serving(tree: Path, folder: Path, name: str, program: str) -> Iterator[Server]:
     """The server of `tree`, with its model loaded; its log goes to a file."""
-    log = folder / f"log{number}"
+    log = folder / f"{name}.log"
     settings = {"PORT": "0", "MODEL_STORE": str(folder / "store"), "DEFAULT_MODEL": f"{VARIANT}.{TAG}"}
     environment = {**os.environ, "PVT_MAX_BATCH_SIZE": "1", **{f"PVT_{key}": value for key, value in settings.items()}}
     with log.open("wb") as errors:
-        process = subprocess.Popen([sys.executable, "-c", SERVER], cwd=tree, env=environment, stderr=errors)
+        process = subprocess.Popen([sys.executable, "-c", program], cwd=tree, env=environment, stderr=errors)
     try:
         url = listening(process, log)
         httpx.post(f"{url}/predict", files={"image": jpegs(1)[0]}, timeout=60).raise_for_status()
