@@ -2,7 +2,7 @@
 
     python -m bench.http_overhead [--rounds 5] [--seconds 2] [--clients 8] [--tree DIR ...]
 
-First the real server, but with `decode` and `Executable.run` answering at once, so that all it costs is HTTP, admission,
+First the real server, but with `decode` and `Executable.run` answering at once: what is left is HTTP, admission,
 queues, hand-overs to threads and back, log and metrics. wrk drives it with real JPEGs of 640x427, each form of body in
 turn. Then ("whole") the server as it is: its processor time per image, less what decoding and inference of the same
 pictures cost in a loop on one thread; more than HTTP, since both cost more where they share cores and caches.
