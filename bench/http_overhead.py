@@ -4,8 +4,8 @@
 
 First the real server, but with `decode` and `Executable.run` answering at once: what is left is HTTP, admission,
 queues, hand-overs to threads and back, log and metrics. wrk drives it with real JPEGs of 640x427, each form of body in
-turn. Then ("whole") the server as it is: its processor time per image, less what decoding and inference of the same
-pictures cost in a loop on one thread; more than HTTP, since both cost more where they share cores and caches.
+turn. Then ("loop") the server as it is: the processor time of its event loop's thread per image. Decoding and inference
+run on threads of their own, so it is all HTTP and queues, but without the other ends of the hand-overs.
 
 Each `--tree` is a checkout to measure; rounds go in turn over all of them, so that drift hits all alike, and each is
 compared with the first.
@@ -17,7 +17,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,27 +55,6 @@ service.pipeline.decode = lambda *_, **__: decoded
 Executable.run = lambda self, instance, images: [output] * len(images)
 {WHOLE}
 """
-# Milliseconds of processor that decoding and inference of one picture cost, alone and in turn, on one thread.
-ALONE = """
-import sys
-from pathlib import Path
-from time import process_time
-from service.images import decode
-from service.loader import load
-from service.options import EngineOptions, make_backend
-from service.store import Store
-
-store, model, *paths = sys.argv[1:]
-options = EngineOptions(model_store=Path(store), default_model=model, instances=1, cores=1)
-executable = load(Store(options.model_store).find(model), make_backend(options), 1)
-pictures = [Path(path).read_bytes() for path in paths]
-geometry = executable.card.preprocessing.geometry
-for measured in (False, True):
-    start = process_time()
-    for picture in pictures:
-        executable.run(0, [decode(picture, geometry, max_pixels=options.max_image_pixels).pixels])
-print((process_time() - start) / len(pictures) * 1000)
-"""
 SCRIPT = """\
 local bodies = {}
 for name in string.gmatch([[%s]], "[^\\n]+") do
@@ -103,6 +82,10 @@ class Server:
         family = [self.process, *self.process.children(recursive=True)]
         return float(sum(sum(each.cpu_times()[:2]) for each in family))
 
+    def loop_seconds(self) -> float:
+        """Processor time of the main thread so far."""
+        return sum(each.user_time + each.system_time for each in self.process.threads() if each.id == self.process.pid)
+
 
 def main() -> None:
     """Measure and print."""
@@ -119,14 +102,13 @@ def main() -> None:
         make_store(folder / "store", VARIANT)
         whole = [stack.enter_context(serving(tree, folder, f"whole{n}", WHOLE)) for n, tree in enumerate(trees)]
         servers = [stack.enter_context(serving(tree, folder, f"bare{n}", TRIVIAL)) for n, tree in enumerate(trees)]
-        figures: dict[str, list[list[float]]] = {form: [[] for _ in trees] for form in (*scripts, "whole")}
+        figures: dict[str, list[list[float]]] = {form: [[] for _ in trees] for form in (*scripts, "loop")}
         for _ in range(arguments.rounds):
             for form, script in scripts.items():
                 for runs, server in zip(figures[form], servers, strict=True):
-                    runs.append(milliseconds(server, script, arguments.clients, arguments.seconds))
-            for runs, tree, server in zip(figures["whole"], trees, whole, strict=True):
-                both = milliseconds(server, scripts["multipart"], arguments.clients, arguments.seconds)
-                runs.append(both - alone(tree, folder))
+                    runs.append(milliseconds(server.cpu_seconds, server.url, script, arguments))
+            for runs, server in zip(figures["loop"], whole, strict=True):
+                runs.append(milliseconds(server.loop_seconds, server.url, scripts["multipart"], arguments))
     for form, each in figures.items():
         for tree, runs in zip(trees, each, strict=True):
             ratio = median(run / first for run, first in zip(runs, each[0], strict=True))
@@ -151,26 +133,19 @@ def write_scripts(folder: Path, pictures: Sequence[bytes]) -> dict[str, Path]:
     return scripts
 
 
-def milliseconds(server: Server, script: Path, clients: int, seconds: int) -> float:
-    """Processor time of `server` per request while wrk drives it.
+def milliseconds(used: Callable[[], float], url: str, script: Path, arguments: argparse.Namespace) -> float:
+    """Processor time per request while wrk drives the server at `url`; `used` says how many seconds there were so far.
 
     Raises:
         RuntimeError: a request was not answered with 200.
     """
-    before = server.cpu_seconds()
-    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}", "-s", str(script), f"{server.url}/predict"]
+    before = used()
+    command = ["wrk", "-t1", f"-c{arguments.clients}", f"-d{arguments.seconds}", "-s", str(script), f"{url}/predict"]
     report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     count = re.search(r"(\d+) requests in", report)
     if count is None or "Non-2xx" in report or "Socket errors" in report:
         raise RuntimeError(f"not every request was answered:\n{report}")
-    return (server.cpu_seconds() - before) / int(count[1]) * 1000
-
-
-def alone(tree: Path, folder: Path) -> float:
-    """Processor time of decoding and inference in `tree`, in milliseconds per picture."""
-    paths = [str(path) for path in sorted(folder.glob("raw*")) if not path.suffix]
-    command = [sys.executable, "-c", ALONE, str(folder / "store"), f"{VARIANT}.{TAG}", *paths]
-    return float(subprocess.run(command, cwd=tree, check=True, capture_output=True, text=True).stdout)
+    return (used() - before) / int(count[1]) * 1000
 
 
 @contextmanager
