@@ -1,21 +1,25 @@
 """`python -m app`: serve, as the environment says."""
 
+import os
 import sys
 from argparse import ArgumentParser
 
 from pydantic import ValidationError
 
-from app import logs
-from app.server import listen, run
+from app import logs, supervisor
+from app.listener import listen
 from app.settings import PREFIX, Settings, UnknownSettingError
 
 
 def main() -> int:
     """Serve until told to stop; 2 when a setting is wrong."""
-    ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m app",
         description="Serve PVT-v2 models over HTTP. Settings are environment variables, such as PVT_PORT: see README.",
-    ).parse_args()
+    )
+    parser.add_argument("--workers", metavar="N", help="processes that share the port; the same as PVT_WORKERS")
+    if (workers := parser.parse_args().workers) is not None:
+        os.environ[f"{PREFIX}WORKERS"] = workers  # where the worker processes read it, too
     try:
         settings = Settings.from_environment()
     except UnknownSettingError as error:
@@ -28,7 +32,11 @@ def main() -> int:
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
         return _refuse(f"can't listen on {where}, as PVT_HOST and PVT_PORT say: {error.strerror or error}")
-    run(settings, listener)
+    if settings.workers > 1:
+        return supervisor.run(settings, listener)
+    from app import server  # noqa: PLC0415  with it comes torch, which a supervisor does not need
+
+    server.run(settings, listener)
     return 0
 
 

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import binascii
 import re
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
@@ -14,6 +13,7 @@ from fastapi import Request
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
 from app.problems import BodyTooLarge, UnsupportedMediaType
 from service.errors import InvalidImage, InvalidRequest
@@ -57,13 +57,12 @@ async def read_uploads(request: Request, max_bytes: int, max_images: int) -> lis
         InvalidRequest: the body is not what its content type says, or holds no image or more than `max_images`.
     """
     content_type, options = parse_options_header(request.headers.get("content-type", ""))
-    chunks = _limited(request, max_bytes)
     if content_type == "multipart/form-data":
-        return await _multipart(chunks, options.get("boundary", ""), max_images)
+        return _multipart(await _read(request, max_bytes), options.get("boundary", ""), max_images)
     if RAW_TYPES.fullmatch(content_type):
-        return [Upload(None, b"".join([chunk async for chunk in chunks]))]
+        return [Upload(None, await _read(request, max_bytes))]
     if content_type == "application/json":
-        body = b"".join([chunk async for chunk in chunks])
+        body = await _read(request, max_bytes)
         return _json(body, max_images) if len(body) < LARGE_JSON else await run_in_threadpool(_json, body, max_images)
     raise UnsupportedMediaType(
         f"content type {content_type or '(none)'!r}; send multipart/form-data with a file field {FIELD!r}, the "
@@ -71,28 +70,38 @@ async def read_uploads(request: Request, max_bytes: int, max_images: int) -> lis
     )
 
 
-async def _limited(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
-    """The body's chunks; refuses what announces, or turns out, to be more than `max_bytes`."""
+async def _read(request: Request, max_bytes: int) -> bytes:
+    """The body; refuses what announces, or turns out, to be more than `max_bytes`."""
     announced = request.headers.get("content-length", "")
-    chunks = request.stream()
     if announced.isdecimal() and int(announced) > max_bytes:
         if "expect" not in request.headers:  # who asks first is told before it sends anything
-            await _discard(chunks)
+            await _discard(request)
         raise _too_large(max_bytes)
-    received = 0
-    async for chunk in chunks:
+    chunks, received, more = [], 0, True
+    while more:
+        chunk, more = await _receive(request)
         received += len(chunk)
         if received > max_bytes:
-            await _discard(chunks)
+            if more:
+                await _discard(request)
             raise _too_large(max_bytes)
-        yield chunk
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
-async def _discard(chunks: AsyncIterator[bytes]) -> None:
+async def _receive(request: Request) -> tuple[bytes, bool]:
+    """The next piece of the body, and whether there are more."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message.get("body", b""), message.get("more_body", False)
+
+
+async def _discard(request: Request) -> None:
     """Let a client finish what it is sending, for a while: closing on it would destroy the answer on its way."""
     with suppress(TimeoutError):
         async with asyncio.timeout(DISCARD_SECONDS):
-            async for _ in chunks:
+            while (await _receive(request))[1]:
                 pass
 
 
@@ -108,22 +117,21 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(f"the request body is larger than {max_bytes / 1e6:g} MB, which PVT_MAX_BODY_MB allows")
 
 
-async def _multipart(chunks: AsyncIterator[bytes], boundary: str, max_images: int) -> list[Upload]:
+def _multipart(body: bytes, boundary: str, max_images: int) -> list[Upload]:
+    """Parsed at once: each part is cut out of the body whole, and that is its only copy."""
     uploads: list[Upload] = []
-    parts: list[bytes | bytearray] = []
+    data = b""
     segment: MultipartSegment | None = None
     try:
         with PushMultipartParser(boundary) as parser:
-            async for chunk in chunks:
-                for event in parser.parse(chunk):
-                    if isinstance(event, MultipartSegment):
-                        segment = _image_field(event)
-                        check_count(len(uploads) + 1, max_images)
-                    elif event is not None:
-                        parts.append(event)
-                    elif segment is not None:
-                        uploads.append(Upload(segment.filename, b"".join(parts)))
-                        parts.clear()
+            for event in parser.parse(body):
+                if isinstance(event, MultipartSegment):
+                    segment, data = _image_field(event), b""
+                    check_count(len(uploads) + 1, max_images)
+                elif event is not None:
+                    data += event  # the first one, and there is no other, is not copied
+                elif segment is not None:
+                    uploads.append(Upload(segment.filename, data))
     except MultipartError as error:
         raise InvalidRequest(f"the multipart body is broken: {error.args[0]}") from error
     if not uploads:

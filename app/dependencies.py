@@ -11,9 +11,11 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
+from app.member import Member
 from app.problems import Forbidden, Unauthorized
 from app.settings import Settings
 from service.engine import Engine
+from service.results import Health
 
 
 class State(TypedDict):
@@ -22,6 +24,7 @@ class State(TypedDict):
     engine: Engine
     settings: Settings
     registry: CollectorRegistry
+    member: Member | None
 
 
 async def get_engine(request: Request) -> Engine:
@@ -42,13 +45,30 @@ async def get_registry(request: Request) -> CollectorRegistry:
     return registry
 
 
+async def get_health(request: Request) -> Health:
+    """Liveness and readiness of the service: of this process and of the workers beside it, if there are any."""
+    return _together(request, await request.state.engine.health())
+
+
+async def get_liveness(request: Request) -> Health:
+    """The same, but asks no disk: only liveness counts."""
+    return _together(request, request.state.engine.live())
+
+
+def _together(request: Request, own: Health) -> Health:
+    member: Member | None = request.state.member
+    return own if member is None else member.health(own, request.state.settings.stall_seconds)
+
+
 EngineDep = Annotated[Engine, Depends(get_engine)]
 SettingsDep = Annotated[Settings, Depends(get_settings)]
+HealthDep = Annotated[Health, Depends(get_health)]
+LivenessDep = Annotated[Health, Depends(get_liveness)]
 RegistryDep = Annotated[CollectorRegistry, Depends(get_registry)]
 
 
-_bearer = HTTPBearer(auto_error=False, description="One of PVT_API_KEYS, where the service has some.")
-CredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+bearer = HTTPBearer(auto_error=False, description="One of PVT_API_KEYS, where the service has some.")
+CredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
 
 
 async def require_key(credentials: CredentialsDep, settings: SettingsDep) -> None:

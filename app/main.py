@@ -1,7 +1,7 @@
 """The application, put together."""
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 
 from app import problems
 from app.dependencies import State, require_key
+from app.direct import Direct
+from app.member import Member
 from app.metrics import HttpMetrics
 from app.middleware import RequestContext
 from app.routes import debug, health, models, pages, predict
@@ -18,16 +20,17 @@ from service.engine import Engine
 from service.metrics import EngineMetrics
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The ASGI application for `settings`; its engine lives from startup to shutdown."""
-    registry = _registry()
+def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
+    """The ASGI application for `settings`; its engine lives from startup to shutdown. `member`: one of several."""
+    registry = _registry() if member is None else CollectorRegistry()
     app = FastAPIOffline(
         title="pvt-serve",
         summary="Pyramid Vision Transformer v2 image models behind HTTP.",
         version=version("pvt-serve"),
         redoc_url=None,  # one page of documentation is enough, and that one loads a logo from elsewhere
-        lifespan=_lifespan(settings, registry),
+        lifespan=_lifespan(settings, registry, member),
     )
+    app.add_middleware(Direct, endpoints={endpoint.path: endpoint for endpoint in (predict.DIRECT,)})
     app.add_middleware(RequestContext, metrics=HttpMetrics(registry))
     problems.install(app)
     # Only where keys are set: a dependency costs each request, and the docs then ask for a key that nobody has.
@@ -40,12 +43,20 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def _lifespan(
-    settings: Settings, registry: CollectorRegistry
+    settings: Settings, registry: CollectorRegistry, member: Member | None
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
-        async with Engine(settings.engine_options(), EngineMetrics(registry)) as engine:
-            yield State(engine=engine, settings=settings, registry=registry)
+        options = settings.engine_options()
+        async with AsyncExitStack() as stack:
+            if member is None:
+                engine = await stack.enter_async_context(Engine(options, EngineMetrics(registry)))
+                yield State(engine=engine, settings=settings, registry=registry, member=None)
+            else:
+                engine = Engine(member.share_of(options), EngineMetrics(registry))
+                await stack.enter_async_context(engine)
+                await stack.enter_async_context(member.at_work(engine))
+                yield State(engine=engine, settings=settings, registry=member.registry(), member=member)
 
     return lifespan
 

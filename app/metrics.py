@@ -20,8 +20,18 @@ class HttpMetrics:
             buckets=REQUEST_BUCKETS,
             registry=registry,
         )
+        # Mutable state: the series that were counted before, since finding them costs more than counting.
+        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
 
     def record(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count one answered request."""
-        self.requests.labels(route, method if method in METHODS else "other", str(status)).inc()
-        self.request_seconds.labels(route).observe(seconds)
+        series = self._series.get((route, method, status)) or self._find(route, method, status)
+        series[0].inc()
+        series[1].observe(seconds)
+
+    def _find(self, route: str, method: str, status: int) -> tuple[Counter, Histogram]:
+        known = method if method in METHODS else "other"
+        series = self.requests.labels(route, known, str(status)), self.request_seconds.labels(route)
+        if known == method:  # any caller can make up others
+            self._series[route, method, status] = series
+        return series

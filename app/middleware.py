@@ -39,13 +39,15 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = state["request_id"]
                 if state["engine"].draining:
-                    headers["Connection"] = "close"  # so that no caller sends its next request into a closing socket
+                    # So that no caller sends its next request into a closing socket.
+                    MutableHeaders(scope=message)["Connection"] = "close"
+                headers = message["headers"] = [*message.get("headers", ())]
+                headers.append((b"x-request-id", state["request_id"].encode()))
                 if timing := state.get("timing"):
                     timing["total"] = perf_counter() - start
-                    headers["Server-Timing"] = ", ".join(f"{k};dur={v * 1000:.2f}" for k, v in timing.items())
+                    told = ", ".join(f"{k};dur={v * 1000:.2f}" for k, v in timing.items())
+                    headers.append((b"server-timing", told.encode()))
             await send(message)
 
         try:

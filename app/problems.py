@@ -1,7 +1,7 @@
 """Where HTTP meets errors: their status, their one body (RFC 9457), their one handler."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from math import ceil
 from typing import Any
@@ -95,10 +95,13 @@ def problem(error: Exception, request_id: str | None = None) -> Problem:
 
 def install(app: FastAPI) -> None:
     """Make every foreseen error that leaves a route, and every refusal of the framework, a problem."""
-    app.add_exception_handler(errors.ServiceError, _service_error)
-    app.add_exception_handler(RequestValidationError, _invalid_parameters)
-    app.add_exception_handler(HTTPException, _framework_refusal)
-    app.add_exception_handler(ClientDisconnect, _client_gone)
+    for kind, handler in _HANDLERS.items():
+        app.add_exception_handler(kind, handler)
+
+
+async def respond(request: Request, error: Exception) -> Response:
+    """The response to one of the FORESEEN errors."""
+    return await next(handler for kind, handler in _HANDLERS.items() if isinstance(error, kind))(request, error)
 
 
 def _problem(name: str, status: int, detail: str, request_id: str | None) -> Problem:
@@ -150,6 +153,15 @@ async def _framework_refusal(request: Request, error: Exception) -> JSONResponse
 
 async def _client_gone(_: Request, __: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)  # nobody reads it; the log and the metrics do
+
+
+_HANDLERS: Mapping[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
+    errors.ServiceError: _service_error,
+    RequestValidationError: _invalid_parameters,
+    HTTPException: _framework_refusal,
+    ClientDisconnect: _client_gone,
+}
+FORESEEN = tuple(_HANDLERS)
 
 
 def unexpected(error: Exception, request_id: str) -> Response:

@@ -122,12 +122,12 @@ class HealthResponse(BaseModel):
     reasons: list[str]
 
 
-def image_result(filename: str | None, result: Prediction | ServiceError, request_id: str) -> ImageResult | ImageError:
-    """One place of `PredictResponse.results`."""
+def image_result(filename: str | None, result: Prediction | ServiceError, request_id: str) -> dict[str, object]:
+    """One place of `PredictResponse.results`: an ImageResult or an ImageError, as orjson takes it."""
     if isinstance(result, ServiceError):
-        return ImageError(filename=filename, error=problem(result, request_id))
-    predictions = [ClassPrediction(class_id=c.class_id, label=c.label, score=c.score) for c in result.classes]
-    return ImageResult(filename=filename, width=result.width, height=result.height, predictions=predictions)
+        return {"filename": filename, "error": problem(result, request_id).model_dump()}
+    # A ClassScore has a ClassPrediction's fields, and orjson knows dataclasses.
+    return {"filename": filename, "width": result.width, "height": result.height, "predictions": result.classes}
 
 
 def model_info(model: ModelStatus) -> ModelInfo:

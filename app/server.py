@@ -1,10 +1,10 @@
 """The process: uvicorn, told to drain before it closes."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,6 +15,7 @@ import structlog
 import uvicorn
 
 from app.main import create_app
+from app.member import Member
 from app.protocol import BoundedProtocol
 from app.settings import Settings
 
@@ -30,8 +31,10 @@ class DrainingServer(uvicorn.Server):
     Uvicorn alone closes its socket and every idle connection at once, on which a caller may just have sent something.
     """
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, started_event: str) -> None:
+        """`started_event` is what the log calls it when it listens."""
         super().__init__(config)
+        self._started_event = started_event
         # Mutable state: the loop once it listens, whether a signal came, and what that set going.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
@@ -43,7 +46,8 @@ class DrainingServer(uvicorn.Server):
         if self.started:
             self._loop = asyncio.get_running_loop()
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            log.info("listening", url=f"http://{host}:{port}")
+            options = self.lifespan.state["engine"].options
+            log.info(self._started_event, url=f"http://{host}:{port}", instances=options.instances, cores=options.cores)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal; stop at once at the second."""
@@ -115,20 +119,10 @@ def _accept_all(listener: socket.socket) -> Iterator[socket.socket]:
             yield listener.accept()[0]
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to `host` and `port`.
-
-    Raises:
-        OSError: the address is taken, not this machine's, or not ours to take.
-    """
-    (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    return socket.create_server(address[:2], family=family, backlog=2048)
-
-
-def run(settings: Settings, listener: socket.socket) -> None:
-    """Serve on `listener` until a signal asks to stop."""
+def run(settings: Settings, listener: socket.socket, member: Member | None = None) -> None:
+    """Serve on `listener` until a signal asks to stop; as `member`, if there are others."""
     config = uvicorn.Config(
-        create_app(settings),
+        create_app(settings, member),
         loop="uvloop",
         http=BoundedProtocol,
         access_log=False,
@@ -140,8 +134,8 @@ def run(settings: Settings, listener: socket.socket) -> None:
     # Uvicorn raises the signal again once it is done; a stop that was asked for is no failure.
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, lambda *_: None)
-    DrainingServer(config).run(sockets=[listener])
+    DrainingServer(config, "listening" if member is None else "worker_listening").run(sockets=[listener])
     if any(thread.name.startswith("pvt-") for thread in threading.enumerate()):
         # A load that was given up, or a thread that is stuck: the interpreter would wait for it.
-        sys.stderr.flush()
+        logging.shutdown()
         os._exit(0)

@@ -5,12 +5,13 @@ import re
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.options import EngineOptions
+if TYPE_CHECKING:
+    from service.options import EngineOptions
 
 PREFIX = "PVT_"
 # What Kubernetes sets in every pod for a service named pvt-serve, or pvt-anything.
@@ -31,6 +32,8 @@ class Settings(BaseSettings):
     """Address to listen on; 0.0.0.0 for all."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Processes that share the port; each has its own models and its part of cores and instances."""
     model_store: Path = Path("model_store")
     """Folder of the model store."""
     default_model: Annotated[str, Field(min_length=1)] = "pvt_v2_b0.digits"
@@ -114,8 +117,11 @@ class Settings(BaseSettings):
         """The limit on a request body, in bytes."""
         return int(self.max_body_mb * 1e6)
 
-    def engine_options(self) -> EngineOptions:
+    def engine_options(self) -> "EngineOptions":
         """What of it concerns the engine."""
+        # Not at the top: with it comes torch, and the supervisor of several workers reads settings, too.
+        from service.options import EngineOptions  # noqa: PLC0415
+
         options = EngineOptions(
             model_store=self.model_store,
             default_model=self.default_model,

@@ -186,6 +186,7 @@ class Engine:
         stats = self._pipeline.stats()
         for name, waiting in stats.waiting.items():
             self._metrics.queue_depth.labels(name).set(waiting)
+        self._metrics.instances.set(stats.instances)
         self._metrics.instances_busy.set(stats.busy_instances)
         self._metrics.models_loaded.set(len(self._registry.loaded()))
 

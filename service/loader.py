@@ -15,6 +15,7 @@ from service.outputs import Outputs
 from service.plan import BatchPlan
 from service.plan_cache import CachedPlan, Key, PlanCache, digest, machine
 from service.reference import Reference, read_reference, synthetic_images
+from service.served import build, plain_logits
 from service.store import StoredModel
 from service.tuning import Alone, Limits, Tuned, Tuning
 
@@ -154,8 +155,6 @@ def _restored(stored: StoredModel, backend: Backend, cache: PlanCache, key: Key)
 
 
 def _measured(stored: StoredModel, backend: Backend, limits: Limits) -> Tuned:
-    from service.served import build, plain_logits  # noqa: PLC0415  it imports torch, which the cache spares
-
     card = stored.require_card()
     pixels = card.preprocessing
     module = build(card, stored.folder)

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from service.backends.base import Backend, Precision
 from service.backends.openvino import OpenVinoBackend
+from service.backends.torch import TorchBackend
 from service.cores import usable_cores
 
 BackendName = Literal["auto", "openvino", "torch"]
@@ -38,18 +41,14 @@ class EngineOptions:
 
 def make_backends(options: EngineOptions) -> tuple[MakeBackend, ...]:
     """The backends to try, best first, each made when first called for and only once."""
-
-    def openvino() -> Backend:
-        return OpenVinoBackend(options.instances)
-
-    def torch() -> Backend:
-        from service.backends.torch import TorchBackend  # noqa: PLC0415  the import takes a second or two
-
-        return TorchBackend(options.instances)
-
+    torch.set_num_threads(options.cores)  # loading uses torch too, which knows nothing of quotas
+    openvino, eager = (
+        cache(partial(OpenVinoBackend, options.instances)),
+        cache(partial(TorchBackend, options.instances)),
+    )
     choices: dict[BackendName, tuple[MakeBackend, ...]] = {
-        "auto": (cache(openvino), cache(torch)),
-        "openvino": (cache(openvino),),
-        "torch": (cache(torch),),
+        "auto": (openvino, eager),
+        "openvino": (openvino,),
+        "torch": (eager,),
     }
     return choices[options.backend]

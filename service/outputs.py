@@ -37,6 +37,6 @@ def top_k(logits: Floats, labels: Sequence[str], k: int) -> list[ClassScore]:
     """The `k` best classes of `logits` (classes,), best first; all of them if there are fewer."""
     scores = softmax(logits)
     # Of a thousand classes only the k best are sorted.
-    best = np.argpartition(-scores, k)[:k] if k < len(scores) else np.arange(len(scores))
-    order = best[np.argsort(-scores[best], kind="stable")]
-    return [ClassScore(int(i), labels[i], float(scores[i])) for i in order]
+    best = scores.argpartition(-k)[-k:] if k < len(scores) else np.arange(len(scores))
+    order = best[(-scores[best]).argsort(kind="stable")]
+    return [ClassScore(i, labels[i], score) for i, score in zip(order.tolist(), scores[order].tolist(), strict=True)]

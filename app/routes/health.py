@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from app.dependencies import EngineDep, RegistryDep
+from app.dependencies import EngineDep, HealthDep, LivenessDep, RegistryDep
 from app.schemas import HealthResponse
 
 router = APIRouter(tags=["operations"])
@@ -15,25 +15,22 @@ UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": HealthResponse, "de
 
 
 @router.get("/health", summary="Liveness and readiness", responses=UNHEALTHY)
-async def health(engine: EngineDep, response: Response) -> HealthResponse:
+async def health(state: HealthDep, response: Response) -> HealthResponse:
     """Liveness and readiness, with reasons."""
-    state = await engine.health()
     response.status_code = 200 if state.live and state.ready else 503
     return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
 
 
 @router.get("/health/live", summary="Liveness", responses=UNHEALTHY)
-async def live(engine: EngineDep, response: Response) -> HealthResponse:
+async def live(state: LivenessDep, response: Response) -> HealthResponse:
     """Whether the process does its work; if not, restart it."""
-    state = engine.live()
     response.status_code = 200 if state.live else 503
     return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
 
 
 @router.get("/health/ready", summary="Readiness", responses=UNHEALTHY)
-async def ready(engine: EngineDep, response: Response) -> HealthResponse:
+async def ready(state: HealthDep, response: Response) -> HealthResponse:
     """Whether to send requests here."""
-    state = await engine.health()
     response.status_code = 200 if state.ready else 503
     return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
 

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Annotated, Any
 
+import orjson
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel
 
 from app.bodies import FIELD, ImagesBody, Upload, read_uploads
 from app.dependencies import EngineDep, SettingsDep
+from app.direct import Endpoint
 from app.disconnect import cancelled_on_disconnect
 from app.problems import documented
 from app.schemas import PredictQuery, PredictResponse, image_result
@@ -68,12 +71,21 @@ async def predict(
     return Response(body, media_type="application/json")
 
 
-def _body(uploads: Sequence[Upload], predictions: Predictions, request_id: str) -> str:
+async def _direct(request: Request, query: BaseModel) -> Response:
+    assert isinstance(query, PredictQuery)  # noqa: S101  DIRECT says so
+    return await predict(request, query, request.state.engine, request.state.settings)
+
+
+DIRECT = Endpoint("/predict", PredictQuery, _direct)
+
+
+def _body(uploads: Sequence[Upload], predictions: Predictions, request_id: str) -> bytes:
+    """A PredictResponse as JSON; making one first would cost as much as all else here."""
     results = [
         image_result(upload.filename, result, request_id)
         for upload, result in zip(uploads, predictions.results, strict=True)
     ]
-    return PredictResponse(model=predictions.model, version=predictions.version, results=results).model_dump_json()
+    return orjson.dumps({"model": predictions.model, "version": predictions.version, "results": results})
 
 
 def _note(request: Request, predictions: Predictions) -> None:

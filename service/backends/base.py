@@ -1,14 +1,12 @@
-"""What every backend offers. No torch here: a model whose graphs are in the plan cache never needs it."""
+"""What every backend offers."""
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.outputs import Floats
-
-if TYPE_CHECKING:
-    from service.served import Served
+from service.served import Served
 
 Precision = Literal["float32", "bfloat16"]
 Batch = NDArray[np.uint8]  # (n, height, width, 3)
@@ -59,7 +57,7 @@ class Backend(Protocol):
     instances: int
     precisions: tuple[Precision, ...]
 
-    def program(self, module: "Served", height: int, width: int) -> Program:
+    def program(self, module: Served, height: int, width: int) -> Program:
         """Take `module` in, for pictures of `height` x `width`."""
         ...
 

@@ -1,4 +1,4 @@
-"""From the torch module to an OpenVINO model. Apart, because it needs torch, whose import takes a second or two."""
+"""From the torch module to an OpenVINO model."""
 
 import openvino as ov
 import torch

@@ -4,18 +4,17 @@ A dynamic batch dimension costs a factor of two to three on a CPU, hence one gra
 """
 
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import openvino as ov
 from openvino import properties
 from openvino.properties import hint
 
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
+from service.backends.convert import convert
 from service.errors import OutOfMemory
 from service.outputs import Floats
-
-if TYPE_CHECKING:
-    from service.served import Served
+from service.served import Served
 
 _TYPES: dict[Precision, ov.Type] = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16}
 
@@ -32,10 +31,8 @@ class OpenVinoBackend:
         native = "BF16" in self._core.get_property("CPU", properties.device.capabilities())
         self.precisions: tuple[Precision, ...] = ("bfloat16", "float32") if native else ("float32",)
 
-    def program(self, module: "Served", height: int, width: int) -> Program:
+    def program(self, module: Served, height: int, width: int) -> Program:
         """See `Backend.program`."""
-        from service.backends.convert import convert  # noqa: PLC0415  it imports torch, which a restored graph spares
-
         return _Converted(self, self._core, convert(module, height, width))
 
     def restore(self, blob: Blob, layout: Layout, precision: Precision) -> Graph:

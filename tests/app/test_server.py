@@ -1,71 +1,15 @@
 """The process as it is deployed: a real server, real sockets, real signals."""
 
-import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.app.conftest import png
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[str]
-    lines: "SimpleQueue[str | None]" = field(default_factory=SimpleQueue)
-    url: str = ""
-
-    def event(self, name: str) -> dict[str, Any]:
-        """The next log line of that event."""
-        while (line := self.lines.get(timeout=60)) is not None:
-            record: dict[str, Any] = json.loads(line)
-            if record["event"] == name:
-                return record
-        pytest.fail(f"the server ended without {name!r}")
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
-
-
-@contextmanager
-def serving(**settings: str) -> Iterator[Server]:
-    environment = {**os.environ, "PVT_PORT": "0", **{f"PVT_{name.upper()}": v for name, v in settings.items()}}
-    command = [sys.executable, "-m", "app"]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        server = Server(process)
-
-        def read() -> None:
-            assert process.stderr
-            for line in process.stderr:
-                server.lines.put(line)
-            server.lines.put(None)
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        try:
-            server.url = server.event("listening")["url"]
-            yield server
-        finally:
-            process.kill()
-            reader.join()
-
-
-def post(url: str, files: list[tuple[str, bytes]]) -> httpx.Response:
-    return httpx.post(f"{url}/predict", files=files, timeout=60)
+from tests.app.processes import Server, post, serving
 
 
 def begin_upload(connection: socket.socket, server: Server, length: int, first: bytes, *headers: str) -> None:
@@ -83,8 +27,9 @@ def begin_upload(connection: socket.socket, server: Server, length: int, first: 
     httpx.get(f"{server.url}/health")  # what came before this has been read when it is answered
 
 
-def test_sigterm_finishes_what_is_under_way_and_exits_0() -> None:
-    with serving() as server:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_sigterm_finishes_what_is_under_way_and_exits_0(workers: str) -> None:
+    with serving(workers=workers) as server:
         answers: list[httpx.Response] = []
         work = [("image", png(size=(3000, 3000)))] * 30
         caller = threading.Thread(target=lambda: answers.append(post(server.url, work)))
@@ -98,8 +43,9 @@ def test_sigterm_finishes_what_is_under_way_and_exits_0() -> None:
     assert len(answers[0].json()["results"]) == 30
 
 
-def test_under_load_no_accepted_request_is_lost_by_sigterm() -> None:
-    with serving() as server:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_under_load_no_accepted_request_is_lost_by_sigterm(workers: str) -> None:
+    with serving(workers=workers) as server:
         post(server.url, [("image", png())])
         statuses: list[int] = []
 
@@ -173,8 +119,9 @@ def test_an_upload_that_never_ends_does_not_keep_it_from_stopping() -> None:
             assert connection.recv(65536).startswith(b"HTTP/1.1 503")
 
 
-def test_a_second_signal_gives_up_what_is_under_way() -> None:
-    with serving(shutdown_seconds="3600") as server:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_second_signal_gives_up_what_is_under_way(workers: str) -> None:
+    with serving(shutdown_seconds="3600", workers=workers) as server:
         url = httpx.URL(server.url)
         with socket.create_connection((url.host, url.port)) as connection:
             connection.sendall(

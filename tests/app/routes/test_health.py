@@ -4,6 +4,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from service.cores import usable_cores
 from tests.app.conftest import MakeClient, png
 from tests.service.stores import add_model
 
@@ -61,6 +62,7 @@ def test_metrics_parse_and_count_what_happened(make_client: MakeClient) -> None:
     assert samples["pvt_images_total", model, ("outcome", "refused")] == 1
     assert samples["pvt_model_loads_total", model, ("outcome", "loaded")] == 1
     assert samples["pvt_models_loaded",] == 1
+    assert samples["pvt_instances",] == usable_cores()
     assert samples["pvt_instances_busy",] == 0
     assert samples["pvt_queue_depth", model] == 0
     assert samples["pvt_batch_size_sum", model] == 1

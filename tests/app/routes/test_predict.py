@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from app.schemas import PredictResponse
 from service.errors import QueueFull
 from tests.app.conftest import MakeClient, png
 from training.digits import render, split
@@ -92,6 +93,16 @@ def test_a_bad_picture_among_several_is_an_error_in_its_place(client: TestClient
     assert second["filename"] == "b.txt"
     assert second["error"]["type"] == "urn:pvt-serve:problem:invalid-image"
     assert (second["error"]["status"], second["error"]["request_id"]) == (422, "mine")
+
+
+@pytest.mark.parametrize("pictures", [[png()], [png(), b"no picture", png()]])
+def test_the_answer_is_what_the_schema_says(client: TestClient, pictures: list[bytes]) -> None:
+    files = [("image", (f"{number} \N{SNOWMAN}.png", picture)) for number, picture in enumerate(pictures)]
+
+    answer = client.post("/predict", files=files, params={"top_k": 1000})
+
+    assert PredictResponse.model_validate_json(answer.content).model_dump(mode="json") == answer.json()
+    assert len(answer.json()["results"]) == len(pictures)
 
 
 def test_broken_base64_among_several_is_an_error_in_its_place(client: TestClient) -> None:

@@ -1,0 +1,178 @@
+"""Processor time per request that is neither decoding nor inference.
+
+    python -m bench.http_overhead [--rounds 5] [--seconds 2] [--clients 8] [--tree DIR ...]
+
+First the real server, but with `decode` and `Executable.run` answering at once: what is left is HTTP, admission,
+queues, hand-overs to threads and back, log and metrics. wrk drives it with real JPEGs of 640x427, each form of body in
+turn. Then ("loop") the server as it is: the processor time of its event loop's thread per image. Decoding and inference
+run on threads of their own, so it is all HTTP and queues, but without the other ends of the hand-overs.
+
+Each `--tree` is a checkout to measure; rounds go in turn over all of them, so that drift hits all alike, and each is
+compared with the first.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import httpx
+import psutil
+
+from bench.make_store import TAG, make_store
+from bench.pictures import jpegs
+
+ROOT = Path(__file__).parent.parent
+VARIANT = "pvt_v2_b0"
+PICTURES = 32
+BOUNDARY = "9b1f0d5f"
+# What runs in the measured checkout: its own server.
+WHOLE = """
+import sys
+from app.__main__ import main
+sys.argv = ["app"]
+sys.exit(main())
+"""
+# The same with the two things that are not to be measured replaced.
+TRIVIAL = f"""
+import numpy as np
+import service.pipeline
+from service.images import Decoded
+from service.loader import Executable
+from service.outputs import Outputs
+
+decoded = Decoded(np.zeros((224, 224, 3), np.uint8), 640, 427)
+output = Outputs(np.linspace(0, 5, 1000, dtype=np.float32), np.zeros(256, np.float32))
+service.pipeline.decode = lambda *_, **__: decoded
+Executable.run = lambda self, instance, images: [output] * len(images)
+{WHOLE}
+"""
+SCRIPT = """\
+local bodies = {}
+for name in string.gmatch([[%s]], "[^\\n]+") do
+  local file = assert(io.open(name, "rb"))
+  bodies[#bodies + 1] = wrk.format("POST", nil, {["Content-Type"] = "%s"}, file:read("*a"))
+  file:close()
+end
+local turn = 0
+function request()
+  turn = turn %% #bodies + 1
+  return bodies[turn]
+end
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server and its process."""
+
+    url: str
+    process: psutil.Process
+
+    def cpu_seconds(self) -> float:
+        """Processor time used so far, by the user's code and in the kernel, child processes included."""
+        family = [self.process, *self.process.children(recursive=True)]
+        return float(sum(sum(each.cpu_times()[:2]) for each in family))
+
+    def loop_seconds(self) -> float:
+        """Processor time of the main thread so far."""
+        return sum(each.user_time + each.system_time for each in self.process.threads() if each.id == self.process.pid)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=int, default=2, help="of each form of body in each round")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--tree", type=Path, action="append", help="a checkout to measure; this one without")
+    arguments = parser.parse_args()
+    trees = arguments.tree or [ROOT]
+    with TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        scripts = write_scripts(folder, jpegs(PICTURES))
+        make_store(folder / "store", VARIANT)
+        whole = [stack.enter_context(serving(tree, folder, f"whole{n}", WHOLE)) for n, tree in enumerate(trees)]
+        servers = [stack.enter_context(serving(tree, folder, f"bare{n}", TRIVIAL)) for n, tree in enumerate(trees)]
+        figures: dict[str, list[list[float]]] = {form: [[] for _ in trees] for form in (*scripts, "loop")}
+        for _ in range(arguments.rounds):
+            for form, script in scripts.items():
+                for runs, server in zip(figures[form], servers, strict=True):
+                    runs.append(milliseconds(server.cpu_seconds, server.url, script, arguments))
+            for runs, server in zip(figures["loop"], whole, strict=True):
+                runs.append(milliseconds(server.loop_seconds, server.url, scripts["multipart"], arguments))
+    for form, each in figures.items():
+        for tree, runs in zip(trees, each, strict=True):
+            ratio = median(run / first for run, first in zip(runs, each[0], strict=True))
+            print(f"{form:9} {median(runs):.3f} ms ({min(runs):.3f} to {max(runs):.3f})  x{ratio:.3f}  {tree}")
+
+
+def write_scripts(folder: Path, pictures: Sequence[bytes]) -> dict[str, Path]:
+    """One script for wrk per form of body, by its name."""
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="picture.jpg"\r\n'
+    before, after = f"{head}Content-Type: image/jpeg\r\n\r\n".encode(), f"\r\n--{BOUNDARY}--\r\n".encode()
+    forms = {
+        "multipart": (f"multipart/form-data; boundary={BOUNDARY}", [before + each + after for each in pictures]),
+        "raw": ("image/jpeg", pictures),
+    }
+    scripts = {}
+    for form, (content_type, bodies) in forms.items():
+        paths = [folder / f"{form}{number}" for number in range(len(bodies))]
+        for path, body in zip(paths, bodies, strict=True):
+            path.write_bytes(body)
+        scripts[form] = folder / f"{form}.lua"
+        scripts[form].write_text(SCRIPT % ("\n".join(map(str, paths)), content_type))
+    return scripts
+
+
+def milliseconds(used: Callable[[], float], url: str, script: Path, arguments: argparse.Namespace) -> float:
+    """Processor time per request while wrk drives the server at `url`; `used` says how many seconds there were so far.
+
+    Raises:
+        RuntimeError: a request was not answered with 200.
+    """
+    before = used()
+    command = ["wrk", "-t1", f"-c{arguments.clients}", f"-d{arguments.seconds}", "-s", str(script), f"{url}/predict"]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    count = re.search(r"(\d+) requests in", report)
+    if count is None or "Non-2xx" in report or "Socket errors" in report:
+        raise RuntimeError(f"not every request was answered:\n{report}")
+    return (used() - before) / int(count[1]) * 1000
+
+
+@contextmanager
+def serving(tree: Path, folder: Path, name: str, program: str) -> Iterator[Server]:
+    """The server of `tree`, with its model loaded; its log goes to a file."""
+    log = folder / f"{name}.log"
+    settings = {"PORT": "0", "MODEL_STORE": str(folder / "store"), "DEFAULT_MODEL": f"{VARIANT}.{TAG}"}
+    environment = {**os.environ, "PVT_MAX_BATCH_SIZE": "1", **{f"PVT_{key}": value for key, value in settings.items()}}
+    with log.open("wb") as errors:
+        process = subprocess.Popen([sys.executable, "-c", program], cwd=tree, env=environment, stderr=errors)
+    try:
+        url = listening(process, log)
+        httpx.post(f"{url}/predict", files={"image": jpegs(1)[0]}, timeout=60).raise_for_status()
+        yield Server(url, psutil.Process(process.pid))
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def listening(process: "subprocess.Popen[bytes]", log: Path) -> str:
+    """Where the server listens, once it says so in its log."""
+    while process.poll() is None:
+        for line in log.read_text().splitlines():
+            if '"event":"listening"' in line and line.endswith("}"):
+                return str(json.loads(line)["url"])
+    raise RuntimeError(f"the server did not start:\n{log.read_text()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The service as processes: real sockets, real signals, its log line by line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    lines: "SimpleQueue[str | None]" = field(default_factory=SimpleQueue)
+    url: str = ""
+
+    def event(self, name: str) -> dict[str, Any]:
+        """The next log line of that event."""
+        while (line := self.lines.get(timeout=60)) is not None:
+            record: dict[str, Any] = json.loads(line)
+            if record["event"] == name:
+                return record
+        pytest.fail(f"the server ended without {name!r}")
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+@contextmanager
+def serving(
+    *, environment: Mapping[str, str] | None = None, read_log: bool = True, **settings: str
+) -> Iterator[Server]:
+    """A server on a free port, with `settings` as in `PVT_*`; without `read_log`, its log is read until it listens."""
+    variables = {"PVT_PORT": "0", **{f"PVT_{name.upper()}": value for name, value in settings.items()}}
+    environment = {**os.environ, **variables, **(environment or {})}
+    command = [sys.executable, "-m", "app"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        server = Server(process)
+
+        def read() -> None:
+            assert process.stderr
+            for line in process.stderr:
+                server.lines.put(line)
+                if not read_log and '"event":"listening"' in line:
+                    break
+            server.lines.put(None)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            server.url = server.event("listening")["url"]
+            yield server
+        finally:
+            process.kill()
+            reader.join()
+
+
+def post(url: str, files: list[tuple[str, bytes]]) -> httpx.Response:
+    return httpx.post(f"{url}/predict", files=files, timeout=60)
