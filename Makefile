@@ -4,10 +4,11 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-TORCH := $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+INSTALL := python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL_TORCH := $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+PIP := $(BIN)/$(INSTALL)
 
-.PHONY: serve test check format bench image lock clean
+.PHONY: serve test check format bench bench-quick image lock clean
 
 serve: .venv/.serve
 	$(BIN)/python -m app
@@ -24,8 +25,13 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/.bench
-	$(BIN)/python -m bench
+# Everything, into docs/benchmarks.md: an hour or more. BENCH gives options: make bench BENCH='--rounds 3'.
+bench: .venv-bench/.bench
+	.venv-bench/bin/python -m bench $(BENCH)
+
+# A table on the terminal in three minutes.
+bench-quick: .venv-bench/.bench
+	.venv-bench/bin/python -m bench --quick
 
 image:
 	docker build --network host --build-arg TORCH_INDEX=$(TORCH_INDEX) --tag pvt-serve .
@@ -35,18 +41,18 @@ lock:
 	grep '^torch==' constraints.txt > .torch.pin
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --requirement .torch.pin
-	.venv-lock/bin/python -m pip install --quiet --constraint .torch.pin .[dev,bench]
+	.venv-lock/bin/python -m pip install --quiet --constraint .torch.pin .[dev,bench,peers]
 	{ echo '# Every dependency, transitive ones too; made by "make lock".'; \
 	  .venv-lock/bin/python -m pip freeze --all --exclude pvt-serve --exclude pip | sed 's/^torch==\([^+ ]*\).*/torch==\1/'; } > constraints.txt
 	rm -rf .venv-lock .torch.pin
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-bench
 
 # torch goes first: pulled in as another package's dependency it might come with gigabytes of CUDA.
 .venv/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(TORCH)
+	$(BIN)/$(INSTALL_TORCH)
 	touch $@
 
 .venv/.serve: .venv/.torch pyproject.toml
@@ -57,7 +63,14 @@ clean:
 	$(PIP) --editable .[dev,bench]
 	touch $@
 
-.venv/.bench: .venv/.serve
-	$(PIP) --editable .[bench]
+# An environment of its own: the peers bring a hundred packages. One that does not install is left out, and said so.
+.venv-bench/.bench: constraints.txt pyproject.toml
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/$(INSTALL_TORCH)
+	.venv-bench/bin/$(INSTALL) --editable .[bench]
+	.venv-bench/bin/$(INSTALL) --editable .[peers] || sed -n '/^peers = /,/^]/s/^ *"\(.*\)",/\1/p' pyproject.toml | \
+	  while read package; do \
+	    .venv-bench/bin/$(INSTALL) "$$package" || echo "$$package does not install here; what needs it is not measured"; done
 	command -v wrk >/dev/null || apt-get install --yes --quiet wrk || { echo "install wrk, then call again"; exit 1; }
+	command -v g++ >/dev/null || echo "without g++ torch.compile is not measured"
 	touch $@

@@ -1,83 +1,169 @@
-"""First figures of this machine: `python -m bench [--seconds 5] [--rounds 5]`, or `make bench`.
+"""Measures this machine: our server and its peers side by side, and engines alone.
 
-Rounds go in turn over all loads, so that drift of a shared machine hits all alike; medians are printed, with spread.
+    python -m bench             rounds over all servers, engines, report into docs/benchmarks.md (`make bench`)
+    python -m bench --quick     ours, LitServe with and without our graph, a table, no report (`make bench-quick`)
+
+Each stage adds to results.json as soon as it is done, so that a run may be made in pieces:
+`--stages servers --rounds 1 --add`, as often as wanted, then `--stages report`.
 """
 
 import argparse
-from collections.abc import Sequence
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from bench.bare import bare_loop
-from bench.load import Load, Wrk
-from bench.make_store import make_store
+from bench import engines as alone
+from bench.machine import machine, versions
+from bench.peers import CONTENDERS, QUICK, chosen
 from bench.pictures import jpegs
-from bench.server import ROOT, serving
+from bench.report import report, summary
+from bench.results import Costs, Engine, Peak, Results, Start, read, write
+from bench.rounds import Course, Plan, add_round
+from bench.server import ROOT, start_figures
+from service.cores import usable_cores
+from service.variants import VARIANTS
 
-VARIANT = "pvt_v2_b0"
-CLIENTS = (1, 8)
-PICTURES = 64
+DOCS = ROOT / "docs"
+STAGES = ("starts", "servers", "engines", "report")
 STARTS = 5
+QUICK_PLAN = Plan(clients=(1, 8), seconds=4, open=False, large=False)
+QUICK_ROUNDS = 2
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure what the command line asks for."""
+    arguments = _arguments()
+    if arguments.quick:
+        _quick()
+        return
+    path = arguments.out / "benchmarks" / "results.json"
+    results = read(path) if arguments.add or arguments.stages == ["report"] else Results()
+    if arguments.stages != ["report"]:
+        results = _described(results, arguments.seconds)
+    if "starts" in arguments.stages:
+        with TemporaryDirectory() as name:
+            figures = start_figures(jpegs(1)[0], Path(name), STARTS)
+        starts = tuple(Start(seconds=seconds, megabytes=megabytes) for seconds, megabytes in figures)
+        results = results.model_copy(update={"starts": starts})
+        write(path, results)
+    if "servers" in arguments.stages:
+        results = _servers(results, path, arguments)
+    if "engines" in arguments.stages:
+        results = _engines(results, path, arguments)
+    if "report" in arguments.stages:
+        _report(results, arguments.out)
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a table in three minutes, no report")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--add", action="store_true", help="to the results that are there, instead of starting anew")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder of benchmarks.md and benchmarks/")
+    parser.add_argument("--rounds", type=int, default=5, help="over all servers")
     parser.add_argument("--seconds", type=int, default=5, help="of each load")
-    parser.add_argument("--rounds", type=int, default=5, help="over all loads")
-    arguments = parser.parse_args()
+    names = [contender.name for contender in CONTENDERS]
+    parser.add_argument("--servers", nargs="+", choices=names, default=names)
+    parser.add_argument("--engine-rounds", type=int, default=3, help="over all engines")
+    parser.add_argument("--engines", nargs="+", choices=alone.ENGINES, default=list(alone.ENGINES))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--engine-timeout", type=int, default=600, help="seconds for one engine, variant, thread count")
+    return parser.parse_args()
+
+
+def _quick() -> None:
+    results = _described(Results(), QUICK_PLAN.seconds)
+    skipped: dict[str, str] = {}
     with TemporaryDirectory() as name:
-        folder = Path(name)
-        pictures = jpegs(PICTURES)
-        make_store(folder / "store", VARIANT)
-        starts(pictures[0])
-        throughput(folder, pictures, arguments.seconds, arguments.rounds)
+        course = Course(Path(name), QUICK_PLAN)
+        for number in range(QUICK_ROUNDS):
+            results = add_round(results, course.round(chosen(QUICK), number, skipped), skipped)
+    print("\n".join(f"{key}: {value}" for key, value in results.machine.items()), end="\n\n")
+    print(summary(results))
 
 
-def starts(picture: bytes) -> None:
-    """Process start to first prediction, and memory then, with the embedded model."""
-    seconds, megabytes = [], []
-    for _ in tqdm(range(STARTS), desc="starts", leave=False):
-        with serving(model_store=str(ROOT / "model_store")) as server:
-            seconds.append(server.first_prediction(picture))
-            megabytes.append(server.resident_bytes() / 1e6)
-    print("embedded model, process start to first prediction:", spread(seconds, "s"))
-    print("embedded model, resident memory then:", spread(megabytes, "MB"))
+def _described(results: Results, seconds: int) -> Results:
+    command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    update = {
+        "machine": machine(),
+        "cores": usable_cores(),
+        "versions": versions(),
+        "commands": (*results.commands, *([] if command in results.commands else [command])),
+        "seconds": seconds,
+    }
+    return results.model_copy(update=update)
 
 
-def throughput(folder: Path, pictures: Sequence[bytes], seconds: int, rounds: int) -> None:
-    """Load on the server, and the bare loop beside it."""
-    model, store = f"{VARIANT}.bench", folder / "store"
-    wrk = Wrk(folder, pictures)
-    loads: dict[int, list[Load]] = {clients: [] for clients in CLIENTS}
-    cpu_ms, bare, ratios = [], [], []
-    for _ in tqdm(range(rounds), desc="rounds", leave=False):
-        with serving(model_store=str(store), default_model=model) as server:
-            for picture in pictures:
-                server.predict(picture)
-            for clients in CLIENTS:
-                before = server.cpu_seconds()
-                loads[clients].append(wrk.run(f"{server.url}/predict", clients, seconds))
-            cpu_ms.append((server.cpu_seconds() - before) / (loads[clients][-1].images_per_second * seconds) * 1000)
-        bare.append(bare_loop(store, model, pictures, seconds))
-        ratios.append(loads[CLIENTS[-1]][-1].images_per_second / bare[-1])
-    print(f"{VARIANT} at 224, JPEG 640x427, {rounds} rounds of {seconds} s, {PICTURES} different pictures:")
-    for clients, runs in loads.items():
-        failed = sum(run.failed for run in runs)
-        rate = spread([run.images_per_second for run in runs], "images/s")
-        print(f"  {clients} clients: {rate}; p50 {spread([run.p50_ms for run in runs], 'ms')}; "
-              f"p99 {spread([run.p99_ms for run in runs], 'ms')}; {failed} failed")  # fmt: skip
-    print("  bare loop of decode and inference, one per core:", spread(bare, "images/s"))
-    print(f"  {CLIENTS[-1]} clients / bare loop:", spread(ratios, ""))
-    print(f"  processor time per image with {CLIENTS[-1]} clients:", spread(cpu_ms, "ms"))
+def _servers(results: Results, path: Path, arguments: argparse.Namespace) -> Results:
+    with TemporaryDirectory() as name:
+        course = Course(Path(name), Plan(seconds=arguments.seconds))
+        for number in range(len(results.rounds), len(results.rounds) + arguments.rounds):
+            skipped: dict[str, str] = {}
+            results = add_round(results, course.round(chosen(tuple(arguments.servers)), number, skipped), skipped)
+            (line,) = _lines("bench.costs", "--store", str(course.store))
+            costs = (*results.costs, Costs.model_validate_json(line))
+            results = results.model_copy(update={"costs": costs, "peaks": (*results.peaks, *_peaks(results.cores))})
+            write(path, results)
+    return results
 
 
-def spread(values: Sequence[float], unit: str) -> str:
-    """Median, and least and greatest."""
-    return f"{median(values):.3g} {unit} ({min(values):.3g} to {max(values):.3g})"
+def _engines(results: Results, path: Path, arguments: argparse.Namespace) -> Results:
+    from bench.peak import flops  # noqa: PLC0415  it takes torch's counter, which nothing else needs
+
+    counts = {variant: flops(variant) for variant in arguments.variants}
+    results = results.model_copy(update={"flops": {**results.flops, **counts}})
+    rounds = [(v, t) for v in arguments.variants for t in sorted({1, results.cores})] * arguments.engine_rounds
+    for variant, threads in tqdm(rounds, desc="engines", leave=False):
+        rows = [row for engine in arguments.engines for row in _engine(engine, variant, threads, arguments)]
+        results = results.model_copy(update={"engines": (*results.engines, *rows)})
+        write(path, results)
+    results = results.model_copy(update={"peaks": (*results.peaks, *_peaks(results.cores))})
+    write(path, results)
+    return results
+
+
+def _engine(engine: str, variant: str, threads: int, arguments: argparse.Namespace) -> list[Engine]:
+    command = ["--engine", engine, "--variant", variant, "--threads", str(threads)]
+    try:
+        lines = _lines("bench.engines", *command, timeout=arguments.engine_timeout)
+        return [Engine.model_validate_json(line) for line in lines]
+    except subprocess.TimeoutExpired:
+        note = f"over {arguments.engine_timeout} s"
+    except subprocess.CalledProcessError as error:
+        print(f"{engine} {variant}: {error.stderr[-500:]}", file=sys.stderr)
+        note = "failed"
+    return [
+        Engine(engine=engine, variant=variant, batch=batch, threads=threads, ms=None, note=note)
+        for batch in alone.BATCHES
+    ]
+
+
+def _peaks(cores: int) -> list[Peak]:
+    lines = [line for threads in sorted({1, cores}) for line in _lines("bench.peak", "--threads", str(threads))]
+    return [Peak.model_validate_json(line) for line in lines]
+
+
+def _lines(module: str, *arguments: str, timeout: int = 600) -> list[str]:
+    """The JSON lines that `python -m module` prints."""
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment
+    )
+    return [line for line in run.stdout.splitlines() if line.startswith("{")]
+
+
+def _report(results: Results, out: Path) -> None:
+    from bench.charts import draw  # noqa: PLC0415  matplotlib, which a quick run does without
+
+    draw(results, out / "benchmarks")
+    (out / "benchmarks.md").write_text(report(results))
+    print(f"written: {out / 'benchmarks.md'}")
 
 
 if __name__ == "__main__":

@@ -1,34 +1,21 @@
 """What the cores can do at all: decode and inference in a loop, one thread per core, no HTTP, no queue."""
 
-import threading
 from collections.abc import Sequence
-from pathlib import Path
 from time import perf_counter
 
-from service.images import decode
-from service.loader import load
-from service.options import EngineOptions, make_backends
-from service.store import Store
-from service.tuning import Limits
+from bench.ours import Ours
 
 
-def bare_loop(store: Path, model: str, pictures: Sequence[bytes], seconds: float) -> float:
-    """Images per second of `model` over `pictures`."""
-    options = EngineOptions(model_store=store, default_model=model)
-    executable = load(Store(store).find(model), make_backends(options), Limits(options.cores))
-    geometry = executable.card.preprocessing.geometry
-    counts = [0] * options.instances
-    end = perf_counter() + seconds
+def bare_loop(ours: Ours, pictures: Sequence[bytes], seconds: float) -> float:
+    """Images per second of `ours` over `pictures`, in batches of the size that its plan finds best."""
+    counts = [0] * ours.instances
+    start = perf_counter()
 
     def work(instance: int) -> None:
-        while perf_counter() < end:
-            picture = pictures[counts[instance] % len(pictures)]
-            executable.run(instance, [decode(picture, geometry, max_pixels=options.max_image_pixels).pixels])
-            counts[instance] += 1
+        while perf_counter() < start + seconds:
+            turn = range(counts[instance], counts[instance] + ours.batch)
+            ours.infer(instance, [ours.decode(pictures[i % len(pictures)]) for i in turn])
+            counts[instance] += ours.batch
 
-    threads = [threading.Thread(target=work, args=(instance,)) for instance in range(options.instances)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(counts) / seconds
+    ours.on_all(work)
+    return sum(counts) / (perf_counter() - start)

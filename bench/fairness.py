@@ -15,8 +15,10 @@ from time import perf_counter, sleep
 import httpx
 from tqdm import tqdm
 
+from bench.bodies import bodies
 from bench.load import Wrk
 from bench.make_store import make_store
+from bench.peers import OURS
 from bench.pictures import jpegs
 from bench.server import serving
 from service.store import Store, write_model
@@ -36,8 +38,11 @@ def main() -> None:
     print(f"{VARIANT} at 224, twice, JPEG 640x427, {arguments.rounds} rounds of {arguments.seconds} s")
     with TemporaryDirectory() as name:
         store = two_models(Path(name))
-        with serving(model_store=str(store), default_model=TRICKLE) as server:
-            measure(server.url, Path(name), arguments.seconds, arguments.rounds, arguments.flood)
+        with serving(OURS, Path(name), store, {"PVT_DEFAULT_MODEL": TRICKLE}) as server:
+            server.wait(bodies(jpegs(1), "raw")[0])
+            measure(
+                server.url.removesuffix(OURS.path), Path(name), arguments.seconds, arguments.rounds, arguments.flood
+            )
 
 
 def two_models(folder: Path) -> Path:
@@ -52,7 +57,7 @@ def two_models(folder: Path) -> Path:
 def measure(url: str, folder: Path, seconds: int, rounds: int, flood: int) -> None:
     """The rounds."""
     pictures = jpegs(PICTURES)
-    wrk = Wrk(folder, pictures)
+    wrk = Wrk(folder / "bodies", bodies(pictures, "raw"))
     alone: list[float] = []
     beside: list[float] = []
     flooded: list[float] = []

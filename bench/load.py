@@ -3,14 +3,16 @@
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from bench.bodies import Body
+from bench.results import Closed
 
 _SCRIPT = """\
 local bodies = {}
 for name in string.gmatch([[%s]], "[^\\n]+") do
   local file = assert(io.open(name, "rb"))
-  bodies[#bodies + 1] = wrk.format("POST", nil, {["Content-Type"] = "image/jpeg"}, file:read("*a"))
+  bodies[#bodies + 1] = wrk.format("POST", nil, {["Content-Type"] = "%s"}, file:read("*a"))
   file:close()
 end
 local turn = 0
@@ -19,50 +21,48 @@ function request()
   return bodies[turn]
 end
 """
-_UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What one run of wrk saw; `failed` counts answers other than 2xx and 3xx, and broken connections."""
-
-    clients: int
-    images_per_second: float
-    p50_ms: float
-    p99_ms: float
-    failed: int
+_UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 60e3}
+_TIMEOUT = "60s"  # wrk counts slower answers as errors
 
 
 class Wrk:
-    """Posts `pictures` in turn, one a request."""
+    """Posts `bodies` in turn, one a request."""
 
-    def __init__(self, folder: Path, pictures: Sequence[bytes]) -> None:
-        """`folder` takes the pictures and the script."""
-        paths = [folder / f"{i}.jpg" for i in range(len(pictures))]
-        for path, picture in zip(paths, pictures, strict=True):
-            path.write_bytes(picture)
+    def __init__(self, folder: Path, bodies: Sequence[Body]) -> None:
+        """`folder`, which is made, takes the bodies and the script."""
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{i}.body" for i in range(len(bodies))]
+        for path, body in zip(paths, bodies, strict=True):
+            path.write_bytes(body.data)
         self._script = folder / "post.lua"
-        self._script.write_text(_SCRIPT % "\n".join(map(str, paths)))
+        self._script.write_text(_SCRIPT % ("\n".join(map(str, paths)), bodies[0].content_type))
 
-    def run(self, url: str, clients: int, seconds: int) -> Load:
+    def run(self, url: str, clients: int, seconds: int) -> Closed:
         """Keep `clients` connections busy for `seconds`.
 
         Raises:
             RuntimeError: wrk is missing, or its report is not what it used to be.
         """
-        command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}", "--latency", "-s", str(self._script), url]
+        command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}", "--latency", "--timeout", _TIMEOUT]
         try:
-            report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            run = subprocess.run([*command, "-s", str(self._script), url], check=True, capture_output=True, text=True)
         except FileNotFoundError as error:
             raise RuntimeError("wrk is missing; install it (Debian: apt-get install wrk)") from error
-        return Load(
-            clients,
-            float(_find(r"Requests/sec:\s+([\d.]+)", report)),
-            _milliseconds(_find(r"^\s+50%\s+(\S+)", report)),
-            _milliseconds(_find(r"^\s+99%\s+(\S+)", report)),
-            sum(map(int, re.findall(r"Non-2xx or 3xx responses: (\d+)", report)))
-            + sum(map(int, re.findall(r"(?:connect|read|write|timeout) (\d+)", report))),
-        )
+        return parse(run.stdout, clients)
+
+
+def parse(report: str, clients: int) -> Closed:
+    """What wrk's report says; raises RuntimeError when it is of another shape."""
+    errors = re.findall(r"Non-2xx or 3xx responses: (\d+)", report)
+    errors += re.findall(r"(?:connect|read|write|timeout) (\d+)", report)
+    return Closed(
+        clients=clients,
+        images_per_second=float(_find(r"Requests/sec:\s+([\d.]+)", report)),
+        p50_ms=_milliseconds(_find(r"^\s+50%\s+(\S+)", report)),
+        p99_ms=_milliseconds(_find(r"^\s+99%\s+(\S+)", report)),
+        requests=int(_find(r"^\s+(\d+) requests in", report)),
+        failed=sum(map(int, errors)),
+    )
 
 
 def _find(pattern: str, report: str) -> str:

@@ -1,21 +1,51 @@
-"""Different real pictures to measure with: scikit-learn's two sample photos, 640x427, shifted and compressed anew."""
+"""Different real pictures to measure with: crops of scikit-learn's two sample photos, each compressed anew."""
 
 from io import BytesIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 QUALITY = 90
+USUAL = (640, 427)
+LARGE = (4000, 3000)  # 12 megapixels
+NOISE = 4.0  # of 255, standard deviation: what enlarging takes away of a camera's picture, its noise, and so its bytes
 
 
-def jpegs(count: int) -> list[bytes]:
-    """`count` JPEGs, no two alike, so that no cache on the way can help."""
-    photos = load_sample_images().images
-    return [_jpeg(np.roll(photos[i % len(photos)], 16 * (i // len(photos)), axis=1)) for i in range(count)]
+def jpegs(count: int, *, seed: int = 0) -> list[bytes]:
+    """`count` JPEGs of 640x427, no two alike, so that no cache on the way can help."""
+    return [_jpeg(np.asarray(picture)) for picture in _crops(count, USUAL, seed)]
 
 
-def _jpeg(pixels: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> bytes:
+def large_jpegs(count: int, *, seed: int = 1) -> list[bytes]:
+    """`count` different JPEGs of 12 megapixels, enlarged, with noise as a camera has it."""
+    noise = np.random.default_rng(seed)
+    return [_jpeg(_noisy(picture, noise)) for picture in _crops(count, LARGE, seed)]
+
+
+def _crops(count: int, size: tuple[int, int], seed: int) -> list[Image.Image]:
+    """Crops of 80 to 100 % of the photos in turn, at random places, every other one mirrored, scaled to `size`."""
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    random = np.random.default_rng(seed)
+    crops = []
+    for i in range(count):
+        photo = photos[i % len(photos)]
+        height = float(random.uniform(0.8, 1.0)) * min(photo.height, photo.width * size[1] / size[0])
+        width = height * size[0] / size[1]
+        left, top = random.uniform(0, photo.width - width), random.uniform(0, photo.height - height)
+        crop = photo.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        crops.append(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if i // len(photos) % 2 else crop)
+    return crops
+
+
+def _noisy(picture: Image.Image, random: np.random.Generator) -> NDArray[np.uint8]:
+    pixels = np.asarray(picture, dtype=np.float32)
+    pixels = pixels + random.standard_normal((*pixels.shape[:2], 1), dtype=np.float32) * NOISE
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def _jpeg(pixels: NDArray[np.uint8]) -> bytes:
     buffer = BytesIO()
     Image.fromarray(pixels).save(buffer, "jpeg", quality=QUALITY)
     return buffer.getvalue()

@@ -1,20 +1,25 @@
-"""Our own server as a process to be measured."""
+"""Servers as processes to be measured: started, asked until they answer, stopped with all that they started."""
 
-import json
 import os
+import signal
+import socket
 import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 import httpx
 import psutil
 
+from bench.bodies import Body, bodies
+from bench.peers import OURS, Contender
+
 ROOT = Path(__file__).parent.parent
+START_SECONDS = 120.0
+STOP_SECONDS = 20.0
+_NOT_YET = (404, 429, 502, 503)  # what a server may answer while its model or its route is on the way
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,53 +27,103 @@ class Server:
     """A running server; `started` is when its process was, on `perf_counter`."""
 
     url: str
-    process: "subprocess.Popen[str]"
+    process: "subprocess.Popen[bytes]"
     started: float
+    log: Path
 
-    def first_prediction(self, picture: bytes) -> float:
-        """Seconds from process start to the answer to `picture`."""
-        self.predict(picture)
-        return perf_counter() - self.started
+    def post(self, body: Body) -> None:
+        """Post `body`; raises httpx.HTTPStatusError when it is not answered with 200."""
+        headers = {"Content-Type": body.content_type}
+        httpx.post(self.url, content=body.data, headers=headers, timeout=60).raise_for_status()
 
-    def predict(self, picture: bytes) -> None:
-        """Post `picture`; raises httpx.HTTPStatusError when it is not answered."""
-        headers = {"Content-Type": "application/octet-stream"}
-        httpx.post(f"{self.url}/predict", content=picture, headers=headers, timeout=60).raise_for_status()
+    def wait(self, body: Body) -> float:
+        """Post `body` until it is answered, and return the seconds since the process started.
+
+        Raises:
+            RuntimeError: the process ended, or did not answer in time; with the end of its log.
+        """
+        while perf_counter() < self.started + START_SECONDS and self.process.poll() is None:
+            try:
+                self.post(body)
+                return perf_counter() - self.started
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code not in _NOT_YET:
+                    raise RuntimeError(f"it answers {error.response.status_code}: {error.response.text}") from error
+            except httpx.HTTPError:
+                pass
+            sleep(0.02)
+        tail = self.log.read_text(errors="replace")[-1500:]
+        raise RuntimeError(f"it ended with {self.process.poll()} or gave no answer in {START_SECONDS:g} s:\n{tail}")
 
     def resident_bytes(self) -> int:
-        """The process's resident memory."""
-        resident: int = psutil.Process(self.process.pid).memory_info().rss
-        return resident
+        """Resident memory of the process and all that it started; pages that they share count for each."""
+        return sum(process.memory_info().rss for process in self._tree())
 
     def cpu_seconds(self) -> float:
-        """Processor time the process has used so far."""
-        times = psutil.Process(self.process.pid).cpu_times()
-        return float(times.user + times.system)
+        """Processor time used so far by the process and all that it started."""
+        times = [process.cpu_times() for process in self._tree()]
+        return float(sum(t.user + t.system for t in times))
+
+    def stop(self) -> None:
+        """End the process as its user would, then by force whatever is left of what it started."""
+        tree = self._tree()
+        self.process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_SECONDS)
+        for process in tree:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+    def _tree(self) -> list[psutil.Process]:
+        try:
+            root = psutil.Process(self.process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
 
 
 @contextmanager
-def serving(**settings: str) -> Iterator[Server]:
-    """A server on a free port, with `settings` as in `PVT_*`."""
-    environment = {**os.environ, "PVT_PORT": "0", **{f"PVT_{name.upper()}": value for name, value in settings.items()}}
+def serving(
+    contender: Contender, folder: Path, store: Path, settings: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """`contender` on a free port of the loopback interface, with its log in `folder`.
+
+    `store` holds the model that ours serves, or that our graph comes from; `settings` are environment variables.
+    """
+    port = _free_port()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PVT_PORT": str(port), "PVT_MODEL_STORE": str(store)}
+    log = folder / f"{contender.name}.log"
     started = perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-m", "app"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            contender.argv(port, str(store)),
+            cwd=ROOT,
+            env={**environment, **(settings or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
+        server = Server(f"http://127.0.0.1:{port}{contender.path}", process, started, log)
         try:
-            url = _url(process)
-            threading.Thread(target=process.communicate, daemon=True).start()  # a full pipe would stop the server
-            yield Server(url, process, started)
+            yield server
         finally:
-            process.terminate()
-            process.wait()
+            server.stop()
 
 
-def _url(process: "subprocess.Popen[str]") -> str:
-    """Where it listens, by its own log."""
-    seen = []
-    for line in process.stderr or ():
-        seen.append(line)
-        record = json.loads(line) if line.startswith("{") else {}
-        if record.get("event") == "listening":
-            return str(record["url"])
-    raise RuntimeError("the server did not start:\n" + "".join(seen))
+def start_figures(picture: bytes, folder: Path, times: int) -> list[tuple[float, float]]:
+    """Seconds from process start to the first prediction and megabytes then, of our server with the embedded model."""
+    figures = []
+    (body,) = bodies([picture], OURS.form)
+    for _ in range(times):
+        with serving(OURS, folder, ROOT / "model_store") as server:
+            figures.append((server.wait(body), server.resident_bytes() / 1e6))
+    return figures
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load, Wrk
+from bench.bodies import Body, bodies
+from bench.load import Wrk, parse
+from bench.results import Closed
 
 REPORT = """\
 Running 4s test @ http://127.0.0.1:8111/predict
@@ -24,27 +26,36 @@ Transfer/sec:     92.34KB
 """
 
 
-def fake_run(report: str) -> object:
-    return lambda *_args, **_kwargs: subprocess.CompletedProcess([], 0, stdout=report)
+def test_a_report_of_wrk_is_read() -> None:
+    load = parse(REPORT, 8)
+
+    assert load == Closed(clients=8, images_per_second=204.32, p50_ms=38.83, p99_ms=1250.0, requests=821, failed=13)
 
 
-def test_a_report_of_wrk_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "run", fake_run(REPORT))
-
-    load = Wrk(tmp_path, [b"a", b"b"]).run("http://localhost/predict", 8, 4)
-
-    assert load == Load(clients=8, images_per_second=204.32, p50_ms=38.83, p99_ms=1250.0, failed=13)
-
-
-def test_a_report_of_another_shape_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "run", fake_run("nonsense"))
-
+def test_a_report_of_another_shape_is_shown() -> None:
     with pytest.raises(RuntimeError, match="nonsense"):
-        Wrk(tmp_path, [b"a"]).run("http://localhost/predict", 1, 1)
+        parse("nonsense", 1)
 
 
 def test_wrk_that_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
 
     with pytest.raises(RuntimeError, match="wrk is missing; install it"):
-        Wrk(tmp_path, [b"a"]).run("http://localhost/predict", 1, 1)
+        Wrk(tmp_path, [Body("image/jpeg", b"a")]).run("http://localhost/predict", 1, 1)
+
+
+def test_wrk_is_given_each_body_and_their_content_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> object:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout=REPORT)
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+    Wrk(tmp_path / "new", bodies([b"one", b"two"], "multipart")).run("http://localhost/predict", 8, 4)
+
+    script = (tmp_path / "new" / "post.lua").read_text()
+    assert "-c8" in commands[0]
+    assert "multipart/form-data; boundary=" in script
+    assert [b"one" in (tmp_path / "new" / "0.body").read_bytes(), "1.body" in script] == [True, True]

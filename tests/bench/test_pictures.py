@@ -1,8 +1,14 @@
 from io import BytesIO
+from itertools import combinations
 
+import numpy as np
 from PIL import Image
 
-from bench.pictures import jpegs
+from bench.pictures import jpegs, large_jpegs
+
+
+def thumbnail(picture: bytes) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
+    return np.asarray(Image.open(BytesIO(picture)).convert("L").resize((32, 24)), dtype=np.float32)
 
 
 def test_no_two_pictures_are_alike_and_all_are_photos_of_640x427() -> None:
@@ -10,3 +16,16 @@ def test_no_two_pictures_are_alike_and_all_are_photos_of_640x427() -> None:
 
     assert len(set(pictures)) == 64
     assert {Image.open(BytesIO(picture)).size for picture in pictures} == {(640, 427)}
+    assert min(abs(a - b).mean() for a, b in combinations(map(thumbnail, pictures), 2)) > 0.5
+
+
+def test_pictures_are_the_same_at_every_call() -> None:
+    assert jpegs(3) == jpegs(3)
+
+
+def test_large_pictures_have_12_megapixels_and_the_bytes_of_a_camera() -> None:
+    one, two = large_jpegs(2)
+
+    assert one != two
+    assert Image.open(BytesIO(one)).size == (4000, 3000)
+    assert 1_500_000 < len(one) < 6_000_000

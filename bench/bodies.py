@@ -1,0 +1,33 @@
+"""The forms in which a picture is sent."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["raw", "multipart"]
+FIELD = "image"
+_BOUNDARY = "pvt-serve-bench-7MA4YWxkTrZu0gW"
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A request's body and its content type."""
+
+    content_type: str
+    data: bytes
+
+
+def bodies(pictures: Sequence[bytes], form: Form) -> list[Body]:
+    """Each of the JPEGs `pictures` as a body: its bytes alone, or as the file `image` of a form."""
+    return [_multipart(picture) if form == "multipart" else Body("image/jpeg", picture) for picture in pictures]
+
+
+def _multipart(picture: bytes) -> Body:
+    head = (
+        f"--{_BOUNDARY}\r\n"
+        f'Content-Disposition: form-data; name="{FIELD}"; filename="photo.jpg"\r\n'
+        "Content-Type: image/jpeg\r\n\r\n"
+    )
+    return Body(
+        f"multipart/form-data; boundary={_BOUNDARY}", head.encode() + picture + f"\r\n--{_BOUNDARY}--\r\n".encode()
+    )

@@ -1,0 +1,177 @@
+"""Results -> `docs/benchmarks.md`. Pure: the same results give the same text."""
+
+from bench.aggregate import breakdown, clients_table, loads_table, names
+from bench.engine_report import engine_section
+from bench.peers import CONTENDERS
+from bench.ratios import OURS, TARGETS, bound, figure, over, spread, throughput
+from bench.results import Closed, Results
+from bench.tables import table
+
+CHARTS = "benchmarks"  # the pictures' folder, as the report sees it
+_TITLES = {contender.name: contender.title for contender in CONTENDERS}
+
+
+def report(results: Results) -> str:
+    """The whole page."""
+    sections = [
+        _head(results),
+        _ratios(results),
+        _bound(results),
+        _closed(results),
+        _open(results),
+        _breakdown(results),
+        _large(results),
+        engine_section(results),
+        _starts(results),
+        _method(results),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def summary(results: Results) -> str:
+    """What `make bench-quick` prints."""
+    return "\n\n".join(part for part in (_closed(results, charts=False), _ratios(results), _bound(results)) if part)
+
+
+def _head(results: Results) -> str:
+    machine = table(["machine", ""], results.machine.items())
+    versions = ", ".join(f"{name} {number}" for name, number in results.versions.items())
+    commands = "\n".join(results.commands)
+    return (
+        "# Benchmarks\n\nMade by `make bench` from [benchmarks/results.json](benchmarks/results.json); to measure "
+        f"your own machine, call it there. Nothing is cached anywhere.\n\n{machine}\n\nVersions: "
+        f"{versions}.\n\nCommands:\n\n```sh\n{commands}\n```"
+    )
+
+
+def _ratios(results: Results) -> str:
+    rows = []
+    for target in TARGETS:
+        value = over(results, target.ratio)
+        aim = f"{'at most' if target.at_most else 'at least'} {target.aim:g}"
+        verdict = "not measured" if not value else "reached" if target.reached(value.median) else "**not reached**"
+        rows.append([target.name, aim, value or "", verdict])
+    note = (
+        f"Each ratio within its round, then the median of {len(results.rounds)} rounds, least and greatest in brackets."
+    )
+    return f"## Ratios\n\n{note}\n\n{table(['ratio', 'aim', 'measured', ''], rows)}"
+
+
+def _bound(results: Results) -> str:
+    limit = bound(results)
+    if not limit:
+        return ""
+    peers = "; ".join(f"{figure(ratio)} times {_TITLES[name]}" for name, ratio in limit.peer.items())
+    return (
+        f"What arithmetic allows here: decoding takes {figure(limit.decode_ms)} ms of a core as measured, and the "
+        f"model's operations at 100 % of the measured matrix-multiply peak {figure(limit.infer_ms)} ms. With nothing "
+        f"else to do, {results.cores} cores then serve {figure(limit.images_per_second)} images/s, which is {peers}, "
+        "with 8 clients. A throughput ratio above that is out of reach on this processor in this precision, whatever "
+        "the server does."
+    )
+
+
+def _closed(results: Results, *, charts: bool = True) -> str:
+    rows = []
+    for name, servers in clients_table(results).items():
+        for row in servers:
+            ratio = over(results, throughput(name, row.clients)) if name != OURS else None
+            rows.append([_TITLES[name], row.clients, row.rate, row.p50, row.p99, ratio or "", row.failed])
+    bare = spread([turn.bare for turn in results.rounds])
+    rows.append(["bare loop, a thread per core, no HTTP", "", bare or "", "", "", "", ""])
+    head = ["server", "clients", "images/s", "p50 ms", "p99 ms", "pvt-serve / it", "failed"]
+    note = f"`wrk`, each client one request at a time, {results.seconds} s a load, medians (least to greatest)."
+    picture = f"\n\n![Throughput by clients]({CHARTS}/throughput.svg)" if charts else ""
+    missing = "".join(f"\n\n{_TITLES.get(n, n)} was not measured: {why}." for n, why in results.skipped.items())
+    return f"## Closed loop\n\n{note}{picture}\n\n{table(head, rows)}{missing}"
+
+
+def _open(results: Results) -> str:
+    servers = loads_table(results)
+    if not servers:
+        return ""
+    rows = [
+        [_TITLES[name], figure(row.offered), row.p50, row.p99, f"{row.failed} of {row.sent}", row.rounds]
+        for name, loads in servers.items()
+        for row in loads
+    ]
+    every = [row for loads in servers.values() for row in loads]
+    lag, share = max(row.lag_ms for row in every), max(row.generator_cpu for row in every)
+    note = (
+        "Requests leave at random times fixed beforehand (Poisson, seeded), whether or not earlier ones were "
+        "answered. Latency counts from the intended time, so a server that stalls is charged for all whom that "
+        "delayed; a request without an answer 10 s after the last one left counts with its wait so far, and as "
+        "failed. A server that can't keep up with a load is offered no higher one. The generator itself was at most "
+        f"{figure(lag)} ms late (p99 of the worst load) and took at most {figure(share * 100)} % of a core."
+    )
+    picture = f"![Latency by offered load]({CHARTS}/latency.svg)"
+    head = ["server", "offered images/s", "p50 ms", "p99 ms", "failed", "rounds"]
+    return f"## Open loop\n\n{note}\n\n{picture}\n\n{table(head, rows)}"
+
+
+def _breakdown(results: Results) -> str:
+    parts = breakdown(results)
+    if not parts:
+        return ""
+    rows = [[_TITLES[name], *(figure(value) for value in row.values())] for name, row in parts.items()]
+    note = (
+        "Processor milliseconds per image with 8 clients, of the server's processes together. Decoding and inference "
+        "are what they cost by themselves on one thread; the rest is all else: HTTP, hand-overs, waiting that spins, "
+        "and what work costs more when cores and caches are shared. A rest below zero means that batches under load "
+        "were cheaper than alone."
+    )
+    head = ["server", "decode", "inference", "the rest", "all"]
+    return f"## Core time\n\n{note}\n\n![Core time per image]({CHARTS}/core-time.svg)\n\n{table(head, rows)}"
+
+
+def _large(results: Results) -> str:
+    loops: dict[str, list[Closed]] = {}
+    for turn in results.rounds:
+        for name, visit in turn.visits.items():
+            if visit.large:
+                loops.setdefault(name, []).append(visit.large)
+    if not loops:
+        return ""
+    rows = [
+        [_TITLES[name], spread([run.images_per_second for run in runs]), spread([run.p50_ms for run in runs]),
+         spread([run.cpu_ms for run in runs]), sum(run.failed for run in runs)]
+        for name, runs in loops.items()
+    ]  # fmt: skip
+    head = ["server", "images/s", "p50 ms", "processor ms per image", "failed"]
+    return f"## 12-megapixel photos\n\nFour different JPEGs of 4000x3000, 8 clients.\n\n{table(head, rows)}"
+
+
+def _starts(results: Results) -> str:
+    if not results.starts:
+        return ""
+    rows = [
+        ["process start to first prediction, s", spread([start.seconds for start in results.starts])],
+        ["resident memory then, MB", spread([start.megabytes for start in results.starts])],
+    ]
+    memory = []
+    for name in names(results):
+        visits = [turn.visits[name] for turn in results.rounds if name in turn.visits]
+        memory.append(
+            [_TITLES[name], spread([v.start_seconds for v in visits]), spread([v.resident_mb for v in visits])]
+        )
+    return (
+        f"## Starting, memory\n\n{table(['pvt-serve with its embedded model', ''], rows)}\n\nEach server with b0 at "
+        "224; memory after the closed loops, summed over its processes, pages that they share counted for "
+        f"each.\n\n{table(['server', 's to the first answer', 'MB'], memory)}"
+    )
+
+
+def _method(results: Results) -> str:
+    servers = [
+        f"- **{contender.title}** ({contender.path}): {contender.configured}."
+        for contender in CONTENDERS
+        if contender.name in names(results)
+    ]
+    return (
+        "## How it was measured\n\n64 different JPEGs of 640x427, crops of two photos "
+        "compressed anew, one a request. pvt_v2_b0 at 224 with 1000 classes and seeded random "
+        "weights. In each round the bare loop (decoding and inference, a thread for each core, "
+        "no HTTP), then each server in turn: started, warmed up with every number of clients, "
+        "measured, stopped. The load generators run on the same cores. Each server as its own "
+        "guides write it:\n\n" + "\n".join(servers)
+    )

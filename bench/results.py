@@ -1,0 +1,137 @@
+"""What a measurement leaves behind: plain records, kept as JSON, from which the report is made."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Closed(_Record):
+    """One closed loop of `clients` connections; `failed` counts answers other than 2xx and 3xx, and broken connections.
+
+    `cpu_ms` is processor time of the server per answered image.
+    """
+
+    clients: int
+    images_per_second: float
+    p50_ms: float
+    p99_ms: float
+    requests: int
+    failed: int
+    cpu_ms: float = 0.0
+
+
+class Open(_Record):
+    """One open loop: `sent` requests at `offered` per second, latencies from the intended send time.
+
+    Percentiles are over all that were answered with 200, and those unanswered at the end with their wait so far.
+    `lag_ms` is how late the generator itself was (p99), `generator_cpu` the share of a core that it took.
+    """
+
+    offered: float
+    sent: int
+    answered: int
+    refused: int
+    broken: int
+    unanswered: int
+    p50_ms: float
+    p99_ms: float
+    lag_ms: float
+    generator_cpu: float
+
+    @property
+    def failed(self) -> int:
+        """Requests without a good answer."""
+        return self.sent - self.answered
+
+
+class Visit(_Record):
+    """One server's turn in a round; `large` is the closed loop over 12-megapixel pictures."""
+
+    closed: tuple[Closed, ...] = ()
+    open: tuple[Open, ...] = ()
+    large: Closed | None = None
+    resident_mb: float = 0.0
+    start_seconds: float = 0.0
+
+    def at(self, clients: int) -> Closed | None:
+        """The closed loop of `clients` connections."""
+        return next((loop for loop in self.closed if loop.clients == clients), None)
+
+
+class Round(_Record):
+    """Every server's turn, by its name, and the bare loop's images per second in the same minutes."""
+
+    bare: float
+    visits: dict[str, Visit]
+
+
+class Costs(_Record):
+    """Processor milliseconds per image on one thread, measured alone: of ours, and of a peer's way."""
+
+    precision: str
+    decode_ms: float
+    infer_ms: float
+    peer_decode_ms: float
+    peer_infer_ms: float
+    peer_graph_decode_ms: float
+
+
+class Peak(_Record):
+    """The most floating-point operations per second seen in a large matrix product on `threads` threads."""
+
+    precision: str
+    threads: int
+    flops: float
+    by: str
+
+
+class Engine(_Record):
+    """Milliseconds per image of one engine; `threads` is 1, or the machine's cores. `note` says why there are none."""
+
+    engine: str
+    variant: str
+    batch: int
+    threads: int
+    ms: float | None
+    note: str = ""
+
+
+class Start(_Record):
+    """Of our server with the embedded model: process start to first prediction, and resident memory then."""
+
+    seconds: float
+    megabytes: float
+
+
+class Results(_Record):
+    """All of a run; rounds and engine figures grow from call to call."""
+
+    machine: dict[str, str] = {}
+    cores: int = 1
+    versions: dict[str, str] = {}
+    commands: tuple[str, ...] = ()
+    seconds: int = 0
+    skipped: dict[str, str] = {}
+    starts: tuple[Start, ...] = ()
+    rounds: tuple[Round, ...] = ()
+    costs: tuple[Costs, ...] = ()
+    peaks: tuple[Peak, ...] = ()
+    flops: dict[str, int] = {}
+    engines: tuple[Engine, ...] = ()
+
+
+def read(path: Path) -> Results:
+    """The results at `path`; empty ones where there is no such file."""
+    return Results.model_validate_json(path.read_bytes()) if path.exists() else Results()
+
+
+def write(path: Path, results: Results) -> None:
+    """Put them there, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(".new")
+    staged.write_text(results.model_dump_json(indent=1) + "\n")
+    staged.replace(path)
