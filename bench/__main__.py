@@ -44,7 +44,7 @@ def main() -> None:
     path = arguments.out / "benchmarks" / "results.json"
     results = read(path) if arguments.add or arguments.stages == ["report"] else Results()
     if arguments.stages != ["report"]:
-        results = _described(results, arguments.seconds)
+        results = _described(results)
     if "starts" in arguments.stages:
         with TemporaryDirectory() as name:
             figures = start_figures(jpegs(1)[0], Path(name), STARTS)
@@ -77,7 +77,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _quick() -> None:
-    results = _described(Results(), QUICK_PLAN.seconds)
+    results = _described(Results()).model_copy(update={"seconds": QUICK_PLAN.seconds})
     skipped: dict[str, str] = {}
     with TemporaryDirectory() as name:
         course = Course(Path(name), QUICK_PLAN)
@@ -87,19 +87,19 @@ def _quick() -> None:
     print(summary(results))
 
 
-def _described(results: Results, seconds: int) -> Results:
+def _described(results: Results) -> Results:
     command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
     update = {
         "machine": machine(),
         "cores": usable_cores(),
         "versions": versions(),
         "commands": (*results.commands, *([] if command in results.commands else [command])),
-        "seconds": seconds,
     }
     return results.model_copy(update=update)
 
 
 def _servers(results: Results, path: Path, arguments: argparse.Namespace) -> Results:
+    results = results.model_copy(update={"seconds": arguments.seconds})
     with TemporaryDirectory() as name:
         course = Course(Path(name), Plan(seconds=arguments.seconds))
         for number in range(len(results.rounds), len(results.rounds) + arguments.rounds):

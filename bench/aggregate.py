@@ -65,7 +65,7 @@ def breakdown(results: Results) -> dict[str, dict[str, float]]:
     cost = costs(results)
     parts = {}
     for name, rows in clients_table(results).items():
-        total = next((row.cpu_ms.median for row in rows if row.clients == CLIENTS), None)
+        total = next((row.cpu_ms.median for row in rows if row.clients == CLIENTS and row.rate.median), None)
         if not cost or total is None:
             continue
         graph = name == OURS or "graph" in name

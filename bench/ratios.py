@@ -12,11 +12,12 @@ CLIENTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Median, least and greatest."""
+    """Median, least and greatest of `count` values."""
 
     median: float
     least: float
     greatest: float
+    count: int
 
     def __str__(self) -> str:
         """To three digits."""
@@ -49,7 +50,7 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 def some(values: Sequence[float]) -> Spread:
     """Of `values`, of which there is at least one."""
-    return Spread(median(values), min(values), max(values))
+    return Spread(median(values), min(values), max(values), len(values))
 
 
 def over(results: Results, ratio: Callable[[Round], float | None]) -> Spread | None:

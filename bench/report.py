@@ -1,9 +1,11 @@
 """Results -> `docs/benchmarks.md`. Pure: the same results give the same text."""
 
+from collections.abc import Sequence
+
 from bench.aggregate import breakdown, clients_table, loads_table, names
 from bench.engine_report import engine_section
 from bench.peers import CONTENDERS
-from bench.ratios import OURS, TARGETS, bound, figure, over, spread, throughput
+from bench.ratios import OURS, TARGETS, bound, figure, over, some, spread, throughput
 from bench.results import Closed, Results
 from bench.tables import table
 
@@ -50,11 +52,13 @@ def _ratios(results: Results) -> str:
         value = over(results, target.ratio)
         aim = f"{'at most' if target.at_most else 'at least'} {target.aim:g}"
         verdict = "not measured" if not value else "reached" if target.reached(value.median) else "**not reached**"
-        rows.append([target.name, aim, value or "", verdict])
+        rows.append([target.name, aim, value or "", value.count if value else 0, verdict])
+    busy = max((turn.busy for turn in results.rounds), default=0.0)
     note = (
-        f"Each ratio within its round, then the median of {len(results.rounds)} rounds, least and greatest in brackets."
+        "Each ratio within its round, then the median of the rounds, least and greatest in brackets. Just before a "
+        f"round, others had up to {busy:.0%} of the cores in use."
     )
-    return f"## Ratios\n\n{note}\n\n{table(['ratio', 'aim', 'measured', ''], rows)}"
+    return f"## Ratios\n\n{note}\n\n{table(['ratio', 'aim', 'measured', 'rounds', ''], rows)}"
 
 
 def _bound(results: Results) -> str:
@@ -66,8 +70,8 @@ def _bound(results: Results) -> str:
         f"What arithmetic allows here: decoding takes {figure(limit.decode_ms)} ms of a core as measured, and the "
         f"model's operations at 100 % of the measured matrix-multiply peak {figure(limit.infer_ms)} ms. With nothing "
         f"else to do, {results.cores} cores then serve {figure(limit.images_per_second)} images/s, which is {peers}, "
-        "with 8 clients. A throughput ratio above that is out of reach on this processor in this precision, whatever "
-        "the server does."
+        "with 8 clients. A ratio above that is out of reach on this processor in this precision, unless decoding takes "
+        "less time or the model less arithmetic."
     )
 
 
@@ -76,7 +80,8 @@ def _closed(results: Results, *, charts: bool = True) -> str:
     for name, servers in clients_table(results).items():
         for row in servers:
             ratio = over(results, throughput(name, row.clients)) if name != OURS else None
-            rows.append([_TITLES[name], row.clients, row.rate, row.p50, row.p99, ratio or "", row.failed])
+            figures = [row.rate, row.p50, row.p99] if row.rate.greatest else ["none answered", "", ""]
+            rows.append([_TITLES[name], row.clients, *figures, ratio or "", row.failed])
     bare = spread([turn.bare for turn in results.rounds])
     rows.append(["bare loop, a thread per core, no HTTP", "", bare or "", "", "", "", ""])
     head = ["server", "clients", "images/s", "p50 ms", "p99 ms", "pvt-serve / it", "failed"]
@@ -133,12 +138,20 @@ def _large(results: Results) -> str:
     if not loops:
         return ""
     rows = [
-        [_TITLES[name], spread([run.images_per_second for run in runs]), spread([run.p50_ms for run in runs]),
-         spread([run.cpu_ms for run in runs]), sum(run.failed for run in runs)]
+        [_TITLES[name], *_answered(runs), sum(run.failed for run in runs)]
         for name, runs in loops.items()
     ]  # fmt: skip
     head = ["server", "images/s", "p50 ms", "processor ms per image", "failed"]
-    return f"## 12-megapixel photos\n\nFour different JPEGs of 4000x3000, 8 clients.\n\n{table(head, rows)}"
+    note = "Four different JPEGs of 4000x3000, 8 clients, loads of four times the length."
+    return f"## 12-megapixel photos\n\n{note}\n\n{table(head, rows)}"
+
+
+def _answered(runs: Sequence[Closed]) -> list[object]:
+    """Images per second, p50 and processor time of the runs in which anything was answered."""
+    good = [run for run in runs if run.requests]
+    if not good:
+        return ["none answered", "", ""]
+    return [some([getattr(run, name) for run in good]) for name in ("images_per_second", "p50_ms", "cpu_ms")]
 
 
 def _starts(results: Results) -> str:

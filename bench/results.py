@@ -63,9 +63,13 @@ class Visit(_Record):
 
 
 class Round(_Record):
-    """Every server's turn, by its name, and the bare loop's images per second in the same minutes."""
+    """Every server's turn, by its name, and the bare loop's images per second in the same minutes.
+
+    `busy` is the share of the cores (0 to 1) that others had in use just before.
+    """
 
     bare: float
+    busy: float = 0.0
     visits: dict[str, Visit]
 
 

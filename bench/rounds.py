@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+import psutil
 from tqdm import tqdm
 
 from bench.bare import bare_loop
-from bench.bodies import bodies
+from bench.bodies import Body, bodies
 from bench.load import Wrk
 from bench.make_store import TAG, make_store
 from bench.openloop import open_loop
@@ -25,6 +27,7 @@ RATES = (0.1, 0.2, 0.4, 0.6, 0.8)  # of the bare loop's images per second
 SATURATED = 0.9  # a server that answers less than this share of an offered load in time is offered no higher one
 _LATE_MS = 2000.0
 _WARM_SECONDS = 2
+LARGE_FACTOR = 4  # times the seconds of other loads: a batch of 12-megapixel pictures takes some itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Course:
 
     def round(self, contenders: Sequence[Contender], number: int, skipped: dict[str, str]) -> Round:
         """Every contender once; why one could not be measured goes into `skipped`."""
+        busy = psutil.cpu_percent(interval=1) / 100
         bare = bare_loop(self._ours, self._pictures, self._plan.seconds)
         visits = {}
         for contender in tqdm(contenders, desc=f"round {number + 1}", leave=False):
@@ -62,11 +66,11 @@ class Course:
                 continue
             try:
                 visits[contender.name] = self._visit(contender, bare, number)
-            except RuntimeError as error:
-                skipped[contender.name] = str(error).strip().splitlines()[-1]
+            except (RuntimeError, httpx.HTTPError) as error:
+                skipped[contender.name] = (str(error).strip() or type(error).__name__).splitlines()[-1]
         for name, reason in skipped.items():
             print(f"{name} is left out: {reason}", file=sys.stderr)
-        return Round(bare=bare, visits=visits)
+        return Round(bare=bare, busy=busy, visits=visits)
 
     def _visit(self, contender: Contender, bare: float, number: int) -> Visit:
         small = bodies(self._pictures, contender.form)
@@ -76,7 +80,9 @@ class Course:
             started = server.wait(small[0])
             for clients in self._plan.clients:  # each as it will be, so that every batch size has been seen
                 wrk.run(server.url, clients, _WARM_SECONDS)
-            closed = tuple(_closed(server, wrk, clients, self._plan.seconds) for clients in self._plan.clients)
+            closed = tuple(
+                _closed(server, wrk, clients, self._plan.seconds, small[0]) for clients in self._plan.clients
+            )
             resident = server.resident_bytes() / 1e6
             opened = self._open(server, contender, bare, number) if self._plan.open else ()
             large = self._large_loop(server, contender) if self._plan.large else None
@@ -84,11 +90,12 @@ class Course:
 
     def _open(self, server: Server, contender: Contender, bare: float, number: int) -> tuple[Open, ...]:
         loops: list[Open] = []
-        content_type = bodies(self._pictures[:1], contender.form)[0].content_type
+        (first,) = bodies(self._pictures[:1], contender.form)
         for share in RATES:
             rate = round(bare * share, 1)
             folder, seconds = self._folder / contender.form, self._plan.seconds
-            loop = open_loop(server.url, folder, content_type, rate=rate, seconds=seconds, seed=number)
+            server.settle(first)
+            loop = open_loop(server.url, folder, first.content_type, rate=rate, seconds=seconds, seed=number)
             loops.append(loop)
             if loop.answered < SATURATED * loop.sent or loop.p50_ms > _LATE_MS:
                 break
@@ -98,10 +105,11 @@ class Course:
         large = bodies(self._large, contender.form)
         wrk = Wrk(self._folder / f"{contender.form}-large", large)
         wrk.run(server.url, LARGE_CLIENTS, _WARM_SECONDS)
-        return _closed(server, wrk, LARGE_CLIENTS, self._plan.seconds)
+        return _closed(server, wrk, LARGE_CLIENTS, self._plan.seconds * LARGE_FACTOR, large[0])
 
 
-def _closed(server: Server, wrk: Wrk, clients: int, seconds: int) -> Closed:
+def _closed(server: Server, wrk: Wrk, clients: int, seconds: int, first: Body) -> Closed:
+    server.settle(first)
     before = server.cpu_seconds()
     loop = wrk.run(server.url, clients, seconds)
     used = server.cpu_seconds() - before

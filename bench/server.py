@@ -19,6 +19,7 @@ from bench.peers import OURS, Contender
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0
+_SETTLING = 3  # requests, one after the other
 _NOT_YET = (404, 429, 502, 503)  # what a server may answer while its model or its route is on the way
 
 
@@ -54,6 +55,11 @@ class Server:
             sleep(0.02)
         tail = self.log.read_text(errors="replace")[-1500:]
         raise RuntimeError(f"it ended with {self.process.poll()} or gave no answer in {START_SECONDS:g} s:\n{tail}")
+
+    def settle(self, body: Body) -> None:
+        """Return when nothing is left of the load before: what is posted now is answered after it."""
+        for _ in range(_SETTLING):
+            self.post(body)
 
     def resident_bytes(self) -> int:
         """Resident memory of the process and all that it started; pages that they share count for each."""
@@ -100,7 +106,7 @@ def serving(
         subprocess.Popen(
             contender.argv(port, str(store)),
             cwd=ROOT,
-            env={**environment, **(settings or {})},
+            env={**environment, **dict(contender.environment), **(settings or {})},
             stdout=output,
             stderr=subprocess.STDOUT,
         ) as process,

@@ -12,6 +12,7 @@ class Contender:
     """A server that can be started: `command` with `{port}` and `{store}` to fill in, asked by POST to `path`.
 
     It is ready when it answers a picture with 200. `needs` are the packages that it takes, by distribution name;
+    `environment` is added to ours, and
     `configured` says for the report how it is set up.
     """
 
@@ -22,6 +23,7 @@ class Contender:
     needs: tuple[str, ...]
     configured: str
     path: str = "/predict"
+    environment: tuple[tuple[str, str], ...] = ()
 
     def argv(self, port: int, store: str) -> list[str]:
         """The command, filled in."""
@@ -47,6 +49,8 @@ def _peer(module: str) -> tuple[str, ...]:
     return "-m", f"bench.peers.{module}", "--port", "{port}", "--store", "{store}"
 
 
+# Where several threads or processes infer at the same time: more threads than cores would wait for each other.
+_ONE_THREAD = (("OMP_NUM_THREADS", "1"),)
 _EAGER = "transformers' model, eager, float32"
 _FORM = "the picture as a multipart form's file"
 _RAW = "the picture as the raw body"
@@ -92,9 +96,10 @@ CONTENDERS: tuple[Contender, ...] = (
         _peer("mosec_eager"),
         "raw",
         ("mosec", "torch", "transformers"),
-        f"{_EAGER}; a stage of one preparing process for each core, then one inferring process, max_batch_size 8, "
-        f"max_wait_time 10 ms, torch's own choice of threads; {_RAW}",
+        f"{_EAGER}; a stage of preparing processes, then one of inferring ones, one process of each for every core, "
+        f"OMP_NUM_THREADS 1, max_batch_size 8, max_wait_time 10 ms; {_RAW}",
         path="/inference",
+        environment=_ONE_THREAD,
     ),
     Contender(
         "ray",
@@ -111,8 +116,8 @@ CONTENDERS: tuple[Contender, ...] = (
         _peer("fastapi_plain"),
         "multipart",
         ("fastapi", "torch", "transformers"),
-        f"{_EAGER}; in a plain endpoint, so on Starlette's thread pool, no batching, torch's own choice of threads; "
-        f"{_FORM}",
+        f"{_EAGER}; in a plain endpoint, so on Starlette's thread pool, no batching, OMP_NUM_THREADS 1; {_FORM}",
+        environment=_ONE_THREAD,
     ),
 )
 QUICK = ("ours", "litserve", "litserve-graph")

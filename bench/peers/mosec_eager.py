@@ -1,4 +1,4 @@
-"""mosec as its examples write it: a stage that prepares, a process for each core, and one that infers in batches."""
+"""mosec as its examples write it: a stage that prepares and one that infers in batches, a process a core for each."""
 
 import os
 import sys
@@ -44,5 +44,6 @@ if __name__ == "__main__":
     sys.argv = [sys.argv[0], "--address", "127.0.0.1", "--port", str(listen), "--timeout", "60000"]
     server = Server()
     server.append_worker(Prepare, num=usable_cores())
-    server.append_worker(Infer, num=1, max_batch_size=BATCH, max_wait_time=int(BATCH_WAIT_SECONDS * 1000))
+    wait = int(BATCH_WAIT_SECONDS * 1000)
+    server.append_worker(Infer, num=usable_cores(), max_batch_size=BATCH, max_wait_time=wait)
     server.run()

@@ -5,7 +5,7 @@ import pytest
 from bench.aggregate import breakdown, clients_table, loads_table
 from bench.charts import draw
 from bench.report import report, summary
-from bench.results import Results, read, write
+from bench.results import Closed, Results, Round, Visit, read, write
 from bench.rounds import add_round
 from bench.tables import table
 from tests.bench.runs import results, turn
@@ -14,10 +14,10 @@ from tests.bench.runs import results, turn
 def test_the_report_says_of_each_ratio_whether_it_is_reached() -> None:
     text = report(results())
 
-    assert "| images/s, 8 clients: pvt-serve / LitServe | at least 4 | 4.5 (4.5 to 4.5) | reached |" in text
-    assert "/ LitServe + our graph | at least 2.5 | 2 (2 to 2) | **not reached** |" in text
-    assert "| p50 of a lone client: pvt-serve / LitServe | at most 0.25 | 0.2 (0.2 to 0.2) | reached |" in text
-    assert "| images/s, 8 clients: pvt-serve / bare loop | at least 0.9 | 0.9 (0.9 to 0.9) | reached |" in text
+    assert "| images/s, 8 clients: pvt-serve / LitServe | at least 4 | 4.5 (4.5 to 4.5) | 3 | reached |" in text
+    assert "/ LitServe + our graph | at least 2.5 | 2 (2 to 2) | 3 | **not reached** |" in text
+    assert "| p50 of a lone client: pvt-serve / LitServe | at most 0.25 | 0.2 (0.2 to 0.2) | 3 | reached |" in text
+    assert "| images/s, 8 clients: pvt-serve / bare loop | at least 0.9 | 0.9 (0.9 to 0.9) | 3 | reached |" in text
 
 
 def test_the_report_says_what_the_processor_allows_at_all() -> None:
@@ -56,7 +56,7 @@ def test_empty_results_make_a_report_that_claims_nothing() -> None:
     text = report(Results())
 
     assert "reached |" not in text
-    assert text.count("| not measured |") == 5
+    assert text.count("| 0 | not measured |") == 5
 
 
 def test_the_summary_is_the_table_and_the_ratios_without_pictures() -> None:
@@ -106,6 +106,20 @@ def test_a_server_that_a_later_round_measured_is_no_longer_missing() -> None:
 
     assert grown.skipped == {"ray": "broken", "mosec": "broken"}
     assert len(grown.rounds) == 1
+
+
+def test_a_load_of_which_nothing_was_answered_shows_no_figure() -> None:
+    none = Closed(clients=8, images_per_second=0, p50_ms=0, p99_ms=0, requests=0, failed=0)
+    text = report(Results(rounds=(Round(bare=1, visits={"litserve": Visit(closed=(none,), large=none)}),)))
+
+    assert "| LitServe | 8 | none answered |  |  |  | 0 |" in text
+    assert "| LitServe | none answered |  |  | 0 |" in text
+
+
+def test_the_report_says_how_busy_others_kept_the_machine() -> None:
+    busy = results().rounds[0].model_copy(update={"busy": 0.25})
+
+    assert "others had up to 25% of the cores in use" in " ".join(report(Results(rounds=(busy,))).split())
 
 
 def test_bars_in_cells_do_not_end_them() -> None:
