@@ -22,10 +22,12 @@ RUN pip install --no-deps --constraint constraints.txt . \
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/venv /opt/venv
 COPY model_store /srv/model_store
-RUN useradd --system --uid 10001 --no-create-home pvt
+# Measured batch plans and compiled graphs: a volume there lets the next container start without measuring.
+RUN useradd --system --uid 10001 --no-create-home pvt && install --directory --owner pvt --mode 700 /var/cache/pvt-serve
 USER pvt
 WORKDIR /srv
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PVT_HOST=0.0.0.0 PVT_PORT=8000 PVT_MODEL_STORE=/srv/model_store
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PVT_HOST=0.0.0.0 PVT_PORT=8000 PVT_MODEL_STORE=/srv/model_store \
+    PVT_CACHE_DIR=/var/cache/pvt-serve
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \

@@ -99,6 +99,7 @@ def serving(
     """
     port = _free_port()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PVT_PORT": str(port), "PVT_MODEL_STORE": str(store)}
+    environment["PVT_CACHE_DIR"] = str(folder / "plans")  # measured here, not at some other time
     log = folder / f"{contender.name}.log"
     started = perf_counter()
     with (

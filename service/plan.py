@@ -14,7 +14,7 @@ WORTHWHILE_GAIN = 1.03
 # What a batch costs beside its run, whatever its size: two changes of thread and a turn of the event loop, under load.
 HAND_OVER_SECONDS = 0.0005
 # A time is the least of so many runs, of fewer when they would take longer than that: interference only ever adds.
-_RUNS, _MIN_RUNS, _TIMING_SECONDS = 8, 2, 0.5
+_RUNS, _MIN_RUNS, _TIMING_SECONDS = 5, 2, 0.5
 
 
 @dataclass(frozen=True, slots=True)

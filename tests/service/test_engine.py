@@ -153,3 +153,25 @@ async def test_a_stalled_thread_makes_it_neither_live_nor_ready(
 
     assert (health.live, health.ready) == (False, False)
     assert health.reasons[0] == "a thread for decode has been at one job for 31 s"
+
+
+async def test_a_model_answers_before_its_graph_for_lone_images_is_there_and_goes_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, seen = asyncio.Event(), []
+    loop = asyncio.get_running_loop()
+
+    def failing(executable: Executable) -> None:
+        seen.append(executable.stored.id)
+        loop.call_soon_threadsafe(begun.set)
+        raise RuntimeError("no memory for another graph")
+
+    monkeypatch.setattr(Executable, "widen", failing)
+    async with engine(tmp_path) as e:
+        first = await e.predict([png()])
+        async with asyncio.timeout(30):
+            await begun.wait()
+        second = await e.predict([png()])
+
+    assert seen == [NAME]
+    assert all(isinstance(each.results[0], Prediction) for each in (first, second))
