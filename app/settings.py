@@ -117,6 +117,14 @@ class Settings(BaseSettings):
         """The limit on a request body, in bytes."""
         return int(self.max_body_mb * 1e6)
 
+    @property
+    def cache_folder(self) -> Path | None:
+        """The folder of the plan cache; None when there is to be none, or it lies in a home that the user has not."""
+        try:
+            return self.cache_dir.expanduser() if self.cache_dir else None
+        except RuntimeError:  # an arbitrary user id in a container has no home
+            return None
+
     def engine_options(self) -> "EngineOptions":
         """What of it concerns the engine."""
         # Not at the top: with it comes torch, and the supervisor of several workers reads settings, too.
@@ -127,7 +135,7 @@ class Settings(BaseSettings):
             default_model=self.default_model,
             preload=self.preload,
             backend=self.backend,
-            cache=self.cache_dir.expanduser() if self.cache_dir else None,
+            cache=self.cache_folder,
             precision=None if self.precision == "auto" else self.precision,
             max_batch_size=self.max_batch_size,
             max_batch_delay_seconds=self.max_batch_delay_ms / 1000,

@@ -1,6 +1,7 @@
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -124,3 +125,24 @@ def test_the_readme_lists_every_setting_with_its_default(readme: str) -> None:
         default = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
         meaning = " ".join((field.description or "").split())
         assert f"| `PVT_{name.upper()}` | {f'`{default}`' if default else ''} | {meaning} |" in readme, name
+
+
+@pytest.mark.parametrize(
+    ("value", "folder"), [("", None), ("/plans", Path("/plans")), ("~/plans", Path("/root/plans"))]
+)
+def test_the_plan_cache_is_where_the_setting_says(
+    monkeypatch: pytest.MonkeyPatch, value: str, folder: Path | None
+) -> None:
+    monkeypatch.setenv("HOME", "/root")
+    monkeypatch.setenv("PVT_CACHE_DIR", value)
+
+    assert Settings().engine_options().cache == folder
+
+
+def test_a_user_without_a_home_has_no_plan_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+
+    assert Settings(cache_dir=Path("~/plans")).engine_options().cache is None
