@@ -4,24 +4,22 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from time import monotonic, perf_counter
+from time import monotonic
 from types import TracebackType
 from typing import Self
 
 import structlog
 
 from service.activity import Activity
-from service.errors import DeadlineExceeded, ModelLoadFailed, ServiceError, ShuttingDown
-from service.loader import Executable, load
+from service.errors import DeadlineExceeded, ServiceError, ShuttingDown
+from service.loading import Loading
 from service.metrics import EngineMetrics
-from service.options import EngineOptions, make_backends
+from service.options import EngineOptions
 from service.outputs import top_k as best_classes
 from service.pipeline import Image, Pipeline, Resident
-from service.plan_cache import PlanCache
 from service.registry import Registry, Status
 from service.results import Health, Inferred, Prediction, Predictions
 from service.store import Store, StoredModel
-from service.tuning import Limits
 from service.workers import Workers
 
 log = structlog.get_logger(component="engine")
@@ -46,11 +44,8 @@ class Engine:
     def __init__(self, options: EngineOptions, metrics: EngineMetrics) -> None:
         self.options = options
         self._metrics = metrics
-        self._backends = make_backends(options)
-        self._limits = Limits(options.cores, options.max_batch_size, options.precision)
-        self._plans = PlanCache(options.cache) if options.cache else None
+        self._loading = Loading(options, metrics)
         self._store = Store(options.model_store)
-        self._loaders = Workers("load", 1)
         self._files = Workers("store", 1)
         self._pipeline = Pipeline(options, metrics)
         self._registry = Registry[Resident](self._find, self._load)
@@ -79,7 +74,7 @@ class Engine:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._registry.close()
         await self._pipeline.close(wait=not self._aborted)
-        self._loaders.close(wait=False)
+        self._loading.close()
         self._files.close(wait=False)
 
     async def drain(self) -> None:
@@ -234,33 +229,9 @@ class Engine:
         return ModelStatus(status.loaded.executable.stored if status.loaded else stored, stored.id == default, status)
 
     async def _load(self, stored: StoredModel) -> Resident:
-        start = perf_counter()
-        try:
-            executable = await self._loaders.run(load, stored, self._backends, self._limits, self._plans)
-        except ServiceError as error:
-            self._metrics.model_loads.labels(stored.id, "failed").inc()
-            log.warning("model_load_failed", model=stored.id, reason=str(error))
-            raise
-        except Exception as error:
-            self._metrics.model_loads.labels(stored.id, "failed").inc()
-            log.exception("model_load_failed", model=stored.id)
-            raise ModelLoadFailed(f"{stored.id} could not be loaded: {type(error).__name__}: {error}") from error
-        report = executable.report
-        self._metrics.model_loads.labels(stored.id, "loaded").inc()
-        self._metrics.model_load_seconds.labels(stored.id).observe(perf_counter() - start)
-        self._metrics.model_memory_bytes.labels(stored.id).set(report.memory_bytes)
-        log.info("model_loaded", model=stored.id, backend=report.backend, precision=report.precision,
-                 layout=f"{report.layout.streams}x{report.layout.threads}", batch_sizes=executable.plan.sizes,
-                 cached=report.cached, seconds=round(report.load_seconds, 3))  # fmt: skip
-        self._background(self._widen(executable))
+        executable = await self._loading.load(stored)
+        self._background(self._loading.widen(executable))
         return self._pipeline.open(executable)
-
-    async def _widen(self, executable: Executable) -> None:
-        """What can wait until the model answers; without it the model goes on as it is."""
-        try:
-            await self._loaders.run(executable.widen)
-        except Exception:
-            log.exception("model_not_widened", model=executable.stored.id)
 
     def _background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

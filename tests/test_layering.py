@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 # Modules of one row do not import each other.
 LAYERS = [
     {"engine"},
-    {"pipeline"},
+    {"pipeline", "loading"},
     {"loader", "registry"},
     {"scheduler", "store", "options", "tuning"},
     {"dispatcher", "plan_cache", "reference"},

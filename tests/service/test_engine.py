@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from service import engine as engine_module
+from service import loading
 from service.engine import Engine
 from service.errors import DeadlineExceeded, InvalidImage, ModelLoadFailed, ServiceError, ShuttingDown, WeightsCorrupt
 from service.loader import Executable
@@ -38,7 +39,7 @@ def gated_load(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
         asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(30)
         return real_load(*args)
 
-    monkeypatch.setattr(engine_module, "load", gated)
+    monkeypatch.setattr(loading, "load", gated)
     return gate
 
 
@@ -92,7 +93,7 @@ async def test_an_unexpected_error_of_a_load_is_told_with_its_kind(
     def broken(*_: Any) -> Executable:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(engine_module, "load", broken)
+    monkeypatch.setattr(loading, "load", broken)
     async with engine(tmp_path) as e:
         with pytest.raises(ModelLoadFailed, match="could not be loaded: ZeroDivisionError: of all things"):
             await e.predict([png()])
@@ -108,7 +109,7 @@ async def test_a_preload_that_failed_is_tried_again(tmp_path: Path, monkeypatch:
             raise WeightsCorrupt("not yet")
         return real_load(*args)
 
-    monkeypatch.setattr(engine_module, "load", load)
+    monkeypatch.setattr(loading, "load", load)
     async with engine(tmp_path, preload=(NAME,)) as e, asyncio.timeout(30):
         while not (await e.health()).ready:  # noqa: ASYNC110  its turn is what the preload needs
             await asyncio.sleep(0)
@@ -118,7 +119,7 @@ async def test_a_preload_that_failed_is_tried_again(tmp_path: Path, monkeypatch:
 
 async def test_giving_up_ends_what_is_under_way_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
-    monkeypatch.setattr(engine_module, "load", lambda *_: never.wait(30))
+    monkeypatch.setattr(loading, "load", lambda *_: never.wait(30))
     async with engine(tmp_path) as e:
         under_way = asyncio.create_task(e.predict([png()]))
         await asyncio.sleep(0)

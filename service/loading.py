@@ -1,0 +1,64 @@
+"""Loads models on a thread of their own, and tells of it: log lines, metrics, one kind of error."""
+
+from time import perf_counter
+
+import structlog
+
+from service.errors import ModelLoadFailed, ServiceError
+from service.loader import Executable, load
+from service.metrics import EngineMetrics
+from service.options import EngineOptions, make_backends
+from service.plan_cache import PlanCache
+from service.store import StoredModel
+from service.tuning import Limits
+from service.workers import Workers
+
+log = structlog.get_logger(component="loading")
+
+
+class Loading:
+    """One load at a time, since each measures what it loads; it lives until it is closed."""
+
+    def __init__(self, options: EngineOptions, metrics: EngineMetrics) -> None:
+        self._metrics = metrics
+        self._backends = make_backends(options)
+        self._limits = Limits(options.cores, options.max_batch_size, options.precision)
+        self._plans = PlanCache(options.cache) if options.cache else None
+        self._thread = Workers("load", 1)
+
+    def close(self) -> None:
+        """Drop what waits; a load under way ends in its own time."""
+        self._thread.close(wait=False)
+
+    async def load(self, stored: StoredModel) -> Executable:
+        """`stored`, ready to run.
+
+        Raises:
+            ModelLoadFailed, WeightsUnavailable: it can't be loaded; the message says why.
+        """
+        start = perf_counter()
+        try:
+            executable = await self._thread.run(load, stored, self._backends, self._limits, self._plans)
+        except ServiceError as error:
+            self._metrics.model_loads.labels(stored.id, "failed").inc()
+            log.warning("model_load_failed", model=stored.id, reason=str(error))
+            raise
+        except Exception as error:
+            self._metrics.model_loads.labels(stored.id, "failed").inc()
+            log.exception("model_load_failed", model=stored.id)
+            raise ModelLoadFailed(f"{stored.id} could not be loaded: {type(error).__name__}: {error}") from error
+        report = executable.report
+        self._metrics.model_loads.labels(stored.id, "loaded").inc()
+        self._metrics.model_load_seconds.labels(stored.id).observe(perf_counter() - start)
+        self._metrics.model_memory_bytes.labels(stored.id).set(report.memory_bytes)
+        log.info("model_loaded", model=stored.id, backend=report.backend, precision=report.precision,
+                 layout=f"{report.layout.streams}x{report.layout.threads}", batch_sizes=executable.plan.sizes,
+                 cached=report.cached, seconds=round(report.load_seconds, 3))  # fmt: skip
+        return executable
+
+    async def widen(self, executable: Executable) -> None:
+        """What can wait until the model answers; without it the model goes on as it is."""
+        try:
+            await self._thread.run(executable.widen)
+        except Exception:
+            log.exception("model_not_widened", model=executable.stored.id)
