@@ -14,10 +14,9 @@ compared with the first.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,15 @@ from tempfile import TemporaryDirectory
 import httpx
 import psutil
 
+from bench.bodies import Form, bodies
+from bench.load import Wrk
 from bench.make_store import TAG, make_store
 from bench.pictures import jpegs
 
 ROOT = Path(__file__).parent.parent
 VARIANT = "pvt_v2_b0"
 PICTURES = 32
-BOUNDARY = "9b1f0d5f"
+FORMS: tuple[Form, ...] = ("multipart", "raw")
 # What runs in the measured checkout: its own server.
 WHOLE = """
 import sys
@@ -52,21 +53,8 @@ from service.outputs import Outputs
 decoded = Decoded(np.zeros((224, 224, 3), np.uint8), 640, 427)
 output = Outputs(np.linspace(0, 5, 1000, dtype=np.float32), np.zeros(256, np.float32))
 service.pipeline.decode = lambda *_, **__: decoded
-Executable.run = lambda self, instance, images: [output] * len(images)
+Executable.run = lambda self, instance, images, **_: [output] * len(images)
 {WHOLE}
-"""
-SCRIPT = """\
-local bodies = {}
-for name in string.gmatch([[%s]], "[^\\n]+") do
-  local file = assert(io.open(name, "rb"))
-  bodies[#bodies + 1] = wrk.format("POST", nil, {["Content-Type"] = "%s"}, file:read("*a"))
-  file:close()
-end
-local turn = 0
-function request()
-  turn = turn %% #bodies + 1
-  return bodies[turn]
-end
 """
 
 
@@ -98,54 +86,35 @@ def main() -> None:
     trees = arguments.tree or [ROOT]
     with TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        scripts = write_scripts(folder, jpegs(PICTURES))
+        pictures = jpegs(PICTURES)
+        loads = {form: Wrk(folder / form, bodies(pictures, form)) for form in FORMS}
         make_store(folder / "store", VARIANT)
         whole = [stack.enter_context(serving(tree, folder, f"whole{n}", WHOLE)) for n, tree in enumerate(trees)]
         servers = [stack.enter_context(serving(tree, folder, f"bare{n}", TRIVIAL)) for n, tree in enumerate(trees)]
-        figures: dict[str, list[list[float]]] = {form: [[] for _ in trees] for form in (*scripts, "loop")}
+        figures: dict[str, list[list[float]]] = {form: [[] for _ in trees] for form in (*FORMS, "loop")}
         for _ in range(arguments.rounds):
-            for form, script in scripts.items():
+            for form, wrk in loads.items():
                 for runs, server in zip(figures[form], servers, strict=True):
-                    runs.append(milliseconds(server.cpu_seconds, server.url, script, arguments))
+                    runs.append(milliseconds(server.cpu_seconds, server.url, wrk, arguments))
             for runs, server in zip(figures["loop"], whole, strict=True):
-                runs.append(milliseconds(server.loop_seconds, server.url, scripts["multipart"], arguments))
-    for form, each in figures.items():
+                runs.append(milliseconds(server.loop_seconds, server.url, loads["multipart"], arguments))
+    for what, each in figures.items():
         for tree, runs in zip(trees, each, strict=True):
             ratio = median(run / first for run, first in zip(runs, each[0], strict=True))
-            print(f"{form:9} {median(runs):.3f} ms ({min(runs):.3f} to {max(runs):.3f})  x{ratio:.3f}  {tree}")
+            print(f"{what:9} {median(runs):.3f} ms ({min(runs):.3f} to {max(runs):.3f})  x{ratio:.3f}  {tree}")
 
 
-def write_scripts(folder: Path, pictures: Sequence[bytes]) -> dict[str, Path]:
-    """One script for wrk per form of body, by its name."""
-    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="picture.jpg"\r\n'
-    before, after = f"{head}Content-Type: image/jpeg\r\n\r\n".encode(), f"\r\n--{BOUNDARY}--\r\n".encode()
-    forms = {
-        "multipart": (f"multipart/form-data; boundary={BOUNDARY}", [before + each + after for each in pictures]),
-        "raw": ("image/jpeg", pictures),
-    }
-    scripts = {}
-    for form, (content_type, bodies) in forms.items():
-        paths = [folder / f"{form}{number}" for number in range(len(bodies))]
-        for path, body in zip(paths, bodies, strict=True):
-            path.write_bytes(body)
-        scripts[form] = folder / f"{form}.lua"
-        scripts[form].write_text(SCRIPT % ("\n".join(map(str, paths)), content_type))
-    return scripts
-
-
-def milliseconds(used: Callable[[], float], url: str, script: Path, arguments: argparse.Namespace) -> float:
+def milliseconds(used: Callable[[], float], url: str, wrk: Wrk, arguments: argparse.Namespace) -> float:
     """Processor time per request while wrk drives the server at `url`; `used` says how many seconds there were so far.
 
     Raises:
         RuntimeError: a request was not answered with 200.
     """
     before = used()
-    command = ["wrk", "-t1", f"-c{arguments.clients}", f"-d{arguments.seconds}", "-s", str(script), f"{url}/predict"]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    count = re.search(r"(\d+) requests in", report)
-    if count is None or "Non-2xx" in report or "Socket errors" in report:
-        raise RuntimeError(f"not every request was answered:\n{report}")
-    return (used() - before) / int(count[1]) * 1000
+    load = wrk.run(f"{url}/predict", arguments.clients, arguments.seconds)
+    if load.failed or not load.requests:
+        raise RuntimeError(f"not every request was answered: {load}")
+    return (used() - before) / load.requests * 1000
 
 
 @contextmanager
@@ -153,7 +122,13 @@ def serving(tree: Path, folder: Path, name: str, program: str) -> Iterator[Serve
     """The server of `tree`, with its model loaded; its log goes to a file."""
     log = folder / f"{name}.log"
     settings = {"PORT": "0", "MODEL_STORE": str(folder / "store"), "DEFAULT_MODEL": f"{VARIANT}.{TAG}"}
-    environment = {**os.environ, "PVT_MAX_BATCH_SIZE": "1", **{f"PVT_{key}": value for key, value in settings.items()}}
+    # A home of its own, and so a plan cache of its own: a setting for that, older checkouts would refuse.
+    environment = {
+        **os.environ,
+        "HOME": str(folder),
+        "PVT_MAX_BATCH_SIZE": "1",
+        **{f"PVT_{key}": value for key, value in settings.items()},
+    }
     with log.open("wb") as errors:
         process = subprocess.Popen([sys.executable, "-c", program], cwd=tree, env=environment, stderr=errors)
     try:

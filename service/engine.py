@@ -15,10 +15,9 @@ from service.errors import DeadlineExceeded, ServiceError, ShuttingDown
 from service.loading import Loading
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.outputs import top_k as best_classes
 from service.pipeline import Image, Pipeline, Resident
 from service.registry import Registry, Status
-from service.results import Health, Inferred, Prediction, Predictions
+from service.results import Health, Predictions, prediction
 from service.store import Store, StoredModel
 from service.workers import Workers
 
@@ -130,7 +129,7 @@ class Engine:
             async with self._deadline(timeout_seconds) as deadline, self._registry.lease(name) as resident:
                 inferred = await self._pipeline.infer(resident, images, deadline)
         card, version = resident.executable.card, resident.executable.stored.version
-        return Predictions(card.id, version, [_predict(each, card.labels, top_k) for each in inferred])
+        return Predictions(card.id, version, [prediction(each, card.labels, top_k) for each in inferred])
 
     def encoded(self, predictions: Predictions, seconds: float) -> None:
         """Take note that writing `predictions` out took `seconds`."""
@@ -247,10 +246,3 @@ class Engine:
             return [f"{name}: {failure}"]
         waits = name in self.options.preload and model.status.state != "ready"
         return [f"{name}: {model.status.state}, to be loaded before the service is ready"] if waits else []
-
-
-def _predict(image: Inferred | ServiceError, labels: Sequence[str], top_k: int) -> Prediction | ServiceError:
-    if isinstance(image, ServiceError):
-        return image
-    classes = best_classes(image.outputs.logits, labels, top_k)
-    return Prediction(image.width, image.height, classes, image.timing)

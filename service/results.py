@@ -1,10 +1,11 @@
 """What the engine answers with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from service.errors import ServiceError
-from service.outputs import ClassScore, Outputs
+from service.outputs import ClassScore, Outputs, top_k
 
 
 class Timing(NamedTuple):
@@ -51,3 +52,10 @@ class Health:
     live: bool
     ready: bool
     reasons: list[str]
+
+
+def prediction(image: Inferred | ServiceError, labels: Sequence[str], k: int) -> Prediction | ServiceError:
+    """The `k` best classes of `image`, or the error that it is."""
+    if isinstance(image, ServiceError):
+        return image
+    return Prediction(image.width, image.height, top_k(image.outputs.logits, labels, k), image.timing)
