@@ -14,7 +14,7 @@ WORTHWHILE_GAIN = 1.03
 # What a batch costs beside its run, whatever its size: two changes of thread and a turn of the event loop, under load.
 HAND_OVER_SECONDS = 0.0005
 # A time is the least of so many runs, of fewer when they would take longer than that: interference only ever adds.
-_RUNS, _MIN_RUNS, _TIMING_SECONDS = 5, 2, 0.5
+_RUNS, _MIN_RUNS, _TIMING_SECONDS = 4, 2, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,28 +70,28 @@ Runner = Callable[[int], object]  # runs one batch on the numbered instance
 
 
 def measure(
-    prepare: Callable[[int], Runner],
+    seconds_of: Callable[[int], float],
     ceiling: int,
     *,
-    streams: int = 1,
+    started: float | None = None,
     deadline: float = inf,
     note: Callable[[str], None] = lambda _: None,
 ) -> BatchPlan:
     """Compile and time sizes 1, 2, 4, ... up to `ceiling`, and stop at the first that is not worth its wait.
 
     Args:
-        prepare: compiles a batch size and returns what runs one batch of it.
+        seconds_of: compiles a batch size and returns the time of a batch of it.
         ceiling: the largest size allowed.
-        streams: how many batches run at the same time while they are timed, as they do under load.
+        started: when work on size 1 began, on `perf_counter`, if before this call; larger sizes are taken to cost more.
         deadline: when to stop, on `perf_counter`; a size that would take longer is not begun, but size 1 always is.
         note: told why a size that may have paid is not part of the plan.
     """
     seconds: dict[int, float] = {}
     size = 1
+    began = perf_counter() if started is None else started
     while size <= ceiling:
-        began = perf_counter()
         try:
-            t = batch_seconds(prepare(size), streams)
+            t = seconds_of(size)
         except Exception as error:
             if not seconds:
                 raise
@@ -105,18 +105,18 @@ def measure(
         if size <= ceiling and ended + 2 * (ended - began) > deadline:
             note(f"batches of {size} and more are left out: measuring them would take too long")
             break
+        began = ended
     return BatchPlan(seconds)
 
 
 def batch_seconds(run: Runner, streams: int = 1) -> float:
     """The time of a batch while `streams` of them run at the same time, in seconds."""
-    start = perf_counter()
-    run(0)  # the first run pays for lazy allocation
-    runs = max(_MIN_RUNS, min(_RUNS, int(_TIMING_SECONDS / max(perf_counter() - start, 1e-9))))
     together = threading.Barrier(streams)
 
     def timed(instance: int) -> list[float]:
-        run(instance)
+        start = perf_counter()
+        run(instance)  # pays for lazy allocation
+        runs = max(_MIN_RUNS, min(_RUNS, int(_TIMING_SECONDS / max(perf_counter() - start, 1e-9))))
         together.wait()
         marks = [perf_counter()]
         for _ in range(runs):

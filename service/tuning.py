@@ -72,16 +72,18 @@ class Tuning:
         """
         base = base_layout(self.backend.instances, self.limits.cores)
         precision, first = self._precision(base)
-        layout, first, alone = self._layout(base, precision, first)
+        layout, (first, known), alone = self._layout(base, precision, first)
         graphs = {1: first}
 
-        def prepare(size: int) -> Runner:
-            graphs[size] = graphs.get(size) or self.program.graph(size, layout, precision)
-            return self._runner(graphs[size], size)
+        def seconds_of(size: int) -> float:
+            if size == 1:
+                return known
+            graphs[size] = self.program.graph(size, layout, precision)
+            return batch_seconds(self._runner(graphs[size], size), layout.streams)
 
         deadline = self.started + BUDGET_SECONDS
         plan = measure(
-            prepare, self.limits.max_batch_size, streams=layout.streams, deadline=deadline, note=self.notes.append
+            seconds_of, self.limits.max_batch_size, started=self.started, deadline=deadline, note=self.notes.append
         )
         # A layout of fewer streams than instances makes instances wait for one another.
         share = self.backend.instances / layout.streams
@@ -129,26 +131,32 @@ class Tuning:
         logits = np.concatenate([graph.run(0, reference.images[i : i + 1])[0] for i in range(len(reference.images))])
         return reference.objection(logits)
 
-    def _layout(self, base: Layout, precision: Precision, first: Graph) -> tuple[Layout, Graph, Alone | None]:
-        """The layout with the most images per second, its graph for one image, and what serves a lone image best."""
+    def _layout(
+        self, base: Layout, precision: Precision, first: Graph
+    ) -> tuple[Layout, tuple[Graph, float], Alone | None]:
+        """The layout with the most images per second, its graph for one image and t(1), and what serves a lone one."""
         copy = _Copies(self.backend, self.program, first, precision)
-        rates, graphs, alone_seconds = {}, {base: first}, {}
+        graphs, seconds, lone_seconds = {base: first}, {}, {}
         for layout in layouts(base, self.limits.cores):
             try:
                 graphs[layout] = graphs.get(layout) or copy.make(layout)
                 run = self._runner(graphs[layout], 1)
-                rates[layout] = layout.streams / batch_seconds(run, layout.streams)
-                if layout.streams == 1 or layout == base:
-                    alone_seconds[layout] = batch_seconds(run)
+                seconds[layout] = batch_seconds(run, layout.streams)
+                if layout.streams == 1:  # which one moment of a neighbour's work on either core spoils: twice
+                    lone_seconds[layout] = min(seconds[layout], batch_seconds(run))
+                elif layout == base:
+                    lone_seconds[layout] = batch_seconds(run)
             except Exception as error:
                 if layout == base:
                     raise
                 self.notes.append(f"{layout.streams} x {layout.threads} cores failed: {type(error).__name__}: {error}")
-        fastest = max(rates, key=rates.__getitem__)
-        best = fastest if rates[fastest] > rates[base] * WORTHWHILE_GAIN else base
-        lone = min(alone_seconds, key=alone_seconds.__getitem__)
-        pays = lone != best and alone_seconds[lone] < alone_seconds[base] * (1 - ALONE_SAVES)
-        return best, graphs[best], Alone(lone, alone_seconds[lone], lambda: graphs[lone]) if pays else None
+        fastest = max(seconds, key=lambda each: each.streams / seconds[each])
+        gain = fastest.streams / seconds[fastest] / (base.streams / seconds[base])
+        best = fastest if gain > WORTHWHILE_GAIN else base
+        lone = min(lone_seconds, key=lone_seconds.__getitem__)
+        pays = lone != best and lone_seconds[lone] < lone_seconds[base] * (1 - ALONE_SAVES)
+        alone = Alone(lone, lone_seconds[lone], lambda: graphs[lone]) if pays else None
+        return best, (graphs[best], seconds[best]), alone
 
     def _runner(self, graph: Graph, size: int) -> Runner:
         batch = np.random.default_rng(size).integers(0, 256, (size, *self.shape, 3), dtype=np.uint8)

@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from service.plan import BatchPlan, Runner, measure
+from service.plan import BatchPlan, batch_seconds, measure
 
 
 def test_best_never_takes_more_than_the_largest_size() -> None:
@@ -56,19 +56,19 @@ class FakeMachine:
         self._seconds = seconds
         monkeypatch.setattr("service.plan.perf_counter", lambda: self.now)
 
-    def prepare(self, size: int) -> Runner:
+    def seconds_of(self, size: int) -> float:
         self.prepared.append(size)
 
         def run(_: int) -> None:
             self.now += self._seconds(size)
 
-        return run
+        return batch_seconds(run)
 
 
 def test_measuring_stops_at_the_first_size_that_is_not_worth_its_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = FakeMachine(lambda n: 0.04 * n, monkeypatch)
 
-    plan = measure(machine.prepare, 64)
+    plan = measure(machine.seconds_of, 64)
 
     assert plan.sizes == (1,)
     assert plan.time(1) == pytest.approx(0.04)
@@ -78,10 +78,10 @@ def test_measuring_stops_at_the_first_size_that_is_not_worth_its_wait(monkeypatc
 def test_a_short_run_is_batched_for_the_hand_overs_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = FakeMachine(lambda n: 0.005 * n, monkeypatch)
 
-    assert measure(machine.prepare, 64).sizes == (1, 2)
+    assert measure(machine.seconds_of, 64).sizes == (1, 2)
 
 
 def test_measuring_goes_up_to_the_ceiling_where_batches_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = FakeMachine(lambda n: 0.01 + 0.0001 * n, monkeypatch)
 
-    assert measure(machine.prepare, 16).sizes == (1, 2, 4, 8, 16)
+    assert measure(machine.seconds_of, 16).sizes == (1, 2, 4, 8, 16)

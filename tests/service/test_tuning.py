@@ -228,6 +228,15 @@ def test_what_would_take_longer_than_the_budget_is_left_out(clock: Clock) -> Non
     assert {precision for _, _, precision in backend.made} == {"bfloat16"}
 
 
+def test_what_compiling_the_first_graph_took_counts_for_the_next_sizes(clock: Clock) -> None:
+    backend = FakeBackend(clock, lambda *_: 0.04, precisions=("float32",), compile_seconds=BUDGET_SECONDS * 0.2)
+
+    tuned = tune(backend)
+
+    assert tuned.plan.sizes == (1,)  # two layouts took four tenths of the budget, the next size would take twice that
+    assert "would take too long" in tuned.notes[0]
+
+
 def test_layouts_use_all_cores_by_halves_unless_the_number_of_instances_was_chosen() -> None:
     assert layouts(Layout(8, 1), 8) == (Layout(8, 1), Layout(4, 2), Layout(2, 4), Layout(1, 8))
     assert layouts(Layout(3, 1), 3) == (Layout(3, 1), Layout(1, 3))
