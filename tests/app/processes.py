@@ -24,11 +24,14 @@ class Server:
     process: subprocess.Popen[str]
     lines: "SimpleQueue[str | None]" = field(default_factory=SimpleQueue)
     url: str = ""
+    seen: list[dict[str, Any]] = field(default_factory=list)
+    """Every log line read so far."""
 
     def event(self, name: str) -> dict[str, Any]:
         """The next log line of that event."""
         while (line := self.lines.get(timeout=60)) is not None:
             record: dict[str, Any] = json.loads(line)
+            self.seen.append(record)
             if record["event"] == name:
                 return record
         pytest.fail(f"the server ended without {name!r}")
