@@ -7,7 +7,8 @@ ROOT = Path(__file__).parent.parent
 # Modules of one row do not import each other.
 LAYERS = [
     {"engine"},
-    {"pipeline", "loading"},
+    {"models"},
+    {"pipeline", "loading", "supply"},
     {"loader", "registry"},
     {"scheduler", "store", "options", "tuning"},
     {"dispatcher", "plan_cache", "reference"},
@@ -21,6 +22,7 @@ LAYERS = [
     {"plan", "weights", "images", "results"},
     {"outputs", "pvt_v2", "image_limits", "resampling"},
     {"visible"},
+    {"requests"},
     {"errors", "metrics", "workers", "cores", "variants"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -12,7 +12,7 @@ router = APIRouter(prefix="/models", tags=["models"])
 @router.get("", summary="List the models", response_model_exclude_none=True, responses=documented(401, 503))
 async def models(engine: EngineDep) -> ModelList:
     """Every model of the store, and where it stands."""
-    return ModelList(models=[model_info(model) for model in await engine.models()])
+    return ModelList(models=[model_info(model) for model in await engine.models.all()])
 
 
 @router.get(
@@ -23,4 +23,4 @@ async def models(engine: EngineDep) -> ModelList:
 )
 async def model(model_id: str, engine: EngineDep) -> ModelInfo:
     """One model; a variant alone finds what it would find in a request."""
-    return model_info(await engine.model(model_id))
+    return model_info(await engine.models.one(model_id))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service import engine as engine_module
 from service import loading
+from service import models as models_module
 from service.engine import Engine
 from service.errors import DeadlineExceeded, InvalidImage, ModelLoadFailed, ServiceError, ShuttingDown, WeightsCorrupt
 from service.loader import Executable
@@ -100,7 +100,7 @@ async def test_an_unexpected_error_of_a_load_is_told_with_its_kind(
 
 
 async def test_a_preload_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "PRELOAD_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(models_module, "PRELOAD_AGAIN_SECONDS", 0.01)
     mended = asyncio.Event()
 
     def load(*args: Any) -> Executable:
