@@ -1,0 +1,71 @@
+"""New versions, loaded beside those that serve."""
+
+import asyncio
+from typing import Generic, TypeVar
+
+import structlog
+
+from service.entries import Candidate, Entry
+from service.errors import ServiceError
+from service.names import Names
+from service.residents import Residents, Source
+
+M = TypeVar("M")
+
+log = structlog.get_logger(component="registry")
+
+
+class Reload(Generic[M]):
+    """Brings every name that stands for something up to date; names pass over when all is ready, and nobody waits."""
+
+    def __init__(self, source: Source[M], names: Names[M], residents: Residents[M]) -> None:
+        self._source = source
+        self._names = names
+        self._residents = residents
+        self._one_at_a_time = asyncio.Lock()
+
+    async def run(self, *, again: bool) -> None:
+        """Once. What failed before is tried again when its files have changed, or `again` says so."""
+        async with self._one_at_a_time:
+            for name in self._names:
+                await self._refresh(name, again=again)
+
+    async def _refresh(self, name: str, *, again: bool) -> None:
+        turn = self._names.turn()
+        try:
+            candidates = await self._source.candidates(name)
+        except ServiceError as error:
+            log.warning("model_not_refreshed", model=name, reason=str(error))
+            return
+        serving = self._names.get(name)
+        if serving is None or candidates[0].identity == serving.candidate.identity:
+            return
+        self._residents.hold(serving)  # what serves is not to make room for its successor
+        try:
+            for candidate in candidates:
+                if candidate.identity == serving.candidate.identity:
+                    return
+                if not again and self._residents.failed(candidate):
+                    continue
+                if await self._replace(name, serving, candidate, turn):
+                    return
+        finally:
+            self._residents.release(serving, used=False)
+
+    async def _replace(self, name: str, serving: Entry[M], candidate: Candidate, turn: int) -> bool:
+        """Whether `candidate` is ready, and `name` stands for it if it still stood for `serving`."""
+        entry = self._residents.begin(candidate)
+        self._residents.hold(entry)
+        version, serves = candidate.stored.key, serving.stored.key
+        try:
+            await self._residents.loaded(entry)
+        except ServiceError as error:
+            log.warning("model_not_replaced", name=name, version=version, still_serves=serves, reason=str(error))
+            return False
+        else:
+            if self._names.get(name) is serving:
+                self._names.point(name, entry, turn)
+                log.info("model_replaced", name=name, version=version, served_before=serves)
+            return True
+        finally:
+            self._residents.release(entry, used=False)
