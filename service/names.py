@@ -1,87 +1,78 @@
-"""What each name stands for: a model version in memory, until it stands for another."""
+"""What models, their versions and their aliases are called.
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import count
-from typing import Generic, TypeVar
+pvt_v2_b2.mine      a model, `<variant>.<tag>`: its newest good version
+pvt_v2_b2.mine@2    this version of it
+pvt_v2_b2           a variant alone: its published weights, or its only model
+production          an alias, which has no dot, so that it is never a model's name
+"""
 
-from service.entries import Entry
+import re
+from typing import NamedTuple
 
-M = TypeVar("M")
+from service.errors import InvalidRequest, ModelNotFound
+from service.variants import VARIANTS
+
+DEFAULT_TAG = "in1k"  # the tag of the published ImageNet-1k weights
+MODEL_ID = re.compile(r"(?P<variant>[a-z0-9_]+)\.(?P<tag>[A-Za-z0-9_-]+)")
+VERSION = re.compile(r"[1-9][0-9]{0,8}")
+ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Stands(Generic[M]):
-    """What a name stands for, as found out in the numbered `turn`."""
+class ModelName(NamedTuple):
+    """A model's id, or a variant's name, and the version asked for; None is the newest good one."""
 
-    entry: Entry[M]
-    turn: int
+    id: str
+    version: str | None = None
+
+    def __str__(self) -> str:
+        return self.id if self.version is None else f"{self.id}@{self.version}"
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether it is a variant alone, which the store has yet to find a model for."""
+        return self.id in VARIANTS
 
 
-class Names(Generic[M]):
-    """Names, and which of them are pinned. Keeps the count of names, and whether one is pinned, of each entry."""
+def may_be_alias(name: str) -> bool:
+    """Whether `name` could be an alias: it is neither a variant's name nor has it a model's form."""
+    return ALIAS.fullmatch(name) is not None and name not in VARIANTS
 
-    def __init__(self, on_change: Callable[[Entry[M]], None]) -> None:
-        """`on_change` is told of each entry that lost a name or a pin."""
-        self._on_change = on_change
-        self._turns = count()
-        # Mutable state: the entries that names stand for, and the pinned names, whether they stand for one or not.
-        self._stands: dict[str, _Stands[M]] = {}
-        self._pins: set[str] = set()
 
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self._stands])
+def parse(name: str) -> ModelName:
+    """`<id>` or `<id>@<version>` in its parts; the id is not looked at.
 
-    def turn(self) -> int:
-        """A number to be taken before finding out what a name stands for, so that what is older changes nothing."""
-        return next(self._turns)
+    Raises:
+        ModelNotFound: what follows the @ is no version.
+    """
+    id_, at, version = name.partition("@")
+    if at and not VERSION.fullmatch(version):
+        raise ModelNotFound(f"no model {name!r}: what follows the @ must be a version's number, such as {id_ + '@1'!r}")
+    return ModelName(id_, version if at else None)
 
-    def get(self, name: str) -> Entry[M] | None:
-        """What `name` stands for."""
-        stands = self._stands.get(name)
-        return stands.entry if stands else None
 
-    def point(self, name: str, entry: Entry[M], turn: int) -> None:
-        """Let `name` stand for `entry`, unless what it stands for was found out after `turn` began."""
-        before = self._stands.get(name)
-        if before and before.turn > turn:
-            return
-        self._stands[name] = _Stands(entry, turn)
-        self._recount(entry)
-        if before and before.entry is not entry:
-            self._recount(before.entry)
-            self._on_change(before.entry)
+def alias_name(name: str) -> str:
+    """`name`, if an alias may be called so.
 
-    def forget(self, entry: Entry[M]) -> None:
-        """No name stands for `entry` any more."""
-        for name in self:
-            if self.get(name) is entry:
-                del self._stands[name]
-        self._recount(entry)
+    Raises:
+        InvalidRequest: it may not.
+    """
+    if name in VARIANTS:
+        raise InvalidRequest(f"alias {name!r}: that is a variant's name, which means a model already")
+    if not ALIAS.fullmatch(name):
+        raise InvalidRequest(
+            f"alias {name!r}: an alias has 1 to 64 letters, digits, '-' and '_', no dot and no @, and begins with a "
+            "letter or digit"
+        )
+    return name
 
-    def is_pinned(self, name: str) -> bool:
-        """Whether `name` itself is pinned."""
-        return name in self._pins
 
-    def pin(self, name: str) -> None:
-        """Let whatever `name` stands for, now and later, be pinned."""
-        self._pins.add(name)
-        if entry := self.get(name):
-            self._recount(entry)
+def alias_target(target: str) -> ModelName:
+    """What an alias may stand for: a model, or a version of one.
 
-    def unpin(self, name: str) -> None:
-        """End that."""
-        self._pins.discard(name)
-        if entry := self.get(name):
-            self._recount(entry)
-            self._on_change(entry)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._stands.clear()
-        self._pins.clear()
-
-    def _recount(self, entry: Entry[M]) -> None:
-        names = [name for name, stands in self._stands.items() if stands.entry is entry]
-        entry.names = len(names)
-        entry.pinned = not self._pins.isdisjoint(names)
+    Raises:
+        InvalidRequest: it is neither.
+    """
+    id_, at, version = target.partition("@")
+    if not MODEL_ID.fullmatch(id_) or (at and not VERSION.fullmatch(version)):
+        raise InvalidRequest(f"alias target {target!r}: it must be <variant>.<tag>, or <variant>.<tag>@<version>")
+    return ModelName(id_, version if at else None)

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from service.entries import Candidate, Entry, Status
 from service.errors import ModelLoadFailed, ModelLoading, ModelPinned, ServiceError
 from service.eviction import Budget
-from service.names import Names
+from service.name_table import NameTable
 from service.reload import Reload
 from service.residents import Residents, Source, now
 from service.store import StoredModel
@@ -39,7 +39,7 @@ class Registry(Generic[M]):
     def __init__(self, source: Source[M], budget: Budget = Budget()) -> None:  # noqa: B008  it is frozen
         self._source = source
         self._residents = Residents[M](source, budget, self._forget)
-        self._names = Names[M](self._residents.settle)
+        self._names = NameTable[M](self._residents.settle)
         self._reload = Reload(source, self._names, self._residents)
         # Mutable state: the names on their way, and what went wrong with which lately.
         self._arrivals: dict[str, _Arrival[M]] = {}

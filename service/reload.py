@@ -7,7 +7,7 @@ import structlog
 
 from service.entries import Candidate, Entry
 from service.errors import ServiceError
-from service.names import Names
+from service.name_table import NameTable
 from service.residents import Residents, Source
 
 M = TypeVar("M")
@@ -18,7 +18,7 @@ log = structlog.get_logger(component="registry")
 class Reload(Generic[M]):
     """Brings every name that stands for something up to date; names pass over when all is ready, and nobody waits."""
 
-    def __init__(self, source: Source[M], names: Names[M], residents: Residents[M]) -> None:
+    def __init__(self, source: Source[M], names: NameTable[M], residents: Residents[M]) -> None:
         self._source = source
         self._names = names
         self._residents = residents
