@@ -9,7 +9,7 @@ from typing import Generic, Literal, TypeVar
 from service.errors import ServiceError
 from service.eviction import Held, Hold
 from service.footprints import Footprint
-from service.store import StoredModel
+from service.stored import StoredModel
 
 M = TypeVar("M")
 
@@ -94,7 +94,8 @@ class Entry(Generic[M]):
         idle = 0.0 if self.leases else now - self.used_at
         return Status("ready", self.task.result(), None, self.leases, pinned, idle, size)
 
-    def _hold(self) -> Hold:
+    def hold(self) -> Hold:
+        """What keeps it from being evicted, if anything does."""
         if self.leaving:
             return "leaving"
         if self.pinned:

@@ -7,7 +7,7 @@ from typing import Annotated
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.store import StoredModel
+from service.stored import StoredModel
 
 log = structlog.get_logger(component="footprints")
 

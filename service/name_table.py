@@ -22,7 +22,7 @@ class NameTable(Generic[M]):
     """Which are pinned, too. Keeps the count of names, and whether one is pinned, of each entry."""
 
     def __init__(self, on_change: Callable[[Entry[M]], None]) -> None:
-        """`on_change` is told of each entry that lost a name or a pin."""
+        """`on_change` is told of each entry that got or lost a name, or lost a pin."""
         self._on_change = on_change
         self._turns = count()
         # Mutable state: the entries that names stand for, and the pinned names, whether they stand for one or not.
@@ -47,10 +47,9 @@ class NameTable(Generic[M]):
         if before and before.turn > turn:
             return
         self._stands[name] = _Stands(entry, turn)
-        self._recount(entry)
-        if before and before.entry is not entry:
-            self._recount(before.entry)
-            self._on_change(before.entry)
+        for changed in {entry, before.entry} if before else {entry}:
+            self._recount(changed)
+            self._on_change(changed)
 
     def forget(self, entry: Entry[M]) -> None:
         """No name stands for `entry` any more."""
@@ -58,6 +57,12 @@ class NameTable(Generic[M]):
             if self.get(name) is entry:
                 del self._stands[name]
         self._recount(entry)
+
+    def drop(self, name: str) -> None:
+        """Let `name` stand for nothing."""
+        entry = self._stands.pop(name).entry
+        self._recount(entry)
+        self._on_change(entry)
 
     def is_pinned(self, name: str) -> bool:
         """Whether `name` itself is pinned."""

@@ -13,7 +13,7 @@ from service.eviction import Budget
 from service.name_table import NameTable
 from service.reload import Reload
 from service.residents import Residents, Source, now
-from service.store import StoredModel
+from service.stored import StoredModel
 
 M = TypeVar("M")
 

@@ -1,12 +1,13 @@
 """New versions, loaded beside those that serve."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import structlog
 
 from service.entries import Candidate, Entry
-from service.errors import ServiceError
+from service.errors import ModelNotFound, ServiceError
 from service.name_table import NameTable
 from service.residents import Residents, Source
 
@@ -23,6 +24,8 @@ class Reload(Generic[M]):
         self._names = names
         self._residents = residents
         self._one_at_a_time = asyncio.Lock()
+        # Mutable state: what was last said of names that can't be brought up to date, so that it is said once.
+        self._said: dict[str, str] = {}
 
     async def run(self, *, again: bool) -> None:
         """Once. What failed before is tried again when its files have changed, or `again` says so."""
@@ -33,12 +36,15 @@ class Reload(Generic[M]):
     async def _refresh(self, name: str, *, again: bool) -> None:
         turn = self._names.turn()
         try:
-            candidates = await self._source.candidates(name)
+            candidates = await self._candidates(name)
         except ServiceError as error:
-            log.warning("model_not_refreshed", model=name, reason=str(error))
+            if self._said.get(name) != str(error):
+                log.warning("model_not_refreshed", model=name, reason=str(error))
+            self._said[name] = str(error)
             return
+        self._said.pop(name, None)
         serving = self._names.get(name)
-        if serving is None or candidates[0].identity == serving.candidate.identity:
+        if serving is None or not candidates or candidates[0].identity == serving.candidate.identity:
             return
         self._residents.hold(serving)  # what serves is not to make room for its successor
         try:
@@ -51,6 +57,20 @@ class Reload(Generic[M]):
                     return
         finally:
             self._residents.release(serving, used=False)
+
+    async def _candidates(self, name: str) -> Sequence[Candidate]:
+        """What `name` stands for now. A name that is gone is forgotten; but where its model is gone, too, that stays."""
+        try:
+            return await self._source.candidates(name)
+        except ModelNotFound:
+            serving = self._names.get(name)
+            if serving is None or serving.stored.id == name:
+                raise
+            await self._source.candidates(serving.stored.id)
+            if self._names.get(name) is serving:
+                log.info("name_gone", name=name, stood_for=serving.stored.key)
+                self._names.drop(name)
+            return ()
 
     async def _replace(self, name: str, serving: Entry[M], candidate: Candidate, turn: int) -> bool:
         """Whether `candidate` is ready, and `name` stands for it if it still stood for `serving`."""

@@ -13,7 +13,7 @@ from service.entries import Candidate, Entry, Reason
 from service.errors import MemoryBudgetExceeded, ModelLoadFailed, ServiceError
 from service.eviction import Budget, Evict, Full, Held, credit, make_room, used_bytes
 from service.footprints import Footprint
-from service.store import StoredModel
+from service.stored import StoredModel
 
 M = TypeVar("M")
 
@@ -57,7 +57,7 @@ class Residents(Generic[M]):
         self._entries: dict[str, Entry[M]] = {}
         self._leaving: dict[Entry[M], asyncio.Task[None]] = {}
         self._inflation = 0.0
-        self._changed = asyncio.Event()
+        self._changed: asyncio.Event | None = None
 
     def __iter__(self) -> Iterator[Entry[M]]:
         return iter([*self._entries.values()])
@@ -129,8 +129,9 @@ class Residents(Generic[M]):
 
     async def changed(self, seconds: float | None = None) -> None:
         """Wait until something has been loaded, released or freed, or for `seconds`."""
+        event = self._changed = self._changed or asyncio.Event()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), seconds)
+            await asyncio.wait_for(event.wait(), seconds)
 
     async def close(self) -> None:
         """Give up loads under way and forget everything."""
@@ -178,8 +179,9 @@ class Residents(Generic[M]):
             self._notify()
 
     def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        if self._changed:
+            self._changed.set()
+            self._changed = None
 
     def _held(self) -> list[Held]:
         admitted = [entry for entry in self if entry.admitted]

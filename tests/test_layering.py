@@ -10,6 +10,10 @@ LAYERS = [
     {"models"},
     {"pipeline", "loading", "supply"},
     {"loader", "registry"},
+    {"reload"},
+    {"residents", "name_table"},
+    {"entries"},
+    {"eviction", "footprints"},
     {"scheduler", "store", "options", "tuning"},
     {"dispatcher", "plan_cache", "reference"},
     {"backends"},
@@ -26,7 +30,7 @@ LAYERS = [
     {"outputs", "pvt_v2", "image_limits", "resampling"},
     {"visible"},
     {"requests"},
-    {"errors", "metrics", "workers", "cores", "variants"},
+    {"errors", "metrics", "workers", "cores", "variants", "memory"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FOREIGN_TO_APP = {"torch", "PIL", "openvino", "numpy", "safetensors"}
