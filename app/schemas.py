@@ -1,14 +1,15 @@
 """The bodies that go out, and the query that comes in with a picture."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.problems import Problem, problem
 from service.cards import Accuracy
+from service.entries import Status
 from service.errors import ServiceError
-from service.loader import Executable
-from service.models import ModelStatus
+from service.listing import ModelStatus, VersionStatus
+from service.residents import Resident
 from service.results import Prediction
 
 
@@ -78,8 +79,21 @@ class CoreLayout(BaseModel):
     threads: int
 
 
+class VersionInfo(BaseModel):
+    """A version of a model: in the store, in memory, or both."""
+
+    version: str
+    state: Literal["available", "loading", "ready", "failed"]
+    reason: Annotated[str | None, Field(description="Why it failed.")] = None
+    aliases: Annotated[list[str] | None, Field(description="The aliases that stand for it.")] = None
+    leases: Annotated[int | None, Field(description="Requests that use it, or wait for it.")] = None
+    pinned: bool | None = None
+    idle_seconds: Annotated[float | None, Field(description="Since it was last used.")] = None
+    memory_bytes: Annotated[int | None, Field(description="Resident memory that it takes, as measured.")] = None
+
+
 class ModelInfo(BaseModel):
-    """A model of the store; the second half is there once it is loaded."""
+    """A model, in the version that answers to its name; the second half is there once that is loaded."""
 
     id: str
     variant: str
@@ -96,8 +110,13 @@ class ModelInfo(BaseModel):
     precision: str | None = None
     memory_bytes: Annotated[
         int | None,
-        Field(description="Resident memory that loading took; the first model's includes the libraries' own."),
+        Field(description="Resident memory that it takes, as measured; some of the first model's is libraries'."),
     ] = None
+    pinned: Annotated[bool | None, Field(description="Whether it is never evicted.")] = None
+    leases: Annotated[int | None, Field(description="Requests that use it, or wait for it.")] = None
+    idle_seconds: Annotated[float | None, Field(description="Since it was last used.")] = None
+    versions: Annotated[list[VersionInfo] | None, Field(description="All versions, the newest first.")] = None
+    aliases: Annotated[list[str] | None, Field(description="The aliases that stand for it.")] = None
     batch_plan: list[BatchSize] | None = None
     alone_ms: Annotated[
         float | None, Field(description="Measured time of a lone image on all cores, where that pays.")
@@ -141,21 +160,44 @@ def model_info(model: ModelStatus) -> ModelInfo:
         state="failed" if failure else status.state,
         default=model.default,
         reason=str(failure) if failure else None,
+        aliases=list(model.aliases) or None,
+        versions=[_version(version) for version in model.versions],
+        **_use(status),
     )
     if card := stored.card:
         size = (card.preprocessing.height, card.preprocessing.width)
         known = {"num_classes": len(card.labels), "input_size": size, "parameters": card.parameters}
         info = info.model_copy(update={**known, "accuracy": card.accuracy, "licence": card.licence})
-    return info.model_copy(update=_loaded(status.loaded.executable)) if status.loaded else info
+    return info.model_copy(update=_loaded(status.loaded)) if status.loaded else info
 
 
-def _loaded(executable: Executable) -> dict[str, object]:
+def _version(version: VersionStatus) -> VersionInfo:
+    stored, status = version.stored, version.status
+    return VersionInfo(
+        version=stored.version,
+        state=status.state,
+        reason=str(status.failure) if status.failure else None,
+        aliases=list(version.aliases) or None,
+        memory_bytes=status.memory_bytes,
+        **_use(status),
+    )
+
+
+def _use(status: Status[Resident]) -> dict[str, Any]:
+    """How a model that is in memory, or on its way, is used."""
+    if status.state not in {"ready", "loading"}:
+        return {}
+    idle = None if status.idle_seconds is None else round(status.idle_seconds, 3)
+    return {"leases": status.leases, "pinned": status.pinned, "idle_seconds": idle}
+
+
+def _loaded(resident: Resident) -> dict[str, object]:
     """What is known of a model once it is in memory."""
-    plan, report = executable.plan, executable.report
+    plan, report = resident.executable.plan, resident.executable.report
     return {
         "backend": report.backend,
         "precision": report.precision,
-        "memory_bytes": report.memory_bytes,
+        "memory_bytes": resident.memory_bytes,
         "batch_plan": [BatchSize(size=n, ms=round(t * 1000, 3)) for n, t in plan.seconds.items()],
         "alone_ms": None if plan.alone_seconds is None else round(plan.alone_seconds * 1000, 3),
         "layout": CoreLayout(**report.layout._asdict()),

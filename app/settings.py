@@ -40,6 +40,16 @@ class Settings(BaseSettings):
     """Model that answers when a request names none."""
     preload: Names = ()
     """Models to load at start; the service is ready when they are. Others are loaded by their first request."""
+    pinned: Names = ()
+    """Models to load at start, too, and never to evict."""
+    memory_budget_mb: Annotated[float, Field(ge=0)] = 0
+    """Memory that loaded models may take, in units of 10^6 bytes; the least valuable leave. 0: no limit."""
+    min_residency_seconds: Annotated[float, Field(ge=0)] = 10
+    """How long a model that was loaded stays before it may be evicted."""
+    cold: Literal["wait", "refuse"] = "wait"
+    """What a request for a model that is not loaded does: wait, or be refused with `Retry-After` while it is loaded."""
+    reload_seconds: Annotated[float, Field(ge=0, le=86_400)] = 10
+    """How often to look for new versions and aliases, besides watching a local store; 0: never."""
     backend: Literal["auto", "openvino", "torch"] = "auto"
     """What executes the models; auto is openvino, and torch for a model that fails there."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -64,6 +74,10 @@ class Settings(BaseSettings):
     """Pixels of one image, in units of 10^6; decoding one may take 9 bytes of memory for each."""
     scaled_jpeg: bool = True
     """Decode a JPEG four times the model's input or more at 1/2 to 1/8 of its sides; false: every JPEG in full."""
+    max_input_side: Annotated[int, Field(ge=32, le=4096)] = 1024
+    """Longest side, in pixels, of an input size that a request may ask for with `size`."""
+    sizes_per_model: Annotated[int, Field(ge=1, le=256)] = 4
+    """Input sizes besides its own for which a model is kept compiled; the least recently used one goes first."""
     stall_seconds: Annotated[float, Field(gt=0)] = 30
     """A decode or inference thread that is at one job for longer makes the service unhealthy."""
     shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
@@ -75,7 +89,7 @@ class Settings(BaseSettings):
     log_format: Literal["json", "console"] = "json"
     """`json`: one object a line; `console`: text for people."""
 
-    @field_validator("preload", "api_keys", "management_keys", mode="before")
+    @field_validator("preload", "pinned", "api_keys", "management_keys", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if not isinstance(value, str):
@@ -128,12 +142,19 @@ class Settings(BaseSettings):
     def engine_options(self) -> "EngineOptions":
         """What of it concerns the engine."""
         # Not at the top: with it comes torch, and the supervisor of several workers reads settings, too.
+        from service.eviction import Budget  # noqa: PLC0415
         from service.options import EngineOptions  # noqa: PLC0415
 
         options = EngineOptions(
             model_store=self.model_store,
             default_model=self.default_model,
             preload=self.preload,
+            pinned=self.pinned,
+            budget=Budget(
+                bytes=int(self.memory_budget_mb * 1e6) or None, min_residency_seconds=self.min_residency_seconds
+            ),
+            cold=self.cold,
+            reload_seconds=self.reload_seconds,
             backend=self.backend,
             cache=self.cache_folder,
             precision=None if self.precision == "auto" else self.precision,
@@ -144,6 +165,8 @@ class Settings(BaseSettings):
             max_image_pixels=int(self.max_image_megapixels * 1e6),
             scaled_jpeg=self.scaled_jpeg,
             max_images=self.max_images,
+            max_input_side=self.max_input_side,
+            sizes_per_model=self.sizes_per_model,
             stall_seconds=self.stall_seconds,
         )
         return replace(options, instances=self.instances) if self.instances else options

@@ -1,7 +1,7 @@
 """What the registry knows of one model version that is in memory, on its way there, or failed to get there."""
 
 import asyncio
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from math import inf
 from typing import Generic, Literal, TypeVar
@@ -44,14 +44,16 @@ class Status(Generic[M]):
 
 @dataclass(eq=False, slots=True)
 class Entry(Generic[M]):
-    """One version. It holds the place that its `footprint` says from when there is room for it: `admitted`."""
+    """One version. It has the place that its `footprint` says from when there is room for it: `admitted`."""
 
     candidate: Candidate
     began: float
     footprint: Footprint
-    task: asyncio.Task[M] = field(init=False)
-    # Mutable state: who uses it or waits for it, how many names stand for it, why it is to leave once neither does, and
-    # its standing among others.
+    measure: Callable[[M], int]
+    task: asyncio.Task[None] = field(init=False)
+    # Mutable state: what was loaded, who uses it or waits for it, how many names stand for it, why it is to leave once
+    # neither does, and its standing among others.
+    loaded: M | None = None
     leases: int = 0
     names: int = 0
     pinned: bool = False
@@ -73,6 +75,11 @@ class Entry(Generic[M]):
         return self.ready_at < inf and not self.leaving
 
     @property
+    def bytes(self) -> int:
+        """What it takes, as measured once it is there."""
+        return self.footprint.bytes if self.loaded is None else self.measure(self.loaded)
+
+    @property
     def failure(self) -> BaseException | None:
         """Why it can't be loaded, if that is so."""
         if not self.task.done():
@@ -82,17 +89,16 @@ class Entry(Generic[M]):
     def held(self, min_residency_seconds: float, now: float) -> Held:
         """What evictions are decided by."""
         ripe = min(self.ready_at, now) + min_residency_seconds
-        return Held(self.candidate.identity, self.footprint.bytes, self.credit, self.used_at, ripe, self.hold())
+        return Held(self.candidate.identity, self.bytes, self.credit, self.used_at, ripe, self.hold())
 
     def status(self, now: float) -> Status[M]:
         """Where it stands."""
-        pinned, size = self.pinned, self.footprint.bytes
         if not self.task.done():
-            return Status("loading", leases=self.leases, pinned=pinned)
+            return Status("loading", leases=self.leases, pinned=self.pinned)
         if failure := self.failure:
             return Status("failed", failure=failure)
         idle = 0.0 if self.leases else now - self.used_at
-        return Status("ready", self.task.result(), None, self.leases, pinned, idle, size)
+        return Status("ready", self.loaded, None, self.leases, self.pinned, idle, self.bytes)
 
     def hold(self) -> Hold:
         """What keeps it from being evicted, if anything does."""

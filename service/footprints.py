@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import structlog
@@ -11,10 +12,10 @@ from service.stored import StoredModel
 
 log = structlog.get_logger(component="footprints")
 
-# For a model that was never loaded here, measured on 2 cores of a Zen 3 (docs/operations.md): memory per byte of
-# weights, and seconds to compile and measure, at all and per byte.
-BYTES_PER_BYTE = 3.0
-SECONDS, SECONDS_PER_BYTE = 2.0, 6e-8
+# For a model that was never loaded here (docs/operations.md): memory for each byte of weights, where no other model has
+# been measured; and seconds to compile and measure one, at all and for each byte of weights.
+BYTES_PER_BYTE = 4.0
+SECONDS, SECONDS_PER_BYTE = 2.0, 4e-8
 
 
 class Footprint(BaseModel):
@@ -34,21 +35,24 @@ class Footprints:
     """
 
     def __init__(self, folder: Path | None, kind: str = "") -> None:
-        self._folder = folder
+        self._folder = folder / "footprints" if folder else None
         self._kind = re.sub(r"[^\w.-]", "_", kind)
-        # Mutable state: what is known, by model version; None for one that was looked for on disk in vain.
+        # Mutable state: what is known, by model version, None where the disk has nothing; and how many times larger
+        # than their weights models turned out.
         self._known: dict[str, Footprint | None] = {}
+        self._ratios: dict[str, float] = {}
 
     def of(self, stored: StoredModel) -> Footprint:
         """What a load of `stored` took last, else an estimate."""
-        key = stored.key
-        if key not in self._known:
-            self._known[key] = self._read(stored)
-        return self._known[key] or self._estimate(stored)
+        if stored.key not in self._known:
+            self._known[stored.key] = self._read(stored)
+        return self._known[stored.key] or self._estimate(stored)
 
     def remember(self, stored: StoredModel, footprint: Footprint) -> None:
         """Take note of what was measured. A folder that can't be written is no error."""
         self._known[stored.key] = footprint
+        if stored.card:
+            self._ratios[stored.key] = footprint.bytes / stored.card.weights.bytes
         if (path := self._path(stored)) is None:
             return
         try:
@@ -68,9 +72,9 @@ class Footprints:
             return None
 
     def _path(self, stored: StoredModel) -> Path | None:
-        return self._folder / "footprints" / f"{stored.key}.{self._kind}.json" if self._folder else None
+        return self._folder / f"{stored.key}.{self._kind}.json" if self._folder else None
 
     def _estimate(self, stored: StoredModel) -> Footprint:
         weights = stored.card.weights.bytes if stored.card else 0
-        return Footprint(bytes=int(BYTES_PER_BYTE * weights), seconds=SECONDS + SECONDS_PER_BYTE * weights,
-                         measured=False)  # fmt: skip
+        ratio = median(self._ratios.values()) if self._ratios else BYTES_PER_BYTE
+        return Footprint(bytes=int(ratio * weights), seconds=SECONDS + SECONDS_PER_BYTE * weights, measured=False)

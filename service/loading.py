@@ -1,17 +1,24 @@
 """Loads models on a thread of their own, and tells of it: log lines, metrics, one kind of error."""
 
+from collections.abc import Callable
 from time import perf_counter
+from typing import TypeVar
 
 import structlog
 
 from service.errors import ModelLoadFailed, ServiceError
-from service.loader import Executable, load
+from service.executable import Executable
+from service.footprints import Footprint, Footprints
+from service.loader import load
+from service.memory import give_back, resident_bytes
 from service.metrics import EngineMetrics
 from service.options import EngineOptions, make_backends
 from service.plan_cache import PlanCache
 from service.store import StoredModel
 from service.tuning import Limits
 from service.workers import Workers
+
+T = TypeVar("T")
 
 log = structlog.get_logger(component="loading")
 
@@ -24,6 +31,8 @@ class Loading:
         self._backends = make_backends(options)
         self._limits = Limits(options.cores, options.max_batch_size, options.precision)
         self._plans = PlanCache(options.cache) if options.cache else None
+        kind = f"{options.backend}-{options.precision or 'auto'}-{options.instances}x{options.cores}"
+        self._footprints = Footprints(options.cache, f"{kind}-{options.max_batch_size}")
         self._thread = Workers("load", 1)
 
     def close(self) -> None:
@@ -50,15 +59,52 @@ class Loading:
         report = executable.report
         self._metrics.model_loads.labels(stored.id, "loaded").inc()
         self._metrics.model_load_seconds.labels(stored.id).observe(perf_counter() - start)
-        self._metrics.model_memory_bytes.labels(stored.id).set(report.memory_bytes)
+        self._footprints.remember(stored, Footprint(bytes=report.memory_bytes, seconds=report.load_seconds))
         log.info("model_loaded", model=stored.id, backend=report.backend, precision=report.precision,
                  layout=f"{report.layout.streams}x{report.layout.threads}", batch_sizes=executable.plan.sizes,
-                 cached=report.cached, seconds=round(report.load_seconds, 3))  # fmt: skip
+                 cached=report.cached, seconds=round(report.load_seconds, 3),
+                 version=stored.version, memory_bytes=report.memory_bytes)  # fmt: skip
         return executable
+
+    def footprint(self, stored: StoredModel) -> Footprint:
+        """What loading `stored` took last, else an estimate."""
+        return self._footprints.of(stored)
+
+    async def free(self, only: list[T]) -> None:
+        """Take out the one model in `only`, to which nothing else refers, and give its memory back to the kernel."""
+        before = resident_bytes()
+        await self._thread.run(_drop, only)
+        log.info("memory_freed", freed_bytes=before - resident_bytes())
+
+    async def extend(self, stored: StoredModel, make: Callable[[], T]) -> T:
+        """What `make` compiles for `stored`, which is loaded, on the thread for loading.
+
+        Raises:
+            ModelLoadFailed, WeightsUnavailable: it can't be made; the message says why.
+        """
+        start = perf_counter()
+        try:
+            made = await self._thread.run(make)
+        except ServiceError as error:
+            log.warning("model_extension_failed", model=stored.id, reason=str(error))
+            raise
+        except Exception as error:
+            log.exception("model_extension_failed", model=stored.id)
+            raise ModelLoadFailed(f"{stored.id} could not be compiled anew: {type(error).__name__}: {error}") from error
+        log.info("model_extended", model=stored.id, seconds=round(perf_counter() - start, 3))
+        return made
 
     async def widen(self, executable: Executable) -> None:
         """What can wait until the model answers; without it the model goes on as it is."""
         try:
             await self._thread.run(executable.widen)
+            taken = executable.report.memory_bytes + executable.added_bytes
+            seconds = executable.report.load_seconds
+            self._footprints.remember(executable.stored, Footprint(bytes=max(0, taken), seconds=seconds))
         except Exception:
             log.exception("model_not_widened", model=executable.stored.id)
+
+
+def _drop(only: list[T]) -> None:
+    only.clear()
+    give_back()

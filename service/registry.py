@@ -10,9 +10,9 @@ from typing import Generic, TypeVar
 from service.entries import Candidate, Entry, Status
 from service.errors import ModelLoadFailed, ModelLoading, ModelPinned, ServiceError
 from service.eviction import Budget
+from service.holdings import Holdings, Source, now
 from service.name_table import NameTable
 from service.reload import Reload
-from service.residents import Residents, Source, now
 from service.stored import StoredModel
 
 M = TypeVar("M")
@@ -38,9 +38,9 @@ class Registry(Generic[M]):
 
     def __init__(self, source: Source[M], budget: Budget = Budget()) -> None:  # noqa: B008  it is frozen
         self._source = source
-        self._residents = Residents[M](source, budget, self._forget)
-        self._names = NameTable[M](self._residents.settle)
-        self._reload = Reload(source, self._names, self._residents)
+        self._holdings = Holdings[M](source, budget, self._forget)
+        self._names = NameTable[M](self._holdings.settle)
+        self._reload = Reload(source, self._names, self._holdings)
         # Mutable state: the names on their way, and what went wrong with which lately.
         self._arrivals: dict[str, _Arrival[M]] = {}
         self._failures: dict[str, tuple[float, ServiceError]] = {}
@@ -62,9 +62,10 @@ class Registry(Generic[M]):
         """
         entry = self._taken(name) or await self._arrive(name, patience_seconds)
         try:
-            yield entry.task.result()
+            assert entry.loaded is not None  # noqa: S101  it is ready, and held
+            yield entry.loaded
         finally:
-            self._residents.release(entry)
+            self._holdings.release(entry)
 
     async def pin(self, name: str) -> None:
         """Load the model called `name`, and never evict it, nor whatever that name stands for later.
@@ -95,17 +96,17 @@ class Registry(Generic[M]):
             ModelPinned: one of them is pinned; nothing was done.
         """
         named = self._names.get(name)
-        entries = [each for each in self._residents if name in {each.stored.id, each.stored.key} or each is named]
+        entries = [each for each in self._holdings if name in {each.stored.id, each.stored.key} or each is named]
         if pinned := [each.stored.key for each in entries if each.pinned]:
             raise ModelPinned(f"{', '.join(pinned)} is pinned; unpin it first (DELETE /models/{name}/pin)")
         for entry in entries:
             with suppress(ServiceError):
-                await self._residents.loaded(entry)
+                await self._holdings.loaded(entry)
             entry.reason = "unloaded"
             self._names.forget(entry)
-            self._residents.settle(entry)
-        while any(self._residents.present(entry) and not entry.names for entry in entries):
-            await self._residents.changed()
+            self._holdings.settle(entry)
+        while any(self._holdings.present(entry) and not entry.names for entry in entries):
+            await self._holdings.changed()
 
     async def refresh(self, *, again: bool = False) -> None:
         """Look at what each name stands for now, and load what is new beside what serves; names then pass to it.
@@ -121,7 +122,7 @@ class Registry(Generic[M]):
 
     def all(self) -> list[tuple[StoredModel, Status[M]]]:
         """Every version that is in memory, on its way there, or failed to get there."""
-        return [(each.stored, each.status(now())) for each in self._residents]
+        return [(each.stored, each.status(now())) for each in self._holdings]
 
     def loaded(self) -> list[M]:
         """Every model that is ready."""
@@ -132,7 +133,7 @@ class Registry(Generic[M]):
         arrivals = [arrival.task for arrival in self._arrivals.values()]
         for task in arrivals:
             task.cancel()
-        await self._residents.close()
+        await self._holdings.close()
         await asyncio.gather(*arrivals, return_exceptions=True)
         self._names.clear()
 
@@ -143,7 +144,7 @@ class Registry(Generic[M]):
         entry = self._names.get(name)
         if entry is None or not entry.ready:
             return None
-        self._residents.hold(entry)
+        self._holdings.hold(entry)
         return entry
 
     async def _arrive(self, name: str, patience: float | None) -> Entry[M]:
@@ -165,8 +166,8 @@ class Registry(Generic[M]):
             try:
                 entry = arrival.task.result()
             except ServiceError as error:
-                raise copy(error) from None  # see Residents.loaded
-            self._residents.hold(entry)
+                raise copy(error) from None  # see Holdings.loaded
+            self._holdings.hold(entry)
             return entry
         finally:
             arrival.waiting -= 1
@@ -174,10 +175,10 @@ class Registry(Generic[M]):
 
     def _there(self, name: str, candidate: Candidate, turn: int) -> Entry[M] | None:
         """The entry of `candidate`, held, if it is ready: it was only the name that was not known."""
-        entry = self._residents.get(candidate.identity)
+        entry = self._holdings.get(candidate.identity)
         if entry is None or not entry.ready:
             return None
-        self._residents.hold(entry)
+        self._holdings.hold(entry)
         self._names.point(name, entry, turn)
         return entry
 
@@ -200,21 +201,21 @@ class Registry(Generic[M]):
             return
         arrival.over = True
         if not arrival.task.cancelled() and not arrival.task.exception():
-            self._residents.release(arrival.task.result())
+            self._holdings.release(arrival.task.result())
 
     async def _first_of(self, arrival: _Arrival[M], candidates: Sequence[Candidate]) -> Entry[M]:
         """The first of `candidates` that can be loaded, held."""
         failures: list[ModelLoadFailed] = []
         for candidate in candidates:
-            entry = arrival.entry = self._residents.begin(candidate)
-            self._residents.hold(entry)
+            entry = arrival.entry = self._holdings.begin(candidate)
+            self._holdings.hold(entry)
             try:
-                await self._residents.loaded(entry)
+                await self._holdings.loaded(entry)
             except ModelLoadFailed as error:
-                self._residents.release(entry)
+                self._holdings.release(entry)
                 failures.append(error)
             except BaseException:
-                self._residents.release(entry)
+                self._holdings.release(entry)
                 raise
             else:
                 self._names.point(arrival.name, entry, arrival.turn)
@@ -223,7 +224,7 @@ class Registry(Generic[M]):
 
     def _worth_trying(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """All but those that failed; all, where every one did."""
-        return [each for each in candidates if not self._residents.failed(each)] or candidates
+        return [each for each in candidates if not self._holdings.failed(each)] or candidates
 
     def _tell_failure(self, name: str) -> None:
         at, error = self._failures.get(name, (0.0, None))
@@ -231,7 +232,7 @@ class Registry(Generic[M]):
             raise copy(error)
 
     def _not_yet(self, arrival: _Arrival[M]) -> ModelLoading:
-        seconds = self._residents.loading_seconds(arrival.entry) if arrival.entry else 0.0
+        seconds = self._holdings.loading_seconds(arrival.entry) if arrival.entry else 0.0
         return ModelLoading(
             f"{arrival.name} is being loaded, which takes about {seconds:.1f} s more; ask again then, or wait for it: "
             "without 'Prefer: respond-async', and with PVT_COLD=wait",

@@ -8,8 +8,8 @@ import structlog
 
 from service.entries import Candidate, Entry
 from service.errors import ModelNotFound, ServiceError
+from service.holdings import Holdings, Source
 from service.name_table import NameTable
-from service.residents import Residents, Source
 
 M = TypeVar("M")
 
@@ -19,10 +19,10 @@ log = structlog.get_logger(component="registry")
 class Reload(Generic[M]):
     """Brings every name that stands for something up to date; names pass over when all is ready, and nobody waits."""
 
-    def __init__(self, source: Source[M], names: NameTable[M], residents: Residents[M]) -> None:
+    def __init__(self, source: Source[M], names: NameTable[M], holdings: Holdings[M]) -> None:
         self._source = source
         self._names = names
-        self._residents = residents
+        self._holdings = holdings
         self._one_at_a_time = asyncio.Lock()
         # Mutable state: what was last said of names that can't be brought up to date, so that it is said once.
         self._said: dict[str, str] = {}
@@ -46,20 +46,20 @@ class Reload(Generic[M]):
         serving = self._names.get(name)
         if serving is None or not candidates or candidates[0].identity == serving.candidate.identity:
             return
-        self._residents.hold(serving)  # what serves is not to make room for its successor
+        self._holdings.hold(serving)  # what serves is not to make room for its successor
         try:
             for candidate in candidates:
                 if candidate.identity == serving.candidate.identity:
                     return
-                if not again and self._residents.failed(candidate):
+                if not again and self._holdings.failed(candidate):
                     continue
                 if await self._replace(name, serving, candidate, turn):
                     return
         finally:
-            self._residents.release(serving, used=False)
+            self._holdings.release(serving, used=False)
 
     async def _candidates(self, name: str) -> Sequence[Candidate]:
-        """What `name` stands for now. A name that is gone is forgotten; but where its model is gone, too, that stays."""
+        """What `name` stands for now. A name that is gone is forgotten, unless its model is gone, too."""
         try:
             return await self._source.candidates(name)
         except ModelNotFound:
@@ -74,11 +74,11 @@ class Reload(Generic[M]):
 
     async def _replace(self, name: str, serving: Entry[M], candidate: Candidate, turn: int) -> bool:
         """Whether `candidate` is ready, and `name` stands for it if it still stood for `serving`."""
-        entry = self._residents.begin(candidate)
-        self._residents.hold(entry)
+        entry = self._holdings.begin(candidate)
+        self._holdings.hold(entry)
         version, serves = candidate.stored.key, serving.stored.key
         try:
-            await self._residents.loaded(entry)
+            await self._holdings.loaded(entry)
         except ServiceError as error:
             log.warning("model_not_replaced", name=name, version=version, still_serves=serves, reason=str(error))
             return False
@@ -88,4 +88,4 @@ class Reload(Generic[M]):
                 log.info("model_replaced", name=name, version=version, served_before=serves)
             return True
         finally:
-            self._residents.release(entry, used=False)
+            self._holdings.release(entry, used=False)

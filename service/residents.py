@@ -1,242 +1,163 @@
-"""The models in memory: what is loaded beside what, within the byte budget, and what leaves."""
+"""A model in memory: at its own input size, and at others, and with stage maps, once those are asked for."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from copy import copy
-from math import inf
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-import structlog
+from service.errors import InvalidRequest, QueueFull, ServiceError
+from service.executable import Executable
+from service.pipeline import Pipeline, Sized
 
-from service.entries import Candidate, Entry, Reason
-from service.errors import MemoryBudgetExceeded, ModelLoadFailed, ServiceError
-from service.eviction import Budget, Evict, Full, Held, credit, make_room, used_bytes
-from service.footprints import Footprint
-from service.stored import StoredModel
-
-M = TypeVar("M")
-
-log = structlog.get_logger(component="registry")
+Size = tuple[int, int]  # height and width
+STRIDE = 32  # of the last stage: sides are multiples of it, so that every stage map fits
+T = TypeVar("T")
 
 
-class Source(Protocol[M]):
-    """Where models come from and go to. What a loaded model is, only it knows."""
+class Compile(Protocol):
+    """Calls a blocking function that compiles, on the thread for that.
 
-    async def candidates(self, name: str) -> Sequence[Candidate]:
-        """The versions that `name` may stand for, the best first; at least one, else it raises."""
-        ...
+    Raises:
+        ModelLoadFailed, WeightsUnavailable: it failed.
+    """
 
-    async def load(self, stored: StoredModel) -> M:
-        """Load it; what goes wrong is a ServiceError."""
-        ...
-
-    async def unload(self, loaded: M) -> None:
-        """Free it. Nobody uses it any more; raises nothing."""
-        ...
-
-    def footprint(self, stored: StoredModel) -> Footprint:
-        """What loading it takes: a guess before the first load, what was measured afterwards."""
-        ...
-
-    def left(self, reason: Reason) -> None:
-        """A model left memory for `reason`."""
-        ...
+    def __call__(self, function: Callable[[], T]) -> Coroutine[None, None, T]: ...  # noqa: D102
 
 
-class Residents(Generic[M]):
-    """Loads and unloads, and keeps the sum of all footprints within `budget`. Its methods belong to one event loop."""
+@dataclass(eq=False, slots=True)
+class _Other:
+    """An input size that is not the model's own: on its way or there, and how many requests use it."""
 
-    def __init__(self, source: Source[M], budget: Budget, on_leaving: Callable[[Entry[M]], None]) -> None:
-        """`on_leaving` is told of an entry that must not be used from now on."""
-        self._source = source
-        self._budget = budget
-        self._on_leaving = on_leaving
-        # Mutable state: the entries by identity, those on their way out, GreedyDual's inflation, and what wakes those
-        # who wait for room.
-        self._entries: dict[str, Entry[M]] = {}
-        self._leaving: dict[Entry[M], asyncio.Task[None]] = {}
-        self._inflation = 0.0
-        self._changed: asyncio.Event | None = None
+    task: "asyncio.Task[Sized]"
+    users: int = 0
 
-    def __iter__(self) -> Iterator[Entry[M]]:
-        return iter([*self._entries.values()])
 
-    def get(self, identity: str) -> Entry[M] | None:
-        """The entry with this identity, unless it is on its way out."""
-        return self._entries.get(identity)
+class Resident:
+    """A loaded model; close it when no request uses it. Its methods belong to one event loop."""
 
-    def begin(self, candidate: Candidate) -> Entry[M]:
-        """The entry for `candidate`, on its way into memory if it is not there."""
-        entry = self._entries.get(candidate.identity)
-        if entry and not entry.failure:
-            return entry
-        for failed in [each for each in self if each.stored.key == candidate.stored.key and each.failure]:
-            del self._entries[failed.candidate.identity]
-        entry = Entry[M](candidate, now(), self._source.footprint(candidate.stored))
-        self._entries[candidate.identity] = entry
-        entry.task = asyncio.create_task(self._bring(entry))
-        entry.task.add_done_callback(lambda _: self._brought(entry))
-        return entry
+    def __init__(self, executable: Executable, pipeline: Pipeline, compile_: Compile, *, max_others: int) -> None:
+        """`max_others`: how many input sizes besides the model's own are kept compiled."""
+        self.executable = executable
+        self._pipeline = pipeline
+        self._compile = compile_
+        self._max_others = max_others
+        self._own = pipeline.open(executable)
+        # Mutable state: the other sizes, least recently used first, and what is making stage maps possible.
+        self._others: OrderedDict[Size, _Other] = OrderedDict()
+        self._staging: dict[Executable, asyncio.Task[None]] = {}
 
-    async def loaded(self, entry: Entry[M]) -> None:
-        """Return when it is ready.
+    def __repr__(self) -> str:
+        return f"<Resident {self.id} others={list(self._others)}>"
+
+    @property
+    def id(self) -> str:
+        """The model's name."""
+        return self.executable.stored.id
+
+    @property
+    def memory_bytes(self) -> int:
+        """Measured memory of the model and of all that was added to it since it was loaded."""
+        added = [self.executable, *(each.executable for each in self._there())]
+        return self.executable.report.memory_bytes + sum(each.added_bytes for each in added)
+
+    @property
+    def sizes(self) -> list[Size]:
+        """The input sizes that are there."""
+        return [(each.height, each.width) for each in (self.executable, *(other.executable for other in self._there()))]
+
+    @asynccontextmanager
+    async def at(self, size: Size | None = None, *, stages: bool = False) -> AsyncIterator[Sized]:
+        """The model at `size`, its own by default, for as long as the context lasts; compiled first where need be.
+
+        A caller that is cancelled while it waits leaves the compiling to the others.
 
         Raises:
-            ServiceError: it can't be loaded.
+            InvalidRequest: the model can't take that size.
+            QueueFull: as many other sizes as are kept are in use.
+            ModelLoadFailed: the model's files have changed since it was loaded, or can't be compiled for that.
         """
+        if size in {None, (self.executable.height, self.executable.width)}:
+            await self._stage(self._own, stages=stages)
+            yield self._own
+            return
+        assert size is not None  # noqa: S101  None is in the set
+        other = self._other(size)
+        other.users += 1
         try:
-            await asyncio.shield(entry.task)
-        except ServiceError as error:
-            # A copy: the task keeps its own, and on that the frames, and so the pictures, of all who waited would stay.
-            raise copy(error) from None
-
-    def hold(self, entry: Entry[M]) -> None:
-        """It is used from now on."""
-        entry.leases += 1
-
-    def release(self, entry: Entry[M], *, used: bool = True) -> None:
-        """Whoever held it does so no more."""
-        entry.leases -= 1
-        if used and entry.ready:
-            self._use(entry)
-        if not entry.leases:
-            self.settle(entry)
-
-    def settle(self, entry: Entry[M]) -> None:
-        """Let go what nobody uses and no name stands for, or what is too much."""
-        if entry.ready and not entry.leases and not entry.names:
-            self._leave(entry, entry.reason)
-        self._shrink()
-        self._notify()
-
-    def present(self, entry: Entry[M]) -> bool:
-        """Whether it takes memory."""
-        return entry.ready or entry in self._leaving
-
-    def failed(self, candidate: Candidate) -> bool:
-        """Whether it could not be loaded, and its files have not changed since."""
-        entry = self._entries.get(candidate.identity)
-        if entry is None or not isinstance(entry.failure, ModelLoadFailed):
-            return False
-        return entry.candidate.mark == candidate.mark
-
-    def loading_seconds(self, entry: Entry[M]) -> float:
-        """How long it will take until `entry` is there, as far as can be told: loads take turns."""
-        waiting = [each for each in self if not each.task.done() and each.began <= entry.began]
-        total = sum(each.footprint.seconds for each in waiting)
-        return max(0.0, total - (now() - min((each.began for each in waiting), default=now())))
-
-    async def changed(self, seconds: float | None = None) -> None:
-        """Wait until something has been loaded, released or freed, or for `seconds`."""
-        event = self._changed = self._changed or asyncio.Event()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(event.wait(), seconds)
+            sized = await _made(other.task)
+            await self._stage(sized, stages=stages)
+            yield sized
+        finally:
+            other.users -= 1
 
     async def close(self) -> None:
-        """Give up loads under way and forget everything."""
-        tasks = [*(entry.task for entry in self), *self._leaving.values()]
+        """Take the model out of the scheduler and give up what is being compiled."""
+        tasks = [*self._staging.values(), *(other.task for other in self._others.values())]
+        there = self._there()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._entries.clear()
-        self._leaving.clear()
+        for sized in (self._own, *there):
+            await self._pipeline.shut(sized)
+        self._others.clear()
 
-    async def _bring(self, entry: Entry[M]) -> M:
-        try:
-            await self._make_room(entry)
-            loaded = await self._source.load(entry.stored)
-        except BaseException:
-            entry.admitted = False
-            raise
-        entry.footprint = self._source.footprint(entry.stored)
-        entry.ready_at = now()
-        self._use(entry)
-        return loaded
+    def _there(self) -> list[Sized]:
+        tasks = [other.task for other in self._others.values()]
+        return [task.result() for task in tasks if task.done() and not _failed(task)]
 
-    def _brought(self, entry: Entry[M]) -> None:
-        _ = entry.failure  # retrieved, should every caller have gone
-        self.settle(entry)
+    def _other(self, size: Size) -> _Other:
+        other = self._others.get(size)
+        if other is None or _failed(other.task):
+            if any(side % STRIDE or side < STRIDE for side in size):
+                raise InvalidRequest(f"size {size[0]}x{size[1]}: each side must be a multiple of {STRIDE}")
+            other = self._others[size] = _Other(asyncio.create_task(self._resize(size, self._make_room(size))))
+            other.task.add_done_callback(_failed)  # retrieved here, should every caller have gone
+        self._others.move_to_end(size)
+        return other
 
-    def _use(self, entry: Entry[M]) -> None:
-        entry.used_at = now()
-        entry.credit = credit(self._inflation, entry.footprint.seconds, entry.footprint.bytes)
+    def _make_room(self, size: Size) -> list[Sized]:
+        """Sizes that are to go, taken out already."""
+        self._others.pop(size, None)  # it failed
+        gone: list[Sized] = []
+        while len(self._others) >= self._max_others:
+            idle = next((each for each, other in self._others.items() if not other.users and other.task.done()), None)
+            if idle is None:
+                sizes = ", ".join(f"{height}x{width}" for height, width in self._others)
+                raise QueueFull(
+                    f"{self.id} is in use at {sizes}, and PVT_SIZES_PER_MODEL allows {self._max_others} sizes besides "
+                    "its own",
+                    retry_after_seconds=1.0,
+                )
+            task = self._others.pop(idle).task
+            gone += [] if _failed(task) else [task.result()]
+        return gone
 
-    def _leave(self, entry: Entry[M], reason: Reason) -> asyncio.Task[None]:
-        entry.leaving = True
-        del self._entries[entry.candidate.identity]
-        self._on_leaving(entry)
-        self._source.left(reason)
-        log.info("model_unloading", model=entry.stored.id, version=entry.stored.version, reason=reason)
-        task = self._leaving[entry] = asyncio.create_task(self._unload(entry))
-        return task
+    async def _resize(self, size: Size, gone: list[Sized]) -> Sized:
+        for sized in gone:
+            await self._pipeline.shut(sized)
+        gone.clear()
+        return self._pipeline.open(await self._compile(lambda: self.executable.resized(*size)))
 
-    async def _unload(self, entry: Entry[M]) -> None:
-        try:
-            await self._source.unload(entry.task.result())
-        finally:
-            self._leaving.pop(entry, None)
-            self._notify()
-
-    def _notify(self) -> None:
-        if self._changed:
-            self._changed.set()
-            self._changed = None
-
-    def _held(self) -> list[Held]:
-        admitted = [entry for entry in self if entry.admitted]
-        time = now()
-        return [each.held(self._budget.min_residency_seconds, time) for each in (*admitted, *self._leaving)]
-
-    async def _make_room(self, entry: Entry[M]) -> None:
-        """Evict until `entry` fits, or wait a while for what is in use."""
-        if (limit := self._budget.bytes) is None:
-            entry.admitted = True
+    async def _stage(self, sized: Sized, *, stages: bool) -> None:
+        executable = sized.executable
+        if not stages or executable.staged:
             return
-        give_up = now() + self._budget.patience_seconds
-        while True:
-            time = now()
-            decision = make_room(self._held(), entry.footprint.bytes, limit, time, self._inflation)
-            if isinstance(decision, Full):
-                if decision.until >= give_up:
-                    raise self._refusal(entry, limit, decision.until - time)
-                await self.changed((decision.until if decision.until > time else give_up) - time)
-            elif not decision.keys:
-                entry.admitted = True
-                return
-            else:
-                await asyncio.wait(self._evict(decision))
-
-    def _shrink(self) -> None:
-        """Evict what can be, where loads turned out larger than was thought."""
-        if (limit := self._budget.bytes) is not None:
-            decision = make_room(self._held(), 0, limit, now(), self._inflation)
-            if isinstance(decision, Evict):
-                self._evict(decision)
-
-    def _evict(self, decision: Evict) -> list[asyncio.Task[None]]:
-        self._inflation = decision.inflation
-        return [self._leave(self._entries[key], "budget") for key in decision.keys]
-
-    def _refusal(self, entry: Entry[M], limit: int, seconds: float) -> MemoryBudgetExceeded:
-        needed, held = entry.footprint.bytes, self._held()
-        kept = [each for each in (*self, *self._leaving) if each.admitted]
-        names = ", ".join(
-            f"{each.stored.key} {_mb(each.footprint.bytes)} {each.hold() or 'just loaded'}" for each in kept
-        )
-        about = "" if entry.footprint.measured else "about "
-        taken = f"{_mb(used_bytes(held))} are taken by what can't leave now ({names})" if names else "nothing is loaded"
-        return MemoryBudgetExceeded(
-            f"{entry.stored.key} needs {about}{_mb(needed)}, PVT_MEMORY_BUDGET_MB allows {_mb(limit)} and {taken}; "
-            "ask again later, unpin or unload a model, or raise PVT_MEMORY_BUDGET_MB",
-            seconds if seconds < inf else None,
-        )
+        task = self._staging.get(executable)
+        if task is None:
+            task = self._staging[executable] = asyncio.create_task(self._compile(executable.add_stages))
+            task.add_done_callback(lambda done: (self._staging.pop(executable), _failed(done)))
+        await _made(task)
 
 
-def now() -> float:
-    """Seconds on the event loop's clock."""
-    return asyncio.get_running_loop().time()
+async def _made(task: asyncio.Task[T]) -> T:
+    try:
+        return await asyncio.shield(task)
+    except ServiceError as error:
+        raise copy(error) from None  # the task keeps its own, and on that the frames of all who waited would stay
 
 
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.0f} MB"
+def _failed(task: asyncio.Task[T]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)

@@ -21,6 +21,7 @@ class FakeSource:
         self.versions: dict[str, list[str]] = {"a": ["1"], "b": ["1"]}
         self.aliases: dict[str, str] = {"alpha": "a"}
         self.sizes: dict[str, int] = {}
+        self.guesses: dict[str, int] = {}
         self.broken: set[str] = set()
         self.marks: dict[str, int] = {}
         self.gone = False
@@ -53,12 +54,15 @@ class FakeSource:
         self.in_memory.append(stored.key)
         return stored.key
 
-    async def unload(self, loaded: str) -> None:
+    async def unload(self, only: list[str]) -> None:
         await self.closing.wait()
-        self.in_memory.remove(loaded)
+        self.in_memory.remove(only.pop())
+
+    def size(self, loaded: str) -> int:
+        return self.sizes.get(loaded, self.sizes.get(loaded.partition("@")[0], 1))
 
     def footprint(self, stored: StoredModel) -> Footprint:
-        return Footprint(bytes=self.sizes.get(stored.key, self.sizes.get(stored.id, 1)), seconds=2.0)
+        return Footprint(bytes=self.guesses.get(stored.key, self.size(stored.key)), seconds=2.0)
 
     def left(self, reason: Reason) -> None:
         self.left_for.append(reason)
