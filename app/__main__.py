@@ -1,6 +1,7 @@
 """`python -m app`: serve, as the environment says."""
 
 import os
+import socket
 import sys
 from argparse import ArgumentParser
 
@@ -25,22 +26,36 @@ def main() -> int:
     except UnknownSettingError as error:
         return _refuse(str(error))
     except ValidationError as error:
-        return _refuse("; ".join(_told(str(e["loc"][0]), e["input"], e["msg"]) for e in error.errors()))
+        return _refuse("; ".join(_told(*e["loc"], value=e["input"], reason=e["msg"]) for e in error.errors()))
     logs.configure(settings.log_format)
     try:
-        listener = listen(settings.host, settings.port)
+        listener = _listen(settings.host, settings.port, "PVT_HOST and PVT_PORT")
+        management = [
+            _listen(settings.management_host, port, "PVT_MANAGEMENT_HOST and PVT_MANAGEMENT_PORT")
+            for port in (settings.management_port,)
+            if port
+        ]
     except OSError as error:
-        where = f"{settings.host}:{settings.port}"
-        return _refuse(f"can't listen on {where}, as PVT_HOST and PVT_PORT say: {error.strerror or error}")
+        return _refuse(str(error))
     if settings.workers > 1:
         return supervisor.run(settings, listener)
     from app import server  # noqa: PLC0415  with it comes torch, which a supervisor does not need
 
-    server.run(settings, listener)
+    server.run(settings, listener, *management)
     return 0
 
 
-def _told(name: str, value: object, reason: str) -> str:
+def _listen(host: str, port: int, names: str) -> socket.socket:
+    try:
+        return listen(host, port)
+    except OSError as error:
+        raise OSError(f"can't listen on {host}:{port}, as {names} say: {error.strerror or error}") from error
+
+
+def _told(*names: int | str, value: object, reason: str) -> str:
+    if not names:  # what is wrong is how several go together
+        return reason
+    name = str(names[0])
     shown = "" if name.endswith("_keys") else f"={value}"
     return f"{PREFIX}{name.upper()}{shown}: {reason}"
 

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 if TYPE_CHECKING:
@@ -85,7 +85,11 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
     """Keys of which a request for predictions or models must carry one: `Authorization: Bearer <key>`; none: open."""
     management_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
-    """Keys, other than `PVT_API_KEYS`, of which a request to `/debug` must carry one; none: these endpoints are off."""
+    """Keys, other than `PVT_API_KEYS`, of which a request for management or `/debug` must carry one."""
+    management_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port that alone answers these, without a key if none is set; 0: none, and without keys they are off."""
+    management_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address of that port."""
     log_format: Literal["json", "console"] = "json"
     """`json`: one object a line; `console`: text for people."""
 
@@ -110,6 +114,14 @@ class Settings(BaseSettings):
         if {*value} & {*info.data.get("api_keys", ())}:
             raise ValueError("one of these is in PVT_API_KEYS too; who may ask for predictions is not who manages")
         return value
+
+    @model_validator(mode="after")
+    def _one_manager(self) -> Self:
+        if self.management_port and self.workers > 1:
+            raise ValueError("PVT_MANAGEMENT_PORT is for one process, whose models it manages; PVT_WORKERS is above 1")
+        if self.management_port and self.management_port == self.port:
+            raise ValueError("PVT_MANAGEMENT_PORT is PVT_PORT; it must be another one")
+        return self
 
     @classmethod
     def from_environment(cls) -> Self:

@@ -12,6 +12,7 @@ from app.bodies import FIELD, ImagesBody, Upload, read_uploads
 from app.dependencies import EngineDep, SettingsDep
 from app.direct import Endpoint
 from app.disconnect import cancelled_on_disconnect
+from app.preferences import patience_seconds
 from app.problems import documented
 from app.schemas import PredictQuery, PredictResponse, image_result
 from service.errors import ServiceError
@@ -63,6 +64,7 @@ async def predict(
                 model=query.model,
                 top_k=query.top_k,
                 timeout_seconds=query.timeout_seconds,
+                patience_seconds=await patience_seconds(request),
             )
     _note(request, predictions)
     start = perf_counter()
