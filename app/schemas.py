@@ -1,36 +1,14 @@
-"""The bodies that go out, and the query that comes in with a picture."""
+"""The bodies that go out."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from app.problems import Problem, problem
-from service.cards import Accuracy
-from service.entries import Status
+from service.encodings import json_array
 from service.errors import ServiceError
-from service.listing import ModelStatus, VersionStatus
-from service.residents import Resident
+from service.explain import Explanation
 from service.results import Prediction
-
-
-class PredictQuery(BaseModel):
-    """Parameters of `POST /predict`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: Annotated[
-        str | None, Field(description="`<variant>.<tag>`, or a variant alone; the service's default model if absent.")
-    ] = None
-    top_k: Annotated[int, Field(ge=1, le=1000, description="How many classes to name, best first.")] = 5
-    timeout_ms: Annotated[
-        int | None,
-        Field(ge=1, le=3_600_000, description="Answer within this time or not at all; default PVT_TIMEOUT_MS."),
-    ] = None
-
-    @property
-    def timeout_seconds(self) -> float | None:
-        """The timeout in seconds."""
-        return None if self.timeout_ms is None else self.timeout_ms / 1000
 
 
 class ClassPrediction(BaseModel):
@@ -65,72 +43,51 @@ class PredictResponse(BaseModel):
     results: list[ImageResult | ImageError]
 
 
-class BatchSize(BaseModel):
-    """A compiled batch size and its measured time, while all instances run."""
+class StageMap(BaseModel):
+    """A feature map: `shape` is channels, height, width, or channels alone; `data` is flat, the last axis fastest."""
 
-    size: int
-    ms: float
-
-
-class CoreLayout(BaseModel):
-    """`streams` batches run at a time, each on `threads` cores."""
-
-    streams: int
-    threads: int
+    shape: list[int]
+    data: list[float]
 
 
-class VersionInfo(BaseModel):
-    """A version of a model: in the store, in memory, or both."""
+class ImageFeatures(BaseModel):
+    """The features of one picture; width and height are its own, in pixels, `stages` is by number."""
 
+    filename: str | None
+    width: int
+    height: int
+    embedding: list[float] | None = None
+    stages: dict[str, StageMap] | None = None
+
+
+class FeaturesResponse(BaseModel):
+    """The features, in the order of the pictures."""
+
+    model: str
     version: str
-    state: Literal["available", "loading", "ready", "failed"]
-    reason: Annotated[str | None, Field(description="Why it failed.")] = None
-    aliases: Annotated[list[str] | None, Field(description="The aliases that stand for it.")] = None
-    leases: Annotated[int | None, Field(description="Requests that use it, or wait for it.")] = None
-    pinned: bool | None = None
-    idle_seconds: Annotated[float | None, Field(description="Since it was last used.")] = None
-    memory_bytes: Annotated[int | None, Field(description="Resident memory that it takes, as measured.")] = None
+    results: list[ImageFeatures | ImageError]
 
 
-class ModelInfo(BaseModel):
-    """A model, in the version that answers to its name; the second half is there once that is loaded."""
+class ImageExplanation(BaseModel):
+    """What speaks for one class where: the mean of `map`, plus `bias`, is `logit`."""
 
-    id: str
-    variant: str
+    filename: str | None
+    width: int
+    height: int
+    class_id: int
+    label: str
+    score: float
+    logit: float
+    bias: float
+    map: Annotated[list[list[float]], Field(description="Rows, top to bottom; a cell is 32 x 32 pixels of the input.")]
+
+
+class ExplainResponse(BaseModel):
+    """The explanations, in the order of the pictures."""
+
+    model: str
     version: str
-    state: Literal["available", "loading", "ready", "failed"]
-    default: bool
-    reason: Annotated[str | None, Field(description="Why the model failed.")] = None
-    num_classes: int | None = None
-    input_size: Annotated[tuple[int, int] | None, Field(description="Height and width, in pixels.")] = None
-    parameters: int | None = None
-    accuracy: Accuracy | None = None
-    licence: str | None = None
-    backend: str | None = None
-    precision: str | None = None
-    memory_bytes: Annotated[
-        int | None,
-        Field(description="Resident memory that it takes, as measured; some of the first model's is libraries'."),
-    ] = None
-    pinned: Annotated[bool | None, Field(description="Whether it is never evicted.")] = None
-    leases: Annotated[int | None, Field(description="Requests that use it, or wait for it.")] = None
-    idle_seconds: Annotated[float | None, Field(description="Since it was last used.")] = None
-    versions: Annotated[list[VersionInfo] | None, Field(description="All versions, the newest first.")] = None
-    aliases: Annotated[list[str] | None, Field(description="The aliases that stand for it.")] = None
-    batch_plan: list[BatchSize] | None = None
-    alone_ms: Annotated[
-        float | None, Field(description="Measured time of a lone image on all cores, where that pays.")
-    ] = None
-    layout: CoreLayout | None = None
-    plan_cached: Annotated[bool | None, Field(description="Whether plan and graphs came from PVT_CACHE_DIR.")] = None
-    notes: Annotated[list[str] | None, Field(description="What was tried and left out, and why.")] = None
-    load_seconds: float | None = None
-
-
-class ModelList(BaseModel):
-    """Every model of the store."""
-
-    models: list[ModelInfo]
+    results: list[ImageExplanation | ImageError]
 
 
 class HealthResponse(BaseModel):
@@ -144,64 +101,28 @@ class HealthResponse(BaseModel):
 def image_result(filename: str | None, result: Prediction | ServiceError, request_id: str) -> dict[str, object]:
     """One place of `PredictResponse.results`: an ImageResult or an ImageError, as orjson takes it."""
     if isinstance(result, ServiceError):
-        return {"filename": filename, "error": problem(result, request_id).model_dump()}
+        return image_error(filename, result, request_id)
     # A ClassScore has a ClassPrediction's fields, and orjson knows dataclasses.
     return {"filename": filename, "width": result.width, "height": result.height, "predictions": result.classes}
 
 
-def model_info(model: ModelStatus) -> ModelInfo:
-    """What is known of `model`: from its card, and from memory once it is there."""
-    stored, status = model.stored, model.status
-    failure = status.failure or stored.failure
-    info = ModelInfo(
-        id=stored.id,
-        variant=stored.variant,
-        version=stored.version,
-        state="failed" if failure else status.state,
-        default=model.default,
-        reason=str(failure) if failure else None,
-        aliases=list(model.aliases) or None,
-        versions=[_version(version) for version in model.versions],
-        **_use(status),
-    )
-    if card := stored.card:
-        size = (card.preprocessing.height, card.preprocessing.width)
-        known = {"num_classes": len(card.labels), "input_size": size, "parameters": card.parameters}
-        info = info.model_copy(update={**known, "accuracy": card.accuracy, "licence": card.licence})
-    return info.model_copy(update=_loaded(status.loaded)) if status.loaded else info
+def image_error(filename: str | None, error: ServiceError, request_id: str) -> dict[str, object]:
+    """An ImageError, as orjson takes it."""
+    return {"filename": filename, "error": problem(error, request_id).model_dump()}
 
 
-def _version(version: VersionStatus) -> VersionInfo:
-    stored, status = version.stored, version.status
-    return VersionInfo(
-        version=stored.version,
-        state=status.state,
-        reason=str(status.failure) if status.failure else None,
-        aliases=list(version.aliases) or None,
-        memory_bytes=status.memory_bytes,
-        **_use(status),
-    )
-
-
-def _use(status: Status[Resident]) -> dict[str, Any]:
-    """How a model that is in memory, or on its way, is used."""
-    if status.state not in {"ready", "loading"}:
-        return {}
-    idle = None if status.idle_seconds is None else round(status.idle_seconds, 3)
-    return {"leases": status.leases, "pinned": status.pinned, "idle_seconds": idle}
-
-
-def _loaded(resident: Resident) -> dict[str, object]:
-    """What is known of a model once it is in memory."""
-    plan, report = resident.executable.plan, resident.executable.report
+def explanation_result(filename: str | None, result: Explanation | ServiceError, request_id: str) -> dict[str, object]:
+    """An ImageExplanation or an ImageError, as orjson takes it."""
+    if isinstance(result, ServiceError):
+        return image_error(filename, result, request_id)
     return {
-        "backend": report.backend,
-        "precision": report.precision,
-        "memory_bytes": resident.memory_bytes,
-        "batch_plan": [BatchSize(size=n, ms=round(t * 1000, 3)) for n, t in plan.seconds.items()],
-        "alone_ms": None if plan.alone_seconds is None else round(plan.alone_seconds * 1000, 3),
-        "layout": CoreLayout(**report.layout._asdict()),
-        "plan_cached": report.cached,
-        "notes": list(report.notes),
-        "load_seconds": round(report.load_seconds, 3),
+        "filename": filename,
+        "width": result.inferred.width,
+        "height": result.inferred.height,
+        "class_id": result.class_id,
+        "label": result.label,
+        "score": result.score,
+        "logit": result.logit,
+        "bias": result.bias,
+        "map": json_array(result.map),
     }

@@ -19,6 +19,7 @@ LAYERS = [
     {"scheduler", "store", "options", "tuning"},
     {"dispatcher", "plan_cache", "reference"},
     {"backends"},
+    {"features", "explain"},
     {"served", "results", "stored"},
     {"cards"},
     {"aliases"},
@@ -28,10 +29,11 @@ LAYERS = [
     {"activity"},
     {"queues"},
     {"plan", "weights", "images"},
+    {"encodings"},
     {"outputs", "pvt_v2", "image_limits", "resampling"},
     {"visible"},
     {"requests"},
-    {"errors", "metrics", "workers", "cores", "variants", "memory", "eviction"},
+    {"errors", "metrics", "workers", "cores", "variants", "memory", "colours", "eviction"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FOREIGN_TO_APP = {"torch", "PIL", "openvino", "numpy", "safetensors"}

@@ -7,8 +7,8 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 
 from app.dependencies import EngineDep, require_management
+from app.model_info import BatchSize
 from app.problems import documented
-from app.schemas import BatchSize
 from service.activity import Activity, InstanceActivity, PastRelease, QueueActivity
 
 router = APIRouter(prefix="/debug", tags=["management"], dependencies=[Depends(require_management)])

@@ -9,9 +9,9 @@ from fastapi import APIRouter, BackgroundTasks, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.dependencies import EngineDep, SettingsDep, require_management, require_one_process
+from app.model_info import ModelInfo, ModelList, model_info
 from app.preferences import APPLIED, PatienceDep
 from app.problems import documented
-from app.schemas import ModelInfo, ModelList, model_info
 from service.engine import Engine
 from service.errors import ModelLoading
 from service.requests import time_limit
