@@ -114,7 +114,9 @@ class Models:
 
         Raises:
             ModelPinned: it is pinned.
+            ModelNotFound, WeightsUnavailable: there is none.
         """
+        await self.one(name)
         await self._registry.unload(name)
 
     async def pin(self, name: str) -> None:

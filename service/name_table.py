@@ -47,7 +47,7 @@ class NameTable(Generic[M]):
         if before and before.turn > turn:
             return
         self._stands[name] = _Stands(entry, turn)
-        for changed in {entry, before.entry} if before else {entry}:
+        for changed in dict.fromkeys((entry, before.entry) if before else (entry,)):
             self._recount(changed)
             self._on_change(changed)
 
