@@ -15,7 +15,7 @@ LAYERS = [
     {"scheduler", "store", "options", "tuning"},
     {"dispatcher", "plan_cache", "reference"},
     {"backends"},
-    {"features", "explain"},
+    {"features", "explain", "tensors"},
     {"served", "results"},
     {"cards"},
     {"admission"},
