@@ -12,6 +12,7 @@ LAYERS = [
     {"pipeline", "loading", "supply"},
     {"loader", "registry"},
     {"executable"},
+    {"golden"},
     {"scheduler", "store", "options", "tuning"},
     {"dispatcher", "plan_cache", "reference"},
     {"backends"},
