@@ -152,7 +152,9 @@ def parse(body: bytes, header_length: str | None) -> tuple[InferRequest, InputTe
         raise InvalidRequest(f"the body is no JSON: {error}") from error
     except ValidationError as error:
         found = error.errors(include_url=False)[:_TOLD]
-        raise InvalidRequest("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in found)) from error
+        raise InvalidRequest(
+            "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the body'}: {e['msg']}" for e in found)
+        ) from error
     return request, _tensor(request.inputs[0], data, view[end:])
 
 

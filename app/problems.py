@@ -50,6 +50,8 @@ STATUS: Mapping[type[Exception], int] = {
     errors.ImageTooLarge: 413,
     errors.ModelNotFound: 404,
     errors.WeightsUnavailable: 503,
+    errors.AliasesInvalid: 503,
+    errors.StoreNotWritable: 503,
     errors.ModelLoadFailed: 503,
     errors.OutOfMemory: 503,
     errors.QueueFull: 429,

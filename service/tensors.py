@@ -154,7 +154,7 @@ def _pixels(tensor: InputTensor) -> NDArray[np.uint8]:
 
 def _flat_uint8(data: Sequence[Any]) -> NDArray[np.uint8]:
     try:
-        array = np.asarray(data)
+        array = np.asarray(data) if data else np.zeros(0, np.uint8)
         if array.dtype.kind not in "iu":
             raise ValueError(f"{array.dtype} among them")  # noqa: TRY301
         if array.size and (array.min() < 0 or array.max() > 255):  # noqa: PLR2004  of uint8

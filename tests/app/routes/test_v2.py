@@ -183,7 +183,7 @@ IMAGE = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3]}
     ("body", "told"),
     [
         ({}, "inputs: Field required"),
-        ([], "Input should be an object"),
+        ([], "the body: Input should be"),
         ({"inputs": []}, "inputs: List should have at least 1 item"),
         ({"inputs": [IMAGE]}, "must have either data in JSON, or binary_data_size"),
         ({"inputs": [IMAGE | {"data": [1, 2]}]}, "has 2 elements; its shape [1, 32, 32, 3] says 3072"),
