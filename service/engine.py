@@ -51,13 +51,15 @@ class Engine:
         """Refuse those under way too: whoever waits gets `ShuttingDown` at once."""
         self._requests.abort()
 
-    def request(self) -> AbstractContextManager[None]:
+    def request(self, patience_seconds: float | None = None) -> AbstractContextManager[None]:
         """What `drain` waits for: enter it before reading a request's body, so that an upload is not cut off.
+
+        `patience_seconds` is how long it waits for a model that is not loaded; None leaves that to the options.
 
         Raises:
             ShuttingDown: the engine takes no new work, or has just given this one up.
         """
-        return self._requests.one()
+        return self._requests.one(patience_seconds)
 
     async def predict(
         self,
@@ -67,12 +69,9 @@ class Engine:
         top_k: int = 5,
         size: Size | None = None,
         timeout_seconds: float | None = None,
-        patience_seconds: float | None = None,
     ) -> Predictions:
         """The `top_k` best classes of each of `images`; see `infer`."""
-        answered = await self.infer(
-            images, model=model, size=size, timeout_seconds=timeout_seconds, patience_seconds=patience_seconds
-        )
+        answered = await self.infer(images, model=model, size=size, timeout_seconds=timeout_seconds)
         results = [prediction(each, answered.card.labels, top_k) for each in answered.results]
         return Predictions(answered.card.id, answered.version, results)
 
@@ -84,18 +83,16 @@ class Engine:
         size: Size | None = None,
         stages: bool = False,
         timeout_seconds: float | None = None,
-        patience_seconds: float | None = None,
     ) -> Answered:
         """All that the model yields for each of `images`; stage maps, and the head's weights, if `stages` says so.
 
         `size` is the height and width to which pictures are resized, the model's own by default; images that are pixels
-        already must have it. `patience_seconds` is how long to wait for a model that is not loaded; None leaves that to
-        the options.
+        already must have it.
 
         Raises:
             InvalidRequest: no such size; more images than the model's queue ever takes.
             ModelNotFound, WeightsUnavailable, ModelLoadFailed, MemoryBudgetExceeded: `model` can't be had.
-            ModelLoading: `patience_seconds` passed.
+            ModelLoading: it is not loaded yet, and the request would not wait.
             QueueFull: too many images wait for that model already, or it is in use at too many sizes.
             DeadlineExceeded: `timeout_seconds` passed.
             ShuttingDown: the engine takes no new work.
@@ -104,7 +101,7 @@ class Engine:
         with self.request():
             async with (
                 time_limit(timeout_seconds or self.options.timeout_seconds) as deadline,
-                self.models.lease(model, patience_seconds) as resident,
+                self.models.lease(model, self._requests.patience_seconds) as resident,
                 resident.at(size, stages=stages) as sized,
             ):
                 results = await self._pipeline.infer(sized, images, deadline, stages=stages)

@@ -48,29 +48,37 @@ class Answer(Protocol):
     def results(self) -> Sequence[Inferred | Prediction | ServiceError]: ...  # noqa: D102
 
 
-A_co = TypeVar("A_co", bound=Answer, covariant=True)
+R = TypeVar("R")
+A = TypeVar("A", bound=Answer)
 
 
-class Infer(Protocol[A_co]):
-    """Gives a model's answer; `patience_seconds` is how long to wait for a model that is not loaded."""
-
-    def __call__(self, images: Sequence[Image], /, *, patience_seconds: float | None) -> Awaitable[A_co]: ...  # noqa: D102
-
-
-async def answered(request: Request, engine: Engine, infer: Infer[A_co]) -> tuple[list[Upload], A_co]:
-    """The pictures of `request`, and what `infer` makes of them, which is given up when the caller hangs up.
+async def carried_out(
+    request: Request, read: Callable[[], Awaitable[R]], infer: Callable[[R], Awaitable[A]]
+) -> tuple[R, A]:
+    """What `read` takes from the body of `request`, and what `infer` makes of it; given up when the caller hangs up.
 
     Raises:
         ServiceError: the body can't be read, `infer` failed, or there is one picture and it failed.
     """
-    settings = request.state.settings
-    with engine.request():
-        uploads = await read_uploads(request, settings.max_body_bytes, settings.max_images)
+    with request.state.engine.request(await patience_seconds(request)):
+        what = await read()
         async with cancelled_on_disconnect(request):
-            images = [upload.data for upload in uploads]
-            answer = await infer(images, patience_seconds=await patience_seconds(request))
+            answer = await infer(what)
     _note(request, answer)
-    return uploads, answer
+    return what, answer
+
+
+async def answered(request: Request, infer: Callable[[list[Image]], Awaitable[A]]) -> tuple[list[Upload], A]:
+    """The pictures of `request`, and what `infer` makes of them; see `carried_out`."""
+    settings = request.state.settings
+
+    def read() -> Awaitable[list[Upload]]:
+        return read_uploads(request, settings.max_body_bytes, settings.max_images)
+
+    def infer_uploads(uploads: list[Upload]) -> Awaitable[A]:
+        return infer([upload.data for upload in uploads])
+
+    return await carried_out(request, read, infer_uploads)
 
 
 async def encoded(engine: Engine, model: str, make: Callable[[], T], numbers: int = 0) -> T:

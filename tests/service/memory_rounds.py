@@ -7,6 +7,7 @@ import asyncio
 import gc
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ from service.metrics import EngineMetrics
 from service.options import EngineOptions
 
 
-async def main(root: Path, backend: str, rounds: int) -> None:
-    models = sorted(path.name for path in root.iterdir())
+async def main(root: Path, models: Sequence[str], backend: str, rounds: int) -> None:
     name: Any = backend
     options = EngineOptions(
         model_store=root, default_model=models[0], backend=name, max_batch_size=1, instances=1, cores=1
@@ -34,10 +34,11 @@ async def main(root: Path, backend: str, rounds: int) -> None:
                 size = loaded.memory_bytes
                 del loaded
                 await engine.models.unload(model)
-                print(turn, model, size, settled_bytes(), flush=True)
+                print(turn, model, size, settled_bytes(), flush=True)  # noqa: T201  it is what it is for
 
 
 if __name__ == "__main__":
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
                         logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # fmt: skip
-    asyncio.run(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
+    store = Path(sys.argv[1])
+    asyncio.run(main(store, sorted(path.name for path in store.iterdir()), sys.argv[2], int(sys.argv[3])))

@@ -46,7 +46,8 @@ def test_a_pinned_model_and_one_in_use_stay_whatever_comes() -> None:
             assert source.in_memory == ["a@1", "b@1"]
         assert str(told.value) == (
             "c@1 needs 4 MB, PVT_MEMORY_BUDGET_MB allows 10 MB and 8 MB are taken by what can't leave now "
-            "(a@1 4 MB pinned, b@1 4 MB in use); ask again later, unpin or unload a model, or raise PVT_MEMORY_BUDGET_MB"
+            "(a@1 4 MB pinned, b@1 4 MB in use); ask again later, "
+            "unpin or unload a model, or raise PVT_MEMORY_BUDGET_MB"
         )
         assert told.value.retry_after_seconds is not None
         assert await use(registry, "c") == "c@1"
@@ -88,7 +89,7 @@ def test_what_was_just_loaded_stays_for_its_time_however_many_others_are_asked_f
         with pytest.raises(MemoryBudgetExceeded, match="just loaded") as told:
             await use(registry, "b")
         assert told.value.retry_after_seconds == pytest.approx(60, abs=1)
-        await asyncio.sleep(told.value.retry_after_seconds)
+        await asyncio.sleep(told.value.retry_after_seconds or 0)
         assert await use(registry, "b") == "b@1"
         assert source.in_memory == ["b@1"]
 

@@ -45,7 +45,8 @@ async def callers(e: Engine, model: str = NAME) -> AsyncIterator[Versions]:
 
     async def call() -> None:
         while not stopped:
-            predictions = await e.predict([png()], model=model, patience_seconds=0)
+            with e.request(patience_seconds=0):
+                predictions = await e.predict([png()], model=model)
             assert all(isinstance(result, Prediction) for result in predictions.results)
             versions.add(predictions.version)
             await asyncio.sleep(0.005)  # two cores have a model to load meanwhile
@@ -82,7 +83,7 @@ async def test_under_constant_load_no_request_fails_or_waits_while_a_new_version
         assert (model.stored.version, model.status.state) == ("2", "ready")
         assert versions.seen == sorted(versions.seen)
         async with asyncio.timeout(30):
-            while old() is not None:  # noqa: ASYNC110  it is freed on a thread
+            while old() is not None:
                 await asyncio.sleep(0.01)
                 gc.collect()
         assert [stored.status.state for stored in (await e.models.one(NAME)).versions] == ["ready", "available"]

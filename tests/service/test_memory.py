@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save
 
 from service.cards import ModelCard, Preprocessing
-from service.pvt_v2 import VARIANTS, create
+from service.pvt_v2 import create
 from service.store import weights_file, write_model
+from service.variants import VARIANTS
 from tests.conftest import ROOT
 
 MB = 1_000_000

@@ -1,7 +1,7 @@
-"""Whatever happens in whatever order: what is in use or pinned stays, the budget holds, and everybody gets an answer."""
+"""Whatever happens in whatever order: what is in use stays, the budget holds, and everybody gets an answer."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 

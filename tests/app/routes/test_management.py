@@ -50,7 +50,7 @@ def boss(make_client: MakeClient, options: dict[str, Any]) -> TestClient:
     return client
 
 
-def predict(client: TestClient, model: str = TINY, **headers: str) -> httpx.Response:
+def predict(client: TestClient, model: str = TINY, **headers: str) -> Any:
     return client.post(f"/predict?model={model}", files={"image": png()}, headers=headers)
 
 
@@ -184,7 +184,7 @@ def test_several_workers_are_not_managed_one_by_one(make_client: MakeClient, opt
     assert client.get("/aliases", headers=BOSS).status_code == 200
 
 
-def on_port(client: TestClient, method: str, path: str, port: int, **headers: str) -> httpx.Response:
+def on_port(client: TestClient, method: str, path: str, port: int, **headers: str) -> Any:
     return client.request(method, f"http://localhost:{port}{path}", headers=headers)
 
 
@@ -226,8 +226,8 @@ def test_a_page_in_a_browser_does_not_get_at_an_open_management_port(
 def test_every_change_leaves_a_line_in_the_log_and_no_key(store: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
-    settings = {"model_store": str(store), "default_model": TINY, "backend": "torch", "management_port": port}
-    with serving(**settings, management_keys="hush") as server:
+    with serving(model_store=str(store), default_model=TINY, backend="torch", management_port=port,
+                 management_keys="hush") as server:  # fmt: skip
         url, headers = f"http://127.0.0.1:{port}", {"Authorization": "Bearer hush", "X-Request-ID": "mine"}
         assert httpx.post(f"{server.url}/models/{TINY}/load", headers=headers).status_code == 403
         httpx.post(f"{url}/models/{TINY}/load", headers=headers, timeout=60)
