@@ -16,7 +16,7 @@ LAYERS = [
     {"scheduler", "store", "options", "tuning"},
     {"dispatcher", "plan_cache", "reference"},
     {"backends"},
-    {"features", "explain"},
+    {"features", "explain", "tensors"},
     {"served", "stored", "results"},
     {"cards"},
     {"aliases"},
