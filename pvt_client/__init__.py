@@ -1,0 +1,1 @@
+"""A typed client of pvt-serve, on httpx and numpy alone."""
