@@ -1,7 +1,7 @@
 """The client for asyncio."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Self, TypeVar, Unpack, overload
 
@@ -92,13 +92,13 @@ class AsyncClient:
 
     def predict_many(
         self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[PredictOptions]
-    ) -> AsyncIterator[tuple[AnyImage, Prediction | PvtError]]:
+    ) -> AsyncGenerator[tuple[AnyImage, Prediction | PvtError]]:
         """See `Client.predict_many`."""
         return in_tasks(self._in_place(lambda image: calls.predict(image, **options)), images, concurrency)
 
     def features_many(
         self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
-    ) -> AsyncIterator[tuple[AnyImage, Features | PvtError]]:
+    ) -> AsyncGenerator[tuple[AnyImage, Features | PvtError]]:
         """See `Client.features_many`."""
         return in_tasks(self._in_place(lambda image: calls.features(image, **options)), images, concurrency)
 

@@ -1,7 +1,7 @@
 """The client for code that waits for each answer."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from types import TracebackType
 from typing import Self, TypeVar, Unpack, overload
@@ -95,7 +95,7 @@ class Client:
 
     def predict_many(
         self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[PredictOptions]
-    ) -> Iterator[tuple[AnyImage, Prediction | PvtError]]:
+    ) -> Generator[tuple[AnyImage, Prediction | PvtError]]:
         """Each of `images` with its best classes, in order, `concurrency` requests at a time.
 
         A bad picture's error stands in its place; an error that the others would meet too is raised. Only pictures
@@ -105,7 +105,7 @@ class Client:
 
     def features_many(
         self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
-    ) -> Iterator[tuple[AnyImage, Features | PvtError]]:
+    ) -> Generator[tuple[AnyImage, Features | PvtError]]:
         """Each of `images` with its features, in the same way."""
         return in_threads(self._in_place(lambda image: calls.features(image, **options)), images, concurrency)
 

@@ -2,6 +2,7 @@
 
 - PvtError
   - ImageUnreadable       the picture can't be read here, so nothing was sent
+  - InvalidUrl            the address is none that a service can have
   - ConnectionFailed      the service was not reached, or hung up; `sent` tells whether it may have begun to work
   - TimedOut              no answer within the client's `timeout`
   - UnexpectedAnswer      an answer that is not this service's
@@ -29,6 +30,10 @@ class PvtError(Exception):
 
 class ImageUnreadable(PvtError):
     """The picture can't be read or is nothing that the client can send; the message names it."""
+
+
+class InvalidUrl(PvtError):
+    """The address is none that a service can have; the message says why."""
 
 
 class ConnectionFailed(PvtError):

@@ -9,7 +9,7 @@ import httpx
 from pvt_client import answers
 from pvt_client.answers import Answer
 from pvt_client.calls import Call
-from pvt_client.errors import ConnectionFailed, Problem, PvtError, TimedOut, UnexpectedAnswer
+from pvt_client.errors import ConnectionFailed, InvalidUrl, Problem, PvtError, TimedOut
 from pvt_client.retries import Clock, Retries, retry_after, wait_before_retry
 
 T = TypeVar("T")
@@ -17,6 +17,7 @@ _ERROR = 400
 _MS = 1000
 _LONGEST_MS = 3_600_000  # the most that the service takes
 _IDLE_SECONDS = 4.0  # less than the 5 after which the service closes an idle connection
+_LAST_PORT = 65535
 _CONNECT_SECONDS = 5.0  # then again, if there is time
 
 
@@ -119,16 +120,29 @@ class Settings(TypedDict):
     base_url: str
     headers: dict[str, str]
     limits: httpx.Limits
+    verify: bool
 
 
 def settings(url: str, api_key: str | None) -> Settings:
-    """Those for a service at `url`; `http://` may be left out."""
+    """Those for a service at `url`; `http://` may be left out.
+
+    Raises:
+        InvalidUrl: there can be none.
+    """
     headers = {"User-Agent": "pvt-client"}
     if api_key is not None:
         headers["Authorization"] = f"Bearer {api_key}"
     # The number of connections is up to whoever makes the calls; those that are idle are kept, whatever their number.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_SECONDS)
-    return Settings(base_url=url if "://" in url else f"http://{url}", headers=headers, limits=limits)
+    base_url = url if "://" in url else f"http://{url}"
+    try:
+        parsed = httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+        raise InvalidUrl(f"{url!r} is no address of a service: {error}") from error
+    if parsed.scheme not in {"http", "https"} or not parsed.host or (parsed.port or 0) > _LAST_PORT:
+        raise InvalidUrl(f"{url!r} is no address of a service; http://host:port is expected")
+    # Certificates are read at once, which takes longer than a request; without TLS there is nothing to verify.
+    return Settings(base_url=base_url, headers=headers, limits=limits, verify=not base_url.startswith("http://"))
 
 
 def _least(seconds: float, limit: float | None) -> float:
@@ -145,7 +159,7 @@ def error_of(error: httpx.HTTPError | httpx.InvalidURL, timeout: float | None) -
         case httpx.TimeoutException():
             failure = timed_out(timeout)
         case httpx.UnsupportedProtocol() | httpx.InvalidURL():
-            failure = UnexpectedAnswer(f"not the URL of a service: {told}")
+            failure = InvalidUrl(f"no address of a service: {told}")
         case _:
             failure = ConnectionFailed(f"the connection broke before the answer was there: {told}", sent=True)
     failure.__cause__ = error

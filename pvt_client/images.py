@@ -25,7 +25,9 @@ class BinaryFile(Protocol):
 class PilImage(Protocol):
     """What of `PIL.Image.Image` is used, so that Pillow need not be installed."""
 
-    mode: str
+    @property
+    def mode(self) -> str:
+        """How a pixel is stored."""
 
     def convert(self, mode: str) -> Any:  # noqa: ANN401  Pillow's own
         """The picture in another mode."""
@@ -102,8 +104,8 @@ def _chunk(name: bytes, data: bytes) -> bytes:
 def _from_path(path: Path) -> Upload:
     try:
         return Upload(path.name, path.read_bytes())
-    except OSError as error:
-        raise ImageUnreadable(f"{path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte
+        raise ImageUnreadable(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _from_file(file: BinaryFile) -> Upload:

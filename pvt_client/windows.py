@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ R = TypeVar("R")
 _AHEAD = 4
 
 
-def in_threads(work: Callable[[I], R], items: Iterable[I], concurrency: int) -> Iterator[tuple[I, R]]:
+def in_threads(work: Callable[[I], R], items: Iterable[I], concurrency: int) -> Generator[tuple[I, R]]:
     """Each of `items` with what `work` makes of it, `concurrency` at a time.
 
     Raises:
@@ -41,7 +41,7 @@ def _next(begun: deque[tuple[I, Future[R]]]) -> tuple[I, R]:
 
 async def in_tasks(
     work: Callable[[I], Awaitable[R]], items: Iterable[I], concurrency: int
-) -> AsyncIterator[tuple[I, R]]:
+) -> AsyncGenerator[tuple[I, R]]:
     """The same on the event loop."""
     _check(concurrency)
     slots = asyncio.Semaphore(concurrency)
