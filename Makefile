@@ -14,7 +14,7 @@ serve: .venv/.serve
 	$(BIN)/python -m app
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .

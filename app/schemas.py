@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.problems import Problem, problem
 from service.cards import Accuracy
 from service.errors import ServiceError
-from service.loader import Executable
+from service.executable import Executable
 from service.models import ModelStatus
 from service.results import Prediction
 

@@ -64,6 +64,10 @@ class Settings(BaseSettings):
     """Pixels of one image, in units of 10^6; decoding one may take 9 bytes of memory for each."""
     scaled_jpeg: bool = True
     """Decode a JPEG four times the model's input or more at 1/2 to 1/8 of its sides; false: every JPEG in full."""
+    max_input_side: Annotated[int, Field(ge=32, le=4096)] = 1024
+    """Longest side, in pixels, of an input size that a request may ask for with `size`."""
+    sizes_per_model: Annotated[int, Field(ge=1, le=256)] = 4
+    """Input sizes besides its own for which a model is kept compiled; the least recently used one goes first."""
     stall_seconds: Annotated[float, Field(gt=0)] = 30
     """A decode or inference thread that is at one job for longer makes the service unhealthy."""
     shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
@@ -144,6 +148,8 @@ class Settings(BaseSettings):
             max_image_pixels=int(self.max_image_megapixels * 1e6),
             scaled_jpeg=self.scaled_jpeg,
             max_images=self.max_images,
+            max_input_side=self.max_input_side,
+            sizes_per_model=self.sizes_per_model,
             stall_seconds=self.stall_seconds,
         )
         return replace(options, instances=self.instances) if self.instances else options

@@ -47,7 +47,7 @@ TRIVIAL = f"""
 import numpy as np
 import service.pipeline
 from service.images import Decoded
-from service.loader import Executable
+from service.executable import Executable
 from service.outputs import Outputs
 
 decoded = Decoded(np.zeros((224, 224, 3), np.uint8), 640, 427)

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from service.backends.base import Layout
 from service.backends.openvino import OpenVinoBackend
+from service.executable import Executable
 from service.images import decode
-from service.loader import Executable, load
+from service.loader import load
 from service.options import EngineOptions, make_backends
 from service.pvt_v2 import PVT_V2, create
 from service.served import build

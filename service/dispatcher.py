@@ -4,7 +4,7 @@ Synchronous, with neither clock nor thread nor lock of its own: `service.schedul
 by step. Times are seconds on the caller's clock.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
@@ -150,7 +150,9 @@ class Dispatcher(Generic[S, T, R]):
 
     def stats(self) -> Stats:
         """How much waits for each model and how many instances run."""
-        waiting = {lane.name: len(lane.payloads.waiting) for lane in self.places.lanes}
+        waiting: Counter[str] = Counter()
+        for lane in self.places.lanes:
+            waiting[lane.model] += len(lane.payloads.waiting)
         return Stats(waiting, len(self._running), self._instances)
 
     def activity(self, now: float) -> Activity:
@@ -198,7 +200,7 @@ class Dispatcher(Generic[S, T, R]):
         lane.running += size
         self._running[release.instance] = job
         self._releases.append(release)
-        self._observer.batch_released(lane.name, batch.reason, size)
+        self._observer.batch_released(lane.model, batch.reason, size)
         return job
 
     def _next_part(self, job: Running[S, T, R], now: float) -> None:

@@ -1,17 +1,19 @@
 """The facade: image bytes in, results out. The one thing of `service` that HTTP talks to."""
 
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
 from service.activity import Activity
+from service.errors import InvalidRequest
 from service.metrics import EngineMetrics
 from service.models import Models
 from service.options import EngineOptions
 from service.pipeline import Image, Pipeline
 from service.requests import Requests, time_limit
-from service.results import Health, Predictions, prediction
+from service.residents import Size
+from service.results import Answered, Health, Predictions, prediction
 
 
 class Engine:
@@ -58,22 +60,51 @@ class Engine:
         return self._requests.one()
 
     async def predict(
-        self, images: Sequence[Image], *, model: str | None = None, top_k: int = 5, timeout_seconds: float | None = None
+        self,
+        images: Sequence[Image],
+        *,
+        model: str | None = None,
+        top_k: int = 5,
+        size: Size | None = None,
+        timeout_seconds: float | None = None,
     ) -> Predictions:
-        """The `top_k` best classes of each of `images`.
+        """The `top_k` best classes of each of `images`; see `infer`."""
+        answered = await self.infer(images, model=model, size=size, timeout_seconds=timeout_seconds)
+        results = [prediction(each, answered.card.labels, top_k) for each in answered.results]
+        return Predictions(answered.card.id, answered.version, results)
+
+    async def infer(
+        self,
+        images: Sequence[Image],
+        *,
+        model: str | None = None,
+        size: Size | None = None,
+        stages: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> Answered:
+        """All that the model yields for each of `images`; stage maps, and the head's weights, if `stages` says so.
+
+        `size` is the height and width to which pictures are resized, the model's own by default; images that are pixels
+        already must have it.
 
         Raises:
-            InvalidRequest: more images than the model's queue ever takes.
+            InvalidRequest: no such size; more images than the model's queue ever takes.
             ModelNotFound, WeightsUnavailable, ModelLoadFailed: `model` can't be had.
-            QueueFull: too many images wait for that model already.
+            QueueFull: too many images wait for that model already, or it is in use at too many sizes.
             DeadlineExceeded: `timeout_seconds` passed.
             ShuttingDown: the engine takes no new work.
         """
+        self._check(size)
         with self.request():
-            async with self._time_limit(timeout_seconds) as deadline, self.models.lease(model) as resident:
-                inferred = await self._pipeline.infer(resident, images, deadline)
-        card, version = resident.executable.card, resident.executable.stored.version
-        return Predictions(card.id, version, [prediction(each, card.labels, top_k) for each in inferred])
+            async with (
+                time_limit(timeout_seconds or self.options.timeout_seconds) as deadline,
+                self.models.lease(model) as resident,
+                resident.at(size, stages=stages) as sized,
+            ):
+                results = await self._pipeline.infer(sized, images, deadline, stages=stages)
+                executable = sized.executable
+        given = executable.height, executable.width
+        return Answered(executable.card, executable.stored.version, given, executable.head if stages else None, results)
 
     def encoded(self, predictions: Predictions, seconds: float) -> None:
         """Take note that writing `predictions` out took `seconds`."""
@@ -104,5 +135,7 @@ class Engine:
         self._metrics.instances_busy.set(stats.busy_instances)
         self._metrics.models_loaded.set(len(self.models.loaded()))
 
-    def _time_limit(self, seconds: float | None) -> AbstractAsyncContextManager[float]:
-        return time_limit(seconds or self.options.timeout_seconds)
+    def _check(self, size: Size | None) -> None:
+        most = self.options.max_input_side
+        if size and max(size) > most:
+            raise InvalidRequest(f"size {size[0]}x{size[1]}: PVT_MAX_INPUT_SIDE allows sides of up to {most} pixels")

@@ -55,11 +55,15 @@ class OneByOne:
 class Lane(Generic[S, T, R]):
     """One model's way through the scheduler: `decode` makes payloads of sources, `run` results of payloads.
 
-    `capacity` bounds the images it holds, from their admission to their answer.
+    `capacity` bounds the images it holds, from their admission to their answer. `name` tells it from others, `model` is
+    what several may share, for metrics.
     """
 
-    def __init__(self, name: str, plan: BatchPlan, decode: Callable[[S], T], run: Run[T, R], capacity: int) -> None:
+    def __init__(
+        self, name: str, plan: BatchPlan, decode: Callable[[S], T], run: Run[T, R], capacity: int, *, model: str = ""
+    ) -> None:
         self.name = name
+        self.model = model or name
         self.decode = decode
         self.run = run
         self.capacity = capacity
@@ -71,6 +75,11 @@ class Lane(Generic[S, T, R]):
         self.admitted = 0
         self.decoding = 0
         self.running = 0
+
+    @property
+    def at_work(self) -> bool:
+        """Whether threads are busy for it, be it for callers that have gone."""
+        return self.decoding > 0 or self.running > 0
 
     def give_up(self, size: int) -> None:
         """Never again run `size` images at once."""

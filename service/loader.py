@@ -1,17 +1,15 @@
 """From a model in the store to one that can run: module, weights, graphs, batch plan. Blocking; takes seconds."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
-import psutil
 import structlog
-from numpy.typing import NDArray
 
-from service.backends.base import Backend, Graph, Layout, Precision
+from service.backends.base import Backend
 from service.errors import ServiceError
-from service.outputs import Outputs
+from service.executable import Executable, LoadReport
+from service.memory import resident_bytes
 from service.plan import BatchPlan
 from service.plan_cache import CachedPlan, Key, PlanCache, digest, machine
 from service.reference import Reference, read_reference, synthetic_images
@@ -20,62 +18,6 @@ from service.store import StoredModel
 from service.tuning import Alone, Limits, Tuned, Tuning
 
 log = structlog.get_logger(component="loader")
-
-Pixels = NDArray[np.uint8]  # (height, width, 3)
-
-
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """How a model was loaded.
-
-    `notes` says what was tried and left out, and why; `cached` whether plan and graphs came from the plan cache.
-    `memory_bytes` is what the process's resident memory grew by meanwhile, and at least the size of the weights, since
-    growth that fits into memory freed before is not seen.
-    """
-
-    backend: str
-    precision: Precision
-    layout: Layout
-    notes: tuple[str, ...]
-    cached: bool
-    load_seconds: float
-    memory_bytes: int
-
-
-class Executable:
-    """A loaded model: runs batches of up to the plan's largest size."""
-
-    def __init__(self, stored: StoredModel, tuned: Tuned, report: LoadReport) -> None:
-        self.stored = stored
-        self.card = stored.require_card()
-        self.plan = tuned.plan
-        self.report = report
-        self._graphs = tuned.graphs
-        self._make_alone = tuned.alone and tuned.alone.make
-        # Mutable state: the graph for a lone image, there once `widen` has made it.
-        self._alone: Graph | None = None
-
-    def widen(self) -> None:
-        """Make what the model can do without for its first answers: the graph that has all cores for a lone image."""
-        if self._make_alone:
-            graph = self._make_alone()
-            graph.run(0, np.zeros((1, *self.shape), np.uint8))  # the first run pays for lazy allocation
-            self._alone = graph
-
-    def run(self, instance: int, images: Sequence[Pixels], *, alone: bool = False) -> list[Outputs]:
-        """The outputs of `images`, in their order; one call at a time for each `instance`.
-
-        `alone` says that nothing else runs, so that one image may have all cores.
-        """
-        size = self.plan.padded(len(images))
-        graph = self._alone if alone and self._alone and size == 1 else self._graphs[size]
-        logits, embedding = graph.run(instance, _stack(images, size))
-        return [Outputs(logits[i], embedding[i]) for i in range(len(images))]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of an image."""
-        return self.card.preprocessing.height, self.card.preprocessing.width, 3
 
 
 def load(
@@ -87,7 +29,7 @@ def load(
         ModelLoadFailed: the card or the weights are wrong; the message says how.
         Exception: what the last backend raised, where none could run it.
     """
-    start, memory = perf_counter(), _resident_bytes()
+    start, memory = perf_counter(), resident_bytes()
     card = stored.require_card()
     notes: list[str] = []
     for i, make in enumerate(backends):
@@ -102,13 +44,13 @@ def load(
                 raise
             notes.append(f"{backend.name} failed: {type(error).__name__}: {error}")
             log.warning("backend_failed", model=stored.id, reason=notes[-1])
-    grown = max(card.weights.bytes, _resident_bytes() - memory)
+    grown = max(card.weights.bytes, resident_bytes() - memory)
     said = (*notes, *tuned.notes)
     for note in () if cached else tuned.notes:
         log.warning("plan_note", model=stored.id, note=note)
     seconds = perf_counter() - start
     report = LoadReport(backend.name, tuned.precision, tuned.layout, said, cached, seconds, grown)
-    return Executable(stored, tuned, report)
+    return Executable(stored, backend, tuned, report)
 
 
 def _tuned(stored: StoredModel, backend: Backend, limits: Limits, cache: PlanCache | None) -> tuple[Tuned, bool]:
@@ -184,17 +126,3 @@ def _key(stored: StoredModel, backend: Backend, limits: Limits) -> dict[str, str
         "precision": limits.precision or "auto",
         **machine(),
     }
-
-
-def _stack(images: Sequence[Pixels], size: int) -> NDArray[np.uint8]:
-    """(size, height, width, 3), the places behind the images left black. One image alone is not copied."""
-    if len(images) == size == 1:
-        return images[0][np.newaxis]
-    batch = np.zeros((size, *images[0].shape), dtype=np.uint8)
-    np.stack(images, out=batch[: len(images)])
-    return batch
-
-
-def _resident_bytes() -> int:
-    resident: int = psutil.Process().memory_info().rss
-    return resident

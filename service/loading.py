@@ -1,17 +1,22 @@
 """Loads models on a thread of their own, and tells of it: log lines, metrics, one kind of error."""
 
+from collections.abc import Callable
 from time import perf_counter
+from typing import TypeVar
 
 import structlog
 
 from service.errors import ModelLoadFailed, ServiceError
-from service.loader import Executable, load
+from service.executable import Executable
+from service.loader import load
 from service.metrics import EngineMetrics
 from service.options import EngineOptions, make_backends
 from service.plan_cache import PlanCache
 from service.store import StoredModel
 from service.tuning import Limits
 from service.workers import Workers
+
+T = TypeVar("T")
 
 log = structlog.get_logger(component="loading")
 
@@ -55,6 +60,24 @@ class Loading:
                  layout=f"{report.layout.streams}x{report.layout.threads}", batch_sizes=executable.plan.sizes,
                  cached=report.cached, seconds=round(report.load_seconds, 3))  # fmt: skip
         return executable
+
+    async def extend(self, stored: StoredModel, make: Callable[[], T]) -> T:
+        """What `make` compiles for `stored`, which is loaded, on the thread for loading.
+
+        Raises:
+            ModelLoadFailed, WeightsUnavailable: it can't be made; the message says why.
+        """
+        start = perf_counter()
+        try:
+            made = await self._thread.run(make)
+        except ServiceError as error:
+            log.warning("model_extension_failed", model=stored.id, reason=str(error))
+            raise
+        except Exception as error:
+            log.exception("model_extension_failed", model=stored.id)
+            raise ModelLoadFailed(f"{stored.id} could not be compiled anew: {type(error).__name__}: {error}") from error
+        log.info("model_extended", model=stored.id, seconds=round(perf_counter() - start, 3))
+        return made
 
     async def widen(self, executable: Executable) -> None:
         """What can wait until the model answers; without it the model goes on as it is."""

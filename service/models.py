@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
@@ -11,8 +12,9 @@ from service.errors import ServiceError
 from service.loading import Loading
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.pipeline import Pipeline, Resident
+from service.pipeline import Pipeline
 from service.registry import Registry, Status
+from service.residents import Resident
 from service.store import StoredModel
 from service.supply import Supply
 
@@ -141,7 +143,8 @@ class Models:
     async def _load(self, stored: StoredModel) -> Resident:
         executable = await self._loading.load(await self._supply.fetch(stored))
         self._background(self._loading.widen(executable))
-        return self._pipeline.open(executable)
+        compile_ = partial(self._loading.extend, executable.stored)
+        return Resident(executable, self._pipeline, compile_, max_others=self._options.sizes_per_model)
 
     def _background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

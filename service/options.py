@@ -36,6 +36,8 @@ class EngineOptions:
     max_image_pixels: int = 50_000_000
     scaled_jpeg: bool = True
     max_images: int = 64
+    max_input_side: int = 1024
+    sizes_per_model: int = 4
     stall_seconds: float = 30.0
 
 

@@ -11,10 +11,22 @@ Floats = NDArray[np.float32]
 
 
 class Outputs(NamedTuple):
-    """What one image gave: `logits` of shape (classes,) and the pooled `embedding` of shape (channels,)."""
+    """What one image gave: `logits` of shape (classes,), the pooled `embedding` of shape (channels,), `stages`.
+
+    Those are the four feature maps of shape (channels, height, width) with strides 4, 8, 16, 32, behind their norms, or
+    nothing where they were not asked for. The embedding is the last one's mean.
+    """
 
     logits: Floats
     embedding: Floats
+    stages: tuple[Floats, ...] = ()
+
+
+class Head(NamedTuple):
+    """The last layer: logits are `weight` (classes, channels) times the embedding, plus `bias` (classes,)."""
+
+    weight: Floats
+    bias: Floats
 
 
 @dataclass(frozen=True, slots=True)

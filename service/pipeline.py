@@ -2,14 +2,17 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from service.activity import Activity, Stats
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
+from service.executable import Executable
 from service.images import Decoded, decode
 from service.lanes import Lane
-from service.loader import Executable
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.outputs import Outputs
@@ -17,24 +20,37 @@ from service.results import Inferred, Timing
 from service.scheduler import Scheduler
 from service.workers import Workers
 
-# An encoded picture, or the error that reading it already gave.
-Image = bytes | InvalidImage
+# An encoded picture; pixels (height, width, 3) in the model's own size; or the error that reading it already gave.
+Image = bytes | NDArray[np.uint8] | ServiceError
+
+
+class _Source(NamedTuple):
+    """What comes in, and whether its stage maps are wanted."""
+
+    image: bytes | NDArray[np.uint8]
+    stages: bool
+
+
+class _Prepared(NamedTuple):
+    """What decoding makes of it."""
+
+    decoded: Decoded
+    stages: bool
 
 
 class _Seen(NamedTuple):
-    """What one picture gave, and its own size in pixels."""
+    """What one picture gave, as the model saw it."""
 
-    width: int
-    height: int
+    decoded: Decoded
     outputs: Outputs
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """A loaded model and its way into the scheduler."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Sized:
+    """A loaded model at one input size, and its way into the scheduler."""
 
     executable: Executable
-    lane: Lane[bytes, Decoded, _Seen]
+    lane: Lane[_Source, _Prepared, _Seen]
 
     @property
     def id(self) -> str:
@@ -48,7 +64,7 @@ class Pipeline:
     def __init__(self, options: EngineOptions, metrics: EngineMetrics) -> None:
         self._options = options
         self._metrics = metrics
-        self._scheduler = Scheduler[bytes, Decoded, _Seen](
+        self._scheduler = Scheduler[_Source, _Prepared, _Seen](
             options.instances,
             metrics,
             decoders=options.cores,
@@ -59,34 +75,49 @@ class Pipeline:
         """Finish what is queued and end the threads; without `wait`, give up both."""
         await self._scheduler.close(wait=wait)
 
-    def open(self, executable: Executable) -> Resident:
+    def open(self, executable: Executable) -> Sized:
         """Give `executable` its lane."""
-        geometry, options = executable.card.preprocessing.geometry, self._options
+        height, width, options = executable.height, executable.width, self._options
+        geometry = replace(executable.card.preprocessing.geometry, height=height, width=width)
 
-        def prepare(image: bytes) -> Decoded:
-            return decode(image, geometry, max_pixels=options.max_image_pixels, scaled_jpeg=options.scaled_jpeg)
+        def prepare(source: _Source) -> _Prepared:
+            if isinstance(source.image, np.ndarray):
+                return _Prepared(_as_it_is(source.image, height, width), source.stages)
+            pixels, scaled = options.max_image_pixels, options.scaled_jpeg
+            return _Prepared(decode(source.image, geometry, max_pixels=pixels, scaled_jpeg=scaled), source.stages)
 
-        def run(instance: int, payloads: Sequence[Decoded], *, alone: bool) -> Sequence[_Seen]:
-            outputs = executable.run(instance, [each.pixels for each in payloads], alone=alone)
-            return [_Seen(each.width, each.height, out) for each, out in zip(payloads, outputs, strict=True)]
+        def run(instance: int, payloads: Sequence[_Prepared], *, alone: bool) -> Sequence[_Seen]:
+            stages = any(each.stages for each in payloads)  # one forward for all of them
+            pixels = [each.decoded.pixels for each in payloads]
+            outputs = executable.run(instance, pixels, alone=alone, stages=stages)
+            return [
+                _Seen(each.decoded, out if each.stages else out._replace(stages=()))
+                for each, out in zip(payloads, outputs, strict=True)
+            ]
 
-        name, capacity = executable.stored.id, options.queue_size
-        return Resident(executable, self._scheduler.open_lane(name, executable.plan, prepare, run, capacity))
+        model = executable.stored.id
+        name = model if executable.own_size else f"{model} at {height}x{width}"
+        lane = self._scheduler.open_lane(name, executable.plan, prepare, run, options.queue_size, model=model)
+        return Sized(executable, lane)
+
+    async def shut(self, sized: Sized) -> None:
+        """Take its lane away; no image may be on it, but for callers that have gone. Returns when no thread uses it."""
+        await self._scheduler.close_lane(sized.lane)
 
     async def infer(
-        self, resident: Resident, images: Sequence[Image], deadline: float
+        self, sized: Sized, images: Sequence[Image], deadline: float, *, stages: bool = False
     ) -> list[Inferred | ServiceError]:
-        """Each of `images` through the model; one that fails does not harm the others.
+        """Each of `images` through the model; one that fails does not harm the others. `stages` asks for stage maps.
 
         Raises:
             QueueFull: the model's queue has not that many places left; nothing was done.
             DeadlineExceeded: what is queued keeps these images from being answered by `deadline`; nothing was done.
         """
-        with self._scheduler.places(resident.lane, len(images), deadline):
+        with self._scheduler.places(sized.lane, len(images), deadline):
             if len(images) == 1:
-                return [await self._infer_one(resident, images[0], deadline)]
+                return [await self._infer_one(sized, images[0], deadline, stages=stages)]
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._infer_one(resident, image, deadline)) for image in images]
+                tasks = [group.create_task(self._infer_one(sized, image, deadline, stages=stages)) for image in images]
         return [task.result() for task in tasks]
 
     def stats(self) -> Stats:
@@ -106,33 +137,40 @@ class Pipeline:
             if seconds > self._options.stall_seconds
         ]
 
-    async def _infer_one(self, resident: Resident, image: Image, deadline: float) -> Inferred | ServiceError:
+    async def _infer_one(self, sized: Sized, image: Image, deadline: float, *, stages: bool) -> Inferred | ServiceError:
         if isinstance(image, ServiceError):
-            self._count(resident, "refused")
+            self._count(sized, "refused")
             return image
         try:
-            inferred = await self._through(resident, image, deadline)
+            inferred = await self._through(sized, _Source(image, stages), deadline)
         except asyncio.CancelledError:
-            self._count(resident, "cancelled")
+            self._count(sized, "cancelled")
             raise
         except (InvalidImage, ImageTooLarge) as error:
-            self._count(resident, "refused")
+            self._count(sized, "refused")
             return error
         except ServiceError as error:
-            self._count(resident, "failed")
+            self._count(sized, "failed")
             return error
         except Exception:
-            self._count(resident, "failed")
+            self._count(sized, "failed")
             raise
-        self._count(resident, "answered")
+        self._count(sized, "answered")
         return inferred
 
-    async def _through(self, resident: Resident, image: bytes, deadline: float) -> Inferred:
-        completed = await self._scheduler.submit(resident.lane, image, deadline)
+    async def _through(self, sized: Sized, source: _Source, deadline: float) -> Inferred:
+        completed = await self._scheduler.submit(sized.lane, source, deadline)
         timing = Timing(completed.decode_seconds, completed.queue_seconds, completed.run_seconds)
         for stage, seconds in zip(("decode", "queue", "infer"), timing, strict=True):
-            self._metrics.stage_seconds.labels(stage, resident.id).observe(seconds)
-        return Inferred(*completed.result, timing)
+            self._metrics.stage_seconds.labels(stage, sized.id).observe(seconds)
+        decoded, outputs = completed.result
+        return Inferred(decoded.width, decoded.height, outputs, timing, decoded.pixels)
 
-    def _count(self, resident: Resident, outcome: str) -> None:
-        self._metrics.images.labels(resident.id, outcome).inc()
+    def _count(self, sized: Sized, outcome: str) -> None:
+        self._metrics.images.labels(sized.id, outcome).inc()
+
+
+def _as_it_is(pixels: NDArray[np.uint8], height: int, width: int) -> Decoded:
+    if pixels.dtype != np.uint8 or pixels.shape != (height, width, 3):
+        raise InvalidImage(f"pixels are {pixels.dtype} {pixels.shape}; the model takes uint8 ({height}, {width}, 3)")
+    return Decoded(np.ascontiguousarray(pixels), width, height)

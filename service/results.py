@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from service.cards import ModelCard
 from service.errors import ServiceError
-from service.outputs import ClassScore, Outputs, top_k
+from service.outputs import ClassScore, Head, Outputs, top_k
 
 
 class Timing(NamedTuple):
@@ -18,12 +22,30 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Inferred:
-    """One image through a model: the picture's own size in pixels, what came out, and how long it took."""
+    """One image through a model: the picture's own size in pixels, what came out, and how long it took.
+
+    `pixels` is the picture as the model saw it, uint8 (height, width, 3).
+    """
 
     width: int
     height: int
     outputs: Outputs
     timing: Timing
+    pixels: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One result or error for each image, in the order they came, and the model that answered.
+
+    `size` is its input's height and width; `head` its last layer, there when stage maps were asked for.
+    """
+
+    card: ModelCard
+    version: str
+    size: tuple[int, int]
+    head: Head | None
+    results: list[Inferred | ServiceError]
 
 
 @dataclass(frozen=True, slots=True)

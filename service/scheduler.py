@@ -38,13 +38,15 @@ class Scheduler(Generic[S, T, R]):
         self._observer = observer
         # Every slot for a job has its thread, so that decoding goes on beside running.
         self._count = instances + decoders
-        # Mutable state: what there is to do, read and changed under `_changed` only; whether the threads are to end;
-        # and, the event loop's own, the threads and the futures that callers wait for.
+        # Mutable state: what there is to do, read and changed under `_changed` only, as is whether the threads are to
+        # end, and whom to tell when a closed lane has come to rest; and, the event loop's own, the threads and the
+        # futures that callers wait for.
         self._dispatcher = Dispatcher[S, T, R](instances, decoders, observer, max_delay_seconds)
         self._changed = Condition()
         self._stopped = False
         self._threads: list[Thread] = []
         self._futures: set[asyncio.Future[Completed[R]]] = set()
+        self._closing: dict[Lane[S, T, R], Callable[[], object]] = {}
 
     def __repr__(self) -> str:
         return f"<Scheduler {self._dispatcher!r}>"
@@ -68,13 +70,25 @@ class Scheduler(Generic[S, T, R]):
             await asyncio.to_thread(self._join)
 
     def open_lane(
-        self, name: str, plan: BatchPlan, decode: Callable[[S], T], run: Run[T, R], capacity: int
+        self, name: str, plan: BatchPlan, decode: Callable[[S], T], run: Run[T, R], capacity: int, *, model: str = ""
     ) -> Lane[S, T, R]:
-        """A queue for the model `name`. `decode` and `run` are called on threads, `run` once at a time per instance."""
-        lane = Lane(name, plan, decode, run, capacity)
+        """A queue called `name` for `model`. `decode` and `run` are called on threads, `run` once at a time each."""
+        lane = Lane(name, plan, decode, run, capacity, model=model)
         with self._changed:
             self._dispatcher.places.lanes.append(lane)
         return lane
+
+    async def close_lane(self, lane: Lane[S, T, R]) -> None:
+        """Take `lane` out, which holds no places; returns when no thread uses what it decodes and runs with."""
+        loop, rested = asyncio.get_running_loop(), asyncio.Event()
+        with self._changed:
+            if lane.admitted:
+                raise RuntimeError(f"the lane of {lane.name!r} still holds {lane.admitted} images")
+            self._dispatcher.places.lanes.remove(lane)
+            if not lane.at_work:
+                return
+            self._closing[lane] = partial(loop.call_soon_threadsafe, rested.set)
+        await rested.wait()
 
     @contextmanager
     def places(self, lane: Lane[S, T, R], count: int, deadline: float = inf) -> Iterator[None]:
@@ -162,6 +176,7 @@ class Scheduler(Generic[S, T, R]):
             with self._changed:
                 self._dispatcher.decoded(job, payload, monotonic())
                 ended = self._dispatcher.take_ended()
+                self._rest(job.call.lane)
             _tell(loop, ended)
             return True
         while job.part:
@@ -169,8 +184,14 @@ class Scheduler(Generic[S, T, R]):
             with self._changed:
                 self._dispatcher.ran(job, results, monotonic())
                 ended = self._dispatcher.take_ended()
+                self._rest(job.lane)
             _tell(loop, ended)
         return True
+
+    def _rest(self, lane: Lane[S, T, R]) -> None:
+        """Tell whoever closed `lane`, if somebody did and this was the last job for it."""
+        if lane in self._closing and not lane.at_work:
+            self._closing.pop(lane)()
 
     def _next(self, loop: asyncio.AbstractEventLoop) -> Decoding[S, T, R] | Running[S, T, R] | None:
         with self._changed:

@@ -10,32 +10,40 @@ from torch import Tensor, nn
 
 from service.cards import ModelCard
 from service.errors import CardInvalid
-from service.outputs import Floats
+from service.outputs import Floats, Head
 from service.pvt_v2 import PVT_V2, create
 from service.weights import load_weights
 
 
 class Served(nn.Module):
-    """The model as it is served: uint8 pixels (n, height, width, 3) in, logits and embedding out.
+    """The model as it is served: uint8 pixels (n, height, width, 3) in, logits, embedding and maps of `stages` out.
 
     Normalisation is part of it, so that a backend compiles it into its graph.
     """
 
-    def __init__(self, model: PVT_V2, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, model: PVT_V2, mean: Sequence[float], std: Sequence[float], stages: Sequence[int] = ()) -> None:
         super().__init__()
         self.model = model
+        self.stages = tuple(stages)
         self.mean = nn.Buffer(255 * torch.tensor(mean))
         self.scale = nn.Buffer(1 / (255 * torch.tensor(std)))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, classes) and embedding (n, channels) of `pixels`."""
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Logits (n, classes), embedding (n, channels) and stage maps (n, channels, height, width) of `pixels`."""
         x = (pixels.float() - self.mean) * self.scale
-        outputs = self.model.forward_all(x.permute(0, 3, 1, 2))  # (n, height, width, 3) -> (n, 3, height, width)
-        return outputs.logits, outputs.embedding
+        images = x.permute(0, 3, 1, 2)  # (n, height, width, 3) -> (n, 3, height, width)
+        logits, embedding, maps = self.model.forward_all(images, self.stages)
+        return logits, embedding, *maps
+
+    def head(self) -> Head:
+        """A copy of the model's last layer."""
+        head = self.model.head
+        assert isinstance(head, nn.Linear)  # noqa: S101  a card has labels, so it is one
+        return Head(head.weight.detach().numpy().copy(), head.bias.detach().numpy().copy())
 
 
-def build(card: ModelCard, folder: Path) -> Served:
-    """The module of `card` with the weights beside it, in plain float32.
+def build(card: ModelCard, folder: Path, stages: Sequence[int] = ()) -> Served:
+    """The module of `card` with the weights beside it, in plain float32, that gives the maps of `stages` too.
 
     Raises:
         CardInvalid: the card's number of parameters is not the weights'.
@@ -48,7 +56,7 @@ def build(card: ModelCard, folder: Path) -> Served:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters != card.parameters:
         raise CardInvalid(f"{folder}: the card says {card.parameters} parameters, the weights have {parameters}")
-    return Served(model, card.preprocessing.mean, card.preprocessing.std).eval()
+    return Served(model, card.preprocessing.mean, card.preprocessing.std, stages).eval()
 
 
 @torch.inference_mode()

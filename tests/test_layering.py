@@ -9,22 +9,24 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"engine"},
     {"models"},
+    {"residents"},
     {"pipeline", "loading", "supply"},
     {"loader", "registry"},
+    {"executable"},
     {"scheduler", "store", "options", "tuning"},
     {"dispatcher", "plan_cache", "reference"},
     {"backends"},
-    {"served"},
+    {"served", "results"},
     {"cards"},
     {"admission"},
     {"lanes"},
     {"activity"},
     {"queues"},
-    {"plan", "weights", "images", "results"},
+    {"plan", "weights", "images"},
     {"outputs", "pvt_v2", "image_limits", "resampling"},
     {"visible"},
     {"requests"},
-    {"errors", "metrics", "workers", "cores", "variants"},
+    {"errors", "metrics", "workers", "cores", "variants", "memory"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino", "numpy", "safetensors"}

@@ -21,12 +21,14 @@ class Layout(NamedTuple):
 
 
 class Graph(Protocol):
-    """A module made ready for batches of one fixed size; `precision` is what it really computes in."""
+    """A module made ready for batches of one fixed shape; `precision` is what it really computes in."""
 
     precision: Precision
 
-    def run(self, instance: int, batch: Batch) -> tuple[Floats, Floats]:
-        """Logits (n, classes) and embedding (n, channels); one call at a time for each `instance`.
+    def run(self, instance: int, batch: Batch) -> tuple[Floats, ...]:
+        """What the module gives: logits (n, classes), embedding (n, channels), and stage maps if it gives those.
+
+        One call at a time for each `instance`.
 
         Raises:
             OutOfMemory: the batch does not fit.

@@ -62,16 +62,17 @@ class _Compiled:
         self.precision: Precision = "bfloat16" if computes_in == ov.Type.bf16 else "float32"
         self._compiled = compiled
         self._blob = blob  # its memory is the graph's
+        self._outputs = len(compiled.outputs)
         self._requests = [compiled.create_infer_request() for _ in range(instances)]
 
-    def run(self, instance: int, batch: Batch) -> tuple[Floats, Floats]:
+    def run(self, instance: int, batch: Batch) -> tuple[Floats, ...]:
         request = self._requests[instance]
         try:
             request.infer({0: batch}, share_inputs=True)
         except MemoryError as error:
             raise OutOfMemory(f"a batch of {len(batch)} does not fit into memory") from error
         # Copies: the request's own tensors are overwritten by its next batch.
-        return request.get_output_tensor(0).data.copy(), request.get_output_tensor(1).data.copy()
+        return tuple(request.get_output_tensor(i).data.copy() for i in range(self._outputs))
 
     def export(self) -> bytes:
         stream = BytesIO()

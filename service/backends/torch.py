@@ -44,13 +44,13 @@ class _Eager:
         self._module = module
         self._threads = threads
 
-    def run(self, instance: int, batch: Batch) -> tuple[Floats, Floats]:  # noqa: ARG002
+    def run(self, instance: int, batch: Batch) -> tuple[Floats, ...]:  # noqa: ARG002
         # Counts for the calling thread, and instances' threads are not ours to make.
         torch.set_num_threads(self._threads)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16")
         with _memory_errors(len(batch)), torch.inference_mode(), autocast:
-            logits, embedding = self._module(torch.tensor(batch))  # a copy: a picture may be read-only
-        return logits.float().numpy(), embedding.float().numpy()
+            outputs = self._module(torch.tensor(batch))  # a copy: a picture may be read-only
+        return tuple(output.float().numpy() for output in outputs)
 
     def export(self) -> None:
         return None

@@ -66,16 +66,18 @@ def test_a_backend_answers_as_the_plain_module_does(
     truth: tuple[NDArray[np.float32], NDArray[np.float32]],
 ) -> None:
     graph = backend.program(served, 64, 64).graph(8, Layout(2, 1), precision)
+    # Where bfloat16 is emulated a picture takes 50 ms: not all of them then.
+    count = len(pictures) if graph.precision == "float32" else 80
 
-    batches = [graph.run(i % 2, pictures[start : start + 8]) for i, start in enumerate(range(0, len(pictures), 8))]
+    batches = [graph.run(i % 2, pictures[start : start + 8]) for i, start in enumerate(range(0, count, 8))]
 
-    for part, expected in zip((0, 1), truth, strict=True):
+    for part, expected in enumerate(each[:count] for each in truth):
         given = np.concatenate([batch[part] for batch in batches])
         assert given.shape == expected.shape
         assert given.dtype == np.float32
         assert np.abs(given - expected).max() <= TOLERANCE[graph.precision] * np.abs(expected).max()
     logits = np.concatenate([batch[0] for batch in batches])
-    np.testing.assert_array_equal(logits.argmax(axis=1), truth[0].argmax(axis=1))
+    np.testing.assert_array_equal(logits.argmax(axis=1), truth[0][:count].argmax(axis=1))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -11,12 +11,20 @@ from prometheus_client import CollectorRegistry
 from service import loading
 from service import models as models_module
 from service.engine import Engine
-from service.errors import DeadlineExceeded, InvalidImage, ModelLoadFailed, ServiceError, ShuttingDown, WeightsCorrupt
-from service.loader import Executable
+from service.errors import (
+    DeadlineExceeded,
+    InvalidImage,
+    InvalidRequest,
+    ModelLoadFailed,
+    ServiceError,
+    ShuttingDown,
+    WeightsCorrupt,
+)
+from service.executable import Executable
 from service.loader import load as real_load
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.results import Prediction
+from service.results import Inferred, Prediction
 from tests.app.conftest import png
 from tests.service.stores import add_model
 
@@ -52,6 +60,29 @@ async def test_an_image_is_answered_by_the_default_model(tmp_path: Path) -> None
     assert (predictions.model, predictions.version) == (NAME, "1")
     assert (result.width, result.height, len(result.classes)) == (40, 30, 2)
     assert all(seconds >= 0 for seconds in result.timing)
+
+
+async def test_all_that_the_model_yields_comes_at_any_size(tmp_path: Path) -> None:
+    async with engine(tmp_path) as e:
+        answered = await e.infer([png(size=(200, 100))], size=(64, 96), stages=True)
+        plain = await e.infer([png()])
+
+    (result,) = answered.results
+    assert isinstance(result, Inferred)
+    assert (answered.card.id, answered.version, answered.size) == (NAME, "1", (64, 96))
+    assert (result.width, result.height, result.pixels.shape) == (200, 100, (64, 96, 3))
+    assert [stage.shape[1:] for stage in result.outputs.stages] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    assert answered.head is not None
+    assert answered.head.weight.shape == (3, 256)
+    assert (plain.size, plain.head) == ((32, 32), None)
+
+
+async def test_a_size_above_the_limit_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    async with engine(tmp_path, max_input_side=64) as e:
+        with pytest.raises(InvalidRequest, match="size 32x96: PVT_MAX_INPUT_SIDE allows sides of up to 64 pixels"):
+            await e.predict([png()], size=(32, 96))
+
+        assert e.models.loaded() == []
 
 
 async def test_a_bad_image_fails_alone(tmp_path: Path) -> None:

@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from service.backends.base import Backend, Batch, Layout, Precision, Program
+from service.backends.base import Backend, Precision, Program
 from service.backends.openvino import OpenVinoBackend
 from service.backends.torch import TorchBackend
 from service.errors import CardInvalid, ModelLoadFailed, WeightsDigestMismatch, WeightsMismatch
-from service.loader import Executable, load
-from service.outputs import Floats
-from service.plan import BatchPlan
+from service.executable import Executable
+from service.loader import load
 from service.plan_cache import PlanCache
 from service.reference import Reference, packed, synthetic_images
 from service.served import Served, build, plain_logits
 from service.store import Store
-from service.tuning import Alone, Limits, Tuned
+from service.tuning import Limits
 from tests.service.stores import add_model
 from tests.service.test_store import edit_card
 
@@ -87,7 +86,7 @@ def test_memory_that_was_freed_before_does_not_make_a_model_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = add_model(tmp_path) / "model.safetensors"
-    monkeypatch.setattr("service.loader._resident_bytes", lambda: 10**9)
+    monkeypatch.setattr("service.loader.resident_bytes", lambda: 10**9)
 
     assert load_tiny(tmp_path).report.memory_bytes == path.stat().st_size
 
@@ -213,30 +212,3 @@ def test_what_a_plan_was_not_made_for_is_measured_anew(tmp_path: Path) -> None:
     edit_card(folder, preprocessing={"height": 64, "width": 32})
     assert not load_once(2).report.cached
     assert load_once(2).report.cached
-
-
-def test_a_lone_image_is_answered_by_the_graph_that_has_all_cores(tmp_path: Path) -> None:
-    class Graph:
-        precision: Precision = "float32"
-
-        def __init__(self, name: float) -> None:
-            self.name = name
-
-        def run(self, _: int, batch: Batch) -> tuple[Floats, Floats]:
-            return np.full((len(batch), 3), self.name, np.float32), np.zeros((len(batch), 2), np.float32)
-
-        def export(self) -> None:
-            return None
-
-    add_model(tmp_path)
-    loaded = load_tiny(tmp_path, 1)
-    alone = Alone(Layout(1, 2), 0.01, lambda: Graph(2))
-    tuned = Tuned("float32", Layout(2, 1), BatchPlan({1: 0.02, 2: 0.03}), {1: Graph(1), 2: Graph(1)}, alone, ())
-    executable = Executable(loaded.stored, tuned, loaded.report)
-
-    def answered(count: int, *, alone: bool) -> float:
-        return float(executable.run(0, pictures(count), alone=alone)[0].logits[0])
-
-    assert answered(1, alone=True) == 1  # until it is there
-    executable.widen()
-    assert [answered(1, alone=True), answered(1, alone=False), answered(2, alone=True)] == [2, 1, 1]

@@ -384,3 +384,31 @@ async def test_what_it_does_can_be_looked_at() -> None:
         stalled = made.scheduler.stalled_seconds()
         assert (stalled["decode"], stalled["infer"] > 0) == (0.0, True)
         assert repr(made.scheduler) == "<Scheduler <Dispatcher to_decode=0 decoding=0/1 waiting=0 busy=1/1>>"
+
+
+async def test_a_closed_lane_is_waited_for_until_no_thread_uses_it() -> None:
+    go, running = threading.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def run(instance: int, payloads: Sequence[int], *, alone: bool) -> Sequence[int]:  # noqa: ARG001
+        loop.call_soon_threadsafe(running.set)
+        go.wait(30)
+        return payloads
+
+    scheduler = Scheduler[int, int, int](1, Seen())
+    lane = scheduler.open_lane("a", BatchPlan({1: 0.01}), lambda x: x, run, 8)
+    with scheduler.places(lane, 1):
+        caller = asyncio.create_task(scheduler.submit(lane, 1))
+        await running.wait()
+        with pytest.raises(RuntimeError, match="still holds 1 images"):
+            await scheduler.close_lane(lane)
+        caller.cancel()
+        await asyncio.wait([caller])
+    closing = asyncio.create_task(scheduler.close_lane(lane))
+    await asyncio.sleep(0)
+
+    assert not closing.done()
+    go.set()
+    await closing
+    assert scheduler.activity().queues == []
+    await scheduler.close()

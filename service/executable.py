@@ -1,0 +1,179 @@
+"""A loaded model at one input size: what runs its batches, and what makes more of it when that is first asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.backends.base import Backend, Graph, Layout, Precision
+from service.errors import ModelLoadFailed
+from service.memory import resident_bytes
+from service.outputs import Head, Outputs
+from service.plan import BatchPlan, batch_seconds
+from service.served import build
+from service.store import StoredModel
+from service.tuning import Alone, Tuned
+
+Pixels = NDArray[np.uint8]  # (height, width, 3)
+STAGES = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """How a model was loaded.
+
+    `notes` says what was tried and left out, and why; `cached` whether plan and graphs came from the plan cache.
+    `memory_bytes` is what the process's resident memory grew by meanwhile, and at least the size of the weights, since
+    growth that fits into memory freed before is not seen.
+    """
+
+    backend: str
+    precision: Precision
+    layout: Layout
+    notes: tuple[str, ...]
+    cached: bool
+    load_seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSet:
+    """Graphs by batch size, and the one that has all cores for a lone image, where there is one."""
+
+    graphs: dict[int, Graph]
+    alone: Graph | None = None
+
+
+class Executable:
+    """A loaded model for pictures of one size: runs batches of up to the plan's largest size."""
+
+    def __init__(
+        self,
+        stored: StoredModel,
+        backend: Backend,
+        tuned: Tuned,
+        report: LoadReport,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        """`size`: height and width of its pictures; the card's by default."""
+        self.stored = stored
+        self.card = stored.require_card()
+        pixels = self.card.preprocessing
+        self.height, self.width = size or (pixels.height, pixels.width)
+        self.plan = tuned.plan
+        self.report = report
+        self._backend = backend
+        self._layout = tuned.layout
+        self._alone = tuned.alone and tuned.alone.layout
+        # Mutable state: how to get the graph for a lone image, until `widen` has; the graphs; those that give stage
+        # maps too, and the head's weights, once `add_stages` has made them; and the memory that these took.
+        self._make_alone = tuned.alone and tuned.alone.make
+        self._plain = GraphSet(tuned.graphs)
+        self._staged: GraphSet | None = None
+        self.head: Head | None = None
+        self.added_bytes = 0
+
+    def __repr__(self) -> str:
+        return f"<Executable {self.stored.id} {self.height}x{self.width} sizes={self.plan.sizes} staged={self.staged}>"
+
+    @property
+    def own_size(self) -> bool:
+        """Whether its pictures have the size that the card says."""
+        return (self.height, self.width) == (self.card.preprocessing.height, self.card.preprocessing.width)
+
+    @property
+    def staged(self) -> bool:
+        """Whether it can give stage maps."""
+        return self._staged is not None
+
+    def widen(self) -> None:
+        """Make what the model can do without for its first answers: the graph that has all cores for a lone image."""
+        if self._make_alone:
+            graph = self._make_alone()
+            self._make_alone = None  # it holds every graph that was measured
+            self._warm(1, graph)
+            self._plain = GraphSet(self._plain.graphs, graph)
+
+    def add_stages(self) -> None:
+        """Make the graphs that give stage maps, and fetch the head's weights. Blocking; takes as long as compiling.
+
+        Raises:
+            ModelLoadFailed: the model's files are gone or changed since it was loaded, or can't be compiled.
+        """
+        if self._staged:
+            return
+        before = resident_bytes()
+        module = build(self.card, self.stored.folder, STAGES)
+        program = self._backend.program(module, self.height, self.width)
+        graphs = {size: program.graph(size, self._layout, self.report.precision) for size in self.plan.sizes}
+        lone = program.graph(1, self._alone, self.report.precision) if self._alone else None
+        for size, graph in graphs.items():
+            self._warm(size, graph)
+        if lone:
+            self._warm(1, lone)
+        self.head = module.head()
+        self._staged = GraphSet(graphs, lone)
+        self.added_bytes += max(self.card.weights.bytes, resident_bytes() - before)
+
+    def resized(self, height: int, width: int) -> "Executable":
+        """The same model for pictures of `height` x `width`, in the same precision and layout. Blocking.
+
+        Batches that would hold more pixels than this one's largest are left out.
+
+        Raises:
+            ModelLoadFailed: as `add_stages`.
+        """
+        before = resident_bytes()
+        layout, precision = self._layout, self.report.precision
+        most = max(1, self.plan.largest * self.height * self.width // (height * width))
+        program = self._backend.program(build(self.card, self.stored.folder), height, width)
+        graphs: dict[int, Graph] = {}
+        seconds: dict[int, float] = {}
+        for size in (n for n in self.plan.sizes if n <= most):
+            graph = graphs[size] = program.graph(size, layout, precision)
+            seconds[size] = _seconds(graph, (size, height, width), layout.streams, self._backend.instances)
+        alone = None
+        if self._alone:
+            lone = program.graph(1, self._alone, precision)
+            alone = Alone(self._alone, _seconds(lone, (1, height, width), 1, 1), lambda: lone)
+        plan = BatchPlan(seconds, alone.seconds if alone else None)
+        tuned = Tuned(precision, layout, plan, graphs, alone, ())
+        resized = Executable(self.stored, self._backend, tuned, self.report, (height, width))
+        resized.widen()
+        resized.added_bytes = max(self.card.weights.bytes, resident_bytes() - before)
+        return resized
+
+    def run(
+        self, instance: int, images: Sequence[Pixels], *, alone: bool = False, stages: bool = False
+    ) -> list[Outputs]:
+        """The outputs of `images`, in their order; one call at a time for each `instance`.
+
+        `alone` says that nothing else runs, so that one image may have all cores. `stages` asks for stage maps.
+        """
+        kept = self._staged if stages else self._plain
+        if kept is None:
+            raise ModelLoadFailed(f"the graphs of {self.stored.id} that give stage maps have not been made")
+        size = self.plan.padded(len(images))
+        graph = kept.alone if alone and kept.alone and size == 1 else kept.graphs[size]
+        logits, embedding, *maps = graph.run(instance, _stack(images, size))
+        return [Outputs(logits[i], embedding[i], tuple(each[i] for each in maps)) for i in range(len(images))]
+
+    def _warm(self, size: int, graph: Graph) -> None:
+        """The first run pays for lazy allocation, and shows that it runs."""
+        graph.run(0, np.zeros((size, self.height, self.width, 3), np.uint8))
+
+
+def _seconds(graph: Graph, shape: tuple[int, int, int], streams: int, instances: int) -> float:
+    """The time of a batch, as one of `instances` has it: with fewer streams than these, they wait for one another."""
+    batch = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    return batch_seconds(lambda instance: graph.run(instance, batch), streams) * instances / streams
+
+
+def _stack(images: Sequence[Pixels], size: int) -> NDArray[np.uint8]:
+    """(size, height, width, 3), the places behind the images left black. One image alone is not copied."""
+    if len(images) == size == 1:
+        return images[0][np.newaxis]
+    batch = np.zeros((size, *images[0].shape), dtype=np.uint8)
+    np.stack(images, out=batch[: len(images)])
+    return batch
