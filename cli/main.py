@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli import serving
+from cli import embedding, listing, predicting, serving
 from cli.terminal import print_line, short_errors
 
 HELP = """Pyramid Vision Transformer v2 image models: serve them over HTTP, or use them from here.
@@ -18,7 +18,7 @@ def create_app() -> typer.Typer:
     """The command line with every command."""
     app = typer.Typer(name="pvt-serve", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False)
     app.callback()(_options)
-    for module in (serving,):
+    for module in (predicting, embedding, listing, serving):
         module.register(app)
     return app
 

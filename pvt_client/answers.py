@@ -54,6 +54,17 @@ class Features:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """The embedding of one picture, `vector` (D,); `width` and `height` are the picture's own, in pixels."""
+
+    width: int
+    height: int
+    vector: Floats
+    model: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Explanation:
     """The exact class activation map of one class: `map.mean() + bias` is `logit`."""
 

@@ -94,22 +94,26 @@ class AsyncClient:
         self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[PredictOptions]
     ) -> AsyncGenerator[tuple[AnyImage, Prediction | PvtError]]:
         """See `Client.predict_many`."""
-        return in_tasks(self._in_place(lambda image: calls.predict(image, **options)), images, concurrency)
+        return self.many(lambda image: calls.predict(image, **options), images, concurrency=concurrency)
 
     def features_many(
         self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
     ) -> AsyncGenerator[tuple[AnyImage, Features | PvtError]]:
         """See `Client.features_many`."""
-        return in_tasks(self._in_place(lambda image: calls.features(image, **options)), images, concurrency)
+        return self.many(lambda image: calls.features(image, **options), images, concurrency=concurrency)
 
-    def _in_place(self, call: Callable[[AnyImage], Call[T]]) -> Callable[[AnyImage], Awaitable[T | PvtError]]:
+    def many(
+        self, call: Callable[[AnyImage], Call[T]], images: Iterable[AnyImage], *, concurrency: int = 8
+    ) -> AsyncGenerator[tuple[AnyImage, T | PvtError]]:
+        """See `Client.many`."""
+
         async def run(image: AnyImage) -> T | PvtError:
             try:
                 return await self._run(lambda: call(image))
             except OF_ONE_IMAGE as error:
                 return error
 
-        return run
+        return in_tasks(run, images, concurrency)
 
     async def _run(self, make: Callable[[], Call[T]]) -> T:
         steps = self._course.steps(await asyncio.to_thread(make))  # it reads the file

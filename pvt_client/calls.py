@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from pvt_client import answers
-from pvt_client.answers import Answer, Explanation, Features, Health, Model, Prediction
+from pvt_client.answers import Answer, Embedding, Explanation, Features, Health, Model, Prediction
 from pvt_client.errors import ImageTooLarge, InvalidImage, Problem, PvtError, UnexpectedAnswer
 from pvt_client.images import AnyImage, Image, Images, Upload, upload
 from pvt_client.options import ExplainOptions, FeaturesOptions, MapOptions, PredictOptions
@@ -106,6 +106,20 @@ def features(images: Image | Images[AnyImage], **options: Unpack[FeaturesOptions
 
     wanted = {**options, "stages": ",".join(map(str, stages)) or None}
     return _post("/features", _uploads(images), read, wanted, accept="application/x-npz")
+
+
+def embedding(image: Image, **options: Unpack[FeaturesOptions]) -> Call[Embedding]:
+    """`POST /features` as JSON, which tells the picture's size and the model too."""
+    uploads = [upload(image)]
+
+    @_understood
+    def read(answer: Answer) -> Embedding:
+        body = answers.read_json(answer)
+        (result,) = body["results"]
+        vector = np.array(result["embedding"], np.float32)
+        return Embedding(result["width"], result["height"], vector, body["model"], body["version"])
+
+    return _post("/features", uploads, read, options)
 
 
 def explain(image: Image, **options: Unpack[ExplainOptions]) -> Call[bytes]:

@@ -101,22 +101,26 @@ class Client:
         A bad picture's error stands in its place; an error that the others would meet too is raised. Only pictures
         that are on their way are in memory, so `images` may be endless.
         """
-        return in_threads(self._in_place(lambda image: calls.predict(image, **options)), images, concurrency)
+        return self.many(lambda image: calls.predict(image, **options), images, concurrency=concurrency)
 
     def features_many(
         self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
     ) -> Generator[tuple[AnyImage, Features | PvtError]]:
         """Each of `images` with its features, in the same way."""
-        return in_threads(self._in_place(lambda image: calls.features(image, **options)), images, concurrency)
+        return self.many(lambda image: calls.features(image, **options), images, concurrency=concurrency)
 
-    def _in_place(self, call: Callable[[AnyImage], Call[T]]) -> Callable[[AnyImage], T | PvtError]:
+    def many(
+        self, call: Callable[[AnyImage], Call[T]], images: Iterable[AnyImage], *, concurrency: int = 8
+    ) -> Generator[tuple[AnyImage, T | PvtError]]:
+        """Each of `images` with the answer to the call that is made for it, in the same way."""
+
         def run(image: AnyImage) -> T | PvtError:
             try:
                 return self._run(call(image))
             except OF_ONE_IMAGE as error:
                 return error
 
-        return run
+        return in_threads(run, images, concurrency)
 
     def _run(self, call: Call[T]) -> T:
         steps = self._course.steps(call)
