@@ -40,12 +40,16 @@ async def engine_here(asked: Asked) -> AsyncIterator["Here"]:
         settings = read_settings()
     except StartRefused as error:
         raise CommandError(str(error), USAGE) from error
+    before = structlog.get_config()
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    async with Engine(settings.engine_options(), EngineMetrics(CollectorRegistry())) as engine:
-        yield Here(engine, asked, settings.max_body_bytes)
+    try:
+        async with Engine(settings.engine_options(), EngineMetrics(CollectorRegistry())) as engine:
+            yield Here(engine, asked, settings.max_body_bytes)
+    finally:
+        structlog.configure(**before)
 
 
 class Here:

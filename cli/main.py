@@ -1,5 +1,6 @@
 """The command line, put together."""
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated
 
@@ -23,10 +24,10 @@ def create_app() -> typer.Typer:
     return app
 
 
-def main() -> None:
-    """Run the command that the arguments name; exits 2 on a usage error, 1 on any other."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that `arguments`, or those of the process, name; exits 2 on a usage error, 1 on any other."""
     with short_errors():
-        create_app()(prog_name="pvt-serve")
+        create_app()(arguments, prog_name="pvt-serve")
 
 
 def _version(asked: bool) -> None:

@@ -65,7 +65,7 @@ def read(path: Path) -> Iterator[Block]:
 def made_of(path: Path) -> Made:
     """How the embeddings in `path` were made; raises BrokenTable."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return Made(**json.loads(str(file[_MADE])))
     except (BadZipFile, KeyError, ValueError, TypeError, EOFError) as error:
         raise BrokenTable(f"{path} is no table of embeddings: {error}") from error
