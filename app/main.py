@@ -14,7 +14,7 @@ from app.direct import Direct
 from app.member import Member
 from app.metrics import HttpMetrics
 from app.middleware import RequestContext
-from app.routes import debug, health, models, pages, predict
+from app.routes import debug, explain, features, health, models, pages, predict
 from app.settings import Settings
 from service.engine import Engine
 from service.metrics import EngineMetrics
@@ -30,12 +30,14 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
         redoc_url=None,  # one page of documentation is enough, and that one loads a logo from elsewhere
         lifespan=_lifespan(settings, registry, member),
     )
-    app.add_middleware(Direct, endpoints={endpoint.path: endpoint for endpoint in (predict.DIRECT,)})
+    app.add_middleware(
+        Direct, endpoints={endpoint.path: endpoint for endpoint in (predict.DIRECT, features.DIRECT, explain.DIRECT)}
+    )
     app.add_middleware(RequestContext, metrics=HttpMetrics(registry))
     problems.install(app)
     # Only where keys are set: a dependency costs each request, and the docs then ask for a key that nobody has.
     protected = [Depends(require_key)] if settings.api_keys else []
-    for module in (predict, models):
+    for module in (predict, features, explain, models):
         app.include_router(module.router, dependencies=protected)
     for module in (health, pages, debug):
         app.include_router(module.router)

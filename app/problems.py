@@ -27,6 +27,10 @@ class UnsupportedMediaType(errors.ServiceError):
     """The body's content type is none that the endpoint reads."""
 
 
+class NotAcceptable(errors.ServiceError):
+    """The endpoint answers in no form that the caller accepts."""
+
+
 class BodyTooLarge(errors.ImageTooLarge):
     """The request body exceeds PVT_MAX_BODY_MB."""
 
@@ -51,6 +55,7 @@ STATUS: Mapping[type[Exception], int] = {
     errors.DeadlineExceeded: 504,
     errors.ShuttingDown: 503,
     UnsupportedMediaType: 415,
+    NotAcceptable: 406,
     Unauthorized: 401,
     Forbidden: 403,
 }
@@ -70,6 +75,7 @@ MEANING: Mapping[int, str] = {
     401: "A key is required (PVT_API_KEYS, or PVT_MANAGEMENT_KEYS for management).",
     403: "Management is off (PVT_MANAGEMENT_KEYS).",
     404: "No such model.",
+    406: "No form of answer that `Accept` takes.",
     413: "The body or a picture exceeds a limit.",
     415: "Unsupported form of body.",
     422: "A parameter or a picture is wrong.",

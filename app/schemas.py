@@ -1,35 +1,17 @@
-"""The bodies that go out, and the query that comes in with a picture."""
+"""The bodies that go out."""
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from app.problems import Problem, problem
 from service.cards import Accuracy
+from service.encodings import json_array
 from service.errors import ServiceError
 from service.executable import Executable
+from service.explain import Explanation
 from service.models import ModelStatus
 from service.results import Prediction
-
-
-class PredictQuery(BaseModel):
-    """Parameters of `POST /predict`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: Annotated[
-        str | None, Field(description="`<variant>.<tag>`, or a variant alone; the service's default model if absent.")
-    ] = None
-    top_k: Annotated[int, Field(ge=1, le=1000, description="How many classes to name, best first.")] = 5
-    timeout_ms: Annotated[
-        int | None,
-        Field(ge=1, le=3_600_000, description="Answer within this time or not at all; default PVT_TIMEOUT_MS."),
-    ] = None
-
-    @property
-    def timeout_seconds(self) -> float | None:
-        """The timeout in seconds."""
-        return None if self.timeout_ms is None else self.timeout_ms / 1000
 
 
 class ClassPrediction(BaseModel):
@@ -62,6 +44,53 @@ class PredictResponse(BaseModel):
     model: str
     version: str
     results: list[ImageResult | ImageError]
+
+
+class StageMap(BaseModel):
+    """A feature map: `shape` is channels, height, width, or channels alone; `data` is flat, the last axis fastest."""
+
+    shape: list[int]
+    data: list[float]
+
+
+class ImageFeatures(BaseModel):
+    """The features of one picture; width and height are its own, in pixels, `stages` is by number."""
+
+    filename: str | None
+    width: int
+    height: int
+    embedding: list[float] | None = None
+    stages: dict[str, StageMap] | None = None
+
+
+class FeaturesResponse(BaseModel):
+    """The features, in the order of the pictures."""
+
+    model: str
+    version: str
+    results: list[ImageFeatures | ImageError]
+
+
+class ImageExplanation(BaseModel):
+    """What speaks for one class where: the mean of `map`, plus `bias`, is `logit`."""
+
+    filename: str | None
+    width: int
+    height: int
+    class_id: int
+    label: str
+    score: float
+    logit: float
+    bias: float
+    map: Annotated[list[list[float]], Field(description="Rows, top to bottom; a cell is 32 x 32 pixels of the input.")]
+
+
+class ExplainResponse(BaseModel):
+    """The explanations, in the order of the pictures."""
+
+    model: str
+    version: str
+    results: list[ImageExplanation | ImageError]
 
 
 class BatchSize(BaseModel):
@@ -125,9 +154,31 @@ class HealthResponse(BaseModel):
 def image_result(filename: str | None, result: Prediction | ServiceError, request_id: str) -> dict[str, object]:
     """One place of `PredictResponse.results`: an ImageResult or an ImageError, as orjson takes it."""
     if isinstance(result, ServiceError):
-        return {"filename": filename, "error": problem(result, request_id).model_dump()}
+        return image_error(filename, result, request_id)
     # A ClassScore has a ClassPrediction's fields, and orjson knows dataclasses.
     return {"filename": filename, "width": result.width, "height": result.height, "predictions": result.classes}
+
+
+def image_error(filename: str | None, error: ServiceError, request_id: str) -> dict[str, object]:
+    """An ImageError, as orjson takes it."""
+    return {"filename": filename, "error": problem(error, request_id).model_dump()}
+
+
+def explanation_result(filename: str | None, result: Explanation | ServiceError, request_id: str) -> dict[str, object]:
+    """An ImageExplanation or an ImageError, as orjson takes it."""
+    if isinstance(result, ServiceError):
+        return image_error(filename, result, request_id)
+    return {
+        "filename": filename,
+        "width": result.inferred.width,
+        "height": result.inferred.height,
+        "class_id": result.class_id,
+        "label": result.label,
+        "score": result.score,
+        "logit": result.logit,
+        "bias": result.bias,
+        "map": json_array(result.map),
+    }
 
 
 def model_info(model: ModelStatus) -> ModelInfo:

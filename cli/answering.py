@@ -21,7 +21,7 @@ class Asked:
     url: str | None = None
     api_key: str | None = None
     model: str | None = None
-    size: int | None = None
+    size: str | None = None
     concurrency: int = 8
 
 

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 import numpy as np
 import structlog
 from prometheus_client import CollectorRegistry
+from pydantic import ValidationError
 
+from app.queries import InferenceQuery
 from app.schemas import model_info
 from app.start import StartRefused, read_settings
 from cli.answering import Asked, Bad
@@ -21,11 +23,14 @@ from pvt_client.answers import ClassScore, Embedding
 from pvt_client.windows import in_tasks
 from service.engine import Engine
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
+from service.explain import Explanation as Explained
+from service.explain import explain, overlay
 from service.metrics import EngineMetrics
 from service.outputs import top_k as best_classes
 from service.results import Answered, Inferred
 
 T = TypeVar("T")
+_ALPHA = 0.5  # as ExplainQuery
 _PATIENCE_SECONDS = 3600.0  # nobody waits at the other end; the first picture waits for its model
 
 
@@ -59,6 +64,10 @@ class Here:
         self._engine = engine
         self._asked = asked
         self._max_bytes = max_bytes
+        try:
+            self._size = InferenceQuery(size=asked.size).input_size if asked.size else None
+        except ValidationError as error:
+            raise CommandError(f"--size {asked.size}: {error.errors()[0]['msg']}", USAGE) from error
         # As many as keep every thread busy: full batches, and pictures decoded meanwhile.
         self._ahead = engine.options.instances * engine.options.max_batch_size + engine.options.cores
 
@@ -87,22 +96,42 @@ class Here:
 
     async def overlay(self, path: Path, class_id: int | None, alpha: float | None) -> bytes:
         """See `Answering`."""
-        raise NotImplementedError
+        explained = await self._explain(path, class_id)
+        return await asyncio.to_thread(overlay, explained[1], _ALPHA if alpha is None else alpha)
 
     async def explain(self, path: Path, class_id: int | None) -> Explanation:
         """See `Answering`."""
-        raise NotImplementedError
+        answered, found = await self._explain(path, class_id)
+        return Explanation(
+            filename=path.name,
+            width=found.inferred.width,
+            height=found.inferred.height,
+            class_id=found.class_id,
+            label=found.label,
+            score=found.score,
+            logit=found.logit,
+            bias=found.bias,
+            map=found.map,
+            model=answered.model,
+            version=answered.version,
+        )
 
     async def models(self) -> list[dict[str, Any]]:
         """See `Answering`."""
         found = [model_info(model) for model in await self._engine.models.all()]
         return [each.model_dump(mode="json", exclude_none=True) for each in found]
 
+    async def _explain(self, path: Path, class_id: int | None) -> tuple[Answered, Explained]:
+        answered, _ = await self._infer(path, stages=True)
+        (found,) = explain(answered, class_id)
+        if isinstance(found, ServiceError):
+            raise found
+        return answered, found
+
     async def _infer(self, path: Path, *, stages: bool = False) -> tuple[Answered, Inferred]:
         data = await asyncio.to_thread(self._read, path)
-        size = None if self._asked.size is None else (self._asked.size, self._asked.size)
         answered = await self._engine.infer(
-            [data], model=self._asked.model, size=size, stages=stages, timeout_seconds=_PATIENCE_SECONDS
+            [data], model=self._asked.model, size=self._size, stages=stages, timeout_seconds=_PATIENCE_SECONDS
         )
         (result,) = answered.results
         if isinstance(result, ServiceError):

@@ -17,11 +17,11 @@ class Made:
     model: str
     version: str
     dimensions: int
-    size: int | None
+    size: str | None
     normalize: bool
 
     @classmethod
-    def of(cls, embedding: Embedding, size: int | None, *, normalize: bool) -> "Made":
+    def of(cls, embedding: Embedding, size: str | None, *, normalize: bool) -> "Made":
         """How `embedding` was made."""
         return cls(
             model=embedding.model,

@@ -19,8 +19,8 @@ Model = Annotated[
     typer.Option(metavar="NAME", help="<variant>.<tag>, or a variant alone. The default is PVT_DEFAULT_MODEL."),
 ]
 Size = Annotated[
-    int | None,
-    typer.Option(metavar="PIXELS", min=32, help="Side of the model's input, a multiple of 32; its own by default."),
+    str | None,
+    typer.Option(metavar="PIXELS", help="Model input, 224 or 256x384, multiples of 32; its own size by default."),
 ]
 Concurrency = Annotated[int, typer.Option(metavar="N", min=1, max=1024, help="Requests at the same time, with --url.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")]

@@ -91,7 +91,7 @@ class GrowingTable:
         elif made != self._made:
             raise self._other(str(made))
 
-    def check_asked(self, size: int | None, *, normalize: bool) -> None:
+    def check_asked(self, size: str | None, *, normalize: bool) -> None:
         """The same before anything is embedded, by what is known then."""
         if self._made and (self._made.size, self._made.normalize) != (size, normalize):
             raise self._other(str(replace(self._made, size=size, normalize=normalize)))

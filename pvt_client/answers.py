@@ -44,13 +44,13 @@ class Features:
     """Arrays of one picture, or of several stacked on a first axis, in the order of the pictures.
 
     `embedding` is (D,) or (n, D). `stages` has the stages asked for by number, with pool `none` (C, H, W) or
-    (n, C, H, W), with `avg` (C,) or (n, C). `model` and `version` are None where the service does not tell them.
+    (n, C, H, W), with `avg` (C,) or (n, C).
     """
 
     embedding: Floats
-    stages: Mapping[int, Floats] = field(default_factory=dict)
-    model: str | None = None
-    version: str | None = None
+    stages: Mapping[int, Floats]
+    model: str
+    version: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,14 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
-from io import BytesIO
 from typing import Generic, ParamSpec, TypeVar, Unpack
 from urllib.parse import quote
-from zipfile import BadZipFile
 
 import numpy as np
 
-from pvt_client import answers
+from pvt_client import answers, tensors
 from pvt_client.answers import Answer, Embedding, Explanation, Features, Health, Model, Prediction
 from pvt_client.errors import ImageTooLarge, InvalidImage, Problem, PvtError, UnexpectedAnswer
 from pvt_client.images import AnyImage, Image, Images, Upload, upload
@@ -63,7 +61,7 @@ def _understood(read: Callable[P, T]) -> Callable[P, T]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return read(*args, **kwargs)
-        except (LookupError, TypeError, ValueError, BadZipFile, EOFError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise UnexpectedAnswer(f"an answer that this client does not understand: {error!r}") from error
 
     return checked
@@ -99,13 +97,13 @@ def features(images: Image | Images[AnyImage], **options: Unpack[FeaturesOptions
 
     @_understood
     def read(answer: Answer) -> Features:
-        with np.load(BytesIO(answer.body), allow_pickle=False) as file:
-            arrays = {name: file[name] if several else file[name][0] for name in file.files}
+        arrays, told = tensors.read(answer.body)
+        arrays = arrays if several else {name: array[0] for name, array in arrays.items()}
         maps = {number: arrays[f"stage{number}"] for number in stages}
-        return Features(arrays["embedding"], maps, answer.headers.get("x-model"), answer.headers.get("x-model-version"))
+        return Features(arrays["embedding"], maps, told["model"], told["version"])
 
     wanted = {**options, "stages": ",".join(map(str, stages)) or None}
-    return _post("/features", _uploads(images), read, wanted, accept="application/x-npz")
+    return _post("/features", _uploads(images), read, wanted, accept=tensors.MEDIA_TYPE)
 
 
 def embedding(image: Image, **options: Unpack[FeaturesOptions]) -> Call[Embedding]:
@@ -201,4 +199,6 @@ def _post(
 
 
 def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

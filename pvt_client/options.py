@@ -7,8 +7,9 @@ from typing import Literal, TypedDict
 class _Common(TypedDict, total=False):
     model: str | None
     """`<variant>.<tag>`, a variant alone, or an alias; the service's default model if left out."""
-    size: int | None
-    """Side of the model's input in pixels, a multiple of 32; the model's own if left out."""
+    size: int | tuple[int, int] | str | None
+    """Side of the square model input in pixels, or its height and width (also as `"256x384"`); multiples of 32. The
+    model's own if left out."""
 
 
 class PredictOptions(_Common, total=False):

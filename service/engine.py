@@ -106,9 +106,9 @@ class Engine:
         given = executable.height, executable.width
         return Answered(executable.card, executable.stored.version, given, executable.head if stages else None, results)
 
-    def encoded(self, predictions: Predictions, seconds: float) -> None:
-        """Take note that writing `predictions` out took `seconds`."""
-        self._metrics.stage_seconds.labels("encode", predictions.model).observe(seconds)
+    def encoded(self, model: str, seconds: float) -> None:
+        """Take note that writing an answer of `model` out took `seconds`."""
+        self._metrics.stage_seconds.labels("encode", model).observe(seconds)
 
     def live(self) -> Health:
         """Live while the threads move; says nothing of readiness, and asks no disk."""

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.cards import ModelCard
-from service.errors import ServiceError
+from service.errors import InvalidRequest, ServiceError
 from service.outputs import ClassScore, Head, Outputs, top_k
+
+T = TypeVar("T")
 
 
 class Timing(NamedTuple):
@@ -47,6 +49,11 @@ class Answered:
     head: Head | None
     results: list[Inferred | ServiceError]
 
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self.card.id
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
@@ -81,3 +88,22 @@ def prediction(image: Inferred | ServiceError, labels: Sequence[str], k: int) ->
     if isinstance(image, ServiceError):
         return image
     return Prediction(image.width, image.height, top_k(image.outputs.logits, labels, k), image.timing)
+
+
+def whole(results: Sequence[T | ServiceError], names: Sequence[str | None]) -> list[T]:
+    """The results of all pictures, which have these file `names`.
+
+    Raises:
+        ServiceError: one of the pictures failed; the error is the first one's, and says which it was.
+    """
+    for i, result in enumerate(results):
+        if isinstance(result, ServiceError):
+            if len(results) == 1:
+                raise result
+            name = names[i]
+            called = f" ({name[:100]!r})" if name else ""
+            raise InvalidRequest(
+                f"picture {i + 1}{called}: {result}; the binary forms hold all pictures or none, application/json "
+                "answers the others"
+            )
+    return [result for result in results if not isinstance(result, ServiceError)]

@@ -41,6 +41,7 @@ def digits() -> Path:
 
 @pytest.fixture(scope="session")
 def service_url() -> Iterator[str]:
-    """A server process with the embedded model."""
-    with serving(read_log=False) as server:
+    """`pvt-serve serve` with the embedded model, and the backend that loads fastest; options win over variables."""
+    command = ("-m", "cli", "serve", "--port", "0")
+    with serving(read_log=False, command=command, port="1", backend="torch") as server:
         yield server.url

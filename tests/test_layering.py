@@ -16,6 +16,7 @@ LAYERS = [
     {"scheduler", "store", "options", "tuning"},
     {"dispatcher", "plan_cache", "reference"},
     {"backends"},
+    {"features", "explain"},
     {"served", "results"},
     {"cards"},
     {"admission"},
@@ -23,10 +24,11 @@ LAYERS = [
     {"activity"},
     {"queues"},
     {"plan", "weights", "images"},
+    {"encodings"},
     {"outputs", "pvt_v2", "image_limits", "resampling"},
     {"visible"},
     {"requests"},
-    {"errors", "metrics", "workers", "cores", "variants", "memory"},
+    {"errors", "metrics", "workers", "cores", "variants", "memory", "colours"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino", "numpy", "safetensors"}

@@ -1,43 +1,23 @@
 """`POST /predict`."""
 
 from collections.abc import Sequence
-from time import perf_counter
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
-from app.bodies import FIELD, ImagesBody, Upload, read_uploads
-from app.dependencies import EngineDep, SettingsDep
+from app.bodies import Upload
+from app.dependencies import EngineDep
 from app.direct import Endpoint
-from app.disconnect import cancelled_on_disconnect
 from app.problems import documented
-from app.schemas import PredictQuery, PredictResponse, image_result
-from service.errors import ServiceError
+from app.queries import PredictQuery
+from app.routes.inference import BODY, answered, encoded
+from app.schemas import PredictResponse, image_result
 from service.results import Predictions
 
 router = APIRouter(tags=["inference"])
-
-_BINARY = {"type": "string", "format": "binary"}
-# The body is read by `read_uploads`, not by the framework, so its three forms are described here.
-BODY: dict[str, Any] = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": [FIELD],
-                "properties": {FIELD: {"type": "array", "items": _BINARY}},
-                "additionalProperties": False,
-            }
-        },
-        "image/png": {"schema": _BINARY},
-        "image/jpeg": {"schema": _BINARY},
-        "application/octet-stream": {"schema": _BINARY},
-        "application/json": {"schema": ImagesBody.model_json_schema()},
-    },
-}
 
 
 @router.post(
@@ -47,33 +27,27 @@ BODY: dict[str, Any] = {
     responses=documented(401, 404, 413, 415, 422, 429, 503, 504),
     openapi_extra={"requestBody": BODY},
 )
-async def predict(
-    request: Request, query: Annotated[PredictQuery, Query()], engine: EngineDep, settings: SettingsDep
-) -> Response:
+async def predict(request: Request, query: Annotated[PredictQuery, Query()], engine: EngineDep) -> Response:
     """The best classes of one picture or several.
 
     With several, a bad one becomes an `error` in its place and the others are answered. With a single picture, its
     error is the response.
     """
-    with engine.request():
-        uploads = await read_uploads(request, settings.max_body_bytes, settings.max_images)
-        async with cancelled_on_disconnect(request):
-            predictions = await engine.predict(
-                [upload.data for upload in uploads],
-                model=query.model,
-                top_k=query.top_k,
-                timeout_seconds=query.timeout_seconds,
-            )
-    _note(request, predictions)
-    start = perf_counter()
-    body = _body(uploads, predictions, request.state.request_id)
-    engine.encoded(predictions, perf_counter() - start)
+    infer = partial(
+        engine.predict,
+        model=query.model,
+        top_k=query.top_k,
+        size=query.input_size,
+        timeout_seconds=query.timeout_seconds,
+    )
+    uploads, predictions = await answered(request, engine, infer)
+    body = await encoded(engine, predictions.model, lambda: _body(uploads, predictions, request.state.request_id))
     return Response(body, media_type="application/json")
 
 
 async def _direct(request: Request, query: BaseModel) -> Response:
     assert isinstance(query, PredictQuery)  # noqa: S101  DIRECT says so
-    return await predict(request, query, request.state.engine, request.state.settings)
+    return await predict(request, query, request.state.engine)
 
 
 DIRECT = Endpoint("/predict", PredictQuery, _direct)
@@ -86,13 +60,3 @@ def _body(uploads: Sequence[Upload], predictions: Predictions, request_id: str) 
         for upload, result in zip(uploads, predictions.results, strict=True)
     ]
     return orjson.dumps({"model": predictions.model, "version": predictions.version, "results": results})
-
-
-def _note(request: Request, predictions: Predictions) -> None:
-    """Leave what the middleware writes into headers and log; of several pictures the slowest one's times."""
-    request.state.log = {"model": predictions.model, "images": len(predictions.results)}
-    answered = [result for result in predictions.results if not isinstance(result, ServiceError)]
-    if answered:
-        request.state.timing = max((each.timing for each in answered), key=sum)._asdict()
-    elif len(predictions.results) == 1 and isinstance(error := predictions.results[0], ServiceError):
-        raise error

@@ -2,12 +2,12 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from pvt_client import (
     AsyncClient,
@@ -25,10 +25,9 @@ from tests.pvt_client.conftest import Ask
 from tests.pvt_client.scripted import Received, answer, predicted, refused, scripted
 
 
-def npz(**arrays: Any) -> bytes:
-    buffer = BytesIO()
-    np.savez(buffer, **arrays)
-    return answer(200, buffer.getvalue(), "application/x-npz", X_Model="m", X_Model_Version="3")
+def safetensors(**arrays: Any) -> bytes:
+    body = save(arrays, {"model": "m", "version": "3"})
+    return answer(200, body, "application/vnd.safetensors")
 
 
 def test_calls_share_a_connection(ask: Ask) -> None:
@@ -56,7 +55,7 @@ def test_options_that_are_left_out_are_left_to_the_service(ask: Ask) -> None:
 
 def test_features_come_back_as_arrays_without_the_axis_of_pictures(ask: Ask) -> None:
     embedding, stage = np.ones((1, 4), np.float16), np.zeros((1, 2, 3, 3), np.float16)
-    with scripted(npz(embedding=embedding, stage2=stage)) as server:
+    with scripted(safetensors(embedding=embedding, stage2=stage)) as server:
         features: Features = ask(
             server.url, "features", b"a", stages=[2], pool="none", normalize=True, dtype="float16",
             client={"timeout": None},
@@ -67,22 +66,21 @@ def test_features_come_back_as_arrays_without_the_axis_of_pictures(ask: Ask) -> 
     assert (features.model, features.version) == ("m", "3")
     (request,) = server.requests
     assert request.query == {"stages": "2", "pool": "none", "normalize": "true", "dtype": "float16"}
-    assert request.headers["accept"] == "application/x-npz"
+    assert request.headers["accept"] == "application/vnd.safetensors"
 
 
 def test_features_of_a_list_are_stacked(ask: Ask) -> None:
-    with scripted(npz(embedding=np.ones((2, 4)))) as server:
+    with scripted(safetensors(embedding=np.ones((2, 4), np.float32))) as server:
         features: Features = ask(server.url, "features", [b"a", b"b"])
 
     assert features.embedding.shape == (2, 4)
     assert server.requests[0].headers["content-type"].startswith("multipart/form-data")
 
 
-def test_arrays_that_would_run_code_are_refused(ask: Ask) -> None:
-    with (
-        scripted(npz(embedding=np.array([[object()]], dtype=object))) as server,
-        pytest.raises(UnexpectedAnswer, match="allow_pickle"),
-    ):
+@pytest.mark.parametrize("cut", [0, 4, 60, -1])
+def test_features_that_are_cut_off_are_none(ask: Ask, cut: int) -> None:
+    whole = save({"embedding": np.ones((1, 4), np.float32)}, {"model": "m", "version": "3"})
+    with scripted(answer(200, whole[:cut], "application/x-safetensors")) as server, pytest.raises(UnexpectedAnswer):
         ask(server.url, "features", b"a")
 
 

@@ -1,8 +1,10 @@
 """Against the service itself, in a process of its own."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -58,3 +60,41 @@ def test_refusals_are_typed(ask: Ask, service_url: str, digits: Path) -> None:
     told = caught.value
     assert (told.type, told.title, told.status) == ("urn:pvt-serve:problem:invalid-request", "Invalid request", 422)
     assert told.request_id
+
+
+def test_features_are_the_arrays_that_json_tells(ask: Ask, service_url: str, digits: Path) -> None:
+    picture = digits / "one.png"
+    features = ask(service_url, "features", picture, stages=[1, 4], pool="none")
+    told = httpx.post(
+        f"{service_url}/features", params={"stages": "1,4"}, content=picture.read_bytes(),
+        headers={"Content-Type": "image/png"},
+    ).json()["results"][0]  # fmt: skip
+
+    assert np.array_equal(features.embedding, np.array(told["embedding"], np.float32))
+    for number, stage in features.stages.items():
+        data = told["stages"][str(number)]
+        assert np.array_equal(stage, np.array(data["data"], np.float32).reshape(data["shape"]))
+    assert (features.model, features.version) == ("pvt_v2_b0.digits", "1")
+
+
+def test_features_of_several_are_stacked_and_one_bad_picture_fails_them(
+    ask: Ask, service_url: str, digits: Path
+) -> None:
+    options: dict[str, Any] = {"stages": [3], "pool": "avg", "normalize": True, "dtype": "float16", "size": (64, 96)}
+    features = ask(service_url, "features", [digits / "one.png", digits / "two.png"], **options)
+
+    assert (features.embedding.shape, features.stages[3].shape) == ((2, 256), (2, 160))
+    assert features.embedding.dtype == np.float16
+    assert np.linalg.norm(features.embedding.astype(np.float32), axis=1) == pytest.approx(np.ones(2), abs=1e-3)
+    with pytest.raises(InvalidRequest, match="picture 2"):
+        ask(service_url, "features", [digits / "one.png", b"no picture"])
+
+
+def test_the_mean_of_an_explanation_and_its_bias_are_the_logit(ask: Ask, service_url: str, digits: Path) -> None:
+    found = ask(service_url, "explain_map", digits / "one.png", class_id=7)
+    png = ask(service_url, "explain", digits / "one.png", class_id=7, alpha=0.3)
+
+    assert float(found.map.mean() + found.bias) == pytest.approx(found.logit, abs=1e-4)
+    assert (found.label, found.filename, found.map.shape) == ("7", "one.png", (2, 2))
+    with Image.open(BytesIO(png)) as image:
+        assert (image.format, image.size) == ("PNG", (64, 64))

@@ -1,0 +1,91 @@
+"""`POST /features`."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel
+
+from app.accept import choose
+from app.bodies import Upload
+from app.dependencies import EngineDep
+from app.direct import Endpoint
+from app.problems import documented
+from app.queries import FeaturesQuery
+from app.routes.inference import BODY, answered, encoded
+from app.schemas import FeaturesResponse, image_error
+from service.encodings import NPY, NPZ, SAFETENSORS, encode, json_array
+from service.errors import ServiceError
+from service.features import Wanted, features, numbers, stacked
+from service.results import Answered
+
+router = APIRouter(tags=["inference"])
+
+JSON = "application/json"
+FORMS = (JSON, NPZ, SAFETENSORS, NPY)
+_FILE = {"schema": {"type": "string", "format": "binary"}}
+
+
+@router.post(
+    "/features",
+    summary="Embeddings and feature maps of pictures",
+    response_model=FeaturesResponse,
+    responses={
+        200: {"content": dict.fromkeys(FORMS[1:], _FILE)},
+        **documented(401, 404, 406, 413, 415, 422, 429, 503, 504),
+    },
+    openapi_extra={"requestBody": BODY},
+)
+async def extract(request: Request, query: Annotated[FeaturesQuery, Query()], engine: EngineDep) -> Response:
+    """The embedding of each picture, and the feature maps of the stages that were asked for.
+
+    As JSON, or with an `Accept` for it as `.npz`, `.safetensors` or, a single array, as `.npy`. There each array has a
+    first axis for the picture, and a picture that fails fails the request; in JSON its `error` stands in its place.
+    """
+    form, wanted = choose(request, FORMS), query.wanted
+    infer = partial(
+        engine.infer,
+        model=query.model,
+        size=query.input_size,
+        stages=bool(wanted.stages),
+        timeout_seconds=query.timeout_seconds,
+    )
+    uploads, answer = await answered(request, engine, infer)
+    if form == JSON:
+        make = partial(_json, uploads, answer, wanted, request.state.request_id)
+    else:
+        make = partial(_binary, uploads, answer, wanted, form)
+    return Response(await encoded(engine, answer.model, make, numbers(answer, wanted)), media_type=form)
+
+
+async def _direct(request: Request, query: BaseModel) -> Response:
+    assert isinstance(query, FeaturesQuery)  # noqa: S101  DIRECT says so
+    return await extract(request, query, request.state.engine)
+
+
+DIRECT = Endpoint("/features", FeaturesQuery, _direct)
+
+
+def _json(uploads: Sequence[Upload], answer: Answered, wanted: Wanted, request_id: str) -> bytes:
+    """A FeaturesResponse."""
+    results: list[dict[str, Any]] = []
+    for upload, result in zip(uploads, answer.results, strict=True):
+        if isinstance(result, ServiceError):
+            results.append(image_error(upload.filename, result, request_id))
+            continue
+        arrays = features(result.outputs, wanted)
+        body: dict[str, Any] = {"filename": upload.filename, "width": result.width, "height": result.height}
+        if wanted.embedding:
+            body["embedding"] = json_array(arrays["embedding"])
+        if wanted.stages:
+            maps = {str(i): arrays[f"stage{i}"] for i in wanted.stages}
+            body["stages"] = {i: {"shape": each.shape, "data": json_array(each.ravel())} for i, each in maps.items()}
+        results.append(body)
+    return orjson.dumps({"model": answer.model, "version": answer.version, "results": results})
+
+
+def _binary(uploads: Sequence[Upload], answer: Answered, wanted: Wanted, form: str) -> bytes:
+    arrays = stacked(answer, wanted, [upload.filename for upload in uploads])
+    return encode(arrays, form, {"model": answer.model, "version": answer.version})

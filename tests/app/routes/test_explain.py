@@ -1,0 +1,84 @@
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from app.schemas import ExplainResponse
+from tests.app.conftest import png
+
+DIGITS = "0123456789"
+
+
+def post(client: TestClient, *pictures: bytes, accept: str = "application/json", **query: Any) -> Any:
+    files = [("image", (f"{i}.png", each)) for i, each in enumerate(pictures)]
+    return client.post("/explain", files=files, params=query, headers={"Accept": accept})
+
+
+@pytest.mark.parametrize("size", [None, "96", "64x128"])
+def test_the_mean_of_the_map_and_the_bias_are_the_logit(client: TestClient, digits: Path, size: str | None) -> None:
+    query = {"size": size} if size else {}
+    response = post(client, (digits / "seven.png").read_bytes(), (digits / "two.png").read_bytes(), **query)
+
+    body = ExplainResponse.model_validate(response.json())
+    for result in body.results:
+        heat = np.array(result.map)  # type: ignore[union-attr]
+        assert abs(heat.mean() + result.bias - result.logit) < 1e-4  # type: ignore[union-attr]
+        assert heat.shape == {None: (2, 2), "96": (3, 3), "64x128": (2, 4)}[size]
+
+
+def test_the_likeliest_class_is_explained_and_any_other_on_demand(client: TestClient, digits: Path) -> None:
+    picture = (digits / "seven.png").read_bytes()
+    (likeliest,) = post(client, picture).json()["results"]
+    (other,) = post(client, picture, class_id=3).json()["results"]
+
+    assert (likeliest["class_id"], likeliest["label"], likeliest["filename"]) == (7, "7", "0.png")
+    assert (other["class_id"], other["label"]) == (3, "3")
+    assert likeliest["score"] > 0.5 > other["score"]
+    assert likeliest["map"] != other["map"]
+
+
+def test_npy_holds_the_maps_of_all_pictures(client: TestClient, digits: Path) -> None:
+    pictures = [(digits / f"{name}.png").read_bytes() for name in ("one", "two", "three")]
+    given = np.load(BytesIO(post(client, *pictures, accept="application/x-npy").content))
+    told = post(client, *pictures).json()["results"]
+
+    assert given.shape == (3, 2, 2)
+    np.testing.assert_array_equal(given, np.array([each["map"] for each in told], np.float32))
+
+
+def test_a_png_of_the_picture_as_the_model_saw_it_is_the_default(client: TestClient, digits: Path) -> None:
+    picture = (digits / "seven.png").read_bytes()
+    response = post(client, picture, accept="*/*", alpha=0)
+
+    assert response.headers["content-type"] == "image/png"
+    shown = np.asarray(Image.open(BytesIO(response.content)))
+    np.testing.assert_array_equal(shown, np.asarray(Image.open(BytesIO(picture)).convert("RGB")))  # 64 x 64 as it is
+
+
+def test_several_pictures_can_not_be_one_png(client: TestClient) -> None:
+    response = post(client, png(), png(), accept="image/png")
+
+    assert response.status_code == 422
+    assert "image/png shows one picture and 2 came; send one, or ask for application/json" in response.json()["detail"]
+
+
+def test_a_class_out_of_range_is_told_the_range(client: TestClient) -> None:
+    for accept in ("image/png", "application/json", "application/x-npy"):
+        response = post(client, png(), class_id=10, accept=accept)
+        assert response.status_code == 422
+        assert response.json()["detail"] == "class_id 10: 'pvt_v2_b0.digits' has the classes 0 to 9"
+    assert post(client, png(), class_id=-1).status_code == 422
+    assert "alpha" in post(client, png(), alpha=1.5).json()["detail"]
+
+
+def test_a_bad_picture_fails_alone_in_json_and_alone_it_is_the_response(client: TestClient) -> None:
+    good, bad = post(client, png(), b"none").json()["results"]
+
+    assert "map" in good
+    assert bad["error"]["status"] == 422
+    for accept in ("image/png", "application/json", "application/x-npy"):
+        assert post(client, b"none", accept=accept).status_code == 422
