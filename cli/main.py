@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli import embedding, explaining, listing, predicting, serving
+from cli import benching, embedding, explaining, listing, predicting, serving
 from cli.terminal import print_line, short_errors
 
 HELP = """Pyramid Vision Transformer v2 image models: serve them over HTTP, or use them from here.
@@ -19,7 +19,7 @@ def create_app() -> typer.Typer:
     """The command line with every command."""
     app = typer.Typer(name="pvt-serve", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False)
     app.callback()(_options)
-    for module in (predicting, embedding, explaining, listing, serving):
+    for module in (predicting, embedding, explaining, listing, serving, benching):
         module.register(app)
     return app
 

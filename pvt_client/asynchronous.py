@@ -63,20 +63,20 @@ class AsyncClient:
     ) -> Prediction | list[Prediction | PvtError]:
         """See `Client.predict`."""
         if isinstance(image, list | tuple):
-            return await self._run(lambda: calls.predict_each(image, **options))
-        return await self._run(lambda: calls.predict(image, **options))
+            return await self._run(lambda: calls.predict_each(image, **options), image)
+        return await self._run(lambda: calls.predict(image, **options), image)
 
     async def features(self, image: Image | Images[AnyImage], **options: Unpack[FeaturesOptions]) -> Features:
         """See `Client.features`."""
-        return await self._run(lambda: calls.features(image, **options))
+        return await self._run(lambda: calls.features(image, **options), image)
 
     async def explain(self, image: Image, **options: Unpack[ExplainOptions]) -> bytes:
         """See `Client.explain`."""
-        return await self._run(lambda: calls.explain(image, **options))
+        return await self._run(lambda: calls.explain(image, **options), image)
 
     async def explain_map(self, image: Image, **options: Unpack[MapOptions]) -> Explanation:
         """See `Client.explain_map`."""
-        return await self._run(lambda: calls.explain_map(image, **options))
+        return await self._run(lambda: calls.explain_map(image, **options), image)
 
     async def models(self) -> list[Model]:
         """See `Client.models`."""
@@ -109,14 +109,16 @@ class AsyncClient:
 
         async def run(image: AnyImage) -> T | PvtError:
             try:
-                return await self._run(lambda: call(image))
+                return await self._run(lambda: call(image), image)
             except OF_ONE_IMAGE as error:
                 return error
 
         return in_tasks(run, images, concurrency)
 
-    async def _run(self, make: Callable[[], Call[T]]) -> T:
-        steps = self._course.steps(await asyncio.to_thread(make))  # it reads the file
+    async def _run(self, make: Callable[[], Call[T]], image: object = b"") -> T:
+        # Anything but bytes is a file to be read, or pixels to be compressed.
+        call = make() if isinstance(image, bytes) else await asyncio.to_thread(make)
+        steps = self._course.steps(call)
         came: Answer | PvtError | None = None
         while True:
             try:
