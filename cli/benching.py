@@ -16,7 +16,7 @@ import typer
 from cli import options
 from cli.files import pictures
 from cli.terminal import SOME_BAD, CommandError, print_line, run
-from pvt_client import AsyncClient, ConnectionFailed, PvtError, Retries
+from pvt_client import AsyncClient, ConnectionFailed, ConnectionLost, PvtError, Retries
 from pvt_client.options import PredictOptions
 
 _MADE, _SIZE, _COARSE = 32, (640, 427), (21, 14)
@@ -111,7 +111,7 @@ async def _load(
                 try:
                     await client.predict(next(images), **asked)
                 except PvtError as error:
-                    if isinstance(error, ConnectionFailed) and not error.sent:
+                    if isinstance(error, ConnectionFailed) and not isinstance(error, ConnectionLost):
                         raise  # nobody is there any more
                     seen.failures[type(error).__name__] += 1
                 else:

@@ -17,7 +17,9 @@ Settings are the environment variables PVT_* of the README; every command obeys 
 
 def create_app() -> typer.Typer:
     """The command line with every command."""
-    app = typer.Typer(name="pvt-serve", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        name="pvt-serve", help=HELP, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
+    )
     app.callback()(_options)
     for module in (predicting, embedding, explaining, listing, serving, benching):
         module.register(app)

@@ -10,6 +10,7 @@ from pvt_client.asynchronous import AsyncClient
 from pvt_client.client import Client
 from pvt_client.errors import (
     ConnectionFailed,
+    ConnectionLost,
     DeadlineExceeded,
     Forbidden,
     ImageTooLarge,
@@ -37,6 +38,7 @@ __all__ = [
     "ClassScore",
     "Client",
     "ConnectionFailed",
+    "ConnectionLost",
     "DeadlineExceeded",
     "Explanation",
     "Features",

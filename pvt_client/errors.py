@@ -3,7 +3,8 @@
 - PvtError
   - ImageUnreadable       the picture can't be read here, so nothing was sent
   - InvalidUrl            the address is none that a service can have
-  - ConnectionFailed      the service was not reached, or hung up; `sent` tells whether it may have begun to work
+  - ConnectionFailed      the service was not reached, at none of the attempts
+    - ConnectionLost      the connection broke when it may have begun to work, so it was not asked again
   - TimedOut              no answer within the client's `timeout`
   - UnexpectedAnswer      an answer that is not this service's
   - Problem               the service said no (RFC 9457): type, title, status, detail, request_id
@@ -37,14 +38,11 @@ class InvalidUrl(PvtError):
 
 
 class ConnectionFailed(PvtError):
-    """The service was not reached, or the connection broke.
+    """The service was not reached; nothing was sent."""
 
-    `sent` is false where no byte of the request can have been read: such a request is tried again.
-    """
 
-    def __init__(self, message: str, *, sent: bool) -> None:
-        super().__init__(message)
-        self.sent = sent
+class ConnectionLost(ConnectionFailed):
+    """The connection broke before the answer was there; the service may have worked on it."""
 
 
 class TimedOut(PvtError):
@@ -143,4 +141,4 @@ def kind_of(status: int, type_: str) -> type[Problem]:
 
 
 # What one picture can fail with while the next may pass; of the rest each concerns every request.
-OF_ONE_IMAGE = (ImageUnreadable, InvalidImage, ImageTooLarge, TimedOut, QueueFull, ServiceFailed)
+OF_ONE_IMAGE = (ConnectionLost, ImageUnreadable, InvalidImage, ImageTooLarge, TimedOut, QueueFull, ServiceFailed)

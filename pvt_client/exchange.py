@@ -9,7 +9,7 @@ import httpx
 from pvt_client import answers
 from pvt_client.answers import Answer
 from pvt_client.calls import Call
-from pvt_client.errors import ConnectionFailed, InvalidUrl, Problem, PvtError, TimedOut
+from pvt_client.errors import ConnectionFailed, ConnectionLost, InvalidUrl, Problem, PvtError, TimedOut
 from pvt_client.retries import Clock, Retries, retry_after, wait_before_retry
 
 T = TypeVar("T")
@@ -155,13 +155,13 @@ def error_of(error: httpx.HTTPError | httpx.InvalidURL, timeout: float | None) -
     failure: PvtError
     match error:
         case httpx.ConnectError() | httpx.ConnectTimeout() | httpx.PoolTimeout():
-            failure = ConnectionFailed(f"the service was not reached: {told}", sent=False)
+            failure = ConnectionFailed(f"the service was not reached: {told}")
         case httpx.TimeoutException():
             failure = timed_out(timeout)
         case httpx.UnsupportedProtocol() | httpx.InvalidURL():
             failure = InvalidUrl(f"no address of a service: {told}")
         case _:
-            failure = ConnectionFailed(f"the connection broke before the answer was there: {told}", sent=True)
+            failure = ConnectionLost(f"the connection broke before the answer was there: {told}")
     failure.__cause__ = error
     return failure
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-from pvt_client.errors import ConnectionFailed, Problem, PvtError
+from pvt_client.errors import ConnectionFailed, ConnectionLost, Problem, PvtError
 
 TOO_MANY, UNAVAILABLE = 429, 503
 
@@ -51,8 +51,10 @@ def retry_after(header: str | None, now: datetime) -> float | None:
 def is_safe(error: PvtError) -> bool:
     """Whether the service can have done nothing yet, so that asking again asks once."""
     match error:
-        case ConnectionFailed(sent=sent):
-            return not sent
+        case ConnectionLost():
+            return False
+        case ConnectionFailed():
+            return True
         case Problem(status=status, retry_after=seconds):
             return status == TOO_MANY or (status == UNAVAILABLE and seconds is not None)
     return False

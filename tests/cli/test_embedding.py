@@ -191,15 +191,12 @@ def _crash(*_: object, **__: object) -> None:
     raise OSError("crashed")
 
 
-def test_a_service_that_goes_away_costs_nothing_that_was_done(pvt_serve: PvtServe, pictures: Path, table: Path) -> None:
-    def gone(connection: socket.socket, _: Received) -> None:
-        connection.shutdown(socket.SHUT_RDWR)
-
-    with scripted(*[features] * 8, gone) as server:
+def test_an_error_that_ends_a_run_costs_nothing_that_was_done(pvt_serve: PvtServe, pictures: Path, table: Path) -> None:
+    with scripted(*[features] * 8, refused(503, "model-load-failed")) as server:
         command = ("embed", pictures, "-o", table, "--model", "m", "--url", server.url, "--concurrency", "1")
         done = pvt_serve(*command)
         assert (done.code, done.out) == (1, "")
-        assert done.err.startswith("pvt-serve: the connection broke")
+        assert done.err.startswith("pvt-serve: model-load-failed (503)")
         server.behaviours[:] = [features]
         server.requests.clear()
         pvt_serve(*command)

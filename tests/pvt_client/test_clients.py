@@ -12,6 +12,7 @@ from safetensors.numpy import save
 from pvt_client import (
     AsyncClient,
     Client,
+    ConnectionLost,
     Explanation,
     Features,
     ImageUnreadable,
@@ -22,7 +23,7 @@ from pvt_client import (
     UnexpectedAnswer,
 )
 from tests.pvt_client.conftest import Ask
-from tests.pvt_client.scripted import Received, answer, predicted, refused, scripted
+from tests.pvt_client.scripted import Received, answer, cut, predicted, refused, scripted
 
 
 def safetensors(**arrays: Any) -> bytes:
@@ -160,6 +161,13 @@ def test_a_bad_picture_is_an_error_in_its_place(ask: Ask, tmp_path: Path) -> Non
 
     kinds = [type(result) for _, result in found]
     assert kinds == [Prediction, InvalidImage, ImageUnreadable, Prediction]
+
+
+def test_a_connection_that_is_cut_costs_one_picture(ask: Ask) -> None:
+    with scripted(predicted(), cut, predicted()) as server:
+        found = ask(server.url, "predict_many", [b"a", b"b", b"c"], concurrency=1)
+
+    assert [type(result) for _, result in found] == [Prediction, ConnectionLost, Prediction]
 
 
 def test_what_the_next_picture_would_meet_too_ends_it(ask: Ask) -> None:
