@@ -7,6 +7,7 @@ from typing import Self
 
 from service.activity import Activity
 from service.errors import InvalidRequest
+from service.executable import Executable
 from service.metrics import EngineMetrics
 from service.models import Models
 from service.options import EngineOptions
@@ -14,6 +15,7 @@ from service.pipeline import Image, Pipeline
 from service.requests import Requests, time_limit
 from service.residents import Size
 from service.results import Answered, Health, Predictions, prediction
+from service.variants import VARIANTS
 
 
 class Engine:
@@ -88,7 +90,8 @@ class Engine:
         already must have it.
 
         Raises:
-            InvalidRequest: no such size; more images than the model's queue ever takes.
+            InvalidRequest: no such size; more images than the model's queue ever takes; stage maps that would take more
+                memory than a request may.
             ModelNotFound, WeightsUnavailable, ModelLoadFailed: `model` can't be had.
             QueueFull: too many images wait for that model already, or it is in use at too many sizes.
             DeadlineExceeded: `timeout_seconds` passed.
@@ -99,9 +102,11 @@ class Engine:
             async with (
                 time_limit(timeout_seconds or self.options.timeout_seconds) as deadline,
                 self.models.lease(model) as resident,
-                resident.at(size, stages=stages) as sized,
             ):
-                results = await self._pipeline.infer(sized, images, deadline, stages=stages)
+                if stages:
+                    self._check_maps(resident.executable, size, len(images))
+                async with resident.at(size, stages=stages) as sized:
+                    results = await self._pipeline.infer(sized, images, deadline, stages=stages)
                 executable = sized.executable
         given = executable.height, executable.width
         return Answered(executable.card, executable.stored.version, given, executable.head if stages else None, results)
@@ -139,3 +144,13 @@ class Engine:
         most = self.options.max_input_side
         if size and max(size) > most:
             raise InvalidRequest(f"size {size[0]}x{size[1]}: PVT_MAX_INPUT_SIDE allows sides of up to {most} pixels")
+
+    def _check_maps(self, executable: Executable, size: Size | None, images: int) -> None:
+        height, width = size or (executable.height, executable.width)
+        needed = 4 * images * VARIANTS[executable.stored.variant].map_numbers(height, width)
+        if needed > (most := self.options.max_map_bytes):
+            raise InvalidRequest(
+                f"the stage maps of {images} pictures at {height}x{width} take {needed / 1e6:.1f} MB, PVT_MAX_MAPS_MB "
+                f"allows {most / 1e6:g}; send {most * images // needed} pictures a request at the most, or ask for a "
+                "smaller size"
+            )

@@ -58,15 +58,15 @@ def stacked(answered: Answered, wanted: Wanted, names: Sequence[str | None]) -> 
 
 
 def numbers(answered: Answered, wanted: Wanted) -> int:
-    """How many numbers an answer holds, to tell a large one beforehand."""
+    """How many numbers an answer holds or is made of, to tell a large one beforehand."""
     first = next((each for each in answered.results if isinstance(each, Inferred)), None)
     if first is None:
         return 0
-    maps = sum(first.outputs.stages[i - 1].size for i in wanted.stages) if wanted.pool == "none" else 0
+    maps = sum(first.outputs.stages[i - 1].size for i in wanted.stages)
     return len(answered.results) * (maps + first.outputs.embedding.size)
 
 
 def _finished(array: Array, wanted: Wanted) -> Array:
     if wanted.normalize:
         array = array / np.maximum(np.linalg.norm(array, axis=0, keepdims=True), 1e-12)
-    return array.astype(wanted.dtype, copy=False)
+    return np.ascontiguousarray(array, wanted.dtype)
