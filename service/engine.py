@@ -1,9 +1,9 @@
 """The facade: image bytes in, results out. The one thing of `service` that HTTP talks to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from service.activity import Activity
 from service.errors import InvalidRequest
@@ -16,6 +16,9 @@ from service.requests import Requests, time_limit
 from service.residents import Size
 from service.results import Answered, Health, Predictions, prediction
 from service.variants import VARIANTS
+from service.workers import Workers
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -27,6 +30,8 @@ class Engine:
         self._pipeline = Pipeline(options, metrics)
         self.models = Models(options, metrics, self._pipeline)
         self._requests = Requests()
+        # Two, so that a small answer need not wait for a large one; more would take the event loop's turns.
+        self._encoders = Workers("encode", 2)
 
     async def __aenter__(self) -> Self:
         await self.models.start()
@@ -39,6 +44,7 @@ class Engine:
         await self.models.stop()
         await self._pipeline.close(wait=not self._requests.aborted)
         self.models.close()
+        self._encoders.close(wait=not self._requests.aborted)
 
     @property
     def draining(self) -> bool:
@@ -111,13 +117,17 @@ class Engine:
         given = executable.height, executable.width
         return Answered(executable.card, executable.stored.version, given, executable.head if stages else None, results)
 
+    async def encode(self, make: Callable[[], T]) -> T:
+        """What `make` turns a large answer into, on a thread for that."""
+        return await self._encoders.run(make)
+
     def encoded(self, model: str, seconds: float) -> None:
         """Take note that writing an answer of `model` out took `seconds`."""
         self._metrics.stage_seconds.labels("encode", model).observe(seconds)
 
     def live(self) -> Health:
         """Live while the threads move; says nothing of readiness, and asks no disk."""
-        stalled = self.models.stalled()
+        stalled = self.models.stalled(self._encoders)
         return Health(live=not stalled, ready=not stalled, reasons=stalled)
 
     async def health(self) -> Health:

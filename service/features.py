@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from service.errors import InvalidRequest
 from service.outputs import Outputs
-from service.results import Answered, Inferred, whole
+from service.results import JSON_INSTEAD, Answered, Inferred, whole
 
 Array = NDArray[np.floating]
 
@@ -53,7 +53,7 @@ def stacked(answered: Answered, wanted: Wanted, names: Sequence[str | None]) -> 
     Raises:
         ServiceError: one of the pictures failed; the error is the first one's, and says which it was.
     """
-    pictures = [features(each.outputs, wanted) for each in whole(answered.results, names)]
+    pictures = [features(each.outputs, wanted) for each in whole(answered.results, names, JSON_INSTEAD)]
     return {name: np.stack([each[name] for each in pictures]) for name in pictures[0]}
 
 

@@ -19,7 +19,7 @@ from service.encodings import NPY, encode, json_bytes
 from service.errors import InvalidRequest
 from service.explain import explain, maps, numbers, overlay
 from service.pipeline import Image
-from service.results import Answered, whole
+from service.results import JSON_INSTEAD, Answered, whole
 
 router = APIRouter(tags=["inference"])
 
@@ -54,7 +54,7 @@ async def show(request: Request, query: Annotated[ExplainQuery, Query()], engine
             images, model=query.model, size=query.input_size, stages=True, timeout_seconds=query.timeout_seconds
         )
 
-    uploads, answer = await answered(request, engine, infer)
+    uploads, answer = await answered(request, infer)
     makers: dict[str, Callable[[], bytes]] = {
         PNG: partial(_png, answer, query),
         NPY: partial(_npy, uploads, answer, query),
@@ -79,7 +79,7 @@ def _png(answer: Answered, query: ExplainQuery) -> bytes:
 
 
 def _npy(uploads: Sequence[Upload], answer: Answered, query: ExplainQuery) -> bytes:
-    explanations = whole(explain(answer, query.class_id), [upload.filename for upload in uploads])
+    explanations = whole(explain(answer, query.class_id), [upload.filename for upload in uploads], JSON_INSTEAD)
     return encode({"map": maps(explanations)}, NPY, {})
 
 

@@ -53,7 +53,7 @@ async def extract(request: Request, query: Annotated[FeaturesQuery, Query()], en
         stages=bool(wanted.stages),
         timeout_seconds=query.timeout_seconds,
     )
-    uploads, answer = await answered(request, engine, infer)
+    uploads, answer = await answered(request, infer)
     count = numbers(answer, wanted)
     make: Callable[[], Response]
     if form == JSON:

@@ -5,7 +5,6 @@ from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
-from starlette.concurrency import run_in_threadpool
 
 from app.bodies import FIELD, ImagesBody, Upload, read_uploads
 from app.disconnect import cancelled_on_disconnect
@@ -47,32 +46,46 @@ class Answer(Protocol):
     def results(self) -> Sequence[Inferred | Prediction | ServiceError]: ...  # noqa: D102
 
 
+R = TypeVar("R")
 A = TypeVar("A", bound=Answer)
 
 
-async def answered(
-    request: Request, engine: Engine, infer: Callable[[list[Image]], Awaitable[A]]
-) -> tuple[list[Upload], A]:
-    """The pictures of `request`, and what `infer` makes of them, which is given up when the caller hangs up.
+async def carried_out(
+    request: Request, read: Callable[[], Awaitable[R]], infer: Callable[[R], Awaitable[A]]
+) -> tuple[R, A]:
+    """What `read` takes from the body of `request`, and what `infer` makes of it; given up when the caller hangs up.
 
     Raises:
         ServiceError: the body can't be read, `infer` failed, or there is one picture and it failed.
     """
-    settings = request.state.settings
-    with engine.request():
-        uploads = await read_uploads(request, settings.max_body_bytes, settings.max_images)
+    with request.state.engine.request():
+        what = await read()
         async with cancelled_on_disconnect(request):
-            answer = await infer([upload.data for upload in uploads])
+            answer = await infer(what)
     _note(request, answer)
-    return uploads, answer
+    return what, answer
+
+
+async def answered(request: Request, infer: Callable[[list[Image]], Awaitable[A]]) -> tuple[list[Upload], A]:
+    """The pictures of `request`, and what `infer` makes of them; see `carried_out`."""
+    settings = request.state.settings
+
+    def read() -> Awaitable[list[Upload]]:
+        return read_uploads(request, settings.max_body_bytes, settings.max_images)
+
+    def infer_uploads(uploads: list[Upload]) -> Awaitable[A]:
+        return infer([upload.data for upload in uploads])
+
+    return await carried_out(request, read, infer_uploads)
 
 
 async def encoded(request: Request, model: str, make: Callable[[], T], numbers: int = 0) -> T:
     """What `make` turns an answer of so many `numbers` into, a large one on a thread; its time is taken note of."""
+    engine: Engine = request.state.engine
     start = perf_counter()
-    made = await run_in_threadpool(make) if numbers > LARGE else make()
+    made = await engine.encode(make) if numbers > LARGE else make()
     seconds = perf_counter() - start
-    request.state.engine.encoded(model, seconds)
+    engine.encoded(model, seconds)
     if hasattr(request.state, "timing"):  # every picture may have failed
         request.state.timing["encode"] = seconds
     return made

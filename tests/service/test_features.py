@@ -112,10 +112,10 @@ def test_what_fails_the_binary_forms_names_every_picture_and_keeps_its_status() 
     failed = [ImageTooLarge("large"), InvalidImage("bad"), InvalidImage("bad"), InvalidImage("bad")]
 
     with pytest.raises(ImageTooLarge) as caught:
-        whole([1, *failed], ["a.png", "b.png", None, "d.png", "e.png"])
+        whole([1, *failed], ["a.png", "b.png", None, "d.png", "e.png"], ", ask otherwise")
     assert str(caught.value) == (
-        "picture 2 ('b.png'): large; picture 3: bad; picture 4 ('d.png'): bad; and 1 more; the binary forms hold all "
-        "pictures or none, JSON answers the others"
+        "picture 2 ('b.png'): large; picture 3: bad; picture 4 ('d.png'): bad; and 1 more; this form of answer holds "
+        "all pictures or none, ask otherwise"
     )
     with pytest.raises(InvalidImage, match=r"^bad$"):
         whole(failed[1:2], [None])
