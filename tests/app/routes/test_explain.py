@@ -73,7 +73,8 @@ def test_a_class_out_of_range_is_told_the_range(client: TestClient) -> None:
         assert response.status_code == 422
         assert response.json()["detail"] == "class_id 10: 'pvt_v2_b0.digits' has the classes 0 to 9"
     assert post(client, png(), class_id=-1).status_code == 422
-    assert "alpha" in post(client, png(), alpha=1.5).json()["detail"]
+    for alpha in ("1.5", "-0.1", "nan", "inf"):
+        assert "alpha: Input should be" in post(client, png(), alpha=alpha).json()["detail"]
 
 
 def test_a_bad_picture_fails_alone_in_json_and_alone_it_is_the_response(client: TestClient) -> None:
