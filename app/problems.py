@@ -143,6 +143,8 @@ async def _service_error(request: Request, error: Exception) -> JSONResponse:
     headers = {}
     if (seconds := getattr(error, "retry_after_seconds", None)) is not None:
         headers["Retry-After"] = str(max(1, ceil(seconds)))
+    if isinstance(error, errors.ShuttingDown):
+        headers["Retry-After"] = "1"  # nothing was done, and whoever comes next takes it
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BodyTooLarge):
