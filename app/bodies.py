@@ -41,11 +41,15 @@ class ImagesBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     images: Annotated[
-        list[str],
-        Field(
-            min_length=1, description="Each picture as base64 or as a `data:` URL with base64.", examples=[[EXAMPLE]]
-        ),
+        list[str], Field(min_length=1, description="Each picture as base64 or as a `data:` URL with base64.")
     ]
+
+
+BODY_EXAMPLES = {
+    "base64": {"images": [EXAMPLE]},
+    "data URL": {"images": [f"data:image/png;base64,{EXAMPLE}"]},
+    "several pictures": {"images": [EXAMPLE, EXAMPLE]},
+}
 
 
 async def read_uploads(request: Request, max_bytes: int, max_images: int) -> list[Upload]:

@@ -8,7 +8,7 @@ from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from app import problems
+from app import openapi, problems
 from app.dependencies import State, require_key
 from app.direct import Direct
 from app.member import Member
@@ -25,8 +25,13 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
     registry = _registry() if member is None else CollectorRegistry()
     app = FastAPIOffline(
         title="pvt-serve",
-        summary="Pyramid Vision Transformer v2 image models behind HTTP.",
+        summary=openapi.SUMMARY,
+        description=openapi.DESCRIPTION,
         version=version("pvt-serve"),
+        openapi_tags=openapi.TAGS,
+        servers=openapi.SERVERS,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        generate_unique_id_function=lambda route: route.name,
         redoc_url=None,  # one page of documentation is enough, and that one loads a logo from elsewhere
         lifespan=_lifespan(settings, registry, member),
     )
@@ -41,6 +46,7 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
         app.include_router(module.router, dependencies=protected)
     for module in (health, pages, debug):
         app.include_router(module.router)
+    openapi.describe(app, settings)
     return app
 
 

@@ -2,37 +2,18 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from app.bodies import FIELD, ImagesBody, Upload, read_uploads
+from app.bodies import Upload, read_uploads
 from app.disconnect import cancelled_on_disconnect
 from service.engine import Engine
 from service.errors import ServiceError
 from service.pipeline import Image
 from service.results import Inferred, Prediction
 
-_BINARY = {"type": "string", "format": "binary"}
-# The body is read by `read_uploads`, not by the framework, so its three forms are described here.
-BODY: dict[str, Any] = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": [FIELD],
-                "properties": {FIELD: {"type": "array", "items": _BINARY}},
-                "additionalProperties": False,
-            }
-        },
-        "image/png": {"schema": _BINARY},
-        "image/jpeg": {"schema": _BINARY},
-        "application/octet-stream": {"schema": _BINARY},
-        "application/json": {"schema": ImagesBody.model_json_schema()},
-    },
-}
 LARGE = 65_536  # numbers; turning more into bytes would hold up the event loop
 
 T = TypeVar("T")
