@@ -11,6 +11,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
+from app.fetching import Fetcher
 from app.member import Member
 from app.problems import Forbidden, Unauthorized
 from app.settings import Settings
@@ -25,6 +26,7 @@ class State(TypedDict):
     settings: Settings
     registry: CollectorRegistry
     member: Member | None
+    fetcher: Fetcher
 
 
 async def get_engine(request: Request) -> Engine:

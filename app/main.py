@@ -11,8 +11,9 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from app import openapi, problems
 from app.dependencies import State, require_key
 from app.direct import Direct
+from app.fetching import Fetcher
 from app.member import Member
-from app.metrics import HttpMetrics
+from app.metrics import FetchMetrics, HttpMetrics
 from app.middleware import RequestContext
 from app.routes import debug, explain, features, health, models, pages, predict
 from app.settings import Settings
@@ -57,16 +58,28 @@ def _lifespan(
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         options = settings.engine_options()
         async with AsyncExitStack() as stack:
+            fetcher = await stack.enter_async_context(_fetcher(settings, registry))
             if member is None:
                 engine = await stack.enter_async_context(Engine(options, EngineMetrics(registry)))
-                yield State(engine=engine, settings=settings, registry=registry, member=None)
+                yield State(engine=engine, settings=settings, registry=registry, member=None, fetcher=fetcher)
             else:
                 engine = Engine(member.share_of(options), EngineMetrics(registry))
                 await stack.enter_async_context(engine)
                 await stack.enter_async_context(member.at_work(engine))
-                yield State(engine=engine, settings=settings, registry=member.registry(), member=member)
+                yield State(
+                    engine=engine, settings=settings, registry=member.registry(), member=member, fetcher=fetcher
+                )
 
     return lifespan
+
+
+def _fetcher(settings: Settings, registry: CollectorRegistry) -> Fetcher:
+    return Fetcher(
+        settings.url_reach,
+        FetchMetrics(registry),
+        max_bytes=settings.max_body_bytes,
+        seconds=settings.url_timeout_ms / 1000,
+    )
 
 
 def _registry() -> CollectorRegistry:

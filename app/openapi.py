@@ -36,7 +36,7 @@ TAGS = [
     {"name": "operations", "description": "Health for orchestrators, metrics for Prometheus; never behind a key."},
 ]
 # What an endpoint that reads pictures may answer beside its own: the model, the body, the queue, the time.
-PICTURE_PROBLEMS = (401, 404, 413, 415, 422, 429, 503, 504)
+PICTURE_PROBLEMS = (401, 404, 413, 415, 422, 429, 502, 503, 504)
 
 BINARY: Json = {"type": "string", "format": "binary"}
 _REF = "#/components/schemas/{model}"

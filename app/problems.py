@@ -35,6 +35,18 @@ class BodyTooLarge(errors.ImageTooLarge):
     """The request body exceeds PVT_MAX_BODY_MB."""
 
 
+class ImageUrlRefused(errors.InvalidRequest):
+    """A picture's URL is one that this service does not fetch; the message says why."""
+
+
+class ImageUnreachable(errors.ServiceError):
+    """A picture's URL was asked for and gave no picture; the message says how far that got."""
+
+
+class ImageTimedOut(ImageUnreachable):
+    """A picture's URL did not give it within PVT_URL_TIMEOUT_MS."""
+
+
 class Unauthorized(errors.ServiceError):
     """The request carries no valid key."""
 
@@ -55,6 +67,8 @@ STATUS: Mapping[type[Exception], int] = {
     errors.DeadlineExceeded: 504,
     errors.ShuttingDown: 503,
     UnsupportedMediaType: 415,
+    ImageUnreachable: 502,
+    ImageTimedOut: 504,
     NotAcceptable: 406,
     Unauthorized: 401,
     Forbidden: 403,
@@ -81,8 +95,9 @@ MEANING: Mapping[int, str] = {
     422: "A parameter or a picture is wrong.",
     429: "The model's queue is full; `Retry-After` says when to come back.",
     500: "Unexpected; the log has it under the request id.",
+    502: "A picture's URL gave no picture.",
     503: "The model is unavailable, or the service is shutting down.",
-    504: "Not answered within `timeout_ms`.",
+    504: "Not answered within `timeout_ms`, or a picture not fetched within PVT_URL_TIMEOUT_MS.",
 }
 
 _SAMPLE_ID = "e0a4aa4ff30f41ab9122180526e30d37"
@@ -92,6 +107,9 @@ _SAMPLES: Mapping[type[Exception], str] = {
     errors.InvalidImage: "not a supported image (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF)",
     errors.DeadlineExceeded: "no answer within 100 ms; allow more with timeout_ms or PVT_TIMEOUT_MS",
     errors.ShuttingDown: "the service is shutting down and takes no new work; send the request again",
+    ImageUrlRefused: "images by URL are off; PVT_URL_HOSTS is to name the hosts that they may come from",
+    ImageUnreachable: "the URL's host example.org answered 404",
+    ImageTimedOut: "the URL's host example.org did not give the picture within the 10 s of PVT_URL_TIMEOUT_MS",
     BodyTooLarge: "the request body is larger than 32 MB, which PVT_MAX_BODY_MB allows",
     Forbidden: "management is off; set PVT_MANAGEMENT_KEYS to one or more keys to turn it on",
 }
