@@ -15,7 +15,7 @@ from app.fetching import Fetcher
 from app.member import Member
 from app.metrics import FetchMetrics, HttpMetrics
 from app.middleware import RequestContext
-from app.routes import debug, explain, features, health, models, pages, predict
+from app.routes import debug, explain, features, health, models, openai, pages, predict, v2
 from app.settings import Settings
 from service.engine import Engine
 from service.metrics import EngineMetrics
@@ -32,7 +32,7 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
         openapi_tags=openapi.TAGS,
         servers=openapi.SERVERS,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        generate_unique_id_function=lambda route: route.name,
+        generate_unique_id_function=openapi.operation_id,
         redoc_url=None,  # one page of documentation is enough, and that one loads a logo from elsewhere
         lifespan=_lifespan(settings, registry, member),
     )
@@ -43,7 +43,7 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
     problems.install(app)
     # Only where keys are set: a dependency costs each request, and the docs then ask for a key that nobody has.
     protected = [Depends(require_key)] if settings.api_keys else []
-    for module in (predict, features, explain, models):
+    for module in (predict, features, explain, models, v2, openai):
         app.include_router(module.router, dependencies=protected)
     for module in (health, pages, debug):
         app.include_router(module.router)

@@ -5,10 +5,12 @@ A route gives `openapi_extra={"requestBody": PICTURES}` or `json_body(...)` for 
 `describe` adds to every operation what all have in common.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from app.bodies import BODY_EXAMPLES, FIELD, ImagesBody
@@ -30,7 +32,8 @@ SERVERS = [{"url": "/", "description": "The server that this document comes from
 INFERENCE = "inference"
 TAGS = [
     {"name": INFERENCE, "description": "Pictures in, what a model makes of them out."},
-    {"name": "protocols", "description": "The same in the forms that clients of other servers speak."},
+    {"name": "open inference protocol", "description": "The same for clients of KServe and Triton."},
+    {"name": "openai", "description": "Embeddings for clients of OpenAI."},
     {"name": "models", "description": "What the service can answer with."},
     {"name": "management", "description": "For those who run the service; off without `PVT_MANAGEMENT_KEYS`."},
     {"name": "operations", "description": "Health for orchestrators, metrics for Prometheus; never behind a key."},
@@ -54,6 +57,12 @@ _HEADERS: Json = {
     "WWW-Authenticate": {"description": "The scheme of the key.", "schema": {"type": "string", "const": "Bearer"}},
 }
 _OF_STATUS = {"401": "WWW-Authenticate", "429": "Retry-After"}
+
+
+def operation_id(route: APIRoute) -> str:
+    """The name of an operation that gives none itself: its function's, and what its path adds to that."""
+    prefix = match[1] + "_" if (match := re.match("/(v[0-9]+)(/|$)", route.path)) else ""
+    return f"{prefix}{route.name}{'_of_version' if '/versions/{' in route.path else ''}"
 
 
 def schema_of(model: type[BaseModel]) -> Json:

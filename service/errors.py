@@ -6,6 +6,8 @@
   - ImageTooLarge           more bytes or pixels than a setting allows
   - ModelNotFound           no such model, version or variant
   - WeightsUnavailable      a known model whose weights are not in the store
+  - AliasesInvalid          the store's aliases.json is broken
+  - StoreNotWritable        the store can't be changed from here
   - ModelLoadFailed         the model is in the store and can't be loaded
     - CardInvalid           its card.json
     - WeightsInvalid        its weights file
@@ -15,6 +17,7 @@
       - WeightsMismatch     tensors missing, unexpected or misshapen
       - WeightsNotFinite    NaN or infinity inside
     - ReferenceInvalid      its reference images
+    - GoldenMismatch        what runs it does not give the logits it should
     - BackendUnavailable    the backend that was asked for can't run here
   - OutOfMemory             a batch did not fit; the scheduler retries with less
   - QueueFull               refused at admission; carries when to come back
@@ -45,6 +48,14 @@ class ModelNotFound(ServiceError):
 
 class WeightsUnavailable(ServiceError):
     """The model is known and its weights are not in the store; the message says what to do."""
+
+
+class AliasesInvalid(ServiceError):
+    """The store's aliases.json is broken, so that no alias can be told; models are still called by their names."""
+
+
+class StoreNotWritable(ServiceError):
+    """The store can't be written from here; the message gives the reason."""
 
 
 class ModelLoadFailed(ServiceError):
@@ -81,6 +92,10 @@ class WeightsNotFinite(WeightsInvalid):
 
 class ReferenceInvalid(ModelLoadFailed):
     """The reference images of a card are missing, changed or of the wrong shape."""
+
+
+class GoldenMismatch(ModelLoadFailed):
+    """No backend reproduces the model's reference logits; the message says by how much each is off."""
 
 
 class BackendUnavailable(ModelLoadFailed):

@@ -8,9 +8,11 @@ from numpy.typing import NDArray
 
 from service.backends.base import Backend, Graph, Layout, Precision
 from service.errors import ModelLoadFailed
+from service.golden import Golden
 from service.memory import resident_bytes
 from service.outputs import Head, Outputs
 from service.plan import BatchPlan, batch_seconds
+from service.reference import Deviation
 from service.served import build
 from service.store import StoredModel
 from service.tuning import Alone, Tuned
@@ -25,7 +27,7 @@ class LoadReport:
 
     `notes` says what was tried and left out, and why; `cached` whether plan and graphs came from the plan cache.
     `memory_bytes` is what the process's resident memory grew by meanwhile, and at least the size of the weights, since
-    growth that fits into memory freed before is not seen.
+    growth that fits into memory freed before is not seen. `deviation` is how far its logits are from the reference's.
     """
 
     backend: str
@@ -35,6 +37,7 @@ class LoadReport:
     cached: bool
     load_seconds: float
     memory_bytes: int
+    deviation: Deviation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,10 @@ class Executable:
         tuned: Tuned,
         report: LoadReport,
         size: tuple[int, int] | None = None,
+        *,
+        golden: Golden | None = None,
     ) -> None:
-        """`size`: height and width of its pictures; the card's by default."""
+        """`size`: height and width of its pictures; the card's by default. `golden` is for pictures of that size."""
         self.stored = stored
         self.card = stored.require_card()
         pixels = self.card.preprocessing
@@ -64,6 +69,7 @@ class Executable:
         self.plan = tuned.plan
         self.report = report
         self._backend = backend
+        self._golden = golden
         self._layout = tuned.layout
         self._alone = tuned.alone and tuned.alone.layout
         # Mutable state: how to get the graph for a lone image, until `widen` has; the graphs; those that give stage
@@ -160,8 +166,11 @@ class Executable:
         return [Outputs(logits[i], embedding[i], tuple(each[i] for each in maps)) for i in range(len(images))]
 
     def _warm(self, size: int, graph: Graph) -> None:
-        """The first run pays for lazy allocation, and shows that it runs."""
-        graph.run(0, np.zeros((size, self.height, self.width, 3), np.uint8))
+        """The first run pays for lazy allocation, and shows that it runs, and gives the logits that it should."""
+        if self._golden:
+            self._golden.check(graph, size)
+        else:
+            graph.run(0, np.zeros((size, self.height, self.width, 3), np.uint8))
 
 
 def _seconds(graph: Graph, shape: tuple[int, int, int], streams: int, instances: int) -> float:

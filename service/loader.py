@@ -1,21 +1,23 @@
 """From a model in the store to one that can run: module, weights, graphs, batch plan. Blocking; takes seconds."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
 import structlog
 
-from service.backends.base import Backend
-from service.errors import ServiceError
+from service.backends.base import Backend, Graph, Layout
+from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid, ServiceError
 from service.executable import Executable, LoadReport
+from service.golden import Golden
 from service.memory import resident_bytes
 from service.plan import BatchPlan
 from service.plan_cache import CachedPlan, Key, PlanCache, digest, machine
-from service.reference import Reference, read_reference, synthetic_images
-from service.served import build, plain_logits
+from service.reference import Deviation, Reference, packed, read_reference, reference_of, synthetic_images
+from service.served import Served, build, plain_logits
 from service.store import StoredModel
-from service.tuning import Alone, Limits, Tuned, Tuning
+from service.tuning import NOT_FINITE, Alone, Limits, Tuned, Tuning
 
 log = structlog.get_logger(component="loader")
 
@@ -25,8 +27,10 @@ def load(
 ) -> Executable:
     """Load `stored` on the first of `backends` that can run it, as `cache` remembers or else as measured now.
 
+    A backend that does not give the logits of the model's reference images counts as one that can't run it.
+
     Raises:
-        ModelLoadFailed: the card or the weights are wrong; the message says how.
+        ModelLoadFailed: the card or the weights are wrong, or what they make is; the message says how.
         Exception: what the last backend raised, where none could run it.
     """
     start, memory = perf_counter(), resident_bytes()
@@ -35,33 +39,68 @@ def load(
     for i, make in enumerate(backends):
         backend = make()
         try:
-            tuned, cached = _tuned(stored, backend, limits, cache)
+            ready = _tuned(stored, backend, limits, cache)
             break
-        except ServiceError:
-            raise
         except Exception as error:
-            if i == len(backends) - 1:
+            wrong = isinstance(error, GoldenMismatch)
+            if isinstance(error, ServiceError) and not wrong:
                 raise
-            notes.append(f"{backend.name} failed: {type(error).__name__}: {error}")
-            log.warning("backend_failed", model=stored.id, reason=notes[-1])
+            notes.append(f"{backend.name} failed: {error if wrong else f'{type(error).__name__}: {error}'}")
+            if i < len(backends) - 1:
+                log.warning("backend_failed", model=stored.id, reason=notes[-1])
+            elif wrong:
+                raise _mismatch(stored, notes, limits) from error
+            else:
+                raise
+    tuned = ready.tuned
     grown = max(card.weights.bytes, resident_bytes() - memory)
     said = (*notes, *tuned.notes)
-    for note in () if cached else tuned.notes:
+    for note in () if ready.cached else tuned.notes:
         log.warning("plan_note", model=stored.id, note=note)
-    seconds = perf_counter() - start
-    report = LoadReport(backend.name, tuned.precision, tuned.layout, said, cached, seconds, grown)
-    return Executable(stored, backend, tuned, report)
+    report = LoadReport(
+        backend=backend.name,
+        precision=tuned.precision,
+        layout=tuned.layout,
+        notes=said,
+        cached=ready.cached,
+        load_seconds=perf_counter() - start,
+        memory_bytes=grown,
+        deviation=ready.deviation,
+    )
+    return Executable(stored, backend, tuned, report, golden=ready.golden)
 
 
-def _tuned(stored: StoredModel, backend: Backend, limits: Limits, cache: PlanCache | None) -> tuple[Tuned, bool]:
-    """Graphs and plan, and whether the cache had them."""
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """Graphs and plan, whether the cache had them, and what was shown of their logits."""
+
+    tuned: Tuned
+    cached: bool
+    golden: Golden
+    deviation: Deviation
+
+
+def _mismatch(stored: StoredModel, failures: Sequence[str], limits: Limits) -> GoldenMismatch:
+    advice = "" if limits.precision in {None, "float32"} else "set PVT_PRECISION=auto; "
+    return GoldenMismatch(
+        f"{stored.key} does not give the logits of its reference images, so it is not served: {'; '.join(failures)}; "
+        f"{advice}fetch or import the model again"
+    )
+
+
+def _tuned(stored: StoredModel, backend: Backend, limits: Limits, cache: PlanCache | None) -> _Ready:
+    """As the cache remembers, or else as measured now, and kept then; checked both times."""
     key = _key(stored, backend, limits)
-    if cache and (restored := _restored(stored, backend, cache, key)):
-        return restored, True
-    tuned = _measured(stored, backend, limits)
+    own = reference_of(stored.require_card(), stored.folder)
+    if cache and (restored := _restored(stored, backend, cache, key, own)):
+        return restored
+    tuned, reference = _measured(stored, backend, limits, own)
+    golden = Golden(reference)
+    deviation = golden.check_all(tuned)
     blobs = {size: graph.export() for size, graph in tuned.graphs.items()} if cache else {}
     whole = {size: blob for size, blob in blobs.items() if blob is not None}
     if cache and whole and len(whole) == len(blobs):
+        computed = None if own else packed(reference)
         entry = CachedPlan(
             key=dict(key),
             precision=tuned.precision,
@@ -71,44 +110,59 @@ def _tuned(stored: StoredModel, backend: Backend, limits: Limits, cache: PlanCac
             alone_layout=tuned.alone.layout if tuned.alone else None,
             notes=tuned.notes,
             graphs={size: digest(blob) for size, blob in whole.items()},
+            reference=computed and computed[1],
         )
-        cache.write(stored.id, stored.version, entry, whole)
-    return tuned, False
+        cache.write(stored.id, stored.version, entry, whole, {computed[1].file: computed[0]} if computed else {})
+    return _Ready(tuned, cached=False, golden=golden, deviation=deviation)
 
 
-def _restored(stored: StoredModel, backend: Backend, cache: PlanCache, key: Key) -> Tuned | None:
+def _restored(
+    stored: StoredModel, backend: Backend, cache: PlanCache, key: Key, own: Reference | None
+) -> _Ready | None:
     if not (found := cache.read(stored.id, stored.version, key)):
         return None
     entry, paths = found
     blobs = {size: np.memmap(path, np.uint8, "r") for size, path in paths.items()}
     try:
         graphs = {size: backend.restore(blob, entry.layout, entry.precision) for size, blob in blobs.items()}
-        pixels = stored.require_card().preprocessing
-        for size, graph in graphs.items():  # the first run pays for lazy allocation, and shows that it runs
-            graph.run(0, np.zeros((size, pixels.height, pixels.width, 3), np.uint8))
+        tuned = _of_entry(entry, graphs, lambda layout: backend.restore(blobs[1], layout, entry.precision))
+        golden = Golden(own or _kept_reference(stored, cache, entry))
+        return _Ready(tuned, cached=True, golden=golden, deviation=golden.check_all(tuned, restored=True))
     except Exception as error:  # noqa: BLE001  whatever is wrong with it, it can be made anew
         log.warning("plan_cache_ignored", model=stored.id, reason=f"{type(error).__name__}: {error}")
         return None
+
+
+def _of_entry(entry: CachedPlan, graphs: dict[int, Graph], make: Callable[[Layout], Graph]) -> Tuned:
     alone = None
     if (layout := entry.alone_layout) and entry.alone_seconds:
-        alone = Alone(layout, entry.alone_seconds, lambda: backend.restore(blobs[1], layout, entry.precision))
+        alone = Alone(layout, entry.alone_seconds, lambda: make(layout))
     plan = BatchPlan(entry.seconds, entry.alone_seconds)
     return Tuned(entry.precision, entry.layout, plan, graphs, alone, entry.notes)
 
 
-def _measured(stored: StoredModel, backend: Backend, limits: Limits) -> Tuned:
+def _kept_reference(stored: StoredModel, cache: PlanCache, entry: CachedPlan) -> Reference:
+    if entry.reference is None:
+        raise ReferenceInvalid("no reference images are kept with it")
+    return read_reference(stored.require_card(), cache.folder(stored.id, stored.version), entry.reference)
+
+
+def _measured(stored: StoredModel, backend: Backend, limits: Limits, own: Reference | None) -> tuple[Tuned, Reference]:
     card = stored.require_card()
     pixels = card.preprocessing
     module = build(card, stored.folder)
-
-    def reference() -> Reference:
-        if found := read_reference(card, stored.folder):
-            return found
-        images = synthetic_images(pixels.height, pixels.width)
-        return Reference(images, plain_logits(module, images))
-
+    reference = own or _computed_reference(module, pixels.height, pixels.width)
     program = backend.program(module, pixels.height, pixels.width)
-    return Tuning(backend, program, reference, (pixels.height, pixels.width), limits).run()
+    tuning = Tuning(backend, program, lambda: reference, (pixels.height, pixels.width), limits)
+    return tuning.run(), reference
+
+
+def _computed_reference(module: Served, height: int, width: int) -> Reference:
+    images = synthetic_images(height, width)
+    logits = plain_logits(module, images)
+    if not np.isfinite(logits).all():
+        raise ModelLoadFailed(NOT_FINITE)
+    return Reference(images, logits)
 
 
 def _key(stored: StoredModel, backend: Backend, limits: Limits) -> dict[str, str]:

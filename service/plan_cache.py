@@ -2,6 +2,7 @@
 
 <root>/<model>/<version>/plan.json
 <root>/<model>/<version>/1.graph      the compiled graph for batches of 1, as the backend exported it
+<root>/<model>/<version>/reference.safetensors      what its logits are held against, where the card names nothing
 
 There is one entry for each version of a model, which bounds the cache. It holds for exactly one key; an entry that is
 broken or made for another key is ignored, with a log line that says why, and replaced.
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Annotated
 
 import numpy as np
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.backends.base import Layout, Precision
+from service.cards import ReferenceFile
 from service.cores import usable_cores
 
 log = structlog.get_logger(component="plan_cache")
@@ -37,7 +40,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class CachedPlan(BaseModel):
-    """One entry. `graphs` gives the digest of each size's compiled graph; times are seconds."""
+    """One entry. `graphs` gives the digest of each size's compiled graph; times are seconds.
+
+    `reference` is the file beside it with reference images and logits, if there is one.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,6 +55,7 @@ class CachedPlan(BaseModel):
     alone_layout: Layout | None
     notes: tuple[str, ...]
     graphs: dict[int, str]
+    reference: ReferenceFile | None = None
 
 
 class PlanCache:
@@ -59,7 +66,7 @@ class PlanCache:
 
     def read(self, model: str, version: str, key: Key) -> tuple[CachedPlan, dict[int, Path]] | None:
         """The entry for `key` and its verified graph files by batch size; None when there is none that holds."""
-        folder = self.root / model / version
+        folder = self.folder(model, version)
         try:
             entry = CachedPlan.model_validate_json((folder / _FILE).read_bytes())
             if reason := _difference(entry, key) or _damage(folder, entry):
@@ -72,9 +79,20 @@ class PlanCache:
             return None
         return entry, {size: _graph_path(folder, size) for size in entry.graphs}
 
-    def write(self, model: str, version: str, entry: CachedPlan, graphs: Mapping[int, bytes]) -> None:
-        """Replace the entry of that model version by `entry` and `graphs`; it appears whole or not at all."""
-        folder = self.root / model / version
+    def folder(self, model: str, version: str) -> Path:
+        """Where the entry of that model version lies."""
+        return self.root / model / version
+
+    def write(
+        self,
+        model: str,
+        version: str,
+        entry: CachedPlan,
+        graphs: Mapping[int, bytes],
+        others: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
+        """Replace that model version's entry by `entry`, `graphs` and other files; it appears whole or not at all."""
+        folder = self.folder(model, version)
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.parent.mkdir(exist_ok=True)
@@ -83,6 +101,8 @@ class PlanCache:
                 staged.mkdir()
                 for size, blob in graphs.items():
                     _graph_path(staged, size).write_bytes(blob)
+                for file, content in others.items():
+                    (staged / file).write_bytes(content)
                 (staged / _FILE).write_text(entry.model_dump_json(indent=2) + "\n")
                 shutil.rmtree(folder, ignore_errors=True)
                 staged.rename(folder)

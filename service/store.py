@@ -1,152 +1,183 @@
 """The model store: a folder with one folder per model, and in it one per version.
 
+<root>/aliases.json
 <root>/pvt_v2_b0.digits/1/card.json
 <root>/pvt_v2_b0.digits/1/model.safetensors
 """
 
-import re
-import shutil
+import errno
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
 
-from service.cards import CARD_FILE, ModelCard, WeightsFile, read_card
-from service.errors import CardInvalid, ModelLoadFailed, ModelNotFound, WeightsCorrupt, WeightsUnavailable
+from service.aliases import delete_alias, read_aliases, write_alias
+from service.cards import CARD_FILE, ModelCard, WeightsFile
+from service.errors import AliasesInvalid, ModelNotFound, WeightsUnavailable
+from service.names import DEFAULT_TAG, MODEL_ID, VERSION, ModelName, alias_name, alias_target, may_be_alias, parse
+from service.stored import Contents, StoredModel, may_be_model, read_versions, usable
 from service.variants import VARIANTS
 
 WEIGHTS_FILE = "model.safetensors"
-DEFAULT_TAG = "in1k"  # the tag of the published ImageNet-1k weights
-MODEL_ID = re.compile(r"(?P<variant>[a-z0-9_]+)\.(?P<tag>[A-Za-z0-9_-]+)")
 
 
-@dataclass(frozen=True, slots=True)
-class StoredModel:
-    """The newest version of a model in the store: with its card, or with the reason why it can't be used."""
-
-    id: str
-    version: str
-    folder: Path
-    card: ModelCard | None
-    failure: ModelLoadFailed | None = None
-
-    @property
-    def variant(self) -> str:
-        """The architecture's name, as the model's id gives it."""
-        return self.id.partition(".")[0]
-
-    def require_card(self) -> ModelCard:
-        """The card; raises the model's failure when there is none."""
-        if self.card is None:
-            raise self.failure or CardInvalid(f"{self.id} has no card")
-        return self.card
+__all__ = ["WEIGHTS_FILE", "Contents", "Store", "StoredModel", "weights_file", "write_model"]
 
 
 class Store:
-    """Reads a store's folders afresh at each call, so that what was added is found and nothing is cached wrongly."""
+    """Reads a store's folders afresh at each call, so that what was added is found and nothing is cached wrongly.
 
-    def __init__(self, root: Path) -> None:
+    `partial` says that weights may lie elsewhere: a version without its weights file is none the worse for it.
+    """
+
+    def __init__(self, root: Path, *, partial: bool = False) -> None:
         self.root = root.absolute()
+        self._partial = partial
 
     def models(self) -> list[StoredModel]:
-        """Every model of the store by name; a broken one carries its failure.
+        """Every model of the store by name, in the newest version that is not broken, or else the newest.
 
         Raises:
             WeightsUnavailable: the store's folder can't be read.
         """
+        return [usable(self._read(folder))[0] for folder in self._folders()]
+
+    def contents(self) -> Contents:
+        """Everything in the store.
+
+        Raises:
+            WeightsUnavailable: the store's folder can't be read.
+        """
+        versions = {folder.name: self._read(folder) for folder in self._folders()}
         try:
-            folders = sorted(path for path in self.root.iterdir() if _may_be_model(path))
-        except OSError as error:
-            raise WeightsUnavailable(
-                f"the model store {str(self.root)!r} can't be read ({error.strerror}); PVT_MODEL_STORE names its folder"
-            ) from error
-        return [_read(folder) for folder in folders]
+            return Contents(versions, self.aliases())
+        except AliasesInvalid as failure:
+            return Contents(versions, {}, failure)
+
+    def versions(self, id_: str) -> list[StoredModel]:
+        """Every version of a model, newest first; a broken one carries its failure.
+
+        Raises:
+            ModelNotFound, WeightsUnavailable: the store has no model with this id.
+        """
+        if folder := self._folder(id_):
+            return self._read(folder)
+        raise self._missing(id_)
 
     def find(self, name: str) -> StoredModel:
-        """The model called `name`: `<variant>.<tag>`, or a variant alone.
+        """The model called `name`: `<variant>.<tag>`, with `@<version>` or without, a variant alone, or an alias.
 
         A variant alone means its ImageNet-1k weights, or the one model of that variant if the store has just one.
 
         Raises:
-            ModelNotFound: no such model, or several that a bare variant could mean.
+            ModelNotFound: no such model or version, or several that a bare variant could mean.
             WeightsUnavailable: a published model whose weights are not here.
+            AliasesInvalid: it could be an alias, and the aliases can't be read.
         """
-        models = {model.id: model for model in self.models()}
-        if name in models:
-            return models[name]
-        if name in VARIANTS:
-            return self._of_variant(name, models)
+        return self.candidates(name)[0]
+
+    def candidates(self, name: str) -> list[StoredModel]:
+        """What may answer to `name`, best first: the version it names, or all that are not broken, newest first.
+
+        Where all are broken, the newest with its failure.
+
+        Raises:
+            ModelNotFound, WeightsUnavailable, AliasesInvalid: as `find`.
+        """
+        wanted = self._resolved(name)
+        versions = self.versions(wanted.id)
+        if wanted.version is None:
+            return usable(versions)
+        if named := [model for model in versions if model.version == wanted.version]:
+            return named
+        there = ", ".join(model.version for model in versions if model.version) or "none"
+        raise ModelNotFound(f"{wanted.id!r} has no version {wanted.version!r}; there are: {there}")
+
+    def aliases(self) -> dict[str, str]:
+        """Every alias, and the model or the version of one that it stands for.
+
+        Raises:
+            AliasesInvalid: the aliases can't be read.
+        """
+        return {name: str(target) for name, target in read_aliases(self.root).items()}
+
+    def set_alias(self, name: str, target: str) -> None:
+        """Let `name` stand for `target`, `<id>` or `<id>@<version>`, from now on and for all who use this store.
+
+        Raises:
+            InvalidRequest: one of the two is not of its form.
+            ModelNotFound, WeightsUnavailable, ModelLoadFailed: `target` is not in the store, or broken.
+            AliasesInvalid, StoreNotWritable: nothing was changed; the message says why.
+        """
+        alias_name(name)
+        self.find(str(alias_target(target))).require_card()
+        write_alias(self.root, name, target)
+
+    def remove_alias(self, name: str) -> None:
+        """Let `name` stand for nothing.
+
+        Raises:
+            ModelNotFound: there is no such alias.
+            AliasesInvalid, StoreNotWritable: nothing was changed; the message says why.
+        """
+        delete_alias(self.root, name)
+
+    def _read(self, folder: Path) -> list[StoredModel]:
+        return read_versions(folder, partial=self._partial)
+
+    def _folders(self) -> list[Path]:
+        try:
+            return sorted(path for path in self.root.iterdir() if may_be_model(path))
+        except OSError as error:
+            raise WeightsUnavailable(
+                f"the model store {str(self.root)!r} can't be read ({error.strerror}); PVT_MODEL_STORE names its folder"
+            ) from error
+
+    def _folder(self, id_: str) -> Path | None:
+        """The model's folder; None where there is none, or `id_` is no name of one."""
+        named = MODEL_ID.fullmatch(id_) is not None or id_ in VARIANTS
+        return self.root / id_ if named and (self.root / id_).is_dir() else None
+
+    def _resolved(self, name: str) -> ModelName:
+        """Without alias and bare variant."""
+        if may_be_alias(name):
+            if target := read_aliases(self.root).get(name):
+                if self._folder(target.id):
+                    return target
+                raise ModelNotFound(f"alias {name!r} stands for {str(target)!r}, which is not in the store")
+            raise self._missing(name)
+        wanted = parse(name)
+        return wanted._replace(id=self._of_variant(wanted.id)) if wanted.is_variant else wanted
+
+    def _of_variant(self, variant: str) -> str:
+        default = f"{variant}.{DEFAULT_TAG}"
+        if self._folder(default):
+            return default
+        ids = [folder.name for folder in self._folders() if folder.name.partition(".")[0] == variant]
+        if not ids:
+            raise self._missing(default)
+        if len(ids) > 1:
+            names = ", ".join(map(repr, ids))
+            raise ModelNotFound(f"{variant!r} alone could mean {names}; ask for one of them by its whole name")
+        return ids[0]
+
+    def _missing(self, name: str) -> ModelNotFound | WeightsUnavailable:
+        """The error for a name that nothing in the store has."""
+        known = [folder.name for folder in self._folders()]
         variant, _, tag = name.partition(".")
         if variant in VARIANTS and tag == DEFAULT_TAG:
-            raise self._unavailable(name)
-        near = get_close_matches(name, [*models, *VARIANTS], n=1, cutoff=0.5)
+            return WeightsUnavailable(
+                f"the weights of {name!r} are not in the store; put its card.json and weights file into "
+                f"{str(self.root / name / '1')!r} and ask again"
+            )
+        with suppress(AliasesInvalid):  # it is said to those who ask for an alias
+            known.extend(read_aliases(self.root))
+        near = get_close_matches(name, [*known, *VARIANTS], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ModelNotFound(f"no model {name!r} in the store; {hint}GET /models lists what there is")
-
-    def _of_variant(self, variant: str, models: dict[str, StoredModel]) -> StoredModel:
-        default = f"{variant}.{DEFAULT_TAG}"
-        if default in models:
-            return models[default]
-        candidates = [model for model in models.values() if model.variant == variant]
-        if not candidates:
-            raise self._unavailable(default)
-        if len(candidates) > 1:
-            names = ", ".join(repr(model.id) for model in candidates)
-            raise ModelNotFound(f"{variant!r} alone could mean {names}; ask for one of them by its whole name")
-        return candidates[0]
-
-    def _unavailable(self, name: str) -> WeightsUnavailable:
-        return WeightsUnavailable(
-            f"the weights of {name!r} are not in the store; put its card.json and weights file into "
-            f"{str(self.root / name / '1')!r} and ask again"
-        )
-
-
-def _may_be_model(path: Path) -> bool:
-    """Whether it has a model's name, or nearly: lost+found and the like are nobody's mistake."""
-    return (MODEL_ID.fullmatch(path.name) is not None or path.name in VARIANTS) and path.is_dir()
-
-
-def _read(folder: Path) -> StoredModel:
-    try:
-        versions = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
-    except OSError as error:
-        return StoredModel(folder.name, "", folder, None, CardInvalid(f"{folder}: {error.strerror or error}"))
-    if not versions:
-        failure = CardInvalid(f"{folder}: no version folder (1, 2, ...) in it")
-        return StoredModel(folder.name, "", folder, None, failure)
-    newest = versions[-1]
-    try:
-        card = read_card(newest)
-        _check(folder.name, newest, card)
-    except ModelLoadFailed as failure:
-        return StoredModel(folder.name, newest.name, newest, None, failure)
-    return StoredModel(folder.name, newest.name, newest, card)
-
-
-def _check(name: str, folder: Path, card: ModelCard) -> None:
-    """What can be checked without reading the weights."""
-    match = MODEL_ID.fullmatch(name)
-    if card.id != name:
-        raise CardInvalid(f"{folder}: the card is for {card.id!r} and lies in the folder of {name!r}")
-    if not match or match["variant"] != card.variant or card.variant not in VARIANTS:
-        raise CardInvalid(
-            f"{folder}: a model is named <variant>.<tag> with the card's variant {card.variant!r}, one of: "
-            + ", ".join(VARIANTS)
-        )
-    weights = folder / card.weights.file
-    try:
-        size = weights.stat().st_size
-        regular = weights.is_file()
-    except OSError as error:
-        raise WeightsCorrupt(f"{weights}: {error.strerror}; put the file that the card names there") from error
-    if not regular:
-        raise WeightsCorrupt(f"{weights}: no regular file")
-    if size != card.weights.bytes:
-        raise WeightsCorrupt(f"{weights}: {size} bytes, the card says {card.weights.bytes}; copy the file again")
+        return ModelNotFound(f"no model {name!r} in the store; {hint}GET /models lists what there is")
 
 
 def weights_file(weights: bytes) -> WeightsFile:
@@ -155,26 +186,46 @@ def weights_file(weights: bytes) -> WeightsFile:
 
 
 def write_model(
-    root: Path, version: str, card: ModelCard, weights: bytes, others: Mapping[str, bytes] = MappingProxyType({})
+    root: Path,
+    version: str | None,
+    card: ModelCard,
+    weights: bytes | Path,
+    others: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
     """Put a model into the store at `root` and return its folder, which appears whole or not at all.
 
-    `others` are the files beside card and weights, by name.
-
-    A folder of that version which is there already is replaced.
+    `weights` are the file's bytes, or a file on the same file system, which is moved. `others` are the files beside
+    card and weights, by name. `version` None is the next one that is free; a folder of another that is there already
+    is replaced.
 
     Raises:
         OSError: the folder can't be written.
     """
-    folder = root / card.id / version
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".", dir=folder.parent) as name:
-        staged = Path(name) / version
+    model = root / card.id
+    model.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", dir=model) as name:
+        staged = Path(name) / "staged"
         staged.mkdir()
-        for file, content in {card.weights.file: weights, **others}.items():
+        for file, content in others.items():
             (staged / file).write_bytes(content)
         (staged / CARD_FILE).write_text(card.model_dump_json(indent=2, exclude_none=True) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        staged.rename(folder)
-    return folder
+        if isinstance(weights, Path):
+            weights.rename(staged / card.weights.file)
+        else:
+            (staged / card.weights.file).write_bytes(weights)
+        if version is None:
+            return _placed(staged, model)
+        if (folder := model / version).exists():
+            folder.rename(Path(name) / "old")
+        return staged.rename(folder)
+
+
+def _placed(staged: Path, model: Path) -> Path:
+    """`staged` as the next version; another process may take that number at the same moment."""
+    while True:
+        taken = [int(path.name) for path in model.iterdir() if VERSION.fullmatch(path.name)]
+        try:
+            return staged.rename(model / str(max(taken, default=0) + 1))
+        except OSError as error:
+            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
+                raise

@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 
 from service.backends.base import Backend, Graph, Layout, Precision, Program
-from service.errors import ModelLoadFailed
+from service.errors import GoldenMismatch
 from service.plan import WORTHWHILE_GAIN, BatchPlan, Runner, batch_seconds, measure
 from service.reference import Reference
 
@@ -19,6 +19,7 @@ from service.reference import Reference
 BUDGET_SECONDS = 10.0
 # The graph for a lone image costs its memory again; it must save that share of the image's time.
 ALONE_SAVES = 0.15
+NOT_FINITE = "it gives NaN or infinity; check its weights and the card's mean and std"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Tuning:
         """Measure and choose.
 
         Raises:
-            ModelLoadFailed: the model gives no finite numbers.
+            GoldenMismatch: the model gives no finite numbers.
             Exception: what the backend raises when nothing at all can be compiled.
         """
         base = base_layout(self.backend.instances, self.limits.cores)
@@ -129,7 +130,7 @@ class Tuning:
     def _objection(self, graph: Graph) -> str | None:
         reference = self.reference()
         logits = np.concatenate([graph.run(0, reference.images[i : i + 1])[0] for i in range(len(reference.images))])
-        return reference.objection(logits)
+        return reference.deviation(logits).objection(graph.precision)
 
     def _layout(
         self, base: Layout, precision: Precision, first: Graph
@@ -165,7 +166,7 @@ class Tuning:
     def _check_finite(self, graph: Graph) -> None:
         batch = np.random.default_rng(0).integers(0, 256, (1, *self.shape, 3), dtype=np.uint8)
         if not all(np.isfinite(part).all() for part in graph.run(0, batch)):
-            raise ModelLoadFailed("it gives NaN or infinity; check its weights and the card's mean and std")
+            raise GoldenMismatch(NOT_FINITE)
 
     def _spent(self) -> float:
         return perf_counter() - self.started

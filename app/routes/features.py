@@ -54,7 +54,7 @@ async def extract(request: Request, query: Annotated[FeaturesQuery, Query()], en
         stages=bool(wanted.stages),
         timeout_seconds=query.timeout_seconds,
     )
-    uploads, answer = await answered(request, engine, infer, query.timeout_seconds)
+    uploads, answer = await answered(request, infer, query.timeout_seconds)
     if form == JSON:
         make = partial(_json, uploads, answer, wanted, request.state.request_id)
     else:

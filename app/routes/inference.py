@@ -1,14 +1,13 @@
 """What the endpoints that take pictures share: pictures in, a model's answer, notes for headers and log."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import nullcontext
 from time import perf_counter
 from typing import Protocol, TypeVar
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
-from app.bodies import Upload, read_uploads
+from app.bodies import Link, Upload, read_uploads
 from app.disconnect import cancelled_on_disconnect
 from service.engine import Engine
 from service.errors import ServiceError
@@ -30,36 +29,50 @@ class Answer(Protocol):
     def results(self) -> Sequence[Inferred | Prediction | ServiceError]: ...  # noqa: D102
 
 
+R = TypeVar("R")
 A = TypeVar("A", bound=Answer)
 
 
-async def answered(
-    request: Request,
-    engine: Engine,
-    infer: Callable[[list[Image]], Awaitable[A]],
-    timeout_seconds: float | None = None,
-) -> tuple[list[Upload], A]:
-    """The pictures of `request`, and what `infer` makes of them, which is given up when the caller hangs up.
-
-    `timeout_seconds`, the service's default if None, is for fetching by URL and `infer` together; without URLs `infer`
-    keeps time by itself.
+async def carried_out(
+    request: Request, read: Callable[[], Awaitable[R]], infer: Callable[[R], Awaitable[A]]
+) -> tuple[R, A]:
+    """What `read` takes from the body of `request`, and what `infer` makes of it; given up when the caller hangs up.
 
     Raises:
         ServiceError: the body can't be read, `infer` failed, or there is one picture and it failed.
     """
-    settings, fetch_seconds = request.state.settings, None
-    with engine.request():
-        sent = await read_uploads(request, settings.max_body_bytes, settings.max_images)
-        uploads = [each for each in sent if isinstance(each, Upload)]
-        linked = len(uploads) < len(sent)
-        limit = time_limit(timeout_seconds or engine.options.timeout_seconds) if linked else nullcontext()
-        async with cancelled_on_disconnect(request), limit:
-            if linked:
-                start = perf_counter()
-                uploads = await request.state.fetcher.fetched(sent, request.state.request_id)
-                fetch_seconds = perf_counter() - start
-            answer = await infer([upload.data for upload in uploads])
-    _note(request, answer, fetch_seconds)
+    with request.state.engine.request():
+        what = await read()
+        async with cancelled_on_disconnect(request):
+            answer = await infer(what)
+    _note(request, answer)
+    return what, answer
+
+
+async def answered(
+    request: Request, infer: Callable[[list[Image]], Awaitable[A]], timeout_seconds: float | None = None
+) -> tuple[list[Upload], A]:
+    """The pictures of `request`, those by URL fetched, and what `infer` makes of them; see `carried_out`.
+
+    `timeout_seconds`, the service's default if None, is for fetching and `infer` together; without URLs `infer` keeps
+    time by itself.
+    """
+    settings, uploads = request.state.settings, list[Upload]()
+
+    def read() -> Awaitable[list[Upload | Link]]:
+        return read_uploads(request, settings.max_body_bytes, settings.max_images)
+
+    async def infer_sent(sent: list[Upload | Link]) -> A:
+        uploads.extend(each for each in sent if isinstance(each, Upload))
+        if len(uploads) == len(sent):
+            return await infer([upload.data for upload in uploads])
+        start = perf_counter()
+        async with time_limit(timeout_seconds or request.state.engine.options.timeout_seconds):
+            uploads[:] = await request.state.fetcher.fetched(sent, request.state.request_id)
+            request.state.fetch_seconds = perf_counter() - start
+            return await infer([upload.data for upload in uploads])
+
+    _, answer = await carried_out(request, read, infer_sent)
     return uploads, answer
 
 
@@ -71,13 +84,14 @@ async def encoded(engine: Engine, model: str, make: Callable[[], T], numbers: in
     return made
 
 
-def _note(request: Request, answer: Answer, fetch_seconds: float | None) -> None:
+def _note(request: Request, answer: Answer) -> None:
     """Leave what the middleware writes into headers and log; of several pictures the slowest one's times."""
     results = answer.results
     request.state.log = {"model": answer.model, "images": len(results)}
     there = [result for result in results if not isinstance(result, ServiceError)]
     if there:
-        fetch = {} if fetch_seconds is None else {"fetch": fetch_seconds}
+        seconds = getattr(request.state, "fetch_seconds", None)
+        fetch = {} if seconds is None else {"fetch": seconds}
         request.state.timing = {**fetch, **max((each.timing for each in there), key=sum)._asdict()}
     elif len(results) == 1 and isinstance(error := results[0], ServiceError):
         raise error

@@ -14,8 +14,8 @@ from service.errors import CardInvalid, ModelLoadFailed, WeightsDigestMismatch, 
 from service.executable import Executable
 from service.loader import load
 from service.plan_cache import PlanCache
-from service.reference import Reference, packed, synthetic_images
-from service.served import Served, build, plain_logits
+from service.reference import Reference, packed
+from service.served import Served
 from service.store import Store
 from service.tuning import Limits
 from tests.service.stores import add_model
@@ -139,25 +139,6 @@ def test_the_last_backends_failure_is_the_models(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="can't compile"):
         load_tiny(tmp_path, backends=[Broken(1)])
-
-
-def test_bfloat16_is_earned_on_the_cards_reference_images(tmp_path: Path) -> None:
-    folder = add_model(tmp_path)
-    images = synthetic_images(32, 32)
-    card = Store(tmp_path).find("pvt_v2_b0.tiny").require_card()
-    honest = Reference(images, plain_logits(build(card, folder), images))
-    add_reference(folder, honest)
-    kept = load_tiny(tmp_path, 1, backends=[AnyTorch(1)])
-    add_reference(folder, Reference(images, np.roll(honest.logits, 1, axis=1)))
-
-    with capture_logs() as logs:
-        refused = load_tiny(tmp_path, 1, backends=[AnyTorch(1)])
-
-    assert kept.report.notes == ()
-    assert refused.report.precision == "float32"
-    (note,) = refused.report.notes
-    assert note.startswith("bfloat16 is not used: ")
-    assert [(line["event"], line["note"]) for line in logs] == [("plan_note", note)]
 
 
 def test_a_second_load_takes_plan_and_graphs_from_the_cache_and_answers_the_same(tmp_path: Path) -> None:

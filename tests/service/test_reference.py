@@ -7,7 +7,7 @@ import torch
 
 from service.cards import ModelCard, ReferenceFile, read_card
 from service.errors import ReferenceInvalid
-from service.reference import Reference, packed, read_reference, synthetic_images
+from service.reference import Reference, packed, reference_of, synthetic_images
 from service.served import build, plain_logits
 from tests.conftest import ROOT
 from tests.service.stores import add_model
@@ -31,7 +31,7 @@ def reference(classes: int = 3, side: int = 32) -> Reference:
 def test_a_packed_reference_is_read_again(tmp_path: Path) -> None:
     written = reference()
 
-    read = read_reference(*stored(tmp_path, written))
+    read = reference_of(*stored(tmp_path, written))
 
     assert read is not None
     np.testing.assert_array_equal(read.images, written.images)
@@ -41,7 +41,7 @@ def test_a_packed_reference_is_read_again(tmp_path: Path) -> None:
 def test_a_card_without_a_reference_has_none(tmp_path: Path) -> None:
     folder = add_model(tmp_path)
 
-    assert read_reference(read_card(folder), folder) is None
+    assert reference_of(read_card(folder), folder) is None
 
 
 def test_a_reference_file_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -49,21 +49,21 @@ def test_a_reference_file_that_is_missing_is_named(tmp_path: Path) -> None:
     (folder / "reference.safetensors").unlink()
 
     with pytest.raises(ReferenceInvalid, match=r"reference\.safetensors: No such file"):
-        read_reference(card, folder)
+        reference_of(card, folder)
 
 
 def test_a_reference_file_that_was_changed_is_refused(tmp_path: Path) -> None:
     card, folder = stored(tmp_path, reference())
     (folder / "reference.safetensors").write_bytes(packed(reference(side=64))[0])
 
-    with pytest.raises(ReferenceInvalid, match=r"SHA-256 is \w+, the card says"):
-        read_reference(card, folder)
+    with pytest.raises(ReferenceInvalid, match=r"SHA-256 is \w+, expected"):
+        reference_of(card, folder)
 
 
 @pytest.mark.parametrize("wrong", [reference(classes=4), reference(side=64)])
 def test_a_reference_that_does_not_fit_the_model_is_refused(tmp_path: Path, wrong: Reference) -> None:
     with pytest.raises(ReferenceInvalid, match="must be uint8"):
-        read_reference(*stored(tmp_path, wrong))
+        reference_of(*stored(tmp_path, wrong))
 
 
 def test_a_reference_that_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_reference_that_is_no_safetensors_file_is_refused(tmp_path: Path) -> N
     file = ReferenceFile(file="reference.safetensors", sha256=hashlib.sha256(data).hexdigest())
 
     with pytest.raises(ReferenceInvalid, match="no safetensors file with 'images' and 'logits'"):
-        read_reference(card.model_copy(update={"reference": file}), folder)
+        reference_of(card.model_copy(update={"reference": file}), folder)
 
 
 def test_synthetic_images_are_the_same_every_time_and_use_the_whole_range() -> None:
@@ -89,7 +89,7 @@ def test_synthetic_images_are_the_same_every_time_and_use_the_whole_range() -> N
 def test_the_embedded_models_reference_is_what_plain_float32_gives() -> None:
     card = read_card(DIGITS)
 
-    read = read_reference(card, DIGITS)
+    read = reference_of(card, DIGITS)
 
     assert read is not None
     assert sorted(read.logits.argmax(axis=1)) == list(range(10))

@@ -3,13 +3,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service.errors import CardInvalid, ModelNotFound, WeightsCorrupt, WeightsUnavailable
-from service.store import Store
+from service.store import Store, write_model
 from tests.service.stores import add_model
 
 
@@ -198,3 +199,103 @@ def test_writing_a_version_again_replaces_it_whole(store: Store) -> None:
 
     assert sorted(path.name for path in folder.parent.iterdir()) == ["1"]
     assert len(store.find("pvt_v2_b0.tiny").require_card().labels) == 5
+
+
+def truncate(folder: Path) -> None:
+    with (folder / "model.safetensors").open("rb+") as file:
+        file.truncate(100)
+
+
+def test_a_broken_newest_version_is_passed_over_and_stays_visible(store: Store) -> None:
+    truncate(add_model(store.root, version="2"))
+
+    assert [model.key for model in store.models()] == ["pvt_v2_b0.tiny@1"]
+    assert store.find("pvt_v2_b0.tiny").version == "1"
+    newest, oldest = store.versions("pvt_v2_b0.tiny")
+    assert (newest.version, oldest.version) == ("2", "1")
+    assert isinstance(newest.failure, WeightsCorrupt)
+    assert oldest.failure is None
+
+
+def test_where_every_version_is_broken_the_newest_tells_why(store: Store) -> None:
+    truncate(add_model(store.root, version="2"))
+    (store.root / "pvt_v2_b0.tiny" / "1" / "card.json").unlink()
+
+    (model,) = store.models()
+
+    assert model.version == "2"
+    assert isinstance(model.failure, WeightsCorrupt)
+    assert [each.key for each in store.candidates("pvt_v2_b0.tiny")] == ["pvt_v2_b0.tiny@2"]
+
+
+def test_a_version_is_named_after_an_at_sign(store: Store) -> None:
+    add_model(store.root, version="2")
+
+    assert store.find("pvt_v2_b0.tiny@1").version == "1"
+    assert store.find("pvt_v2_b0@1").key == "pvt_v2_b0.tiny@1"
+
+
+def test_a_named_version_that_is_broken_says_so_and_no_other_stands_in(store: Store) -> None:
+    truncate(add_model(store.root, version="2"))
+
+    (model,) = store.candidates("pvt_v2_b0.tiny@2")
+
+    assert isinstance(model.failure, WeightsCorrupt)
+
+
+def test_a_version_that_is_not_there_is_not_found_and_those_that_are_named(store: Store) -> None:
+    with pytest.raises(ModelNotFound, match=r"'pvt_v2_b0.tiny' has no version '7'; there are: 1"):
+        store.find("pvt_v2_b0.tiny@7")
+
+
+@pytest.mark.parametrize("version", ["", "0", "01", "latest", "1/..", "-1", "1@1", "٣", "9" * 5000])
+def test_what_is_no_version_is_not_found(store: Store, version: str) -> None:
+    with pytest.raises(ModelNotFound, match="must be a version's number"):
+        store.find(f"pvt_v2_b0.tiny@{version}")
+
+
+def test_candidates_are_the_good_versions_newest_first(store: Store) -> None:
+    for version in ("2", "3", "10"):
+        add_model(store.root, version=version)
+    truncate(store.root / "pvt_v2_b0.tiny" / "3")
+
+    assert [model.version for model in store.candidates("pvt_v2_b0.tiny")] == ["10", "2", "1"]
+
+
+def test_folders_that_are_no_versions_are_passed_over(store: Store) -> None:
+    for name in ("0", "01", "latest", ".partial", "٣"):
+        (store.root / "pvt_v2_b0.tiny" / name).mkdir()
+
+    assert [model.version for model in store.versions("pvt_v2_b0.tiny")] == ["1"]
+
+
+def test_a_partial_store_misses_no_weights_but_refuses_those_of_another_length(store: Store) -> None:
+    add_model(store.root, version="2")
+    (store.root / "pvt_v2_b0.tiny" / "1" / "model.safetensors").unlink()
+    truncate(store.root / "pvt_v2_b0.tiny" / "2")
+
+    newest, oldest = Store(store.root, partial=True).versions("pvt_v2_b0.tiny")
+
+    assert isinstance(newest.failure, WeightsCorrupt)
+    assert oldest.failure is None
+
+
+def test_a_model_is_written_as_the_next_free_version(store: Store) -> None:
+    card = store.find("pvt_v2_b0.tiny").require_card()
+    weights = (store.root / "pvt_v2_b0.tiny" / "1" / "model.safetensors").read_bytes()
+    (store.root / "pvt_v2_b0.tiny" / "4").mkdir()
+
+    folder = write_model(store.root, None, card, weights)
+
+    assert folder.name == "5"
+    assert store.find("pvt_v2_b0.tiny").key == "pvt_v2_b0.tiny@5"
+
+
+def test_two_who_write_at_the_same_time_get_a_version_each(store: Store) -> None:
+    card = store.find("pvt_v2_b0.tiny").require_card()
+    weights = (store.root / "pvt_v2_b0.tiny" / "1" / "model.safetensors").read_bytes()
+
+    with ThreadPoolExecutor(4) as threads:
+        written = [threads.submit(write_model, store.root, None, card, weights) for _ in range(6)]
+
+    assert sorted(int(each.result().name) for each in written) == list(range(2, 8))
