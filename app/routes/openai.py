@@ -117,7 +117,7 @@ async def embeddings(request: Request, engine: EngineDep) -> Response:
         return engine.infer([from_base64(url) for url in asked.urls], model=asked.model)
 
     asked, answered = await carried_out(request, partial(_read, request), infer)
-    body = await encoded(engine, answered.model, partial(_body, answered, asked.encoding_format))
+    body = await encoded(request, answered.model, partial(_body, answered, asked.encoding_format), answered.numbers)
     return Response(body, media_type="application/json")
 
 

@@ -161,7 +161,7 @@ async def infer(request: Request, engine: EngineDep, name: ModelName, version: s
         )
 
     asked, answered = await carried_out(request, partial(_read, request), answer)
-    made = await encoded(engine, answered.model, partial(_body, asked.message, answered))
+    made = await encoded(request, answered.model, partial(_body, asked.message, answered), answered.numbers)
     content, headers = compressed(made.content, request.headers.get("accept-encoding", ""))
     if made.header_length is None:
         return Response(content, headers=headers, media_type="application/json")
