@@ -18,7 +18,7 @@ from app.routes.inference import LARGE, answered, encoded
 from app.schemas import ExplainResponse, explanation_result
 from service.encodings import NPY, encode, json_bytes
 from service.errors import InvalidRequest
-from service.explain import explain, maps, numbers, overlay
+from service.explain import check_class, explain, maps, numbers, overlay
 from service.pipeline import Image
 from service.results import JSON_INSTEAD, Answered, whole
 
@@ -53,7 +53,12 @@ async def show(request: Request, query: Annotated[ExplainQuery, Query()], engine
                 f"{PNG} shows one picture and {len(images)} came; send one, or ask for {JSON} or {NPY}"
             )
         return await engine.infer(
-            images, model=query.model, size=query.input_size, stages=True, timeout_seconds=query.timeout_seconds
+            images,
+            model=query.model,
+            size=query.input_size,
+            stages=True,
+            check=partial(check_class, query.class_id),
+            timeout_seconds=query.timeout_seconds,
         )
 
     uploads, answer = await answered(request, infer, query.timeout_seconds)
