@@ -12,11 +12,13 @@ from starlette.concurrency import run_in_threadpool
 
 from app.bodies import DATA_URL, EXAMPLE, LARGE_JSON, check_count, from_base64, read_body
 from app.dependencies import EngineDep
+from app.json_body import loads
 from app.problems import documented
 from app.routes.inference import carried_out, encoded
 from service.encodings import json_array, little_endian
 from service.errors import InvalidRequest
 from service.results import Answered, whole
+from service.tensors import numbers
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -119,7 +121,8 @@ async def embeddings(request: Request, engine: EngineDep) -> Response:
         return engine.infer([from_base64(url) for url in asked.urls], model=asked.model)
 
     asked, answered = await carried_out(request, partial(_read, request), infer)
-    body = await encoded(engine, answered.model, partial(_body, answered, asked.encoding_format))
+    make = partial(_body, answered, asked.encoding_format)
+    body = await encoded(engine, answered.model, make, numbers(answered, ["embedding"]))
     return Response(body, media_type="application/json")
 
 
@@ -145,9 +148,7 @@ async def _read(request: Request) -> EmbeddingsRequest:
 
 def _parsed(body: bytes) -> EmbeddingsRequest:
     try:
-        asked = EmbeddingsRequest.model_validate(orjson.loads(body))
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is no JSON: {error}") from error
+        asked = EmbeddingsRequest.model_validate(loads(body))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise InvalidRequest(f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}") from error

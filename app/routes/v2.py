@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from app.bodies import LARGE_JSON, check_count, read_body
+from app.bodies import LARGE_JSON, read_body
 from app.dependencies import EngineDep, HealthDep, LivenessDep
 from app.inference_protocol import (
     HEADER_LENGTH,
@@ -27,9 +27,20 @@ from service.models import ModelStatus
 from service.pipeline import Image
 from service.residents import Size
 from service.results import Answered
-from service.tensors import STAGES, VECTORS, Spec, check_outputs, images, input_specs, output, output_specs
+from service.tensors import (
+    STAGES,
+    VECTORS,
+    Spec,
+    check_outputs,
+    images,
+    input_specs,
+    numbers,
+    output,
+    output_specs,
+)
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+SHORT = len(str(LARGE_JSON))  # digits of a length that is less
 EXTENSIONS = ("binary_tensor_data", "classification", "model_repository")
 
 ModelName = Annotated[str, Path(description="`<variant>.<tag>`, or a variant alone.")]
@@ -161,12 +172,8 @@ async def infer(request: Request, engine: EngineDep, name: ModelName, version: s
         )
 
     asked, answered = await carried_out(request, partial(_read, request), answer)
-    made = await encoded(engine, answered.model, partial(_body, asked.message, answered))
-    content, headers = compressed(made.content, request.headers.get("accept-encoding", ""))
-    if made.header_length is None:
-        return Response(content, headers=headers, media_type="application/json")
-    headers[HEADER_LENGTH] = str(made.header_length)
-    return Response(content, headers=headers, media_type="application/octet-stream")
+    make = partial(_response, asked.message, answered, request.headers.get("accept-encoding", ""))
+    return await encoded(engine, answered.model, make, numbers(answered, [each.name for each in asked.message.outputs]))
 
 
 def _named(name: str, version: str | None) -> str:
@@ -185,23 +192,27 @@ def _told(spec: Spec) -> TensorMetadata:
 async def _read(request: Request) -> Asked:
     settings, headers = request.state.settings, request.headers
     raw = await read_body(request, settings.max_body_bytes)
-    make = partial(_asked, raw, headers.get("content-encoding", ""), headers.get(HEADER_LENGTH),
-                   settings.max_body_bytes)  # fmt: skip
-    length = headers.get(HEADER_LENGTH, "")
-    # JSON, and what is compressed, is read on a thread when it is large; bytes of tensors are not looked at.
-    at_once = len(raw) < LARGE_JSON or (
-        length.isdecimal() and int(length) < LARGE_JSON and not headers.get("content-encoding")
-    )
-    asked = make() if at_once else await run_in_threadpool(make)
-    check_count(len(asked.pictures), settings.max_images)
-    return asked
+    length, encoding = headers.get(HEADER_LENGTH), headers.get("content-encoding", "")
+    make = partial(_asked, raw, encoding, length, settings.max_body_bytes, settings.max_images)
+    # Large JSON, and all that is compressed, on a thread; the bytes of tensors are not looked at.
+    at_once = not encoding and (len(raw) < LARGE_JSON or (length is not None and len(length) < SHORT))
+    return make() if at_once else await run_in_threadpool(make)
 
 
-def _asked(raw: bytes, encoding: str, header_length: str | None, max_bytes: int) -> Asked:
+def _asked(raw: bytes, encoding: str, header_length: str | None, max_bytes: int, max_images: int) -> Asked:
     message, tensor = parse(decompressed(raw, encoding, max_bytes), header_length)
     check_outputs([each.name for each in message.outputs])
-    pictures, size = images(tensor)
+    pictures, size = images(tensor, max_images)
     return Asked(message, [*pictures], size)
+
+
+def _response(message: InferRequest, answered: Answered, accepted: str) -> Response:
+    made = _body(message, answered)
+    content, headers = compressed(made.content, accepted)
+    if made.header_length is None:
+        return Response(content, headers=headers, media_type="application/json")
+    headers[HEADER_LENGTH] = str(made.header_length)
+    return Response(content, headers=headers, media_type="application/octet-stream")
 
 
 def _body(message: InferRequest, answered: Answered) -> Body:
