@@ -158,11 +158,14 @@ def parse(body: bytes, header_length: str | None) -> tuple[InferRequest, InputTe
     try:
         request = InferRequest.model_validate(loads(header))
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)[:_TOLD]
-        raise InvalidRequest(
-            "; ".join(f"{'.'.join(map(str, e['loc']))[:200] or 'the body'}: {e['msg']}" for e in found)
-        ) from error
+        raise InvalidRequest(reasons(error)) from error
     return request, _tensor(request.inputs[0], numbers, memoryview(body)[end:])
+
+
+def reasons(error: ValidationError) -> str:
+    """What is wrong with a message, field by field."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)[:_TOLD]
+    return "; ".join(f"{'.'.join(map(str, e['loc']))[:200] or 'the body'}: {e['msg']}" for e in found)
 
 
 def written(response: Mapping[str, Any], outputs: Sequence[tuple[OutputTensor, bool]]) -> Body:

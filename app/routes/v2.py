@@ -2,9 +2,9 @@
 
 from functools import partial
 from importlib.metadata import version as installed
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
@@ -21,29 +21,17 @@ from app.inference_protocol import (
     parse,
     written,
 )
-from app.problems import documented
+from app.refusals import refusals
 from app.routes.inference import carried_out, encoded
-from service.models import ModelStatus
+from app.routes.v2_models import ModelName, Ready, named
 from service.pipeline import Image
 from service.residents import Size
 from service.results import Answered
-from service.tensors import (
-    STAGES,
-    VECTORS,
-    Spec,
-    check_outputs,
-    images,
-    input_specs,
-    numbers,
-    output,
-    output_specs,
-)
+from service.tensors import STAGES, VECTORS, check_outputs, images, numbers, output
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 SHORT = len(str(LARGE_JSON))  # digits of a length that is less
-EXTENSIONS = ("binary_tensor_data", "classification", "model_repository")
-
-ModelName = Annotated[str, Path(description="`<variant>.<tag>`, or a variant alone.")]
+EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository")
 
 
 class ServerMetadata(BaseModel):
@@ -58,30 +46,6 @@ class Live(BaseModel):
     """Whether the server is alive."""
 
     live: bool
-
-
-class Ready(BaseModel):
-    """Whether the server, or a model, can be asked."""
-
-    ready: bool
-
-
-class TensorMetadata(BaseModel):
-    """A tensor; -1 stands for any number."""
-
-    name: str
-    datatype: str
-    shape: list[int]
-
-
-class ModelMetadata(BaseModel):
-    """A model: send one of `inputs`, get those of `outputs` that are asked for."""
-
-    name: str
-    versions: list[str]
-    platform: str
-    inputs: list[TensorMetadata]
-    outputs: list[TensorMetadata]
 
 
 class Asked(NamedTuple):
@@ -110,50 +74,17 @@ async def server_ready(health: HealthDep) -> JSONResponse:
     return JSONResponse({"ready": health.ready}, 200 if health.ready else 503)
 
 
-@router.get("/models/{name}", summary="Model metadata", responses=documented(401, 404, 503))
-@router.get("/models/{name}/versions/{version}", summary="Model metadata", responses=documented(401, 404, 503))
-async def model_metadata(engine: EngineDep, name: ModelName, version: str | None = None) -> ModelMetadata:
-    """Inputs and outputs, at the model's own input size."""
-    model = await engine.models.one(_named(name, version))
-    card = model.stored.require_card()
-    return ModelMetadata(
-        name=model.stored.id,
-        versions=[model.stored.version],
-        platform=_platform(model),
-        inputs=[_told(spec) for spec in input_specs(card)],
-        outputs=[_told(spec) for spec in output_specs(card)],
-    )
-
-
-@router.get(
-    "/models/{name}/ready", summary="Model readiness", response_model=Ready, responses=documented(401, 404, 503)
-)
-@router.get(
-    "/models/{name}/versions/{version}/ready",
-    summary="Model readiness",
-    response_model=Ready,
-    responses=documented(401, 404, 503),
-)
-async def model_ready(engine: EngineDep, name: ModelName, version: str | None = None) -> JSONResponse:
-    """200 when the model can be asked: it is in memory, or its first request will load it."""
-    model = await engine.models.one(_named(name, version))
-    failed = model.status.failure or model.stored.failure
-    if failed:
-        raise failed
-    return JSONResponse({"ready": True})
-
-
 @router.post(
     "/models/{name}/infer",
     summary="Inference on tensors",
     response_model=InferResponse,
-    responses=documented(401, 404, 413, 415, 429, 503, 504),
+    responses=refusals("/v2", 400, 401, 404, 413, 415, 429, 503, 504),
 )
 @router.post(
     "/models/{name}/versions/{version}/infer",
     summary="Inference on tensors",
     response_model=InferResponse,
-    responses=documented(401, 404, 413, 415, 429, 503, 504),
+    responses=refusals("/v2", 400, 401, 404, 413, 415, 429, 503, 504),
 )
 async def infer(request: Request, engine: EngineDep, name: ModelName, version: str | None = None) -> Response:
     """Outputs of a model for pictures in one tensor: `images` (UINT8, NHWC) or `encoded` (BYTES, whole files).
@@ -165,7 +96,7 @@ async def infer(request: Request, engine: EngineDep, name: ModelName, version: s
         names = [each.name for each in asked.message.outputs]
         return engine.infer(
             asked.pictures,
-            model=_named(name, version),
+            model=named(name, version),
             size=asked.size,
             stages=bool({*names} & {*STAGES}),
             timeout_seconds=asked.message.timeout_seconds,
@@ -174,19 +105,6 @@ async def infer(request: Request, engine: EngineDep, name: ModelName, version: s
     asked, answered = await carried_out(request, partial(_read, request), answer)
     make = partial(_response, asked.message, answered, request.headers.get("accept-encoding", ""))
     return await encoded(engine, answered.model, make, numbers(answered, [each.name for each in asked.message.outputs]))
-
-
-def _named(name: str, version: str | None) -> str:
-    return f"{name}@{version}" if version else name
-
-
-def _platform(model: ModelStatus) -> str:
-    loaded = model.status.loaded
-    return loaded.executable.report.backend if loaded else "pytorch"
-
-
-def _told(spec: Spec) -> TensorMetadata:
-    return TensorMetadata(name=spec.name, datatype=spec.datatype, shape=list(spec.shape))
 
 
 async def _read(request: Request) -> Asked:

@@ -51,7 +51,7 @@ def test_server_and_models_say_what_they_are(server: Any) -> None:
     assert not server.is_model_ready("pvt_v2_b0.none")
     metadata = server.get_server_metadata()
     assert (metadata["name"], metadata["extensions"]) == (
-        "pvt-serve", ["binary_tensor_data", "classification", "model_repository"],
+        "pvt-serve", ["binary_tensor_data", "classification", "model_configuration", "model_repository"],
     )  # fmt: skip
     model = server.get_model_metadata(MODEL)
     assert (model["name"], model["versions"]) == (MODEL, ["1"])
@@ -61,6 +61,15 @@ def test_server_and_models_say_what_they_are(server: Any) -> None:
     ]
     shapes = {each["name"]: each["shape"] for each in model["outputs"]}
     assert (shapes["probabilities"], shapes["embedding"], shapes["stage3"]) == ([-1, 10], [-1, 256], [-1, 160, 4, 4])
+
+
+def test_a_models_configuration_is_what_its_metadata_says(server: Any) -> None:
+    config, metadata = server.get_model_config(MODEL, "1"), server.get_model_metadata(MODEL, "1")
+
+    assert (config["name"], config["max_batch_size"]) == (MODEL, 0)
+    for tensors, told in ((config["input"], metadata["inputs"]), (config["output"], metadata["outputs"])):
+        assert [(each["name"], each["dims"]) for each in tensors] == [(each["name"], each["shape"]) for each in told]
+    assert [each["data_type"] for each in config["input"]] == ["TYPE_UINT8", "TYPE_STRING"]
 
 
 def test_encoded_pictures_are_classified(server: Any, files: list[bytes]) -> None:
