@@ -68,6 +68,8 @@ class Settings(BaseSettings):
     """Longest side, in pixels, of an input size that a request may ask for with `size`."""
     sizes_per_model: Annotated[int, Field(ge=1, le=256)] = 4
     """Input sizes besides its own for which a model is kept compiled; the least recently used one goes first."""
+    max_maps_mb: Annotated[float, Field(gt=0, le=65_536)] = 128
+    """Memory of the stage maps that one request may ask for, in units of 10^6 bytes, four for each number."""
     stall_seconds: Annotated[float, Field(gt=0)] = 30
     """A decode or inference thread that is at one job for longer makes the service unhealthy."""
     shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
@@ -150,6 +152,7 @@ class Settings(BaseSettings):
             max_images=self.max_images,
             max_input_side=self.max_input_side,
             sizes_per_model=self.sizes_per_model,
+            max_map_bytes=int(self.max_maps_mb * 1e6),
             stall_seconds=self.stall_seconds,
         )
         return replace(options, instances=self.instances) if self.instances else options

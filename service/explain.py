@@ -44,6 +44,11 @@ def explain(answered: Answered, class_id: int | None) -> list[Explanation | Serv
     return [_explained(answered, each, class_id) for each in answered.results]
 
 
+def numbers(answered: Answered) -> int:
+    """How many numbers the maps are made of, to tell a large answer beforehand."""
+    return sum(each.outputs.stages[-1].size for each in answered.results if isinstance(each, Inferred))
+
+
 def maps(explanations: Sequence[Explanation]) -> Floats:
     """All maps in one array (n, height / 32, width / 32)."""
     return np.stack([each.map for each in explanations])

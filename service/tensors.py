@@ -125,14 +125,6 @@ def output(answered: Answered, name: str, classification: int | None) -> OutputT
     return OutputTensor(Spec(name, "BYTES", best.shape), told)
 
 
-def numbers(answered: Answered, names: Sequence[str]) -> int:
-    """How many numbers the tensors `names`, by default VECTORS, hold together, to tell a large answer beforehand."""
-    first = next((each for each in answered.results if isinstance(each, Inferred)), None)
-    if first is None:
-        return 0
-    return len(answered.results) * sum(_element(first, name).size for name in names or VECTORS)
-
-
 def check_outputs(names: Sequence[str]) -> None:
     """Raises InvalidRequest when one of `names` is no output, or there twice."""
     for i, name in enumerate(names):

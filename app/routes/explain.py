@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated
 
-import orjson
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
@@ -16,10 +15,11 @@ from app.problems import documented
 from app.queries import ExplainQuery
 from app.routes.inference import BODY, LARGE, answered, encoded
 from app.schemas import ExplainResponse, explanation_result
-from service.encodings import NPY, encode
+from service.encodings import NPY, encode, json_bytes
 from service.errors import InvalidRequest
-from service.explain import explain, maps, overlay
-from service.results import Answered, whole
+from service.explain import explain, maps, numbers, overlay
+from service.pipeline import Image
+from service.results import JSON_INSTEAD, Answered, whole
 
 router = APIRouter(tags=["inference"])
 
@@ -44,17 +44,24 @@ async def show(request: Request, query: Annotated[ExplainQuery, Query()], engine
     As a PNG of one picture, as the model saw it, with the map on it; or, with an `Accept` for it, as JSON or `.npy`.
     """
     form = choose(request, FORMS)
-    infer = partial(
-        engine.infer, model=query.model, size=query.input_size, stages=True, timeout_seconds=query.timeout_seconds
-    )
+
+    async def infer(images: list[Image]) -> Answered:
+        if form == PNG and len(images) > 1:
+            raise InvalidRequest(
+                f"{PNG} shows one picture and {len(images)} came; send one, or ask for {JSON} or {NPY}"
+            )
+        return await engine.infer(
+            images, model=query.model, size=query.input_size, stages=True, timeout_seconds=query.timeout_seconds
+        )
+
     uploads, answer = await answered(request, infer)
     makers: dict[str, Callable[[], bytes]] = {
         PNG: partial(_png, answer, query),
         NPY: partial(_npy, uploads, answer, query),
         JSON: partial(_json, uploads, answer, query, request.state.request_id),
     }
-    numbers = LARGE + 1 if form == PNG else 0  # compressing takes milliseconds
-    body = await encoded(engine, answer.model, makers[form], numbers)
+    count = LARGE + 1 if form == PNG else numbers(answer)  # compressing takes milliseconds
+    body = await encoded(request, answer.model, makers[form], count)
     return Response(body, media_type=form)
 
 
@@ -67,16 +74,12 @@ DIRECT = Endpoint("/explain", ExplainQuery, _direct)
 
 
 def _png(answer: Answered, query: ExplainQuery) -> bytes:
-    if len(answer.results) > 1:
-        raise InvalidRequest(
-            f"{PNG} shows one picture and {len(answer.results)} came; send one, or ask for {JSON} or {NPY}"
-        )
     (explanation,) = whole(explain(answer, query.class_id), [None])
     return overlay(explanation, query.alpha)
 
 
 def _npy(uploads: Sequence[Upload], answer: Answered, query: ExplainQuery) -> bytes:
-    explanations = whole(explain(answer, query.class_id), [upload.filename for upload in uploads])
+    explanations = whole(explain(answer, query.class_id), [upload.filename for upload in uploads], JSON_INSTEAD)
     return encode({"map": maps(explanations)}, NPY, {})
 
 
@@ -86,4 +89,4 @@ def _json(uploads: Sequence[Upload], answer: Answered, query: ExplainQuery, requ
         explanation_result(upload.filename, each, request_id)
         for upload, each in zip(uploads, explain(answer, query.class_id), strict=True)
     ]
-    return orjson.dumps({"model": answer.model, "version": answer.version, "results": results})
+    return json_bytes({"model": answer.model, "version": answer.version, "size": answer.size, "results": results})

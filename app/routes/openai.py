@@ -18,7 +18,6 @@ from app.routes.inference import carried_out, encoded
 from service.encodings import json_array, little_endian
 from service.errors import InvalidRequest
 from service.results import Answered, whole
-from service.tensors import numbers
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -121,8 +120,7 @@ async def embeddings(request: Request, engine: EngineDep) -> Response:
         return engine.infer([from_base64(url) for url in asked.urls], model=asked.model)
 
     asked, answered = await carried_out(request, partial(_read, request), infer)
-    make = partial(_body, answered, asked.encoding_format)
-    body = await encoded(engine, answered.model, make, numbers(answered, ["embedding"]))
+    body = await encoded(request, answered.model, partial(_body, answered, asked.encoding_format), answered.numbers)
     return Response(body, media_type="application/json")
 
 

@@ -41,7 +41,7 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()], eng
         timeout_seconds=query.timeout_seconds,
     )
     uploads, predictions = await answered(request, infer)
-    body = await encoded(engine, predictions.model, lambda: _body(uploads, predictions, request.state.request_id))
+    body = await encoded(request, predictions.model, lambda: _body(uploads, predictions, request.state.request_id))
     return Response(body, media_type="application/json")
 
 

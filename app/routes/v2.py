@@ -27,7 +27,7 @@ from app.routes.v2_models import ModelName, Ready, named
 from service.pipeline import Image
 from service.residents import Size
 from service.results import Answered
-from service.tensors import STAGES, VECTORS, check_outputs, images, numbers, output
+from service.tensors import STAGES, VECTORS, check_outputs, images, output
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 SHORT = len(str(LARGE_JSON))  # digits of a length that is less
@@ -104,7 +104,7 @@ async def infer(request: Request, engine: EngineDep, name: ModelName, version: s
 
     asked, answered = await carried_out(request, partial(_read, request), answer)
     make = partial(_response, asked.message, answered, request.headers.get("accept-encoding", ""))
-    return await encoded(engine, answered.model, make, numbers(answered, [each.name for each in asked.message.outputs]))
+    return await encoded(request, answered.model, make, answered.numbers)
 
 
 async def _read(request: Request) -> Asked:
