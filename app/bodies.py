@@ -8,13 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
 
-import orjson
 from fastapi import Request
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from app.json_body import loads
 from app.problems import BodyTooLarge, UnsupportedMediaType
 from service.errors import InvalidImage, InvalidRequest, ServiceError
 
@@ -179,10 +179,7 @@ def _image_field(segment: MultipartSegment) -> MultipartSegment:
 
 def _json(body: bytes, max_images: int) -> list[Upload | Link]:
     """By hand, and up to the first thing wrong: a validator would make a report of a million wrong items."""
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is no JSON: {error}") from error
+    content = loads(body)
     if not isinstance(content, dict) or not isinstance(content.get(JSON_FIELD), list):
         raise InvalidRequest(
             f'the body must be an object with a list of images: {{"{JSON_FIELD}": ["<base64>", {{"url": "..."}}, ...]}}'

@@ -15,7 +15,7 @@ from app.fetching import Fetcher
 from app.member import Member
 from app.metrics import FetchMetrics, HttpMetrics
 from app.middleware import RequestContext
-from app.routes import debug, explain, features, health, models, openai, pages, predict, v2
+from app.routes import debug, explain, features, health, models, openai, pages, predict, v2, v2_models, v2_repository
 from app.settings import Settings
 from service.engine import Engine
 from service.metrics import EngineMetrics
@@ -43,10 +43,11 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
     problems.install(app)
     # Only where keys are set: a dependency costs each request, and the docs then ask for a key that nobody has.
     protected = [Depends(require_key)] if settings.api_keys else []
-    for module in (predict, features, explain, models, v2, openai):
+    for module in (predict, features, explain, models, v2, v2_models, v2_repository, openai):
         app.include_router(module.router, dependencies=protected)
     for module in (health, pages, debug):
         app.include_router(module.router)
+    app.include_router(v2_repository.management)
     openapi.describe(app, settings)
     return app
 
