@@ -141,7 +141,7 @@ def run(settings: Settings, *listeners: socket.socket, member: Member | None = N
     # Uvicorn raises the signal again once it is done; a stop that was asked for is no failure.
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, lambda *_: None)
-    # What the libraries made is never garbage: measuring a model's memory then looks through the rest only, and holds up
+    # What libraries made is never garbage: measuring a model's memory then looks through the rest only, and holds up
     # requests for some milliseconds instead of a hundred.
     gc.freeze()
     DrainingServer(config, "listening" if member is None else "worker_listening").run(sockets=list(listeners))

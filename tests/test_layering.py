@@ -21,6 +21,7 @@ LAYERS = [
     {"dispatcher", "plan_cache", "reference"},
     {"backends"},
     {"features", "explain", "tensors"},
+    {"pixel_lists"},
     {"served", "stored", "results"},
     {"cards"},
     {"aliases"},
