@@ -48,6 +48,10 @@ def test_a_model_is_loaded_and_the_index_tells(server: Any, process: Server) -> 
     line = process.event("management")
     assert (line["action"], line["model"], line["outcome"]) == ("load", MODEL, "done")
 
+    server.unload_model(MODEL, headers=KEY)
+
+    assert states(server) == {MODEL: "UNAVAILABLE", "pvt_v2_b1.broken": "UNAVAILABLE"}
+
 
 def test_who_has_no_management_key_changes_nothing(server: Any) -> None:
     for change in (server.load_model, server.unload_model):
