@@ -81,7 +81,8 @@ async def test_under_constant_load_no_request_fails_or_waits_while_a_new_version
             (model,) = await e.models.all()
 
         assert (model.stored.version, model.status.state) == ("2", "ready")
-        assert versions.seen == sorted(versions.seen)
+        # Of the two callers, one may still have had its answer to come from the old one.
+        assert "1" not in versions.seen[versions.seen.index("2") + 2 :]
         async with asyncio.timeout(30):
             while old() is not None:
                 await asyncio.sleep(0.01)
