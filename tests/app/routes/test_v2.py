@@ -22,7 +22,10 @@ NAMES = ("zero", "seven", "three")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[triton.InferenceServerClient]:
-    with serving() as process, triton.InferenceServerClient(process.url.removeprefix("http://")) as client:
+    with (
+        serving(timeout_ms="120000") as process,
+        triton.InferenceServerClient(process.url.removeprefix("http://")) as client,
+    ):
         yield client
 
 
