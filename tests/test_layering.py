@@ -18,6 +18,7 @@ LAYERS = [
     {"dispatcher", "plan_cache", "reference"},
     {"backends"},
     {"features", "explain", "tensors"},
+    {"pixel_lists"},
     {"served", "stored", "results"},
     {"cards"},
     {"aliases"},
