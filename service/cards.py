@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import CardInvalid
-from service.images import Geometry
+from service.geometry import Geometry
 
 CARD_FILE = "card.json"
 MAX_BYTES = 16_000_000  # the names of 21,000 classes take one

@@ -35,7 +35,7 @@ LAYERS = [
     {"outputs", "pvt_v2", "image_limits", "resampling"},
     {"visible"},
     {"requests"},
-    {"errors", "metrics", "workers", "cores", "variants", "memory", "colours", "eviction"},
+    {"errors", "metrics", "workers", "cores", "variants", "memory", "colours", "eviction", "geometry"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino", "numpy", "safetensors"}
