@@ -7,8 +7,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import Field, IPvAnyNetwork, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from app.addresses import HostRule, Reach
 
 if TYPE_CHECKING:
     from service.options import EngineOptions
@@ -78,10 +80,16 @@ class Settings(BaseSettings):
     """Keys of which a request for predictions or models must carry one: `Authorization: Bearer <key>`; none: open."""
     management_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
     """Keys, other than `PVT_API_KEYS`, of which a request to `/debug` must carry one; none: these endpoints are off."""
+    url_hosts: Names = ()
+    """Hosts from which images may come by URL: `example.org`, `example.org:8443`, `*.example.org`, `*`; none: off."""
+    url_private_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = ()
+    """Networks, such as 10.0.0.0/8, in which a host that `PVT_URL_HOSTS` names may lie; else public addresses only."""
+    url_timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 10_000
+    """Time that fetching one image by its URL may take."""
     log_format: Literal["json", "console"] = "json"
     """`json`: one object a line; `console`: text for people."""
 
-    @field_validator("preload", "api_keys", "management_keys", mode="before")
+    @field_validator("preload", "api_keys", "management_keys", "url_hosts", "url_private_networks", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if not isinstance(value, str):
@@ -95,6 +103,13 @@ class Settings(BaseSettings):
     @classmethod
     def _none(cls, value: object) -> object:
         return None if value == "" else value
+
+    @field_validator("url_hosts", mode="after")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            HostRule.parse(entry)
+        return value
 
     @field_validator("management_keys", mode="after")
     @classmethod
@@ -117,6 +132,11 @@ class Settings(BaseSettings):
                 near = get_close_matches(name.upper(), known, n=1, cutoff=0)[0]
                 raise UnknownSettingError(f"{name} is not a setting; the nearest one is {near}")
         return cls()
+
+    @property
+    def url_reach(self) -> Reach:
+        """From where images by URL may come."""
+        return Reach([HostRule.parse(entry) for entry in self.url_hosts], self.url_private_networks)
 
     @property
     def max_body_bytes(self) -> int:

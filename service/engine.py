@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from service.activity import Activity
+from service.cards import ModelCard
 from service.errors import InvalidRequest
 from service.executable import Executable
 from service.metrics import EngineMetrics
@@ -88,12 +89,13 @@ class Engine:
         model: str | None = None,
         size: Size | None = None,
         stages: bool = False,
+        check: Callable[[ModelCard], None] | None = None,
         timeout_seconds: float | None = None,
     ) -> Answered:
         """All that the model yields for each of `images`; stage maps, and the head's weights, if `stages` says so.
 
         `size` is the height and width to which pictures are resized, the model's own by default; images that are pixels
-        already must have it.
+        already must have it. `check` gets the model's card before anything is run, and may raise.
 
         Raises:
             InvalidRequest: no such size; more images than the model's queue ever takes; stage maps that would take more
@@ -109,6 +111,8 @@ class Engine:
                 time_limit(timeout_seconds or self.options.timeout_seconds) as deadline,
                 self.models.lease(model) as resident,
             ):
+                if check:
+                    check(resident.executable.card)
                 if stages:
                     self._check_maps(resident.executable, size, len(images))
                 async with resident.at(size, stages=stages) as sized:

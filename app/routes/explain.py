@@ -11,32 +11,34 @@ from app.accept import choose
 from app.bodies import Upload
 from app.dependencies import EngineDep
 from app.direct import Endpoint
+from app.openapi import BINARY, INFERENCE, PICTURE_PROBLEMS, PICTURES
 from app.problems import documented
 from app.queries import ExplainQuery
-from app.routes.inference import BODY, LARGE, answered, encoded
+from app.routes.inference import LARGE, answered, encoded
 from app.schemas import ExplainResponse, explanation_result
 from service.encodings import NPY, encode, json_bytes
 from service.errors import InvalidRequest
-from service.explain import explain, maps, numbers, overlay
+from service.explain import check_class, explain, maps, numbers, overlay
 from service.pipeline import Image
 from service.results import JSON_INSTEAD, Answered, whole
 
-router = APIRouter(tags=["inference"])
+router = APIRouter(tags=[INFERENCE])
 
 PNG, JSON = "image/png", "application/json"
 FORMS = (PNG, JSON, NPY)
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_BINARY = {"schema": BINARY}
 
 
 @router.post(
     "/explain",
+    operation_id="explain",
     summary="Where in a picture a class is seen",
     response_model=None,
     responses={
         200: {"model": ExplainResponse, "content": dict.fromkeys((PNG, NPY), _BINARY)},
-        **documented(401, 404, 406, 413, 415, 422, 429, 503, 504),
+        **documented(406, *PICTURE_PROBLEMS),
     },
-    openapi_extra={"requestBody": BODY},
+    openapi_extra={"requestBody": PICTURES},
 )
 async def show(request: Request, query: Annotated[ExplainQuery, Query()], engine: EngineDep) -> Response:
     """The exact class activation map of one class: the mean of its map, plus its bias, is its logit.
@@ -51,10 +53,15 @@ async def show(request: Request, query: Annotated[ExplainQuery, Query()], engine
                 f"{PNG} shows one picture and {len(images)} came; send one, or ask for {JSON} or {NPY}"
             )
         return await engine.infer(
-            images, model=query.model, size=query.input_size, stages=True, timeout_seconds=query.timeout_seconds
+            images,
+            model=query.model,
+            size=query.input_size,
+            stages=True,
+            check=partial(check_class, query.class_id),
+            timeout_seconds=query.timeout_seconds,
         )
 
-    uploads, answer = await answered(request, infer)
+    uploads, answer = await answered(request, infer, query.timeout_seconds)
     makers: dict[str, Callable[[], bytes]] = {
         PNG: partial(_png, answer, query),
         NPY: partial(_npy, uploads, answer, query),

@@ -11,32 +11,34 @@ from app.accept import choose
 from app.bodies import Upload
 from app.dependencies import EngineDep
 from app.direct import Endpoint
+from app.openapi import BINARY, INFERENCE, PICTURE_PROBLEMS, PICTURES
 from app.pieces import InPieces
 from app.problems import documented
 from app.queries import FeaturesQuery
-from app.routes.inference import BODY, LARGE, answered, encoded
+from app.routes.inference import LARGE, answered, encoded
 from app.schemas import FeaturesResponse, image_error
 from service.encodings import NPY, NPZ, SAFETENSORS, check_holds, encode, json_bytes, json_pieces
 from service.errors import ServiceError
 from service.features import Wanted, features, numbers, stacked
 from service.results import Answered
 
-router = APIRouter(tags=["inference"])
+router = APIRouter(tags=[INFERENCE])
 
 JSON = "application/json"
 FORMS = (JSON, NPZ, SAFETENSORS, NPY)
-_FILE = {"schema": {"type": "string", "format": "binary"}}
+_FILE = {"schema": BINARY}
 
 
 @router.post(
     "/features",
+    operation_id="features",
     summary="Embeddings and feature maps of pictures",
     response_model=FeaturesResponse,
     responses={
         200: {"content": dict.fromkeys(FORMS[1:], _FILE)},
-        **documented(401, 404, 406, 413, 415, 422, 429, 503, 504),
+        **documented(406, *PICTURE_PROBLEMS),
     },
-    openapi_extra={"requestBody": BODY},
+    openapi_extra={"requestBody": PICTURES},
 )
 async def extract(request: Request, query: Annotated[FeaturesQuery, Query()], engine: EngineDep) -> Response:
     """The embedding of each picture, and the feature maps of the stages that were asked for.
@@ -53,7 +55,7 @@ async def extract(request: Request, query: Annotated[FeaturesQuery, Query()], en
         stages=bool(wanted.stages),
         timeout_seconds=query.timeout_seconds,
     )
-    uploads, answer = await answered(request, infer)
+    uploads, answer = await answered(request, infer, query.timeout_seconds)
     count = numbers(answer, wanted)
     make: Callable[[], Response]
     if form == JSON:

@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from app.bodies import DATA_URL, EXAMPLE, LARGE_JSON, check_count, from_base64, read_body
 from app.dependencies import EngineDep
 from app.json_body import loads
+from app.openapi import json_body
 from app.refusals import refusals
 from app.routes.inference import carried_out, encoded
 from service.encodings import json_array, little_endian
@@ -107,10 +108,7 @@ class OpenAiModels(BaseModel):
     response_model=EmbeddingsResponse,
     responses=refusals("/v1", 400, 401, 404, 413, 415, 429, 503, 504),
     openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": EmbeddingsRequest.model_json_schema()}},
-        }
+        "requestBody": json_body(EmbeddingsRequest, {"data URL": {"input": f"data:image/png;base64,{EXAMPLE}"}})
     },
 )
 async def embeddings(request: Request, engine: EngineDep) -> Response:
