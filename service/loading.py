@@ -32,7 +32,9 @@ class Loading:
         self._limits = Limits(options.cores, options.max_batch_size, options.precision)
         self._plans = PlanCache(options.cache) if options.cache else None
         kind = f"{options.backend}-{options.precision or 'auto'}-{options.instances}x{options.cores}"
-        self._footprints = Footprints(options.cache, f"{kind}-{options.max_batch_size}")
+        self._footprints = Footprints(
+            options.cache, f"{kind}-{options.max_batch_size}", compiled=options.backend != "torch"
+        )
         self._thread = Workers("load", 1)
 
     def close(self) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from app.fleet import Fleet
+from app.member import Member
 from app.settings import Settings, UnknownSettingError
 from service.cores import usable_cores
 from tests.conftest import ROOT
@@ -41,6 +43,26 @@ def test_a_value_out_of_bounds_is_refused(monkeypatch: pytest.MonkeyPatch, name:
 
     with pytest.raises(ValidationError):
         Settings.from_environment()
+
+
+@pytest.mark.parametrize(("name", "value"), [("PVT_WORKERS", "2"), ("PVT_PORT", "9001")])
+def test_a_management_port_is_another_one_and_for_one_process(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv("PVT_MANAGEMENT_PORT", "9001")
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(ValidationError, match=name):
+        Settings.from_environment()
+
+
+def test_the_memory_budget_is_in_bytes_for_the_engine_and_shared_out_among_workers(tmp_path: Path) -> None:
+    options = Settings(memory_budget_mb=300).engine_options()
+
+    assert options.budget.bytes == 300_000_000
+    assert Settings().engine_options().budget.bytes is None
+    share = Member(Fleet(tmp_path, 3), 0, 0).share_of(options)
+    assert share.budget.bytes == 100_000_000
 
 
 def test_settings_can_not_be_changed() -> None:
