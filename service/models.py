@@ -1,10 +1,11 @@
 """The models: which there are, which are in memory, and the loading of those that are asked for."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import structlog
 
@@ -17,6 +18,8 @@ from service.registry import Registry, Status
 from service.residents import Resident
 from service.store import StoredModel
 from service.supply import Supply
+
+T = TypeVar("T")
 
 log = structlog.get_logger(component="models")
 
@@ -141,10 +144,15 @@ class Models:
         return ModelStatus(status.loaded.executable.stored if status.loaded else stored, stored.id == default, status)
 
     async def _load(self, stored: StoredModel) -> Resident:
-        executable = await self._loading.load(await self._supply.fetch(stored))
+        async with self._supply.fetched(stored) as local:
+            executable = await self._loading.load(local)
         self._background(self._loading.widen(executable))
-        compile_ = partial(self._loading.extend, executable.stored)
+        compile_ = partial(self._extend, executable.stored)
         return Resident(executable, self._pipeline, compile_, max_others=self._options.sizes_per_model)
+
+    async def _extend(self, stored: StoredModel, make: Callable[[], T]) -> T:
+        async with self._supply.fetched(stored):  # `make` may read the weights again
+            return await self._loading.extend(stored, make)
 
     def _background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

@@ -12,6 +12,7 @@ from service.backends.base import Backend, Precision
 from service.backends.openvino import OpenVinoBackend
 from service.backends.torch import TorchBackend
 from service.cores import usable_cores
+from service.store_urls import RemoteOptions
 
 BackendName = Literal["auto", "openvino", "torch"]
 MakeBackend = Callable[[], Backend]
@@ -19,10 +20,14 @@ MakeBackend = Callable[[], Backend]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """Sizes are images, times are seconds. `precision` None leaves it to the batch plan, `cache` None keeps no plan."""
+    """Sizes are images, times are seconds. `precision` None leaves it to the batch plan, `cache` None keeps no plan.
+
+    `remote_store` takes the place of the folder `model_store`.
+    """
 
     model_store: Path
     default_model: str
+    remote_store: RemoteOptions | None = None
     preload: tuple[str, ...] = ()
     backend: BackendName = "auto"
     precision: Precision | None = None

@@ -1,20 +1,32 @@
 """Where models come from: the store, read on a thread of its own."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+
 from service.options import EngineOptions
+from service.remote import RemoteStore
 from service.store import Store, StoredModel
 from service.workers import Workers
+
+FETCHES = 4  # at a time; they wait for one another's room in the cache, but not for one that has its files
 
 
 class Supply:
     """Knows every model that could be loaded, and brings its bytes onto this machine. It lives until it is closed."""
 
     def __init__(self, options: EngineOptions) -> None:
-        self._store = Store(options.model_store)
+        remote = options.remote_store
+        self._store = RemoteStore(remote) if remote else Store(options.model_store)
         self.thread = Workers("store", 1)
+        # Not the store's thread: downloads take minutes, and are no stall.
+        self._fetching = Workers("fetch", FETCHES)
 
     def close(self) -> None:
         """Give up what is under way."""
-        self.thread.close(wait=False)
+        self._store.close()
+        for thread in (self.thread, self._fetching):
+            thread.close(wait=False)
 
     async def models(self) -> list[StoredModel]:
         """Every model there is.
@@ -32,6 +44,21 @@ class Supply:
         """
         return await self.thread.run(self._store.find, name)
 
-    async def fetch(self, stored: StoredModel) -> StoredModel:
-        """The same model with all its files in a folder of this machine."""
-        return stored
+    @asynccontextmanager
+    async def fetched(self, stored: StoredModel) -> AsyncIterator[StoredModel]:
+        """The same model with all its files in a folder of this machine, for as long as the context lasts.
+
+        Raises:
+            WeightsUnavailable, ModelLoadFailed: they can't be had, or are not what they should be.
+        """
+        held = ExitStack()
+        fetching = asyncio.ensure_future(self._fetching.run(held.enter_context, self._store.holding(stored)))
+
+        def let_go(done: "asyncio.Future[StoredModel]") -> None:
+            held.close()
+            _ = done.cancelled() or done.exception()  # retrieved here, should the caller have gone
+
+        try:
+            yield await asyncio.shield(fetching)
+        finally:
+            fetching.add_done_callback(let_go)

@@ -13,12 +13,16 @@ LAYERS = [
     {"loader", "registry"},
     {"executable"},
     {"golden"},
+    {"remote"},
     {"scheduler", "store", "options", "tuning"},
     {"dispatcher", "plan_cache", "reference"},
     {"backends"},
     {"features", "explain", "tensors"},
     {"served", "stored", "results"},
+    {"mirror", "byte_cache"},
+    {"locations"},
     {"cards"},
+    {"store_index"},
     {"aliases"},
     {"names"},
     {"admission"},
@@ -30,7 +34,7 @@ LAYERS = [
     {"outputs", "pvt_v2", "image_limits", "resampling"},
     {"visible"},
     {"requests"},
-    {"errors", "metrics", "workers", "cores", "variants", "memory", "colours"},
+    {"errors", "metrics", "workers", "cores", "variants", "memory", "colours", "store_urls"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FOREIGN_TO_APP = {"torch", "PIL", "openvino", "numpy", "safetensors"}
