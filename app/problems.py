@@ -139,6 +139,8 @@ async def _service_error(request: Request, error: Exception) -> JSONResponse:
     headers = {}
     if isinstance(error, errors.QueueFull):
         headers["Retry-After"] = str(max(1, ceil(error.retry_after_seconds)))
+    if isinstance(error, errors.ShuttingDown):
+        headers["Retry-After"] = "1"  # nothing was done, and whoever comes next takes it
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BodyTooLarge):

@@ -164,15 +164,19 @@ class Settings(BaseSettings):
             poll_seconds=self.store_poll_seconds,
         )
 
+    @property
+    def store_folder(self) -> Path:
+        """The model store's folder, or that of its copy."""
+        return remote.folder if (remote := self.remote_store) else Path(self.model_store)
+
     def engine_options(self) -> "EngineOptions":
         """What of it concerns the engine."""
         # Not at the top: with it comes torch, and the supervisor of several workers reads settings, too.
         from service.options import EngineOptions  # noqa: PLC0415
 
-        remote = self.remote_store
         options = EngineOptions(
-            model_store=remote.folder if remote else Path(self.model_store),
-            remote_store=remote,
+            model_store=self.store_folder,
+            remote_store=self.remote_store,
             default_model=self.default_model,
             preload=self.preload,
             backend=self.backend,

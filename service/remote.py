@@ -1,6 +1,6 @@
 """A model store by URL. What it says of its models is copied here now and then, weights when a model is loaded."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -71,7 +71,7 @@ class RemoteStore(Store):
         self._fresh()
         return super().candidates(name)
 
-    def aliases(self) -> Mapping[str, str]:
+    def aliases(self) -> dict[str, str]:
         """See `Store.aliases`."""
         self._fresh()
         return super().aliases()
@@ -184,3 +184,8 @@ class RemoteStore(Store):
         return StoreNotWritable(
             f"{what}: the model store {self.location.shown!r} is only read from here; change its aliases.json there"
         )
+
+
+def open_store(folder: Path, remote: RemoteOptions | None) -> Store:
+    """The store by URL, where there is one, or that in `folder`."""
+    return RemoteStore(remote) if remote else Store(folder)

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 
 from service.options import EngineOptions
-from service.remote import RemoteStore
-from service.store import Store, StoredModel
+from service.remote import open_store
+from service.store import StoredModel
 from service.workers import Workers
 
 FETCHES = 4  # at a time; they wait for one another's room in the cache, but not for one that has its files
@@ -16,8 +16,7 @@ class Supply:
     """Knows every model that could be loaded, and brings its bytes onto this machine. It lives until it is closed."""
 
     def __init__(self, options: EngineOptions) -> None:
-        remote = options.remote_store
-        self._store = RemoteStore(remote) if remote else Store(options.model_store)
+        self._store = open_store(options.model_store, options.remote_store)
         self.thread = Workers("store", 1)
         # Not the store's thread: downloads take minutes, and are no stall.
         self._fetching = Workers("fetch", FETCHES)
