@@ -1,9 +1,12 @@
+import asyncio
+import fcntl
 import json
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import fsspec
 import pytest
@@ -18,12 +21,14 @@ from service.errors import (
     WeightsDigestMismatch,
     WeightsUnavailable,
 )
+from service.options import EngineOptions
 from service.remote import RemoteStore
 from service.store import StoredModel
 from service.store_index import write_index
 from service.store_urls import RemoteOptions, objection
+from service.supply import Supply
 from tests.conftest import ROOT
-from tests.service.remotes import S3, add_small, remote, site
+from tests.service.remotes import S3, Site, add_small, remote, site
 
 TINY = "pvt_v2_b0.tiny"
 
@@ -59,6 +64,10 @@ def weights_files(cache: Path) -> list[Path]:
 
 def bytes_of(cache: Path) -> int:
     return sum(path.stat().st_size for path in cache.rglob("*") if path.is_file() and path.suffix != ".json")
+
+
+def _options(server: Site, tmp_path: Path) -> RemoteOptions:
+    return RemoteOptions(url=server.url, cache=tmp_path / "cache", cache_bytes=10**9)
 
 
 def fetched(store: RemoteStore, name: str = TINY) -> StoredModel:
@@ -161,6 +170,60 @@ def test_a_store_that_vanishes_leaves_its_listing_and_what_was_fetched(folder: P
     assert "can't be read" in str(store.failure)
     assert fetched(store).id == TINY
     assert fetched(remote(server.url, tmp_path / "cache")).id == TINY  # a service that starts meanwhile
+
+
+def test_a_store_that_hangs_delays_nobody_who_has_its_listing(folder: Path, tmp_path: Path) -> None:
+    hanging, let_go = Event(), Event()
+
+    def hang(_: str) -> None:
+        hanging.set()
+        let_go.wait(60)
+
+    with site(folder) as server:
+        store = remote(server.url, tmp_path / "cache", poll_seconds=0)
+        store.models()
+        server.handler.status = hang
+        store.models()
+        assert hanging.wait(30)
+
+        listed = store.models()  # while the look at the store hangs
+        let_go.set()
+
+    assert [model.id for model in listed] == [TINY]
+
+
+@pytest.mark.anyio
+async def test_a_caller_who_leaves_while_files_are_fetched_holds_them_no_longer(folder: Path, tmp_path: Path) -> None:
+    asked, let_go = Event(), Event()
+
+    def hang(path: str) -> None:
+        if path.endswith("safetensors"):
+            asked.set()
+            let_go.wait(60)
+
+    with site(folder) as server:
+        server.handler.status = hang
+        store = remote(server.url, tmp_path / "cache")
+        options = EngineOptions(model_store=store.root, default_model=TINY, remote_store=_options(server, tmp_path))
+        supply = Supply(options)
+        stored = await supply.find(TINY)
+
+        async def load() -> None:
+            async with supply.fetched(stored):
+                pytest.fail("nobody waits for it any more")
+
+        loading = asyncio.create_task(load())
+        assert await asyncio.to_thread(asked.wait, 30)
+        loading.cancel()
+        await asyncio.wait([loading])
+        let_go.set()
+        async with supply.fetched(stored):  # when this one is there, the one before has ended
+            pass
+        await asyncio.sleep(0)
+        supply.close()
+
+    with store._cache._locked(store._cache._key(stored.folder), fcntl.LOCK_EX, wait=False):
+        pass
 
 
 def test_what_was_not_fetched_before_the_store_vanished_says_so(folder: Path, tmp_path: Path) -> None:
