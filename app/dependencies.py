@@ -11,6 +11,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
+from app.fetching import Fetcher
 from app.member import Member
 from app.problems import Forbidden, Unauthorized
 from app.settings import Settings
@@ -25,6 +26,7 @@ class State(TypedDict):
     settings: Settings
     registry: CollectorRegistry
     member: Member | None
+    fetcher: Fetcher
 
 
 async def get_engine(request: Request) -> Engine:
@@ -67,7 +69,10 @@ LivenessDep = Annotated[Health, Depends(get_liveness)]
 RegistryDep = Annotated[CollectorRegistry, Depends(get_registry)]
 
 
-bearer = HTTPBearer(auto_error=False, description="One of PVT_API_KEYS, where the service has some.")
+# Their names in the OpenAPI document.
+API_KEY, MANAGEMENT_KEY = "api_key", "management_key"
+
+bearer = HTTPBearer(auto_error=False, scheme_name=API_KEY, description="One of PVT_API_KEYS.")
 CredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
 
 
@@ -79,8 +84,8 @@ async def require_key(credentials: CredentialsDep, settings: SettingsDep) -> Non
 
 _management = HTTPBearer(
     auto_error=False,
-    scheme_name="Management key",
-    description="One of PVT_MANAGEMENT_KEYS; without any, all is refused.",
+    scheme_name=MANAGEMENT_KEY,
+    description="One of PVT_MANAGEMENT_KEYS.",
 )
 ManagementCredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(_management)]
 

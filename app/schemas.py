@@ -6,12 +6,13 @@ from pydantic import BaseModel, Field
 
 from app.problems import Problem, problem
 from service.cards import Accuracy
-from service.encodings import json_array
 from service.errors import ServiceError
 from service.executable import Executable
 from service.explain import Explanation
 from service.models import ModelStatus
 from service.results import Prediction
+
+InputSize = Annotated[tuple[int, int], Field(description="Of the model's input: height and width, in pixels.")]
 
 
 class ClassPrediction(BaseModel):
@@ -68,6 +69,7 @@ class FeaturesResponse(BaseModel):
 
     model: str
     version: str
+    size: InputSize
     results: list[ImageFeatures | ImageError]
 
 
@@ -90,6 +92,7 @@ class ExplainResponse(BaseModel):
 
     model: str
     version: str
+    size: InputSize
     results: list[ImageExplanation | ImageError]
 
 
@@ -177,7 +180,7 @@ def explanation_result(filename: str | None, result: Explanation | ServiceError,
         "score": result.score,
         "logit": result.logit,
         "bias": result.bias,
-        "map": json_array(result.map),
+        "map": result.map,
     }
 
 

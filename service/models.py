@@ -18,6 +18,7 @@ from service.registry import Registry, Status
 from service.residents import Resident
 from service.store import StoredModel
 from service.supply import Supply
+from service.workers import Workers
 
 T = TypeVar("T")
 
@@ -111,9 +112,9 @@ class Models:
             reasons.append(f"the model store has not answered for {STORE_SECONDS:.0f} s")
         return reasons
 
-    def stalled(self) -> list[str]:
-        """A reason for each thread, the pipeline's and the store's, that does not move."""
-        return self._pipeline.stalled(self._supply.thread)
+    def stalled(self, *others: Workers) -> list[str]:
+        """A reason for each thread, the pipeline's, the store's and `others`, that does not move."""
+        return self._pipeline.stalled(self._supply.thread, *others)
 
     async def _preload(self, name: str) -> None:
         """Load `name`; what fails is tried again, since it keeps the service from being ready."""

@@ -19,6 +19,7 @@ LAYERS = [
     {"dispatcher", "plan_cache", "reference"},
     {"backends"},
     {"features", "explain", "tensors"},
+    {"pixel_lists"},
     {"served", "stored", "results"},
     {"mirror", "byte_cache"},
     {"locations"},
