@@ -8,18 +8,16 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import boto3
-from moto.server import ThreadedMotoServer
-
 from service.cards import ModelCard, Preprocessing
 from service.remote import RemoteStore
-from service.store import weights_file, write_model
+from service.store import StoredModel, weights_file, write_model
 from service.store_urls import RemoteOptions
 
+TINY = "pvt_v2_b0.tiny"
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
-def add_small(root: Path, id_: str = "pvt_v2_b0.tiny", version: str = "1", *, classes: int = 3) -> Path:
+def add_small(root: Path, id_: str = TINY, version: str = "1", *, classes: int = 3) -> Path:
     """A model whose weights are 100 kB that nobody reads; returns its version folder."""
     content = f"{id_}@{version} {classes}".encode().ljust(100_000, b".")
     card = ModelCard(
@@ -39,6 +37,8 @@ class S3:
     """A server of the S3 protocol on this machine, its state in memory."""
 
     def __init__(self) -> None:
+        from moto.server import ThreadedMotoServer  # noqa: PLC0415  a second, which only its tests pay
+
         self.server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         self.server.start()
         host, port = self.server.get_host_and_port()
@@ -47,6 +47,8 @@ class S3:
 
     @property
     def client(self) -> Any:
+        import boto3  # noqa: PLC0415  the same
+
         return boto3.client(
             "s3", endpoint_url=self.endpoint, region_name="us-east-1", aws_access_key_id="test",
             aws_secret_access_key="test",  # noqa: S106
@@ -120,3 +122,18 @@ def site(root: Path, *, listing: bool = True) -> Iterator[Site]:
 
 def remote(url: str, cache: Path, cache_bytes: int = 10**9, poll_seconds: float = 3600) -> RemoteStore:
     return RemoteStore(RemoteOptions(url=url, cache=cache, cache_bytes=cache_bytes, poll_seconds=poll_seconds))
+
+
+def fetched(store: RemoteStore, name: str = TINY) -> StoredModel:
+    with store.holding(store.find(name)) as stored:
+        return stored
+
+
+def weights(folder: Path) -> Path:
+    """The weights of the one model that `add_small` makes."""
+    return folder / TINY / "1" / "model.safetensors"
+
+
+def bytes_of(cache: Path) -> int:
+    """What counts of it: all but cards and indices."""
+    return sum(path.stat().st_size for path in cache.rglob("*") if path.is_file() and path.suffix != ".json")
