@@ -15,7 +15,20 @@ from app.fetching import Fetcher
 from app.member import Member
 from app.metrics import FetchMetrics, HttpMetrics
 from app.middleware import RequestContext
-from app.routes import debug, explain, features, health, models, openai, pages, predict, v2, v2_models, v2_repository
+from app.routes import (
+    debug,
+    explain,
+    features,
+    health,
+    management,
+    models,
+    openai,
+    pages,
+    predict,
+    v2,
+    v2_models,
+    v2_repository,
+)
 from app.settings import Settings
 from service.engine import Engine
 from service.metrics import EngineMetrics
@@ -45,9 +58,10 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
     protected = [Depends(require_key)] if settings.api_keys else []
     for module in (predict, features, explain, models, v2, v2_models, v2_repository, openai):
         app.include_router(module.router, dependencies=protected)
-    for module in (health, pages, debug):
+    for module in (health, pages, debug, management):
         app.include_router(module.router)
-    app.include_router(v2_repository.management)
+    for router in (v2.health, v2_repository.management):
+        app.include_router(router)
     openapi.describe(app, settings)
     return app
 

@@ -3,19 +3,24 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
 
 from service.options import EngineOptions
 from service.remote import open_store
-from service.store import StoredModel
+from service.store import Contents, StoredModel
 from service.workers import Workers
 
 FETCHES = 4  # at a time; they wait for one another's room in the cache, but not for one that has its files
 
 
 class Supply:
-    """Knows every model that could be loaded, and brings its bytes onto this machine. It lives until it is closed."""
+    """Knows every model that could be loaded, and brings its bytes onto this machine. It lives until it is closed.
+
+    `folder` is where to watch for changes, if that can be watched.
+    """
 
     def __init__(self, options: EngineOptions) -> None:
+        self.folder: Path | None = options.model_store
         self._store = open_store(options.model_store, options.remote_store)
         self.thread = Workers("store", 1)
         # Not the store's thread: downloads take minutes, and are no stall.
@@ -35,13 +40,37 @@ class Supply:
         """
         return await self.thread.run(self._store.models)
 
-    async def find(self, name: str) -> StoredModel:
-        """The model called `name`.
+    async def contents(self) -> Contents:
+        """Every version of every model, and the aliases.
 
         Raises:
-            ModelNotFound, WeightsUnavailable: the store has none.
+            WeightsUnavailable: the store can't be read.
         """
-        return await self.thread.run(self._store.find, name)
+        return await self.thread.run(self._store.contents)
+
+    async def candidates(self, name: str) -> list[StoredModel]:
+        """The versions that may answer to `name`, the best first; at least one.
+
+        Raises:
+            ModelNotFound, WeightsUnavailable, AliasesInvalid: there is none.
+        """
+        return await self.thread.run(self._store.candidates, name)
+
+    async def aliases(self) -> dict[str, str]:
+        """Every alias, and what it stands for.
+
+        Raises:
+            AliasesInvalid: the aliases can't be read.
+        """
+        return dict(await self.thread.run(self._store.aliases))
+
+    async def set_alias(self, name: str, target: str) -> None:
+        """Let `name` stand for `target` in the store; see `Store.set_alias`."""
+        await self.thread.run(self._store.set_alias, name, target)
+
+    async def remove_alias(self, name: str) -> None:
+        """Let `name` stand for nothing in the store; see `Store.remove_alias`."""
+        await self.thread.run(self._store.remove_alias, name)
 
     @asynccontextmanager
     async def fetched(self, stored: StoredModel) -> AsyncIterator[StoredModel]:

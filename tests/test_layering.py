@@ -9,11 +9,14 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"engine"},
     {"models"},
+    {"sourcing", "listing"},
     {"residents"},
     {"pipeline", "loading", "supply"},
-    {"loader", "registry"},
-    {"executable"},
-    {"golden"},
+    {"loader", "registry", "watching"},
+    {"reload", "executable"},
+    {"holdings", "name_table"},
+    {"entries", "golden"},
+    {"footprints"},
     {"remote"},
     {"scheduler", "store", "options", "tuning"},
     {"dispatcher", "plan_cache", "reference"},
@@ -36,7 +39,7 @@ LAYERS = [
     {"outputs", "pvt_v2", "image_limits", "resampling"},
     {"visible"},
     {"requests"},
-    {"errors", "metrics", "workers", "cores", "variants", "memory", "colours", "store_urls"},
+    {"errors", "metrics", "workers", "cores", "variants", "memory", "colours", "eviction", "store_urls"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino", "numpy", "safetensors"}

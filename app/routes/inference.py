@@ -8,6 +8,7 @@ from fastapi import Request
 
 from app.bodies import Link, Upload, read_uploads
 from app.disconnect import cancelled_on_disconnect
+from app.preferences import patience_seconds
 from service.engine import Engine
 from service.errors import ServiceError
 from service.pipeline import Image
@@ -40,7 +41,7 @@ async def carried_out(
     Raises:
         ServiceError: the body can't be read, `infer` failed, or there is one picture and it failed.
     """
-    with request.state.engine.request():
+    with request.state.engine.request(await patience_seconds(request)):
         what = await read()
         async with cancelled_on_disconnect(request):
             answer = await infer(what)

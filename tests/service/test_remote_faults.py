@@ -68,7 +68,7 @@ async def test_a_caller_who_leaves_while_files_are_fetched_holds_them_no_longer(
         store = remote(server.url, tmp_path / "cache")
         options = EngineOptions(model_store=store.root, default_model=TINY, remote_store=_options(server, tmp_path))
         supply = Supply(options)
-        stored = await supply.find(TINY)
+        (stored,) = await supply.candidates(TINY)
 
         async def load() -> None:
             async with supply.fetched(stored):
