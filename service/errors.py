@@ -6,6 +6,8 @@
   - ImageTooLarge           more bytes or pixels than a setting allows
   - ModelNotFound           no such model, version or variant
   - WeightsUnavailable      a known model whose weights are not in the store
+    - StoreUnreachable      a remote store that does not answer, or refuses
+    - StoreCacheFailed      the local copy of a remote store has no room, or can't be written
   - AliasesInvalid          the store's aliases.json is broken
   - StoreNotWritable        the store can't be changed from here
   - ModelLoadFailed         the model is in the store and can't be loaded
@@ -59,6 +61,14 @@ class AliasesInvalid(ServiceError):
 
 class StoreNotWritable(ServiceError):
     """The store can't be written from here; the message gives the reason."""
+
+
+class StoreUnreachable(WeightsUnavailable):
+    """A remote store does not answer, or refuses; the message says which, and why."""
+
+
+class StoreCacheFailed(WeightsUnavailable):
+    """The local copy of a remote store has no room, or can't be written; the message names the setting."""
 
 
 class ModelLoadFailed(ServiceError):

@@ -6,8 +6,8 @@
 """
 
 import errno
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
@@ -124,6 +124,14 @@ class Store:
             AliasesInvalid, StoreNotWritable: nothing was changed; the message says why.
         """
         delete_alias(self.root, name)
+
+    @contextmanager
+    def holding(self, stored: StoredModel) -> Iterator[StoredModel]:
+        """All files of `stored` are in its folder for as long as the context lasts; here they always are."""
+        yield stored
+
+    def close(self) -> None:
+        """Give up what is under way."""
 
     def _read(self, folder: Path) -> list[StoredModel]:
         return read_versions(folder, partial=self._partial)

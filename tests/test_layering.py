@@ -17,13 +17,17 @@ LAYERS = [
     {"holdings", "name_table"},
     {"entries", "golden"},
     {"footprints"},
+    {"remote"},
     {"scheduler", "store", "options", "tuning"},
     {"dispatcher", "plan_cache", "reference"},
     {"backends"},
     {"features", "explain", "tensors"},
     {"pixel_lists"},
     {"served", "stored", "results"},
+    {"mirror", "byte_cache"},
+    {"locations"},
     {"cards"},
+    {"store_index"},
     {"aliases"},
     {"names"},
     {"admission"},
@@ -35,7 +39,7 @@ LAYERS = [
     {"outputs", "pvt_v2", "image_limits", "resampling"},
     {"visible"},
     {"requests"},
-    {"errors", "metrics", "workers", "cores", "variants", "memory", "colours", "eviction", "geometry"},
+    {"errors", "metrics", "workers", "cores", "variants", "memory", "colours", "eviction", "geometry", "store_urls"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino", "numpy", "safetensors"}
