@@ -6,6 +6,7 @@
   - ImageTooLarge           more bytes or pixels than a setting allows
   - ModelNotFound           no such model, version or variant
   - WeightsUnavailable      a known model whose weights are not in the store
+    - PullFailed            nor can they be fetched
   - AliasesInvalid          the store's aliases.json is broken
   - StoreNotWritable        the store can't be changed from here
   - ModelLoadFailed         the model is in the store and can't be loaded
@@ -48,6 +49,10 @@ class ModelNotFound(ServiceError):
 
 class WeightsUnavailable(ServiceError):
     """The model is known and its weights are not in the store; the message says what to do."""
+
+
+class PullFailed(WeightsUnavailable):
+    """Published weights can't be fetched; the message says why, and what to do."""
 
 
 class AliasesInvalid(ServiceError):
