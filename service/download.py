@@ -168,6 +168,8 @@ class _Transfer:
                 part.go_on(reply.start, reply.note)
             for chunk in response.iter_raw():
                 self._take(chunk, reply)
+        if part.size == 0:
+            raise PullFailed(f"{shown(self._wanted.url)}: the file is empty; try another --source")
         if reply.note.total is not None and part.size < reply.note.total:
             raise Again(f"cut off after {part.size} of {reply.note.total} bytes")
         return self._checked()

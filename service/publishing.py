@@ -1,5 +1,8 @@
 """Weights and what is known of them -> a model in the store, checked, with its card and golden outputs."""
 
+import errno
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +11,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from service.cards import Accuracy, ModelCard, Origin, Preprocessing, WeightsFile
 from service.errors import WeightsMismatch, WeightsNotFinite
+from service.outputs import Floats
 from service.pictures import reference_images
 from service.pvt_v2 import PVT_V2, create
 from service.reference import Reference, packed
@@ -21,6 +27,8 @@ from service.variants import VARIANTS
 from service.weights import State, digest, load_into
 from service.writes import check_room, writing
 
+_PIXELS = 4 * 224 * 224  # of a batch
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 PULL_FOLDER = ".pull"  # in the store: what is on its way there
 
 
@@ -59,7 +67,7 @@ def publish(root: Path, state: State, about: Description, version: str | None = 
         check_room(root, size + len(reference))
         with TemporaryDirectory(prefix="new-", dir=root / PULL_FOLDER) as folder:
             weights = Path(folder) / WEIGHTS_FILE
-            safetensors.torch.save_file(dict(state), weights)
+            _save(state, weights)
             card = ModelCard(
                 id=about.id,
                 variant=about.variant,
@@ -75,6 +83,18 @@ def publish(root: Path, state: State, about: Description, version: str | None = 
             )
             written = write_model(root, version, card, weights, {reference_file.file: reference})
     return StoredModel(about.id, written.name, written, card)
+
+
+def _save(state: State, path: Path) -> None:
+    """Raises an OSError where safetensors tells of one in its own words: it writes without a copy in memory."""
+    try:
+        safetensors.torch.save_file(dict(state), path)
+    except SafetensorError as error:
+        found = _OS_ERROR.search(str(error))
+        code = int(found[1]) if found else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def classes(state: State) -> int:
@@ -114,10 +134,15 @@ def _load(model: PVT_V2, state: State, about: Description) -> None:
         raise
 
 
+def plain_outputs(module: Served, images: NDArray[np.uint8]) -> Floats:
+    """Logits (n, classes) of `images` by the plain module, a few at a time."""
+    step = max(1, _PIXELS // (images.shape[1] * images.shape[2]))
+    return np.concatenate([plain_logits(module, images[i : i + step]) for i in range(0, len(images), step)])
+
+
 def _golden(model: PVT_V2, pixels: Preprocessing, source: str) -> Reference:
-    served = Served(model, pixels.mean, pixels.std).eval()
     images = reference_images(pixels.height, pixels.width)
-    logits = np.concatenate([plain_logits(served, images[i : i + 1]) for i in range(len(images))])
+    logits = plain_outputs(Served(model, pixels.mean, pixels.std).eval(), images)
     if not np.isfinite(logits).all():
         raise WeightsNotFinite(f"{source}: the model answers NaN or infinity to ordinary pictures")
     return Reference(images, logits)

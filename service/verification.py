@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from service.errors import ServiceError
 from service.names import alias_target
+from service.publishing import plain_outputs
 from service.reference import reference_of
-from service.served import build, plain_logits
+from service.served import build
 from service.store import Store
 from service.stored import Contents, StoredModel
 
@@ -45,8 +44,7 @@ def verify_model(stored: StoredModel) -> Verdict:
         return Verdict(stored.key, str(error))
     if reference is None:
         return Verdict(stored.key, note="no reference outputs")
-    logits = np.concatenate([plain_logits(module, reference.images[i : i + 1]) for i in range(len(reference.images))])
-    deviation = reference.deviation(logits)
+    deviation = reference.deviation(plain_outputs(module, reference.images))
     if objection := deviation.objection("float32"):
         return Verdict(stored.key, f"plain float32 does not give its reference outputs: {objection} ({deviation})")
     return Verdict(stored.key, note=f"{len(reference.images)} reference outputs reproduced")
