@@ -11,8 +11,10 @@ COPY constraints.txt ./
 RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url $TORCH_INDEX} torch
 COPY pyproject.toml README.md LICENSE ./
 # The dependencies without the source, so that a change of the source does not fetch them again.
-RUN mkdir app service && touch app/__init__.py service/__init__.py && pip install --constraint constraints.txt . && pip uninstall --yes pvt-serve
+RUN mkdir app cli pvt_client service && touch app/__init__.py cli/__init__.py pvt_client/__init__.py service/__init__.py && pip install --constraint constraints.txt . && pip uninstall --yes pvt-serve
 COPY app app
+COPY cli cli
+COPY pvt_client pvt_client
 COPY service service
 # What serving never reads: torch's C++ tests and headers, and pip itself.
 RUN pip install --no-deps --constraint constraints.txt . \

@@ -1,14 +1,11 @@
-"""`python -m app`: serve, as the environment says."""
+"""`python -m app`: serve, as the environment says. `pvt-serve serve` does the same."""
 
 import os
 import sys
 from argparse import ArgumentParser
 
-from pydantic import ValidationError
-
-from app import logs, supervisor
-from app.listener import listen
-from app.settings import PREFIX, Settings, UnknownSettingError
+from app.settings import PREFIX
+from app.start import StartRefused, serve
 
 
 def main() -> int:
@@ -21,33 +18,10 @@ def main() -> int:
     if (workers := parser.parse_args().workers) is not None:
         os.environ[f"{PREFIX}WORKERS"] = workers  # where the worker processes read it, too
     try:
-        settings = Settings.from_environment()
-    except UnknownSettingError as error:
-        return _refuse(str(error))
-    except ValidationError as error:
-        return _refuse("; ".join(_told(str(e["loc"][0]), e["input"], e["msg"]) for e in error.errors()))
-    logs.configure(settings.log_format)
-    try:
-        listener = listen(settings.host, settings.port)
-    except OSError as error:
-        where = f"{settings.host}:{settings.port}"
-        return _refuse(f"can't listen on {where}, as PVT_HOST and PVT_PORT say: {error.strerror or error}")
-    if settings.workers > 1:
-        return supervisor.run(settings, listener)
-    from app import server  # noqa: PLC0415  with it comes torch, which a supervisor does not need
-
-    server.run(settings, listener)
-    return 0
-
-
-def _told(name: str, value: object, reason: str) -> str:
-    shown = "" if name.endswith("_keys") else f"={value}"
-    return f"{PREFIX}{name.upper()}{shown}: {reason}"
-
-
-def _refuse(reason: str) -> int:
-    print(f"pvt-serve: {reason}", file=sys.stderr)  # noqa: T201  there is no log yet
-    return 2
+        return serve()
+    except StartRefused as error:
+        print(f"pvt-serve: {error}", file=sys.stderr)  # noqa: T201  there is no log yet
+        return 2
 
 
 if __name__ == "__main__":

@@ -58,11 +58,11 @@ async def read_uploads(request: Request, max_bytes: int, max_images: int) -> lis
     """
     content_type, options = parse_options_header(request.headers.get("content-type", ""))
     if content_type == "multipart/form-data":
-        return _multipart(await _read(request, max_bytes), options.get("boundary", ""), max_images)
+        return _multipart(await read_body(request, max_bytes), options.get("boundary", ""), max_images)
     if RAW_TYPES.fullmatch(content_type):
-        return [Upload(None, await _read(request, max_bytes))]
+        return [Upload(None, await read_body(request, max_bytes))]
     if content_type == "application/json":
-        body = await _read(request, max_bytes)
+        body = await read_body(request, max_bytes)
         return _json(body, max_images) if len(body) < LARGE_JSON else await run_in_threadpool(_json, body, max_images)
     raise UnsupportedMediaType(
         f"content type {content_type or '(none)'!r}; send multipart/form-data with a file field {FIELD!r}, the "
@@ -70,7 +70,7 @@ async def read_uploads(request: Request, max_bytes: int, max_images: int) -> lis
     )
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int) -> bytes:
     """The body; refuses what announces, or turns out, to be more than `max_bytes`."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
@@ -164,10 +164,11 @@ def _json(body: bytes, max_images: int) -> list[Upload]:
     for index, image in enumerate(images):
         if not isinstance(image, str):
             raise InvalidRequest(f"{JSON_FIELD}.{index} is no string; send base64 or a data: URL")
-    return [Upload(None, _base64(image)) for image in images]
+    return [Upload(None, from_base64(image)) for image in images]
 
 
-def _base64(text: str) -> bytes | InvalidImage:
+def from_base64(text: str) -> bytes | InvalidImage:
+    """The bytes of base64, or of a data: URL with it; or what is wrong with it."""
     match = DATA_URL.match(text)
     try:
         return base64.b64decode(text[match.end() :] if match else text, validate=True)

@@ -56,7 +56,7 @@ class RequestContext:
             if status != CLIENT_CLOSED_REQUEST:  # the response has begun and can't be taken back
                 raise
             # Here, and not in the framework's outermost layer, so that this response too has its headers and its line.
-            await problems.unexpected(error, state["request_id"])(scope, receive, send_with_headers)
+            await problems.unexpected(error, state["request_id"], scope["path"])(scope, receive, send_with_headers)
         finally:
             self._record(scope, status, perf_counter() - start)
 

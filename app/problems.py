@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from app.dialects import translated
 from service import errors
 
 log = structlog.get_logger(component="http")
@@ -118,7 +119,9 @@ def _problem(name: str, status: int, detail: str, request_id: str | None) -> Pro
     return Problem(type=kind, title=words.capitalize(), status=status, detail=detail, request_id=request_id)
 
 
-def _response(body: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def _response(path: str, body: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    if foreign := translated(path, body.status, body.type, body.detail):
+        return JSONResponse(foreign.body, foreign.status, headers)
     return JSONResponse(body.model_dump(exclude_none=True), body.status, headers, media_type=MEDIA_TYPE)
 
 
@@ -129,13 +132,15 @@ def _request_id(request: Request) -> str | None:
 def _told(request: Request, body: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The response, and a note of it for the request's log line."""
     request.state.log = {"problem": body.title, "detail": body.detail}
-    return _response(body, headers)
+    return _response(request.url.path, body, headers)
 
 
 async def _service_error(request: Request, error: Exception) -> JSONResponse:
     headers = {}
     if isinstance(error, errors.QueueFull):
         headers["Retry-After"] = str(max(1, ceil(error.retry_after_seconds)))
+    if isinstance(error, errors.ShuttingDown):
+        headers["Retry-After"] = "1"  # nothing was done, and whoever comes next takes it
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BodyTooLarge):
@@ -172,7 +177,7 @@ _HANDLERS: Mapping[type[Exception], Callable[[Request, Exception], Awaitable[Res
 FORESEEN = tuple(_HANDLERS)
 
 
-def unexpected(error: Exception, request_id: str) -> Response:
+def unexpected(error: Exception, request_id: str, path: str) -> Response:
     """The answer to an error that nobody foresaw: the log learns everything, the caller nothing."""
     log.error("unexpected_error", request_id=request_id, exc_info=error)
-    return _response(problem(error, request_id))
+    return _response(path, problem(error, request_id))

@@ -9,6 +9,7 @@ from service.errors import CardInvalid
 from service.images import Geometry
 
 CARD_FILE = "card.json"
+MAX_BYTES = 16_000_000  # the names of 21,000 classes take one
 
 Triple = tuple[float, float, float]
 
@@ -24,8 +25,8 @@ class Preprocessing(_Record):
     of a pixel scaled to 0..1.
     """
 
-    height: Annotated[int, Field(ge=32)]
-    width: Annotated[int, Field(ge=32)]
+    height: Annotated[int, Field(ge=32, le=4096)]
+    width: Annotated[int, Field(ge=32, le=4096)]
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mean: Triple = (0.485, 0.456, 0.406)
@@ -105,6 +106,8 @@ def read_card(folder: Path) -> ModelCard:
     if path.exists() and not path.is_file():
         raise CardInvalid(f"{path}: no regular file")
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CardInvalid(f"{path}: larger than {MAX_BYTES} bytes, which no card is")
         return ModelCard.model_validate_json(path.read_bytes())
     except OSError as error:
         raise CardInvalid(f"{path}: {error.strerror or error}") from error

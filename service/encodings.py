@@ -35,6 +35,11 @@ def json_array(array: NDArray[Any]) -> orjson.Fragment:
     return orjson.Fragment(b"[" + b",".join(parts) + b"]")
 
 
+def little_endian(array: NDArray[np.float32]) -> bytes:
+    """Its numbers as float32, whatever this machine's order of bytes."""
+    return array.astype("<f4", copy=False).tobytes()
+
+
 def _json(array: NDArray[Any]) -> bytes:
     return orjson.dumps(np.ascontiguousarray(array), option=orjson.OPT_SERIALIZE_NUMPY)
 

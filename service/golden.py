@@ -15,7 +15,7 @@ from service.reference import Deviation, Reference
 from service.tuning import Tuned
 
 # What checking all images may add to a load from the plan cache; where it would take longer, fewer are checked.
-RESTORED_SECONDS = 0.1
+RESTORED_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,8 +102,5 @@ def whole(results: Sequence[T | ServiceError], names: Sequence[str | None]) -> l
                 raise result
             name = names[i]
             called = f" ({name[:100]!r})" if name else ""
-            raise InvalidRequest(
-                f"picture {i + 1}{called}: {result}; the binary forms hold all pictures or none, application/json "
-                "answers the others"
-            )
+            raise InvalidRequest(f"picture {i + 1}{called}: {result}; this form of answer holds all pictures or none")
     return [result for result in results if not isinstance(result, ServiceError)]

@@ -96,7 +96,7 @@ class Store:
         there = ", ".join(model.version for model in versions if model.version) or "none"
         raise ModelNotFound(f"{wanted.id!r} has no version {wanted.version!r}; there are: {there}")
 
-    def aliases(self) -> Mapping[str, str]:
+    def aliases(self) -> dict[str, str]:
         """Every alias, and the model or the version of one that it stands for.
 
         Raises:

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.app.processes import serving
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -29,3 +31,17 @@ def anyio_backend() -> str:
 def model_store() -> Path:
     """The store that is part of the project, with the embedded model."""
     return ROOT / "model_store"
+
+
+@pytest.fixture(scope="session")
+def digits() -> Path:
+    """The folder of the README's pictures: zero.png to nine.png."""
+    return ROOT / "docs" / "digits"
+
+
+@pytest.fixture(scope="session")
+def service_url() -> Iterator[str]:
+    """`pvt-serve serve` with the embedded model, and the backend that loads fastest; options win over variables."""
+    command = ("-m", "cli", "serve", "--port", "0")
+    with serving(read_log=False, command=command, port="1", backend="torch") as server:
+        yield server.url

@@ -1,6 +1,7 @@
-"""Imports run one way: app -> service, and inside service from the top of this list to its bottom."""
+"""Imports run one way: cli -> app -> service, and inside service from the top of this list to its bottom."""
 
 import ast
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +20,7 @@ LAYERS = [
     {"pictures"},
     {"dispatcher", "plan_cache", "reference"},
     {"backends"},
-    {"features", "explain"},
+    {"features", "explain", "tensors"},
     {"served", "stored", "results"},
     {"cards"},
     {"aliases", "catalogue"},
@@ -37,8 +38,8 @@ LAYERS = [
     {"errors", "metrics", "workers", "cores", "variants", "memory", "colours"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-FOREIGN_TO_APP = {"torch", "PIL", "openvino", "numpy", "safetensors"}
-FOREIGN_TO_SERVICE = {"app", "fastapi", "starlette", "uvicorn", "httpx"}
+FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino", "numpy", "safetensors"}
+FOREIGN_TO_SERVICE = {"app", "cli", "pvt_client", "fastapi", "starlette", "uvicorn", "httpx"}
 
 
 def imports(path: Path) -> set[str]:
@@ -81,3 +82,9 @@ def test_the_service_knows_no_http_but_where_it_downloads() -> None:
 def test_the_app_knows_no_tensors() -> None:
     assert {path.name: roots(path) & FOREIGN_TO_APP for path in (ROOT / "app").rglob("*.py")
             if roots(path) & FOREIGN_TO_APP} == {}  # fmt: skip
+
+
+def test_the_client_knows_only_httpx_and_numpy() -> None:
+    known = {"httpx", "numpy", "pvt_client", "PIL"} | sys.stdlib_module_names
+
+    assert {path.name: roots(path) - known for path in (ROOT / "pvt_client").rglob("*.py") if roots(path) - known} == {}

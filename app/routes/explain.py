@@ -47,7 +47,7 @@ async def show(request: Request, query: Annotated[ExplainQuery, Query()], engine
     infer = partial(
         engine.infer, model=query.model, size=query.input_size, stages=True, timeout_seconds=query.timeout_seconds
     )
-    uploads, answer = await answered(request, engine, infer)
+    uploads, answer = await answered(request, infer)
     makers: dict[str, Callable[[], bytes]] = {
         PNG: partial(_png, answer, query),
         NPY: partial(_npy, uploads, answer, query),

@@ -52,7 +52,7 @@ async def extract(request: Request, query: Annotated[FeaturesQuery, Query()], en
         stages=bool(wanted.stages),
         timeout_seconds=query.timeout_seconds,
     )
-    uploads, answer = await answered(request, engine, infer)
+    uploads, answer = await answered(request, infer)
     if form == JSON:
         make = partial(_json, uploads, answer, wanted, request.state.request_id)
     else:

@@ -47,24 +47,37 @@ class Answer(Protocol):
     def results(self) -> Sequence[Inferred | Prediction | ServiceError]: ...  # noqa: D102
 
 
+R = TypeVar("R")
 A = TypeVar("A", bound=Answer)
 
 
-async def answered(
-    request: Request, engine: Engine, infer: Callable[[list[Image]], Awaitable[A]]
-) -> tuple[list[Upload], A]:
-    """The pictures of `request`, and what `infer` makes of them, which is given up when the caller hangs up.
+async def carried_out(
+    request: Request, read: Callable[[], Awaitable[R]], infer: Callable[[R], Awaitable[A]]
+) -> tuple[R, A]:
+    """What `read` takes from the body of `request`, and what `infer` makes of it; given up when the caller hangs up.
 
     Raises:
         ServiceError: the body can't be read, `infer` failed, or there is one picture and it failed.
     """
-    settings = request.state.settings
-    with engine.request():
-        uploads = await read_uploads(request, settings.max_body_bytes, settings.max_images)
+    with request.state.engine.request():
+        what = await read()
         async with cancelled_on_disconnect(request):
-            answer = await infer([upload.data for upload in uploads])
+            answer = await infer(what)
     _note(request, answer)
-    return uploads, answer
+    return what, answer
+
+
+async def answered(request: Request, infer: Callable[[list[Image]], Awaitable[A]]) -> tuple[list[Upload], A]:
+    """The pictures of `request`, and what `infer` makes of them; see `carried_out`."""
+    settings = request.state.settings
+
+    def read() -> Awaitable[list[Upload]]:
+        return read_uploads(request, settings.max_body_bytes, settings.max_images)
+
+    def infer_uploads(uploads: list[Upload]) -> Awaitable[A]:
+        return infer([upload.data for upload in uploads])
+
+    return await carried_out(request, read, infer_uploads)
 
 
 async def encoded(engine: Engine, model: str, make: Callable[[], T], numbers: int = 0) -> T:

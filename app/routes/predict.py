@@ -40,7 +40,7 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()], eng
         size=query.input_size,
         timeout_seconds=query.timeout_seconds,
     )
-    uploads, predictions = await answered(request, engine, infer)
+    uploads, predictions = await answered(request, infer)
     body = await encoded(engine, predictions.model, lambda: _body(uploads, predictions, request.state.request_id))
     return Response(body, media_type="application/json")
 

@@ -75,6 +75,8 @@ class _Compiled:
         return tuple(request.get_output_tensor(i).data.copy() for i in range(self._outputs))
 
     def export(self) -> bytes:
+        if self._blob is not None:  # OpenVINO can't read what a restored graph exports
+            return bytes(self._blob.data)
         stream = BytesIO()
         self._compiled.export_model(stream)
         return stream.getvalue()

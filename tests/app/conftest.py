@@ -37,9 +37,3 @@ def make_client(model_store: Path) -> Iterator[MakeClient]:
             return stack.enter_context(TestClient(app, raise_server_exceptions=False))
 
         yield make
-
-
-@pytest.fixture(scope="session")
-def digits() -> Path:
-    """The folder of the README's pictures: zero.png to nine.png."""
-    return Path(__file__).parent.parent.parent / "docs" / "digits"

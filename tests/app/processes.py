@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,13 +43,18 @@ class Server:
 
 @contextmanager
 def serving(
-    *, environment: Mapping[str, str] | None = None, read_log: bool = True, **settings: str
+    *,
+    environment: Mapping[str, str] | None = None,
+    read_log: bool = True,
+    command: Sequence[str] = ("-m", "app"),
+    **settings: str,
 ) -> Iterator[Server]:
     """A server on a free port, with `settings` as in `PVT_*`; without `read_log`, its log is read until it listens."""
     variables = {"PVT_PORT": "0", **{f"PVT_{name.upper()}": value for name, value in settings.items()}}
     environment = {**os.environ, **variables, **(environment or {})}
-    command = [sys.executable, "-m", "app"]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
         server = Server(process)
 
         def read() -> None:

@@ -62,3 +62,16 @@ def test_with_keys_set_a_request_must_carry_one(make_client: MakeClient) -> None
     assert refused.headers["WWW-Authenticate"] == "Bearer"
     assert client.get("/health").status_code == 200
     assert client.get("/openapi.json").json()["paths"]["/predict"]["post"]["security"]
+
+
+def test_a_service_that_shuts_down_says_when_to_come_back(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise errors.ShuttingDown("the service is shutting down")
+
+    monkeypatch.setattr("service.engine.Engine.request", refuse)
+
+    response = make_client().post("/predict", content=b"x", headers={"Content-Type": "image/png"})
+
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")

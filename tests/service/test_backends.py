@@ -113,6 +113,16 @@ def test_results_of_one_batch_are_not_overwritten_by_the_next(served: Served, pi
     np.testing.assert_array_equal(first, kept)
 
 
+def test_a_restored_graph_can_be_exported_and_restored_once_more(served: Served, pictures: NDArray[np.uint8]) -> None:
+    backend = OpenVinoBackend(1)
+    graph = backend.program(served, 64, 64).graph(1, ONE, "float32")
+
+    for layout in (Layout(1, 2), ONE):
+        restored = backend.restore(np.frombuffer(graph.export() or b"", np.uint8), layout, "float32")
+        np.testing.assert_allclose(restored.run(0, pictures[:1])[0], graph.run(0, pictures[:1])[0], atol=1e-4)
+        graph = restored
+
+
 def test_nothing_is_reported_over_the_network() -> None:
     script = """
 import sys

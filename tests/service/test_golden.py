@@ -338,7 +338,7 @@ def test_graphs_that_are_new_are_tried_on_every_image_in_full_batches(reference:
     assert graphs[4].batches == [[0, 1, 2, 3], [4, 5, 0, 1]]
 
 
-@pytest.mark.parametrize(("seconds", "tried"), [(0.001, 6), (0.03, 3), (2.0, 1)])
+@pytest.mark.parametrize(("seconds", "tried"), [(0.001, 6), (0.015, 3), (2.0, 1)])
 def test_graphs_from_the_cache_are_tried_on_what_time_allows(reference: Reference, seconds: float, tried: int) -> None:
     graphs = {size: Recorder(reference) for size in (1, 4)}
 
@@ -380,3 +380,19 @@ def test_the_embedded_model_reproduces_its_reference_on_every_backend(tmp_path: 
             assert report.deviation is not None
             assert report.deviation.images == 10
             assert report.deviation.relative < 1e-5
+
+
+@pytest.mark.parametrize("later", ["widen", "add_stages"])
+def test_graphs_that_are_made_later_are_checked_too(store: Path, later: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = SkewedTorch(lambda logits, _: logits)
+    executable = load_with(store, backend, precision="float32")
+    monkeypatch.setattr(backend, "skew", rolled)
+    program = backend.program(build(executable.card, executable.stored.folder), 32, 32)
+    monkeypatch.setattr(executable, "_make_alone", lambda: program.graph(1, Layout(1, 1), "float32"))
+
+    with pytest.raises(GoldenMismatch):
+        getattr(executable, later)()
+
+    assert not executable.staged
+    (answered,) = executable.run(0, list(synthetic_images(32, 32)[:1]), alone=True)
+    np.testing.assert_allclose(answered.logits, honest(executable.stored.folder).logits[0], atol=1e-4)

@@ -1,0 +1,198 @@
+"""The Open Inference Protocol's messages: JSON, and behind it the bytes of tensors (Triton's binary extension)."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from app.problems import BodyTooLarge, UnsupportedMediaType
+from service.errors import InvalidRequest
+from service.tensors import InputTensor, OutputTensor
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+_WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+_TOLD = 5  # of what is wrong with one request
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputParameters(_Message):
+    """Of one input."""
+
+    binary_data_size: Annotated[int | None, Field(ge=0)] = None
+
+
+class Input(_Message):
+    """One input; its data is in `data` or behind the JSON."""
+
+    name: str
+    datatype: str
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=8)]
+    parameters: InputParameters = InputParameters()
+    data: Annotated[list[Any] | None, Field(description="Nested lists or one flat list.")] = None
+
+
+class OutputParameters(_Message):
+    """Of one requested output."""
+
+    binary_data: bool | None = None
+    classification: Annotated[int | None, Field(ge=0, le=1000, description="How many classes; 0: the tensor.")] = None
+
+
+class RequestedOutput(_Message):
+    """One requested output."""
+
+    name: str
+    parameters: OutputParameters = OutputParameters()
+
+
+class RequestParameters(_Message):
+    """Of the whole request; `timeout` is in microseconds."""
+
+    timeout: Annotated[int | None, Field(ge=0, le=3_600_000_000)] = None
+    binary_data_output: bool = False
+
+
+class InferRequest(_Message):
+    """The JSON of a request."""
+
+    id: Annotated[str | None, Field(max_length=1000)] = None
+    inputs: Annotated[list[Input], Field(min_length=1, max_length=1)]
+    outputs: list[RequestedOutput] = []
+    parameters: RequestParameters = RequestParameters()
+
+    @property
+    def timeout_seconds(self) -> float | None:
+        """The timeout in seconds; None for the service's own."""
+        return self.parameters.timeout / 1e6 if self.parameters.timeout else None
+
+
+class OutputMessage(BaseModel):
+    """One output; its data is in `data` or behind the JSON."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: dict[str, int] | None = None
+    data: list[Any] | None = None
+
+
+class InferResponse(BaseModel):
+    """The JSON of a response."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[OutputMessage]
+
+
+class Body(NamedTuple):
+    """A body to send, and the length of the JSON in front of its tensors, if there are any."""
+
+    content: bytes
+    header_length: int | None
+
+
+def decompressed(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    """`body` without its Content-Encoding.
+
+    Raises:
+        UnsupportedMediaType: it is none that is known.
+        BodyTooLarge: more than `max_bytes` come out.
+        InvalidRequest: it is broken.
+    """
+    if encoding in {"", "identity"}:
+        return body
+    if encoding not in _WINDOW:
+        raise UnsupportedMediaType(f"content encoding {encoding[:100]!r}; send gzip, deflate or none")
+    stream = zlib.decompressobj(_WINDOW[encoding])
+    try:
+        content = stream.decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        raise InvalidRequest(f"the body is no {encoding}: {error}") from error
+    if len(content) > max_bytes:
+        raise BodyTooLarge(f"the body is larger than {max_bytes / 1e6:g} MB, which PVT_MAX_BODY_MB allows")
+    if not stream.eof:
+        raise InvalidRequest(f"the body ends in the middle of its {encoding}")
+    return content
+
+
+def compressed(content: bytes, accepted: str) -> tuple[bytes, dict[str, str]]:
+    """`content` in the one coding that is accepted, and the header that says so.
+
+    Triton's client names exactly the one it was told to ask for. Who lists several sends what its library always sends,
+    and floating point numbers are not worth compressing for that.
+    """
+    coding = accepted.strip().lower()
+    if coding not in _WINDOW:
+        return content, {}
+    stream = zlib.compressobj(level=1, wbits=_WINDOW[coding])
+    return stream.compress(content) + stream.flush(), {"Content-Encoding": coding}
+
+
+def parse(body: bytes, header_length: str | None) -> tuple[InferRequest, InputTensor]:
+    """The request in `body`, of which `header_length` bytes are JSON, all of them by default, and its one input.
+
+    Raises:
+        InvalidRequest: it is not what the protocol says; the message names what is wrong.
+    """
+    if header_length is not None and not (header_length.isdecimal() and int(header_length) <= len(body)):
+        raise InvalidRequest(f"{HEADER_LENGTH} {header_length[:100]!r}: must be a length within the body's {len(body)}")
+    view = memoryview(body)
+    end = len(body) if header_length is None else int(header_length)
+    try:
+        content = orjson.loads(view[:end])
+        data = _taken(content)
+        request = InferRequest.model_validate(content)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is no JSON: {error}") from error
+    except ValidationError as error:
+        found = error.errors(include_url=False)[:_TOLD]
+        raise InvalidRequest(
+            "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the body'}: {e['msg']}" for e in found)
+        ) from error
+    return request, _tensor(request.inputs[0], data, view[end:])
+
+
+def written(response: Mapping[str, Any], outputs: Sequence[tuple[OutputTensor, bool]]) -> Body:
+    """The body of `response` with `outputs`, each with whether its data is to stand behind the JSON."""
+    messages: list[dict[str, Any]] = []
+    tails: list[bytes] = []
+    for tensor, binary in outputs:
+        message: dict[str, Any] = {
+            "name": tensor.spec.name,
+            "datatype": tensor.spec.datatype,
+            "shape": tensor.spec.shape,
+        }
+        if binary:
+            tails.append(tensor.raw())
+            message["parameters"] = {"binary_data_size": len(tails[-1])}
+        else:
+            message["data"] = tensor.json()
+        messages.append(message)
+    header = orjson.dumps({**response, "outputs": messages})
+    return Body(b"".join((header, *tails)), len(header)) if tails else Body(header, None)
+
+
+def _taken(content: Any) -> list[Any] | None:  # noqa: ANN401  whatever JSON holds
+    """The input's data, taken out: a validator would look at each of a million numbers."""
+    try:
+        tensor = content["inputs"][0]
+        return tensor.pop("data") if isinstance(tensor["data"], list) else None
+    except (TypeError, KeyError, IndexError, AttributeError):
+        return None
+
+
+def _tensor(given: Input, data: list[Any] | None, tail: memoryview) -> InputTensor:
+    size = given.parameters.binary_data_size
+    if (size is None) == (data is None):
+        raise InvalidRequest(
+            f"input {given.name[:100]!r} must have either data in JSON, or binary_data_size and so many bytes behind it"
+        )
+    if len(tail) != (size or 0):
+        raise InvalidRequest(f"{len(tail)} bytes stand behind the JSON, input {given.name[:100]!r} says {size or 0}")
+    return InputTensor(given.name, given.datatype, tuple(given.shape), tail if size is not None else None, data)

@@ -1,0 +1,146 @@
+"""What our own ways to ask cost: `python -m bench.clients [--seconds 4] [--rounds 5] [--model digits]`.
+
+The Python client's `predict_many`, with threads and on an event loop, in turn with wrk, each on 8 connections to the
+same server; and what `pvt-serve embed` does in its process, files read and table written, in turn with a bare loop of
+decoding and inference, one thread for each core. Ratios are computed within each round.
+"""
+
+import argparse
+import asyncio
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from bench.bare import bare_loop
+from bench.bodies import bodies
+from bench.load import Wrk
+from bench.make_store import make_store
+from bench.ours import Ours
+from bench.peers import OURS
+from bench.pictures import jpegs
+from bench.ratios import some
+from bench.server import ROOT, serving
+from cli.answering import Asked, answering
+from cli.blocks import Source
+from cli.made import Made
+from cli.parts import GrowingTable
+from pvt_client import AsyncClient, Client
+from pvt_client.answers import Embedding
+
+CLIENTS, PICTURES = 8, 64
+# Images per second of one of the things that are compared.
+Rate = Callable[[], float]
+T = TypeVar("T")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=4, help="of each turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", choices=["b0", "digits"], default="b0", help="b0 at 224, or the embedded one at 64")
+    parser.add_argument("--only", choices=["client", "embed"], help="one of the two comparisons")
+    arguments = parser.parse_args()
+    pictures = jpegs(PICTURES)
+    with TemporaryDirectory() as name:
+        folder, store = Path(name), ROOT / "model_store"
+        if arguments.model == "b0":
+            make_store(store := folder / "store", "pvt_v2_b0")
+        print(f"{arguments.model}, JPEG 640x427, {arguments.rounds} rounds of {arguments.seconds} s")
+        if arguments.only != "embed":
+            over_http(pictures, folder, store, arguments.seconds, arguments.rounds)
+        if arguments.only != "client":
+            asyncio.run(here(pictures, folder, store, arguments.seconds, arguments.rounds))
+
+
+def over_http(pictures: Sequence[bytes], folder: Path, store: Path, seconds: int, rounds: int) -> None:
+    """The client beside wrk."""
+    wrk = Wrk(folder / "bodies", bodies(pictures, "raw"))
+    model = _only_model(store)
+    with serving(OURS, folder, store, {"PVT_DEFAULT_MODEL": model}) as server:
+        server.wait(bodies(pictures, "raw")[0])
+        url = server.url.removesuffix(OURS.path)
+
+        def with_threads() -> float:
+            with Client(url) as client:
+                return _rate(client.predict_many(_until(pictures, seconds), concurrency=CLIENTS))
+
+        async def on_a_loop() -> float:
+            start, count = perf_counter(), 0
+            async with AsyncClient(url) as client:
+                async for _ in client.predict_many(_until(pictures, seconds), concurrency=CLIENTS):
+                    count += 1
+            return count / (perf_counter() - start)
+
+        ways: dict[str, Rate] = {
+            "wrk": lambda: wrk.run(server.url, CLIENTS, seconds).images_per_second,
+            "Client.predict_many": with_threads,
+            "AsyncClient.predict_many": lambda: asyncio.run(on_a_loop()),
+        }
+        _report([{name: rate() for name, rate in ways.items()} for _ in tqdm(range(rounds), leave=False)])
+
+
+async def here(pictures: Sequence[bytes], folder: Path, store: Path, seconds: int, rounds: int) -> None:
+    """Embedding in this process beside the bare loop."""
+    model = _only_model(store)
+    os.environ |= {"PVT_MODEL_STORE": str(store), "PVT_DEFAULT_MODEL": model, "PVT_CACHE_DIR": str(folder / "plans")}
+    sources = folder / "pictures"
+    sources.mkdir()
+    for number, picture in enumerate(pictures):
+        (sources / f"{number}.jpg").write_bytes(picture)
+    paths, bare = sorted(sources.iterdir()), Ours(store)
+    async with answering(Asked()) as answers:
+
+        async def embed(turn: int) -> float:
+            start, count = perf_counter(), 0
+            with GrowingTable(folder / f"{turn}.parquet", 500) as table:
+                async for path, result in answers.embed(_until(paths, seconds), normalize=False):
+                    if not isinstance(result, Embedding):
+                        raise result
+                    table.check(Made.of(result, None, normalize=False))
+                    count += 1
+                    table.add(Source(f"{path}#{count}", *Source.of(path)[1:]), result)
+                table.finish()
+            return count / (perf_counter() - start)
+
+        await embed(-1)  # loads the model
+        turns = []
+        for turn in tqdm(range(rounds), leave=False):
+            bare_rate = await asyncio.to_thread(bare_loop, bare, pictures, seconds)
+            turns.append({"bare loop": bare_rate, "embed": await embed(turn)})
+    _report(turns)
+
+
+def _only_model(store: Path) -> str:
+    (model,) = (each.name for each in store.iterdir())
+    return model
+
+
+def _until(items: Sequence[T], seconds: float) -> Iterator[T]:
+    """`items` over and over, for `seconds`."""
+    end = perf_counter() + seconds
+    return itertools.takewhile(lambda _: perf_counter() < end, itertools.cycle(items))
+
+
+def _rate(results: Iterator[object]) -> float:
+    start = perf_counter()
+    count = sum(1 for _ in results)
+    return count / (perf_counter() - start)
+
+
+def _report(rounds: Sequence[Mapping[str, float]]) -> None:
+    """Each way's images per second, and its ratio to the first one's."""
+    first = next(iter(rounds[0]))
+    for name in rounds[0]:
+        ratios = some([each[name] / each[first] for each in rounds])
+        print(f"{name:26} {some([each[name] for each in rounds])} images/s, {ratios} of {first}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from cli.main import main
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+
+PvtServe = Callable[..., Done]
+
+
+@pytest.fixture
+def pvt_serve(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> PvtServe:
+    """Runs a command in this process: pvt_serve("predict", path, ...)."""
+    monkeypatch.delenv("PVTSERVE_URL", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str | Path) -> Done:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(each) for each in arguments])
+        code = ended.value.code
+        return Done(code if isinstance(code, int) else 0, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def engine_here(monkeypatch: pytest.MonkeyPatch, model_store: Path) -> None:
+    """Commands without --url load the embedded model with the backend that loads fastest."""
+    monkeypatch.setenv("PVT_MODEL_STORE", str(model_store))
+    monkeypatch.setenv("PVT_BACKEND", "torch")

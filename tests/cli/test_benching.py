@@ -1,0 +1,47 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import PvtServe
+from tests.pvt_client.scripted import predicted, refused, scripted
+
+
+def test_a_load_is_told_in_figures(pvt_serve: PvtServe, service_url: str, digits: Path) -> None:
+    done = pvt_serve("bench", digits, "--url", service_url, "--seconds", "0.2", "--concurrency", "2", "--json")
+
+    figures = json.loads(done.out)
+    assert figures["images"] > 0
+    assert figures["p50_ms"] <= figures["p90_ms"] <= figures["p99_ms"]
+    assert (figures["concurrency"], figures["failed"], done.code) == (2, {}, 0)
+
+
+def test_pictures_are_made_where_none_are_given_and_can_be_read(pvt_serve: PvtServe, service_url: str) -> None:
+    done = pvt_serve("bench", "--url", service_url, "--seconds", "0.1")
+
+    assert done.code == 0
+    assert "images/s   p50" in done.lines[0]
+
+
+def test_no_two_requests_carry_the_same_bytes(pvt_serve: PvtServe, digits: Path) -> None:
+    with scripted(predicted()) as server:
+        pvt_serve("bench", digits / "one.png", "--url", server.url, "--seconds", "0.1")
+
+    bodies = [each.body for each in server.requests]
+    assert len(set(bodies)) == len(bodies) > 1
+
+
+def test_what_is_refused_is_counted_and_not_asked_again(pvt_serve: PvtServe, digits: Path) -> None:
+    with scripted(predicted(), predicted(), refused(429, Retry_After="0")) as server:
+        done = pvt_serve("bench", digits, "--url", server.url, "--seconds", "0.1", "--concurrency", "1", "--json")
+
+    figures = json.loads(done.out)
+    assert (done.code, figures["images"]) == (3, 1)
+    assert figures["failed"] == {"QueueFull": len(server.requests) - 2}
+
+
+@pytest.mark.parametrize("url", ["localhost:1", "ftp://localhost"])
+def test_a_service_that_is_not_there_is_one_line(pvt_serve: PvtServe, digits: Path, url: str) -> None:
+    done = pvt_serve("bench", digits, "--url", url)
+
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)

@@ -1,0 +1,35 @@
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import create_app, main
+from tests.conftest import ROOT
+
+
+def pvt_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, to its end."""
+    command = [sys.executable, "-m", "cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_installed_command_is_this_one() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+
+    assert scripts == {"pvt-serve": f"{main.__module__}:{main.__name__}"}
+
+
+def test_the_version_is_the_package_s() -> None:
+    assert CliRunner().invoke(create_app(), ["--version"]).output == f"pvt-serve {version('pvt-serve')}\n"
+
+
+@pytest.mark.parametrize("arguments", [["serve", "--port", "70000"], ["serve", "--workers", "0"]])
+def test_a_setting_out_of_bounds_is_one_line_and_a_usage_error(arguments: list[str]) -> None:
+    done = pvt_serve(*arguments)
+
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"pvt-serve: PVT_{arguments[1][2:].upper()}={arguments[2]}: ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,121 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import PvtServe
+from tests.pvt_client.scripted import refused, scripted
+
+
+@pytest.mark.usefixtures("engine_here")
+def test_without_a_service_the_model_runs_here(pvt_serve: PvtServe, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+
+    done = pvt_serve("predict", "--json", "-k", "1", digits, tmp_path)
+
+    results = [json.loads(line) for line in done.lines]
+    found = {Path(each["file"]).stem: each["predictions"][0]["label"] for each in results[:-1]}
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    assert found == {name: str(number) for number, name in enumerate(names)}
+    assert (results[-1]["error"].startswith("not a supported image"), done.code, done.err) == (True, 3, "")
+
+
+def test_with_a_service_the_answers_are_the_same(
+    pvt_serve: PvtServe, service_url: str, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PVTSERVE_URL", service_url)
+
+    done = pvt_serve("predict", digits / "seven.png", digits / "one.png")
+
+    assert [line.split()[0] for line in done.lines] == [str(digits / "seven.png"), str(digits / "one.png")]
+    assert [line.split()[2] for line in done.lines] == ["7", "1"]
+    assert (done.code, done.err) == (0, "")
+
+
+def test_csv_has_a_row_for_each_class_and_each_error(
+    pvt_serve: PvtServe, service_url: str, digits: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / 'a,"b.png'
+    odd.write_bytes(b"no picture")
+
+    done = pvt_serve("predict", "--url", service_url, "--csv", "-k", "2", digits / "six.png", odd)
+
+    first, second, error = csv.DictReader(done.lines)
+    assert (first["rank"], first["label"], second["rank"]) == ("1", "6", "2")
+    assert (error["file"], error["rank"]) == (str(odd), "")
+    assert "not a supported image" in error["error"]
+    assert done.code == 3
+
+
+def test_a_pattern_may_come_in_quotes(pvt_serve: PvtServe, service_url: str, digits: Path) -> None:
+    done = pvt_serve("predict", "--url", service_url, f"{digits.parent}/**/t*.png")
+
+    assert [Path(line.split()[0]).name for line in done.lines] == ["three.png", "two.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["missing.png"], "missing.png: no such file"),
+        (["*.nothing"], "*.nothing: no such file"),
+        (["."], ".: no pictures in this folder"),
+        (["--json", "--csv", "missing.png"], "--json and --csv exclude each other"),
+    ],
+)
+def test_what_names_no_picture_is_a_usage_error(
+    pvt_serve: PvtServe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    done = pvt_serve("predict", *arguments)
+
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"pvt-serve: {told}")
+    assert done.err.count("\n") == 1
+
+
+def test_hidden_files_and_other_kinds_are_left_out_of_a_folder(
+    pvt_serve: PvtServe, service_url: str, digits: Path, tmp_path: Path
+) -> None:
+    picture = (digits / "one.png").read_bytes()
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name in ("b/x.PNG", ".hidden/x.png", ".x.png", "notes.txt", "a.png"):
+        (tmp_path / name).write_bytes(picture)
+
+    done = pvt_serve("predict", "--url", service_url, tmp_path)
+
+    assert [line.split()[0] for line in done.lines] == [str(tmp_path / "a.png"), str(tmp_path / "b" / "x.PNG")]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--model", "b9"], "no model 'b9'"), (["--url", "localhost:1"], "the service was not reached")],
+)
+@pytest.mark.usefixtures("engine_here")
+def test_what_concerns_every_picture_is_one_line_and_ends_it(
+    pvt_serve: PvtServe, digits: Path, options: list[str], told: str
+) -> None:
+    done = pvt_serve("predict", digits, *options)
+
+    assert (done.code, done.out) == (1, "")
+    assert told in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_wrong_key_is_told_in_one_line(pvt_serve: PvtServe, digits: Path) -> None:
+    with scripted(refused(401, "unauthorized")) as server:
+        done = pvt_serve("predict", digits, "--url", server.url, "--api-key", "wrong")
+
+    assert (done.code, done.err) == (1, "pvt-serve: unauthorized (401): d\n")
+    assert server.requests[0].headers["authorization"] == "Bearer wrong"
+
+
+@pytest.mark.usefixtures("engine_here")
+def test_a_wrong_setting_is_a_usage_error(pvt_serve: PvtServe, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PVT_INSTANCES", "-1")
+
+    done = pvt_serve("predict", digits)
+
+    assert (done.code, done.err.startswith("pvt-serve: PVT_INSTANCES=-1: ")) == (2, True)
