@@ -36,6 +36,10 @@ class Settings(BaseSettings):
     """Processes that share the port; each has its own models and its part of cores and instances."""
     model_store: Path = Path("model_store")
     """Folder of the model store."""
+    pull: Literal["off", "on_demand"] = "off"
+    """`on_demand`: the first request for published weights that are not in the store fetches them into it."""
+    mirror: Annotated[str | None, Field(pattern=r"^https?://[^/]+")] = None
+    """Base URL that takes the place of `https://huggingface.co` and `https://github.com` when weights are fetched."""
     default_model: Annotated[str, Field(min_length=1)] = "pvt_v2_b0.digits"
     """Model that answers when a request names none."""
     preload: Names = ()

@@ -3,7 +3,8 @@
 import errno
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,7 +63,7 @@ def publish(root: Path, state: State, about: Description, version: str | None = 
     _load(model, state, about)
     reference, reference_file = packed(_golden(model, about.preprocessing, about.source))
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    with writing(root):
+    with writing(root), _no_empty_folder(root / about.id):
         (root / PULL_FOLDER).mkdir(parents=True, exist_ok=True)
         check_room(root, size + len(reference))
         with TemporaryDirectory(prefix="new-", dir=root / PULL_FOLDER) as folder:
@@ -83,6 +84,17 @@ def publish(root: Path, state: State, about: Description, version: str | None = 
             )
             written = write_model(root, version, card, weights, {reference_file.file: reference})
     return StoredModel(about.id, written.name, written, card)
+
+
+@contextmanager
+def _no_empty_folder(model: Path) -> Iterator[None]:
+    """A model's folder without a version, which what failed may have left, would count as a broken model."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            model.rmdir()
+        raise
 
 
 def _save(state: State, path: Path) -> None:

@@ -72,9 +72,14 @@ def store(tmp_path: Path) -> Path:
 
 
 def fetched(
-    hub: Hub, store: Path, source: SourceName = DEFAULT_SOURCE, *, model: Published = B0, **how: bool
+    hub: Hub,
+    store: Path,
+    source: SourceName = DEFAULT_SOURCE,
+    *,
+    model: Published = B0,
+    again: bool = False,
 ) -> Pulled:
-    return pull(store, model, PullOptions(source=source, mirror=hub.url, patience=QUICK), **how)
+    return pull(store, model, PullOptions(source=source, mirror=hub.url, patience=QUICK), again=again)
 
 
 def unharmed(store: Path) -> bool:
@@ -231,7 +236,7 @@ def pulling_process(hub: Hub, store: Path) -> Iterator[subprocess.Popen[str]]:
     )
     code += "made = pulling.pull(Path(sys.argv[1]), CATALOGUE['pvt_v2_b0'], pulling.PullOptions(mirror=sys.argv[2]))\n"
     code += "print(made.stored.key, made.fresh)"
-    command = [sys.executable, "-c", code, store, hub.url]
+    command = [sys.executable, "-c", code, str(store), hub.url]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
