@@ -4,7 +4,9 @@ All are coroutines, though none awaits: FastAPI runs plain functions on a thread
 """
 
 import hmac
+from ipaddress import ip_address
 from typing import Annotated, TypedDict
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -80,17 +82,59 @@ async def require_key(credentials: CredentialsDep, settings: SettingsDep) -> Non
 _management = HTTPBearer(
     auto_error=False,
     scheme_name="Management key",
-    description="One of PVT_MANAGEMENT_KEYS; without any, all is refused.",
+    description="One of PVT_MANAGEMENT_KEYS, where the service has some; without, only PVT_MANAGEMENT_PORT answers.",
 )
 ManagementCredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(_management)]
 
 
-async def require_management_key(credentials: ManagementCredentialsDep, settings: SettingsDep) -> None:
-    """Refuse a request without one of PVT_MANAGEMENT_KEYS, and every request where there is none."""
-    if not settings.management_keys:
-        raise Forbidden("management is off; set PVT_MANAGEMENT_KEYS to one or more keys to turn it on")
-    if not _is_one_of(settings.management_keys, credentials):
-        raise Unauthorized("send a management key as 'Authorization: Bearer <key>' (PVT_MANAGEMENT_KEYS)")
+async def require_management(request: Request, credentials: ManagementCredentialsDep, settings: SettingsDep) -> None:
+    """Refuse a request without one of PVT_MANAGEMENT_KEYS, or on another port than PVT_MANAGEMENT_PORT if there is one.
+
+    Every request, where there is neither. Who manages is left in `request.state.manager`.
+    """
+    port = settings.management_port
+    if port and request.scope["server"][1] != port:
+        raise Forbidden(f"management is answered on port {port} only (PVT_MANAGEMENT_PORT)")
+    if settings.management_keys:
+        if not _is_one_of(settings.management_keys, credentials):
+            raise Unauthorized("send a management key as 'Authorization: Bearer <key>' (PVT_MANAGEMENT_KEYS)")
+        request.state.manager = "key"
+    elif not port:
+        raise Forbidden(
+            "management is off; set PVT_MANAGEMENT_KEYS to one or more keys, or PVT_MANAGEMENT_PORT to turn it on"
+        )
+    else:
+        _refuse_pages(request, settings)
+        request.state.manager = "port"
+
+
+async def require_one_process(settings: SettingsDep) -> None:
+    """Refuse, where there are several workers: each has models of its own, and whoever asks reaches any of them."""
+    if settings.workers > 1:
+        raise Forbidden(
+            f"PVT_WORKERS is {settings.workers} and each worker has its own models, so this would change one of them "
+            "only; use PVT_PRELOAD and PVT_PINNED, and aliases, which every worker follows"
+        )
+
+
+def _refuse_pages(request: Request, settings: Settings) -> None:
+    """A page of another site must not use its reader's browser to get at a port that asks for no key."""
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    name = urlsplit(f"//{host}").hostname or ""
+    if name not in {"localhost", settings.management_host} and not _is_address(name):
+        raise Forbidden(
+            f"Host {host!r} is no address; reach the management port by its address, or set PVT_MANAGEMENT_KEYS"
+        )
+    if origin is not None and urlsplit(origin).netloc != host:
+        raise Forbidden(f"a page of {origin!r} may not use the management port, which asks for no key")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_one_of(keys: tuple[SecretStr, ...], credentials: HTTPAuthorizationCredentials | None) -> bool:

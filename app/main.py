@@ -14,7 +14,7 @@ from app.direct import Direct
 from app.member import Member
 from app.metrics import HttpMetrics
 from app.middleware import RequestContext
-from app.routes import debug, explain, features, health, models, openai, pages, predict, v2
+from app.routes import debug, explain, features, health, management, models, openai, pages, predict, v2
 from app.settings import Settings
 from service.engine import Engine
 from service.metrics import EngineMetrics
@@ -39,7 +39,7 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
     protected = [Depends(require_key)] if settings.api_keys else []
     for module in (predict, features, explain, models, v2, openai):
         app.include_router(module.router, dependencies=protected)
-    for module in (health, pages, debug):
+    for module in (health, pages, debug, management):
         app.include_router(module.router)
     return app
 

@@ -26,9 +26,11 @@ class Member:
     watched: int
 
     def share_of(self, options: EngineOptions) -> EngineOptions:
-        """`options` with this worker's share of instances and cores."""
+        """`options` with this worker's share of instances, cores and memory."""
         parts = [share(total, self.index, self.fleet.size) for total in (options.instances, options.cores)]
-        return replace(options, instances=parts[0], cores=parts[1])
+        bound = options.budget.bytes
+        budget = replace(options.budget, bytes=None if bound is None else bound // self.fleet.size)
+        return replace(options, instances=parts[0], cores=parts[1], budget=budget)
 
     def registry(self) -> CollectorRegistry:
         """What gives the metrics of all workers."""

@@ -53,6 +53,9 @@ STATUS: Mapping[type[Exception], int] = {
     errors.AliasesInvalid: 503,
     errors.StoreNotWritable: 503,
     errors.ModelLoadFailed: 503,
+    errors.ModelLoading: 503,
+    errors.MemoryBudgetExceeded: 503,
+    errors.ModelPinned: 409,
     errors.OutOfMemory: 503,
     errors.QueueFull: 429,
     errors.DeadlineExceeded: 504,
@@ -76,14 +79,15 @@ class Problem(BaseModel):
 
 MEANING: Mapping[int, str] = {
     401: "A key is required (PVT_API_KEYS, or PVT_MANAGEMENT_KEYS for management).",
-    403: "Management is off (PVT_MANAGEMENT_KEYS).",
+    403: "Management is off, or not for this port (PVT_MANAGEMENT_KEYS, PVT_MANAGEMENT_PORT).",
     404: "No such model.",
     406: "No form of answer that `Accept` takes.",
+    409: "The model is pinned in memory.",
     413: "The body or a picture exceeds a limit.",
     415: "Unsupported form of body.",
     422: "A parameter or a picture is wrong.",
     429: "The model's queue is full; `Retry-After` says when to come back.",
-    503: "The model is unavailable, or the service is shutting down.",
+    503: "The model is unavailable, or the service is shutting down; `Retry-After` says when it may be there.",
     504: "Not answered within `timeout_ms`.",
 }
 
@@ -137,8 +141,8 @@ def _told(request: Request, body: Problem, headers: Mapping[str, str] | None = N
 
 async def _service_error(request: Request, error: Exception) -> JSONResponse:
     headers = {}
-    if isinstance(error, errors.QueueFull):
-        headers["Retry-After"] = str(max(1, ceil(error.retry_after_seconds)))
+    if (seconds := getattr(error, "retry_after_seconds", None)) is not None:
+        headers["Retry-After"] = str(max(1, ceil(seconds)))
     if isinstance(error, errors.ShuttingDown):
         headers["Retry-After"] = "1"  # nothing was done, and whoever comes next takes it
     if isinstance(error, Unauthorized):

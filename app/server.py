@@ -45,9 +45,10 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._loop = asyncio.get_running_loop()
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            url, *management = [_url(server.sockets[0]) for server in self.servers]
             options = self.lifespan.state["engine"].options
-            log.info(self._started_event, url=f"http://{host}:{port}", instances=options.instances, cores=options.cores)
+            told = {"management": management[0]} if management else {}
+            log.info(self._started_event, url=url, **told, instances=options.instances, cores=options.cores)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal; stop at once at the second."""
@@ -111,6 +112,11 @@ class DrainingServer(uvicorn.Server):
             await asyncio.sleep(LINGER_SECONDS / 50)
 
 
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{host}:{port}"
+
+
 def _accept_all(listener: socket.socket) -> Iterator[socket.socket]:
     """The connections that wait for `listener`, which is closed at once behind the last of them."""
     with listener, suppress(BlockingIOError):
@@ -119,8 +125,8 @@ def _accept_all(listener: socket.socket) -> Iterator[socket.socket]:
             yield listener.accept()[0]
 
 
-def run(settings: Settings, listener: socket.socket, member: Member | None = None) -> None:
-    """Serve on `listener` until a signal asks to stop; as `member`, if there are others."""
+def run(settings: Settings, *listeners: socket.socket, member: Member | None = None) -> None:
+    """Serve on `listeners` until a signal asks to stop; as `member`, if there are others."""
     config = uvicorn.Config(
         create_app(settings, member),
         loop="uvloop",
@@ -134,7 +140,7 @@ def run(settings: Settings, listener: socket.socket, member: Member | None = Non
     # Uvicorn raises the signal again once it is done; a stop that was asked for is no failure.
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, lambda *_: None)
-    DrainingServer(config, "listening" if member is None else "worker_listening").run(sockets=[listener])
+    DrainingServer(config, "listening" if member is None else "worker_listening").run(sockets=list(listeners))
     if any(thread.name.startswith("pvt-") for thread in threading.enumerate()):
         # A load that was given up, or a thread that is stuck: the interpreter would wait for it.
         logging.shutdown()

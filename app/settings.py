@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 if TYPE_CHECKING:
@@ -38,12 +38,22 @@ class Settings(BaseSettings):
     """Folder of the model store."""
     pull: Literal["off", "on_demand"] = "off"
     """`on_demand`: the first request for published weights that are not in the store fetches them into it."""
-    mirror: Annotated[str | None, Field(pattern=r"^https?://[^/]+")] = None
+    mirror: Annotated[str, Field(pattern=r"^(https?://[^/]+.*)?$")] = ""
     """Base URL that takes the place of `https://huggingface.co` and `https://github.com` when weights are fetched."""
     default_model: Annotated[str, Field(min_length=1)] = "pvt_v2_b0.digits"
     """Model that answers when a request names none."""
     preload: Names = ()
     """Models to load at start; the service is ready when they are. Others are loaded by their first request."""
+    pinned: Names = ()
+    """Models to load at start, too, and never to evict."""
+    memory_budget_mb: Annotated[float, Field(ge=0)] = 0
+    """Memory that loaded models may take, in units of 10^6 bytes; the least valuable leave. 0: no limit."""
+    min_residency_seconds: Annotated[float, Field(ge=0)] = 10
+    """How long a model that was loaded stays before it may be evicted."""
+    cold: Literal["wait", "refuse"] = "wait"
+    """What a request for a model that is not loaded does: wait, or be refused with `Retry-After` while it is loaded."""
+    reload_seconds: Annotated[float, Field(ge=0, le=86_400)] = 10
+    """How often to look for new versions and aliases, besides watching a local store; 0: never."""
     backend: Literal["auto", "openvino", "torch"] = "auto"
     """What executes the models; auto is openvino, and torch for a model that fails there."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -79,11 +89,15 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
     """Keys of which a request for predictions or models must carry one: `Authorization: Bearer <key>`; none: open."""
     management_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
-    """Keys, other than `PVT_API_KEYS`, of which a request to `/debug` must carry one; none: these endpoints are off."""
+    """Keys, other than `PVT_API_KEYS`, of which a request for management or `/debug` must carry one."""
+    management_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port that alone answers these, without a key if none is set; 0: none, and without keys they are off."""
+    management_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address of that port."""
     log_format: Literal["json", "console"] = "json"
     """`json`: one object a line; `console`: text for people."""
 
-    @field_validator("preload", "api_keys", "management_keys", mode="before")
+    @field_validator("preload", "pinned", "api_keys", "management_keys", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if not isinstance(value, str):
@@ -104,6 +118,14 @@ class Settings(BaseSettings):
         if {*value} & {*info.data.get("api_keys", ())}:
             raise ValueError("one of these is in PVT_API_KEYS too; who may ask for predictions is not who manages")
         return value
+
+    @model_validator(mode="after")
+    def _one_manager(self) -> Self:
+        if self.management_port and self.workers > 1:
+            raise ValueError("PVT_MANAGEMENT_PORT is for one process, whose models it manages; PVT_WORKERS is above 1")
+        if self.management_port and self.management_port == self.port:
+            raise ValueError("PVT_MANAGEMENT_PORT is PVT_PORT; it must be another one")
+        return self
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -136,12 +158,19 @@ class Settings(BaseSettings):
     def engine_options(self) -> "EngineOptions":
         """What of it concerns the engine."""
         # Not at the top: with it comes torch, and the supervisor of several workers reads settings, too.
+        from service.eviction import Budget  # noqa: PLC0415
         from service.options import EngineOptions  # noqa: PLC0415
 
         options = EngineOptions(
             model_store=self.model_store,
             default_model=self.default_model,
             preload=self.preload,
+            pinned=self.pinned,
+            budget=Budget(
+                bytes=int(self.memory_budget_mb * 1e6) or None, min_residency_seconds=self.min_residency_seconds
+            ),
+            cold=self.cold,
+            reload_seconds=self.reload_seconds,
             backend=self.backend,
             cache=self.cache_folder,
             precision=None if self.precision == "auto" else self.precision,

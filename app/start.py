@@ -1,5 +1,7 @@
 """Settings, then the socket, then the server: what `python -m app` and `pvt-serve serve` both do."""
 
+import socket
+
 from pydantic import ValidationError
 
 from app import logs, supervisor
@@ -22,7 +24,7 @@ def read_settings() -> Settings:
     except UnknownSettingError as error:
         raise StartRefused(str(error)) from error
     except ValidationError as error:
-        told = "; ".join(_told(str(e["loc"][0]), e["input"], e["msg"]) for e in error.errors())
+        told = "; ".join(_told(*e["loc"], value=e["input"], reason=e["msg"]) for e in error.errors())
         raise StartRefused(told) from error
 
 
@@ -34,20 +36,31 @@ def serve() -> int:
     """
     settings = read_settings()
     logs.configure(settings.log_format)
-    try:
-        listener = listen(settings.host, settings.port)
-    except OSError as error:
-        where = f"{settings.host}:{settings.port}"
-        told = f"can't listen on {where}, as PVT_HOST and PVT_PORT say: {error.strerror or error}"
-        raise StartRefused(told) from error
+    listener = _listen(settings.host, settings.port, "PVT_HOST and PVT_PORT")
+    management = [
+        _listen(settings.management_host, port, "PVT_MANAGEMENT_HOST and PVT_MANAGEMENT_PORT")
+        for port in (settings.management_port,)
+        if port
+    ]
     if settings.workers > 1:
         return supervisor.run(settings, listener)
     from app import server  # noqa: PLC0415  with it comes torch, which a supervisor does not need
 
-    server.run(settings, listener)
+    server.run(settings, listener, *management)
     return 0
 
 
-def _told(name: str, value: object, reason: str) -> str:
+def _listen(host: str, port: int, names: str) -> socket.socket:
+    try:
+        return listen(host, port)
+    except OSError as error:
+        told = f"can't listen on {host}:{port}, as {names} say: {error.strerror or error}"
+        raise StartRefused(told) from error
+
+
+def _told(*names: int | str, value: object, reason: str) -> str:
+    if not names:  # what is wrong is how several go together
+        return reason
+    name = str(names[0])
     shown = "" if name.endswith("_keys") else f"={value}"
     return f"{PREFIX}{name.upper()}{shown}: {reason}"

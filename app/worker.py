@@ -18,7 +18,7 @@ def main() -> None:
     logs.configure(settings.log_format, worker=int(index))
     fleet = Fleet(Path(folder), int(size))
     fleet.share_metrics(index)
-    run(settings, socket.socket(fileno=int(listener)), Member(fleet, int(index), int(watched)))
+    run(settings, socket.socket(fileno=int(listener)), member=Member(fleet, int(index), int(watched)))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def pull(
     if every == bool(models):
         raise CommandError("name the models to pull, such as 'pvt-serve pull b2', or give --all", USAGE)
     wanted = list(CATALOGUE.values()) if every else [published(name) for name in models or ()]
-    options = PullOptions(source=source, mirror=mirror or settings().mirror)
+    options = PullOptions(source=source, mirror=mirror or settings().mirror or None)
     root, failed = store_folder(store), 0
     with warnings_aside():
         for model in dict.fromkeys(each.variant for each in wanted):

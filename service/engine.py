@@ -51,13 +51,15 @@ class Engine:
         """Refuse those under way too: whoever waits gets `ShuttingDown` at once."""
         self._requests.abort()
 
-    def request(self) -> AbstractContextManager[None]:
+    def request(self, patience_seconds: float | None = None) -> AbstractContextManager[None]:
         """What `drain` waits for: enter it before reading a request's body, so that an upload is not cut off.
+
+        `patience_seconds` is how long it waits for a model that is not loaded; None leaves that to the options.
 
         Raises:
             ShuttingDown: the engine takes no new work, or has just given this one up.
         """
-        return self._requests.one()
+        return self._requests.one(patience_seconds)
 
     async def predict(
         self,
@@ -89,7 +91,8 @@ class Engine:
 
         Raises:
             InvalidRequest: no such size; more images than the model's queue ever takes.
-            ModelNotFound, WeightsUnavailable, ModelLoadFailed: `model` can't be had.
+            ModelNotFound, WeightsUnavailable, ModelLoadFailed, MemoryBudgetExceeded: `model` can't be had.
+            ModelLoading: it is not loaded yet, and the request would not wait.
             QueueFull: too many images wait for that model already, or it is in use at too many sizes.
             DeadlineExceeded: `timeout_seconds` passed.
             ShuttingDown: the engine takes no new work.
@@ -98,7 +101,7 @@ class Engine:
         with self.request():
             async with (
                 time_limit(timeout_seconds or self.options.timeout_seconds) as deadline,
-                self.models.lease(model) as resident,
+                self.models.lease(model, self._requests.patience_seconds) as resident,
                 resident.at(size, stages=stages) as sized,
             ):
                 results = await self._pipeline.infer(sized, images, deadline, stages=stages)
@@ -133,7 +136,7 @@ class Engine:
             self._metrics.queue_depth.labels(name).set(waiting)
         self._metrics.instances.set(stats.instances)
         self._metrics.instances_busy.set(stats.busy_instances)
-        self._metrics.models_loaded.set(len(self.models.loaded()))
+        self.models.collect_metrics()
 
     def _check(self, size: Size | None) -> None:
         most = self.options.max_input_side

@@ -20,6 +20,9 @@
     - ReferenceInvalid      its reference images
     - GoldenMismatch        what runs it does not give the logits it should
     - BackendUnavailable    the backend that was asked for can't run here
+  - ModelLoading            on its way into memory, and the caller would not wait; carries when to come back
+  - MemoryBudgetExceeded    the model does not fit beside those that can't leave memory now
+  - ModelPinned             the model is to stay in memory
   - OutOfMemory             a batch did not fit; the scheduler retries with less
   - QueueFull               refused at admission; carries when to come back
   - DeadlineExceeded        not answered in the time the request allowed
@@ -105,6 +108,32 @@ class GoldenMismatch(ModelLoadFailed):
 
 class BackendUnavailable(ModelLoadFailed):
     """The backend or device that a setting asks for can't run on this machine."""
+
+
+class ModelLoading(ServiceError):
+    """The model is being loaded, and the caller asked not to wait for longer.
+
+    `retry_after_seconds` is when it is likely to be ready, from what loading it took before.
+    """
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class MemoryBudgetExceeded(ServiceError):
+    """The model does not fit into memory beside what can't be evicted; the message gives the figures.
+
+    `retry_after_seconds` is when it may fit; None if it never will, as things are.
+    """
+
+    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class ModelPinned(ServiceError):
+    """The model is pinned in memory and is not unloaded before that ends."""
 
 
 class OutOfMemory(ServiceError):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from service.backends.base import Backend, Graph, Layout, Precision
 from service.errors import ModelLoadFailed
 from service.golden import Golden
-from service.memory import resident_bytes
+from service.memory import settled_bytes
 from service.outputs import Head, Outputs
 from service.plan import BatchPlan, batch_seconds
 from service.reference import Deviation
@@ -26,8 +26,9 @@ class LoadReport:
     """How a model was loaded.
 
     `notes` says what was tried and left out, and why; `cached` whether plan and graphs came from the plan cache.
-    `memory_bytes` is what the process's resident memory grew by meanwhile, and at least the size of the weights, since
-    growth that fits into memory freed before is not seen. `deviation` is how far its logits are from the reference's.
+    `memory_bytes` is what the process's resident memory grew by meanwhile, with what had been freed before given back
+    to the kernel first and again at the end; at least the size of the weights. `deviation` is how far its
+    logits are from the reference's.
     """
 
     backend: str
@@ -96,10 +97,12 @@ class Executable:
     def widen(self) -> None:
         """Make what the model can do without for its first answers: the graph that has all cores for a lone image."""
         if self._make_alone:
+            before = settled_bytes()
             graph = self._make_alone()
             self._make_alone = None  # it holds every graph that was measured
             self._warm(1, graph)
             self._plain = GraphSet(self._plain.graphs, graph)
+            self.added_bytes += settled_bytes() - before  # less, where graphs that were only measured are dropped
 
     def add_stages(self) -> None:
         """Make the graphs that give stage maps, and fetch the head's weights. Blocking; takes as long as compiling.
@@ -109,7 +112,7 @@ class Executable:
         """
         if self._staged:
             return
-        before = resident_bytes()
+        before = settled_bytes()
         module = build(self.card, self.stored.folder, STAGES)
         program = self._backend.program(module, self.height, self.width)
         graphs = {size: program.graph(size, self._layout, self.report.precision) for size in self.plan.sizes}
@@ -120,7 +123,7 @@ class Executable:
             self._warm(1, lone)
         self.head = module.head()
         self._staged = GraphSet(graphs, lone)
-        self.added_bytes += max(self.card.weights.bytes, resident_bytes() - before)
+        self.added_bytes += max(self.card.weights.bytes, settled_bytes() - before)
 
     def resized(self, height: int, width: int) -> "Executable":
         """The same model for pictures of `height` x `width`, in the same precision and layout. Blocking.
@@ -130,7 +133,7 @@ class Executable:
         Raises:
             ModelLoadFailed: as `add_stages`.
         """
-        before = resident_bytes()
+        before = settled_bytes()
         layout, precision = self._layout, self.report.precision
         most = max(1, self.plan.largest * self.height * self.width // (height * width))
         program = self._backend.program(build(self.card, self.stored.folder), height, width)
@@ -147,7 +150,7 @@ class Executable:
         tuned = Tuned(precision, layout, plan, graphs, alone, ())
         resized = Executable(self.stored, self._backend, tuned, self.report, (height, width))
         resized.widen()
-        resized.added_bytes = max(self.card.weights.bytes, resident_bytes() - before)
+        resized.added_bytes = max(self.card.weights.bytes, settled_bytes() - before)
         return resized
 
     def run(

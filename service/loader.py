@@ -11,7 +11,7 @@ from service.backends.base import Backend, Graph, Layout
 from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid, ServiceError
 from service.executable import Executable, LoadReport
 from service.golden import Golden
-from service.memory import resident_bytes
+from service.memory import settled_bytes
 from service.plan import BatchPlan
 from service.plan_cache import CachedPlan, Key, PlanCache, digest, machine
 from service.reference import Deviation, Reference, packed, read_reference, reference_of, synthetic_images
@@ -33,8 +33,10 @@ def load(
         ModelLoadFailed: the card or the weights are wrong, or what they make is; the message says how.
         Exception: what the last backend raised, where none could run it.
     """
-    start, memory = perf_counter(), resident_bytes()
+    start = perf_counter()
     card = stored.require_card()
+    backends[0]()  # its libraries are not the model's memory
+    memory = settled_bytes()
     notes: list[str] = []
     for i, make in enumerate(backends):
         backend = make()
@@ -53,7 +55,7 @@ def load(
             else:
                 raise
     tuned = ready.tuned
-    grown = max(card.weights.bytes, resident_bytes() - memory)
+    grown = max(card.weights.bytes, settled_bytes() - memory)
     said = (*notes, *tuned.notes)
     for note in () if ready.cached else tuned.notes:
         log.warning("plan_note", model=stored.id, note=note)

@@ -8,7 +8,9 @@ import structlog
 
 from service.errors import ModelLoadFailed, ServiceError
 from service.executable import Executable
+from service.footprints import Footprint, Footprints
 from service.loader import load
+from service.memory import give_back, resident_bytes
 from service.metrics import EngineMetrics
 from service.options import EngineOptions, make_backends
 from service.plan_cache import PlanCache
@@ -29,6 +31,8 @@ class Loading:
         self._backends = make_backends(options)
         self._limits = Limits(options.cores, options.max_batch_size, options.precision)
         self._plans = PlanCache(options.cache) if options.cache else None
+        kind = f"{options.backend}-{options.precision or 'auto'}-{options.instances}x{options.cores}"
+        self._footprints = Footprints(options.cache, f"{kind}-{options.max_batch_size}")
         self._thread = Workers("load", 1)
 
     def close(self) -> None:
@@ -55,11 +59,22 @@ class Loading:
         report = executable.report
         self._metrics.model_loads.labels(stored.id, "loaded").inc()
         self._metrics.model_load_seconds.labels(stored.id).observe(perf_counter() - start)
-        self._metrics.model_memory_bytes.labels(stored.id).set(report.memory_bytes)
+        self._footprints.remember(stored, Footprint(bytes=report.memory_bytes, seconds=report.load_seconds))
         log.info("model_loaded", model=stored.id, backend=report.backend, precision=report.precision,
                  layout=f"{report.layout.streams}x{report.layout.threads}", batch_sizes=executable.plan.sizes,
-                 cached=report.cached, seconds=round(report.load_seconds, 3))  # fmt: skip
+                 cached=report.cached, seconds=round(report.load_seconds, 3),
+                 version=stored.version, memory_bytes=report.memory_bytes)  # fmt: skip
         return executable
+
+    def footprint(self, stored: StoredModel) -> Footprint:
+        """What loading `stored` took last, else an estimate."""
+        return self._footprints.of(stored)
+
+    async def free(self, only: list[T]) -> None:
+        """Take out the one model in `only`, to which nothing else refers, and give its memory back to the kernel."""
+        before = resident_bytes()
+        await self._thread.run(_drop, only)
+        log.info("memory_freed", freed_bytes=before - resident_bytes())
 
     async def extend(self, stored: StoredModel, make: Callable[[], T]) -> T:
         """What `make` compiles for `stored`, which is loaded, on the thread for loading.
@@ -83,5 +98,13 @@ class Loading:
         """What can wait until the model answers; without it the model goes on as it is."""
         try:
             await self._thread.run(executable.widen)
+            taken = executable.report.memory_bytes + executable.added_bytes
+            seconds = executable.report.load_seconds
+            self._footprints.remember(executable.stored, Footprint(bytes=max(0, taken), seconds=seconds))
         except Exception:
             log.exception("model_not_widened", model=executable.stored.id)
+
+
+def _drop(only: list[T]) -> None:
+    only.clear()
+    give_back()

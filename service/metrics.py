@@ -1,5 +1,7 @@
 """The engine's metrics: one catalogue, every label bounded by the models of the store."""
 
+import os
+from collections.abc import Mapping
 from functools import cache, partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -7,6 +9,8 @@ from prometheus_client import Gauge as AnyGauge
 
 # Of several worker processes, gauges are added up, and a dead one's do not count.
 Gauge = partial(AnyGauge, multiprocess_mode="livesum")
+
+_SHARED = "PROMETHEUS_MULTIPROC_DIR"
 
 # From a digit on one core (half a millisecond) to a b5 behind a full queue.
 STAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -51,18 +55,37 @@ class EngineMetrics:
             registry=registry,
         )
         self.model_memory_bytes = Gauge(
-            "pvt_model_memory_bytes", "Resident memory that loading the model took.", ["model"], registry=registry
+            "pvt_model_memory_bytes", "Resident memory that each loaded model takes.", ["model"], registry=registry
+        )
+        self.evictions = Counter(
+            "pvt_evictions",
+            "Models that left memory: for want of room, replaced, unloaded.",
+            ["reason"],
+            registry=registry,
         )
         self.models_loaded = Gauge("pvt_models_loaded", "Models that are ready.", registry=registry)
         self.instances = Gauge("pvt_instances", "Batches that can run at the same time.", registry=registry)
         self.instances_busy = Gauge("pvt_instances_busy", "Instances that run a batch.", registry=registry)
         for metric in (self.stage_seconds, self.batch_size, self.batch_releases, self.images):
             _find_once(metric)
+        # Mutable state: the models whose memory has been told.
+        self._told: set[str] = set()
 
     def batch_released(self, model: str, reason: str, size: int) -> None:
         """A batch of `size` images of `model` went to an instance."""
         self.batch_releases.labels(reason, model).inc()
         self.batch_size.labels(model).observe(size)
+
+    def tell_memory(self, sizes: Mapping[str, int]) -> None:
+        """The bytes that each loaded model takes; of others there is nothing to tell any more."""
+        for model in self._told - {*sizes}:
+            # What several processes share can't be removed.
+            self.model_memory_bytes.labels(model).set(0) if _SHARED in os.environ else self.model_memory_bytes.remove(
+                model
+            )
+        self._told = {*sizes}
+        for model, size in sizes.items():
+            self.model_memory_bytes.labels(model).set(size)
 
     def cancelled(self, stage: str) -> None:
         """An image left at `stage` because its caller hung up or its time ran out."""

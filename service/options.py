@@ -12,6 +12,7 @@ from service.backends.base import Backend, Precision
 from service.backends.openvino import OpenVinoBackend
 from service.backends.torch import TorchBackend
 from service.cores import usable_cores
+from service.eviction import Budget
 
 BackendName = Literal["auto", "openvino", "torch"]
 MakeBackend = Callable[[], Backend]
@@ -19,11 +20,19 @@ MakeBackend = Callable[[], Backend]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """Sizes are images, times are seconds. `precision` None leaves it to the batch plan, `cache` None keeps no plan."""
+    """Sizes are images, times are seconds. `precision` None leaves it to the batch plan, `cache` None keeps no plan.
+
+    `budget` bounds the models' memory; `cold` says what becomes of a request for a model that is not loaded;
+    `reload_seconds` 0 never looks for new versions.
+    """
 
     model_store: Path
     default_model: str
     preload: tuple[str, ...] = ()
+    pinned: tuple[str, ...] = ()
+    budget: Budget = field(default_factory=Budget)
+    cold: Literal["wait", "refuse"] = "wait"
+    reload_seconds: float = 0.0
     backend: BackendName = "auto"
     precision: Precision | None = None
     instances: int = field(default_factory=usable_cores)

@@ -12,13 +12,20 @@ class Requests:
     """Counts requests in and out. Its methods belong to one event loop."""
 
     def __init__(self) -> None:
-        # Mutable state: requests under way, whether new ones are refused, and whether those under way are given up.
-        self._under_way: set[asyncio.Task[object]] = set()
+        # Mutable state: requests under way and how long each waits for a model that is not loaded; whether new ones are
+        # refused, and whether those under way are given up.
+        self._under_way: dict[asyncio.Task[object], float | None] = {}
         self.draining = False
         self.aborted = False
 
     def __repr__(self) -> str:
         return f"<Requests under_way={len(self._under_way)} draining={self.draining}>"
+
+    @property
+    def patience_seconds(self) -> float | None:
+        """How long this request waits for a model that is not loaded."""
+        task = asyncio.current_task()
+        return self._under_way.get(task) if task else None
 
     async def drain(self) -> None:
         """Refuse new requests from now on and wait for those under way."""
@@ -33,7 +40,7 @@ class Requests:
             task.cancel()
 
     @contextmanager
-    def one(self) -> Iterator[None]:
+    def one(self, patience_seconds: float | None = None) -> Iterator[None]:
         """Hold a request open while the context lasts; within one that is, it does nothing.
 
         Raises:
@@ -45,7 +52,7 @@ class Requests:
             return
         if self.draining:
             raise ShuttingDown("the service is shutting down and takes no new work; send the request again")
-        self._under_way.add(task)
+        self._under_way[task] = patience_seconds
         try:
             yield
         except asyncio.CancelledError:
@@ -54,7 +61,7 @@ class Requests:
             task.uncancel()
             raise ShuttingDown("the service stopped before this request was answered; send it again") from None
         finally:
-            self._under_way.discard(task)
+            del self._under_way[task]
 
 
 @asynccontextmanager

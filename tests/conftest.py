@@ -19,6 +19,7 @@ def _no_plan_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iter
     """Plans that tests measure are kept among tests only, those in processes they start included."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PVT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        environment.setenv("PVT_RELOAD_SECONDS", "0")  # the thread that watches a store takes its time to end
         yield
 
 

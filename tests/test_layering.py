@@ -9,11 +9,14 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"engine"},
     {"models"},
+    {"sourcing", "listing"},
     {"residents"},
     {"pipeline", "loading", "supply"},
-    {"loader", "registry"},
-    {"executable"},
-    {"golden"},
+    {"loader", "registry", "watching"},
+    {"reload", "executable"},
+    {"holdings", "name_table"},
+    {"entries", "golden"},
+    {"footprints"},
     {"pulling", "importing", "verification", "removal"},
     {"publishing"},
     {"scheduler", "store", "options", "tuning"},
@@ -35,7 +38,7 @@ LAYERS = [
     {"outputs", "pvt_v2", "image_limits", "resampling"},
     {"visible", "partial", "writes", "labels"},
     {"requests"},
-    {"errors", "metrics", "workers", "cores", "variants", "memory", "colours"},
+    {"errors", "metrics", "workers", "cores", "variants", "memory", "colours", "eviction"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino", "numpy", "safetensors"}

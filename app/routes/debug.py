@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 
-from app.dependencies import EngineDep, require_management_key
+from app.dependencies import EngineDep, require_management
+from app.model_info import BatchSize
 from app.problems import documented
-from app.schemas import BatchSize
 from service.activity import Activity, InstanceActivity, PastRelease, QueueActivity
 
-router = APIRouter(prefix="/debug", tags=["management"], dependencies=[Depends(require_management_key)])
+router = APIRouter(prefix="/debug", tags=["management"], dependencies=[Depends(require_management)])
 
 
 class QueueInfo(BaseModel):

@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.bodies import FIELD, ImagesBody, Upload, read_uploads
 from app.disconnect import cancelled_on_disconnect
+from app.preferences import patience_seconds
 from service.engine import Engine
 from service.errors import ServiceError
 from service.pipeline import Image
@@ -59,7 +60,7 @@ async def carried_out(
     Raises:
         ServiceError: the body can't be read, `infer` failed, or there is one picture and it failed.
     """
-    with request.state.engine.request():
+    with request.state.engine.request(await patience_seconds(request)):
         what = await read()
         async with cancelled_on_disconnect(request):
             answer = await infer(what)

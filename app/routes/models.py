@@ -3,8 +3,8 @@
 from fastapi import APIRouter
 
 from app.dependencies import EngineDep
+from app.model_info import ModelInfo, ModelList, model_info
 from app.problems import documented
-from app.schemas import ModelInfo, ModelList, model_info
 
 router = APIRouter(prefix="/models", tags=["models"])
 

@@ -23,7 +23,7 @@ from app.inference_protocol import (
 )
 from app.problems import documented
 from app.routes.inference import carried_out, encoded
-from service.models import ModelStatus
+from service.listing import ModelStatus
 from service.pipeline import Image
 from service.residents import Size
 from service.results import Answered

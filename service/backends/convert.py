@@ -4,6 +4,7 @@ import openvino as ov
 import torch
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+from torch.jit import _recursive, _state
 
 from service.served import Served
 
@@ -19,4 +20,16 @@ def convert(module: Served, height: int, width: int) -> ov.Model:
     frontend = FrontEndManager().load_by_framework("pytorch")
     model = frontend.convert(frontend.load(decoder))
     model.reshape([-1, height, width, 3])
+    del decoder
+    _forget_traces()
     return model
+
+
+def _forget_traces() -> None:
+    """Drop the types that torch has made for each traced module: it keeps them for ever, 15 MB for each load of a b2.
+
+    As torch's own tests do between one another; `tests/service/test_memory.py` watches that it helps.
+    """
+    torch._C._jit_clear_class_registry()  # noqa: SLF001
+    _recursive.concrete_type_store = _recursive.ConcreteTypeStore()
+    _state._clear_class_state()  # noqa: SLF001

@@ -1,0 +1,81 @@
+"""Memory that a model took comes back, measured on a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from service.cards import ModelCard, Preprocessing
+from service.pvt_v2 import create
+from service.store import weights_file, write_model
+from service.variants import VARIANTS
+from tests.conftest import ROOT
+
+MB = 1_000_000
+
+
+class Step(NamedTuple):
+    turn: int
+    model: str
+    loaded: int
+    after: int
+
+
+def add_variant(root: Path, variant: str, noise: torch.Tensor) -> int:
+    """A model of the variant's true shapes, its tensors cut from one seeded `noise`; gives the bytes of its weights."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in create(variant, num_classes=10).state_dict().items()}
+    tensors = {name: noise[: shape.numel()].reshape(shape).clone() for name, shape in shapes.items()}
+    weights = save(tensors)
+    card = ModelCard(
+        id=f"{variant}.tiny",
+        variant=variant,
+        labels=tuple("0123456789"),
+        preprocessing=Preprocessing(height=32, width=32),
+        weights=weights_file(weights),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        licence="Apache-2.0",
+        source="random",
+    )
+    write_model(root, "1", card, weights)
+    return 4 * card.parameters  # in memory they are float32
+
+
+def rounds(root: Path, backend: str, count: int) -> list[Step]:
+    command = [sys.executable, "-m", "tests.service.memory_rounds", str(root), backend, str(count)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return [Step(int(turn), model, int(loaded), int(after)) for turn, model, loaded, after in lines]
+
+
+@pytest.fixture(scope="module")
+def noise() -> torch.Tensor:
+    return 0.02 * torch.randn(4_000_000, generator=torch.Generator().manual_seed(0)).half()
+
+
+@pytest.mark.timeout(240)
+def test_all_seven_variants_loaded_and_unloaded_in_turn_three_times_leave_nothing_behind(
+    tmp_path: Path, noise: torch.Tensor
+) -> None:
+    weights = {f"{variant}.tiny": add_variant(tmp_path, variant, noise) for variant in VARIANTS}
+
+    steps = rounds(tmp_path, "torch", 3)
+
+    assert [step.model for step in steps] == [*sorted(weights)] * 3
+    for step in steps[7:]:  # the first load of each takes some of the libraries' memory along
+        assert abs(step.loaded - weights[step.model]) < 0.1 * weights[step.model] + 10 * MB, step
+    assert steps[-1].after - steps[6].after < 15 * MB, steps
+    assert sum(weights.values()) > 990 * MB
+
+
+def test_compiled_graphs_and_what_was_traced_for_them_leave_nothing_behind(tmp_path: Path, noise: torch.Tensor) -> None:
+    add_variant(tmp_path, "pvt_v2_b0", noise)  # of which every load left 8 MB behind, in types that torch made
+
+    steps = rounds(tmp_path, "openvino", 5)
+
+    assert steps[-1].after - steps[1].after < 8 * MB, steps
