@@ -164,6 +164,8 @@ class Settings(BaseSettings):
         options = EngineOptions(
             model_store=self.model_store,
             default_model=self.default_model,
+            pull=self.pull == "on_demand",
+            mirror=self.mirror or None,
             preload=self.preload,
             pinned=self.pinned,
             budget=Budget(

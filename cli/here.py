@@ -13,8 +13,8 @@ import structlog
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 
-from app.queries import InferenceQuery
 from app.model_info import model_info
+from app.queries import InferenceQuery
 from app.start import StartRefused, read_settings
 from cli.answering import Asked, Bad
 from cli.terminal import USAGE, CommandError

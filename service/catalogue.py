@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Literal, get_args
 from urllib.parse import urlsplit
 
+from service.cards import Accuracy
 from service.errors import InvalidRequest, ModelNotFound
 from service.names import DEFAULT_TAG
 from service.variants import VARIANTS
@@ -42,6 +43,11 @@ class Published:
     def id(self) -> str:
         """What it is called in a store."""
         return f"{self.variant}.{DEFAULT_TAG}"
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """The accuracy, as a card has it."""
+        return Accuracy(dataset="ImageNet-1k validation, as published", top1=self.top1, images=VALIDATION_IMAGES)
 
     def file(self, source: SourceName) -> RemoteFile:
         """Its file at `source`.

@@ -8,13 +8,12 @@ from threading import Event
 
 from filelock import FileLock, Timeout
 
-from service.cards import Accuracy, Origin, Preprocessing
+from service.cards import Origin, Preprocessing
 from service.catalogue import (
     CROP,
     DEFAULT_SOURCE,
     LICENCE,
     SIDE,
-    VALIDATION_IMAGES,
     Published,
     RemoteFile,
     SourceName,
@@ -174,6 +173,6 @@ def _described(model: Published, remote: RemoteFile, origin: Origin) -> Descript
         preprocessing=Preprocessing(height=SIDE, width=SIDE, crop=CROP),
         licence=LICENCE,
         source=remote.urls[0],
-        accuracy=Accuracy(dataset="ImageNet-1k validation, as published", top1=model.top1, images=VALIDATION_IMAGES),
+        accuracy=model.accuracy,
         origin=origin,
     )
