@@ -126,7 +126,7 @@ def remote_info(model: RemoteModel) -> ModelInfo:
         variant=known.variant,
         version="",
         state=model.state,
-        default=False,
+        default=model.default,
         reason=str(model.failure) if model.failure else None,
         pull=None if model.done is None else PullProgress(bytes=model.done, total=model.total),
         num_classes=CLASSES,

@@ -60,7 +60,10 @@ def pull(
 
 def _pulled(root: Path, model: Published, options: PullOptions, *, again: bool) -> Pulled:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         bar = progress.add_task(model.id, total=None)
         return pull_model(
             root,

@@ -33,6 +33,7 @@ class RemoteModel:
     done: int | None = None
     total: int | None = None
     failure: ServiceError | None = None
+    default: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -61,6 +62,7 @@ class OnDemand:
     def __init__(self, options: EngineOptions, find: Callable[[str], Awaitable[object]]) -> None:
         self.enabled = options.pull
         self._root = options.model_store
+        self._default = _known(options.default_model)
         self._options = PullOptions(mirror=options.mirror)
         self._find = find
         self._thread = Workers("pull", PULLS)
@@ -149,11 +151,12 @@ class OnDemand:
         return error if error and monotonic() - at < FAILURE_SECONDS else None
 
     def _status(self, model: Published) -> RemoteModel:
+        default = model == self._default
         if under_way := self._pulls.get(model.variant):
-            return RemoteModel(model, "loading", under_way.done, under_way.total)
+            return RemoteModel(model, "loading", under_way.done, under_way.total, default=default)
         if failure := self._failure(model):
-            return RemoteModel(model, "failed", failure=failure)
-        return RemoteModel(model)
+            return RemoteModel(model, "failed", failure=failure, default=default)
+        return RemoteModel(model, default=default)
 
 
 def _known(name: str) -> Published | None:

@@ -24,7 +24,7 @@ from service.errors import ModelNotFound, PullFailed, ServiceError, WeightsDiges
 from service.labels import imagenet_labels
 from service.partial import Part
 from service.publishing import PULL_FOLDER, Description, publish
-from service.replies import Missing, shown
+from service.replies import SourceFileMissing, shown
 from service.store import Store
 from service.stored import StoredModel
 from service.weights import digest, read_checkpoint
@@ -134,7 +134,7 @@ def _fetched(root: Path, model: Published, options: PullOptions, *, tell: Progre
         target = root / PULL_FOLDER / f"{model.id}.{options.source}{suffix}"
         try:
             fetched = download(wanted, target, root=root, tell=tell, stop=stop, patience=options.patience)
-        except Missing:
+        except SourceFileMissing:
             if i == len(remote.urls) - 1:
                 raise
         else:

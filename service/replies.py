@@ -30,7 +30,7 @@ class Stale(Again):
         super().__init__(reason, 0.0)
 
 
-class Missing(PullFailed):
+class SourceFileMissing(PullFailed):
     """The server has no such file."""
 
 
@@ -58,7 +58,7 @@ def check(response: httpx.Response, size: int, before: Note) -> Reply:
     if code in _AGAIN:
         raise Again(f"{where} answers {code} {response.reason_phrase}", _retry_after(response))
     if code in {404, 410}:
-        raise Missing(f"{where} answers {code}: there is no such file; try another --source")
+        raise SourceFileMissing(f"{where} answers {code}: there is no such file; try another --source")
     if code in {401, 403}:
         raise PullFailed(f"{where} answers {code}: it wants to know who asks; try another --source, or PVT_MIRROR")
     if response.headers.get("content-encoding", "identity") != "identity":

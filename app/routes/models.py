@@ -11,10 +11,9 @@ router = APIRouter(prefix="/models", tags=["models"])
 
 @router.get("", summary="List the models", response_model_exclude_none=True, responses=documented(401, 503))
 async def models(engine: EngineDep) -> ModelList:
-    """Every model of the store, where it stands, and the published ones that could be fetched into it."""
+    """Every model of the store, and where it stands; then the published ones that could be fetched into it."""
     found = await engine.models.all()
-    both = (*map(model_info, found), *map(remote_info, engine.models.remote(found)))
-    return ModelList(models=sorted(both, key=lambda model: model.id))
+    return ModelList(models=[*map(model_info, found), *map(remote_info, engine.models.remote(found))])
 
 
 @router.get(
