@@ -8,15 +8,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
 
-import orjson
 from fastapi import Request
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from app.json_body import loads
 from app.problems import BodyTooLarge, UnsupportedMediaType
-from service.errors import InvalidImage, InvalidRequest
+from service.errors import InvalidImage, InvalidRequest, ServiceError
 
 FIELD, JSON_FIELD = "image", "images"
 RAW_TYPES = re.compile(r"image/[\w.+-]+|application/octet-stream")
@@ -32,7 +32,28 @@ class Upload:
     """One encoded picture, or why it can't be read, and the name its sender gave it."""
 
     filename: str | None
-    data: bytes | InvalidImage
+    data: bytes | ServiceError
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Where one picture is; `app.fetching` fetches it."""
+
+    url: str
+
+
+class ImageUrl(BaseModel):
+    """A picture by its address."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: Annotated[
+        str,
+        Field(
+            max_length=65_536,
+            description="`http` or `https`, on one of PVT_URL_HOSTS; refused where that is empty, as it is by default.",
+        ),
+    ]
 
 
 class ImagesBody(BaseModel):
@@ -41,15 +62,24 @@ class ImagesBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     images: Annotated[
-        list[str],
+        list[str | ImageUrl],
         Field(
-            min_length=1, description="Each picture as base64 or as a `data:` URL with base64.", examples=[[EXAMPLE]]
+            min_length=1,
+            description="Each picture as base64, as a `data:` URL with base64, or as an object with a URL.",
         ),
     ]
 
 
-async def read_uploads(request: Request, max_bytes: int, max_images: int) -> list[Upload]:
-    """The pictures of a request, in their order.
+BODY_EXAMPLES = {
+    "base64": {"images": [EXAMPLE]},
+    "data URL": {"images": [f"data:image/png;base64,{EXAMPLE}"]},
+    "several pictures": {"images": [EXAMPLE, EXAMPLE]},
+    "URL": {"images": [{"url": "https://example.org/cat.jpg"}]},
+}
+
+
+async def read_uploads(request: Request, max_bytes: int, max_images: int) -> list[Upload | Link]:
+    """The pictures of a request, in their order; in JSON some may be links.
 
     Raises:
         UnsupportedMediaType: the content type is none of the three forms.
@@ -117,9 +147,9 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(f"the request body is larger than {max_bytes / 1e6:g} MB, which PVT_MAX_BODY_MB allows")
 
 
-def _multipart(body: bytes, boundary: str, max_images: int) -> list[Upload]:
+def _multipart(body: bytes, boundary: str, max_images: int) -> list[Upload | Link]:
     """Parsed at once: each part is cut out of the body whole, and that is its only copy."""
-    uploads: list[Upload] = []
+    uploads: list[Upload | Link] = []
     data = b""
     segment: MultipartSegment | None = None
     try:
@@ -147,24 +177,27 @@ def _image_field(segment: MultipartSegment) -> MultipartSegment:
     return segment
 
 
-def _json(body: bytes, max_images: int) -> list[Upload]:
+def _json(body: bytes, max_images: int) -> list[Upload | Link]:
     """By hand, and up to the first thing wrong: a validator would make a report of a million wrong items."""
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is no JSON: {error}") from error
+    content = loads(body)
     if not isinstance(content, dict) or not isinstance(content.get(JSON_FIELD), list):
         raise InvalidRequest(
-            f'the body must be an object with a list of strings: {{"{JSON_FIELD}": ["<base64>", ...]}}'
+            f'the body must be an object with a list of images: {{"{JSON_FIELD}": ["<base64>", {{"url": "..."}}, ...]}}'
         )
     if unknown := next((name for name in content if name != JSON_FIELD), None):
         raise InvalidRequest(f"unknown field {unknown[:100]!r}; parameters go in the query")
     images = content[JSON_FIELD]
     check_count(len(images), max_images)
     for index, image in enumerate(images):
-        if not isinstance(image, str):
-            raise InvalidRequest(f"{JSON_FIELD}.{index} is no string; send base64 or a data: URL")
-    return [Upload(None, from_base64(image)) for image in images]
+        if not isinstance(image, str) and not _is_link(image):
+            raise InvalidRequest(
+                f'{JSON_FIELD}.{index} is no image; send a string, base64 or a data: URL, or {{"url": "https://..."}}'
+            )
+    return [Upload(None, from_base64(each)) if isinstance(each, str) else Link(each["url"]) for each in images]
+
+
+def _is_link(image: object) -> bool:
+    return isinstance(image, dict) and image.keys() == {"url"} and isinstance(image["url"], str)
 
 
 def from_base64(text: str) -> bytes | InvalidImage:

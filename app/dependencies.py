@@ -13,6 +13,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
+from app.fetching import Fetcher
 from app.member import Member
 from app.problems import Forbidden, Unauthorized
 from app.settings import Settings
@@ -27,6 +28,7 @@ class State(TypedDict):
     settings: Settings
     registry: CollectorRegistry
     member: Member | None
+    fetcher: Fetcher
 
 
 async def get_engine(request: Request) -> Engine:
@@ -69,7 +71,10 @@ LivenessDep = Annotated[Health, Depends(get_liveness)]
 RegistryDep = Annotated[CollectorRegistry, Depends(get_registry)]
 
 
-bearer = HTTPBearer(auto_error=False, description="One of PVT_API_KEYS, where the service has some.")
+# Their names in the OpenAPI document.
+API_KEY, MANAGEMENT_KEY = "api_key", "management_key"
+
+bearer = HTTPBearer(auto_error=False, scheme_name=API_KEY, description="One of PVT_API_KEYS.")
 CredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
 
 
@@ -81,7 +86,7 @@ async def require_key(credentials: CredentialsDep, settings: SettingsDep) -> Non
 
 _management = HTTPBearer(
     auto_error=False,
-    scheme_name="Management key",
+    scheme_name=MANAGEMENT_KEY,
     description="One of PVT_MANAGEMENT_KEYS, where the service has some; without, only PVT_MANAGEMENT_PORT answers.",
 )
 ManagementCredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(_management)]

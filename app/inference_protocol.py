@@ -1,5 +1,6 @@
 """The Open Inference Protocol's messages: JSON, and behind it the bytes of tensors (Triton's binary extension)."""
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -7,13 +8,19 @@ from typing import Annotated, Any, NamedTuple
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from app.json_body import loads
 from app.problems import BodyTooLarge, UnsupportedMediaType
 from service.errors import InvalidRequest
-from service.tensors import InputTensor, OutputTensor
+from service.tensors import OUTPUTS, InputTensor, OutputTensor
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _TOLD = 5  # of what is wrong with one request
+_LENGTH = re.compile(r"[0-9]{1,12}", re.ASCII)
+_KEY = b'"data"'
+# Blanks are bounded and nothing is tried twice, so that no body makes it slow.
+_NUMBERS = re.compile(rb'(?<!\\)"data"\s{0,99}+:\s{0,99}+(?=\[[\s\[]{0,9999}+-?\d)')
+_TRIES = 100  # an input has one key of that name
 
 
 class _Message(BaseModel):
@@ -62,7 +69,7 @@ class InferRequest(_Message):
 
     id: Annotated[str | None, Field(max_length=1000)] = None
     inputs: Annotated[list[Input], Field(min_length=1, max_length=1)]
-    outputs: list[RequestedOutput] = []
+    outputs: Annotated[list[RequestedOutput], Field(max_length=len(OUTPUTS))] = []
     parameters: RequestParameters = RequestParameters()
 
     @property
@@ -118,6 +125,8 @@ def decompressed(body: bytes, encoding: str, max_bytes: int) -> bytes:
         raise BodyTooLarge(f"the body is larger than {max_bytes / 1e6:g} MB, which PVT_MAX_BODY_MB allows")
     if not stream.eof:
         raise InvalidRequest(f"the body ends in the middle of its {encoding}")
+    if stream.unused_data:
+        raise InvalidRequest(f"{len(stream.unused_data)} bytes stand behind the body's {encoding}")
     return content
 
 
@@ -140,22 +149,25 @@ def parse(body: bytes, header_length: str | None) -> tuple[InferRequest, InputTe
     Raises:
         InvalidRequest: it is not what the protocol says; the message names what is wrong.
     """
-    if header_length is not None and not (header_length.isdecimal() and int(header_length) <= len(body)):
-        raise InvalidRequest(f"{HEADER_LENGTH} {header_length[:100]!r}: must be a length within the body's {len(body)}")
-    view = memoryview(body)
-    end = len(body) if header_length is None else int(header_length)
+    end = len(body)
+    if header_length is not None:
+        if not _LENGTH.fullmatch(header_length) or int(header_length) > len(body):
+            raise InvalidRequest(
+                f"{HEADER_LENGTH} {header_length[:100]!r}: must be a length within the body's {len(body)}"
+            )
+        end = int(header_length)
+    header, numbers = _without_numbers(body[:end])
     try:
-        content = orjson.loads(view[:end])
-        data = _taken(content)
-        request = InferRequest.model_validate(content)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is no JSON: {error}") from error
+        request = InferRequest.model_validate(loads(header))
     except ValidationError as error:
-        found = error.errors(include_url=False)[:_TOLD]
-        raise InvalidRequest(
-            "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the body'}: {e['msg']}" for e in found)
-        ) from error
-    return request, _tensor(request.inputs[0], data, view[end:])
+        raise InvalidRequest(reasons(error)) from error
+    return request, _tensor(request.inputs[0], numbers, memoryview(body)[end:])
+
+
+def reasons(error: ValidationError) -> str:
+    """What is wrong with a message, field by field."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)[:_TOLD]
+    return "; ".join(f"{'.'.join(map(str, e['loc']))[:200] or 'the body'}: {e['msg']}" for e in found)
 
 
 def written(response: Mapping[str, Any], outputs: Sequence[tuple[OutputTensor, bool]]) -> Body:
@@ -178,21 +190,36 @@ def written(response: Mapping[str, Any], outputs: Sequence[tuple[OutputTensor, b
     return Body(b"".join((header, *tails)), len(header)) if tails else Body(header, None)
 
 
-def _taken(content: Any) -> list[Any] | None:  # noqa: ANN401  whatever JSON holds
-    """The input's data, taken out: a validator would look at each of a million numbers."""
-    try:
-        tensor = content["inputs"][0]
-        return tensor.pop("data") if isinstance(tensor["data"], list) else None
-    except (TypeError, KeyError, IndexError, AttributeError):
-        return None
+def _without_numbers(text: bytes) -> tuple[bytes, bytes | None]:
+    """`text` with nothing in the list of numbers that is an input's data, and that list; None where there is none.
+
+    A JSON parser would hold up the event loop over them, also from another thread.
+    """
+    at, found = -1, None
+    for _ in range(_TRIES):
+        at = text.find(_KEY, at + 1)
+        if at < 0 or (found := _NUMBERS.match(text, at)):
+            break
+    if not found:
+        return text, None
+    start = found.end()
+    # What comes after the list is a key or the end of the object; neither sign is in a list of numbers.
+    end = min(i if i >= 0 else len(text) for i in (text.find(b'"', start), text.find(b"}", start)))
+    end = text.rfind(b"]", start, end) + 1
+    if not end:
+        raise InvalidRequest("the body is no JSON: the input's data has no end")
+    return text[: start + 1] + text[end - 1 :], text[start:end]
 
 
-def _tensor(given: Input, data: list[Any] | None, tail: memoryview) -> InputTensor:
+def _tensor(given: Input, numbers: bytes | None, tail: memoryview) -> InputTensor:
     size = given.parameters.binary_data_size
-    if (size is None) == (data is None):
+    if (size is None) == (given.data is None):
         raise InvalidRequest(
             f"input {given.name[:100]!r} must have either data in JSON, or binary_data_size and so many bytes behind it"
         )
+    if numbers is not None and given.data:
+        raise InvalidRequest(f"input {given.name[:100]!r} has data twice")
     if len(tail) != (size or 0):
         raise InvalidRequest(f"{len(tail)} bytes stand behind the JSON, input {given.name[:100]!r} says {size or 0}")
-    return InputTensor(given.name, given.datatype, tuple(given.shape), tail if size is not None else None, data)
+    raw = tail if size is not None else None
+    return InputTensor(given.name, given.datatype, tuple(given.shape), raw, numbers, given.data or ())

@@ -45,6 +45,7 @@ def configure(log_format: Literal["json", "console"], worker: int | None = None)
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last, _decoded],
         )
     )
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change of a folder
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
 
 

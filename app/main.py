@@ -8,13 +8,27 @@ from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from app import problems
+from app import openapi, problems
 from app.dependencies import State, require_key
 from app.direct import Direct
+from app.fetching import Fetcher
 from app.member import Member
-from app.metrics import HttpMetrics
+from app.metrics import FetchMetrics, HttpMetrics
 from app.middleware import RequestContext
-from app.routes import debug, explain, features, health, management, models, openai, pages, predict, v2
+from app.routes import (
+    debug,
+    explain,
+    features,
+    health,
+    management,
+    models,
+    openai,
+    pages,
+    predict,
+    v2,
+    v2_models,
+    v2_repository,
+)
 from app.settings import Settings
 from service.engine import Engine
 from service.metrics import EngineMetrics
@@ -25,8 +39,13 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
     registry = _registry() if member is None else CollectorRegistry()
     app = FastAPIOffline(
         title="pvt-serve",
-        summary="Pyramid Vision Transformer v2 image models behind HTTP.",
+        summary=openapi.SUMMARY,
+        description=openapi.DESCRIPTION,
         version=version("pvt-serve"),
+        openapi_tags=openapi.TAGS,
+        servers=openapi.SERVERS,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        generate_unique_id_function=openapi.operation_id,
         redoc_url=None,  # one page of documentation is enough, and that one loads a logo from elsewhere
         lifespan=_lifespan(settings, registry, member),
     )
@@ -37,10 +56,12 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
     problems.install(app)
     # Only where keys are set: a dependency costs each request, and the docs then ask for a key that nobody has.
     protected = [Depends(require_key)] if settings.api_keys else []
-    for module in (predict, features, explain, models, v2, openai):
+    for module in (predict, features, explain, models, v2, v2_models, v2_repository, openai):
         app.include_router(module.router, dependencies=protected)
     for module in (health, pages, debug, management):
         app.include_router(module.router)
+    app.include_router(v2_repository.management)
+    openapi.describe(app, settings)
     return app
 
 
@@ -51,16 +72,28 @@ def _lifespan(
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         options = settings.engine_options()
         async with AsyncExitStack() as stack:
+            fetcher = await stack.enter_async_context(_fetcher(settings, registry))
             if member is None:
                 engine = await stack.enter_async_context(Engine(options, EngineMetrics(registry)))
-                yield State(engine=engine, settings=settings, registry=registry, member=None)
+                yield State(engine=engine, settings=settings, registry=registry, member=None, fetcher=fetcher)
             else:
                 engine = Engine(member.share_of(options), EngineMetrics(registry))
                 await stack.enter_async_context(engine)
                 await stack.enter_async_context(member.at_work(engine))
-                yield State(engine=engine, settings=settings, registry=member.registry(), member=member)
+                yield State(
+                    engine=engine, settings=settings, registry=member.registry(), member=member, fetcher=fetcher
+                )
 
     return lifespan
+
+
+def _fetcher(settings: Settings, registry: CollectorRegistry) -> Fetcher:
+    return Fetcher(
+        settings.url_reach,
+        FetchMetrics(registry),
+        max_bytes=settings.max_body_bytes,
+        seconds=settings.url_timeout_ms / 1000,
+    )
 
 
 def _registry() -> CollectorRegistry:

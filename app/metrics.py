@@ -35,3 +35,16 @@ class HttpMetrics:
         if known == method:  # any caller can make up others
             self._series[route, method, status] = series
         return series
+
+
+class FetchMetrics:
+    """Pictures fetched by URL."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._fetches = Counter("pvt_url_fetches", "Pictures asked for by URL.", ["outcome"], registry=registry)
+        self._seconds = Histogram("pvt_url_fetch_seconds", "Seconds that fetching one took.", registry=registry)
+
+    def record(self, outcome: str, seconds: float) -> None:
+        """Count one picture; `outcome` is `fetched`, or the class of its error."""
+        self._fetches.labels(outcome).inc()
+        self._seconds.observe(seconds)

@@ -4,13 +4,13 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from math import ceil
-from typing import Any
+from typing import Annotated, Any
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -34,6 +34,18 @@ class NotAcceptable(errors.ServiceError):
 
 class BodyTooLarge(errors.ImageTooLarge):
     """The request body exceeds PVT_MAX_BODY_MB."""
+
+
+class ImageUrlRefused(errors.InvalidRequest):
+    """A picture's URL is one that this service does not fetch; the message says why."""
+
+
+class ImageUnreachable(errors.ServiceError):
+    """A picture's URL was asked for and gave no picture; the message says how far that got."""
+
+
+class ImageTimedOut(ImageUnreachable):
+    """A picture's URL did not give it within PVT_URL_TIMEOUT_MS."""
 
 
 class Unauthorized(errors.ServiceError):
@@ -61,6 +73,8 @@ STATUS: Mapping[type[Exception], int] = {
     errors.DeadlineExceeded: 504,
     errors.ShuttingDown: 503,
     UnsupportedMediaType: 415,
+    ImageUnreachable: 502,
+    ImageTimedOut: 504,
     NotAcceptable: 406,
     Unauthorized: 401,
     Forbidden: 403,
@@ -70,11 +84,11 @@ STATUS: Mapping[type[Exception], int] = {
 class Problem(BaseModel):
     """An error as RFC 9457 problem details."""
 
-    type: str
-    title: str
-    status: int
-    detail: str
-    request_id: str | None = None
+    type: Annotated[str, Field(description="A URN that stays the same for this kind of error.")]
+    title: Annotated[str, Field(description="The kind of error, for people.")]
+    status: Annotated[int, Field(description="The HTTP status.")]
+    detail: Annotated[str, Field(description="What was wrong, which setting rules it, what to do.")]
+    request_id: Annotated[str | None, Field(description="The request's `X-Request-ID`.")] = None
 
 
 MEANING: Mapping[int, str] = {
@@ -87,15 +101,53 @@ MEANING: Mapping[int, str] = {
     415: "Unsupported form of body.",
     422: "A parameter or a picture is wrong.",
     429: "The model's queue is full; `Retry-After` says when to come back.",
+    500: "Unexpected; the log has it under the request id.",
+    502: "A picture's URL gave no picture.",
     503: "The model is unavailable, or the service is shutting down; `Retry-After` says when it may be there.",
-    504: "Not answered within `timeout_ms`.",
+    504: "Not answered within `timeout_ms`, or a picture not fetched within PVT_URL_TIMEOUT_MS.",
+}
+
+_SAMPLE_ID = "e0a4aa4ff30f41ab9122180526e30d37"
+# Details as they are told, for the examples of the OpenAPI document; of the others the class says what they are.
+_SAMPLES: Mapping[type[Exception], str] = {
+    errors.InvalidRequest: "query top_k: Input should be less than or equal to 1000",
+    errors.InvalidImage: "not a supported image (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF)",
+    errors.DeadlineExceeded: "no answer within 100 ms; allow more with timeout_ms or PVT_TIMEOUT_MS",
+    errors.ShuttingDown: "the service is shutting down and takes no new work; send the request again",
+    ImageUrlRefused: "images by URL are off; PVT_URL_HOSTS is to name the hosts that they may come from",
+    ImageUnreachable: "the URL's host example.org answered 404",
+    ImageTimedOut: "the URL's host example.org did not give the picture within the 10 s of PVT_URL_TIMEOUT_MS",
+    BodyTooLarge: "the request body is larger than 32 MB, which PVT_MAX_BODY_MB allows",
+    Forbidden: "management is off; set PVT_MANAGEMENT_KEYS to one or more keys to turn it on",
 }
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that may answer with these problems."""
-    content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"description": MEANING[status], "content": content} for status in statuses}
+
+
+def examples(status: int) -> dict[str, dict[str, Any]]:
+    """An example of every problem that has this status, for the OpenAPI document; named by the problem's type."""
+    told = [(problem(kind.__new__(kind, _SAMPLES.get(kind, _said(kind))), _SAMPLE_ID), kind) for kind in _kinds()]
+    if status == problem(Exception()).status:
+        told = [(problem(Exception(), _SAMPLE_ID), Exception)]
+    return {
+        each.type.rpartition(":")[2]: {"summary": _said(kind), "value": each.model_dump()}
+        for each, kind in sorted(told, key=lambda pair: pair[0].type)
+        if each.status == status
+    }
+
+
+def _kinds(kind: type[Exception] = errors.ServiceError) -> list[type[Exception]]:
+    """Every kind of error that has a status of its own or of an ancestor."""
+    below = [each for child in kind.__subclasses__() for each in _kinds(child)]
+    return below if kind is errors.ServiceError else [kind, *below]
+
+
+def _said(kind: type[Exception]) -> str:
+    return (kind.__doc__ or kind.__name__).partition("\n")[0]
 
 
 def problem(error: Exception, request_id: str | None = None) -> Problem:

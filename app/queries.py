@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from service.features import Wanted
 
-_SIZE = re.compile(r"(?P<height>[1-9]\d{0,4})(x(?P<width>[1-9]\d{0,4}))?")
+_SIZE = re.compile(r"(?P<height>[1-9]\d{0,4})(x(?P<width>[1-9]\d{0,4}))?", re.ASCII)
 _STAGES = re.compile(r"[1-4](,[1-4])*")
 
 
@@ -95,4 +95,7 @@ class ExplainQuery(InferenceQuery):
     class_id: Annotated[
         int | None, Field(ge=0, description="The class to explain; each picture's most likely one if absent.")
     ] = None
-    alpha: Annotated[float, Field(ge=0, le=1, description="How opaque the map lies on the picture (PNG only).")] = 0.5
+    alpha: Annotated[
+        float,
+        Field(ge=0, le=1, allow_inf_nan=False, description="How opaque the map lies on the picture (PNG only)."),
+    ] = 0.5

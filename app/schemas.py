@@ -5,10 +5,11 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from app.problems import Problem, problem
-from service.encodings import json_array
 from service.errors import ServiceError
 from service.explain import Explanation
 from service.results import Prediction
+
+InputSize = Annotated[tuple[int, int], Field(description="Of the model's input: height and width, in pixels.")]
 
 
 class ClassPrediction(BaseModel):
@@ -65,6 +66,7 @@ class FeaturesResponse(BaseModel):
 
     model: str
     version: str
+    size: InputSize
     results: list[ImageFeatures | ImageError]
 
 
@@ -87,6 +89,7 @@ class ExplainResponse(BaseModel):
 
     model: str
     version: str
+    size: InputSize
     results: list[ImageExplanation | ImageError]
 
 
@@ -124,5 +127,5 @@ def explanation_result(filename: str | None, result: Explanation | ServiceError,
         "score": result.score,
         "logit": result.logit,
         "bias": result.bias,
-        "map": json_array(result.map),
+        "map": result.map,
     }

@@ -7,8 +7,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import Field, IPvAnyNetwork, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from app.addresses import HostRule, Reach
 
 if TYPE_CHECKING:
     from service.options import EngineOptions
@@ -82,6 +84,8 @@ class Settings(BaseSettings):
     """Longest side, in pixels, of an input size that a request may ask for with `size`."""
     sizes_per_model: Annotated[int, Field(ge=1, le=256)] = 4
     """Input sizes besides its own for which a model is kept compiled; the least recently used one goes first."""
+    max_maps_mb: Annotated[float, Field(gt=0, le=65_536)] = 128
+    """Memory of the stage maps that one request may ask for, in units of 10^6 bytes, four for each number."""
     stall_seconds: Annotated[float, Field(gt=0)] = 30
     """A decode or inference thread that is at one job for longer makes the service unhealthy."""
     shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
@@ -94,10 +98,18 @@ class Settings(BaseSettings):
     """Port that alone answers these, without a key if none is set; 0: none, and without keys they are off."""
     management_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address of that port."""
+    url_hosts: Names = ()
+    """Hosts from which images may come by URL: `example.org`, `example.org:8443`, `*.example.org`, `*`; none: off."""
+    url_private_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = ()
+    """Networks, such as 10.0.0.0/8, in which a host that `PVT_URL_HOSTS` names may lie; else public addresses only."""
+    url_timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 10_000
+    """Time that fetching one image by its URL may take."""
     log_format: Literal["json", "console"] = "json"
     """`json`: one object a line; `console`: text for people."""
 
-    @field_validator("preload", "pinned", "api_keys", "management_keys", mode="before")
+    @field_validator(
+        "preload", "pinned", "api_keys", "management_keys", "url_hosts", "url_private_networks", mode="before"
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         if not isinstance(value, str):
@@ -111,6 +123,13 @@ class Settings(BaseSettings):
     @classmethod
     def _none(cls, value: object) -> object:
         return None if value == "" else value
+
+    @field_validator("url_hosts", mode="after")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            HostRule.parse(entry)
+        return value
 
     @field_validator("management_keys", mode="after")
     @classmethod
@@ -141,6 +160,11 @@ class Settings(BaseSettings):
                 near = get_close_matches(name.upper(), known, n=1, cutoff=0)[0]
                 raise UnknownSettingError(f"{name} is not a setting; the nearest one is {near}")
         return cls()
+
+    @property
+    def url_reach(self) -> Reach:
+        """From where images by URL may come."""
+        return Reach([HostRule.parse(entry) for entry in self.url_hosts], self.url_private_networks)
 
     @property
     def max_body_bytes(self) -> int:
@@ -185,6 +209,7 @@ class Settings(BaseSettings):
             max_images=self.max_images,
             max_input_side=self.max_input_side,
             sizes_per_model=self.sizes_per_model,
+            max_map_bytes=int(self.max_maps_mb * 1e6),
             stall_seconds=self.stall_seconds,
         )
         return replace(options, instances=self.instances) if self.instances else options

@@ -37,16 +37,14 @@ def serve() -> int:
     settings = read_settings()
     logs.configure(settings.log_format)
     listener = _listen(settings.host, settings.port, "PVT_HOST and PVT_PORT")
-    management = [
-        _listen(settings.management_host, port, "PVT_MANAGEMENT_HOST and PVT_MANAGEMENT_PORT")
-        for port in (settings.management_port,)
-        if port
-    ]
     if settings.workers > 1:
         return supervisor.run(settings, listener)
     from app import server  # noqa: PLC0415  with it comes torch, which a supervisor does not need
 
-    server.run(settings, listener, *management)
+    listeners = [listener]
+    if port := settings.management_port:
+        listeners.append(_listen(settings.management_host, port, "PVT_MANAGEMENT_HOST and PVT_MANAGEMENT_PORT"))
+    server.run(settings, *listeners)
     return 0
 
 
@@ -60,7 +58,7 @@ def _listen(host: str, port: int, names: str) -> socket.socket:
 
 def _told(*names: int | str, value: object, reason: str) -> str:
     if not names:  # what is wrong is how several go together
-        return reason
+        return reason.removeprefix("Value error, ")
     name = str(names[0])
     shown = "" if name.endswith("_keys") else f"={value}"
     return f"{PREFIX}{name.upper()}{shown}: {reason}"

@@ -19,15 +19,15 @@ class Body:
 
 def bodies(pictures: Sequence[bytes], form: Form) -> list[Body]:
     """Each of the JPEGs `pictures` as a body: its bytes alone, or as the file `image` of a form."""
-    return [_multipart(picture) if form == "multipart" else Body("image/jpeg", picture) for picture in pictures]
+    return [form_of([picture]) if form == "multipart" else Body("image/jpeg", picture) for picture in pictures]
 
 
-def _multipart(picture: bytes) -> Body:
+def form_of(pictures: Sequence[bytes]) -> Body:
+    """All of the JPEGs `pictures` as files of one form."""
     head = (
         f"--{_BOUNDARY}\r\n"
         f'Content-Disposition: form-data; name="{FIELD}"; filename="photo.jpg"\r\n'
         "Content-Type: image/jpeg\r\n\r\n"
     )
-    return Body(
-        f"multipart/form-data; boundary={_BOUNDARY}", head.encode() + picture + f"\r\n--{_BOUNDARY}--\r\n".encode()
-    )
+    parts = b"".join(head.encode() + picture + b"\r\n" for picture in pictures)
+    return Body(f"multipart/form-data; boundary={_BOUNDARY}", parts + f"--{_BOUNDARY}--\r\n".encode())

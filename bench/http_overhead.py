@@ -118,10 +118,10 @@ def milliseconds(used: Callable[[], float], url: str, wrk: Wrk, arguments: argpa
 
 
 @contextmanager
-def serving(tree: Path, folder: Path, name: str, program: str) -> Iterator[Server]:
+def serving(tree: Path, folder: Path, name: str, program: str, variant: str = VARIANT) -> Iterator[Server]:
     """The server of `tree`, with its model loaded; its log goes to a file."""
     log = folder / f"{name}.log"
-    settings = {"PORT": "0", "MODEL_STORE": str(folder / "store"), "DEFAULT_MODEL": f"{VARIANT}.{TAG}"}
+    settings = {"PORT": "0", "MODEL_STORE": str(folder / "store"), "DEFAULT_MODEL": f"{variant}.{TAG}"}
     # A home of its own, and so a plan cache of its own: a setting for that, older checkouts would refuse.
     environment = {
         **os.environ,

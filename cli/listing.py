@@ -37,8 +37,8 @@ def register(app: typer.Typer) -> None:
 def models(as_json: options.Json = False, url: options.Url = None, api_key: options.ApiKey = None) -> None:
     """List the models of the store, or of a service.
 
-    Whether a model is in memory, and how it runs there, only a service can tell: give --url. What could be pulled is left
-    out of the table; `pvt-serve ls --all` has it.
+    Whether a model is in memory, and how it runs there, only a service can tell: give --url. What could be
+    pulled is left out of the table; `pvt-serve ls --all` has it.
     """
     found = run(_models(Asked(url=url, api_key=api_key)))
     if as_json:

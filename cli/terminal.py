@@ -38,12 +38,17 @@ def reason(error: Exception) -> str:
 
 def print_line(text: str) -> None:
     """A line of the result, on standard output."""
-    typer.echo(text)
+    typer.echo(_printable(text))
 
 
 def tell(text: str) -> None:
     """A line about how it goes, on standard error."""
-    typer.echo(text, err=True)
+    typer.echo(_printable(text), err=True)
+
+
+def _printable(text: str) -> str:
+    """File names need not be UTF-8; what is not is shown escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager

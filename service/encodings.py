@@ -1,7 +1,8 @@
-"""Arrays as bytes: NumPy's two formats, safetensors, and numbers for JSON."""
+"""Arrays as bytes: NumPy's two formats, safetensors, and JSON."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from io import BytesIO
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -13,26 +14,83 @@ from service.errors import InvalidRequest
 
 Arrays = Mapping[str, NDArray[Any]]
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/vnd.safetensors"
-# orjson holds the interpreter's lock for a whole call, with numbers for a millisecond in 20,000: other threads, the
-# event loop's too, get their turn between two.
+# orjson holds the interpreter's lock for a whole call, with numbers for a millisecond in 20,000. Between two the lock
+# is offered: asked for, it is given up only every five milliseconds, and a turn of the event loop asks several times.
 _AT_ONCE = 20_000
+_PIECE_BYTES = 1_000_000
+
+
+def check_holds(media_type: str, names: Collection[str]) -> None:
+    """Raises InvalidRequest where `media_type` is .npy, which holds one array, and `names` are several."""
+    if media_type == NPY and len(names) != 1:
+        raise InvalidRequest(
+            f"{NPY} holds one array, and {', '.join(names)} were asked for; ask for {NPZ} or {SAFETENSORS}, or for "
+            "one of them (embedding=false leaves the embedding out)"
+        )
 
 
 def encode(arrays: Arrays, media_type: str, metadata: Mapping[str, str]) -> bytes:
     """`arrays` in one of the binary forms; `metadata` goes with them where the form has a place for it.
 
     Raises:
-        InvalidRequest: .npy holds one array and there are others.
+        InvalidRequest: as `check_holds`.
     """
+    check_holds(media_type, arrays)
     return _ENCODERS[media_type](arrays, metadata)
+
+
+def json_bytes(value: object) -> bytes:
+    """`value` as JSON; arrays in it, which must be contiguous, become lists, nested as their axes are."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def json_array(array: NDArray[Any]) -> orjson.Fragment:
     """`array` as JSON lists, nested as its axes are, for orjson to put in its place. Large ones must be flat."""
     if array.ndim > 1:
-        return orjson.Fragment(_json(array))
-    parts = [_json(array[start : start + _AT_ONCE])[1:-1] for start in range(0, len(array), _AT_ONCE)]
-    return orjson.Fragment(b"[" + b",".join(parts) + b"]")
+        return orjson.Fragment(json_bytes(np.ascontiguousarray(array)))
+    return orjson.Fragment(b"".join(_numbers(np.ascontiguousarray(array))))
+
+
+def json_pieces(value: object) -> list[bytes]:
+    """The same in pieces of about a megabyte, for a thread beside the event loop: dicts, lists, large flat arrays."""
+    pieces: list[bytes] = []
+    waiting: list[bytes] = []
+    size = 0
+    for part in _parts(value):
+        waiting.append(part)
+        size += len(part)
+        if size >= _PIECE_BYTES:
+            pieces.append(b"".join(waiting))
+            waiting, size = [], 0
+    return [*pieces, b"".join(waiting)]
+
+
+def _parts(value: object) -> Iterator[bytes]:
+    if isinstance(value, dict):
+        for i, (key, each) in enumerate(value.items()):
+            yield (b"," if i else b"{") + orjson.dumps(key) + b":"
+            yield from _parts(each)
+        yield b"}" if value else b"{}"
+    elif isinstance(value, list):
+        for i, each in enumerate(value):
+            yield b"," if i else b"["
+            yield from _parts(each)
+        yield b"]" if value else b"[]"
+    elif isinstance(value, np.ndarray) and value.ndim == 1 and value.size > _AT_ONCE:
+        yield from _numbers(value)
+    else:
+        yield json_bytes(value)
+
+
+def _numbers(array: NDArray[Any]) -> Iterator[bytes]:
+    """A flat array as a JSON list."""
+    yield b"["
+    for start in range(0, array.size, _AT_ONCE):
+        if start:
+            sleep(0)
+            yield b","
+        yield json_bytes(array[start : start + _AT_ONCE])[1:-1]
+    yield b"]"
 
 
 def little_endian(array: NDArray[np.float32]) -> bytes:
@@ -40,16 +98,7 @@ def little_endian(array: NDArray[np.float32]) -> bytes:
     return array.astype("<f4", copy=False).tobytes()
 
 
-def _json(array: NDArray[Any]) -> bytes:
-    return orjson.dumps(np.ascontiguousarray(array), option=orjson.OPT_SERIALIZE_NUMPY)
-
-
 def _npy(arrays: Arrays, _: Mapping[str, str]) -> bytes:
-    if len(arrays) != 1:
-        raise InvalidRequest(
-            f"{NPY} holds one array, and {', '.join(arrays)} were asked for; ask for {NPZ} or {SAFETENSORS}, or for "
-            "one of them (embedding=false leaves the embedding out)"
-        )
     buffer = BytesIO()
     np.save(buffer, next(iter(arrays.values())), allow_pickle=False)
     return buffer.getvalue()

@@ -1,12 +1,14 @@
 """The facade: image bytes in, results out. The one thing of `service` that HTTP talks to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from service.activity import Activity
+from service.cards import ModelCard
 from service.errors import InvalidRequest
+from service.executable import Executable
 from service.metrics import EngineMetrics
 from service.models import Models
 from service.options import EngineOptions
@@ -14,6 +16,10 @@ from service.pipeline import Image, Pipeline
 from service.requests import Requests, time_limit
 from service.residents import Size
 from service.results import Answered, Health, Predictions, prediction
+from service.variants import VARIANTS
+from service.workers import Workers
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -25,6 +31,8 @@ class Engine:
         self._pipeline = Pipeline(options, metrics)
         self.models = Models(options, metrics, self._pipeline)
         self._requests = Requests()
+        # Two, so that a small answer need not wait for a large one; more would take the event loop's turns.
+        self._encoders = Workers("encode", 2)
 
     async def __aenter__(self) -> Self:
         await self.models.start()
@@ -37,6 +45,7 @@ class Engine:
         await self.models.stop()
         await self._pipeline.close(wait=not self._requests.aborted)
         self.models.close()
+        self._encoders.close(wait=not self._requests.aborted)
 
     @property
     def draining(self) -> bool:
@@ -82,15 +91,17 @@ class Engine:
         model: str | None = None,
         size: Size | None = None,
         stages: bool = False,
+        check: Callable[[ModelCard], None] | None = None,
         timeout_seconds: float | None = None,
     ) -> Answered:
         """All that the model yields for each of `images`; stage maps, and the head's weights, if `stages` says so.
 
         `size` is the height and width to which pictures are resized, the model's own by default; images that are pixels
-        already must have it.
+        already must have it. `check` gets the model's card before anything is run, and may raise.
 
         Raises:
-            InvalidRequest: no such size; more images than the model's queue ever takes.
+            InvalidRequest: no such size; more images than the model's queue ever takes; stage maps that would take more
+                memory than a request may.
             ModelNotFound, WeightsUnavailable, ModelLoadFailed, MemoryBudgetExceeded: `model` can't be had.
             ModelLoading: it is not loaded yet, and the request would not wait.
             QueueFull: too many images wait for that model already, or it is in use at too many sizes.
@@ -102,12 +113,20 @@ class Engine:
             async with (
                 time_limit(timeout_seconds or self.options.timeout_seconds) as deadline,
                 self.models.lease(model, self._requests.patience_seconds) as resident,
-                resident.at(size, stages=stages) as sized,
             ):
-                results = await self._pipeline.infer(sized, images, deadline, stages=stages)
+                if check:
+                    check(resident.executable.card)
+                if stages:
+                    self._check_maps(resident.executable, size, len(images))
+                async with resident.at(size, stages=stages) as sized:
+                    results = await self._pipeline.infer(sized, images, deadline, stages=stages)
                 executable = sized.executable
         given = executable.height, executable.width
         return Answered(executable.card, executable.stored.version, given, executable.head if stages else None, results)
+
+    async def encode(self, make: Callable[[], T]) -> T:
+        """What `make` turns a large answer into, on a thread for that."""
+        return await self._encoders.run(make)
 
     def encoded(self, model: str, seconds: float) -> None:
         """Take note that writing an answer of `model` out took `seconds`."""
@@ -115,7 +134,7 @@ class Engine:
 
     def live(self) -> Health:
         """Live while the threads move; says nothing of readiness, and asks no disk."""
-        stalled = self.models.stalled()
+        stalled = self.models.stalled(self._encoders)
         return Health(live=not stalled, ready=not stalled, reasons=stalled)
 
     async def health(self) -> Health:
@@ -142,3 +161,13 @@ class Engine:
         most = self.options.max_input_side
         if size and max(size) > most:
             raise InvalidRequest(f"size {size[0]}x{size[1]}: PVT_MAX_INPUT_SIDE allows sides of up to {most} pixels")
+
+    def _check_maps(self, executable: Executable, size: Size | None, images: int) -> None:
+        height, width = size or (executable.height, executable.width)
+        needed = 4 * images * VARIANTS[executable.stored.variant].map_numbers(height, width)
+        if needed > (most := self.options.max_map_bytes):
+            raise InvalidRequest(
+                f"the stage maps of {images} pictures at {height}x{width} take {needed / 1e6:.1f} MB, PVT_MAX_MAPS_MB "
+                f"allows {most / 1e6:g}; send {most * images // needed} pictures a request at the most, or ask for a "
+                "smaller size"
+            )

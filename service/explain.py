@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from service.cards import ModelCard
 from service.colours import VIRIDIS
 from service.errors import InvalidRequest, ServiceError
 from service.outputs import Floats, softmax
@@ -32,16 +33,25 @@ class Explanation:
     map: Floats
 
 
+def check_class(class_id: int | None, card: ModelCard) -> None:
+    """Raises InvalidRequest when the model of `card` has no such class."""
+    if class_id is not None and class_id not in range(len(card.labels)):
+        raise InvalidRequest(f"class_id {class_id}: {card.id!r} has the classes 0 to {len(card.labels) - 1}")
+
+
 def explain(answered: Answered, class_id: int | None) -> list[Explanation | ServiceError]:
     """The map of the class `class_id`, or of each picture's best one, for each picture.
 
     Raises:
-        InvalidRequest: the model has no such class.
+        InvalidRequest: as `check_class`.
     """
-    classes = len(answered.card.labels)
-    if class_id is not None and class_id >= classes:
-        raise InvalidRequest(f"class_id {class_id}: {answered.card.id!r} has the classes 0 to {classes - 1}")
+    check_class(class_id, answered.card)
     return [_explained(answered, each, class_id) for each in answered.results]
+
+
+def numbers(answered: Answered) -> int:
+    """How many numbers the maps are made of, to tell a large answer beforehand."""
+    return sum(each.outputs.stages[-1].size for each in answered.results if isinstance(each, Inferred))
 
 
 def maps(explanations: Sequence[Explanation]) -> Floats:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from service.errors import InvalidRequest
 from service.outputs import Outputs
-from service.results import Answered, Inferred, whole
+from service.results import JSON_INSTEAD, Answered, Inferred, whole
 
 Array = NDArray[np.floating]
 
@@ -53,20 +53,20 @@ def stacked(answered: Answered, wanted: Wanted, names: Sequence[str | None]) -> 
     Raises:
         ServiceError: one of the pictures failed; the error is the first one's, and says which it was.
     """
-    pictures = [features(each.outputs, wanted) for each in whole(answered.results, names)]
+    pictures = [features(each.outputs, wanted) for each in whole(answered.results, names, JSON_INSTEAD)]
     return {name: np.stack([each[name] for each in pictures]) for name in pictures[0]}
 
 
 def numbers(answered: Answered, wanted: Wanted) -> int:
-    """How many numbers an answer holds, to tell a large one beforehand."""
+    """How many numbers an answer holds or is made of, to tell a large one beforehand."""
     first = next((each for each in answered.results if isinstance(each, Inferred)), None)
     if first is None:
         return 0
-    maps = sum(first.outputs.stages[i - 1].size for i in wanted.stages) if wanted.pool == "none" else 0
+    maps = sum(first.outputs.stages[i - 1].size for i in wanted.stages)
     return len(answered.results) * (maps + first.outputs.embedding.size)
 
 
 def _finished(array: Array, wanted: Wanted) -> Array:
     if wanted.normalize:
         array = array / np.maximum(np.linalg.norm(array, axis=0, keepdims=True), 1e-12)
-    return array.astype(wanted.dtype, copy=False)
+    return np.ascontiguousarray(array, wanted.dtype)

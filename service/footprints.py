@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import structlog
@@ -12,10 +11,10 @@ from service.stored import StoredModel
 
 log = structlog.get_logger(component="footprints")
 
-# For a model that was never loaded here (docs/operations.md): memory for each byte of weights, where no other model has
-# been measured; and seconds to compile and measure one, at all and for each byte of weights.
-BYTES_PER_BYTE = 4.0
-SECONDS, SECONDS_PER_BYTE = 2.0, 4e-8
+# For a model that was never loaded here, as measured (docs/operations.md). Compiled graphs keep the weights and one
+# repacked copy for each batch size; that there is but one is assumed, since what is guessed too large is never tried.
+BYTES_PER_PARAMETER = {"torch": 4, "compiled": 12}
+SECONDS, SECONDS_PER_PARAMETER = 2.0, 1.5e-7
 
 
 class Footprint(BaseModel):
@@ -31,16 +30,16 @@ class Footprint(BaseModel):
 class Footprints:
     """Remembers a footprint for each model version, in `folder` too if there is one. Its methods belong to one thread.
 
-    `kind` tells apart what makes the same model take more or less: backend, precision, instances.
+    `kind` tells apart what makes the same model take more or less: backend, precision, instances; `compiled` whether
+    models are.
     """
 
-    def __init__(self, folder: Path | None, kind: str = "") -> None:
+    def __init__(self, folder: Path | None, kind: str = "", *, compiled: bool = True) -> None:
         self._folder = folder / "footprints" if folder else None
         self._kind = re.sub(r"[^\w.-]", "_", kind)
-        # Mutable state: what is known, by model version, None where the disk has nothing; and how many times larger
-        # than their weights models turned out.
+        self._per_parameter = BYTES_PER_PARAMETER["compiled" if compiled else "torch"]
+        # Mutable state: what is known, by model version; None where the disk has nothing.
         self._known: dict[str, Footprint | None] = {}
-        self._ratios: dict[str, float] = {}
 
     def of(self, stored: StoredModel) -> Footprint:
         """What a load of `stored` took last, else an estimate."""
@@ -51,8 +50,6 @@ class Footprints:
     def remember(self, stored: StoredModel, footprint: Footprint) -> None:
         """Take note of what was measured. A folder that can't be written is no error."""
         self._known[stored.key] = footprint
-        if stored.card:
-            self._ratios[stored.key] = footprint.bytes / stored.card.weights.bytes
         if (path := self._path(stored)) is None:
             return
         try:
@@ -75,6 +72,6 @@ class Footprints:
         return self._folder / f"{stored.key}.{self._kind}.json" if self._folder else None
 
     def _estimate(self, stored: StoredModel) -> Footprint:
-        weights = stored.card.weights.bytes if stored.card else 0
-        ratio = median(self._ratios.values()) if self._ratios else BYTES_PER_BYTE
-        return Footprint(bytes=int(ratio * weights), seconds=SECONDS + SECONDS_PER_BYTE * weights, measured=False)
+        parameters = stored.card.parameters if stored.card else 0
+        seconds = SECONDS + SECONDS_PER_PARAMETER * parameters
+        return Footprint(bytes=self._per_parameter * parameters, seconds=seconds, measured=False)

@@ -64,13 +64,14 @@ class Listing:
             ModelNotFound, WeightsUnavailable: the store has none.
         """
         named = self._registry.named(name)
-        stored = named[0] if named else (await self._supply.candidates(name))[0]
+        candidates = [named[0]] if named else await self._supply.candidates(name)
         try:
             contents = await self._supply.contents()
         except WeightsUnavailable:
             contents = Contents({}, {})
+        stored = candidates[0]
         model = self._model(stored.id, contents, await self._default_id())
-        if stored.key == model.stored.key:
+        if model.stored.key in {each.key for each in candidates}:
             return model
         status = next((each.status for each in model.versions if each.stored.version == stored.version), _AVAILABLE)
         return ModelStatus(stored, model.default, status, model.versions, model.aliases)

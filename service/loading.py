@@ -32,7 +32,9 @@ class Loading:
         self._limits = Limits(options.cores, options.max_batch_size, options.precision)
         self._plans = PlanCache(options.cache) if options.cache else None
         kind = f"{options.backend}-{options.precision or 'auto'}-{options.instances}x{options.cores}"
-        self._footprints = Footprints(options.cache, f"{kind}-{options.max_batch_size}")
+        self._footprints = Footprints(
+            options.cache, f"{kind}-{options.max_batch_size}", compiled=options.backend != "torch"
+        )
         self._thread = Workers("load", 1)
 
     def close(self) -> None:
@@ -70,11 +72,11 @@ class Loading:
         """What loading `stored` took last, else an estimate."""
         return self._footprints.of(stored)
 
-    async def free(self, only: list[T]) -> None:
+    async def free(self, model: StoredModel, only: list[T]) -> None:
         """Take out the one model in `only`, to which nothing else refers, and give its memory back to the kernel."""
         before = resident_bytes()
         await self._thread.run(_drop, only)
-        log.info("memory_freed", freed_bytes=before - resident_bytes())
+        log.info("model_unloaded", model=model.id, version=model.version, freed_bytes=before - resident_bytes())
 
     async def extend(self, stored: StoredModel, make: Callable[[], T]) -> T:
         """What `make` compiles for `stored`, which is loaded, on the thread for loading.

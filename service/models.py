@@ -18,6 +18,7 @@ from service.residents import Resident
 from service.sourcing import Sourcing
 from service.supply import Supply
 from service.watching import Watch
+from service.workers import Workers
 
 log = structlog.get_logger(component="models")
 
@@ -196,9 +197,9 @@ class Models:
             reasons.append(f"the model store has not answered for {STORE_SECONDS:.0f} s")
         return reasons
 
-    def stalled(self) -> list[str]:
-        """A reason for each thread, the pipeline's and the store's, that does not move."""
-        return self._pipeline.stalled(self._supply.thread)
+    def stalled(self, *others: Workers) -> list[str]:
+        """A reason for each thread, the pipeline's, the store's and `others`, that does not move."""
+        return self._pipeline.stalled(self._supply.thread, *others)
 
     def collect_metrics(self) -> None:
         """Bring the gauges up to date."""

@@ -50,6 +50,7 @@ class EngineOptions:
     max_images: int = 64
     max_input_side: int = 1024
     sizes_per_model: int = 4
+    max_map_bytes: int = 128_000_000
     stall_seconds: float = 30.0
 
 

@@ -112,7 +112,9 @@ class Resident:
         other = self._others.get(size)
         if other is None or _failed(other.task):
             if any(side % STRIDE or side < STRIDE for side in size):
-                raise InvalidRequest(f"size {size[0]}x{size[1]}: each side must be a multiple of {STRIDE}")
+                raise InvalidRequest(
+                    f"size {size[0]}x{size[1]}: each side must be a multiple of {STRIDE}, up to PVT_MAX_INPUT_SIDE"
+                )
             other = self._others[size] = _Other(asyncio.create_task(self._resize(size, self._make_room(size))))
             other.task.add_done_callback(_failed)  # retrieved here, should every caller have gone
         self._others.move_to_end(size)

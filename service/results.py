@@ -1,6 +1,7 @@
 """What the engine answers with."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -8,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.cards import ModelCard
-from service.errors import InvalidRequest, ServiceError
+from service.errors import ServiceError
 from service.outputs import ClassScore, Head, Outputs, top_k
 
 T = TypeVar("T")
+JSON_INSTEAD = ", application/json answers the others"
+_TOLD = 3  # of the pictures that failed
 
 
 class Timing(NamedTuple):
@@ -54,6 +57,12 @@ class Answered:
         """The model's name."""
         return self.card.id
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers there are in all, stage maps included."""
+        outputs = [each.outputs for each in self.results if isinstance(each, Inferred)]
+        return sum(sum(map(np.size, (each.logits, each.embedding, *each.stages))) for each in outputs)
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
@@ -90,17 +99,20 @@ def prediction(image: Inferred | ServiceError, labels: Sequence[str], k: int) ->
     return Prediction(image.width, image.height, top_k(image.outputs.logits, labels, k), image.timing)
 
 
-def whole(results: Sequence[T | ServiceError], names: Sequence[str | None]) -> list[T]:
-    """The results of all pictures, which have these file `names`.
+def whole(results: Sequence[T | ServiceError], names: Sequence[str | None], instead: str = "") -> list[T]:
+    """The results of all pictures, which have these file `names`; `instead` is what else to ask for.
 
     Raises:
-        ServiceError: one of the pictures failed; the error is the first one's, and says which it was.
+        ServiceError: pictures failed; the error is of the first one's class, and says which they were.
     """
-    for i, result in enumerate(results):
-        if isinstance(result, ServiceError):
-            if len(results) == 1:
-                raise result
-            name = names[i]
-            called = f" ({name[:100]!r})" if name else ""
-            raise InvalidRequest(f"picture {i + 1}{called}: {result}; this form of answer holds all pictures or none")
+    failed = [(i, each) for i, each in enumerate(results) if isinstance(each, ServiceError)]
+    if failed:
+        _, first = failed[0]
+        if len(results) == 1:
+            raise first
+        told = [f"picture {i + 1}{f' ({name[:100]!r})' if (name := names[i]) else ''}: {e}" for i, e in failed[:_TOLD]]
+        more = [f"and {len(failed) - _TOLD} more"] if len(failed) > _TOLD else []
+        error = copy(first)
+        error.args = ("; ".join([*told, *more, f"this form of answer holds all pictures or none{instead}"]),)
+        raise error
     return [result for result in results if not isinstance(result, ServiceError)]

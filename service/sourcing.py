@@ -49,7 +49,7 @@ class Sourcing:
         if widening := self._widening.pop(only[0], None):
             await _given_up(widening)
         await only[0].close()
-        await self._loading.free(only)
+        await self._loading.free(only[0].executable.stored, only)
 
     def size(self, loaded: Resident) -> int:
         """See `Source.size`."""

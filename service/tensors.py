@@ -8,7 +8,8 @@ import binascii
 from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
+from math import prod
 from struct import Struct
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from service.cards import ModelCard
 from service.encodings import json_array, little_endian
 from service.errors import InvalidRequest
 from service.outputs import softmax
+from service.pixel_lists import pixel_numbers
 from service.results import Answered, Inferred, whole
 from service.variants import VARIANTS
 
@@ -41,13 +43,14 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class InputTensor:
-    """A tensor as it came: `raw` bytes of the body, or a list from the JSON, nested or flat."""
+    """A tensor as it came: `raw` bytes of the body, or from JSON the text of a list of `numbers`, or any other list."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     raw: memoryview | None = None
-    data: Sequence[Any] | None = None
+    numbers: bytes | None = None
+    data: Sequence[Any] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +91,17 @@ def output_specs(card: ModelCard) -> list[Spec]:
     return [*vectors, Spec("embedding", "FP32", (-1, channels[-1])), *stages]
 
 
-def images(tensor: InputTensor) -> tuple[list[bytes | NDArray[np.uint8]], tuple[int, int] | None]:
-    """The pictures in `tensor`, and the input size they ask for: none where they are encoded.
+def images(tensor: InputTensor, most: int) -> tuple[list[bytes | NDArray[np.uint8]], tuple[int, int] | None]:
+    """The pictures in `tensor`, `most` of them at the most, and their input size: None where they are encoded.
 
     Raises:
         InvalidRequest: it is none of the tensors that a model takes; the message says what was expected.
     """
     if tensor.name == "images":
-        pixels = _pixels(tensor)
+        pixels = _pixels(tensor, most)
         return list(pixels), (pixels.shape[1], pixels.shape[2])
     if tensor.name == "encoded":
-        return list(_encoded(tensor)), None
+        return _encoded(tensor, most), None
     raise InvalidRequest(f"input {tensor.name[:100]!r}: a model takes 'images' or 'encoded'")
 
 
@@ -139,40 +142,43 @@ def _element(result: Inferred, name: str) -> NDArray[np.float32]:
     return softmax(result.outputs.logits) if name == "probabilities" else result.outputs.logits
 
 
-def _pixels(tensor: InputTensor) -> NDArray[np.uint8]:
-    _expect(tensor, "UINT8")
+def _pixels(tensor: InputTensor, most: int) -> NDArray[np.uint8]:
     shape = tensor.shape
+    _expect(tensor, "UINT8")
     if len(shape) != 4 or shape[-1] != 3 or min(shape) < 1:  # noqa: PLR2004  n, height, width, channels
         raise InvalidRequest(
             f"input 'images' has the shape {list(shape)}; expected [n, height, width, 3], n at least 1"
         )
-    flat = _flat_uint8(tensor.data or ()) if tensor.raw is None else np.frombuffer(tensor.raw, np.uint8)
-    if len(flat) != (count := int(np.prod(shape, dtype=object))):
+    _expect_count(tensor, most)
+    if tensor.raw is not None:
+        flat = np.frombuffer(tensor.raw, np.uint8)
+    else:
+        flat = pixel_numbers(tensor.numbers, shape) if tensor.numbers else _no_numbers(tensor.data)
+    if len(flat) != (count := prod(shape)):
         raise InvalidRequest(f"input 'images' has {len(flat)} elements; its shape {list(shape)} says {count}")
     return flat.reshape(shape)
 
 
-def _flat_uint8(data: Sequence[Any]) -> NDArray[np.uint8]:
-    try:
-        array = np.asarray(data) if data else np.zeros(0, np.uint8)
-        if array.dtype.kind not in "iu":
-            raise ValueError(f"{array.dtype} among them")  # noqa: TRY301
-        if array.size and (array.min() < 0 or array.max() > 255):  # noqa: PLR2004  of uint8
-            raise ValueError(f"values from {array.min()} to {array.max()}")  # noqa: TRY301
-    except (ValueError, OverflowError) as error:
-        raise InvalidRequest(f"input 'images': its data must be whole numbers from 0 to 255 ({error})") from error
-    return array.astype(np.uint8).ravel()
+def _no_numbers(data: Sequence[Any]) -> NDArray[np.uint8]:
+    if data:
+        raise InvalidRequest("input 'images': its data must be whole numbers from 0 to 255")
+    return np.zeros(0, np.uint8)
 
 
-def _encoded(tensor: InputTensor) -> Iterator[bytes]:
-    _expect(tensor, "BYTES")
+def _encoded(tensor: InputTensor, most: int) -> list[bytes | NDArray[np.uint8]]:
     shape = tensor.shape
+    _expect(tensor, "BYTES")
     if not shape or min(shape) < 1 or any(side != 1 for side in shape[1:]):
         raise InvalidRequest(f"input 'encoded' has the shape {list(shape)}; expected [n], n at least 1")
-    elements = list(_from_base64(tensor.data or ()) if tensor.raw is None else _elements(tensor.raw))
+    _expect_count(tensor, most)
+    if tensor.numbers:
+        raise _not_base64(0)
+    given = _from_base64(tensor.data) if tensor.raw is None else _elements(tensor.raw)
+    elements: list[bytes | NDArray[np.uint8]] = [*islice(given, shape[0] + 1)]  # not the million that may be there
     if len(elements) != shape[0]:
-        raise InvalidRequest(f"input 'encoded' has {len(elements)} elements; its shape {list(shape)} says {shape[0]}")
-    yield from elements
+        told = f"{len(elements)}" if len(elements) < shape[0] else "more"
+        raise InvalidRequest(f"input 'encoded' has {told} elements; its shape {list(shape)} says {shape[0]}")
+    return elements
 
 
 def _elements(raw: memoryview) -> Iterator[bytes]:
@@ -194,12 +200,23 @@ def _from_base64(data: Sequence[Any]) -> Iterator[bytes]:
         try:
             yield b64decode(each, validate=True)
         except (binascii.Error, TypeError, ValueError) as error:
-            raise InvalidRequest(
-                f"input 'encoded', element {i}: in JSON a picture is a string of base64; or send it with the binary "
-                "tensor data extension"
-            ) from error
+            raise _not_base64(i) from error
+
+
+def _not_base64(index: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"input 'encoded', element {index}: in JSON a picture is a string of base64; or send it with the binary tensor "
+        "data extension"
+    )
 
 
 def _expect(tensor: InputTensor, datatype: str) -> None:
     if tensor.datatype != datatype:
         raise InvalidRequest(f"input {tensor.name!r} is {tensor.datatype[:100]}; expected {datatype}")
+
+
+def _expect_count(tensor: InputTensor, most: int) -> None:
+    if tensor.shape[0] > most:
+        raise InvalidRequest(
+            f"input {tensor.name!r} holds {tensor.shape[0]} images; PVT_MAX_IMAGES allows {most} in one request"
+        )

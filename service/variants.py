@@ -18,6 +18,11 @@ class Variant:
     norm_eps: float = 1e-6  # of block and stage norms
     linear: bool = False
 
+    def map_numbers(self, height: int, width: int) -> int:
+        """How many numbers the four stage maps of a picture of `height` x `width` hold."""
+        strides = (4, 8, 16, 32)
+        return sum(dim * (height // s) * (width // s) for dim, s in zip(self.embed_dims, strides, strict=True))
+
 
 _WIDE = (64, 128, 320, 512)
 VARIANTS: Mapping[str, Variant] = MappingProxyType({

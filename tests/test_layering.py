@@ -24,6 +24,7 @@ LAYERS = [
     {"dispatcher", "plan_cache", "reference"},
     {"backends"},
     {"features", "explain", "tensors"},
+    {"pixel_lists"},
     {"served", "stored", "results", "catalogue"},
     {"cards"},
     {"aliases"},

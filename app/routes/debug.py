@@ -65,7 +65,7 @@ class SchedulerInfo(BaseModel):
     releases: list[ReleaseInfo]
 
 
-@router.get("/scheduler", summary="Look at the scheduler", responses=documented(401, 403))
+@router.get("/scheduler", operation_id="get_scheduler", summary="Look at the scheduler", responses=documented(401, 403))
 async def scheduler(engine: EngineDep) -> SchedulerInfo:
     """Queues, instances, and the last batches that were released, with reason, size, wait and run time."""
     return _info(engine.activity())

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated
 
-import orjson
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
@@ -12,31 +11,34 @@ from app.accept import choose
 from app.bodies import Upload
 from app.dependencies import EngineDep
 from app.direct import Endpoint
+from app.openapi import BINARY, INFERENCE, PICTURE_PROBLEMS, PICTURES
 from app.problems import documented
 from app.queries import ExplainQuery
-from app.routes.inference import BODY, LARGE, answered, encoded
+from app.routes.inference import LARGE, answered, encoded
 from app.schemas import ExplainResponse, explanation_result
-from service.encodings import NPY, encode
+from service.encodings import NPY, encode, json_bytes
 from service.errors import InvalidRequest
-from service.explain import explain, maps, overlay
-from service.results import Answered, whole
+from service.explain import check_class, explain, maps, numbers, overlay
+from service.pipeline import Image
+from service.results import JSON_INSTEAD, Answered, whole
 
-router = APIRouter(tags=["inference"])
+router = APIRouter(tags=[INFERENCE])
 
 PNG, JSON = "image/png", "application/json"
 FORMS = (PNG, JSON, NPY)
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_BINARY = {"schema": BINARY}
 
 
 @router.post(
     "/explain",
+    operation_id="explain",
     summary="Where in a picture a class is seen",
     response_model=None,
     responses={
         200: {"model": ExplainResponse, "content": dict.fromkeys((PNG, NPY), _BINARY)},
-        **documented(401, 404, 406, 413, 415, 422, 429, 503, 504),
+        **documented(406, *PICTURE_PROBLEMS),
     },
-    openapi_extra={"requestBody": BODY},
+    openapi_extra={"requestBody": PICTURES},
 )
 async def show(request: Request, query: Annotated[ExplainQuery, Query()], engine: EngineDep) -> Response:
     """The exact class activation map of one class: the mean of its map, plus its bias, is its logit.
@@ -44,17 +46,29 @@ async def show(request: Request, query: Annotated[ExplainQuery, Query()], engine
     As a PNG of one picture, as the model saw it, with the map on it; or, with an `Accept` for it, as JSON or `.npy`.
     """
     form = choose(request, FORMS)
-    infer = partial(
-        engine.infer, model=query.model, size=query.input_size, stages=True, timeout_seconds=query.timeout_seconds
-    )
-    uploads, answer = await answered(request, infer)
+
+    async def infer(images: list[Image]) -> Answered:
+        if form == PNG and len(images) > 1:
+            raise InvalidRequest(
+                f"{PNG} shows one picture and {len(images)} came; send one, or ask for {JSON} or {NPY}"
+            )
+        return await engine.infer(
+            images,
+            model=query.model,
+            size=query.input_size,
+            stages=True,
+            check=partial(check_class, query.class_id),
+            timeout_seconds=query.timeout_seconds,
+        )
+
+    uploads, answer = await answered(request, infer, query.timeout_seconds)
     makers: dict[str, Callable[[], bytes]] = {
         PNG: partial(_png, answer, query),
         NPY: partial(_npy, uploads, answer, query),
         JSON: partial(_json, uploads, answer, query, request.state.request_id),
     }
-    numbers = LARGE + 1 if form == PNG else 0  # compressing takes milliseconds
-    body = await encoded(engine, answer.model, makers[form], numbers)
+    count = LARGE + 1 if form == PNG else numbers(answer)  # compressing takes milliseconds
+    body = await encoded(request, answer.model, makers[form], count)
     return Response(body, media_type=form)
 
 
@@ -67,16 +81,12 @@ DIRECT = Endpoint("/explain", ExplainQuery, _direct)
 
 
 def _png(answer: Answered, query: ExplainQuery) -> bytes:
-    if len(answer.results) > 1:
-        raise InvalidRequest(
-            f"{PNG} shows one picture and {len(answer.results)} came; send one, or ask for {JSON} or {NPY}"
-        )
     (explanation,) = whole(explain(answer, query.class_id), [None])
     return overlay(explanation, query.alpha)
 
 
 def _npy(uploads: Sequence[Upload], answer: Answered, query: ExplainQuery) -> bytes:
-    explanations = whole(explain(answer, query.class_id), [upload.filename for upload in uploads])
+    explanations = whole(explain(answer, query.class_id), [upload.filename for upload in uploads], JSON_INSTEAD)
     return encode({"map": maps(explanations)}, NPY, {})
 
 
@@ -86,4 +96,4 @@ def _json(uploads: Sequence[Upload], answer: Answered, query: ExplainQuery, requ
         explanation_result(upload.filename, each, request_id)
         for upload, each in zip(uploads, explain(answer, query.class_id), strict=True)
     ]
-    return orjson.dumps({"model": answer.model, "version": answer.version, "results": results})
+    return json_bytes({"model": answer.model, "version": answer.version, "size": answer.size, "results": results})

@@ -1,10 +1,9 @@
 """`POST /features`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
@@ -12,31 +11,34 @@ from app.accept import choose
 from app.bodies import Upload
 from app.dependencies import EngineDep
 from app.direct import Endpoint
+from app.openapi import BINARY, INFERENCE, PICTURE_PROBLEMS, PICTURES
+from app.pieces import InPieces
 from app.problems import documented
 from app.queries import FeaturesQuery
-from app.routes.inference import BODY, answered, encoded
+from app.routes.inference import LARGE, answered, encoded
 from app.schemas import FeaturesResponse, image_error
-from service.encodings import NPY, NPZ, SAFETENSORS, encode, json_array
+from service.encodings import NPY, NPZ, SAFETENSORS, check_holds, encode, json_bytes, json_pieces
 from service.errors import ServiceError
 from service.features import Wanted, features, numbers, stacked
 from service.results import Answered
 
-router = APIRouter(tags=["inference"])
+router = APIRouter(tags=[INFERENCE])
 
 JSON = "application/json"
 FORMS = (JSON, NPZ, SAFETENSORS, NPY)
-_FILE = {"schema": {"type": "string", "format": "binary"}}
+_FILE = {"schema": BINARY}
 
 
 @router.post(
     "/features",
+    operation_id="features",
     summary="Embeddings and feature maps of pictures",
     response_model=FeaturesResponse,
     responses={
         200: {"content": dict.fromkeys(FORMS[1:], _FILE)},
-        **documented(401, 404, 406, 413, 415, 422, 429, 503, 504),
+        **documented(406, *PICTURE_PROBLEMS),
     },
-    openapi_extra={"requestBody": BODY},
+    openapi_extra={"requestBody": PICTURES},
 )
 async def extract(request: Request, query: Annotated[FeaturesQuery, Query()], engine: EngineDep) -> Response:
     """The embedding of each picture, and the feature maps of the stages that were asked for.
@@ -45,6 +47,7 @@ async def extract(request: Request, query: Annotated[FeaturesQuery, Query()], en
     first axis for the picture, and a picture that fails fails the request; in JSON its `error` stands in its place.
     """
     form, wanted = choose(request, FORMS), query.wanted
+    check_holds(form, wanted.names)
     infer = partial(
         engine.infer,
         model=query.model,
@@ -52,12 +55,14 @@ async def extract(request: Request, query: Annotated[FeaturesQuery, Query()], en
         stages=bool(wanted.stages),
         timeout_seconds=query.timeout_seconds,
     )
-    uploads, answer = await answered(request, infer)
+    uploads, answer = await answered(request, infer, query.timeout_seconds)
+    count = numbers(answer, wanted)
+    make: Callable[[], Response]
     if form == JSON:
-        make = partial(_json, uploads, answer, wanted, request.state.request_id)
+        make = partial(_json, uploads, answer, wanted, request.state.request_id, large=count > LARGE)
     else:
         make = partial(_binary, uploads, answer, wanted, form)
-    return Response(await encoded(engine, answer.model, make, numbers(answer, wanted)), media_type=form)
+    return await encoded(request, answer.model, make, count)
 
 
 async def _direct(request: Request, query: BaseModel) -> Response:
@@ -68,7 +73,7 @@ async def _direct(request: Request, query: BaseModel) -> Response:
 DIRECT = Endpoint("/features", FeaturesQuery, _direct)
 
 
-def _json(uploads: Sequence[Upload], answer: Answered, wanted: Wanted, request_id: str) -> bytes:
+def _json(uploads: Sequence[Upload], answer: Answered, wanted: Wanted, request_id: str, *, large: bool) -> Response:
     """A FeaturesResponse."""
     results: list[dict[str, Any]] = []
     for upload, result in zip(uploads, answer.results, strict=True):
@@ -78,14 +83,16 @@ def _json(uploads: Sequence[Upload], answer: Answered, wanted: Wanted, request_i
         arrays = features(result.outputs, wanted)
         body: dict[str, Any] = {"filename": upload.filename, "width": result.width, "height": result.height}
         if wanted.embedding:
-            body["embedding"] = json_array(arrays["embedding"])
+            body["embedding"] = arrays["embedding"]
         if wanted.stages:
             maps = {str(i): arrays[f"stage{i}"] for i in wanted.stages}
-            body["stages"] = {i: {"shape": each.shape, "data": json_array(each.ravel())} for i, each in maps.items()}
+            body["stages"] = {i: {"shape": each.shape, "data": each.ravel()} for i, each in maps.items()}
         results.append(body)
-    return orjson.dumps({"model": answer.model, "version": answer.version, "results": results})
+    content = {"model": answer.model, "version": answer.version, "size": answer.size, "results": results}
+    return InPieces(json_pieces(content), JSON) if large else Response(json_bytes(content), media_type=JSON)
 
 
-def _binary(uploads: Sequence[Upload], answer: Answered, wanted: Wanted, form: str) -> bytes:
+def _binary(uploads: Sequence[Upload], answer: Answered, wanted: Wanted, form: str) -> Response:
     arrays = stacked(answer, wanted, [upload.filename for upload in uploads])
-    return encode(arrays, form, {"model": answer.model, "version": answer.version})
+    content = encode(arrays, form, {"model": answer.model, "version": answer.version})
+    return Response(content, media_type=form)

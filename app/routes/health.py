@@ -14,28 +14,28 @@ router = APIRouter(tags=["operations"])
 UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": HealthResponse, "description": "Not so; see `reasons`."}}
 
 
-@router.get("/health", summary="Liveness and readiness", responses=UNHEALTHY)
+@router.get("/health", operation_id="get_health", summary="Liveness and readiness", responses=UNHEALTHY)
 async def health(state: HealthDep, response: Response) -> HealthResponse:
     """Liveness and readiness, with reasons."""
     response.status_code = 200 if state.live and state.ready else 503
     return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
 
 
-@router.get("/health/live", summary="Liveness", responses=UNHEALTHY)
+@router.get("/health/live", operation_id="get_liveness", summary="Liveness", responses=UNHEALTHY)
 async def live(state: LivenessDep, response: Response) -> HealthResponse:
     """Whether the process does its work; if not, restart it."""
     response.status_code = 200 if state.live else 503
     return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
 
 
-@router.get("/health/ready", summary="Readiness", responses=UNHEALTHY)
+@router.get("/health/ready", operation_id="get_readiness", summary="Readiness", responses=UNHEALTHY)
 async def ready(state: HealthDep, response: Response) -> HealthResponse:
     """Whether to send requests here."""
     response.status_code = 200 if state.ready else 503
     return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
 
 
-@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+@router.get("/metrics", operation_id="get_metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
 async def metrics(engine: EngineDep, registry: RegistryDep) -> Response:
     """Prometheus text."""
     engine.collect_metrics()

@@ -2,39 +2,20 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from fastapi import Request
-from starlette.concurrency import run_in_threadpool
 
-from app.bodies import FIELD, ImagesBody, Upload, read_uploads
+from app.bodies import Link, Upload, read_uploads
 from app.disconnect import cancelled_on_disconnect
 from app.preferences import patience_seconds
 from service.engine import Engine
 from service.errors import ServiceError
 from service.pipeline import Image
+from service.requests import time_limit
 from service.results import Inferred, Prediction
 
-_BINARY = {"type": "string", "format": "binary"}
-# The body is read by `read_uploads`, not by the framework, so its three forms are described here.
-BODY: dict[str, Any] = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": [FIELD],
-                "properties": {FIELD: {"type": "array", "items": _BINARY}},
-                "additionalProperties": False,
-            }
-        },
-        "image/png": {"schema": _BINARY},
-        "image/jpeg": {"schema": _BINARY},
-        "application/octet-stream": {"schema": _BINARY},
-        "application/json": {"schema": ImagesBody.model_json_schema()},
-    },
-}
-LARGE = 65_536  # numbers; turning more into bytes would hold up the event loop
+LARGE = 32_768  # numbers; more, even as JSON on the event loop, would hold it up for over a millisecond and a half
 
 T = TypeVar("T")
 
@@ -68,24 +49,42 @@ async def carried_out(
     return what, answer
 
 
-async def answered(request: Request, infer: Callable[[list[Image]], Awaitable[A]]) -> tuple[list[Upload], A]:
-    """The pictures of `request`, and what `infer` makes of them; see `carried_out`."""
-    settings = request.state.settings
+async def answered(
+    request: Request, infer: Callable[[list[Image]], Awaitable[A]], timeout_seconds: float | None = None
+) -> tuple[list[Upload], A]:
+    """The pictures of `request`, those by URL fetched, and what `infer` makes of them; see `carried_out`.
 
-    def read() -> Awaitable[list[Upload]]:
+    `timeout_seconds`, the service's default if None, is for fetching and `infer` together; without URLs `infer` keeps
+    time by itself.
+    """
+    settings, uploads = request.state.settings, list[Upload]()
+
+    def read() -> Awaitable[list[Upload | Link]]:
         return read_uploads(request, settings.max_body_bytes, settings.max_images)
 
-    def infer_uploads(uploads: list[Upload]) -> Awaitable[A]:
-        return infer([upload.data for upload in uploads])
+    async def infer_sent(sent: list[Upload | Link]) -> A:
+        uploads.extend(each for each in sent if isinstance(each, Upload))
+        if len(uploads) == len(sent):
+            return await infer([upload.data for upload in uploads])
+        start = perf_counter()
+        async with time_limit(timeout_seconds or request.state.engine.options.timeout_seconds):
+            uploads[:] = await request.state.fetcher.fetched(sent, request.state.request_id)
+            request.state.fetch_seconds = perf_counter() - start
+            return await infer([upload.data for upload in uploads])
 
-    return await carried_out(request, read, infer_uploads)
+    _, answer = await carried_out(request, read, infer_sent)
+    return uploads, answer
 
 
-async def encoded(engine: Engine, model: str, make: Callable[[], T], numbers: int = 0) -> T:
+async def encoded(request: Request, model: str, make: Callable[[], T], numbers: int = 0) -> T:
     """What `make` turns an answer of so many `numbers` into, a large one on a thread; its time is taken note of."""
+    engine: Engine = request.state.engine
     start = perf_counter()
-    made = await run_in_threadpool(make) if numbers > LARGE else make()
-    engine.encoded(model, perf_counter() - start)
+    made = await engine.encode(make) if numbers > LARGE else make()
+    seconds = perf_counter() - start
+    engine.encoded(model, seconds)
+    if hasattr(request.state, "timing"):  # every picture may have failed
+        request.state.timing["encode"] = seconds
     return made
 
 
@@ -95,6 +94,8 @@ def _note(request: Request, answer: Answer) -> None:
     request.state.log = {"model": answer.model, "images": len(results)}
     there = [result for result in results if not isinstance(result, ServiceError)]
     if there:
-        request.state.timing = max((each.timing for each in there), key=sum)._asdict()
+        seconds = getattr(request.state, "fetch_seconds", None)
+        fetch = {} if seconds is None else {"fetch": seconds}
+        request.state.timing = {**fetch, **max((each.timing for each in there), key=sum)._asdict()}
     elif len(results) == 1 and isinstance(error := results[0], ServiceError):
         raise error

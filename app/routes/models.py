@@ -9,7 +9,13 @@ from app.problems import documented
 router = APIRouter(prefix="/models", tags=["models"])
 
 
-@router.get("", summary="List the models", response_model_exclude_none=True, responses=documented(401, 503))
+@router.get(
+    "",
+    operation_id="list_models",
+    summary="List the models",
+    response_model_exclude_none=True,
+    responses=documented(401, 503),
+)
 async def models(engine: EngineDep) -> ModelList:
     """Every model of the store, and where it stands; then the published ones that could be fetched into it."""
     found = await engine.models.all()
@@ -18,6 +24,7 @@ async def models(engine: EngineDep) -> ModelList:
 
 @router.get(
     "/{model_id}",
+    operation_id="get_model",
     summary="Describe one model",
     response_model_exclude_none=True,
     responses=documented(401, 404, 422, 503),

@@ -12,7 +12,9 @@ from starlette.concurrency import run_in_threadpool
 
 from app.bodies import DATA_URL, EXAMPLE, LARGE_JSON, check_count, from_base64, read_body
 from app.dependencies import EngineDep
-from app.problems import documented
+from app.json_body import loads
+from app.openapi import json_body
+from app.refusals import refusals
 from app.routes.inference import carried_out, encoded
 from service.encodings import json_array, little_endian
 from service.errors import InvalidRequest
@@ -104,12 +106,9 @@ class OpenAiModels(BaseModel):
     "/embeddings",
     summary="Embeddings of pictures",
     response_model=EmbeddingsResponse,
-    responses=documented(401, 404, 413, 415, 429, 503, 504),
+    responses=refusals("/v1", 400, 401, 404, 413, 415, 429, 503, 504),
     openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": EmbeddingsRequest.model_json_schema()}},
-        }
+        "requestBody": json_body(EmbeddingsRequest, {"data URL": {"input": f"data:image/png;base64,{EXAMPLE}"}})
     },
 )
 async def embeddings(request: Request, engine: EngineDep) -> Response:
@@ -119,17 +118,17 @@ async def embeddings(request: Request, engine: EngineDep) -> Response:
         return engine.infer([from_base64(url) for url in asked.urls], model=asked.model)
 
     asked, answered = await carried_out(request, partial(_read, request), infer)
-    body = await encoded(engine, answered.model, partial(_body, answered, asked.encoding_format))
+    body = await encoded(request, answered.model, partial(_body, answered, asked.encoding_format), answered.numbers)
     return Response(body, media_type="application/json")
 
 
-@router.get("/models", summary="The models of the store", responses=documented(401, 503))
+@router.get("/models", summary="The models of the store", responses=refusals("/v1", 401, 503))
 async def models(engine: EngineDep) -> OpenAiModels:
     """As clients of OpenAI's list them."""
     return OpenAiModels(data=[OpenAiModel(id=each.stored.id) for each in await engine.models.all()])
 
 
-@router.get("/models/{name}", summary="A model of the store", responses=documented(401, 404, 503))
+@router.get("/models/{name}", summary="A model of the store", responses=refusals("/v1", 401, 404, 503))
 async def model(engine: EngineDep, name: str) -> OpenAiModel:
     """As clients of OpenAI's ask for one."""
     return OpenAiModel(id=(await engine.models.one(name)).stored.id)
@@ -145,12 +144,10 @@ async def _read(request: Request) -> EmbeddingsRequest:
 
 def _parsed(body: bytes) -> EmbeddingsRequest:
     try:
-        asked = EmbeddingsRequest.model_validate(orjson.loads(body))
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is no JSON: {error}") from error
+        asked = EmbeddingsRequest.model_validate(loads(body))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise InvalidRequest(f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}") from error
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise InvalidRequest(f"{'.'.join(map(str, first['loc']))[:200] or 'the body'}: {first['msg']}") from error
     if asked.dimensions is not None:
         raise InvalidRequest("dimensions: the models here were not trained for shortened embeddings; leave it out")
     for i, url in enumerate(asked.urls):

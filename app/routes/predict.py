@@ -11,21 +11,22 @@ from pydantic import BaseModel
 from app.bodies import Upload
 from app.dependencies import EngineDep
 from app.direct import Endpoint
+from app.openapi import INFERENCE, PICTURE_PROBLEMS, PICTURES
 from app.problems import documented
 from app.queries import PredictQuery
-from app.routes.inference import BODY, answered, encoded
+from app.routes.inference import answered, encoded
 from app.schemas import PredictResponse, image_result
 from service.results import Predictions
 
-router = APIRouter(tags=["inference"])
+router = APIRouter(tags=[INFERENCE])
 
 
 @router.post(
     "/predict",
     summary="Classify pictures",
     response_model=PredictResponse,
-    responses=documented(401, 404, 413, 415, 422, 429, 503, 504),
-    openapi_extra={"requestBody": BODY},
+    responses=documented(*PICTURE_PROBLEMS),
+    openapi_extra={"requestBody": PICTURES},
 )
 async def predict(request: Request, query: Annotated[PredictQuery, Query()], engine: EngineDep) -> Response:
     """The best classes of one picture or several.
@@ -40,8 +41,8 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()], eng
         size=query.input_size,
         timeout_seconds=query.timeout_seconds,
     )
-    uploads, predictions = await answered(request, infer)
-    body = await encoded(engine, predictions.model, lambda: _body(uploads, predictions, request.state.request_id))
+    uploads, predictions = await answered(request, infer, query.timeout_seconds)
+    body = await encoded(request, predictions.model, lambda: _body(uploads, predictions, request.state.request_id))
     return Response(body, media_type="application/json")
 
 

@@ -75,6 +75,21 @@ def test_bodies_are_refused_alike(ways: Ways, content: bytes, content_type: str,
     assert _answers(ways, content=content, headers=headers)[0] == status
 
 
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/features?normalize=true&dtype=float16&embedding=1", 200),
+        ("/features?stages=1,1", 422),
+        ("/features?embedding=maybe&pool=max&size=big", 422),
+        ("/features?embedding=false", 422),
+        ("/explain?alpha=nan", 422),
+        ("/explain?class_id=10&size=64", 422),
+    ],
+)
+def test_features_and_explanations_are_asked_for_alike(ways: Ways, path: str, status: int) -> None:
+    assert _answers(ways, path=path)[0] == status
+
+
 def test_other_methods_go_the_frameworks_way(ways: Ways) -> None:
     first, second = (client.get("/predict") for client in ways)
 
@@ -90,12 +105,17 @@ def test_both_ways_count_under_the_same_route(ways: Ways) -> None:
 
 
 def _answers(
-    ways: Ways, *, query: str = "", content: bytes = png(), headers: dict[str, str] | None = None
+    ways: Ways,
+    *,
+    path: str = "/predict",
+    query: str = "",
+    content: bytes = png(),
+    headers: dict[str, str] | None = None,
 ) -> tuple[int, Any]:
     """What both answer alike: status and body, but for the times and the score's last digits."""
     sent = headers or {"Content-Type": "image/png", "Authorization": "Bearer key"}
     first, second = (
-        client.post(f"/predict{query}", content=content, headers={**sent, "X-Request-ID": "1"}) for client in ways
+        client.post(f"{path}{query}", content=content, headers={**sent, "X-Request-ID": "1"}) for client in ways
     )
     assert first.json() == second.json()
     assert first.headers.keys() == second.headers.keys()

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,19 @@ def test_a_pattern_may_come_in_quotes(pvt_serve: PvtServe, service_url: str, dig
     done = pvt_serve("predict", "--url", service_url, f"{digits.parent}/**/t*.png")
 
     assert [Path(line.split()[0]).name for line in done.lines] == ["three.png", "two.png"]
+
+
+def test_a_name_that_is_no_text_is_shown_escaped(
+    pvt_serve: PvtServe, service_url: str, digits: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / os.fsdecode(b"\xff.png")
+    odd.write_bytes((digits / "one.png").read_bytes())
+
+    done = pvt_serve("predict", "--url", service_url, "-k", "1", tmp_path)
+    embedded = pvt_serve("embed", "--url", service_url, tmp_path, "-o", tmp_path / "out.npz")
+
+    assert (done.code, done.out.split()[0]) == (0, f"{tmp_path}/\\udcff.png")
+    assert (embedded.code, "its name is not UTF-8" in embedded.err) == (3, True)
 
 
 @pytest.mark.parametrize(

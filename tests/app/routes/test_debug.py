@@ -62,9 +62,9 @@ def test_queues_instances_and_the_last_releases_are_shown(make_client: MakeClien
     assert newest["wait_ms"] >= 0
 
 
-def test_it_is_documented_with_its_key(client: TestClient) -> None:
-    described = client.get("/openapi.json").json()
+def test_it_is_documented_with_its_key(make_client: MakeClient) -> None:
+    described = make_client(management_keys=("secret",)).get("/openapi.json").json()
 
     operation = described["paths"]["/debug/scheduler"]["get"]
-    assert operation["security"] == [{"Management key": []}]
+    assert operation["security"] == [{"management_key": []}]
     assert {"200", "401", "403"} <= {*operation["responses"]}

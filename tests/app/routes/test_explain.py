@@ -3,12 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from app.schemas import ExplainResponse
-from tests.app.conftest import png
+from app.schemas import ExplainResponse, ImageExplanation
+from tests.app.conftest import MakeClient, png
 
 DIGITS = "0123456789"
 
@@ -18,16 +17,18 @@ def post(client: TestClient, *pictures: bytes, accept: str = "application/json",
     return client.post("/explain", files=files, params=query, headers={"Accept": accept})
 
 
-@pytest.mark.parametrize("size", [None, "96", "64x128"])
-def test_the_mean_of_the_map_and_the_bias_are_the_logit(client: TestClient, digits: Path, size: str | None) -> None:
-    query = {"size": size} if size else {}
-    response = post(client, (digits / "seven.png").read_bytes(), (digits / "two.png").read_bytes(), **query)
+def test_the_mean_of_the_map_and_the_bias_are_the_logit_at_any_size(make_client: MakeClient, digits: Path) -> None:
+    client = make_client(backend="torch")
+    pictures = [(digits / f"{name}.png").read_bytes() for name in ("seven", "two")]
+    for size, shape in (("64", (2, 2)), ("96", (3, 3)), ("64x128", (2, 4))):
+        body = ExplainResponse.model_validate(post(client, *pictures, size=size).json())
 
-    body = ExplainResponse.model_validate(response.json())
-    for result in body.results:
-        heat = np.array(result.map)  # type: ignore[union-attr]
-        assert abs(heat.mean() + result.bias - result.logit) < 1e-4  # type: ignore[union-attr]
-        assert heat.shape == {None: (2, 2), "96": (3, 3), "64x128": (2, 4)}[size]
+        assert body.size == tuple(32 * side for side in shape)
+        for result in body.results:
+            assert isinstance(result, ImageExplanation)
+            heat = np.array(result.map)
+            assert abs(heat.mean() + result.bias - result.logit) < 1e-4
+            assert heat.shape == shape
 
 
 def test_the_likeliest_class_is_explained_and_any_other_on_demand(client: TestClient, digits: Path) -> None:
@@ -60,7 +61,7 @@ def test_a_png_of_the_picture_as_the_model_saw_it_is_the_default(client: TestCli
 
 
 def test_several_pictures_can_not_be_one_png(client: TestClient) -> None:
-    response = post(client, png(), png(), accept="image/png")
+    response = post(client, png(), b"never looked at", accept="image/png")
 
     assert response.status_code == 422
     assert "image/png shows one picture and 2 came; send one, or ask for application/json" in response.json()["detail"]
@@ -72,7 +73,8 @@ def test_a_class_out_of_range_is_told_the_range(client: TestClient) -> None:
         assert response.status_code == 422
         assert response.json()["detail"] == "class_id 10: 'pvt_v2_b0.digits' has the classes 0 to 9"
     assert post(client, png(), class_id=-1).status_code == 422
-    assert "alpha" in post(client, png(), alpha=1.5).json()["detail"]
+    for alpha in ("1.5", "-0.1", "nan", "inf"):
+        assert "alpha: Input should be" in post(client, png(), alpha=alpha).json()["detail"]
 
 
 def test_a_bad_picture_fails_alone_in_json_and_alone_it_is_the_response(client: TestClient) -> None:

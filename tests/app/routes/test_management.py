@@ -103,6 +103,23 @@ def test_the_versions_of_a_model_are_listed_with_where_they_stand(boss: TestClie
     assert boss.get("/models/old").json()["state"] == "ready"
 
 
+def test_a_model_whose_newest_version_can_not_be_loaded_is_told_by_the_one_that_answers(
+    make_client: MakeClient, tmp_path: Path
+) -> None:
+    add_model(tmp_path, TINY, "1")
+    weights = add_model(tmp_path, TINY, "2") / "model.safetensors"
+    weights.write_bytes(b"\0" * weights.stat().st_size)
+    client = make_client(model_store=tmp_path, default_model=TINY, backend="torch", management_keys=("boss",))
+    predict(client)
+    unloaded = client.post(f"/models/{TINY}/unload", headers=BOSS).json()
+
+    assert (unloaded["version"], unloaded["state"]) == ("1", "available")
+    newest, oldest = unloaded["versions"]
+    assert (newest["state"], oldest["state"]) == ("failed", "available")
+    assert "reason" in newest
+    assert client.get(f"/models/{TINY}@2").json()["state"] == "failed"
+
+
 def test_an_alias_is_written_to_the_store_and_followed(boss: TestClient, store: Path) -> None:
     written = boss.put("/aliases/production", json={"model": f"{TINY}@1"})
     first = predict(boss, "production").json()["version"]

@@ -96,3 +96,22 @@ def test_malformed_requests_are_refused_in_openais_form(client: TestClient, body
     error = response.json()["error"]
     assert told in error["message"]
     assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"input": "a cat"}, 400, "input"),
+        ({"input": "data:image/png;base64,AAAA", "dimensions": 3}, 400, "dimensions"),
+        ({"input": "data:image/png;base64,AAAA", "encoding_format": "hex"}, 400, "encoding_format"),
+        ({"input": "data:image/png;base64,AAAA", "model": "pvt_v2_b0.none"}, 404, "model"),
+        ({"input": "data:image/png;base64,AAAA"}, 400, None),
+    ],
+)
+def test_an_error_names_the_field_that_it_is_about(
+    client: TestClient, body: Any, status: int, param: str | None
+) -> None:
+    response = client.post("/v1/embeddings", json=body)
+
+    assert response.status_code == status
+    assert response.json()["error"]["param"] == param

@@ -22,7 +22,10 @@ NAMES = ("zero", "seven", "three")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[triton.InferenceServerClient]:
-    with serving() as process, triton.InferenceServerClient(process.url.removeprefix("http://")) as client:
+    with (
+        serving(timeout_ms="120000") as process,
+        triton.InferenceServerClient(process.url.removeprefix("http://")) as client,
+    ):
         yield client
 
 
@@ -51,7 +54,7 @@ def test_server_and_models_say_what_they_are(server: Any) -> None:
     assert not server.is_model_ready("pvt_v2_b0.none")
     metadata = server.get_server_metadata()
     assert (metadata["name"], metadata["extensions"]) == (
-        "pvt-serve", ["binary_tensor_data", "classification", "model_repository"],
+        "pvt-serve", ["binary_tensor_data", "classification", "model_configuration", "model_repository"],
     )  # fmt: skip
     model = server.get_model_metadata(MODEL)
     assert (model["name"], model["versions"]) == (MODEL, ["1"])
@@ -61,6 +64,15 @@ def test_server_and_models_say_what_they_are(server: Any) -> None:
     ]
     shapes = {each["name"]: each["shape"] for each in model["outputs"]}
     assert (shapes["probabilities"], shapes["embedding"], shapes["stage3"]) == ([-1, 10], [-1, 256], [-1, 160, 4, 4])
+
+
+def test_a_models_configuration_is_what_its_metadata_says(server: Any) -> None:
+    config, metadata = server.get_model_config(MODEL, "1"), server.get_model_metadata(MODEL, "1")
+
+    assert (config["name"], config["max_batch_size"]) == (MODEL, 0)
+    for tensors, told in ((config["input"], metadata["inputs"]), (config["output"], metadata["outputs"])):
+        assert [(each["name"], each["dims"]) for each in tensors] == [(each["name"], each["shape"]) for each in told]
+    assert [each["data_type"] for each in config["input"]] == ["TYPE_UINT8", "TYPE_STRING"]
 
 
 def test_encoded_pictures_are_classified(server: Any, files: list[bytes]) -> None:
@@ -189,12 +201,24 @@ IMAGE = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3]}
         ({"inputs": [IMAGE | {"data": [1, 2]}]}, "has 2 elements; its shape [1, 32, 32, 3] says 3072"),
         ({"inputs": [IMAGE | {"data": [256] * 3072}]}, "whole numbers from 0 to 255 (values from 256 to 256)"),
         ({"inputs": [IMAGE | {"data": [-1] * 3072}]}, "whole numbers from 0 to 255 (values from -1 to -1)"),
-        ({"inputs": [IMAGE | {"data": [0.5] * 3072}]}, "whole numbers from 0 to 255 (float64 among them)"),
+        ({"inputs": [IMAGE | {"data": [0.5] * 3072}]}, "whole numbers from 0 to 255 ('.' among them)"),
         ({"inputs": [IMAGE | {"data": ["a"] * 3072}]}, "whole numbers from 0 to 255"),
-        ({"inputs": [IMAGE | {"data": [[1], [1, 2]]}]}, "whole numbers from 0 to 255"),
+        ({"inputs": [IMAGE | {"data": [[1], [1, 2]]}]}, "a flat list, or lists nested as its shape [1, 32, 32, 3] is"),
+        ({"inputs": [IMAGE | {"data": [[0] * 3072]}]}, "a flat list, or lists nested"),
+        ({"inputs": [IMAGE | {"data": [0, *[True] * 3071]}]}, "whole numbers from 0 to 255 ('t' among them)"),
+        ({"inputs": [IMAGE | {"data": [None]}]}, "whole numbers from 0 to 255"),
+        ({"inputs": [IMAGE | {"data": [0] * 3072, "parameters": {"binary_data_size": 1}}]}, "either data in JSON, or"),
+        ({"inputs": [{**IMAGE, "datatype": "FP32"}]}, "either data in JSON"),
+        ({"inputs": [IMAGE | {"datatype": "FP32", "data": [0.5] * 3072}]}, "is FP32; expected UINT8"),
+        ({"inputs": [IMAGE | {"shape": [65, 32, 32, 3], "data": []}]}, "holds 65 images; PVT_MAX_IMAGES allows 64"),
+        ({"inputs": [1] * 30_000}, "29999 commas, so many values; 20000 are allowed"),
+        ({"inputs": [IMAGE | {"data": []}], "outputs": [{}] * 9}, "outputs: List should have at most 7 items"),
+        ({"inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [1], "data": [["a"]]}]}, "a string of base64"),
         ({"inputs": [IMAGE | {"data": [10**30] * 3072}]}, "whole numbers from 0 to 255"),
         ({"inputs": [IMAGE | {"shape": [10**9] * 4, "data": []}]}, "expected [n, height, width, 3]"),
-        ({"inputs": [IMAGE | {"shape": [10**9] * 3 + [3], "data": []}]}, "has 0 elements"),
+        ({"inputs": [IMAGE | {"shape": [10**9] * 3 + [3], "data": []}]}, "holds 1000000000 images"),
+        ({"inputs": [IMAGE | {"shape": [1, 10**9, 10**9, 3], "data": []}]}, "has 0 elements"),
+        ({"inputs": [IMAGE | {"shape": [1, 10**9, 10**9, 3], "data": [1]}]}, "has 1 elements"),
         ({"inputs": [IMAGE | {"shape": [-1, 32, 32, 3], "data": []}]}, "greater than or equal to 0"),
         ({"inputs": [IMAGE | {"shape": [0, 32, 32, 3], "data": []}]}, "n at least 1"),
         ({"inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [1], "data": ["?"]}]}, "a string of base64"),
@@ -215,6 +239,7 @@ def test_malformed_requests_are_told_what_was_expected(client: TestClient, body:
     [
         (b"{}", "3", "must be a length within the body's 2"),
         (b"{}", "x", "must be a length within the body's 2"),
+        (b"{}", "9" * 5000, "must be a length within the body's 2"),
         (b'{"inputs"', None, "the body is no JSON"),
         (b"{}xx", "2", "inputs: Field required"),
         (None, "-5", "must be a length within the body's"),
@@ -236,6 +261,17 @@ def test_bytes_that_do_not_fit_are_told_where(
 
     assert response.status_code == 400
     assert told in response.json()["error"]
+
+
+def test_numbers_in_json_are_a_flat_list_or_nested(client: TestClient) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (3, 96, 64, 3), dtype=np.uint8)
+    tensor = {"name": "images", "datatype": "UINT8", "shape": list(array.shape)}
+    outputs = {"outputs": [{"name": "logits"}]}
+    flat = infer(client, {"inputs": [tensor | {"data": array.ravel().tolist()}], **outputs})
+    nested = infer(client, {"inputs": [tensor | {"data": array.tolist()}], **outputs})
+
+    assert flat.status_code == nested.status_code == 200
+    assert flat.json() == nested.json()
 
 
 def test_pictures_in_json_are_base64(client: TestClient, files: list[bytes]) -> None:

@@ -1,0 +1,84 @@
+"""Connections to addresses that were checked: a name is resolved once, and what was checked is what is connected to."""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from ipaddress import ip_address
+
+import httpcore
+
+from app.addresses import Address, Reach
+
+Resolve = Callable[[str, int], Awaitable[Sequence[Address]]]
+
+RESOLVERS = 8  # threads; a name server that never answers holds one of them until the C library gives up
+_ATTEMPTS = 3  # addresses of one host
+
+
+class NotReachable(Exception):
+    """The name has no address, or one that must not be connected to; which of them is for the log alone."""
+
+
+class Resolver:
+    """The system's resolver, on threads of its own."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(RESOLVERS, thread_name_prefix="pvt-resolve")
+
+    async def __call__(self, host: str, port: int) -> list[Address]:
+        """The addresses of `host`, best first; none when it has none."""
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.run_in_executor(
+                self._threads, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            )
+        except (OSError, UnicodeError):
+            return []
+        return [ip_address(str(each[4][0])) for each in found]
+
+    def close(self) -> None:
+        """Wait for no thread: one may hang."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class PinnedBackend(httpcore.AsyncNetworkBackend):
+    """Opens httpcore's connections, and only to addresses that `reach` allows.
+
+    Names, certificates and the `Host` header stay the URL's: they are dealt with above the connection.
+    """
+
+    def __init__(self, reach: Reach, resolve: Resolve, backend: httpcore.AsyncNetworkBackend) -> None:
+        self._reach = reach
+        self._resolve = resolve
+        self._backend = backend
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109  httpcore's signature
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Resolve, check every address, connect to the first that answers.
+
+        Raises:
+            NotReachable: there is no address, or one of them is not allowed: a name with a public and a private address
+                is how filters are got around.
+        """
+        addresses = await self._resolve(host, port)
+        if not addresses:
+            raise NotReachable("it has no address")
+        if not all(self._reach.reaches(host, port, address) for address in addresses):
+            raise NotReachable("it has an address that is not public")
+        *others, last = map(str, addresses[:_ATTEMPTS])
+        for address in others:
+            with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
+                return await self._backend.connect_tcp(address, port, timeout, local_address, socket_options)
+        return await self._backend.connect_tcp(last, port, timeout, local_address, socket_options)
+
+    async def sleep(self, seconds: float) -> None:
+        """Only for retries, of which there are none."""
+        await self._backend.sleep(seconds)

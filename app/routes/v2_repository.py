@@ -1,0 +1,133 @@
+"""The Open Inference Protocol's model repository extension, as Triton has it, under `/v2/repository`."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, TypeVar
+
+import structlog
+from fastapi import APIRouter, Depends, Path, Request, Response
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from app.bodies import read_body
+from app.dependencies import EngineDep, require_management
+from app.inference_protocol import reasons
+from app.json_body import loads
+from app.refusals import refusals
+from service.engine import Engine
+from service.errors import InvalidRequest
+from service.listing import ModelStatus
+from service.requests import time_limit
+
+log = structlog.get_logger(component="management")
+
+router = APIRouter(prefix="/v2/repository", tags=["open inference protocol"])
+management = APIRouter(prefix="/v2/repository/models", tags=["management"], dependencies=[Depends(require_management)])
+
+M = TypeVar("M", bound=BaseModel)
+
+STATES: Mapping[str, Literal["READY", "LOADING"]] = {"ready": "READY", "loading": "LOADING"}
+
+ModelName = Annotated[str, Path(description="`<variant>.<tag>`, that with `@<version>`, or a variant alone.")]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class IndexRequest(_Message):
+    """Which models to tell of: all, or those that are in memory."""
+
+    ready: bool = False
+
+
+class IndexEntry(BaseModel):
+    """A model of the store; one that is UNAVAILABLE for no reason is loaded by its first request."""
+
+    name: str
+    version: str
+    state: Literal["READY", "LOADING", "UNAVAILABLE"]
+    reason: str
+
+
+class LoadParameters(_Message):
+    """None is known: what a model is, is in its card."""
+
+
+class LoadRequest(_Message):
+    """How to load a model."""
+
+    parameters: LoadParameters = LoadParameters()
+
+
+class UnloadParameters(_Message):
+    """`unload_dependents` changes nothing: no model here depends on another."""
+
+    unload_dependents: bool = False
+
+
+class UnloadRequest(_Message):
+    """How to unload a model."""
+
+    parameters: UnloadParameters = UnloadParameters()
+
+
+@router.post("/index", summary="The models of the repository", responses=refusals("/v2", 400, 401, 503))
+async def index(request: Request, engine: EngineDep) -> list[IndexEntry]:
+    """Every model of the store, and whether it is in memory."""
+    asked = await _read(request, IndexRequest)
+    entries = [_entry(model) for model in await engine.models.all()]
+    return [entry for entry in entries if entry.state == "READY" or not asked.ready]
+
+
+@management.post("/{name}/load", summary="Load a model", responses=refusals("/v2", 400, 401, 403, 404, 503, 504))
+async def load(request: Request, engine: EngineDep, name: ModelName) -> Response:
+    """Load a model, if it is not in memory; answers when it is."""
+    await _read(request, LoadRequest)
+    with _audited(request, engine, "load", name):
+        async with time_limit(engine.options.timeout_seconds), engine.models.lease(name):
+            pass
+    return Response()
+
+
+@management.post(
+    "/{name}/unload", summary="Unload a model", responses=refusals("/v2", 400, 401, 403, 404, 409, 503, 504)
+)
+async def unload(request: Request, engine: EngineDep, name: ModelName) -> Response:
+    """Free a model's memory, once nobody uses it; its next request loads it again."""
+    await _read(request, UnloadRequest)
+    with _audited(request, engine, "unload", name):
+        async with time_limit(engine.options.timeout_seconds):
+            await engine.models.unload(name)
+    return Response()
+
+
+def _entry(model: ModelStatus) -> IndexEntry:
+    failure = model.status.failure or model.stored.failure
+    return IndexEntry(
+        name=model.stored.id,
+        version=model.stored.version,
+        state=STATES.get(model.status.state, "UNAVAILABLE"),
+        reason=str(failure) if failure else "",
+    )
+
+
+async def _read(request: Request, form: type[M]) -> M:
+    """The body, or, where there is none, what an empty one means."""
+    body = await read_body(request, request.state.settings.max_body_bytes)
+    try:
+        return form.model_validate(loads(body) if body.strip() else {})
+    except ValidationError as error:
+        raise InvalidRequest(reasons(error)) from error
+
+
+@contextmanager
+def _audited(request: Request, engine: Engine, action: str, model: str) -> Iterator[None]:
+    """Leave a line in the log, whatever comes of it. A shutdown waits for it."""
+    what: dict[str, Any] = {"action": action, "model": model, "request_id": request.state.request_id}
+    try:
+        with engine.request():
+            yield
+    except BaseException as error:
+        log.warning("management", **what, outcome="failed", reason=f"{type(error).__name__}: {error}")
+        raise
+    log.info("management", **what, outcome="done")

@@ -1,0 +1,93 @@
+"""Against Triton's own client, unchanged."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
+
+from tests.app.conftest import MakeClient
+from tests.app.processes import Server, serving
+from tests.service.stores import add_model
+
+MODEL = "pvt_v2_b0.tiny"
+KEY = {"Authorization": "Bearer manager"}
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    store = tmp_path_factory.mktemp("store")
+    add_model(store)
+    broken = add_model(store, "pvt_v2_b1.broken")
+    (broken / "card.json").write_text("{")
+    with serving(model_store=str(store), default_model=MODEL, backend="torch", management_keys="manager") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def server(process: Server) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(process.url.removeprefix("http://")) as client:
+        yield client
+
+
+def states(server: Any, **headers: str) -> dict[str, str]:
+    return {each["name"]: each["state"] for each in server.get_model_repository_index(headers=headers)}
+
+
+def test_a_model_is_loaded_and_the_index_tells(server: Any, process: Server) -> None:
+    assert states(server) == {MODEL: "UNAVAILABLE", "pvt_v2_b1.broken": "UNAVAILABLE"}
+
+    server.load_model(MODEL, headers=KEY)
+
+    assert states(server) == {MODEL: "READY", "pvt_v2_b1.broken": "UNAVAILABLE"}
+    index = {each["name"]: each for each in server.get_model_repository_index()}
+    assert index[MODEL] == {"name": MODEL, "version": "1", "state": "READY", "reason": ""}
+    assert "card.json" in index["pvt_v2_b1.broken"]["reason"]
+    line = process.event("management")
+    assert (line["action"], line["model"], line["outcome"]) == ("load", MODEL, "done")
+
+
+def test_who_has_no_management_key_changes_nothing(server: Any) -> None:
+    for change in (server.load_model, server.unload_model):
+        with pytest.raises(InferenceServerException, match="send a management key") as raised:
+            change(MODEL)
+        assert raised.value.status() == "401"
+
+
+def test_a_model_that_can_not_be_loaded_is_told_with_the_reason(server: Any) -> None:
+    with pytest.raises(InferenceServerException, match=r"card\.json") as broken:
+        server.load_model("pvt_v2_b1.broken", headers=KEY)
+    with pytest.raises(InferenceServerException, match="no model") as unknown:
+        server.load_model("pvt_v2_b0.none", headers=KEY)
+
+    assert (broken.value.status(), unknown.value.status()) == ("503", "404")
+
+
+def test_configurations_and_files_are_not_taken(server: Any) -> None:
+    with pytest.raises(InferenceServerException, match=r"parameters\.config: Extra inputs") as raised:
+        server.load_model(MODEL, headers=KEY, config="{}")
+
+    assert raised.value.status() == "400"
+
+
+def test_the_index_tells_of_models_in_memory_alone_where_that_is_asked(make_client: MakeClient, tmp_path: Path) -> None:
+    add_model(tmp_path)
+    client = make_client(model_store=tmp_path, default_model=MODEL, backend="torch")
+
+    assert client.post("/v2/repository/index", json={"ready": True}).json() == []
+    assert len(client.post("/v2/repository/index", json={"ready": False}).json()) == 1
+    wrong = client.post("/v2/repository/index", json={"all": True})
+    assert (wrong.status_code, wrong.json()) == (400, {"error": "all: Extra inputs are not permitted"})
+    assert client.post("/v2/repository/index", content=b"null").status_code == 400
+
+
+def test_without_management_keys_nobody_may_load(make_client: MakeClient, tmp_path: Path) -> None:
+    add_model(tmp_path)
+    client = make_client(model_store=tmp_path, default_model=MODEL)
+
+    response = client.post(f"/v2/repository/models/{MODEL}/load")
+
+    assert response.status_code == 403
+    assert response.json()["error"].startswith("management is off")
