@@ -60,7 +60,8 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
         app.include_router(module.router, dependencies=protected)
     for module in (health, pages, debug, management):
         app.include_router(module.router)
-    app.include_router(v2_repository.management)
+    for router in (v2.health, v2_repository.management):
+        app.include_router(router)
     openapi.describe(app, settings)
     return app
 

@@ -15,7 +15,7 @@ from app.problems import CLIENT_CLOSED_REQUEST
 log = structlog.get_logger(component="access")
 
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
-_UNTIMED = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
+_UNTIMED = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics"})
 
 
 class RequestContext:

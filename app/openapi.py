@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from app.bodies import BODY_EXAMPLES, FIELD, ImagesBody
 from app.dependencies import API_KEY, MANAGEMENT_KEY
+from app.dialects import DIALECTS
 from app.problems import MEANING, MEDIA_TYPE, Problem, examples
 from app.settings import Settings
 
@@ -51,12 +52,12 @@ _HEADERS: Json = {
         "example": "decode;dur=0.68, queue;dur=0.09, infer;dur=1.79, total;dur=3.79",
     },
     "Retry-After": {
-        "description": "Seconds after which there is likely to be a place.",
+        "description": "Seconds after which there is likely to be a place, or the model.",
         "schema": {"type": "integer", "minimum": 1},
     },
     "WWW-Authenticate": {"description": "The scheme of the key.", "schema": {"type": "string", "const": "Bearer"}},
 }
-_OF_STATUS = {"401": "WWW-Authenticate", "429": "Retry-After"}
+_OF_STATUS = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
 
 
 def operation_id(route: APIRoute) -> str:
@@ -128,10 +129,12 @@ def _completed(document: Json, unused_keys: set[str]) -> Json:
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     responses = components.setdefault("responses", {})
-    for operation in _operations(document):
+    for path, operation in _operations(document):
         _secure(operation, unused_keys)
         answers = operation["responses"]
         answers["500"] = {}
+        if dialect := DIALECTS.get("/" + path[1:].partition("/")[0]):
+            _translate(answers, dialect.model)
         for status, answer in answers.items():
             if _is_problem(status, answer):
                 name = f"problem_{status}"
@@ -149,9 +152,19 @@ def _completed(document: Json, unused_keys: set[str]) -> Json:
     return document
 
 
-def _operations(document: Json) -> Iterator[Json]:
-    for path in document["paths"].values():
-        yield from (each for each in path.values() if isinstance(each, dict) and "responses" in each)
+def _operations(document: Json) -> Iterator[tuple[str, Json]]:
+    for path, item in document["paths"].items():
+        yield from ((path, each) for each in item.values() if isinstance(each, dict) and "responses" in each)
+
+
+def _translate(answers: Json, form: type[BaseModel]) -> None:
+    """Give the errors that every operation has the form of its protocol, which has no 422."""
+    answers.pop("422", None)
+    for status in {"400", "500", *answers} & {"400", "401", "500"}:
+        if not answers.get(status):
+            description = MEANING.get(int(status), "The request is wrong.")
+            content = {"application/json": {"schema": schema_of(form)}}
+            answers[status] = {"description": f"{description} In the protocol's form.", "content": content}
 
 
 def _secure(operation: Json, unused: set[str]) -> None:

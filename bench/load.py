@@ -12,7 +12,7 @@ _SCRIPT = """\
 local bodies = {}
 for name in string.gmatch([[%s]], "[^\\n]+") do
   local file = assert(io.open(name, "rb"))
-  bodies[#bodies + 1] = wrk.format("POST", nil, {["Content-Type"] = "%s", ["Accept"] = "%s"}, file:read("*a"))
+  bodies[#bodies + 1] = wrk.format("POST", nil, {%s}, file:read("*a"))
   file:close()
 end
 local turn = 0
@@ -28,14 +28,16 @@ _TIMEOUT = "60s"  # wrk counts slower answers as errors
 class Wrk:
     """Posts `bodies` in turn, one a request."""
 
-    def __init__(self, folder: Path, bodies: Sequence[Body], accept: str = "*/*") -> None:
-        """`folder`, which is made, takes the bodies and the script."""
+    def __init__(self, folder: Path, bodies: Sequence[Body], accept: str = "*/*", **headers: str) -> None:
+        """`folder`, which is made, takes the bodies and the script; `headers` with _ for -."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{i}.body" for i in range(len(bodies))]
         for path, body in zip(paths, bodies, strict=True):
             path.write_bytes(body.data)
         self._script = folder / "post.lua"
-        self._script.write_text(_SCRIPT % ("\n".join(map(str, paths)), bodies[0].content_type, accept))
+        headers = {"Content-Type": bodies[0].content_type, "Accept": accept, **headers}
+        told = ", ".join(f'["{name.replace("_", "-")}"] = "{value}"' for name, value in headers.items())
+        self._script.write_text(_SCRIPT % ("\n".join(map(str, paths)), told))
 
     def run(self, url: str, clients: int, seconds: int) -> Closed:
         """Keep `clients` connections busy for `seconds`.

@@ -1,22 +1,17 @@
 """What changes the models in memory, and the aliases of the store; for those who manage the service."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
-import structlog
 from fastapi import APIRouter, BackgroundTasks, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.auditing import audited
 from app.dependencies import EngineDep, SettingsDep, require_management, require_one_process
 from app.model_info import ModelInfo, ModelList, model_info
 from app.preferences import APPLIED, PatienceDep
 from app.problems import documented
-from service.engine import Engine
 from service.errors import ModelLoading
 from service.requests import time_limit
-
-log = structlog.get_logger(component="management")
 
 router = APIRouter(tags=["management"], dependencies=[Depends(require_management)])
 _models = APIRouter(prefix="/models", dependencies=[Depends(require_one_process)])
@@ -59,7 +54,7 @@ async def refresh(
     patience: PatienceDep,
 ) -> ModelList:
     """Take over what is new in the store now, also what failed before; answers when all that is loaded."""
-    with _audited(request, engine, "refresh"):
+    with audited(request, engine, "refresh"):
         if patience is None:
             async with time_limit(settings.timeout_ms / 1000):
                 await engine.models.refresh(again=True)
@@ -85,7 +80,7 @@ async def load(
     patience: PatienceDep,
 ) -> ModelInfo:
     """Load a model, if it is not in memory; answers when it is, or at once with `Prefer: respond-async`."""
-    with _audited(request, engine, "load", model=model_id):
+    with audited(request, engine, "load", model=model_id):
         try:
             async with time_limit(settings.timeout_ms / 1000):
                 await engine.models.load(model_id, patience)
@@ -106,7 +101,7 @@ async def unload(request: Request, model_id: str, engine: EngineDep, settings: S
 
     The next request for it loads it again; one that comes while others still use it keeps it, and `state` tells.
     """
-    with _audited(request, engine, "unload", model=model_id):
+    with audited(request, engine, "unload", model=model_id):
         async with time_limit(settings.timeout_ms / 1000):
             await engine.models.unload(model_id)
     return model_info(await engine.models.one(model_id))
@@ -120,7 +115,7 @@ async def unload(request: Request, model_id: str, engine: EngineDep, settings: S
 )
 async def pin(request: Request, model_id: str, engine: EngineDep, settings: SettingsDep) -> ModelInfo:
     """Load a model and never evict it, nor the versions that take its place; until the process ends."""
-    with _audited(request, engine, "pin", model=model_id):
+    with audited(request, engine, "pin", model=model_id):
         async with time_limit(settings.timeout_ms / 1000):
             await engine.models.pin(model_id)
     return model_info(await engine.models.one(model_id))
@@ -129,7 +124,7 @@ async def pin(request: Request, model_id: str, engine: EngineDep, settings: Sett
 @_models.delete("/{model_id}/pin", summary="Unpin a model", response_model_exclude_none=True, responses=CHANGED)
 async def unpin(request: Request, model_id: str, engine: EngineDep) -> ModelInfo:
     """Let a model be evicted again."""
-    with _audited(request, engine, "unpin", model=model_id):
+    with audited(request, engine, "unpin", model=model_id):
         engine.models.unpin(model_id)
     return model_info(await engine.models.one(model_id))
 
@@ -146,7 +141,7 @@ async def set_alias(request: Request, name: str, target: AliasTarget, engine: En
 
     Where the alias is in use, its callers pass over once the new model is loaded, and wait for nothing.
     """
-    with _audited(request, engine, "set_alias", alias=name, model=target.model):
+    with audited(request, engine, "set_alias", alias=name, model=target.model):
         await engine.models.set_alias(name, target.model)
     return AliasList(aliases=await engine.models.aliases())
 
@@ -154,28 +149,9 @@ async def set_alias(request: Request, name: str, target: AliasTarget, engine: En
 @router.delete("/aliases/{name}", summary="Remove an alias", responses=CHANGED)
 async def remove_alias(request: Request, name: str, engine: EngineDep) -> AliasList:
     """Let an alias stand for nothing."""
-    with _audited(request, engine, "remove_alias", alias=name):
+    with audited(request, engine, "remove_alias", alias=name):
         await engine.models.remove_alias(name)
     return AliasList(aliases=await engine.models.aliases())
 
 
 router.include_router(_models)
-
-
-@contextmanager
-def _audited(request: Request, engine: Engine, action: str, **what: str) -> Iterator[None]:
-    """Leave a line in the log, whatever comes of it: who did what. A shutdown waits for it."""
-    who = {
-        "by": request.state.manager,
-        "client": request.client.host if request.client else None,
-        "request_id": request.state.request_id,
-    }
-    try:
-        with engine.request():
-            yield
-    except BaseException as error:
-        log.warning(
-            "management", action=action, **what, **who, outcome="failed", reason=f"{type(error).__name__}: {error}"
-        )
-        raise
-    log.info("management", action=action, **what, **who, outcome="done")

@@ -30,6 +30,7 @@ from service.results import Answered
 from service.tensors import STAGES, VECTORS, check_outputs, images, output
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+health = APIRouter(prefix="/v2/health", tags=["open inference protocol"])  # what probes ask, never behind a key
 SHORT = len(str(LARGE_JSON))  # digits of a length that is less
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository")
 
@@ -62,16 +63,16 @@ async def server_metadata() -> ServerMetadata:
     return ServerMetadata(name="pvt-serve", version=installed("pvt-serve"), extensions=list(EXTENSIONS))
 
 
-@router.get("/health/live", summary="Server liveness", response_model=Live, responses={503: {"model": Live}})
-async def server_live(health: LivenessDep) -> JSONResponse:
+@health.get("/live", summary="Server liveness", response_model=Live, responses={503: {"model": Live}})
+async def server_live(state: LivenessDep) -> JSONResponse:
     """200 while the process is alive."""
-    return JSONResponse({"live": health.live}, 200 if health.live else 503)
+    return JSONResponse({"live": state.live}, 200 if state.live else 503)
 
 
-@router.get("/health/ready", summary="Server readiness", response_model=Ready, responses={503: {"model": Ready}})
-async def server_ready(health: HealthDep) -> JSONResponse:
+@health.get("/ready", summary="Server readiness", response_model=Ready, responses={503: {"model": Ready}})
+async def server_ready(state: HealthDep) -> JSONResponse:
     """200 when the default model, and what is preloaded, answers."""
-    return JSONResponse({"ready": health.ready}, 200 if health.ready else 503)
+    return JSONResponse({"ready": state.ready}, 200 if state.ready else 503)
 
 
 @router.post(

@@ -73,7 +73,7 @@ async def model_metadata(engine: EngineDep, name: ModelName, version: str | None
     card = model.stored.require_card()
     return ModelMetadata(
         name=model.stored.id,
-        versions=[model.stored.version],
+        versions=[each.stored.version for each in model.versions] or [model.stored.version],
         platform=_platform(model),
         inputs=[_told(spec) for spec in input_specs(card)],
         outputs=[_told(spec) for spec in output_specs(card)],

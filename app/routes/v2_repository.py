@@ -1,27 +1,27 @@
 """The Open Inference Protocol's model repository extension, as Triton has it, under `/v2/repository`."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Literal, TypeVar
 
-import structlog
 from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from app.auditing import audited
 from app.bodies import read_body
-from app.dependencies import EngineDep, require_management
+from app.dependencies import EngineDep, require_management, require_one_process
 from app.inference_protocol import reasons
 from app.json_body import loads
 from app.refusals import refusals
-from service.engine import Engine
 from service.errors import InvalidRequest
 from service.listing import ModelStatus
 from service.requests import time_limit
 
-log = structlog.get_logger(component="management")
-
 router = APIRouter(prefix="/v2/repository", tags=["open inference protocol"])
-management = APIRouter(prefix="/v2/repository/models", tags=["management"], dependencies=[Depends(require_management)])
+management = APIRouter(
+    prefix="/v2/repository/models",
+    tags=["management"],
+    dependencies=[Depends(require_management), Depends(require_one_process)],
+)
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -83,9 +83,9 @@ async def index(request: Request, engine: EngineDep) -> list[IndexEntry]:
 async def load(request: Request, engine: EngineDep, name: ModelName) -> Response:
     """Load a model, if it is not in memory; answers when it is."""
     await _read(request, LoadRequest)
-    with _audited(request, engine, "load", name):
-        async with time_limit(engine.options.timeout_seconds), engine.models.lease(name):
-            pass
+    with audited(request, engine, "load", model=name):
+        async with time_limit(engine.options.timeout_seconds):
+            await engine.models.load(name)
     return Response()
 
 
@@ -93,9 +93,9 @@ async def load(request: Request, engine: EngineDep, name: ModelName) -> Response
     "/{name}/unload", summary="Unload a model", responses=refusals("/v2", 400, 401, 403, 404, 409, 503, 504)
 )
 async def unload(request: Request, engine: EngineDep, name: ModelName) -> Response:
-    """Free a model's memory, once nobody uses it; its next request loads it again."""
+    """Free a model's memory; its next request loads it again."""
     await _read(request, UnloadRequest)
-    with _audited(request, engine, "unload", name):
+    with audited(request, engine, "unload", model=name):
         async with time_limit(engine.options.timeout_seconds):
             await engine.models.unload(name)
     return Response()
@@ -118,16 +118,3 @@ async def _read(request: Request, form: type[M]) -> M:
         return form.model_validate(loads(body) if body.strip() else {})
     except ValidationError as error:
         raise InvalidRequest(reasons(error)) from error
-
-
-@contextmanager
-def _audited(request: Request, engine: Engine, action: str, model: str) -> Iterator[None]:
-    """Leave a line in the log, whatever comes of it. A shutdown waits for it."""
-    what: dict[str, Any] = {"action": action, "model": model, "request_id": request.state.request_id}
-    try:
-        with engine.request():
-            yield
-    except BaseException as error:
-        log.warning("management", **what, outcome="failed", reason=f"{type(error).__name__}: {error}")
-        raise
-    log.info("management", **what, outcome="done")

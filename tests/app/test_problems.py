@@ -67,7 +67,7 @@ def test_with_keys_set_a_request_must_carry_one(make_client: MakeClient) -> None
 def test_a_service_that_shuts_down_says_when_to_come_back(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: object) -> None:
+    def refuse(_: object, __: float | None = None) -> None:
         raise errors.ShuttingDown("the service is shutting down")
 
     monkeypatch.setattr("service.engine.Engine.request", refuse)

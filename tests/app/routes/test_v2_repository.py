@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
@@ -19,7 +20,8 @@ KEY = {"Authorization": "Bearer manager"}
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     store = tmp_path_factory.mktemp("store")
-    add_model(store)
+    for version in ("1", "2"):
+        add_model(store, version=version)
     broken = add_model(store, "pvt_v2_b1.broken")
     (broken / "card.json").write_text("{")
     with serving(model_store=str(store), default_model=MODEL, backend="torch", management_keys="manager") as process:
@@ -43,10 +45,30 @@ def test_a_model_is_loaded_and_the_index_tells(server: Any, process: Server) -> 
 
     assert states(server) == {MODEL: "READY", "pvt_v2_b1.broken": "UNAVAILABLE"}
     index = {each["name"]: each for each in server.get_model_repository_index()}
-    assert index[MODEL] == {"name": MODEL, "version": "1", "state": "READY", "reason": ""}
+    assert index[MODEL] == {"name": MODEL, "version": "2", "state": "READY", "reason": ""}
     assert "card.json" in index["pvt_v2_b1.broken"]["reason"]
     line = process.event("management")
     assert (line["action"], line["model"], line["outcome"]) == ("load", MODEL, "done")
+
+
+def test_an_unloaded_model_is_loaded_again_by_its_next_request(server: Any) -> None:
+    server.load_model(MODEL, headers=KEY)
+    server.unload_model(MODEL, headers=KEY)
+
+    assert states(server)[MODEL] == "UNAVAILABLE"
+    assert server.is_model_ready(MODEL)
+    tensor = triton.InferInput("images", [1, 32, 32, 3], "UINT8")
+    tensor.set_data_from_numpy(np.zeros((1, 32, 32, 3), np.uint8))
+    assert server.infer(MODEL, [tensor]).as_numpy("logits").shape == (1, 3)
+    assert states(server)[MODEL] == "READY"
+
+
+def test_every_version_is_told_and_can_be_asked(server: Any) -> None:
+    assert server.get_model_metadata(MODEL)["versions"] == ["2", "1"]
+    for version in ("1", "2"):
+        assert server.is_model_ready(MODEL, version)
+        assert server.get_model_metadata(MODEL, version)["name"] == MODEL
+    assert not server.is_model_ready(MODEL, "3")
 
 
 def test_who_has_no_management_key_changes_nothing(server: Any) -> None:
