@@ -45,6 +45,10 @@ class Settings(BaseSettings):
     """Bytes of weights in `PVT_STORE_CACHE_DIR`, in units of 10^6; the least recently loaded ones go first."""
     store_poll_seconds: Annotated[float, Field(ge=1, le=86_400)] = 30
     """How often a model store that is a URL is looked at for changes."""
+    pull: Literal["off", "on_demand"] = "off"
+    """`on_demand`: the first request for published weights that are not in the store fetches them into it."""
+    mirror: Annotated[str, Field(pattern=r"^(https?://[^/]+.*)?$")] = ""
+    """Base URL that takes the place of `https://huggingface.co` and `https://github.com` when weights are fetched."""
     default_model: Annotated[str, Field(min_length=1)] = "pvt_v2_b0.digits"
     """Model that answers when a request names none."""
     preload: Names = ()
@@ -224,6 +228,8 @@ class Settings(BaseSettings):
             model_store=self.store_folder,
             remote_store=self.remote_store,
             default_model=self.default_model,
+            pull=self.pull == "on_demand",
+            mirror=self.mirror or None,
             preload=self.preload,
             pinned=self.pinned,
             budget=Budget(

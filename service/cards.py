@@ -65,6 +65,20 @@ class Accuracy(_Record):
     images: Annotated[int, Field(gt=0)]
 
 
+class Origin(_Record):
+    """Where a pulled model's weights were fetched, and what their bytes there were held against.
+
+    `digest_from` is who gave the SHA-256: whoever published the weights, or the hub that they came from. With `nobody`
+    the first file fetched was trusted, and its digest is what a later one is held against.
+    """
+
+    url: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(gt=0)]
+    digest_from: Literal["publisher", "hub", "nobody"]
+    revision: str | None = None
+
+
 class ModelCard(_Record):
     """A model's own metadata. `labels[i]` is the name of class i."""
 
@@ -79,6 +93,7 @@ class ModelCard(_Record):
     reference: ReferenceFile | None = None
     accuracy: Accuracy | None = None
     training: str | None = None
+    origin: Origin | None = None
 
 
 def read_card(folder: Path) -> ModelCard:

@@ -6,6 +6,7 @@
   - ImageTooLarge           more bytes or pixels than a setting allows
   - ModelNotFound           no such model, version or variant
   - WeightsUnavailable      a known model whose weights are not in the store
+    - PullFailed            nor can they be fetched
     - StoreUnreachable      a remote store that does not answer, or refuses
     - StoreCacheFailed      the local copy of a remote store has no room, or can't be written
   - AliasesInvalid          the store's aliases.json is broken
@@ -53,6 +54,10 @@ class ModelNotFound(ServiceError):
 
 class WeightsUnavailable(ServiceError):
     """The model is known and its weights are not in the store; the message says what to do."""
+
+
+class PullFailed(WeightsUnavailable):
+    """Published weights can't be fetched; the message says why, and what to do."""
 
 
 class AliasesInvalid(ServiceError):

@@ -25,7 +25,8 @@ class EngineOptions:
 
     `remote_store` takes the place of the folder `model_store`.
     `budget` bounds the models' memory; `cold` says what becomes of a request for a model that is not loaded;
-    `reload_seconds` 0 never looks for new versions.
+    `reload_seconds` 0 never looks for new versions. `pull` fetches published weights when they are first asked for,
+    `mirror` is a base URL in place of their hosts.
     """
 
     model_store: Path
@@ -36,6 +37,8 @@ class EngineOptions:
     budget: Budget = field(default_factory=Budget)
     cold: Literal["wait", "refuse"] = "wait"
     reload_seconds: float = 0.0
+    pull: bool = False
+    mirror: str | None = None
     backend: BackendName = "auto"
     precision: Precision | None = None
     instances: int = field(default_factory=usable_cores)

@@ -178,8 +178,8 @@ class Store:
         variant, _, tag = name.partition(".")
         if variant in VARIANTS and tag == DEFAULT_TAG:
             return WeightsUnavailable(
-                f"the weights of {name!r} are not in the store; put its card.json and weights file into "
-                f"{str(self.root / name / '1')!r} and ask again"
+                f"the weights of {name!r} are not in the store; fetch them with 'pvt-serve pull {variant}', or let the "
+                "first request do so with PVT_PULL=on_demand"
             )
         with suppress(AliasesInvalid):  # it is said to those who ask for an alias
             known.extend(read_aliases(self.root))
