@@ -164,6 +164,12 @@ class Settings(BaseSettings):
             raise ValueError("PVT_MANAGEMENT_PORT is PVT_PORT; it must be another one")
         return self
 
+    @model_validator(mode="after")
+    def _pulls_into_a_folder(self) -> Self:
+        if self.pull == "on_demand" and self.remote_store:
+            raise ValueError("PVT_PULL=on_demand puts weights into a folder, and PVT_MODEL_STORE is a URL")
+        return self
+
     @classmethod
     def from_environment(cls) -> Self:
         """The settings of this process.
