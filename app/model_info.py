@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from service.cards import Accuracy
+from service.catalogue import CLASSES, LICENCE, SIDE
 from service.entries import Status
 from service.listing import ModelStatus, VersionStatus
+from service.on_demand import RemoteModel
 from service.residents import Resident
 
 
@@ -37,15 +39,26 @@ class VersionInfo(BaseModel):
     memory_bytes: Annotated[int | None, Field(description="Resident memory that it takes, as measured.")] = None
 
 
+class PullProgress(BaseModel):
+    """How much of a file is here that is being fetched."""
+
+    bytes: int
+    total: int | None = None
+
+
 class ModelInfo(BaseModel):
     """A model, in the version that answers to its name; the second half is there once that is loaded."""
 
     id: str
     variant: str
     version: str
-    state: Literal["available", "loading", "ready", "failed"]
+    state: Annotated[
+        Literal["available", "remote", "loading", "ready", "failed"],
+        Field(description="`remote` is not in the store, and `pvt-serve pull` or PVT_PULL=on_demand fetches it."),
+    ]
     default: bool
     reason: Annotated[str | None, Field(description="Why the model failed.")] = None
+    pull: Annotated[PullProgress | None, Field(description="While it is being fetched into the store.")] = None
     num_classes: int | None = None
     input_size: Annotated[tuple[int, int] | None, Field(description="Height and width, in pixels.")] = None
     parameters: int | None = None
@@ -98,6 +111,30 @@ def model_info(model: ModelStatus) -> ModelInfo:
         known = {"num_classes": len(card.labels), "input_size": size, "parameters": card.parameters}
         info = info.model_copy(update={**known, "accuracy": card.accuracy, "licence": card.licence})
     return info.model_copy(update=_loaded(status.loaded)) if status.loaded else info
+
+
+def any_model_info(model: ModelStatus | RemoteModel) -> ModelInfo:
+    """What is known of a model, be it that it could only be pulled."""
+    return remote_info(model) if isinstance(model, RemoteModel) else model_info(model)
+
+
+def remote_info(model: RemoteModel) -> ModelInfo:
+    """What is known of published weights that are not in the store."""
+    known = model.published
+    return ModelInfo(
+        id=known.id,
+        variant=known.variant,
+        version="",
+        state=model.state,
+        default=model.default,
+        reason=str(model.failure) if model.failure else None,
+        pull=None if model.done is None else PullProgress(bytes=model.done, total=model.total),
+        num_classes=CLASSES,
+        input_size=(SIDE, SIDE),
+        parameters=known.parameters,
+        accuracy=known.accuracy,
+        licence=LICENCE,
+    )
 
 
 def _version(version: VersionStatus) -> VersionInfo:

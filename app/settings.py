@@ -11,6 +11,7 @@ from pydantic import Field, IPvAnyNetwork, SecretStr, ValidationInfo, field_vali
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.addresses import HostRule, Reach
+from service.store_urls import RemoteOptions, is_url, objection
 
 if TYPE_CHECKING:
     from service.options import EngineOptions
@@ -36,8 +37,18 @@ class Settings(BaseSettings):
     """Port to listen on; 0 takes a free one."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes that share the port; each has its own models and its part of cores and instances."""
-    model_store: Path = Path("model_store")
-    """Folder of the model store."""
+    model_store: Path | str = Path("model_store")
+    """Model store: a folder, or a URL: s3://, gs://, hf://, https:// (docs/stores.md)."""
+    store_cache_dir: Path = Path("~/.cache/pvt-serve-stores")
+    """Folder for copies of what is used of a model store that is a URL."""
+    store_cache_mb: Annotated[float, Field(gt=0)] = 10_000
+    """Bytes of weights in `PVT_STORE_CACHE_DIR`, in units of 10^6; the least recently loaded ones go first."""
+    store_poll_seconds: Annotated[float, Field(ge=1, le=86_400)] = 30
+    """How often a model store that is a URL is looked at for changes."""
+    pull: Literal["off", "on_demand"] = "off"
+    """`on_demand`: the first request for published weights that are not in the store fetches them into it."""
+    mirror: Annotated[str, Field(pattern=r"^(https?://[^/]+.*)?$")] = ""
+    """Base URL that takes the place of `https://huggingface.co` and `https://github.com` when weights are fetched."""
     default_model: Annotated[str, Field(min_length=1)] = "pvt_v2_b0.digits"
     """Model that answers when a request names none."""
     preload: Names = ()
@@ -115,6 +126,17 @@ class Settings(BaseSettings):
             raise ValueError("a list with nothing in it; leave the variable out for an empty one")
         return tuple(part for part in parts if part)
 
+    @field_validator("model_store", mode="before")
+    @classmethod
+    def _folder_or_url(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if not is_url(value):
+            return Path(value)
+        if reason := objection(value):
+            raise ValueError(reason)
+        return value
+
     @field_validator("cache_dir", mode="before")
     @classmethod
     def _none(cls, value: object) -> object:
@@ -140,6 +162,12 @@ class Settings(BaseSettings):
             raise ValueError("PVT_MANAGEMENT_PORT is for one process, whose models it manages; PVT_WORKERS is above 1")
         if self.management_port and self.management_port == self.port:
             raise ValueError("PVT_MANAGEMENT_PORT is PVT_PORT; it must be another one")
+        return self
+
+    @model_validator(mode="after")
+    def _pulls_into_a_folder(self) -> Self:
+        if self.pull == "on_demand" and self.remote_store:
+            raise ValueError("PVT_PULL=on_demand puts weights into a folder, and PVT_MODEL_STORE is a URL")
         return self
 
     @classmethod
@@ -175,6 +203,27 @@ class Settings(BaseSettings):
         except RuntimeError:  # an arbitrary user id in a container has no home
             return None
 
+    @property
+    def remote_store(self) -> RemoteOptions | None:
+        """The model store, where that is a URL."""
+        if isinstance(self.model_store, Path):
+            return None
+        try:
+            cache = self.store_cache_dir.expanduser()
+        except RuntimeError:  # no home; what then can't be made says the setting's name
+            cache = self.store_cache_dir
+        return RemoteOptions(
+            url=self.model_store,
+            cache=cache.absolute(),
+            cache_bytes=int(self.store_cache_mb * 1e6),
+            poll_seconds=self.store_poll_seconds,
+        )
+
+    @property
+    def store_folder(self) -> Path:
+        """The model store's folder, or that of its copy."""
+        return remote.folder if (remote := self.remote_store) else Path(self.model_store)
+
     def engine_options(self) -> "EngineOptions":
         """What of it concerns the engine."""
         # Not at the top: with it comes torch, and the supervisor of several workers reads settings, too.
@@ -182,8 +231,11 @@ class Settings(BaseSettings):
         from service.options import EngineOptions  # noqa: PLC0415
 
         options = EngineOptions(
-            model_store=self.model_store,
+            model_store=self.store_folder,
+            remote_store=self.remote_store,
             default_model=self.default_model,
+            pull=self.pull == "on_demand",
+            mirror=self.mirror or None,
             preload=self.preload,
             pinned=self.pinned,
             budget=Budget(

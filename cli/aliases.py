@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from app.settings import Settings, UnknownSettingError
 from service.errors import ModelNotFound
+from service.remote import open_store
 from service.store import Store
 
 
@@ -73,6 +74,7 @@ def _table(store: Store) -> str:
 
 def _store() -> Store:
     try:
-        return Store(Settings.from_environment().model_store)
+        settings = Settings.from_environment()
     except (UnknownSettingError, ValidationError) as error:
         raise typer.BadParameter(str(error)) from error
+    return open_store(settings.store_folder, settings.remote_store)

@@ -37,12 +37,14 @@ def register(app: typer.Typer) -> None:
 def models(as_json: options.Json = False, url: options.Url = None, api_key: options.ApiKey = None) -> None:
     """List the models of the store, or of a service.
 
-    Whether a model is in memory, and how it runs there, only a service can tell: give --url.
+    Whether a model is in memory, and how it runs there, only a service can tell: give --url. What could be
+    pulled is left out of the table; `pvt-serve ls --all` has it.
     """
     found = run(_models(Asked(url=url, api_key=api_key)))
     if as_json:
         print_line(json.dumps({"models": found}, indent=2))
         return
+    found = [model for model in found if model["state"] != "remote"]
     columns = {name: [cell(model) for model in found] for name, cell in _COLUMNS.items()}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, cells in columns.items():

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from cli import aliases, benching, embedding, explaining, listing, predicting, serving
+from cli import (
+    aliases,
+    benching,
+    embedding,
+    explaining,
+    importing,
+    listing,
+    predicting,
+    pulling,
+    remote,
+    serving,
+    store,
+)
 from cli.terminal import print_line, short_errors
 
 HELP = """Pyramid Vision Transformer v2 image models: serve them over HTTP, or use them from here.
@@ -21,7 +33,19 @@ def create_app() -> typer.Typer:
         name="pvt-serve", help=HELP, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
     )
     app.callback()(_options)
-    for module in (predicting, embedding, explaining, listing, aliases, serving, benching):
+    for module in (
+        predicting,
+        embedding,
+        explaining,
+        listing,
+        pulling,
+        importing,
+        store,
+        aliases,
+        remote,
+        serving,
+        benching,
+    ):
         module.register(app)
     return app
 

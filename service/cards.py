@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import CardInvalid
-from service.images import Geometry
+from service.geometry import Geometry
 
 CARD_FILE = "card.json"
 MAX_BYTES = 16_000_000  # the names of 21,000 classes take one
@@ -65,6 +65,20 @@ class Accuracy(_Record):
     images: Annotated[int, Field(gt=0)]
 
 
+class Origin(_Record):
+    """Where a pulled model's weights were fetched, and what their bytes there were held against.
+
+    `digest_from` is who gave the SHA-256: whoever published the weights, or the hub that they came from. With `nobody`
+    the first file fetched was trusted, and its digest is what a later one is held against.
+    """
+
+    url: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(gt=0)]
+    digest_from: Literal["publisher", "hub", "nobody"]
+    revision: str | None = None
+
+
 class ModelCard(_Record):
     """A model's own metadata. `labels[i]` is the name of class i."""
 
@@ -79,6 +93,7 @@ class ModelCard(_Record):
     reference: ReferenceFile | None = None
     accuracy: Accuracy | None = None
     training: str | None = None
+    origin: Origin | None = None
 
 
 def read_card(folder: Path) -> ModelCard:

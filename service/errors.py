@@ -6,6 +6,9 @@
   - ImageTooLarge           more bytes or pixels than a setting allows
   - ModelNotFound           no such model, version or variant
   - WeightsUnavailable      a known model whose weights are not in the store
+    - PullFailed            nor can they be fetched
+    - StoreUnreachable      a remote store that does not answer, or refuses
+    - StoreCacheFailed      the local copy of a remote store has no room, or can't be written
   - AliasesInvalid          the store's aliases.json is broken
   - StoreNotWritable        the store can't be changed from here
   - ModelLoadFailed         the model is in the store and can't be loaded
@@ -53,12 +56,24 @@ class WeightsUnavailable(ServiceError):
     """The model is known and its weights are not in the store; the message says what to do."""
 
 
+class PullFailed(WeightsUnavailable):
+    """Published weights can't be fetched; the message says why, and what to do."""
+
+
 class AliasesInvalid(ServiceError):
     """The store's aliases.json is broken, so that no alias can be told; models are still called by their names."""
 
 
 class StoreNotWritable(ServiceError):
     """The store can't be written from here; the message gives the reason."""
+
+
+class StoreUnreachable(WeightsUnavailable):
+    """A remote store does not answer, or refuses; the message says which, and why."""
+
+
+class StoreCacheFailed(WeightsUnavailable):
+    """The local copy of a remote store has no room, or can't be written; the message names the setting."""
 
 
 class ModelLoadFailed(ServiceError):

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import AvifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from service.errors import InvalidImage
+from service.geometry import Geometry as Geometry  # noqa: PLC0414  part of what `decode` takes
 from service.image_limits import BoundedReader, check_blocks, check_scans, check_size, check_tiles, map_errors, tags
-from service.resampling import Interpolation, resample
+from service.resampling import resample
 from service.visible import Box, visible
 
 FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", *(["AVIF"] if AvifImagePlugin.SUPPORTED else []))
@@ -34,16 +35,6 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the thread pool already has one threa
 # Pillow tells of odd metadata by `warnings`, which nobody would read here, and `catch_warnings` is not thread-safe.
 for _module in (Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin):
     vars(_module)["warnings"] = SimpleNamespace(warn=lambda *_args, **_kwargs: None)
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """The model's input size; `crop` is the share of a picture's shorter side that the centre crop keeps."""
-
-    height: int
-    width: int
-    crop: float
-    interpolation: Interpolation
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,16 @@
 """The models: which there are, which are in memory, and the loading of those that are asked for."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import structlog
 
-from service.errors import ServiceError
+from service.errors import ServiceError, WeightsUnavailable
 from service.listing import Listing, ModelStatus
 from service.loading import Loading
 from service.metrics import EngineMetrics
+from service.on_demand import OnDemand, RemoteModel
 from service.options import EngineOptions
 from service.pipeline import Pipeline
 from service.registry import Registry
@@ -36,6 +37,7 @@ class Models:
         self._loading = Loading(options, metrics)
         self._sourcing = Sourcing(options, metrics, pipeline, self._supply, self._loading)
         self._registry = Registry[Resident](self._sourcing, options.budget)
+        self._on_demand = OnDemand(options, self._supply.candidates)
         self._listing = Listing(options.default_model, self._supply, self._registry)
         # Mutable state: work that no request waits for, and what is to be loaded before the service is ready.
         self._tasks: set[asyncio.Task[None]] = set()
@@ -65,6 +67,7 @@ class Models:
 
     def close(self) -> None:
         """End the threads, once nothing runs a model any more."""
+        self._on_demand.close()
         self._loading.close()
         self._supply.close()
 
@@ -79,7 +82,10 @@ class Models:
         """
         if patience_seconds is None and self._options.cold == "refuse":
             patience_seconds = 0.0
-        return self._registry.lease(self._options.default_model if name is None else name, patience_seconds)
+        name = self._options.default_model if name is None else name
+        if self._on_demand.enabled and not self._registry.named(name):
+            return self._pulled(name, patience_seconds)
+        return self._registry.lease(name, patience_seconds)
 
     def loaded(self) -> list[Resident]:
         """Every model that is in memory."""
@@ -101,13 +107,30 @@ class Models:
         """
         return await self._listing.one(name)
 
+    async def described(self, name: str) -> ModelStatus | RemoteModel:
+        """The model called `name`, be it that it could only be pulled.
+
+        Raises:
+            ModelNotFound, WeightsUnavailable: there is none.
+        """
+        try:
+            return await self.one(name)
+        except WeightsUnavailable:
+            if remote := self._on_demand.one(name):
+                return remote
+            raise
+
+    def remote(self, found: Sequence[ModelStatus]) -> list[RemoteModel]:
+        """The published models that are not among those `found` in the store."""
+        return self._on_demand.remote({model.stored.id for model in found})
+
     async def load(self, name: str, patience_seconds: float | None = None) -> None:
         """Load the model called `name`, if it is not there.
 
         Raises:
             ServiceError: as `lease`.
         """
-        async with self._registry.lease(name, patience_seconds):
+        async with self._pulled(name, patience_seconds):
             pass
 
     async def unload(self, name: str) -> None:
@@ -126,6 +149,7 @@ class Models:
         Raises:
             ServiceError: as `lease`.
         """
+        await self._on_demand.ensure(name)
         await self._registry.pin(name)
 
     def unpin(self, name: str) -> None:
@@ -185,6 +209,12 @@ class Models:
             sizes[resident.id] = sizes.get(resident.id, 0) + resident.memory_bytes
         self._metrics.tell_memory(sizes)
 
+    @asynccontextmanager
+    async def _pulled(self, name: str, patience_seconds: float | None) -> AsyncIterator[Resident]:
+        await self._on_demand.ensure(name, patience_seconds)
+        async with self._registry.lease(name, patience_seconds) as resident:
+            yield resident
+
     async def _preload(self, name: str, load: Callable[[str], Awaitable[None]]) -> None:
         """Load `name`; what fails is tried again, since it keeps the service from being ready."""
         while True:
@@ -208,7 +238,8 @@ class Models:
         try:
             model = await self.one(name)
         except ServiceError as error:
-            return [f"{name}: {error}"]
+            asked = name not in self._preloading and isinstance(error, WeightsUnavailable) and self._on_demand.can(name)
+            return [] if asked else [f"{name}: {error}"]
         if failure := model.status.failure or model.stored.failure:
             return [f"{name}: {failure}"]
         waits = name in self._preloading and model.status.state != "ready"

@@ -13,6 +13,7 @@ from service.backends.openvino import OpenVinoBackend
 from service.backends.torch import TorchBackend
 from service.cores import usable_cores
 from service.eviction import Budget
+from service.store_urls import RemoteOptions
 
 BackendName = Literal["auto", "openvino", "torch"]
 MakeBackend = Callable[[], Backend]
@@ -22,17 +23,22 @@ MakeBackend = Callable[[], Backend]
 class EngineOptions:
     """Sizes are images, times are seconds. `precision` None leaves it to the batch plan, `cache` None keeps no plan.
 
+    `remote_store` takes the place of the folder `model_store`.
     `budget` bounds the models' memory; `cold` says what becomes of a request for a model that is not loaded;
-    `reload_seconds` 0 never looks for new versions.
+    `reload_seconds` 0 never looks for new versions. `pull` fetches published weights when they are first asked for,
+    `mirror` is a base URL in place of their hosts.
     """
 
     model_store: Path
     default_model: str
+    remote_store: RemoteOptions | None = None
     preload: tuple[str, ...] = ()
     pinned: tuple[str, ...] = ()
     budget: Budget = field(default_factory=Budget)
     cold: Literal["wait", "refuse"] = "wait"
     reload_seconds: float = 0.0
+    pull: bool = False
+    mirror: str | None = None
     backend: BackendName = "auto"
     precision: Precision | None = None
     instances: int = field(default_factory=usable_cores)

@@ -5,16 +5,14 @@ within 2 levels of 255. Pillow takes the rest: other processors, large pictures,
 """
 
 from math import ceil
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from service.geometry import Interpolation
 from service.visible import Box
-
-Interpolation = Literal["bilinear", "bicubic"]
 
 VECTORISED = torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}
 # torch needs the pixels as an array, 3 bytes each and twice for a moment; Pillow needs no copy of a picture.

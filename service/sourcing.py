@@ -1,9 +1,10 @@
 """What the registry loads from: the store's versions, made into models that run, and freed again."""
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from hashlib import sha256
+from typing import TypeVar
 
 from service.entries import Candidate, Reason
 from service.footprints import Footprint
@@ -14,6 +15,8 @@ from service.pipeline import Pipeline
 from service.residents import Resident
 from service.stored import StoredModel
 from service.supply import Supply
+
+T = TypeVar("T")
 
 
 class Sourcing:
@@ -37,12 +40,17 @@ class Sourcing:
 
     async def load(self, stored: StoredModel) -> Resident:
         """See `Source.load`."""
-        executable = await self._loading.load(await self._supply.fetch(stored))
-        compile_ = partial(self._loading.extend, executable.stored)
+        async with self._supply.fetched(stored) as local:
+            executable = await self._loading.load(local)
+        compile_ = partial(self._extend, executable.stored)
         resident = Resident(executable, self._pipeline, compile_, max_others=self._options.sizes_per_model)
         self._widening[resident] = asyncio.create_task(self._loading.widen(executable))
         self._widening[resident].add_done_callback(lambda _: self._widening.pop(resident, None))
         return resident
+
+    async def _extend(self, stored: StoredModel, make: Callable[[], T]) -> T:
+        async with self._supply.fetched(stored):  # `make` may read the weights again
+            return await self._loading.extend(stored, make)
 
     async def unload(self, only: list[Resident]) -> None:
         """See `Source.unload`."""

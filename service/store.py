@@ -6,8 +6,8 @@
 """
 
 import errno
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
@@ -125,6 +125,14 @@ class Store:
         """
         delete_alias(self.root, name)
 
+    @contextmanager
+    def holding(self, stored: StoredModel) -> Iterator[StoredModel]:
+        """All files of `stored` are in its folder for as long as the context lasts; here they always are."""
+        yield stored
+
+    def close(self) -> None:
+        """Give up what is under way."""
+
     def _read(self, folder: Path) -> list[StoredModel]:
         return read_versions(folder, partial=self._partial)
 
@@ -170,8 +178,8 @@ class Store:
         variant, _, tag = name.partition(".")
         if variant in VARIANTS and tag == DEFAULT_TAG:
             return WeightsUnavailable(
-                f"the weights of {name!r} are not in the store; put its card.json and weights file into "
-                f"{str(self.root / name / '1')!r} and ask again"
+                f"the weights of {name!r} are not in the store; fetch them with 'pvt-serve pull {variant}', or let the "
+                "first request do so with PVT_PULL=on_demand"
             )
         with suppress(AliasesInvalid):  # it is said to those who ask for an alias
             known.extend(read_aliases(self.root))

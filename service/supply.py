@@ -1,10 +1,16 @@
 """Where models come from: the store, read on a thread of its own."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 from service.options import EngineOptions
-from service.store import Contents, Store, StoredModel
+from service.remote import open_store
+from service.store import Contents, StoredModel
 from service.workers import Workers
+
+FETCHES = 4  # at a time; they wait for one another's room in the cache, but not for one that has its files
 
 
 class Supply:
@@ -15,12 +21,16 @@ class Supply:
 
     def __init__(self, options: EngineOptions) -> None:
         self.folder: Path | None = options.model_store
-        self._store = Store(options.model_store)
+        self._store = open_store(options.model_store, options.remote_store)
         self.thread = Workers("store", 1)
+        # Not the store's thread: downloads take minutes, and are no stall.
+        self._fetching = Workers("fetch", FETCHES)
 
     def close(self) -> None:
         """Give up what is under way."""
-        self.thread.close(wait=False)
+        self._store.close()
+        for thread in (self.thread, self._fetching):
+            thread.close(wait=False)
 
     async def models(self) -> list[StoredModel]:
         """Every model there is.
@@ -62,6 +72,21 @@ class Supply:
         """Let `name` stand for nothing in the store; see `Store.remove_alias`."""
         await self.thread.run(self._store.remove_alias, name)
 
-    async def fetch(self, stored: StoredModel) -> StoredModel:
-        """The same model with all its files in a folder of this machine."""
-        return stored
+    @asynccontextmanager
+    async def fetched(self, stored: StoredModel) -> AsyncIterator[StoredModel]:
+        """The same model with all its files in a folder of this machine, for as long as the context lasts.
+
+        Raises:
+            WeightsUnavailable, ModelLoadFailed: they can't be had, or are not what they should be.
+        """
+        held = ExitStack()
+        fetching = asyncio.ensure_future(self._fetching.run(held.enter_context, self._store.holding(stored)))
+
+        def let_go(done: "asyncio.Future[StoredModel]") -> None:
+            held.close()
+            _ = done.cancelled() or done.exception()  # retrieved here, should the caller have gone
+
+        try:
+            yield await asyncio.shield(fetching)
+        finally:
+            fetching.add_done_callback(let_go)

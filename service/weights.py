@@ -29,6 +29,7 @@ State = Mapping[str, Tensor]
 
 LISTED = 8  # names in a message, at most
 WRAPPERS = ("model", "state_dict")  # under which training scripts keep the weights
+PICKLES = {".pth", ".pt", ".bin"}  # suffixes of what torch.save writes
 FETCH_AGAIN = "fetch it again from its source"
 
 FOREIGN = re.compile(r"^(patch_embed|stages|classifier|pvt_v2|encoder)\.")
@@ -117,7 +118,7 @@ def _parse(path: Path, data: bytes) -> object:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(data)
-        if path.suffix == ".pth":
+        if path.suffix in PICKLES:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # broken bytes make the parsers raise almost anything
         if isinstance(error, UnpicklingError) and any(words in str(error) for words in UNSAFE):

@@ -42,7 +42,9 @@ def digits() -> Path:
 
 @pytest.fixture(scope="session")
 def service_url() -> Iterator[str]:
-    """`pvt-serve serve` with the embedded model, and the backend that loads fastest; options win over variables."""
+    """`pvt-serve serve` with the embedded model, loaded in the way that takes least; options win over variables."""
     command = ("-m", "cli", "serve", "--port", "0")
-    with serving(read_log=False, command=command, port="1", backend="torch") as server:
+    with serving(
+        read_log=False, command=command, port="1", backend="torch", instances="1", max_batch_size="1"
+    ) as server:
         yield server.url

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from app.dependencies import EngineDep
-from app.model_info import ModelInfo, ModelList, model_info
+from app.model_info import ModelInfo, ModelList, any_model_info, model_info, remote_info
 from app.problems import documented
 
 router = APIRouter(prefix="/models", tags=["models"])
@@ -17,8 +17,9 @@ router = APIRouter(prefix="/models", tags=["models"])
     responses=documented(401, 503),
 )
 async def models(engine: EngineDep) -> ModelList:
-    """Every model of the store, and where it stands."""
-    return ModelList(models=[model_info(model) for model in await engine.models.all()])
+    """Every model of the store, and where it stands; then the published ones that could be fetched into it."""
+    found = await engine.models.all()
+    return ModelList(models=[*map(model_info, found), *map(remote_info, engine.models.remote(found))])
 
 
 @router.get(
@@ -30,4 +31,4 @@ async def models(engine: EngineDep) -> ModelList:
 )
 async def model(model_id: str, engine: EngineDep) -> ModelInfo:
     """One model; a variant alone finds what it would find in a request."""
-    return model_info(await engine.models.one(model_id))
+    return any_model_info(await engine.models.described(model_id))

@@ -13,7 +13,7 @@ from app.inference_protocol import reasons
 from app.json_body import loads
 from app.refusals import refusals
 from service.errors import InvalidRequest
-from service.listing import ModelStatus
+from service.listing import VersionStatus
 from service.requests import time_limit
 
 router = APIRouter(prefix="/v2/repository", tags=["open inference protocol"])
@@ -73,9 +73,9 @@ class UnloadRequest(_Message):
 
 @router.post("/index", summary="The models of the repository", responses=refusals("/v2", 400, 401, 503))
 async def index(request: Request, engine: EngineDep) -> list[IndexEntry]:
-    """Every model of the store, and whether it is in memory."""
+    """Every version of every model of the store, and whether it is in memory."""
     asked = await _read(request, IndexRequest)
-    entries = [_entry(model) for model in await engine.models.all()]
+    entries = [_entry(version) for model in await engine.models.all() for version in model.versions]
     return [entry for entry in entries if entry.state == "READY" or not asked.ready]
 
 
@@ -101,7 +101,7 @@ async def unload(request: Request, engine: EngineDep, name: ModelName) -> Respon
     return Response()
 
 
-def _entry(model: ModelStatus) -> IndexEntry:
+def _entry(model: VersionStatus) -> IndexEntry:
     failure = model.status.failure or model.stored.failure
     return IndexEntry(
         name=model.stored.id,

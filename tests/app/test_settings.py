@@ -168,3 +168,8 @@ def test_a_user_without_a_home_has_no_plan_cache(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Path, "expanduser", homeless)
 
     assert Settings(cache_dir=Path("~/plans")).engine_options().cache is None
+
+
+def test_weights_are_not_pulled_on_demand_into_a_store_by_url() -> None:
+    with pytest.raises(ValidationError, match="PVT_PULL=on_demand puts weights into a folder"):
+        Settings(model_store="memory://store", pull="on_demand")

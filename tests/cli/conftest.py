@@ -40,6 +40,7 @@ def pvt_serve(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def engine_here(monkeypatch: pytest.MonkeyPatch, model_store: Path) -> None:
-    """Commands without --url load the embedded model with the backend that loads fastest."""
+    """Commands without --url load the embedded model in the way that takes least: nothing compiled, little measured."""
     monkeypatch.setenv("PVT_MODEL_STORE", str(model_store))
-    monkeypatch.setenv("PVT_BACKEND", "torch")
+    for name, value in {"BACKEND": "torch", "INSTANCES": "1", "MAX_BATCH_SIZE": "1"}.items():
+        monkeypatch.setenv(f"PVT_{name}", value)

@@ -286,7 +286,8 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(
 
 
 @pytest.mark.usefixtures("engine_here")
-def test_without_a_service_embeddings_are_the_engine_s(pvt_serve: PvtServe, digits: Path, table: Path) -> None:
+def test_without_a_service_embeddings_are_the_engine_s(pvt_serve: PvtServe, digits: Path, tmp_path: Path) -> None:
+    table = tmp_path / "out.parquet"
     done = pvt_serve("embed", digits, "-o", table, "--normalize")
 
     columns = read(table)

@@ -33,3 +33,9 @@ def test_a_setting_out_of_bounds_is_one_line_and_a_usage_error(arguments: list[s
     assert done.returncode == 2
     assert done.stderr.startswith(f"pvt-serve: PVT_{arguments[1][2:].upper()}={arguments[2]}: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from cli.main import create_app; create_app(); assert 'torch' not in sys.modules"
+
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)

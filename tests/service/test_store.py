@@ -64,7 +64,9 @@ def test_a_variant_alone_that_could_mean_several_is_refused(store: Store) -> Non
 
 @pytest.mark.parametrize("name", ["pvt_v2_b5", "pvt_v2_b5.in1k"])
 def test_published_weights_that_are_not_here_are_unavailable(store: Store, name: str) -> None:
-    with pytest.raises(WeightsUnavailable, match=r"'pvt_v2_b5.in1k' are not in the store; put its card.json"):
+    with pytest.raises(
+        WeightsUnavailable, match=r"'pvt_v2_b5.in1k' are not in the store; fetch them with 'pvt-serve pull pvt_v2_b5'"
+    ):
         store.find(name)
 
 

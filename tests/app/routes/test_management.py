@@ -93,7 +93,7 @@ def test_the_versions_of_a_model_are_listed_with_where_they_stand(boss: TestClie
     boss.put("/aliases/old", json={"model": f"{TINY}@1"})
     predict(boss, "old")
 
-    (model,) = boss.get("/models").json()["models"]
+    model, *_ = boss.get("/models").json()["models"]
 
     assert (model["version"], model["state"]) == ("2", "available")
     newest, oldest = model["versions"]

@@ -3,18 +3,21 @@ from pathlib import Path
 
 from starlette.testclient import TestClient
 
+from service.variants import VARIANTS
 from tests.app.conftest import MakeClient, png
 from tests.service.stores import add_model
 
 
 def test_the_embedded_model_is_there_before_it_is_loaded(make_client: MakeClient) -> None:
-    (model,) = make_client().get("/models").json()["models"]
+    model, *remote = make_client().get("/models").json()["models"]
 
     assert model["id"] == "pvt_v2_b0.digits"
     assert (model["state"], model["default"], model["version"]) == ("available", True, "1")
     assert (model["num_classes"], model["input_size"], model["parameters"]) == (10, [64, 64], 3_412_330)
     assert model["accuracy"]["top1"] >= 0.98
     assert "backend" not in model
+    assert [each["id"] for each in remote] == [f"{variant}.in1k" for variant in VARIANTS]
+    assert {each["state"] for each in remote} == {"remote"}
 
 
 def test_a_loaded_model_tells_how_it_runs(client: TestClient) -> None:
@@ -73,7 +76,7 @@ def test_what_runs_counts_and_not_what_has_become_of_its_folder(make_client: Mak
     (folder.parent / "2").mkdir()
     half_copied = client.get("/models/pvt_v2_b0.tiny").json()
     shutil.rmtree(folder.parent)
-    (gone,) = client.get("/models").json()["models"]
+    gone, *_ = client.get("/models").json()["models"]
 
     for model in (half_copied, gone):
         assert (model["state"], model["version"]) == ("ready", "1")

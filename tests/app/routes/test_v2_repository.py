@@ -35,18 +35,20 @@ def server(process: Server) -> Iterator[triton.InferenceServerClient]:
 
 
 def states(server: Any, **headers: str) -> dict[str, str]:
-    return {each["name"]: each["state"] for each in server.get_model_repository_index(headers=headers)}
+    index = server.get_model_repository_index(headers=headers)
+    return {f"{each['name']}@{each['version']}": each["state"] for each in index}
 
 
 def test_a_model_is_loaded_and_the_index_tells(server: Any, process: Server) -> None:
-    assert states(server) == {MODEL: "UNAVAILABLE", "pvt_v2_b1.broken": "UNAVAILABLE"}
+    before = states(server)
+    assert before == dict.fromkeys((f"{MODEL}@2", f"{MODEL}@1", "pvt_v2_b1.broken@1"), "UNAVAILABLE")
 
     server.load_model(MODEL, headers=KEY)
 
-    assert states(server) == {MODEL: "READY", "pvt_v2_b1.broken": "UNAVAILABLE"}
-    index = {each["name"]: each for each in server.get_model_repository_index()}
-    assert index[MODEL] == {"name": MODEL, "version": "2", "state": "READY", "reason": ""}
-    assert "card.json" in index["pvt_v2_b1.broken"]["reason"]
+    assert states(server) == before | {f"{MODEL}@2": "READY"}
+    index = {f"{each['name']}@{each['version']}": each for each in server.get_model_repository_index()}
+    assert index[f"{MODEL}@2"] == {"name": MODEL, "version": "2", "state": "READY", "reason": ""}
+    assert "card.json" in index["pvt_v2_b1.broken@1"]["reason"]
     line = process.event("management")
     assert (line["action"], line["model"], line["outcome"]) == ("load", MODEL, "done")
 
@@ -55,12 +57,12 @@ def test_an_unloaded_model_is_loaded_again_by_its_next_request(server: Any) -> N
     server.load_model(MODEL, headers=KEY)
     server.unload_model(MODEL, headers=KEY)
 
-    assert states(server)[MODEL] == "UNAVAILABLE"
+    assert states(server)[f"{MODEL}@2"] == "UNAVAILABLE"
     assert server.is_model_ready(MODEL)
     tensor = triton.InferInput("images", [1, 32, 32, 3], "UINT8")
     tensor.set_data_from_numpy(np.zeros((1, 32, 32, 3), np.uint8))
     assert server.infer(MODEL, [tensor]).as_numpy("logits").shape == (1, 3)
-    assert states(server)[MODEL] == "READY"
+    assert states(server)[f"{MODEL}@2"] == "READY"
 
 
 def test_every_version_is_told_and_can_be_asked(server: Any) -> None:
@@ -103,6 +105,18 @@ def test_the_index_tells_of_models_in_memory_alone_where_that_is_asked(make_clie
     wrong = client.post("/v2/repository/index", json={"all": True})
     assert (wrong.status_code, wrong.json()) == (400, {"error": "all: Extra inputs are not permitted"})
     assert client.post("/v2/repository/index", content=b"null").status_code == 400
+
+
+def test_every_version_is_told(make_client: MakeClient, tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        add_model(tmp_path, version=version)
+    client = make_client(model_store=tmp_path, default_model=MODEL, backend="torch")
+
+    index = client.post("/v2/repository/index").json()
+    assert sorted(each["version"] for each in index) == ["1", "2"]
+    assert sorted(client.get(f"/v2/models/{MODEL}").json()["versions"]) == ["1", "2"]
+    assert client.get(f"/v2/models/{MODEL}/versions/1/ready").json() == {"ready": True}
+    assert client.get(f"/v2/models/{MODEL}/versions/3/ready").status_code == 404
 
 
 def test_without_management_keys_nobody_may_load(make_client: MakeClient, tmp_path: Path) -> None:

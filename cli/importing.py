@@ -1,0 +1,95 @@
+"""`pvt-serve import`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from pydantic import ValidationError
+
+from cli.stores import StoreOption, store_folder, warnings_aside
+from cli.terminal import USAGE, CommandError, print_line
+from service.cards import Preprocessing
+from service.importing import IMAGENET, Import, import_model
+from service.variants import VARIANTS
+
+_DEFAULT = Preprocessing(height=224, width=224, crop=0.9)
+_Triple = tuple[float, float, float]
+Interpolation = Literal["bicubic", "bilinear"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("import", rich_help_panel="Models")(import_checkpoint)
+
+
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors file, or .pth as torch.save writes it.")],
+    variant: Annotated[str, typer.Option(help=f"Its architecture: {', '.join(VARIANTS)}; b0, b1, ... for short.")],
+    tag: Annotated[str, typer.Option(help="Its own name: the model is called VARIANT.TAG, such as pvt_v2_b2.birds.")],
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Names of the classes: one a line, a JSON list, or JSON by number such as id2label; "
+            f"'{IMAGENET}' for those of ImageNet-1k. By default 'class 0', 'class 1', ...",
+        ),
+    ] = None,
+    size: Annotated[str, typer.Option(metavar="PIXELS", help="Input, 224 or 256x384 (height x width).")] = "224",
+    crop: Annotated[
+        float, typer.Option(help="Share of the shorter side that the centre crop keeps; 1 keeps all.")
+    ] = _DEFAULT.crop,
+    interpolation: Annotated[Interpolation, typer.Option(help="How pictures are resized.")] = "bicubic",
+    mean: Annotated[
+        _Triple, typer.Option(metavar="R G B", help="Mean of each channel in training, of pixels scaled to 0..1.")
+    ] = _DEFAULT.mean,
+    std: Annotated[_Triple, typer.Option(metavar="R G B", help="Standard deviation, likewise.")] = _DEFAULT.std,
+    licence: Annotated[str, typer.Option(help="Licence of the weights, for the card.")] = "unknown",
+    source: Annotated[
+        str | None, typer.Option(help="Where it comes from, for the card; FILE's name by default.")
+    ] = None,
+    version: Annotated[str | None, typer.Option(metavar="N", help="Its number; the next free one by default.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Put a checkpoint of your own into the model store.
+
+    It may have the tensor names of the official repository, timm, Hugging Face transformers or lucid, and any number of
+    classes, which is read from its head. Code in a .pth is never run. Geometry and normalisation must be those it was
+    trained with; the defaults are those of the public checkpoints.
+
+    pvt-serve import best.pth --variant b2 --tag birds --labels birds.txt
+    """
+    asked = Import(
+        file=file,
+        variant=variant,
+        tag=tag,
+        labels=labels,
+        preprocessing=_preprocessing(size, crop, interpolation, mean, std),
+        licence=licence,
+        source=source,
+        version=version,
+    )
+    with warnings_aside():
+        stored = import_model(store_folder(store), asked)
+    card = stored.require_card()
+    print_line(
+        f"{stored.key}: {len(card.labels)} classes, {card.parameters:,} parameters, "
+        f"input {card.preprocessing.height}x{card.preprocessing.width}"
+    )
+
+
+def _preprocessing(size: str, crop: float, interpolation: Interpolation, mean: _Triple, std: _Triple) -> Preprocessing:
+    height, by, width = size.partition("x")
+    try:
+        return Preprocessing.model_validate(
+            {
+                "height": height,
+                "width": width if by else height,
+                "crop": crop,
+                "interpolation": interpolation,
+                "mean": mean,
+                "std": std,
+            }
+        )
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise CommandError(told, USAGE) from error

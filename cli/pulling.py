@@ -1,0 +1,90 @@
+"""`pvt-serve pull`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from cli.stores import StoreOption, settings, store_folder, warnings_aside
+from cli.terminal import FAILED, SOME_BAD, USAGE, CommandError, print_line, reason, tell
+from service.catalogue import CATALOGUE, DEFAULT_SOURCE, Published, SourceName, published
+from service.errors import ServiceError
+from service.pulling import Pulled, PullOptions
+from service.pulling import pull as pull_model
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(rich_help_panel="Models")(pull)
+
+
+def pull(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODELS...", help=f"Variants: {', '.join(CATALOGUE)}; b0, b1, ... for short."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Pull all seven, about 1 GB.")] = False,
+    source: Annotated[SourceName, typer.Option(help="Whose copy of the public weights to fetch.")] = DEFAULT_SOURCE,
+    store: StoreOption = None,
+    mirror: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="In place of https://huggingface.co and https://github.com; PVT_MIRROR."),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Fetch as a new version what is there already.")] = False,
+) -> None:
+    """Fetch public ImageNet-1k weights into the model store.
+
+    Each file is checked against its SHA-256, converted, and written as `<variant>.in1k` with labels, licence and
+    reference outputs. A pull that was broken off goes on where it ended; what is in the store already is not fetched
+    again. Then `pvt-serve predict --model pvt_v2_b2 ...`.
+    """
+    if every == bool(models):
+        raise CommandError("name the models to pull, such as 'pvt-serve pull b2', or give --all", USAGE)
+    wanted = list(CATALOGUE.values()) if every else [published(name) for name in models or ()]
+    options = PullOptions(source=source, mirror=mirror or settings().mirror or None)
+    root, failed = store_folder(store), 0
+    with warnings_aside():
+        for model in dict.fromkeys(each.variant for each in wanted):
+            try:
+                print_line(_told(_pulled(root, CATALOGUE[model], options, again=again), options))
+            except ServiceError as error:
+                if len(wanted) == 1:
+                    raise
+                failed += 1
+                tell(f"pvt-serve: {model}: {reason(error)}")
+    if failed:
+        raise typer.Exit(FAILED if failed == len(wanted) else SOME_BAD)
+
+
+def _pulled(root: Path, model: Published, options: PullOptions, *, again: bool) -> Pulled:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        bar = progress.add_task(model.id, total=None)
+        return pull_model(
+            root,
+            model,
+            options,
+            again=again,
+            tell=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+
+
+def _told(pulled: Pulled, options: PullOptions) -> str:
+    key, card = pulled.stored.key, pulled.stored.require_card()
+    if not pulled.fresh:
+        return f"{key} is in the store already; --again fetches it as a new version"
+    origin = card.origin
+    if origin is None:
+        return key
+    size = f"{origin.bytes / 1e6:.1f} MB from {options.source}"
+    checks = {
+        "publisher": "SHA-256 as its publisher gave it",
+        "hub": "SHA-256 as the hub gives it",
+        "nobody": f"SHA-256 {origin.sha256}, which nobody has published: the first file fetched is trusted",
+    }
+    return f"{key}: {size}, {checks[origin.digest_from]}"

@@ -1,0 +1,309 @@
+"""`pvt-serve pull`, `import`, `ls`, `verify` and `rm`."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import save_file
+
+from service.labels import imagenet_labels
+from service.store import Store
+from service.weights import read_checkpoint, remap_keys
+from tests.cli.conftest import PvtServe
+from tests.service.checkpoints import checkpoint, official, path_of, pickled, transformers_state
+from tests.service.hub import Fault, Hub, serving_hub
+from tests.service.stores import add_model
+from tests.service.test_weights import in_lucid, in_timm
+
+TINY = "pvt_v2_b0.tiny"
+
+
+@pytest.fixture(autouse=True)
+def _quick_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.pulling.SIDE", 32)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with serving_hub() as hub:
+        monkeypatch.setenv("PVT_MIRROR", hub.url)
+        yield hub
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "store"
+    add_model(root, TINY)
+    monkeypatch.setenv("PVT_MODEL_STORE", str(root))
+    return root
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A checkpoint of three classes."""
+    save_file(in_timm(dict(official(3))), path := tmp_path / "best.safetensors")
+    return path
+
+
+def test_pull_fetches_once_and_says_what_was_checked(pvt_serve: PvtServe, store: Path, hub: Hub) -> None:
+    hub.put(path_of("timm"), checkpoint("timm"))
+    first, second = pvt_serve("pull", "b0"), pvt_serve("pull", "pvt_v2_b0.in1k")
+
+    assert (first.code, second.code) == (0, 0)
+    assert first.out == "pvt_v2_b0.in1k@1: 14.7 MB from timm, SHA-256 as the hub gives it\n"
+    assert second.out == "pvt_v2_b0.in1k@1 is in the store already; --again fetches it as a new version\n"
+    assert len(hub.requests) == 1
+    assert Store(store).find("pvt_v2_b0").require_card().labels == imagenet_labels()
+
+
+def test_pull_says_plainly_what_is_trusted_without_a_published_digest(
+    pvt_serve: PvtServe, store: Path, hub: Hub
+) -> None:
+    hub.put(path_of("official"), checkpoint("official"))
+    other = store.parent / "other"
+
+    done = pvt_serve("pull", "b0", "--source", "official", "--store", other)
+
+    assert "which nobody has published: the first file fetched is trusted" in done.out
+    assert [model.id for model in Store(other).models()] == ["pvt_v2_b0.in1k"]
+
+
+@pytest.mark.usefixtures("store")
+def test_pull_all_goes_on_after_one_that_fails(pvt_serve: PvtServe, hub: Hub) -> None:
+    hub.put(path_of("timm"), checkpoint("timm"))
+
+    done = pvt_serve("pull", "--all")
+
+    assert done.code == 3
+    assert done.out.startswith("pvt_v2_b0.in1k@1: 14.7 MB")
+    assert done.err.count("answers 404: there is no such file") == 6
+
+
+@pytest.mark.usefixtures("store", "hub")
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["pull"], 2, "name the models to pull"),
+        (["pull", "b0", "--all"], 2, "or give --all"),
+        (["pull", "b9"], 1, "no published weights are known for 'b9'; there are: pvt_v2_b0"),
+        (["pull", "b2_li", "--source", "lucid"], 1, "lucid has no pvt_v2_b2_li; these have: timm, opengvlab, official"),
+        (["pull", "b0"], 1, "answers 404: there is no such file; try another --source"),
+        (["pull", "b0", "--store", "s3://bucket"], 2, "works on a store in a folder"),
+        (["pull", "b0", "--source", "elsewhere"], 2, "elsewhere"),
+    ],
+)
+def test_pull_says_in_a_line_what_it_can_not_do(
+    pvt_serve: PvtServe, arguments: list[str], code: int, told: str
+) -> None:
+    done = pvt_serve(*arguments)
+
+    assert (done.code, told in done.err) == (code, True)
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.usefixtures("store")
+def test_retries_are_told_on_standard_error(pvt_serve: PvtServe, hub: Hub) -> None:
+    hub.put(path_of("timm"), checkpoint("timm"))
+    hub.faults = [Fault(status=503, headers={"Retry-After": "0"})]
+
+    done = pvt_serve("pull", "b0")
+
+    assert "503 Service Unavailable" in done.err
+    assert done.lines == ["pvt_v2_b0.in1k@1: 14.7 MB from timm, SHA-256 as the hub gives it"]
+
+
+DIALECTS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
+    "official": lambda: dict(official(3)),
+    "timm": lambda: in_timm(dict(official(3))),
+    "lucid": lambda: in_lucid(dict(official(3))),
+    "transformers": lambda: transformers_state(3),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_import_reads_every_dialect_in_both_formats(
+    pvt_serve: PvtServe, store: Path, dialect: str, suffix: str
+) -> None:
+    state = DIALECTS[dialect]()
+    file = store.parent / f"best{suffix}"
+    file.write_bytes(safetensors.torch.save(state) if suffix == ".safetensors" else pickled({"state_dict": state}))
+
+    done = pvt_serve("import", file, "--variant", "b0", "--tag", "mine", "--size", "32")
+
+    assert done.out == "pvt_v2_b0.mine@1: 3 classes, 3,410,531 parameters, input 32x32\n".replace(
+        "3,410,531", f"{sum(t.numel() for t in remap_keys(state).values()):,}"
+    )
+    stored = Store(store).find("pvt_v2_b0.mine")
+    card = stored.require_card()
+    found = read_checkpoint(stored.folder / card.weights.file)
+    assert all(torch.equal(found[name], tensor) for name, tensor in remap_keys(state).items())
+    assert card.reference
+    assert card.labels == ("class 0", "class 1", "class 2")
+    assert pvt_serve("verify").code == 0
+
+
+def test_import_takes_geometry_labels_and_provenance(pvt_serve: PvtServe, store: Path, mine: Path) -> None:
+    (labels := store.parent / "labels.txt").write_text("cat\ndog\nbird\n")
+    pvt_serve(
+        "import", mine, "--variant", "pvt_v2_b0", "--tag", "mine", "--labels", labels, "--size", "32x64", "--crop", "1",
+        "--interpolation", "bilinear", "--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25",
+        "--licence", "MIT", "--source", "our lab", "--version", "7",
+    )  # fmt: skip
+
+    stored = Store(store).find("pvt_v2_b0.mine")
+    card = stored.require_card()
+    assert (stored.version, card.labels, card.licence, card.source) == ("7", ("cat", "dog", "bird"), "MIT", "our lab")
+    assert card.preprocessing.model_dump() == {
+        "height": 32, "width": 64, "crop": 1.0, "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.25,) * 3,
+    }  # fmt: skip
+
+
+def test_importing_again_makes_the_next_version(pvt_serve: PvtServe, mine: Path, store: Path) -> None:
+    for version in ("1", "2"):
+        done = pvt_serve("import", mine, "--variant", "b0", "--tag", "mine", "--size", "32")
+        assert done.out.startswith(f"pvt_v2_b0.mine@{version}:")
+
+    assert Store(store).find("pvt_v2_b0.mine").version == "2"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("labels.json", '["a", "b", "c"]'),
+        ("id2label.json", '{"0": "a", "2": "c", "1": "b"}'),
+        ("config.json", '{"id2label": {"0": "a", "1": "b", "2": "c"}, "hidden": 3}'),
+        ("labels.txt", "a\nb\nc"),
+    ],
+)
+def test_labels_come_in_several_forms(pvt_serve: PvtServe, store: Path, mine: Path, name: str, text: str) -> None:
+    (labels := store.parent / name).write_text(text)
+    pvt_serve("import", mine, "--variant", "b0", "--tag", "mine", "--size", "32", "--labels", labels)
+
+    assert Store(store).find("pvt_v2_b0.mine").require_card().labels == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--variant", "b9"], "variant 'b9': it must be one of pvt_v2_b0"),
+        (["--variant", "b2_li"], "pvt_v2_b0, not pvt_v2_b2_li"),
+        (["--tag", "a/b"], "tag 'a/b': it has letters, digits"),
+        (["--version", "0"], "version '0': it is a number from 1"),
+        (["--size", "16"], "height: Input should be greater than or equal to 32"),
+        (["--std", "0", "1", "1"], "Input should be greater than 0"),
+        (["--labels", "imagenet"], "1000 labels for 3 classes"),
+        (["--labels", "nowhere.txt"], "labels 'nowhere.txt': No such file"),
+    ],
+)
+def test_import_says_what_is_wrong_and_changes_nothing(
+    pvt_serve: PvtServe, store: Path, mine: Path, arguments: list[str], told: str
+) -> None:
+    done = pvt_serve("import", mine, "--variant", "b0", "--tag", "mine", "--size", "32", *arguments)
+
+    assert done.code != 0
+    assert told in done.err
+    assert [model.id for model in Store(store).models()] == [TINY]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("x.safetensors", lambda: safetensors.torch.save(dict(official(3)))[:-100], "truncated or no .safetensors"),
+        ("x.pth", lambda: b"hello", "truncated or no .pth"),
+        ("x.onnx", lambda: b"hello", "it must end in .safetensors or .pth"),
+        ("x.pth", lambda: pickled({k: v for k, v in official(3).items() if "head" not in k}), "no classification head"),
+        ("x.pth", lambda: pickled({k: v * torch.nan for k, v in official(3).items()}), "NaN or infinity"),
+        ("x.pth", lambda: pickled({**official(3), "head.bias": print}), "asks for code"),
+    ],
+)
+def test_a_bad_checkpoint_is_refused_with_the_reason(
+    pvt_serve: PvtServe, store: Path, name: str, content: Callable[[], bytes], told: str
+) -> None:
+    (file := store.parent / name).write_bytes(content())
+    done = pvt_serve("import", file, "--variant", "b0", "--tag", "mine", "--size", "32")
+
+    assert (done.code, told in done.err) == (1, True)
+    assert [model.id for model in Store(store).models()] == [TINY]
+
+
+def test_ls_lists_every_version_and_what_could_be_pulled(pvt_serve: PvtServe, store: Path, mine: Path) -> None:
+    pvt_serve("import", mine, "--variant", "b0", "--tag", "mine", "--size", "32")
+    Store(store).set_alias("production", "pvt_v2_b0.mine@1")
+    (store / TINY / "1" / "card.json").write_text("{")
+
+    rows = json.loads(pvt_serve("ls", "--all", "--json").out)["models"]
+    table = pvt_serve("ls").lines
+
+    assert [(row["model"], row["state"]) for row in rows[:2]] == [("pvt_v2_b0.mine", "available"), (TINY, "failed")]
+    assert rows[0]["aliases"] == ["production"]
+    assert [row["state"] for row in rows[2:]] == ["remote"] * 7
+    assert any("production" in line and "best.safetensors" in line for line in table)
+    assert any("failed" in line and "card.json" in line for line in table)
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_verify_finds_every_kind_of_damage_and_exits_with_1(pvt_serve: PvtServe, store: Path, mine: Path) -> None:
+    for _ in range(4):
+        pvt_serve("import", mine, "--variant", "b0", "--tag", "mine", "--size", "32")
+    model = store / "pvt_v2_b0.mine"
+    damage(model / "1" / "model.safetensors")
+    damage(model / "2" / "reference.safetensors")
+    card = json.loads((model / "3" / "card.json").read_text())
+    card["preprocessing"]["mean"] = [0.1, 0.1, 0.1]
+    (model / "3" / "card.json").write_text(json.dumps(card))
+    (store / "aliases.json").write_text('{"production": "pvt_v2_b0.mine@9"}')
+
+    done, as_json = pvt_serve("verify"), json.loads(pvt_serve("verify", "--json").out)["verdicts"]
+
+    assert done.code == 1
+    assert done.err == "pvt-serve: 4 of 6 are not as they should be\n"
+    told = {line.split()[1].rstrip(":"): line for line in done.lines}
+    assert "ok   pvt_v2_b0.mine@4  8 reference outputs reproduced" in done.lines
+    assert told[f"{TINY}@1"].endswith("no reference outputs")
+    assert "SHA-256 is" in told["pvt_v2_b0.mine@1"]
+    assert "SHA-256 is" in told["pvt_v2_b0.mine@2"]
+    assert "does not give its reference outputs: logits are off by" in told["pvt_v2_b0.mine@3"]
+    assert "which is not in the store" in told["production"]
+    assert [verdict["failure"] is None for verdict in as_json].count(True) == 2
+
+
+def test_rm_removes_a_version_then_the_rest(pvt_serve: PvtServe, store: Path) -> None:
+    add_model(store, TINY, "2")
+
+    assert pvt_serve("rm", f"{TINY}@2", "--yes").out == f"removed {TINY}@2\n"
+    assert Store(store).find(TINY).version == "1"
+    assert pvt_serve("rm", TINY, "--yes").code == 0
+    assert Store(store).models() == []
+    assert [path.name for path in store.iterdir()] == []
+
+
+def test_rm_asks_and_takes_no_for_an_answer(pvt_serve: PvtServe, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: (_ for _ in ()).throw(SystemExit(1)))
+    assert pvt_serve("rm", TINY).code == 1
+
+    assert Store(store).find(TINY).card
+
+
+def test_rm_leaves_what_an_alias_stands_for(pvt_serve: PvtServe, store: Path) -> None:
+    Store(store).set_alias("production", f"{TINY}@1")
+
+    done = pvt_serve("rm", TINY, "--yes")
+
+    assert (done.code, "'production' stands for" in done.err) == (1, True)
+    assert Store(store).find(TINY).card
+
+
+@pytest.mark.usefixtures("store")
+def test_rm_of_what_is_not_there_says_so(pvt_serve: PvtServe) -> None:
+    assert "no model 'pvt_v2_b0.none'" in pvt_serve("rm", "pvt_v2_b0.none", "--yes").err
+    assert "has no version '9'" in pvt_serve("rm", f"{TINY}@9", "--yes").err
