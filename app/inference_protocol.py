@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from app.bodies import EXAMPLE
 from app.json_body import loads
 from app.problems import BodyTooLarge, UnsupportedMediaType
 from service.errors import InvalidRequest
@@ -86,6 +87,25 @@ class OutputMessage(BaseModel):
     shape: list[int]
     parameters: dict[str, int] | None = None
     data: list[Any] | None = None
+
+
+INFER_EXAMPLES: Mapping[str, object] = {
+    "a file in base64": {
+        "inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [1], "data": [EXAMPLE]}],
+        "outputs": [{"name": "probabilities", "parameters": {"classification": 2}}, {"name": "embedding"}],
+    },
+    "pixels behind the JSON": {
+        "inputs": [
+            {
+                "name": "images",
+                "datatype": "UINT8",
+                "shape": [1, 224, 224, 3],
+                "parameters": {"binary_data_size": 150528},
+            }
+        ],
+        "parameters": {"binary_data_output": True},
+    },
+}
 
 
 class InferResponse(BaseModel):

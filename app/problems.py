@@ -110,7 +110,7 @@ MEANING: Mapping[int, str] = {
 _SAMPLE_ID = "e0a4aa4ff30f41ab9122180526e30d37"
 # Details as they are told, for the examples of the OpenAPI document; of the others the class says what they are.
 _SAMPLES: Mapping[type[Exception], str] = {
-    errors.InvalidRequest: "query top_k: Input should be less than or equal to 1000",
+    errors.InvalidRequest: "query top_k: must be from 1 to 1000",
     errors.InvalidImage: "not a supported image (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF)",
     errors.DeadlineExceeded: "no answer within 100 ms; allow more with timeout_ms or PVT_TIMEOUT_MS",
     errors.ShuttingDown: "the service is shutting down and takes no new work; send the request again",

@@ -3,11 +3,24 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from annotated_types import Ge, Le
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from service.features import Wanted
 
 _SIZE = re.compile(r"(?P<height>[1-9]\d{0,4})(x(?P<width>[1-9]\d{0,4}))?", re.ASCII)
+_BEYOND = {"greater_than_equal", "less_than_equal"}
 _STAGES = re.compile(r"[1-4](,[1-4])*")
 
 
@@ -23,10 +36,28 @@ def _are_stages(value: str) -> str:
     return value
 
 
+def _bounds(field: FieldInfo) -> str:
+    low = [str(each.ge) for each in field.metadata if isinstance(each, Ge)]
+    high = [str(each.le) for each in field.metadata if isinstance(each, Le)]
+    return f"from {low[0]} to {high[0]}" if low and high else f"at least {low[0]}" if low else ""
+
+
 class InferenceQuery(BaseModel):
     """Parameters of every endpoint that takes pictures."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _in_range(cls, value: object, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> object:
+        """As `check`, but a number out of range is told the whole range, not the bound that it broke."""
+        try:
+            return check(value)
+        except ValidationError as error:
+            bounds = _bounds(cls.model_fields[info.field_name or ""])
+            if not bounds or error.errors()[0]["type"] not in _BEYOND:
+                raise
+            raise PydanticCustomError("out_of_range", "must be {range}", {"range": bounds}) from error
 
     model: Annotated[
         str | None, Field(description="`<variant>.<tag>`, or a variant alone; the service's default model if absent.")

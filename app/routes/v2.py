@@ -13,6 +13,7 @@ from app.bodies import LARGE_JSON, read_body
 from app.dependencies import EngineDep, HealthDep, LivenessDep
 from app.inference_protocol import (
     HEADER_LENGTH,
+    INFER_EXAMPLES,
     Body,
     InferRequest,
     InferResponse,
@@ -21,6 +22,7 @@ from app.inference_protocol import (
     parse,
     written,
 )
+from app.openapi import BINARY, json_body
 from app.refusals import refusals
 from app.routes.inference import carried_out, encoded
 from app.routes.v2_models import ModelName, Ready, named
@@ -33,6 +35,14 @@ router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 health = APIRouter(prefix="/v2/health", tags=["open inference protocol"])  # what probes ask, never behind a key
 SHORT = len(str(LARGE_JSON))  # digits of a length that is less
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository")
+
+
+INFER_RESPONSES = {
+    200: {"content": {"application/octet-stream": {"schema": BINARY}}},
+    **refusals("/v2", 400, 401, 404, 413, 415, 429, 503, 504),
+}
+INFER_BODY = {"requestBody": json_body(InferRequest, INFER_EXAMPLES)}
+INFER_BODY["requestBody"]["content"]["application/octet-stream"] = {"schema": BINARY}
 
 
 class ServerMetadata(BaseModel):
@@ -79,13 +89,15 @@ async def server_ready(state: HealthDep) -> JSONResponse:
     "/models/{name}/infer",
     summary="Inference on tensors",
     response_model=InferResponse,
-    responses=refusals("/v2", 400, 401, 404, 413, 415, 429, 503, 504),
+    responses=INFER_RESPONSES,
+    openapi_extra=INFER_BODY,
 )
 @router.post(
     "/models/{name}/versions/{version}/infer",
     summary="Inference on tensors",
     response_model=InferResponse,
-    responses=refusals("/v2", 400, 401, 404, 413, 415, 429, 503, 504),
+    responses=INFER_RESPONSES,
+    openapi_extra=INFER_BODY,
 )
 async def infer(request: Request, engine: EngineDep, name: ModelName, version: str | None = None) -> Response:
     """Outputs of a model for pictures in one tensor: `images` (UINT8, NHWC) or `encoded` (BYTES, whole files).

@@ -142,8 +142,8 @@ def test_top_k_bounds_the_classes(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("query", "named"),
     [
-        ("top_k=0", "top_k: Input should be greater than or equal to 1"),
-        ("top_k=1001", "top_k: Input should be less than or equal to 1000"),
+        ("top_k=0", "top_k: must be from 1 to 1000"),
+        ("top_k=1001", "top_k: must be from 1 to 1000"),
         ("top_k=many", "top_k: Input should be a valid integer"),
         ("timeout_ms=0", "timeout_ms"),
         ("topk=3", "topk: Extra inputs are not permitted"),
