@@ -191,7 +191,7 @@ class Fetcher:
         """Where `location` leads, checked as a URL that a caller sends."""
         try:
             following = self._target(target.url.join(location))
-        except httpx.InvalidURL as error:
+        except (httpx.InvalidURL, ValueError) as error:  # `join` lets some of the standard library's through
             raise ImageUrlRefused("the URL redirects to where it may not: the URL is malformed") from error
         except ImageUrlRefused as error:
             raise ImageUrlRefused(f"the URL redirects to where it may not: {error}") from error

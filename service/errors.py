@@ -33,7 +33,10 @@
 
 
 class ServiceError(Exception):
-    """Base of all errors that a caller may be told of; `str()` is the sentence to show."""
+    """Base of all errors that a caller may be told of; `str()` is the sentence to show.
+
+    The message alone makes one, as `copy` does it: each of those who waited for the same thing has one of its own.
+    """
 
 
 class InvalidRequest(ServiceError):
@@ -126,7 +129,7 @@ class ModelLoading(ServiceError):
     `retry_after_seconds` is when it is likely to be ready, from what loading it took before.
     """
 
-    def __init__(self, message: str, retry_after_seconds: float) -> None:
+    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
 
@@ -156,7 +159,7 @@ class QueueFull(ServiceError):
     `retry_after_seconds` is when a place is likely to be free, from the queue's length and measured batch times.
     """
 
-    def __init__(self, message: str, retry_after_seconds: float) -> None:
+    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
 

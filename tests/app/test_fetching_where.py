@@ -174,6 +174,7 @@ async def test_a_redirect_is_followed_to_a_host_that_is_allowed() -> None:
         ("https://example.org@evil.net/", "carries credentials"),
         ("http://[evil.net", "neither a name nor an address"),
         ("http://exa\u0001.evil.net", "malformed"),
+        ("http:////[evil.net]", "malformed"),
     ],
 )
 async def test_a_redirect_to_where_it_may_not_is_refused_without_naming_the_place(location: str, reason: str) -> None:
