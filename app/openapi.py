@@ -146,8 +146,9 @@ def _completed(document: Json, unused_keys: set[str]) -> Json:
         operation["responses"] = dict(sorted(answers.items()))
     for name in ("HTTPValidationError", "ValidationError"):  # the framework's own form of a 422, which is never sent
         schemas.pop(name, None)
-    schemes = components.get("securitySchemes", {})
-    components["securitySchemes"] = {name: each for name, each in schemes.items() if name not in unused_keys}
+    # Without any the documentation page would still offer to take a key, if the schemes were there and empty.
+    if schemes := {n: each for n, each in components.pop("securitySchemes", {}).items() if n not in unused_keys}:
+        components["securitySchemes"] = schemes
     components["headers"] = _HEADERS
     _hoist(document, schemas)
     return document
