@@ -17,7 +17,7 @@ import structlog
 from app.addresses import DEFAULT_PORTS, Reach, host_name
 from app.bodies import Link, Upload
 from app.metrics import FetchMetrics
-from app.pinned import NotReachable, PinnedBackend, Resolve, Resolver
+from app.pinned import HeadLimited, NotReachable, PinnedBackend, Resolve, Resolver
 from app.problems import ImageTimedOut, ImageUnreachable, ImageUrlRefused
 from service.errors import ImageTooLarge, ServiceError
 
@@ -208,6 +208,8 @@ class Fetcher:
         pool = httpcore.AsyncConnectionPool(self._ssl_context, network_backend=self._backend, max_connections=1)
         send = partial(pool.stream, "GET", target.core, headers=headers, extensions={"timeout": timeout})
         async with pool, send() as response:
+            if isinstance(stream := response.extensions["network_stream"], HeadLimited):
+                stream.head_is_there()
             answered = {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in response.headers}
             if response.status in _REDIRECT and "location" in answered:
                 return answered["location"]

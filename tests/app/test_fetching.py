@@ -72,6 +72,7 @@ async def test_crumbs_are_given_up() -> None:
         (answer(b"secret", Content_Encoding="gzip"), "content encoding"),
         ([b"SSH-2.0-OpenSSH_9.6\r\n"], "does not speak HTTP"),
         ([], "does not speak HTTP"),
+        (repeat(b"HTTP/1.1 100 Continue\r\n\r\n" * 100), "does not speak HTTP"),
         ([b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nsec"], "does not speak HTTP"),
         ([b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nsecret"], "does not speak HTTP"),
         ([b"HTTP/1.1 200 OK\r\n", *[b"X-Secret: secret\r\n" * 100] * 100], "does not speak HTTP"),
