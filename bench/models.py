@@ -72,7 +72,7 @@ def report(rows: dict[str, Row]) -> str:
 
 def _visit(folder: Path, variant: str, row: Row, wrk: Wrk, seconds: int) -> None:
     """Start the service, twice in the first round, and drive it."""
-    settings = {"PVT_DEFAULT_MODEL": f"{variant}.{TAG}"}
+    settings = {"PVT_DEFAULT_MODEL": f"{variant}.{TAG}", "PVT_TIMEOUT_MS": "120000"}
     with ExitStack() as stack:
         for _ in range(1 if row.rates else 2):
             stack.close()

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from cli.stores import StoreOption, store_folder, warnings_aside
 from cli.terminal import USAGE, CommandError, print_line
 from service.cards import Preprocessing
-from service.importing import IMAGENET, Import, import_model
+from service.labels import IMAGENET
 from service.variants import VARIANTS
 
 _DEFAULT = Preprocessing(height=224, width=224, crop=0.9)
@@ -58,6 +58,8 @@ def import_checkpoint(
 
     pvt-serve import best.pth --variant b2 --tag birds --labels birds.txt
     """
+    from service.importing import Import, import_model  # noqa: PLC0415  with it comes torch, which --help does not need
+
     asked = Import(
         file=file,
         variant=variant,

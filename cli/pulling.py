@@ -1,7 +1,7 @@
 """`pvt-serve pull`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,8 +11,9 @@ from cli.stores import StoreOption, settings, store_folder, warnings_aside
 from cli.terminal import FAILED, SOME_BAD, USAGE, CommandError, print_line, reason, tell
 from service.catalogue import CATALOGUE, DEFAULT_SOURCE, Published, SourceName, published
 from service.errors import ServiceError
-from service.pulling import Pulled, PullOptions
-from service.pulling import pull as pull_model
+
+if TYPE_CHECKING:
+    from service.pulling import Pulled, PullOptions
 
 
 def register(app: typer.Typer) -> None:
@@ -43,6 +44,8 @@ def pull(
     if every == bool(models):
         raise CommandError("name the models to pull, such as 'pvt-serve pull b2', or give --all", USAGE)
     wanted = list(CATALOGUE.values()) if every else [published(name) for name in models or ()]
+    from service.pulling import PullOptions  # noqa: PLC0415  with it comes torch, which --help does not need
+
     options = PullOptions(source=source, mirror=mirror or settings().mirror or None)
     root, failed = store_folder(store), 0
     with warnings_aside():
@@ -58,7 +61,9 @@ def pull(
         raise typer.Exit(FAILED if failed == len(wanted) else SOME_BAD)
 
 
-def _pulled(root: Path, model: Published, options: PullOptions, *, again: bool) -> Pulled:
+def _pulled(root: Path, model: Published, options: "PullOptions", *, again: bool) -> "Pulled":
+    from service.pulling import pull as pull_model  # noqa: PLC0415  with it comes torch, which --help does not need
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     with Progress(
@@ -74,7 +79,7 @@ def _pulled(root: Path, model: Published, options: PullOptions, *, again: bool) 
         )
 
 
-def _told(pulled: Pulled, options: PullOptions) -> str:
+def _told(pulled: "Pulled", options: "PullOptions") -> str:
     key, card = pulled.stored.key, pulled.stored.require_card()
     if not pulled.fresh:
         return f"{key} is in the store already; --again fetches it as a new version"

@@ -17,7 +17,6 @@ from service.catalogue import CATALOGUE
 from service.removal import removable, remove
 from service.store import Store
 from service.stored import StoredModel
-from service.verification import verify as verify_store
 
 _WIDE = 250  # characters, where nobody has to look at it
 
@@ -78,6 +77,8 @@ def verify(store: StoreOption = None, as_json: options.Json = False) -> None:
     Exits with 1 if anything is not as it should be.
     """
     bad, verdicts = 0, []
+    from service.verification import verify as verify_store  # noqa: PLC0415  with it comes torch, which --help does not need
+
     for verdict in verify_store(store_folder(store)):
         bad += verdict.failure is not None
         verdicts.append(asdict(verdict))

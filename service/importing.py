@@ -9,14 +9,13 @@ from pydantic import TypeAdapter, ValidationError
 from service.cards import Preprocessing
 from service.catalogue import variant_named
 from service.errors import InvalidRequest, WeightsCorrupt
-from service.labels import imagenet_labels
+from service.labels import IMAGENET, imagenet_labels
 from service.names import MODEL_ID, VERSION
 from service.publishing import Description, publish
 from service.stored import StoredModel
 from service.variants import VARIANTS
 from service.weights import read_checkpoint
 
-IMAGENET = "imagenet"
 _LIST = TypeAdapter(tuple[str, ...])
 _BY_NUMBER = TypeAdapter(dict[int, str])
 

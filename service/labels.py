@@ -3,6 +3,7 @@
 from functools import cache
 from importlib.resources import files
 
+IMAGENET = "imagenet"  # what stands for all of them on a command line
 _FILE = "data/imagenet1k.tsv"
 
 

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -6,6 +7,8 @@ import pytest
 from tests.app.processes import serving
 
 ROOT = Path(__file__).parent.parent
+# Threads that wait for one another give their core to the tests beside them; read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +23,15 @@ def _no_plan_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iter
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PVT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         environment.setenv("PVT_RELOAD_SECONDS", "0")  # the thread that watches a store takes its time to end
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_runs_for_a_measurement() -> Iterator[None]:
+    """What is loaded in a test is timed as always, though not as often: nobody looks at how exact it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("service.plan._RUNS", 2)
+        patch.setattr("service.plan._MIN_RUNS", 2)
         yield
 
 

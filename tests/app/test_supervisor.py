@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import psutil
@@ -14,6 +15,7 @@ from tests.app.conftest import png
 from tests.app.processes import ROOT, Server, post, serving
 
 Samples = Mapping[tuple[object, ...], float]
+LIGHT: Any = {"backend": "torch", "max_batch_size": "1"}  # nothing compiled, little measured
 ANSWERED = ("pvt_http_requests_total", ("method", "POST"), ("route", "/predict"), ("status", "200"))
 
 
@@ -42,7 +44,7 @@ def ask_both_workers(server: Server) -> int:
 
 
 def test_every_worker_gives_the_sums_over_all() -> None:
-    with serving(workers="2", instances="3") as server:
+    with serving(**LIGHT, workers="2", instances="3") as server:
         sent = ask_both_workers(server)
 
         for _ in range(10):
@@ -58,7 +60,7 @@ def test_every_worker_gives_the_sums_over_all() -> None:
 
 
 def test_a_worker_that_is_killed_is_replaced_and_no_counter_goes_back() -> None:
-    with serving(workers="2", instances="2") as server:
+    with serving(**LIGHT, workers="2", instances="2") as server:
         sent = ask_both_workers(server)
         before = samples(server, ("counter", "histogram"))
         victim = psutil.Process(server.process.pid).children()[0]
@@ -82,7 +84,7 @@ def test_a_worker_that_is_killed_is_replaced_and_no_counter_goes_back() -> None:
 
 
 def test_a_model_to_preload_is_loaded_in_every_worker() -> None:
-    with serving(workers="2", preload="pvt_v2_b0.digits") as server:
+    with serving(**LIGHT, workers="2", preload="pvt_v2_b0.digits") as server:
         # A worker may have loaded its model before the other one listened.
         loaded = {record["worker"] for record in server.seen if record["event"] == "model_loaded"}
         while len(loaded) < 2:
@@ -93,7 +95,7 @@ def test_a_model_to_preload_is_loaded_in_every_worker() -> None:
 
 
 def test_workers_end_when_their_supervisor_is_killed() -> None:
-    with serving(workers="2") as server:
+    with serving(**LIGHT, workers="2") as server:
         workers = psutil.Process(server.process.pid).children()
 
         server.process.kill()
@@ -105,7 +107,7 @@ def test_workers_end_when_their_supervisor_is_killed() -> None:
 
 def test_the_folder_that_workers_share_goes_with_them(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("run")
-    with serving(workers="2", environment={"TMPDIR": str(folder)}) as server:
+    with serving(**LIGHT, workers="2", environment={"TMPDIR": str(folder)}) as server:
         (shared,) = folder.iterdir()
         assert shared.stat().st_mode & 0o777 == 0o700
 

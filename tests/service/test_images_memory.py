@@ -5,7 +5,9 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,19 +24,25 @@ PIXELS = SIZE[0] * SIZE[1]
 GEOMETRY = Geometry(224, 224, 0.9, "bicubic")
 ROOT = Path(__file__).parents[2]
 OVERHEAD = 24_000_000  # bytes: one strip's conversion, the intermediate of the resize, the allocator
-# VmHWM and not getrusage's ru_maxrss, which a child starts with at the size of the process that spawned it.
-CHILD = """
-import sys
-from pathlib import Path
-from service.images import Geometry, decode
 
-def peak():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-data, before = Path(sys.argv[1]).read_bytes(), peak()
-decode(data, Geometry(224, 224, 0.9, "bicubic"), max_pixels=50_000_000, scaled_jpeg=False)
-print(peak() - before)
-"""
+@pytest.fixture(scope="module")
+def grown() -> Iterator[Callable[[bytes], int]]:
+    """By how many bytes decoding a picture raises the peak of a process that does nothing else."""
+    command = [sys.executable, "-m", "tests.service.peaks"]
+    with (
+        TemporaryDirectory() as folder,
+        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
+    ):
+
+        def measure(data: bytes) -> int:
+            assert process.stdin
+            assert process.stdout
+            (file := Path(folder) / "picture").write_bytes(data)
+            print(file, file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        yield measure
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -71,31 +79,25 @@ def of_mode(mode: str, size: tuple[int, int] = SIZE) -> Image.Image:
     ],
 )
 def test_the_peak_is_the_decoded_picture_and_little_more(
-    kind: str, mode: str, options: dict[str, Any], bytes_per_pixel: int, tmp_path: Path
+    kind: str, mode: str, options: dict[str, Any], bytes_per_pixel: int, grown: Callable[[bytes], int]
 ) -> None:
     if kind not in FORMATS:
         pytest.skip("this Pillow has no AVIF")
     image = of_mode(mode) if mode != "LAB" else Image.new(mode, SIZE)
-    (file := tmp_path / "picture").write_bytes(encode(image, kind, **options))
 
-    grown = subprocess.run([sys.executable, "-c", CHILD, str(file)], cwd=ROOT, capture_output=True, check=True).stdout
-
-    assert int(grown) < bytes_per_pixel * PIXELS + OVERHEAD
+    assert grown(encode(image, kind, **options)) < bytes_per_pixel * PIXELS + OVERHEAD
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("mode", "bytes_per_pixel"), [("RGB", 7), ("CMYK", 9)])
 def test_a_large_jpeg_of_many_scans_is_read_at_half_its_sides_at_most(
-    mode: str, bytes_per_pixel: int, tmp_path: Path
+    mode: str, bytes_per_pixel: int, grown: Callable[[bytes], int]
 ) -> None:
     """libjpeg holds two bytes for each value of it, and the picture itself is then a quarter."""
     size = (4600, 4000)
     data = encode(of_mode(mode, size), "JPEG", progressive=True, subsampling=0)
-    (file := tmp_path / "picture").write_bytes(data)
 
-    grown = subprocess.run([sys.executable, "-c", CHILD, str(file)], cwd=ROOT, capture_output=True, check=True).stdout
-
-    assert int(grown) < bytes_per_pixel * size[0] * size[1] + OVERHEAD
+    assert grown(data) < bytes_per_pixel * size[0] * size[1] + OVERHEAD
 
 
 def photo(width: int, height: int) -> Image.Image:
