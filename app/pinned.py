@@ -16,7 +16,7 @@ Resolve = Callable[[str, int], Awaitable[Sequence[Address]]]
 
 RESOLVERS = 8  # threads; a name server that never answers holds one of them until the C library gives up
 _ATTEMPTS = 3  # addresses of one host
-_HEAD_BYTES, _HEAD_PIECE = 65_536, 4096
+_HEAD_BYTES, _HEAD_PIECE = 32_768, 2048
 
 
 class NotReachable(Exception):
