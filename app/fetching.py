@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import PurePosixPath
 from time import perf_counter
@@ -16,7 +17,7 @@ import structlog
 from app.addresses import DEFAULT_PORTS, Reach, host_name
 from app.bodies import Link, Upload
 from app.metrics import FetchMetrics
-from app.pinned import NotReachable, PinnedBackend, Resolve, Resolver
+from app.pinned import HeadLimited, NotReachable, PinnedBackend, Resolve, Resolver
 from app.problems import ImageTimedOut, ImageUnreachable, ImageUrlRefused
 from service.errors import ImageTooLarge, ServiceError
 
@@ -91,12 +92,8 @@ class Fetcher:
         self._seconds = seconds
         self._resolver = Resolver()
         self._turns = asyncio.Semaphore(CONNECTIONS)
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=httpx.create_ssl_context() if reach.rules else None,
-            max_connections=CONNECTIONS,
-            max_keepalive_connections=0,  # so that each picture's address is checked, and none meets a stale connection
-            network_backend=PinnedBackend(reach, resolve or self._resolver, backend or httpcore.AnyIOBackend()),
-        )
+        self._ssl_context = httpx.create_ssl_context() if reach.rules else None
+        self._backend = PinnedBackend(reach, resolve or self._resolver, backend or httpcore.AnyIOBackend())
 
     async def __aenter__(self) -> Self:
         return self
@@ -105,7 +102,6 @@ class Fetcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._resolver.close()
-        await self._pool.aclose()
 
     async def fetched(self, sent: Sequence[Upload | Link], request_id: str) -> list[Upload]:
         """`sent`, with what each link leads to in its place: the picture's bytes, or why there are none."""
@@ -208,7 +204,12 @@ class Fetcher:
             "User-Agent": f"pvt-serve/{version('pvt-serve')}",
         }
         timeout = {"connect": _CONNECT_SECONDS, "read": self._seconds, "write": self._seconds, "pool": self._seconds}
-        async with self._pool.stream("GET", target.core, headers=headers, extensions={"timeout": timeout}) as response:
+        # A pool for each: a shared one never gets a connection back from a caller that went at the wrong moment.
+        pool = httpcore.AsyncConnectionPool(self._ssl_context, network_backend=self._backend, max_connections=1)
+        send = partial(pool.stream, "GET", target.core, headers=headers, extensions={"timeout": timeout})
+        async with pool, send() as response:
+            if isinstance(stream := response.extensions["network_stream"], HeadLimited):
+                stream.head_is_there()
             answered = {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in response.headers}
             if response.status in _REDIRECT and "location" in answered:
                 return answered["location"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,10 +16,58 @@ Resolve = Callable[[str, int], Awaitable[Sequence[Address]]]
 
 RESOLVERS = 8  # threads; a name server that never answers holds one of them until the C library gives up
 _ATTEMPTS = 3  # addresses of one host
+_HEAD_BYTES, _HEAD_PIECE = 32_768, 2048
 
 
 class NotReachable(Exception):
     """The name has no address, or one that must not be connected to; which of them is for the log alone."""
+
+
+class HeadLimited(httpcore.AsyncNetworkStream):
+    """A connection that gives so many bytes only, and by small pieces, until `head_is_there`.
+
+    h11 bounds one head, but not how many informational ones come before it, and works through all that one piece holds
+    in one turn of the event loop.
+    """
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+        self._left: int | None = _HEAD_BYTES
+
+    def head_is_there(self) -> None:
+        """What comes now is a body."""
+        self._left = None
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  httpcore's
+        """Raises RemoteProtocolError when the head has no end."""
+        if self._left is None:
+            return await self._stream.read(max_bytes, timeout)
+        piece = await self._stream.read(min(max_bytes, _HEAD_PIECE), timeout)
+        self._left -= len(piece)
+        if self._left < 0:
+            raise httpcore.RemoteProtocolError("the answer's head has no end")
+        return piece
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109  httpcore's
+        """As it is."""
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        """As it is."""
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109  httpcore's
+    ) -> httpcore.AsyncNetworkStream:
+        """The same within TLS."""
+        return HeadLimited(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> object:
+        """As it is."""
+        return self._stream.get_extra_info(info)
 
 
 class Resolver:
@@ -76,8 +125,10 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
         *others, last = map(str, addresses[:_ATTEMPTS])
         for address in others:
             with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
-                return await self._backend.connect_tcp(address, port, timeout, local_address, socket_options)
-        return await self._backend.connect_tcp(last, port, timeout, local_address, socket_options)
+                return HeadLimited(
+                    await self._backend.connect_tcp(address, port, timeout, local_address, socket_options)
+                )
+        return HeadLimited(await self._backend.connect_tcp(last, port, timeout, local_address, socket_options))
 
     async def sleep(self, seconds: float) -> None:
         """Only for retries, of which there are none."""

@@ -8,7 +8,7 @@ import pytest
 import structlog
 
 from app.bodies import Link
-from app.fetching import PER_REQUEST, _body, _Budget
+from app.fetching import CONNECTIONS, PER_REQUEST, _body, _Budget
 from app.problems import ImageTimedOut, ImageUnreachable
 from service.errors import ImageTooLarge
 from tests.app.internet import PRIVATE, PUBLIC, Internet, Stream, answer, fetch, fetcher
@@ -72,6 +72,7 @@ async def test_crumbs_are_given_up() -> None:
         (answer(b"secret", Content_Encoding="gzip"), "content encoding"),
         ([b"SSH-2.0-OpenSSH_9.6\r\n"], "does not speak HTTP"),
         ([], "does not speak HTTP"),
+        (repeat(b"HTTP/1.1 100 Continue\r\n\r\n" * 100), "does not speak HTTP"),
         ([b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nsec"], "does not speak HTTP"),
         ([b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nsecret"], "does not speak HTTP"),
         ([b"HTTP/1.1 200 OK\r\n", *[b"X-Secret: secret\r\n" * 100] * 100], "does not speak HTTP"),
@@ -183,3 +184,20 @@ async def test_a_cancelled_request_leaves_no_connection_open() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert stream.closed
+
+
+async def test_requests_cancelled_at_any_moment_take_no_connection_along() -> None:
+    internet = Internet({"example.org": [PUBLIC]}, [answer()] * 10_000)
+    link = Link("http://example.org/")
+
+    async with fetcher(internet, "example.org", seconds=5) as each:
+        for turns in range(12):
+            tasks = [asyncio.create_task(each.fetched([link], "id")) for _ in range(CONNECTIONS)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        (upload,) = await each.fetched([link], "id")
+
+    assert upload.data == b"picture"
