@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from tests.app.conftest import png
 from tests.app.processes import Server, post, serving
 
-LIGHT = {"backend": "torch", "max_batch_size": "1"}  # nothing compiled, little measured
+LIGHT: dict[str, Any] = {"backend": "torch", "max_batch_size": "1"}  # nothing compiled, little measured
 
 
 @pytest.fixture(scope="module")
