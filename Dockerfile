@@ -2,6 +2,8 @@
 FROM python:3.11-slim-bookworm AS build
 # Where the CPU build of torch comes from, for example the CPU index that pytorch.org names. Empty: pip's own settings.
 ARG TORCH_INDEX=
+# Extras of pyproject.toml, for model stores by URL: s3, gcs, hub, http; with commas.
+ARG EXTRAS=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
@@ -10,8 +12,10 @@ WORKDIR /src
 COPY constraints.txt ./
 RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url $TORCH_INDEX} torch
 COPY pyproject.toml README.md LICENSE ./
-# The dependencies without the source, so that a change of the source does not fetch them again.
-RUN mkdir app cli pvt_client service && touch app/__init__.py cli/__init__.py pvt_client/__init__.py service/__init__.py && pip install --constraint constraints.txt . && pip uninstall --yes pvt-serve
+# The dependencies without the source, so that a change of the source does not fetch them again. Nothing of that build
+# may stay: its empty files are newer than the source's, and setuptools would keep them.
+RUN mkdir app cli pvt_client service && touch app/__init__.py cli/__init__.py pvt_client/__init__.py service/__init__.py \
+    && pip install --constraint constraints.txt ".${EXTRAS:+[$EXTRAS]}" && pip uninstall --yes pvt-serve && rm -rf build *.egg-info
 COPY app app
 COPY cli cli
 COPY pvt_client pvt_client
@@ -24,12 +28,16 @@ RUN pip install --no-deps --constraint constraints.txt . \
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/venv /opt/venv
 COPY model_store /srv/model_store
-# Measured batch plans and compiled graphs: a volume there lets the next container start without measuring.
-RUN useradd --system --uid 10001 --no-create-home pvt && install --directory --owner pvt --mode 700 /var/cache/pvt-serve
+# Measured batch plans and compiled graphs, and copies out of a store by URL: volumes there let the next container start
+# without measuring and fetching.
+RUN useradd --system --uid 10001 --no-create-home pvt \
+    && install --directory --owner pvt --mode 700 /var/cache/pvt-serve /var/cache/pvt-serve-stores
 USER pvt
 WORKDIR /srv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PVT_HOST=0.0.0.0 PVT_PORT=8000 PVT_MODEL_STORE=/srv/model_store \
-    PVT_CACHE_DIR=/var/cache/pvt-serve
+    PVT_CACHE_DIR=/var/cache/pvt-serve PVT_STORE_CACHE_DIR=/var/cache/pvt-serve-stores
+# An image that lacks a part of ours does not come to be.
+RUN pvt-serve --version && pvt-serve ls --all
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \

@@ -34,7 +34,7 @@ bench-quick: .venv-bench/.bench
 	.venv-bench/bin/python -m bench --quick
 
 image:
-	docker build --network host --build-arg TORCH_INDEX=$(TORCH_INDEX) --tag pvt-serve .
+	docker build --network host --build-arg TORCH_INDEX=$(TORCH_INDEX) --build-arg EXTRAS=$(EXTRAS) --tag pvt-serve .
 
 # The newest versions that pyproject.toml allows, but for torch, whose pin stays: an unpinned one brings CUDA.
 lock:

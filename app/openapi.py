@@ -130,6 +130,7 @@ def _completed(document: Json, unused_keys: set[str]) -> Json:
     schemas = components.setdefault("schemas", {})
     responses = components.setdefault("responses", {})
     for path, operation in _operations(document):
+        _require(operation)
         _secure(operation, unused_keys)
         answers = operation["responses"]
         answers["500"] = {}
@@ -165,6 +166,13 @@ def _translate(answers: Json, form: type[BaseModel]) -> None:
             description = MEANING.get(int(status), "The request is wrong.")
             content = {"application/json": {"schema": schema_of(form)}}
             answers[status] = {"description": f"{description} In the protocol's form.", "content": content}
+
+
+def _require(operation: Json) -> None:
+    """Leave no null to a parameter in the path: its function may take None, for another path that is without it."""
+    for parameter in operation.get("parameters", ()):
+        if parameter["in"] == "path" and (options := parameter["schema"].pop("anyOf", None)):
+            parameter["schema"].update(*(each for each in options if each != {"type": "null"}))
 
 
 def _secure(operation: Json, unused: set[str]) -> None:

@@ -147,6 +147,8 @@ def _kinds(kind: type[Exception] = errors.ServiceError) -> list[type[Exception]]
 
 
 def _said(kind: type[Exception]) -> str:
+    if kind is Exception:
+        return MEANING[500]
     return (kind.__doc__ or kind.__name__).partition("\n")[0]
 
 

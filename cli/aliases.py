@@ -19,9 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def alias(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The alias, such as production.")] = None,
-    target: Annotated[
-        str | None, typer.Argument(metavar="TARGET", help="<variant>.<tag> or <variant>.<tag>@<version>.")
-    ] = None,
+    target: Annotated[str | None, typer.Argument(metavar="TARGET", help="VARIANT.TAG or VARIANT.TAG@VERSION.")] = None,
     *,
     remove: Annotated[bool, typer.Option("--rm", help="Let NAME stand for nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write all aliases as JSON, after the change.")] = False,

@@ -16,7 +16,10 @@ ApiKey = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="<variant>.<tag>, or a variant alone. The default is PVT_DEFAULT_MODEL."),
+    typer.Option(
+        metavar="NAME",
+        help="VARIANT.TAG, VARIANT.TAG@VERSION, a variant alone, or an alias. The default is PVT_DEFAULT_MODEL.",
+    ),
 ]
 Size = Annotated[
     str | None,

@@ -40,9 +40,9 @@ def remove(root: Path, found: list[StoredModel]) -> None:
     with writing(root):
         for id_ in {stored.id for stored in found}:
             model = root / id_
-            gone = {stored.folder for stored in found if stored.version and stored.id == id_}
-            rest = {path for path in model.iterdir() if VERSION.fullmatch(path.name)} - gone
+            gone = {stored.version for stored in found if stored.version and stored.id == id_}
+            rest = {path.name for path in model.iterdir() if VERSION.fullmatch(path.name)} - gone
             grave = Path(mkdtemp(prefix=".gone-", dir=root))
-            for folder in gone if rest else {model}:
+            for folder in [model / version for version in gone] if rest else [model]:
                 folder.rename(grave / folder.name)
             shutil.rmtree(grave)

@@ -67,6 +67,16 @@ def test_every_problem_has_an_example_of_its_status(document: Json) -> None:
         shown = response["content"]["application/problem+json"]["examples"].values()
         problems = [Problem.model_validate(each["value"]) for each in shown]
         assert {each.status for each in problems} == {status}
+    internal = document["components"]["responses"]["problem_500"]["content"]["application/problem+json"]["examples"]
+    assert internal["internal-error"]["summary"] == MEANING[500]
+
+
+def test_what_is_in_a_path_is_never_null(document: Json) -> None:
+    parameters = [each for operation in operations(document).values() for each in operation.get("parameters", ())]
+    in_paths = [each for each in parameters if each["in"] == "path"]
+
+    assert {"version", "name", "model_id"} <= {each["name"] for each in in_paths}
+    assert all(each["schema"]["type"] == "string" for each in in_paths)
 
 
 def test_predictions_say_where_their_time_went(document: Json) -> None:

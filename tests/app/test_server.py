@@ -13,7 +13,7 @@ import pytest
 from tests.app.conftest import png
 from tests.app.processes import Server, post, serving
 
-LIGHT: dict[str, Any] = {"backend": "torch", "max_batch_size": "1"}  # nothing compiled, little measured
+LIGHT: Any = {"backend": "torch", "max_batch_size": "1"}  # nothing compiled, little measured
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tests.app.conftest import png
 from tests.app.processes import ROOT, Server, post, serving
 
 Samples = Mapping[tuple[object, ...], float]
-LIGHT: dict[str, Any] = {"backend": "torch", "max_batch_size": "1"}  # nothing compiled, little measured
+LIGHT: Any = {"backend": "torch", "max_batch_size": "1"}  # nothing compiled, little measured
 ANSWERED = ("pvt_http_requests_total", ("method", "POST"), ("route", "/predict"), ("status", "200"))
 
 

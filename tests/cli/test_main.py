@@ -1,9 +1,12 @@
+import re
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from cli.main import create_app, main
@@ -33,6 +36,19 @@ def test_a_setting_out_of_bounds_is_one_line_and_a_usage_error(arguments: list[s
     assert done.returncode == 2
     assert done.stderr.startswith(f"pvt-serve: PVT_{arguments[1][2:].upper()}={arguments[2]}: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_no_help_has_words_that_its_markdown_takes_for_html_and_leaves_out() -> None:
+    command = get_command(create_app())
+    assert isinstance(command, TyperGroup)
+    told = [
+        (name, text)
+        for name, each in command.commands.items()
+        for text in (each.help, *(getattr(parameter, "help", None) for parameter in each.params))
+    ]
+
+    assert len({name for name, _ in told}) > 10
+    assert not [each for each in told if each[1] and re.search("<[a-z]", re.sub("`[^`]*`", "", each[1]))]
 
 
 def test_the_help_does_not_wait_for_torch() -> None:

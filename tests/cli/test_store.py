@@ -287,6 +287,15 @@ def test_rm_removes_a_version_then_the_rest(pvt_serve: PvtServe, store: Path) ->
     assert [path.name for path in store.iterdir()] == []
 
 
+def test_rm_of_the_last_version_leaves_no_empty_model_in_a_store_named_from_here(
+    pvt_serve: PvtServe, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(store.parent)
+
+    assert pvt_serve("rm", f"{TINY}@1", "--yes", "--store", store.name).code == 0
+    assert [path.name for path in store.iterdir()] == []
+
+
 def test_rm_asks_and_takes_no_for_an_answer(pvt_serve: PvtServe, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("typer.confirm", lambda *_, **__: (_ for _ in ()).throw(SystemExit(1)))
     assert pvt_serve("rm", TINY).code == 1
