@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -12,6 +12,7 @@ from service.cards import ModelCard, Preprocessing
 from service.remote import RemoteStore
 from service.store import StoredModel, weights_file, write_model
 from service.store_urls import RemoteOptions
+from tests.service.hub import QuietServer
 
 TINY = "pvt_v2_b0.tiny"
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -89,7 +90,7 @@ class Site:
 
     def __init__(self, root: Path, handler: type[Folder]) -> None:
         self.handler = handler
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(root)))
+        self.server = QuietServer(("127.0.0.1", 0), partial(handler, directory=str(root)))
         self.port = self.server.server_port
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = Thread(target=partial(self.server.serve_forever, poll_interval=0.01))

@@ -1,6 +1,6 @@
 import base64
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_network
 from pathlib import Path
 from threading import Event, Thread
@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from app.main import create_app
 from app.settings import Settings
 from tests.app.conftest import MakeClient
+from tests.service.hub import QuietServer
 from tests.service.stores import add_model
 
 HOLD = Event()
@@ -42,7 +43,7 @@ class Pictures(BaseHTTPRequestHandler):
 def store() -> Iterator[str]:
     """A server of pictures on this machine, which is a private network."""
     HOLD.clear()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Pictures) as server:
+    with QuietServer(("127.0.0.1", 0), Pictures) as server:
         server.daemon_threads = True
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

@@ -23,7 +23,7 @@ NAMES = ("zero", "seven", "three")
 @pytest.fixture(scope="module")
 def server() -> Iterator[triton.InferenceServerClient]:
     with (
-        serving(timeout_ms="120000") as process,
+        serving(timeout_ms="120000", backend="torch") as process,
         triton.InferenceServerClient(process.url.removeprefix("http://")) as client,
     ):
         yield client
