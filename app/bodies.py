@@ -206,4 +206,6 @@ def from_base64(text: str) -> bytes | InvalidImage:
     try:
         return base64.b64decode(text[match.end() :] if match else text, validate=True)
     except (binascii.Error, ValueError) as error:
-        return InvalidImage(f"not valid base64, nor a data: URL of it: {error}")
+        return InvalidImage(
+            f'not valid base64, nor a data: URL of it: {error}; a picture\'s URL goes in {{"url": ...}}'
+        )

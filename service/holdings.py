@@ -229,9 +229,10 @@ class Holdings(Generic[M]):
         names = ", ".join(f"{each.stored.key} {_mb(each.bytes)} {each.hold() or 'just loaded'}" for each in kept)
         about = "" if entry.footprint.measured else "about "
         taken = f"{_mb(used_bytes(held))} are taken by what can't leave now ({names})" if names else "nothing is loaded"
+        advice = "ask again later, unpin or unload a model, or raise" if needed <= limit else "it never fits; raise"
         return MemoryBudgetExceeded(
             f"{entry.stored.key} needs {about}{_mb(needed)}, PVT_MEMORY_BUDGET_MB allows {_mb(limit)} and {taken}; "
-            "ask again later, unpin or unload a model, or raise PVT_MEMORY_BUDGET_MB",
+            f"{advice} PVT_MEMORY_BUDGET_MB",
             seconds if seconds < inf else None,
         )
 

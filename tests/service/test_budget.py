@@ -77,6 +77,7 @@ def test_what_can_never_fit_is_refused_at_once_and_for_good() -> None:
         with pytest.raises(MemoryBudgetExceeded) as told:
             await use(registry, "large")
         assert told.value.retry_after_seconds is None
+        assert str(told.value).endswith("it never fits; raise PVT_MEMORY_BUDGET_MB")
         assert asyncio.get_running_loop().time() == start
 
     run_virtually(main())
