@@ -90,7 +90,7 @@ class Registry(Generic[M]):
     async def unload(self, name: str) -> None:
         """Free every version in memory of the model called `name`, or the one it names, once nobody uses them.
 
-        Whoever asks for one meanwhile keeps it.
+        Whoever asks for one meanwhile, or pins it, keeps it.
 
         Raises:
             ModelPinned: one of them is pinned; nothing was done.
@@ -102,6 +102,8 @@ class Registry(Generic[M]):
         for entry in entries:
             with suppress(ServiceError):
                 await self._holdings.loaded(entry)
+            if entry.pinned:  # meanwhile
+                continue
             entry.reason = "unloaded"
             self._names.forget(entry)
             self._holdings.settle(entry)

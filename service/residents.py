@@ -45,8 +45,10 @@ class Resident:
         self._compile = compile_
         self._max_others = max_others
         self._own = pipeline.open(executable)
-        # Mutable state: the other sizes, least recently used first, and what is making stage maps possible.
+        # Mutable state: the other sizes, least recently used first, those that have made room and are not shut yet, and
+        # what is making stage maps possible.
         self._others: OrderedDict[Size, _Other] = OrderedDict()
+        self._gone: list[Sized] = []
         self._staging: dict[Executable, asyncio.Task[None]] = {}
 
     def __repr__(self) -> str:
@@ -96,12 +98,11 @@ class Resident:
     async def close(self) -> None:
         """Take the model out of the scheduler and give up what is being compiled."""
         tasks = [*self._staging.values(), *(other.task for other in self._others.values())]
-        there = self._there()
+        self._gone += [self._own, *self._there()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for sized in (self._own, *there):
-            await self._pipeline.shut(sized)
+        await self._shut_gone()
         self._others.clear()
 
     def _there(self) -> list[Sized]:
@@ -115,15 +116,14 @@ class Resident:
                 raise InvalidRequest(
                     f"size {size[0]}x{size[1]}: each side must be a multiple of {STRIDE}, up to PVT_MAX_INPUT_SIDE"
                 )
-            other = self._others[size] = _Other(asyncio.create_task(self._resize(size, self._make_room(size))))
+            self._make_room(size)
+            other = self._others[size] = _Other(asyncio.create_task(self._resize(size)))
             other.task.add_done_callback(_failed)  # retrieved here, should every caller have gone
         self._others.move_to_end(size)
         return other
 
-    def _make_room(self, size: Size) -> list[Sized]:
-        """Sizes that are to go, taken out already."""
+    def _make_room(self, size: Size) -> None:
         self._others.pop(size, None)  # it failed
-        gone: list[Sized] = []
         while len(self._others) >= self._max_others:
             idle = next((each for each, other in self._others.items() if not other.users and other.task.done()), None)
             if idle is None:
@@ -134,13 +134,14 @@ class Resident:
                     retry_after_seconds=1.0,
                 )
             task = self._others.pop(idle).task
-            gone += [] if _failed(task) else [task.result()]
-        return gone
+            self._gone += [] if _failed(task) else [task.result()]
 
-    async def _resize(self, size: Size, gone: list[Sized]) -> Sized:
-        for sized in gone:
-            await self._pipeline.shut(sized)
-        gone.clear()
+    async def _shut_gone(self) -> None:
+        while self._gone:
+            await self._pipeline.shut(self._gone.pop())
+
+    async def _resize(self, size: Size) -> Sized:
+        await self._shut_gone()
         return self._pipeline.open(await self._compile(lambda: self.executable.resized(*size)))
 
     async def _stage(self, sized: Sized, *, stages: bool) -> None:

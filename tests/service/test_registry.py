@@ -6,6 +6,7 @@ import pytest
 
 from service.errors import ModelLoadFailed, ModelLoading, ModelNotFound, ModelPinned
 from service.registry import Registry
+from service.stored import StoredModel
 from tests.service.fakes import FakeSource
 
 
@@ -317,3 +318,29 @@ async def test_what_can_not_be_loaded_is_not_pinned(source: FakeSource, registry
     await use(registry, "a")
 
     assert not registry.all()[0][1].pinned
+
+
+async def test_a_pin_that_comes_while_an_unload_waits_keeps_its_model() -> None:
+    class OneSlow(FakeSource):
+        async def load(self, stored: StoredModel) -> str:
+            if stored.version == "2":
+                return await super().load(stored)
+            self.in_memory.append(stored.key)
+            return stored.key
+
+    source = OneSlow()
+    source.versions = {"a": ["2", "1"]}
+    registry = Registry(source)
+    slow = asyncio.create_task(use(registry, "a@2"))
+    await begun(source)
+    assert await use(registry, "a@1") == "a@1"
+
+    unloading = asyncio.create_task(registry.unload("a"))
+    await settled()
+    await registry.pin("a@1")
+    source.gate.set()
+    await asyncio.wait_for(unloading, 5)
+
+    assert await slow == "a@2"
+    assert source.in_memory == ["a@1"]
+    assert state(registry, "a@1") == "ready"

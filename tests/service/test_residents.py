@@ -166,3 +166,19 @@ async def test_closing_takes_every_lane_away(tmp_path: Path) -> None:
         pass
 
     assert model.pipeline.activity().queues == []
+
+
+async def test_a_size_that_made_room_goes_though_what_it_made_room_for_is_given_up_at_once(tmp_path: Path) -> None:
+    async with resident_model(tmp_path, 1) as model:
+        async with model.resident.at((64, 64)):
+            pass
+
+        async def ask() -> None:
+            async with model.resident.at((96, 96)):
+                pass
+
+        asking = asyncio.create_task(ask())
+        await asyncio.sleep(0)  # it has set out, and what it set out has not had a turn
+        asking.cancel()
+
+    assert model.pipeline.activity().queues == []
