@@ -12,11 +12,11 @@ from app.bodies import EXAMPLE
 from app.json_body import loads
 from app.problems import BodyTooLarge, UnsupportedMediaType
 from service.errors import InvalidRequest
+from service.invalid import reasons
 from service.tensors import OUTPUTS, InputTensor, OutputTensor
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
-_TOLD = 5  # of what is wrong with one request
 _LENGTH = re.compile(r"[0-9]{1,12}", re.ASCII)
 _KEY = b'"data"'
 # Blanks are bounded and nothing is tried twice, so that no body makes it slow.
@@ -180,14 +180,8 @@ def parse(body: bytes, header_length: str | None) -> tuple[InferRequest, InputTe
     try:
         request = InferRequest.model_validate(loads(header))
     except ValidationError as error:
-        raise InvalidRequest(reasons(error)) from error
+        raise InvalidRequest(reasons(error, "the body")) from error
     return request, _tensor(request.inputs[0], numbers, memoryview(body)[end:])
-
-
-def reasons(error: ValidationError) -> str:
-    """What is wrong with a message, field by field."""
-    found = error.errors(include_url=False, include_input=False, include_context=False)[:_TOLD]
-    return "; ".join(f"{'.'.join(map(str, e['loc']))[:200] or 'the body'}: {e['msg']}" for e in found)
 
 
 def written(response: Mapping[str, Any], outputs: Sequence[tuple[OutputTensor, bool]]) -> Body:

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from app import openapi, problems
 from app.dependencies import State, require_key
 from app.direct import Direct
+from app.engine_options import engine_options
 from app.fetching import Fetcher
 from app.member import Member
 from app.metrics import FetchMetrics, HttpMetrics
@@ -71,7 +72,7 @@ def _lifespan(
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
-        options = settings.engine_options()
+        options = engine_options(settings)
         async with AsyncExitStack() as stack:
             fetcher = await stack.enter_async_context(_fetcher(settings, registry))
             if member is None:

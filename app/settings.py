@@ -2,19 +2,15 @@
 
 import os
 import re
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, IPvAnyNetwork, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.addresses import HostRule, Reach
 from service.store_urls import RemoteOptions, is_url, objection
-
-if TYPE_CHECKING:
-    from service.options import EngineOptions
 
 PREFIX = "PVT_"
 # What Kubernetes sets in every pod for a service named pvt-serve, or pvt-anything.
@@ -223,39 +219,3 @@ class Settings(BaseSettings):
     def store_folder(self) -> Path:
         """The model store's folder, or that of its copy."""
         return remote.folder if (remote := self.remote_store) else Path(self.model_store)
-
-    def engine_options(self) -> "EngineOptions":
-        """What of it concerns the engine."""
-        # Not at the top: with it comes torch, and the supervisor of several workers reads settings, too.
-        from service.eviction import Budget  # noqa: PLC0415
-        from service.options import EngineOptions  # noqa: PLC0415
-
-        options = EngineOptions(
-            model_store=self.store_folder,
-            remote_store=self.remote_store,
-            default_model=self.default_model,
-            pull=self.pull == "on_demand",
-            mirror=self.mirror or None,
-            preload=self.preload,
-            pinned=self.pinned,
-            budget=Budget(
-                bytes=int(self.memory_budget_mb * 1e6) or None, min_residency_seconds=self.min_residency_seconds
-            ),
-            cold=self.cold,
-            reload_seconds=self.reload_seconds,
-            backend=self.backend,
-            cache=self.cache_folder,
-            precision=None if self.precision == "auto" else self.precision,
-            max_batch_size=self.max_batch_size,
-            max_batch_delay_seconds=self.max_batch_delay_ms / 1000,
-            queue_size=self.queue_size,
-            timeout_seconds=self.timeout_ms / 1000,
-            max_image_pixels=int(self.max_image_megapixels * 1e6),
-            scaled_jpeg=self.scaled_jpeg,
-            max_images=self.max_images,
-            max_input_side=self.max_input_side,
-            sizes_per_model=self.sizes_per_model,
-            max_map_bytes=int(self.max_maps_mb * 1e6),
-            stall_seconds=self.stall_seconds,
-        )
-        return replace(options, instances=self.instances) if self.instances else options

@@ -13,6 +13,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 
+from app.engine_options import engine_options
 from app.model_info import model_info
 from app.queries import InferenceQuery
 from app.start import StartRefused, read_settings
@@ -51,7 +52,7 @@ async def engine_here(asked: Asked) -> AsyncIterator["Here"]:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     try:
-        async with Engine(settings.engine_options(), EngineMetrics(CollectorRegistry())) as engine:
+        async with Engine(engine_options(settings), EngineMetrics(CollectorRegistry())) as engine:
             yield Here(engine, asked, settings.max_body_bytes)
     finally:
         structlog.configure(**before)

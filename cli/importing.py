@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from cli.stores import StoreOption, store_folder, warnings_aside
 from cli.terminal import USAGE, CommandError, print_line
 from service.cards import Preprocessing
+from service.invalid import reasons
 from service.labels import IMAGENET
 from service.variants import VARIANTS
 
@@ -93,5 +94,4 @@ def _preprocessing(size: str, crop: float, interpolation: Interpolation, mean: _
             }
         )
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise CommandError(told, USAGE) from error
+        raise CommandError(reasons(error), USAGE) from error

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import RootModel, ValidationError
 
 from service.errors import AliasesInvalid, InvalidRequest, ModelNotFound, StoreNotWritable
+from service.invalid import reasons
 from service.names import ModelName, alias_name, alias_target
 
 ALIASES_FILE = "aliases.json"
@@ -51,10 +52,7 @@ def read_aliases(root: Path) -> Aliases:
     except OSError as error:
         raise AliasesInvalid(f"{path}: {error.strerror or error}") from error
     except ValidationError as error:
-        reasons = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors(include_url=False)
-        )
-        raise AliasesInvalid(f'{path}: it must be an object {{"alias": "model"}}; {reasons}') from error
+        raise AliasesInvalid(f'{path}: it must be an object {{"alias": "model"}}; {reasons(error)}') from error
     except InvalidRequest as error:
         raise AliasesInvalid(f"{path}: {error}") from error
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import CardInvalid
 from service.geometry import Geometry
+from service.invalid import reasons
 
 CARD_FILE = "card.json"
 MAX_BYTES = 16_000_000  # the names of 21,000 classes take one
@@ -112,7 +113,4 @@ def read_card(folder: Path) -> ModelCard:
     except OSError as error:
         raise CardInvalid(f"{path}: {error.strerror or error}") from error
     except ValidationError as error:
-        reasons = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors(include_url=False)
-        )
-        raise CardInvalid(f"{path}: {reasons}") from error
+        raise CardInvalid(f"{path}: {reasons(error)}") from error

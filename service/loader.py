@@ -37,33 +37,16 @@ def load(
     card = stored.require_card()
     backends[0]()  # its libraries are not the model's memory
     memory = settled_bytes()
-    notes: list[str] = []
-    for i, make in enumerate(backends):
-        backend = make()
-        try:
-            ready = _tuned(stored, backend, limits, cache)
-            break
-        except Exception as error:
-            wrong = isinstance(error, GoldenMismatch)
-            if isinstance(error, ServiceError) and not wrong:
-                raise
-            notes.append(f"{backend.name} failed: {error if wrong else f'{type(error).__name__}: {error}'}")
-            if i < len(backends) - 1:
-                log.warning("backend_failed", model=stored.id, reason=notes[-1])
-            elif wrong:
-                raise _mismatch(stored, notes, limits) from error
-            else:
-                raise
+    backend, ready, failures = _first_that_can(stored, backends, limits, cache)
     tuned = ready.tuned
-    grown = max(card.weights.bytes, settled_bytes() - memory)
-    said = (*notes, *tuned.notes)
     for note in () if ready.cached else tuned.notes:
         log.warning("plan_note", model=stored.id, note=note)
+    grown = max(card.weights.bytes, settled_bytes() - memory)
     report = LoadReport(
         backend=backend.name,
         precision=tuned.precision,
         layout=tuned.layout,
-        notes=said,
+        notes=(*failures, *tuned.notes),
         cached=ready.cached,
         load_seconds=perf_counter() - start,
         memory_bytes=grown,
@@ -80,6 +63,28 @@ class _Ready:
     cached: bool
     golden: Golden
     deviation: Deviation
+
+
+def _first_that_can(
+    stored: StoredModel, backends: Sequence[Callable[[], Backend]], limits: Limits, cache: PlanCache | None
+) -> tuple[Backend, _Ready, Sequence[str]]:
+    """The first backend on which `stored` runs, what runs there, and how those before it failed."""
+    failures: list[str] = []
+    for i, make in enumerate(backends, 1):
+        backend = make()
+        try:
+            return backend, _tuned(stored, backend, limits, cache), failures
+        except Exception as error:
+            wrong = isinstance(error, GoldenMismatch)
+            if isinstance(error, ServiceError) and not wrong:
+                raise
+            failures.append(f"{backend.name} failed: {error if wrong else f'{type(error).__name__}: {error}'}")
+            if i == len(backends):
+                if wrong:
+                    raise _mismatch(stored, failures, limits) from error
+                raise
+            log.warning("backend_failed", model=stored.id, reason=failures[-1])
+    raise ValueError("no backend to load on")
 
 
 def _mismatch(stored: StoredModel, failures: Sequence[str], limits: Limits) -> GoldenMismatch:

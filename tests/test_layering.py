@@ -43,7 +43,19 @@ LAYERS = [
     {"outputs", "pvt_v2", "image_limits", "resampling"},
     {"visible", "partial", "writes", "labels"},
     {"requests"},
-    {"errors", "metrics", "workers", "cores", "variants", "memory", "colours", "eviction", "geometry", "store_urls"},
+    {
+        "errors",
+        "metrics",
+        "workers",
+        "cores",
+        "variants",
+        "memory",
+        "colours",
+        "eviction",
+        "geometry",
+        "store_urls",
+        "invalid",
+    },
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino", "numpy", "safetensors"}

@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from app.auditing import audited
 from app.bodies import read_body
 from app.dependencies import EngineDep, require_management, require_one_process
-from app.inference_protocol import reasons
 from app.json_body import loads
 from app.refusals import refusals
 from service.errors import InvalidRequest
+from service.invalid import reasons
 from service.listing import VersionStatus
 from service.requests import time_limit
 
@@ -117,4 +117,4 @@ async def _read(request: Request, form: type[M]) -> M:
     try:
         return form.model_validate(loads(body) if body.strip() else {})
     except ValidationError as error:
-        raise InvalidRequest(reasons(error)) from error
+        raise InvalidRequest(reasons(error, "the body")) from error

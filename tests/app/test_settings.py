@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from app.engine_options import engine_options
 from app.fleet import Fleet
 from app.member import Member
 from app.settings import Settings, UnknownSettingError
@@ -57,10 +58,10 @@ def test_a_management_port_is_another_one_and_for_one_process(
 
 
 def test_the_memory_budget_is_in_bytes_for_the_engine_and_shared_out_among_workers(tmp_path: Path) -> None:
-    options = Settings(memory_budget_mb=300).engine_options()
+    options = engine_options(Settings(memory_budget_mb=300))
 
     assert options.budget.bytes == 300_000_000
-    assert Settings().engine_options().budget.bytes is None
+    assert engine_options(Settings()).budget.bytes is None
     share = Member(Fleet(tmp_path, 3), 0, 0).share_of(options)
     assert share.budget.bytes == 100_000_000
 
@@ -71,15 +72,15 @@ def test_settings_can_not_be_changed() -> None:
 
 
 def test_units_are_converted_for_the_engine() -> None:
-    options = Settings(timeout_ms=1500, max_batch_delay_ms=20, max_image_megapixels=2.5).engine_options()
+    options = engine_options(Settings(timeout_ms=1500, max_batch_delay_ms=20, max_image_megapixels=2.5))
 
     assert (options.timeout_seconds, options.max_batch_delay_seconds) == (1.5, 0.02)
     assert options.max_image_pixels == 2_500_000
 
 
 def test_instances_default_to_the_usable_cores() -> None:
-    assert Settings().engine_options().instances == usable_cores()
-    assert Settings(instances=3).engine_options().instances == 3
+    assert engine_options(Settings()).instances == usable_cores()
+    assert engine_options(Settings(instances=3)).instances == 3
 
 
 @pytest.mark.parametrize("name", ["PVT_SERVE_SERVICE_HOST", "PVT_SERVE_PORT", "PVT_SERVE_PORT_8000_TCP_ADDR"])
@@ -158,7 +159,7 @@ def test_the_plan_cache_is_where_the_setting_says(
     monkeypatch.setenv("HOME", "/root")
     monkeypatch.setenv("PVT_CACHE_DIR", value)
 
-    assert Settings().engine_options().cache == folder
+    assert engine_options(Settings()).cache == folder
 
 
 def test_a_user_without_a_home_has_no_plan_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +168,7 @@ def test_a_user_without_a_home_has_no_plan_cache(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Path, "expanduser", homeless)
 
-    assert Settings(cache_dir=Path("~/plans")).engine_options().cache is None
+    assert engine_options(Settings(cache_dir=Path("~/plans"))).cache is None
 
 
 def test_weights_are_not_pulled_on_demand_into_a_store_by_url() -> None:
