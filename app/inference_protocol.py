@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from app.answer_examples import INFERRED
 from app.bodies import EXAMPLE
 from app.json_body import loads
 from app.problems import BodyTooLarge, UnsupportedMediaType
@@ -110,6 +111,8 @@ INFER_EXAMPLES: Mapping[str, object] = {
 
 class InferResponse(BaseModel):
     """The JSON of a response."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [INFERRED]})
 
     model_name: str
     model_version: str

@@ -2,8 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from app.answer_examples import EXPLAINED, FEATURES, PREDICTED
 from app.problems import Problem, problem
 from service.errors import ServiceError
 from service.explain import Explanation
@@ -39,6 +40,8 @@ class ImageError(BaseModel):
 class PredictResponse(BaseModel):
     """The results, in the order of the pictures."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [PREDICTED]})
+
     model: str
     version: str
     results: list[ImageResult | ImageError]
@@ -64,6 +67,8 @@ class ImageFeatures(BaseModel):
 class FeaturesResponse(BaseModel):
     """The features, in the order of the pictures."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [FEATURES]})
+
     model: str
     version: str
     size: InputSize
@@ -86,6 +91,8 @@ class ImageExplanation(BaseModel):
 
 class ExplainResponse(BaseModel):
     """The explanations, in the order of the pictures."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXPLAINED]})
 
     model: str
     version: str

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
+from app.answer_examples import EMBEDDED
 from app.bodies import DATA_URL, EXAMPLE, LARGE_JSON, check_count, from_base64, read_body
 from app.dependencies import EngineDep
 from app.json_body import loads
@@ -79,6 +80,8 @@ class Usage(BaseModel):
 
 class EmbeddingsResponse(BaseModel):
     """All embeddings, in the order of the pictures."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EMBEDDED]})
 
     object: Literal["list"]
     data: list[Embedding]

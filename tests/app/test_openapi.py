@@ -1,10 +1,14 @@
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from starlette.testclient import TestClient
 
 from app.bodies import BODY_EXAMPLES
+from app.inference_protocol import InferResponse
 from app.problems import MEANING, Problem
+from app.routes.openai import EmbeddingsResponse
+from app.schemas import ExplainResponse, FeaturesResponse, PredictResponse
 from tests.app.conftest import MakeClient
 
 Json = dict[str, Any]
@@ -107,3 +111,12 @@ def test_every_example_of_a_json_body_is_answered(client: TestClient, document: 
 
     assert response.status_code == 200
     assert all("predictions" in each for each in response.json()["results"])
+
+
+@pytest.mark.parametrize(
+    "answer", [PredictResponse, FeaturesResponse, ExplainResponse, EmbeddingsResponse, InferResponse]
+)
+def test_every_answer_about_pictures_has_an_example_that_is_one(document: Json, answer: type[BaseModel]) -> None:
+    (example,) = document["components"]["schemas"][answer.__name__]["examples"]
+
+    assert answer.model_validate(example, extra="forbid").model_dump(mode="json", exclude_unset=True) == example

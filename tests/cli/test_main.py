@@ -55,3 +55,11 @@ def test_the_help_does_not_wait_for_torch() -> None:
     code = "import sys; from cli.main import create_app; create_app(); assert 'torch' not in sys.modules"
 
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
+
+
+def test_the_shell_completes_commands() -> None:
+    asked = {"_PVT_SERVE_COMPLETE": "complete_bash", "COMP_WORDS": "pvt-serve em", "COMP_CWORD": "1"}
+
+    done = CliRunner().invoke(create_app(), [], prog_name="pvt-serve", env=asked)
+
+    assert done.output.split() == ["embed"]
