@@ -23,7 +23,7 @@ SIZE = (4000, 3000)
 PIXELS = SIZE[0] * SIZE[1]
 GEOMETRY = Geometry(224, 224, 0.9, "bicubic")
 ROOT = Path(__file__).parents[2]
-OVERHEAD = 25_000_000  # bytes: one strip's conversion, the intermediate of the resize, the allocator
+OVERHEAD = 24_000_000  # bytes: one strip's conversion, the intermediate of the resize, the allocator
 
 
 @pytest.fixture(scope="module")
