@@ -84,7 +84,7 @@ def test_under_load_no_accepted_request_is_lost_by_sigterm(workers: str) -> None
 
 
 def test_a_caller_that_hangs_up_takes_its_pictures_along(server: Server) -> None:
-    post(server.url, [("image", png())])
+    assert post(server.url, [("image", png())]).status_code == 200
     request = httpx.Request("POST", f"{server.url}/predict", files=[("image", png(size=(4000, 4000)))] * 40)
     url = httpx.URL(server.url)
 
