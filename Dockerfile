@@ -2,6 +2,8 @@
 FROM python:3.11-slim-bookworm AS build
 # Where the CPU build of torch comes from, for example the CPU index that pytorch.org names. Empty: pip's own settings.
 ARG TORCH_INDEX=
+# Anything: torch comes with CUDA, from the index that TORCH_INDEX then names, and with what torch.compile needs.
+ARG GPU=
 # Extras of pyproject.toml, for model stores by URL: s3, gcs, hub, http; with commas.
 ARG EXTRAS=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -20,12 +22,17 @@ COPY app app
 COPY cli cli
 COPY pvt_client pvt_client
 COPY service service
-# What serving never reads: torch's C++ tests and headers, and pip itself.
+# What serving never reads: torch's C++ tests and, unless it is to compile, headers, and pip itself.
 RUN pip install --no-deps --constraint constraints.txt . \
-    && rm -rf /opt/venv/lib/python3.*/site-packages/torch/test /opt/venv/lib/python3.*/site-packages/torch/include \
+    && rm -rf /opt/venv/lib/python3.*/site-packages/torch/test \
+    && if [ -z "$GPU" ]; then rm -rf /opt/venv/lib/python3.*/site-packages/torch/include; fi \
     && pip uninstall --yes pip
 
 FROM python:3.11-slim-bookworm
+ARG GPU=
+# Triton, which torch.compile makes kernels with, compiles a launcher for each.
+RUN if [ -n "$GPU" ]; then apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*; fi
 COPY --from=build /opt/venv /opt/venv
 COPY model_store /srv/model_store
 # Measured batch plans and compiled graphs, and copies out of a store by URL: volumes there let the next container start

@@ -1,15 +1,24 @@
 """From settings to what the engine can be told. With it comes torch, which a supervisor of workers does not need."""
 
-from dataclasses import replace
-
 from app.settings import Settings
+from service.cores import usable_cores
+from service.devices import choose, visible
 from service.eviction import Budget
-from service.options import EngineOptions
+from service.options import EngineOptions, default_instances
+
+# Images per batch where no setting says so; the batch plan stops earlier, as soon as more do not pay.
+MAX_BATCH_SIZE = {"cpu": 8, "gpu": 256}
 
 
 def engine_options(settings: Settings) -> EngineOptions:
-    """What of `settings` concerns the engine, in its units: bytes, seconds, pixels."""
-    options = EngineOptions(
+    """What of `settings` concerns the engine, in its units: bytes, seconds, pixels.
+
+    Raises:
+        BackendUnavailable: a GPU is asked for that is not there.
+    """
+    devices = () if settings.backend == "openvino" else choose(settings.device, visible())
+    cores = usable_cores()
+    return EngineOptions(
         model_store=settings.store_folder,
         remote_store=settings.remote_store,
         default_model=settings.default_model,
@@ -25,7 +34,11 @@ def engine_options(settings: Settings) -> EngineOptions:
         backend=settings.backend,
         cache=settings.cache_folder,
         precision=None if settings.precision == "auto" else settings.precision,
-        max_batch_size=settings.max_batch_size,
+        devices=devices,
+        compile=settings.compile,
+        cores=cores,
+        instances=settings.instances or default_instances(devices, cores),
+        max_batch_size=settings.max_batch_size or MAX_BATCH_SIZE["gpu" if devices else "cpu"],
         max_batch_delay_seconds=settings.max_batch_delay_ms / 1000,
         queue_size=settings.queue_size,
         timeout_seconds=settings.timeout_ms / 1000,
@@ -37,4 +50,3 @@ def engine_options(settings: Settings) -> EngineOptions:
         max_map_bytes=int(settings.max_maps_mb * 1e6),
         stall_seconds=settings.stall_seconds,
     )
-    return replace(options, instances=settings.instances) if settings.instances else options

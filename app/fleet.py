@@ -18,12 +18,16 @@ REPORT_SECONDS = 1.0
 
 
 class Report(BaseModel):
-    """How a worker does, by its own account; `at` is when it said so, on the machine's monotonic clock."""
+    """How a worker does, by its own account; `at` is when it said so, on the machine's monotonic clock.
+
+    `instances` is how many batches it runs at a time.
+    """
 
     live: bool
     ready: bool
     reasons: list[str]
     at: float
+    instances: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +37,9 @@ class Fleet:
     folder: Path
     size: int
 
-    def report(self, worker: int, *, live: bool, ready: bool, reasons: list[str]) -> None:
+    def report(self, worker: int, *, live: bool, ready: bool, reasons: list[str], instances: int = 0) -> None:
         """Tell the others how `worker` does; call it every REPORT_SECONDS."""
-        report = Report(live=live, ready=ready, reasons=reasons, at=monotonic())
+        report = Report(live=live, ready=ready, reasons=reasons, at=monotonic(), instances=instances)
         draft = self._file(worker).with_suffix(".draft")
         draft.write_text(report.model_dump_json())
         draft.replace(self._file(worker))

@@ -30,7 +30,8 @@ class Member:
         parts = [share(total, self.index, self.fleet.size) for total in (options.instances, options.cores)]
         bound = options.budget.bytes
         budget = replace(options.budget, bytes=None if bound is None else bound // self.fleet.size)
-        return replace(options, instances=parts[0], cores=parts[1], budget=budget)
+        # A process that has fewer batches at a time than GPUs would leave some of them to nobody.
+        return replace(options, instances=max(parts[0], len(options.devices)), cores=parts[1], budget=budget)
 
     def registry(self) -> CollectorRegistry:
         """What gives the metrics of all workers."""
@@ -69,7 +70,13 @@ class Member:
     async def _report(self, engine: Engine) -> None:
         engine.collect_metrics()
         health = await engine.health()
-        self.fleet.report(self.index, live=health.live, ready=health.ready, reasons=health.reasons)
+        self.fleet.report(
+            self.index,
+            live=health.live,
+            ready=health.ready,
+            reasons=health.reasons,
+            instances=engine.options.instances,
+        )
 
     def _told_to_stop(self) -> None:
         asyncio.get_running_loop().remove_reader(self.watched)

@@ -65,10 +65,13 @@ class ModelInfo(BaseModel):
     accuracy: Accuracy | None = None
     licence: str | None = None
     backend: str | None = None
+    device: Annotated[str | None, Field(description="`cpu`, or the GPUs that run it.")] = None
     precision: str | None = None
     memory_bytes: Annotated[
         int | None,
-        Field(description="Resident memory that it takes, as measured; some of the first model's is libraries'."),
+        Field(
+            description="Memory that it takes, resident or on GPUs, as measured; some of the first one's is libraries'."
+        ),
     ] = None
     pinned: Annotated[bool | None, Field(description="Whether it is never evicted.")] = None
     leases: Annotated[int | None, Field(description="Requests that use it, or wait for it.")] = None
@@ -83,6 +86,9 @@ class ModelInfo(BaseModel):
     plan_cached: Annotated[bool | None, Field(description="Whether plan and graphs came from PVT_CACHE_DIR.")] = None
     notes: Annotated[list[str] | None, Field(description="What was tried and left out, and why.")] = None
     load_seconds: float | None = None
+    improving: Annotated[
+        bool | None, Field(description="Whether faster graphs are still being made, while it answers.")
+    ] = None
 
 
 class ModelList(BaseModel):
@@ -162,12 +168,14 @@ def _loaded(resident: Resident) -> dict[str, object]:
     plan, report = resident.executable.plan, resident.executable.report
     return {
         "backend": report.backend,
+        "device": report.device,
         "precision": report.precision,
         "memory_bytes": resident.memory_bytes,
         "batch_plan": [BatchSize(size=n, ms=round(t * 1000, 3)) for n, t in plan.seconds.items()],
         "alone_ms": None if plan.alone_seconds is None else round(plan.alone_seconds * 1000, 3),
         "layout": CoreLayout(**report.layout._asdict()),
         "plan_cached": report.cached,
-        "notes": list(report.notes),
+        "notes": list(resident.executable.notes),
         "load_seconds": round(report.load_seconds, 3),
+        "improving": resident.executable.improving or None,
     }

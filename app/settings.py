@@ -60,15 +60,19 @@ class Settings(BaseSettings):
     reload_seconds: Annotated[float, Field(ge=0, le=86_400)] = 10
     """How often to look for new versions and aliases, besides watching a local store; 0: never."""
     backend: Literal["auto", "openvino", "torch"] = "auto"
-    """What executes the models; auto is openvino, and torch for a model that fails there."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic; auto is bfloat16 where that is faster and its answers are as good, float32 elsewhere."""
+    """What executes the models; auto is openvino, and torch for a model that fails there; on a GPU it is torch."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+(,cuda:\d+)*)$")] = "auto"
+    """Where: `cpu`, `cuda` for all GPUs, or some, as `cuda:0,cuda:1`; auto is cuda where torch can use one."""
+    compile: bool = True
+    """On a GPU: let `torch.compile` make faster graphs, in the background; it needs a C compiler."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic; auto is a 16-bit one where that is faster and its answers are as good, float32 elsewhere."""
     cache_dir: Path | None = Path("~/.cache/pvt-serve")
     """Folder in which measured batch plans and compiled graphs are kept; empty: nowhere."""
     instances: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Batches that run at the same time; 0 is one for each core that affinity and cgroup quota allow."""
-    max_batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Images per batch at the most; the measured batch plan may stay below."""
+    """Batches that run at the same time; 0: one for each core that affinity and quota allow, or two for each GPU."""
+    max_batch_size: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Images per batch at the most, 0 is 8, and 256 on a GPU; the measured batch plan may stay below."""
     max_batch_delay_ms: Annotated[float, Field(ge=0, le=60_000)] = 0
     """How long an idle instance may wait for a fuller batch; 0 never waits."""
     queue_size: Annotated[int, Field(ge=1, le=1_000_000)] = 256
@@ -158,6 +162,12 @@ class Settings(BaseSettings):
             raise ValueError("PVT_MANAGEMENT_PORT is for one process, whose models it manages; PVT_WORKERS is above 1")
         if self.management_port and self.management_port == self.port:
             raise ValueError("PVT_MANAGEMENT_PORT is PVT_PORT; it must be another one")
+        return self
+
+    @model_validator(mode="after")
+    def _runs_there(self) -> Self:
+        if self.backend == "openvino" and self.device.startswith("cuda"):
+            raise ValueError(f"PVT_BACKEND=openvino runs on the CPU, and PVT_DEVICE={self.device} asks for a GPU")
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from app import logs, supervisor
 from app.listener import listen
 from app.settings import PREFIX, Settings, UnknownSettingError
+from service.errors import BackendUnavailable
 
 
 class StartRefused(Exception):
@@ -40,7 +41,12 @@ def serve() -> int:
     if settings.workers > 1:
         return supervisor.run(settings, listener)
     from app import server  # noqa: PLC0415  with it comes torch, which a supervisor does not need
+    from app.engine_options import engine_options  # noqa: PLC0415  the same
 
+    try:
+        engine_options(settings)
+    except BackendUnavailable as error:
+        raise StartRefused(str(error)) from error
     listeners = [listener]
     if port := settings.management_port:
         listeners.append(_listen(settings.management_host, port, "PVT_MANAGEMENT_HOST and PVT_MANAGEMENT_PORT"))

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from app.fleet import REPORT_SECONDS, Fleet
 from app.settings import Settings
-from service.cores import share, usable_cores
+from service.cores import usable_cores
 
 log = structlog.get_logger(component="supervisor")
 
@@ -93,14 +93,15 @@ class Supervisor:
 
     async def _announce(self) -> None:
         """Say where it listens once every worker is up."""
-        while any(self._fleet.last_report(worker) is None for worker in range(self._fleet.size)):  # noqa: ASYNC110
+        workers = range(self._fleet.size)
+        while not all(reports := [self._fleet.last_report(worker) for worker in workers]):  # noqa: ASYNC110
             await asyncio.sleep(REPORT_SECONDS / 20)
         self._all_up = True
         host, port = self._listener.getsockname()[:2]
-        cores, workers = usable_cores(), self._fleet.size
-        total = self._settings.instances or cores
-        instances = sum(share(total, worker, workers) for worker in range(workers))
-        log.info("listening", url=f"http://{host}:{port}", workers=workers, instances=instances, cores=cores)
+        instances = sum(report.instances for report in reports if report)
+        log.info(
+            "listening", url=f"http://{host}:{port}", workers=len(workers), instances=instances, cores=usable_cores()
+        )
 
     async def _keep(self, worker: int) -> None:
         delay = FIRST_DELAY_SECONDS

@@ -1,25 +1,30 @@
 """The only module of the measurements that calls the engine's loader and backends."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from service.backends.base import Layout
+from service.backends.cuda import IN_FLIGHT, Compile, CudaBackend, torch_compile
+from service.backends.device import Device, cuda_devices
 from service.backends.openvino import OpenVinoBackend
 from service.executable import Executable
 from service.images import decode
 from service.loader import load
 from service.options import EngineOptions, make_backends
 from service.pvt_v2 import PVT_V2, create
-from service.served import build
+from service.served import Served, build
 from service.store import Store
 from service.tuning import Limits
+from service.weights import load_into, remap_keys
 
 Pixels = NDArray[np.uint8]  # (height, width, 3)
+SIDE = 224
 
 
 class Ours:
@@ -92,3 +97,44 @@ def module(variant: str) -> PVT_V2:
     """Our module with seeded weights, as others are given it."""
     torch.manual_seed(0)
     return create(variant, num_classes=1000).eval()
+
+
+class OnDevice:
+    """Our module on a GPU, for batches of one size, compiled as the server does it, in the precision that earns it.
+
+    `instances` batches may be on their way at a time.
+    """
+
+    instances = IN_FLIGHT
+
+    def __init__(
+        self,
+        device: Device,
+        model: tuple[str, Mapping[str, Tensor]],
+        batch: int,
+        normalisation: tuple[Sequence[float], Sequence[float]],
+        compile_: Compile | None = None,
+    ) -> None:
+        """`model` is a variant and its weights, transformers' or ours; `normalisation` mean and standard deviation.
+
+        `compile_` is torch.compile unless given.
+
+        Raises:
+            OutOfMemory: the batch does not fit onto the device.
+        """
+        with torch.device("meta"):
+            made = create(model[0])
+        load_into(made, remap_keys(model[1]))
+        backend = CudaBackend([device], self.instances, compile_ or torch_compile(None))
+        program = backend.program(Served(made, *normalisation).eval(), SIDE, SIDE)
+        self.precision = backend.precisions[0]
+        self._graph = program.faster(batch, Layout(self.instances, 1), self.precision)
+
+    def run(self, instance: int, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Logits (n, classes) of a batch (n, 224, 224, 3)."""
+        return self._graph.run(instance, batch)[0]
+
+
+def cuda_device(name: str) -> Device:
+    """The card called `name`, as the server uses it."""
+    return cuda_devices([name])[0]

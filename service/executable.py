@@ -1,15 +1,15 @@
 """A loaded model at one input size: what runs its batches, and what makes more of it when that is first asked for."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.backends.base import Backend, Graph, Layout, Precision
+from service.backends.base import Backend, Batch, Graph, Layout, Precision
 from service.errors import ModelLoadFailed
 from service.golden import Golden
-from service.memory import settled_bytes
+from service.improving import Better, Improving
 from service.outputs import Head, Outputs
 from service.plan import BatchPlan, batch_seconds
 from service.reference import Deviation
@@ -25,13 +25,15 @@ STAGES = (1, 2, 3, 4)
 class LoadReport:
     """How a model was loaded.
 
-    `notes` says what was tried and left out, and why; `cached` whether plan and graphs came from the plan cache.
-    `memory_bytes` is what the process's resident memory grew by meanwhile, with what had been freed before given back
-    to the kernel first and again at the end; at least the size of the weights. `deviation` is how far its
+    `device` is where it runs, `cpu` or names of GPUs. `notes` says what was tried and left out, and why; `cached`
+    whether plan and graphs came from the plan cache. `memory_bytes` is what the memory in use there grew by meanwhile,
+    resident memory of the process or memory of the GPUs, with what had been freed given back before and after; at
+    least the size of the weights. `deviation` is how far its
     logits are from the reference's.
     """
 
     backend: str
+    device: str
     precision: Precision
     layout: Layout
     notes: tuple[str, ...]
@@ -48,6 +50,11 @@ class GraphSet:
     graphs: dict[int, Graph]
     alone: Graph | None = None
 
+    def of(self, images: int, *, alone: bool) -> tuple[int, Graph]:
+        """The graph that runs so many images, or else the largest, and its batch size."""
+        size = min((size for size in self.graphs if size >= images), default=max(self.graphs))
+        return size, self.alone if alone and self.alone and size == 1 else self.graphs[size]
+
 
 class Executable:
     """A loaded model for pictures of one size: runs batches of up to the plan's largest size."""
@@ -61,25 +68,32 @@ class Executable:
         size: tuple[int, int] | None = None,
         *,
         golden: Golden | None = None,
+        improving: Improving | None = None,
     ) -> None:
-        """`size`: height and width of its pictures; the card's by default. `golden` is for pictures of that size."""
+        """`size`: height and width of its pictures; the card's by default. `golden` is for pictures of that size.
+
+        `improving` makes better graphs for them, where the backend can.
+        """
         self.stored = stored
         self.card = stored.require_card()
         pixels = self.card.preprocessing
         self.height, self.width = size or (pixels.height, pixels.width)
-        self.plan = tuned.plan
         self.report = report
         self._backend = backend
         self._golden = golden
         self._layout = tuned.layout
         self._alone = tuned.alone and tuned.alone.layout
-        # Mutable state: how to get the graph for a lone image, until `widen` has; the graphs; those that give stage
-        # maps too, and the head's weights, once `add_stages` has made them; and the memory that these took.
+        self._improving = improving
+        # Mutable state: the batch plan and the graphs, which `adopt` betters; how to get the graph for a lone image,
+        # until `widen` has; those that give stage maps too, and the head's weights, once `add_stages` has made them;
+        # the memory that these took; and whether better graphs are still to come.
+        self.plan = tuned.plan
         self._make_alone = tuned.alone and tuned.alone.make
         self._plain = GraphSet(tuned.graphs)
         self._staged: GraphSet | None = None
         self.head: Head | None = None
         self.added_bytes = 0
+        self.improving = improving is not None
 
     def __repr__(self) -> str:
         return f"<Executable {self.stored.id} {self.height}x{self.width} sizes={self.plan.sizes} staged={self.staged}>"
@@ -94,15 +108,32 @@ class Executable:
         """Whether it can give stage maps."""
         return self._staged is not None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was tried and left out, and why."""
+        return (*self.report.notes, *(self._improving.notes if self._improving else ()))
+
+    def improvements(self) -> Iterator[Better] | None:
+        """Better graphs to `adopt`, each as soon as it is made, which takes long; None where there are none."""
+        return self._improving.steps(self.plan) if self._improving else None
+
+    def adopt(self, better: Better) -> None:
+        """Run batches of its size in that graph from now on."""
+        size, graph, seconds = better
+        self._plain = GraphSet({**self._plain.graphs, size: graph}, self._plain.alone)
+        self.plan = replace(self.plan, seconds={**self.plan.seconds, size: seconds})
+
     def widen(self) -> None:
         """Make what the model can do without for its first answers: the graph that has all cores for a lone image."""
         if self._make_alone:
-            before = settled_bytes()
+            before = self._backend.memory_bytes()
             graph = self._make_alone()
             self._make_alone = None  # it holds every graph that was measured
             self._warm(1, graph)
             self._plain = GraphSet(self._plain.graphs, graph)
-            self.added_bytes += settled_bytes() - before  # less, where graphs that were only measured are dropped
+            self.added_bytes += (
+                self._backend.memory_bytes() - before
+            )  # less, where graphs that were only measured are dropped
 
     def add_stages(self) -> None:
         """Make the graphs that give stage maps, and fetch the head's weights. Blocking; takes as long as compiling.
@@ -112,7 +143,7 @@ class Executable:
         """
         if self._staged:
             return
-        before = settled_bytes()
+        before = self._backend.memory_bytes()
         module = build(self.card, self.stored.folder, STAGES)
         program = self._backend.program(module, self.height, self.width)
         graphs = {size: program.graph(size, self._layout, self.report.precision) for size in self.plan.sizes}
@@ -123,7 +154,7 @@ class Executable:
             self._warm(1, lone)
         self.head = module.head()
         self._staged = GraphSet(graphs, lone)
-        self.added_bytes += max(self.card.weights.bytes, settled_bytes() - before)
+        self.added_bytes += max(self.card.weights.bytes, self._backend.memory_bytes() - before)
 
     def resized(self, height: int, width: int) -> "Executable":
         """The same model for pictures of `height` x `width`, in the same precision and layout. Blocking.
@@ -133,7 +164,7 @@ class Executable:
         Raises:
             ModelLoadFailed: as `add_stages`.
         """
-        before = settled_bytes()
+        before = self._backend.memory_bytes()
         layout, precision = self._layout, self.report.precision
         most = max(1, self.plan.largest * self.height * self.width // (height * width))
         program = self._backend.program(build(self.card, self.stored.folder), height, width)
@@ -150,7 +181,7 @@ class Executable:
         tuned = Tuned(precision, layout, plan, graphs, alone, ())
         resized = Executable(self.stored, self._backend, tuned, self.report, (height, width))
         resized.widen()
-        resized.added_bytes = max(self.card.weights.bytes, settled_bytes() - before)
+        resized.added_bytes = max(self.card.weights.bytes, self._backend.memory_bytes() - before)
         return resized
 
     def run(
@@ -163,10 +194,13 @@ class Executable:
         kept = self._staged if stages else self._plain
         if kept is None:
             raise ModelLoadFailed(f"the graphs of {self.stored.id} that give stage maps have not been made")
-        size = self.plan.padded(len(images))
-        graph = kept.alone if alone and kept.alone and size == 1 else kept.graphs[size]
-        logits, embedding, *maps = graph.run(instance, _stack(images, size))
-        return [Outputs(logits[i], embedding[i], tuple(each[i] for each in maps)) for i in range(len(images))]
+        outputs: list[Outputs] = []
+        while images:  # more than once where a graph of that size gives no stage maps, since it is newer than those
+            size, graph = kept.of(len(images), alone=alone)
+            part, images = images[:size], images[size:]
+            logits, embedding, *maps = graph.run(instance, _stack(part, size, graph.room(instance)))
+            outputs += [Outputs(logits[i], embedding[i], tuple(each[i] for each in maps)) for i in range(len(part))]
+        return outputs
 
     def _warm(self, size: int, graph: Graph) -> None:
         """The first run pays for lazy allocation, and shows that it runs, and gives the logits that it should."""
@@ -182,10 +216,13 @@ def _seconds(graph: Graph, shape: tuple[int, int, int], streams: int, instances:
     return batch_seconds(lambda instance: graph.run(instance, batch), streams) * instances / streams
 
 
-def _stack(images: Sequence[Pixels], size: int) -> NDArray[np.uint8]:
-    """(size, height, width, 3), the places behind the images left black. One image alone is not copied."""
-    if len(images) == size == 1:
+def _stack(images: Sequence[Pixels], size: int, room: Batch | None) -> Batch:
+    """(size, height, width, 3), the places behind the images left black or as they were. In `room`, if there is one.
+
+    One image alone is not copied, unless there is.
+    """
+    if room is None and len(images) == size == 1:
         return images[0][np.newaxis]
-    batch = np.zeros((size, *images[0].shape), dtype=np.uint8)
+    batch = np.zeros((size, *images[0].shape), dtype=np.uint8) if room is None else room
     np.stack(images, out=batch[: len(images)])
     return batch

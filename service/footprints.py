@@ -13,7 +13,7 @@ log = structlog.get_logger(component="footprints")
 
 # For a model that was never loaded here, as measured (docs/operations.md). Compiled graphs keep the weights and one
 # repacked copy for each batch size; that there is but one is assumed, since what is guessed too large is never tried.
-BYTES_PER_PARAMETER = {"torch": 4, "compiled": 12}
+BYTES_PER_PARAMETER = {"torch": 4, "compiled": 12}  # "torch" on a GPU too, where half of it is weights in 16 bits
 SECONDS, SECONDS_PER_PARAMETER = 2.0, 1.5e-7
 
 

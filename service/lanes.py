@@ -67,9 +67,10 @@ class Lane(Generic[S, T, R]):
         self.decode = decode
         self.run = run
         self.capacity = capacity
-        # Mutable state: the batch plan, which running out of memory lowers; what waits to be decoded and what waits for
-        # an instance; how many images have a place, are being decoded, are in a batch.
+        # Mutable state: the batch plan, and the batch size from which on memory ran out, if it did; what waits to be
+        # decoded and what waits for an instance; how many images have a place, are being decoded, are in a batch.
         self.plan = plan
+        self._given_up: int | None = None
         self.sources = Queue["Call[S, T, R]"](name, OneByOne())
         self.payloads = Queue["Call[S, T, R]"](name, plan)
         self.admitted = 0
@@ -83,7 +84,12 @@ class Lane(Generic[S, T, R]):
 
     def give_up(self, size: int) -> None:
         """Never again run `size` images at once."""
-        self.plan = self.payloads.plan = self.plan.without(size)
+        self._given_up = size
+        self.replan(self.plan)
+
+    def replan(self, plan: BatchPlan) -> None:
+        """Batches go by `plan` from now on, but for what was given up."""
+        self.plan = self.payloads.plan = plan if self._given_up is None else plan.without(self._given_up)
 
     def seconds(self, images: int) -> float:
         """Seconds of one instance that so many images take."""

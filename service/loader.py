@@ -7,11 +7,11 @@ from time import perf_counter
 import numpy as np
 import structlog
 
-from service.backends.base import Backend, Graph, Layout
+from service.backends.base import Backend, Graph, Layout, Program
 from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid, ServiceError
 from service.executable import Executable, LoadReport
 from service.golden import Golden
-from service.memory import settled_bytes
+from service.improving import Improving
 from service.plan import BatchPlan
 from service.plan_cache import CachedPlan, Key, PlanCache, digest, machine
 from service.reference import Deviation, Reference, packed, read_reference, reference_of, synthetic_images
@@ -35,15 +35,14 @@ def load(
     """
     start = perf_counter()
     card = stored.require_card()
-    backends[0]()  # its libraries are not the model's memory
-    memory = settled_bytes()
-    backend, ready, failures = _first_that_can(stored, backends, limits, cache)
+    backend, memory, ready, failures = _first_that_can(stored, backends, limits, cache)
     tuned = ready.tuned
     for note in () if ready.cached else tuned.notes:
         log.warning("plan_note", model=stored.id, note=note)
-    grown = max(card.weights.bytes, settled_bytes() - memory)
+    grown = max(card.weights.bytes, backend.memory_bytes() - memory)
     report = LoadReport(
         backend=backend.name,
+        device=backend.device,
         precision=tuned.precision,
         layout=tuned.layout,
         notes=(*failures, *tuned.notes),
@@ -52,28 +51,30 @@ def load(
         memory_bytes=grown,
         deviation=ready.deviation,
     )
-    return Executable(stored, backend, tuned, report, golden=ready.golden)
+    return Executable(stored, backend, tuned, report, golden=ready.golden, improving=ready.improving)
 
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """Graphs and plan, whether the cache had them, and what was shown of their logits."""
+    """Graphs and plan, whether the cache had them, what was shown of their logits, and how to make better graphs."""
 
     tuned: Tuned
     cached: bool
     golden: Golden
     deviation: Deviation
+    improving: Improving | None = None
 
 
 def _first_that_can(
     stored: StoredModel, backends: Sequence[Callable[[], Backend]], limits: Limits, cache: PlanCache | None
-) -> tuple[Backend, _Ready, Sequence[str]]:
-    """The first backend on which `stored` runs, what runs there, and how those before it failed."""
+) -> tuple[Backend, int, _Ready, Sequence[str]]:
+    """The first backend on which `stored` runs, its memory before, what runs there, and how those before it failed."""
     failures: list[str] = []
     for i, make in enumerate(backends, 1):
         backend = make()
         try:
-            return backend, _tuned(stored, backend, limits, cache), failures
+            memory = backend.memory_bytes()  # its libraries are not the model's memory
+            return backend, memory, _tuned(stored, backend, limits, cache), failures
         except Exception as error:
             wrong = isinstance(error, GoldenMismatch)
             if isinstance(error, ServiceError) and not wrong:
@@ -99,28 +100,41 @@ def _tuned(stored: StoredModel, backend: Backend, limits: Limits, cache: PlanCac
     """As the cache remembers, or else as measured now, and kept then; checked both times."""
     key = _key(stored, backend, limits)
     own = reference_of(stored.require_card(), stored.folder)
+    cache = cache if backend.exports else None
     if cache and (restored := _restored(stored, backend, cache, key, own)):
         return restored
-    tuned, reference = _measured(stored, backend, limits, own)
+    tuned, reference, program = _measured(stored, backend, limits, own)
     golden = Golden(reference)
     deviation = golden.check_all(tuned)
-    blobs = {size: graph.export() for size, graph in tuned.graphs.items()} if cache else {}
+    if cache:
+        _keep(stored, cache, key, tuned, None if own else reference)
+    improving = None
+    if backend.improves:
+        pixels = stored.require_card().preprocessing
+        shape, most = (pixels.height, pixels.width), limits.max_batch_size
+        improving = Improving(program, tuned.layout, tuned.precision, shape, golden.check, most)
+    return _Ready(tuned, cached=False, golden=golden, deviation=deviation, improving=improving)
+
+
+def _keep(stored: StoredModel, cache: PlanCache, key: Key, tuned: Tuned, computed: Reference | None) -> None:
+    """Write what was measured to the cache, with the reference, if that was computed."""
+    blobs = {size: graph.export() for size, graph in tuned.graphs.items()}
     whole = {size: blob for size, blob in blobs.items() if blob is not None}
-    if cache and whole and len(whole) == len(blobs):
-        computed = None if own else packed(reference)
-        entry = CachedPlan(
-            key=dict(key),
-            precision=tuned.precision,
-            layout=tuned.layout,
-            seconds=dict(tuned.plan.seconds),
-            alone_seconds=tuned.plan.alone_seconds,
-            alone_layout=tuned.alone.layout if tuned.alone else None,
-            notes=tuned.notes,
-            graphs={size: digest(blob) for size, blob in whole.items()},
-            reference=computed and computed[1],
-        )
-        cache.write(stored.id, stored.version, entry, whole, {computed[1].file: computed[0]} if computed else {})
-    return _Ready(tuned, cached=False, golden=golden, deviation=deviation)
+    if len(whole) < len(blobs):
+        return
+    reference = packed(computed) if computed else None
+    entry = CachedPlan(
+        key=dict(key),
+        precision=tuned.precision,
+        layout=tuned.layout,
+        seconds=dict(tuned.plan.seconds),
+        alone_seconds=tuned.plan.alone_seconds,
+        alone_layout=tuned.alone.layout if tuned.alone else None,
+        notes=tuned.notes,
+        graphs={size: digest(blob) for size, blob in whole.items()},
+        reference=reference and reference[1],
+    )
+    cache.write(stored.id, stored.version, entry, whole, {reference[1].file: reference[0]} if reference else {})
 
 
 def _restored(
@@ -134,7 +148,8 @@ def _restored(
         graphs = {size: backend.restore(blob, entry.layout, entry.precision) for size, blob in blobs.items()}
         tuned = _of_entry(entry, graphs, lambda layout: backend.restore(blobs[1], layout, entry.precision))
         golden = Golden(own or _kept_reference(stored, cache, entry))
-        return _Ready(tuned, cached=True, golden=golden, deviation=golden.check_all(tuned, restored=True))
+        deviation = golden.check_all(tuned, restored=True)
+        return _Ready(tuned, cached=True, golden=golden, deviation=deviation)
     except Exception as error:  # noqa: BLE001  whatever is wrong with it, it can be made anew
         log.warning("plan_cache_ignored", model=stored.id, reason=f"{type(error).__name__}: {error}")
         return None
@@ -154,14 +169,16 @@ def _kept_reference(stored: StoredModel, cache: PlanCache, entry: CachedPlan) ->
     return read_reference(stored.require_card(), cache.folder(stored.id, stored.version), entry.reference)
 
 
-def _measured(stored: StoredModel, backend: Backend, limits: Limits, own: Reference | None) -> tuple[Tuned, Reference]:
+def _measured(
+    stored: StoredModel, backend: Backend, limits: Limits, own: Reference | None
+) -> tuple[Tuned, Reference, Program]:
     card = stored.require_card()
     pixels = card.preprocessing
     module = build(card, stored.folder)
     reference = own or _computed_reference(module, pixels.height, pixels.width)
     program = backend.program(module, pixels.height, pixels.width)
     tuning = Tuning(backend, program, lambda: reference, (pixels.height, pixels.width), limits)
-    return tuning.run(), reference
+    return tuning.run(), reference, program
 
 
 def _computed_reference(module: Served, height: int, width: int) -> Reference:

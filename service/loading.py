@@ -10,13 +10,13 @@ from service.errors import ModelLoadFailed, ServiceError
 from service.executable import Executable
 from service.footprints import Footprint, Footprints
 from service.loader import load
-from service.memory import give_back, resident_bytes
+from service.memory import give_back, held_bytes
 from service.metrics import EngineMetrics
 from service.options import EngineOptions, make_backends
 from service.plan_cache import PlanCache
 from service.store import StoredModel
 from service.tuning import Limits
-from service.workers import Workers
+from service.workers import Workers, detached
 
 T = TypeVar("T")
 
@@ -32,8 +32,11 @@ class Loading:
         self._limits = Limits(options.cores, options.max_batch_size, options.precision)
         self._plans = PlanCache(options.cache) if options.cache else None
         kind = f"{options.backend}-{options.precision or 'auto'}-{options.instances}x{options.cores}"
+        where = "".join(f"-{name}" for name in options.devices)
         self._footprints = Footprints(
-            options.cache, f"{kind}-{options.max_batch_size}", compiled=options.backend != "torch"
+            options.cache,
+            f"{kind}-{options.max_batch_size}{where}",
+            compiled=options.backend != "torch" and not options.devices,
         )
         self._thread = Workers("load", 1)
 
@@ -74,9 +77,9 @@ class Loading:
 
     async def free(self, model: StoredModel, only: list[T]) -> None:
         """Take out the one model in `only`, to which nothing else refers, and give its memory back to the kernel."""
-        before = resident_bytes()
+        before = held_bytes()
         await self._thread.run(_drop, only)
-        log.info("model_unloaded", model=model.id, version=model.version, freed_bytes=before - resident_bytes())
+        log.info("model_unloaded", model=model.id, version=model.version, freed_bytes=before - held_bytes())
 
     async def extend(self, stored: StoredModel, make: Callable[[], T]) -> T:
         """What `make` compiles for `stored`, which is loaded, on the thread for loading.
@@ -95,6 +98,26 @@ class Loading:
             raise ModelLoadFailed(f"{stored.id} could not be compiled anew: {type(error).__name__}: {error}") from error
         log.info("model_extended", model=stored.id, seconds=round(perf_counter() - start, 3))
         return made
+
+    async def improve(self, executable: Executable, tell: Callable[[], None]) -> None:
+        """Let `executable` adopt better graphs as they are made, and `tell` each time. Other models load meanwhile.
+
+        Whoever cancels this waits for nothing; what is being compiled then is dropped when it is done.
+        """
+        if (steps := executable.improvements()) is None:
+            return
+        start = perf_counter()
+        try:
+            while better := await detached(lambda: next(steps, None)):
+                executable.adopt(better)
+                tell()
+                log.info("model_improved", model=executable.stored.id, batch_size=better.size,
+                         ms=round(better.seconds * 1000, 3), seconds=round(perf_counter() - start, 3))  # fmt: skip
+        except Exception:
+            log.exception("model_not_improved", model=executable.stored.id)
+        executable.improving = False
+        for note in executable.notes[len(executable.report.notes) :]:
+            log.warning("plan_note", model=executable.stored.id, note=note)
 
     async def widen(self, executable: Executable) -> None:
         """What can wait until the model answers; without it the model goes on as it is."""

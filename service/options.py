@@ -1,6 +1,6 @@
 """What the engine can be told, as one value object; `app.settings` fills it from the environment."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 
 from service.backends.base import Backend, Precision
+from service.backends.cuda import IN_FLIGHT, CudaBackend, torch_compile
+from service.backends.device import cuda_devices
 from service.backends.openvino import OpenVinoBackend
 from service.backends.torch import TorchBackend
 from service.cores import usable_cores
@@ -26,7 +28,8 @@ class EngineOptions:
     `remote_store` takes the place of the folder `model_store`.
     `budget` bounds the models' memory; `cold` says what becomes of a request for a model that is not loaded;
     `reload_seconds` 0 never looks for new versions. `pull` fetches published weights when they are first asked for,
-    `mirror` is a base URL in place of their hosts.
+    `mirror` is a base URL in place of their hosts. `devices` are the GPUs to use, by torch's names, none for the CPU;
+    `compile` makes their graphs faster in the background.
     """
 
     model_store: Path
@@ -40,6 +43,8 @@ class EngineOptions:
     pull: bool = False
     mirror: str | None = None
     backend: BackendName = "auto"
+    devices: tuple[str, ...] = ()
+    compile: bool = True
     precision: Precision | None = None
     instances: int = field(default_factory=usable_cores)
     cores: int = field(default_factory=usable_cores)
@@ -57,6 +62,11 @@ class EngineOptions:
     stall_seconds: float = 30.0
 
 
+def default_instances(devices: Sequence[str], cores: int) -> int:
+    """Batches at a time: one for each core, or as many as keep each of the GPUs busy."""
+    return IN_FLIGHT * len(devices) or cores
+
+
 def make_backends(options: EngineOptions) -> tuple[MakeBackend, ...]:
     """The backends to try, best first, each made when first called for and only once."""
     torch.set_num_threads(options.cores)  # loading uses torch too, which knows nothing of quotas
@@ -69,4 +79,10 @@ def make_backends(options: EngineOptions) -> tuple[MakeBackend, ...]:
         "openvino": (openvino,),
         "torch": (eager,),
     }
-    return choices[options.backend]
+    on_cpu = choices[options.backend]
+    return (cache(partial(_on_gpus, options)), *on_cpu) if options.devices else on_cpu
+
+
+def _on_gpus(options: EngineOptions) -> Backend:
+    compile_ = torch_compile(options.cache) if options.compile else None
+    return CudaBackend(cuda_devices(options.devices), options.instances, compile_)

@@ -100,6 +100,10 @@ class Pipeline:
         lane = self._scheduler.open_lane(name, executable.plan, prepare, run, options.queue_size, model=model)
         return Sized(executable, lane)
 
+    def replan(self, sized: Sized) -> None:
+        """Take over the batch plan of its executable, which has changed."""
+        self._scheduler.replan(sized.lane, sized.executable.plan)
+
     async def shut(self, sized: Sized) -> None:
         """Take its lane away; no image may be on it, but for callers that have gone. Returns when no thread uses it."""
         await self._scheduler.close_lane(sized.lane)

@@ -97,7 +97,7 @@ def measure(
                 raise
             note(f"batches of {size} and more are left out, {size} failed: {type(error).__name__}: {error}")
             break
-        if seconds and _gain(seconds, size, t) < WORTHWHILE_GAIN:
+        if seconds and gain(seconds, size, t) < WORTHWHILE_GAIN:
             break
         seconds[size] = t
         size *= 2
@@ -128,6 +128,7 @@ def batch_seconds(run: Runner, streams: int = 1) -> float:
         return min(t for times in pool.map(timed, range(streams)) for t in times)
 
 
-def _gain(seconds: Mapping[int, float], size: int, t: float) -> float:
+def gain(seconds: Mapping[int, float], size: int, t: float) -> float:
+    """By how much a batch of `size` in `t` seconds gives more images per second than the best of the sizes known."""
     before = min((known + HAND_OVER_SECONDS) / n for n, known in seconds.items())
     return before * size / (t + HAND_OVER_SECONDS)

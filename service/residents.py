@@ -95,6 +95,10 @@ class Resident:
         finally:
             other.users -= 1
 
+    def replan(self) -> None:
+        """Take over the batch plan of the executable, which has changed."""
+        self._pipeline.replan(self._own)
+
     async def close(self) -> None:
         """Take the model out of the scheduler and give up what is being compiled."""
         tasks = [*self._staging.values(), *(other.task for other in self._others.values())]

@@ -78,6 +78,11 @@ class Scheduler(Generic[S, T, R]):
             self._dispatcher.places.lanes.append(lane)
         return lane
 
+    def replan(self, lane: Lane[S, T, R], plan: BatchPlan) -> None:
+        """Let the batches of `lane` go by `plan` from now on."""
+        with self._changed:
+            lane.replan(plan)
+
     async def close_lane(self, lane: Lane[S, T, R]) -> None:
         """Take `lane` out, which holds no places; returns when no thread uses what it decodes and runs with."""
         loop, rested = asyncio.get_running_loop(), asyncio.Event()

@@ -30,8 +30,15 @@ class Served(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Logits (n, classes), embedding (n, channels) and stage maps (n, channels, height, width) of `pixels`."""
+        return self.answers(self.normalised(pixels))
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Float32 images (n, 3, height, width) as the model takes them, of `pixels`."""
         x = (pixels.float() - self.mean) * self.scale
-        images = x.permute(0, 3, 1, 2)  # (n, height, width, 3) -> (n, 3, height, width)
+        return x.permute(0, 3, 1, 2)  # (n, height, width, 3) -> (n, 3, height, width)
+
+    def answers(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` gives, of images that are normalised already."""
         logits, embedding, maps = self.model.forward_all(images, self.stages)
         return logits, embedding, *maps
 

@@ -44,9 +44,13 @@ class Sourcing:
             executable = await self._loading.load(local)
         compile_ = partial(self._extend, executable.stored)
         resident = Resident(executable, self._pipeline, compile_, max_others=self._options.sizes_per_model)
-        self._widening[resident] = asyncio.create_task(self._loading.widen(executable))
+        self._widening[resident] = asyncio.create_task(self._better(resident))
         self._widening[resident].add_done_callback(lambda _: self._widening.pop(resident, None))
         return resident
+
+    async def _better(self, resident: Resident) -> None:
+        await self._loading.widen(resident.executable)
+        await self._loading.improve(resident.executable, resident.replan)
 
     async def _extend(self, stored: StoredModel, make: Callable[[], T]) -> T:
         async with self._supply.fetched(stored):  # `make` may read the weights again

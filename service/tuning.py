@@ -4,8 +4,9 @@ Everything is measured on the graphs that will run. What does not work is left o
 left that does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from time import perf_counter
 
 import numpy as np
@@ -71,7 +72,7 @@ class Tuning:
             GoldenMismatch: the model gives no finite numbers.
             Exception: what the backend raises when nothing at all can be compiled.
         """
-        base = base_layout(self.backend.instances, self.limits.cores)
+        base = self.backend.layouts(self.limits.cores)[0]
         precision, first = self._precision(base)
         layout, (first, known), alone = self._layout(base, precision, first)
         graphs = {1: first}
@@ -117,10 +118,21 @@ class Tuning:
             return "float32", self._checked("float32", layout)
         asked, graph = usable[0]
         if len(usable) > 1:
-            asked, graph = min(usable, key=lambda each: batch_seconds(self._runner(each[1], 1), layout.streams))
+            asked, graph = min(usable, key=lambda each: self._probe(each[0], each[1], layout))
         if graph.precision != asked:
             self.notes.append(f"{asked} was asked for, this machine computes in {graph.precision}")
         return graph.precision, graph
+
+    def _probe(self, precision: Precision, graph: Graph, layout: Layout) -> float:
+        """The seconds by which precisions are compared; infinite where it can't be run."""
+        size = self.backend.probe_size
+        if size == 1:
+            return batch_seconds(self._runner(graph, 1), layout.streams)
+        try:
+            return batch_seconds(self._runner(self.program.graph(size, layout, precision), size), layout.streams)
+        except Exception as error:  # noqa: BLE001  whatever it is, another one may work
+            self.notes.append(f"{precision} in batches of {size} failed with {type(error).__name__}: {error}")
+            return inf
 
     def _checked(self, precision: Precision, layout: Layout) -> Graph:
         graph = self.program.graph(1, layout, precision)
@@ -138,7 +150,7 @@ class Tuning:
         """The layout with the most images per second, its graph for one image and t(1), and what serves a lone one."""
         copy = _Copies(self.backend, self.program, first, precision)
         graphs, seconds, lone_seconds = {base: first}, {}, {}
-        for layout in layouts(base, self.limits.cores):
+        for layout in self.backend.layouts(self.limits.cores):
             try:
                 graphs[layout] = graphs.get(layout) or copy.make(layout)
                 run = self._runner(graphs[layout], 1)
@@ -187,18 +199,3 @@ class _Copies:
         if self.blob is None:
             return self.program.graph(1, layout, self.precision)
         return self.backend.restore(np.frombuffer(self.blob, np.uint8), layout, self.precision)
-
-
-def base_layout(instances: int, cores: int) -> Layout:
-    """An even share of the cores for each instance."""
-    return Layout(instances, max(1, cores // instances))
-
-
-def layouts(base: Layout, cores: int) -> Sequence[Layout]:
-    """`base`, and others that use all `cores`: by halves down to one stream where `base` has one for each core.
-
-    Where the number of instances was chosen by hand, one stream on all cores is left, for a lone image.
-    """
-    threads = [1 << i for i in range(1, cores.bit_length())] if base.streams == cores else []
-    others = [Layout(cores // each, each) for each in threads if cores % each == 0]
-    return tuple(dict.fromkeys([base, *others, Layout(1, cores)]))

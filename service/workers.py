@@ -3,13 +3,32 @@
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from time import monotonic
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+async def detached(function: Callable[[], T], name: str = "pvt-detached") -> T:
+    """What `function` gives, called on a thread of its own, which does not keep the process from ending.
+
+    For what takes minutes and may be lost. A caller that is cancelled leaves it to end by itself.
+    """
+    future: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            result = function()
+        except BaseException as error:  # noqa: BLE001  whoever waits has it
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=call, name=name, daemon=True).start()
+    return await asyncio.shield(asyncio.wrap_future(future))
 
 
 class Workers:

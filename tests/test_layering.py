@@ -14,6 +14,7 @@ LAYERS = [
     {"pipeline", "loading", "supply"},
     {"loader", "registry", "watching", "on_demand"},
     {"reload", "executable"},
+    {"improving"},
     {"holdings", "name_table"},
     {"entries", "golden"},
     {"footprints"},
@@ -42,7 +43,7 @@ LAYERS = [
     {"replies"},
     {"outputs", "pvt_v2", "image_limits", "resampling"},
     {"visible", "partial", "writes", "labels"},
-    {"requests"},
+    {"requests", "devices"},
     {
         "errors",
         "metrics",

@@ -1,5 +1,6 @@
 """What every backend offers."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -8,13 +9,13 @@ from numpy.typing import NDArray
 from service.outputs import Floats
 from service.served import Served
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 Batch = NDArray[np.uint8]  # (n, height, width, 3)
 Blob = NDArray[np.uint8]  # (bytes,)
 
 
 class Layout(NamedTuple):
-    """How the cores are shared out: `streams` batches at a time, `threads` cores for each."""
+    """How the cores are shared out: `streams` batches at a time, `threads` cores for each; one where a GPU computes."""
 
     streams: int
     threads: int
@@ -39,6 +40,10 @@ class Graph(Protocol):
         """Its compiled form, from which `Backend.restore` makes it again; None if it has none."""
         ...
 
+    def room(self, instance: int) -> Batch | None:
+        """Where a batch for `instance` is best put together, to save a copy; None if that does not matter."""
+        ...
+
 
 class Program(Protocol):
     """A module given to a backend, from which graphs of several batch sizes are made."""
@@ -47,17 +52,35 @@ class Program(Protocol):
         """The graph for batches of `size`; what the backend can't compile it raises as it comes."""
         ...
 
+    def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        """The same graph with all that can be done for its speed, which takes minutes; see `Backend.improves`."""
+        ...
+
 
 class Backend(Protocol):
     """Executes modules on `instances` executors, each of which runs one batch at a time.
 
-    `precisions` are those worth trying on this machine, the most promising first, float32 always last.
+    `device` is where: `cpu`, or names as torch has them. `precisions` are those worth trying there, the most promising
+    first, float32 always last; `probe_size` is the batch size at which they are compared. `exports` says whether its
+    graphs have a compiled form, `improves` whether its programs have `faster` graphs.
     """
 
     name: str
     version: str
+    device: str
     instances: int
     precisions: tuple[Precision, ...]
+    probe_size: int
+    exports: bool
+    improves: bool
+
+    def layouts(self, cores: int) -> Sequence[Layout]:
+        """The layouts to choose from on `cores`; the first is that with a stream for each instance."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """Memory in use where models lie, all models and what else there is, once what is free was given back."""
+        ...
 
     def program(self, module: Served, height: int, width: int) -> Program:
         """Take `module` in, for pictures of `height` x `width`."""

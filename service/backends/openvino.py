@@ -3,6 +3,7 @@
 A dynamic batch dimension costs a factor of two to three on a CPU, hence one graph for each size (docs/architecture.md).
 """
 
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -12,11 +13,13 @@ from openvino.properties import hint
 
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
 from service.backends.convert import convert
+from service.backends.layouts import base_layout, layouts
 from service.errors import OutOfMemory
+from service.memory import settled_bytes
 from service.outputs import Floats
 from service.served import Served
 
-_TYPES: dict[Precision, ov.Type] = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16}
+_TYPES: dict[Precision, ov.Type] = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16, "float16": ov.Type.f16}
 
 
 class OpenVinoBackend:
@@ -24,12 +27,24 @@ class OpenVinoBackend:
 
     name = "openvino"
     version: str = ov.__version__
+    device = "cpu"
+    probe_size = 1
+    exports = True
+    improves = False
 
     def __init__(self, instances: int) -> None:
         self.instances = instances
         self._core = ov.Core()
         native = "BF16" in self._core.get_property("CPU", properties.device.capabilities())
         self.precisions: tuple[Precision, ...] = ("bfloat16", "float32") if native else ("float32",)
+
+    def layouts(self, cores: int) -> Sequence[Layout]:
+        """See `Backend.layouts`."""
+        return layouts(base_layout(self.instances, cores), cores)
+
+    def memory_bytes(self) -> int:
+        """Resident memory of the process."""
+        return settled_bytes()
 
     def program(self, module: Served, height: int, width: int) -> Program:
         """See `Backend.program`."""
@@ -55,11 +70,14 @@ class _Converted:
         compiled = self._core.compile_model(model, "CPU", _config(layout, precision))
         return _Compiled(compiled, self._backend.instances)
 
+    def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        raise NotImplementedError("OpenVINO does all it can at once")
+
 
 class _Compiled:
     def __init__(self, compiled: ov.CompiledModel, instances: int, blob: ov.Tensor | None = None) -> None:
         computes_in = compiled.get_property(hint.inference_precision())
-        self.precision: Precision = "bfloat16" if computes_in == ov.Type.bf16 else "float32"
+        self.precision: Precision = next((name for name, kind in _TYPES.items() if kind == computes_in), "float32")
         self._compiled = compiled
         self._blob = blob  # its memory is the graph's
         self._outputs = len(compiled.outputs)
@@ -80,6 +98,9 @@ class _Compiled:
         stream = BytesIO()
         self._compiled.export_model(stream)
         return stream.getvalue()
+
+    def room(self, instance: int) -> None:  # noqa: ARG002
+        return None
 
 
 def _config(layout: Layout, precision: Precision) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The torch backend: the module itself, eager, on the CPU."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
+from service.backends.layouts import base_layout, layouts
 from service.errors import OutOfMemory
+from service.memory import settled_bytes
 from service.outputs import Floats
 from service.served import Served
 
@@ -16,10 +18,22 @@ class TorchBackend:
 
     name = "torch"
     version: str = torch.__version__
+    device = "cpu"
     precisions: tuple[Precision, ...] = ("float32",)
+    probe_size = 1
+    exports = False
+    improves = False
 
     def __init__(self, instances: int) -> None:
         self.instances = instances
+
+    def layouts(self, cores: int) -> Sequence[Layout]:
+        """See `Backend.layouts`."""
+        return layouts(base_layout(self.instances, cores), cores)
+
+    def memory_bytes(self) -> int:
+        """Resident memory of the process."""
+        return settled_bytes()
 
     def program(self, module: Served, height: int, width: int) -> Program:  # noqa: ARG002  eager takes any size
         """See `Backend.program`."""
@@ -37,6 +51,9 @@ class _Module:
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:  # noqa: ARG002  eager takes any size
         return _Eager(self._module, layout.threads, precision)
 
+    def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        raise NotImplementedError("eager is eager")
+
 
 class _Eager:
     def __init__(self, module: Served, threads: int, precision: Precision) -> None:
@@ -47,12 +64,16 @@ class _Eager:
     def run(self, instance: int, batch: Batch) -> tuple[Floats, ...]:  # noqa: ARG002
         # Counts for the calling thread, and instances' threads are not ours to make.
         torch.set_num_threads(self._threads)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16")
+        reduced = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision)
+        autocast = torch.autocast("cpu", reduced, enabled=reduced is not None)
         with _memory_errors(len(batch)), torch.inference_mode(), autocast:
             outputs = self._module(torch.tensor(batch))  # a copy: a picture may be read-only
         return tuple(output.float().numpy() for output in outputs)
 
     def export(self) -> None:
+        return None
+
+    def room(self, instance: int) -> None:  # noqa: ARG002
         return None
 
 

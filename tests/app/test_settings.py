@@ -11,6 +11,7 @@ from app.fleet import Fleet
 from app.member import Member
 from app.settings import Settings, UnknownSettingError
 from service.cores import usable_cores
+from service.errors import BackendUnavailable
 from tests.conftest import ROOT
 
 
@@ -36,6 +37,9 @@ def test_an_unknown_setting_is_refused_with_the_nearest_one(monkeypatch: pytest.
         ("PVT_PORT", "70000"),
         ("PVT_QUEUE_SIZE", "0"),
         ("PVT_BACKEND", "tensorrt"),
+        ("PVT_DEVICE", "gpu"),
+        ("PVT_DEVICE", "cuda:"),
+        ("PVT_PRECISION", "int8"),
         ("PVT_MAX_BODY_MB", "-1"),
     ],
 )
@@ -174,3 +178,40 @@ def test_a_user_without_a_home_has_no_plan_cache(monkeypatch: pytest.MonkeyPatch
 def test_weights_are_not_pulled_on_demand_into_a_store_by_url() -> None:
     with pytest.raises(ValidationError, match="PVT_PULL=on_demand puts weights into a folder"):
         Settings(model_store="memory://store", pull="on_demand")
+
+
+def test_openvino_on_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PVT_DEVICE", "cuda")
+    monkeypatch.setenv("PVT_BACKEND", "openvino")
+
+    with pytest.raises(ValidationError, match="PVT_BACKEND=openvino runs on the CPU, and PVT_DEVICE=cuda asks for"):
+        Settings.from_environment()
+
+
+def test_a_gpu_gets_larger_batches_and_two_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.engine_options.visible", lambda: ("cuda:0", "cuda:1"))
+
+    auto, cpu, openvino = map(engine_options, (Settings(), Settings(device="cpu"), Settings(backend="openvino")))
+    chosen = engine_options(Settings(device="cuda:1", instances=3, max_batch_size=32))
+
+    assert (auto.devices, auto.instances, auto.max_batch_size) == (("cuda:0", "cuda:1"), 4, 256)
+    assert (cpu.devices, cpu.instances, cpu.max_batch_size) == ((), usable_cores(), 8)
+    assert openvino.devices == ()
+    assert (chosen.devices, chosen.instances, chosen.max_batch_size) == (("cuda:1",), 3, 32)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.engine_options.visible", lambda: ())
+
+    assert engine_options(Settings()).devices == ()
+    with pytest.raises(BackendUnavailable, match=r"PVT_DEVICE=cuda:1: .*set PVT_DEVICE=cpu"):
+        engine_options(Settings(device="cuda:1"))
+
+
+def test_each_worker_has_at_least_one_batch_at_a_time_for_each_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.engine_options.visible", lambda: ("cuda:0", "cuda:1"))
+    options = engine_options(Settings())
+
+    assert [Member(Fleet(tmp_path, 4), i, 0).share_of(options).instances for i in range(4)] == [2, 2, 2, 2]

@@ -53,6 +53,9 @@ class SkewedGraph:
     def export(self) -> bytes | None:
         return self.graph.export()
 
+    def room(self, instance: int) -> Batch | None:
+        return self.graph.room(instance)
+
 
 @dataclass
 class SkewedProgram:
@@ -61,6 +64,9 @@ class SkewedProgram:
 
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
         return SkewedGraph(self.program.graph(size, layout, precision), self.skew)
+
+    def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        return self.program.faster(size, layout, precision)
 
 
 class SkewedTorch(TorchBackend):
@@ -80,6 +86,7 @@ class Exporting(TorchBackend):
     """Its graphs can be kept, in its own memory; those restored give other logits, where `skew` says so."""
 
     version = "exporting"
+    exports = True
     graphs: ClassVar[list[Graph]] = []
 
     def __init__(self, skew: Skew = lambda logits, _: logits) -> None:
@@ -100,6 +107,9 @@ class ExportingProgram:
 
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
         return Exported(self.program.graph(size, layout, precision), lambda logits, _: logits)
+
+    def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        return self.program.faster(size, layout, precision)
 
 
 class Exported(SkewedGraph):

@@ -9,6 +9,7 @@ from service.backends.openvino import OpenVinoBackend
 from service.backends.torch import TorchBackend
 from service.errors import ModelLoadFailed
 from service.executable import STAGES, Executable
+from service.improving import Better
 from service.outputs import Floats
 from service.plan import BatchPlan
 from service.served import build
@@ -30,6 +31,9 @@ def test_a_lone_image_is_answered_by_the_graph_that_has_all_cores(tmp_path: Path
             return np.full((len(batch), 3), self.name, np.float32), np.zeros((len(batch), 2), np.float32)
 
         def export(self) -> None:
+            return None
+
+        def room(self, _: int) -> None:
             return None
 
     add_model(tmp_path)
@@ -119,3 +123,63 @@ def test_a_model_whose_files_are_gone_says_so_when_more_is_asked_of_it(tmp_path:
     with pytest.raises(ModelLoadFailed, match=r"model\.safetensors"):
         executable.resized(64, 64)
     assert executable.run(0, pictures(1))
+
+
+def test_a_better_graph_takes_over_and_may_be_of_a_new_size(tmp_path: Path) -> None:
+    add_model(tmp_path)
+    executable = load_tiny(tmp_path, 1)
+    graph = TorchBackend(1).program(build(executable.card, executable.stored.folder), 32, 32)
+    plain = executable.run(0, pictures(3)[:1])
+
+    executable.adopt(Better(4, graph.graph(4, Layout(1, 1), "float32"), 0.25))
+
+    assert executable.plan.sizes == (1, 4)
+    assert executable.plan.time(3) == 0.25
+    together = executable.run(0, pictures(3))
+    assert len(together) == 3
+    np.testing.assert_allclose(together[0].logits, plain[0].logits, atol=1e-5)
+
+
+def test_a_batch_that_is_larger_than_any_graph_with_stage_maps_is_run_in_parts(tmp_path: Path) -> None:
+    add_model(tmp_path, side=64)
+    executable = load_tiny(tmp_path, 1)
+    executable.add_stages()
+    images = np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    graph = TorchBackend(1).program(build(executable.card, executable.stored.folder), 64, 64)
+    executable.adopt(Better(4, graph.graph(4, Layout(1, 1), "float32"), 0.25))
+
+    outputs = executable.run(0, list(images), stages=True)
+
+    _, _, *stages = expected(executable, images)
+    for i, each in enumerate(outputs):
+        for mine, true in zip(each.stages, stages, strict=True):
+            np.testing.assert_allclose(mine, true[i], atol=1e-4)
+
+
+def test_a_batch_is_put_together_where_the_graph_has_room_for_it(tmp_path: Path) -> None:
+    add_model(tmp_path)
+    executable = load_tiny(tmp_path, 1)
+    room = np.zeros((2, 32, 32, 3), np.uint8)
+    seen: list[Batch] = []
+
+    class Roomy:
+        precision: Precision = "float32"
+
+        def run(self, _: int, batch: Batch) -> tuple[Floats, Floats]:
+            seen.append(batch)
+            return np.zeros((2, 3), np.float32), np.zeros((2, 2), np.float32)
+
+        def export(self) -> None:
+            return None
+
+        def room(self, instance: int) -> Batch:
+            assert instance == 1
+            return room
+
+    executable.adopt(Better(2, Roomy(), 0.25))
+    images = pictures(2)
+
+    executable.run(1, images)
+
+    assert seen[0] is room
+    np.testing.assert_array_equal(room, np.stack(images))

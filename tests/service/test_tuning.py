@@ -1,16 +1,17 @@
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
+from service.backends.layouts import base_layout, layouts
 from service.errors import ModelLoadFailed
 from service.outputs import Floats
 from service.reference import Reference
 from service.served import Served
-from service.tuning import BUDGET_SECONDS, Limits, Tuned, Tuning, layouts
+from service.tuning import BUDGET_SECONDS, Limits, Tuned, Tuning
 
 SHAPE = (32, 32)
 CLASSES = 4
@@ -39,10 +40,23 @@ class FakeBackend:
     compile_seconds: float = 0.0
     name: str = "fake"
     version: str = "1"
+    device: str = "cpu"
+    probe_size: int = 1
+    exports: bool = True
+    improves: bool = False
     made: list[tuple[Layout, int, Precision]] = field(default_factory=list)
+
+    def layouts(self, cores: int) -> Sequence[Layout]:
+        return layouts(base_layout(self.instances, cores), cores)
+
+    def memory_bytes(self) -> int:
+        return 0
 
     def program(self, module: Served, height: int, width: int) -> Program:
         raise NotImplementedError(module, height, width)
+
+    def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        raise NotImplementedError(size, layout, precision)
 
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
         self.made.append((layout, size, precision))
@@ -72,6 +86,9 @@ class FakeGraph:
 
     def export(self) -> bytes:
         return b"compiled"
+
+    def room(self, instance: int) -> None:
+        del instance
 
 
 @pytest.fixture

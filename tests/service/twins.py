@@ -62,7 +62,7 @@ def executable_of(
     graph = plain.graph(IMAGES, layout, "float32")
     tuned = Tuned("float32", layout, BatchPlan({IMAGES: 1.0}), {IMAGES: graph}, None, ())
     stored = StoredModel(card.id, "1", Path("/none"), card)
-    return Executable(stored, backend, tuned, LoadReport(backend.name, "float32", layout, (), False, 0, 0))
+    return Executable(stored, backend, tuned, LoadReport(backend.name, "cpu", "float32", layout, (), False, 0, 0))
 
 
 def answer(executable: Executable) -> Answered:

@@ -1,0 +1,192 @@
+"""Engines on a GPU, side by side: transformers' model eager and compiled, and ours, all with the same weights."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.gpu_results import GpuEngine
+from bench.ours import OnDevice
+from bench.peers.common import make_model
+from service.backends.base import Batch
+from service.backends.cuda import Compile
+from service.backends.device import Device
+from service.outputs import Floats
+
+SIDE = 224
+ENGINES = ("transformers", "max-autotune", "pvt-serve")
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Logits = Callable[[], Floats]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An engine that is ready: `work(seconds)` gives images per second, `logits` what it says of the pictures."""
+
+    precision: str
+    work: Callable[[float], float]
+    logits: Logits
+
+
+def measure(
+    device: torch.device,
+    card: Device,
+    variant: str,
+    batch: int,
+    *,
+    rounds: int,
+    seconds: float,
+    mode: str = "max-autotune",
+    compile_: Compile | None = None,
+) -> list[GpuEngine]:
+    """All engines with one batch size, in turn, `rounds` times. One that fails is told of, and the others go on.
+
+    `card` is `device` as ours sees it; `mode` is what theirs is compiled with, `compile_` what compiles ours.
+    """
+    pictures = np.random.default_rng(0).integers(0, 256, (batch, SIDE, SIDE, 3), dtype=np.uint8)
+    truth = _truth(device, variant, pictures)
+    makers: dict[str, Callable[[], Entry]] = {
+        "transformers": lambda: _theirs(device, variant, pictures, None),
+        "max-autotune": lambda: _theirs(device, variant, pictures, mode),
+        "pvt-serve": lambda: _ours(card, variant, pictures, compile_),
+    }
+    ready: dict[str, Entry] = {}
+    notes: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            ready[name] = make()
+        except Exception as error:  # noqa: BLE001  whatever it is, it is reported in its place
+            notes[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    rates: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(rounds):
+        for name, entry in ready.items():
+            rates[name].append(entry.work(seconds))
+    rows = []
+    for name in makers:
+        if name not in ready:
+            rows.append(GpuEngine(engine=name, variant=variant, batch=batch, note=notes[name]))
+            continue
+        relative, cosine = _error(ready[name].logits(), truth)
+        rows.append(
+            GpuEngine(engine=name, variant=variant, batch=batch, images_per_second=tuple(rates[name]),
+                      relative=relative, cosine=cosine, precision=ready[name].precision)
+        )  # fmt: skip
+    return rows
+
+
+def peak_flops(device: torch.device, side: int = 8192, seconds: float = 2.0) -> float:
+    """Operations per second of the fastest of many bfloat16 matrix products of `side`."""
+    a, b = torch.randn(2, side, side, device=device).to(torch.bfloat16)
+    out = torch.empty_like(a)
+    torch.mm(a, b, out=out)
+    best, end = 0.0, perf_counter() + seconds
+    while perf_counter() < end:
+        _wait(device)
+        start = perf_counter()
+        for _ in range(10):
+            torch.mm(a, b, out=out)
+        _wait(device)
+        best = max(best, 10 * 2 * side**3 / (perf_counter() - start))
+    return best
+
+
+def copy_rate(device: torch.device, batch: int = 64, seconds: float = 1.0) -> float:
+    """Pictures per second whose pixels get onto the card from pinned memory, one batch after another."""
+    here = torch.zeros((batch, SIDE, SIDE, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    there = torch.empty_like(here, device=device)
+
+    def work() -> None:
+        there.copy_(here, non_blocking=True)
+        _wait(device)
+
+    return _rate(work, batch, seconds)
+
+
+def _truth(device: torch.device, variant: str, pictures: Batch) -> Tensor:
+    torch.backends.cudnn.allow_tf32 = False
+    model = make_model(variant).to(device)
+    with torch.inference_mode():
+        singly = [model(_normalised(device, pictures[i : i + 1])).logits for i in range(len(pictures))]
+    return torch.cat(singly).float().cpu()
+
+
+def _theirs(device: torch.device, variant: str, pictures: Batch, mode: str | None) -> Entry:
+    """Input normalised and on the card beforehand: that is what a user of theirs times."""
+    model = make_model(variant).to(device, torch.bfloat16)
+    run = torch.compile(model, mode=mode, dynamic=False) if mode else model
+    pixels = _normalised(device, pictures).to(torch.bfloat16)
+
+    @torch.inference_mode()
+    def logits() -> Tensor:
+        given: Tensor = run(pixels).logits
+        return given
+
+    for _ in range(5):
+        logits()
+
+    def work() -> None:
+        logits()
+        _wait(device)
+
+    return Entry(
+        "bfloat16", lambda seconds: _rate(work, len(pictures), seconds), lambda: logits().float().cpu().numpy()
+    )
+
+
+def _ours(card: Device, variant: str, pictures: Batch, compile_: Compile | None) -> Entry:
+    """As the server runs it, copies to the card and back included, with as many batches on their way as there."""
+    ours = OnDevice(card, (variant, make_model(variant).state_dict()), len(pictures), (_MEAN, _STD), compile_)
+
+    def work(seconds: float) -> float:
+        done = [0] * ours.instances
+        start = perf_counter()
+
+        def one(instance: int) -> None:
+            while perf_counter() < start + seconds:
+                ours.run(instance, pictures)
+                done[instance] += len(pictures)
+
+        threads = [threading.Thread(target=one, args=(instance,)) for instance in range(ours.instances)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(done) / (perf_counter() - start)
+
+    return Entry(ours.precision, work, lambda: ours.run(0, pictures))
+
+
+def _normalised(device: torch.device, pictures: Batch) -> Tensor:
+    pixels = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 255
+    shape = (1, 3, 1, 1)
+    return (pixels - torch.tensor(_MEAN, device=device).view(shape)) / torch.tensor(_STD, device=device).view(shape)
+
+
+def _error(logits: Floats, truth: Tensor) -> tuple[float, float]:
+    given = torch.from_numpy(np.array(logits))
+    relative = float((given - truth).abs().max() / truth.abs().max())
+    return relative, float(torch.nn.functional.cosine_similarity(given, truth, dim=1).min())
+
+
+def _rate(work: Callable[[], None], images: int, seconds: float) -> float:
+    count, start = 0, perf_counter()
+    while perf_counter() < start + seconds or not count:
+        work()
+        count += images
+    return count / (perf_counter() - start)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def best(rows: Sequence[GpuEngine], variant: str, engine: str = "pvt-serve") -> float:
+    """The greatest images per second that `engine` reached with `variant`, with whatever batch size; 0 without any."""
+    return max((max(row.images_per_second) for row in rows
+                if (row.variant, row.engine) == (variant, engine) and row.images_per_second), default=0.0)  # fmt: skip

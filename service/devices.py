@@ -1,0 +1,33 @@
+"""Which GPUs there are, and which of them are to be used."""
+
+from collections.abc import Sequence
+
+import torch
+
+from service.errors import BackendUnavailable
+
+
+def visible() -> tuple[str, ...]:
+    """The GPUs that this torch can use, by its names: `cuda:0` and so on."""
+    return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) if torch.cuda.is_available() else ()
+
+
+def choose(wanted: str, there: Sequence[str]) -> tuple[str, ...]:
+    """The GPUs of those `there` that `wanted` means; empty for the CPU.
+
+    `wanted` is `cpu`, `cuda` for every GPU, `auto` for every GPU if there are any, or names separated by commas.
+
+    Raises:
+        BackendUnavailable: a GPU is asked for that is not there; the message says what to do.
+    """
+    if wanted in {"auto", "cpu"}:
+        return tuple(there) if wanted == "auto" else ()
+    names = tuple(there) or ("cuda:0",) if wanted == "cuda" else tuple(dict.fromkeys(wanted.split(",")))
+    missing = [name for name in names if name not in there]
+    if missing:
+        seen = f"sees {', '.join(there)}" if there else "sees none"
+        raise BackendUnavailable(
+            f"PVT_DEVICE={wanted}: torch {torch.__version__} {seen}, not {', '.join(missing)}; set PVT_DEVICE=cpu, or "
+            "install a CUDA build of torch (README, GPU) and check the driver with nvidia-smi"
+        )
+    return names

@@ -1,0 +1,165 @@
+"""CUDA's streams and events without a GPU, and as unkind as they are allowed to be.
+
+What is put on a stream does not run until somebody waits for an event behind it; then it runs, and before it what it
+was told to wait for. What else there is does not run at all, so whoever reads too early reads what was there before.
+Where streams are `mixed`, a piece of it runs between any two pieces, so whoever shares memory without order is found out.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from threading import RLock, local
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_current = local()  # the stream that each thread's work goes to
+_inside = local()  # whether a thread is doing the work of a stream
+_card = RLock()
+CPU = torch.device("cpu")
+
+
+@dataclass(eq=False)
+class Event:
+    """Recorded at a place of a stream."""
+
+    blocking: bool = False
+    on_wait: Callable[[], None] = lambda: None
+    stream: "Stream | None" = None
+    place: int = 0
+
+    def record(self) -> None:
+        self.stream = _current.stream
+        self.place = len(self.stream.work)
+
+    def reach(self) -> None:
+        if self.stream:
+            self.stream.run_to(self.place)
+
+    def synchronize(self) -> None:
+        self.on_wait()
+        self.reach()
+
+
+@dataclass(eq=False)
+class Stream:
+    """Work in its order, and how much of it is done; `others` are those with which it is mixed."""
+
+    others: "list[Stream]" = field(default_factory=list)
+    work: list[Callable[[], object]] = field(default_factory=list)
+    done: int = 0
+    busy: bool = False
+
+    def run_to(self, place: int) -> None:
+        with _card:
+            while self.done < place:
+                self.step()
+                for other in [each for each in self.others if each is not self]:
+                    if not other.busy and other.done < len(other.work):
+                        other.step()
+
+    def step(self) -> None:
+        self.done += 1
+        self.busy = _inside.stream = True
+        try:
+            self.work[self.done - 1]()
+        finally:
+            self.busy = _inside.stream = False
+
+    def wait_event(self, event: Event) -> None:
+        if event.stream:  # an event that was never recorded holds nobody up
+            self.work.append(partial(event.stream.run_to, event.place))
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.work.append(partial(other.run_to, len(other.work)))
+
+    def synchronize(self) -> None:
+        self.run_to(len(self.work))
+
+
+@dataclass(eq=False)
+class CUDAGraph:
+    """Repeats what was captured into it: a function of its fixed input, written into its fixed output."""
+
+    repeat: Callable[[], None] = lambda: None
+
+    def replay(self) -> None:
+        _current.stream.work.append(self.repeat)
+
+
+class Queued(TorchDispatchMode):
+    """Copies between tensors go to the thread's stream; all else is done at once."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and not getattr(_inside, "stream", False):
+            _current.stream.work.append(lambda: args[0].copy_(args[1]))
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+class SimulatedTorch:
+    """`torch` as `service.backends.device` uses it, with one card that is none."""
+
+    OutOfMemoryError = torch.OutOfMemoryError
+
+    def __init__(self, on_wait: Callable[[], None] = lambda: None, *, mixed: bool = False) -> None:
+        default = Stream()
+        streams: list[Stream] = []
+
+        def stream() -> Stream:
+            made = Stream(streams if mixed else [])
+            streams.append(made)
+            return made
+
+        @contextmanager
+        def on(stream: Stream) -> Iterator[None]:
+            before = getattr(_current, "stream", default)
+            _current.stream = stream
+            try:
+                with Queued():  # type: ignore[no-untyped-call]
+                    yield
+            finally:
+                _current.stream = before
+
+        @contextmanager
+        def capture(graph: CUDAGraph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+            assert capture_error_mode == "thread_local"  # other threads go on serving meanwhile
+            graph.repeat = self.repeat
+            with on(stream):
+                yield
+
+        @contextmanager
+        def device(_: object) -> Iterator[None]:
+            yield
+
+        self.repeat: Callable[[], None] = lambda: None
+        self.cuda = SimpleNamespace(
+            Stream=stream,
+            Event=lambda *, blocking=False: Event(blocking, on_wait if blocking else lambda: None),
+            CUDAGraph=CUDAGraph,
+            stream=on,
+            graph=capture,
+            device=device,
+            current_stream=lambda: default,
+            is_bf16_supported=lambda including_emulation: not including_emulation,
+            memory_reserved=lambda _: 7,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def device(self, *_: object) -> torch.device:
+        return CPU
+
+    def zeros(self, *args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        del pin_memory
+        return torch.zeros(*args, **kwargs)
+
+    def empty(self, *args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        """Filled, so that what is read too early is seen to be."""
+        del pin_memory
+        return torch.empty(*args, **kwargs).fill_(float("nan"))

@@ -1,0 +1,226 @@
+"""The engine with GPUs, whose place CPUs take."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import pytest
+from torch import nn
+
+from service import options as options_module
+from service.backends.device import Function
+from service.engine import Engine
+from service.errors import OutOfMemory
+from service.options import EngineOptions, default_instances
+from service.results import Prediction
+from tests.app.conftest import png
+from tests.service.fake_device import FakeDevice
+from tests.service.test_engine import NAME, engine
+
+TWO = ("cuda:0", "cuda:1")
+
+
+class Clock(threading.local):
+    """A clock of its own for each thread, moved by the runs of that thread."""
+
+    now = 0.0
+
+
+class Compiled(nn.Module):
+    """Gives what the module gives; by its type `Cards.run` knows that it is faster."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *pixels: Any) -> Any:
+        return self.module(*pixels)
+
+
+class Cards:
+    """The GPUs of a test: `compiling` waits for its gate; `on_run` is told of every run that answers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = Clock()
+        self.devices: list[FakeDevice] = []
+        self.gate = threading.Event()
+        self.on_run: Callable[[Function, int], None] = lambda *_: None
+        monkeypatch.setattr("service.plan.perf_counter", lambda: self.clock.now)
+        monkeypatch.setattr("service.backends.cuda.perf_counter", lambda: self.clock.now)
+        monkeypatch.setattr(options_module, "cuda_devices", self.made)
+        monkeypatch.setattr(options_module, "torch_compile", lambda _: self.compile)
+
+    def made(self, names: tuple[str, ...]) -> list[FakeDevice]:
+        self.devices = [FakeDevice(name, on_run=self.run) for name in names]
+        return self.devices
+
+    def compile(self, module: nn.Module) -> Function:
+        assert self.gate.wait(30)
+        return Compiled(module)
+
+    def run(self, function: Function, size: int) -> None:
+        """Batches cost a fixed time and some for each image, compiled ones less of both."""
+        self.clock.now += 0.1 + 0.01 * size if isinstance(function, Compiled) else 0.4 + 0.2 * size
+        self.on_run(function, size)
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> Cards:
+    return Cards(monkeypatch)
+
+
+def on_gpus(root: Path, **options: Any) -> Any:
+    defaults = {"devices": TWO, "instances": default_instances(TWO, 2), "max_batch_size": 8, "backend": "auto"}
+    return engine(root, **{**defaults, **options})
+
+
+def plan(e: Engine) -> list[int]:
+    """The batch sizes by which the scheduler goes."""
+    (queue,) = e.activity().queues
+    return [*queue.plan]
+
+
+async def answered(e: Engine, count: int) -> int:
+    predictions = await e.predict([png() for _ in range(count)])
+    return sum(isinstance(result, Prediction) for result in predictions.results)
+
+
+async def improved(e: Engine) -> None:
+    """Return when nothing is being improved any more."""
+    await asyncio.gather(*e.models._sourcing._widening.values())
+
+
+async def test_a_model_answers_before_anything_is_compiled_and_with_better_graphs_afterwards(
+    tmp_path: Path, cards: Cards
+) -> None:
+    ran: list[bool] = []
+    async with on_gpus(tmp_path) as e:
+        assert await answered(e, 1) == 1
+        async with e.models.lease(NAME) as resident:
+            report = resident.executable.report
+        assert (report.backend, report.device) == ("torch", "cuda:0, cuda:1")
+        before = plan(e)
+
+        cards.gate.set()
+        await improved(e)
+        cards.on_run = lambda function, _: ran.append(isinstance(function, Compiled))
+        assert await answered(e, 16) == 16
+
+    assert before == [1, 2, 4, 8]
+    assert ran
+    assert all(ran)
+
+
+async def test_larger_batches_that_pay_once_compiled_join_the_plan(
+    tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flat(function: Function, size: int) -> None:
+        cards.clock.now += 0.1 + 0.01 * size if isinstance(function, Compiled) else 0.2 * size
+
+    monkeypatch.setattr(cards, "run", flat)
+    async with on_gpus(tmp_path) as e:
+        await answered(e, 1)
+        before = plan(e)
+        cards.gate.set()
+        await improved(e)
+        after = plan(e)
+        assert await answered(e, 16) == 16
+
+    assert (before, after) == ([1], [1, 2, 4, 8])
+
+
+async def test_running_out_of_memory_halves_the_batch_and_the_model_goes_on(tmp_path: Path, cards: Cards) -> None:
+    def tight(_: Function, size: int) -> None:
+        if size > 4:
+            raise OutOfMemory(f"{size} do not fit")
+
+    async with on_gpus(tmp_path, instances=1, devices=("cuda:0",)) as e:
+        await answered(e, 1)
+        cards.on_run = tight
+        assert await answered(e, 40) == 40
+        halved = plan(e)
+        cards.on_run = lambda *_: None
+        cards.gate.set()
+        await improved(e)
+
+        assert halved == [1, 2, 4]
+        assert plan(e) == halved  # what was given up stays so, whatever is compiled
+        assert await answered(e, 40) == 40
+
+
+async def test_a_model_that_fails_on_the_gpu_is_served_by_the_cpu_and_says_why(
+    tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> nn.Module:
+        raise RuntimeError("CUDA error: an illegal instruction")
+
+    monkeypatch.setattr(FakeDevice, "place", broken)
+    monkeypatch.setattr("service.plan.perf_counter", perf_counter)
+    async with on_gpus(tmp_path, backend="torch") as e:
+        assert await answered(e, 3) == 3
+        async with e.models.lease(NAME) as resident:
+            report = resident.executable.report
+
+    assert report.device == "cpu"
+    assert "torch failed: RuntimeError: CUDA error: an illegal instruction" in report.notes
+    assert cards.devices
+
+
+async def test_a_compiler_that_fails_leaves_the_model_as_it_is_and_is_told_of(
+    tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: nn.Module) -> Function:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(cards, "compile", broken)
+    async with on_gpus(tmp_path) as e:
+        await answered(e, 1)
+        before = plan(e)
+        await improved(e)
+        async with e.models.lease(NAME) as resident:
+            notes = resident.executable.notes
+        assert await answered(e, 4) == 4
+
+        assert plan(e) == before
+    assert notes[-1] == "batches of 1 and more are not compiled: RuntimeError: no C compiler"
+
+
+async def test_stage_maps_and_other_sizes_come_from_the_gpu_too(tmp_path: Path, cards: Cards) -> None:
+    cards.gate.set()
+    async with on_gpus(tmp_path) as e:
+        (result,) = (await e.infer([png()], size=(64, 96), stages=True)).results
+        (own,) = (await e.infer([png()], stages=True)).results
+
+    assert [each.shape for each in result.outputs.stages] == [(32, 16, 24), (64, 8, 12), (160, 4, 6), (256, 2, 3)]
+    assert [each.shape for each in own.outputs.stages] == [(32, 8, 8), (64, 4, 4), (160, 2, 2), (256, 1, 1)]
+
+
+async def test_a_model_is_freed_while_its_graphs_are_being_compiled(tmp_path: Path, cards: Cards) -> None:
+    async with on_gpus(tmp_path) as e:
+        await answered(e, 1)
+        await e.models.unload(NAME)
+
+        assert e.models.loaded() == []
+        cards.gate.set()
+        assert await answered(e, 1) == 1
+
+
+async def test_without_compiling_nothing_is_improved(
+    tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cards, "compile", lambda _: pytest.fail("compiled"))
+    async with on_gpus(tmp_path, compile=False) as e:
+        await answered(e, 1)
+        await improved(e)
+        assert await answered(e, 1) == 1
+
+
+def test_options_name_no_gpu_unless_told() -> None:
+    options = EngineOptions(model_store=Path(), default_model=NAME)
+
+    assert options.devices == ()
+    assert default_instances((), 3) == 3
+    assert default_instances(TWO, 3) == 4
