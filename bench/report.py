@@ -24,6 +24,7 @@ def report(results: Results) -> str:
         _breakdown(results),
         _large(results),
         engine_section(results),
+        _gpu(),
         _starts(results),
         _method(results),
     ]
@@ -152,6 +153,13 @@ def _answered(runs: Sequence[Closed]) -> list[object]:
     if not good:
         return ["none answered", "", ""]
     return [some([getattr(run, name) for run in good]) for name in ("images_per_second", "p50_ms", "cpu_ms")]
+
+
+def _gpu() -> str:
+    return (
+        "## GPU\n\nNothing here was measured on one. `python -m bench.gpu` does that and writes benchmarks-gpu.md; "
+        "[gpu.md](gpu.md) lists what is open until then."
+    )
 
 
 def _starts(results: Results) -> str:

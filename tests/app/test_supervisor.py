@@ -1,5 +1,6 @@
 """Several worker processes, as they are deployed."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -124,3 +125,15 @@ def test_a_wrong_number_of_workers_is_refused(value: str, reason: str) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(f"pvt-serve: PVT_WORKERS={value}: Input should be")
     assert reason in done.stderr
+
+
+@pytest.mark.parametrize(("workers", "code"), [("1", 2), ("2", 3)])
+def test_a_gpu_that_is_not_there_keeps_the_service_from_starting(workers: str, code: int) -> None:
+    environment = {**os.environ, "PVT_DEVICE": "cuda:7", "PVT_WORKERS": workers, "PVT_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "app"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == code
+    assert "PVT_DEVICE=cuda:7: torch" in done.stderr
+    assert "set PVT_DEVICE=cpu" in done.stderr

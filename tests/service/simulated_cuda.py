@@ -2,7 +2,7 @@
 
 What is put on a stream does not run until somebody waits for an event behind it; then it runs, and before it what it
 was told to wait for. What else there is does not run at all, so whoever reads too early reads what was there before.
-Where streams are `mixed`, a piece of it runs between any two pieces, so whoever shares memory without order is found out.
+Where streams are `mixed`, a piece of it runs between any two pieces, so memory shared without order shows.
 """
 
 from collections.abc import Callable, Iterator

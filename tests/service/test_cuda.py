@@ -1,5 +1,7 @@
 import gc
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from service.backends.base import Batch, Layout, Precision
-from service.backends.cuda import PROBE_SIZE, CudaBackend
+from service.backends.cuda import PROBE_SIZE, CudaBackend, torch_compile
 from service.backends.device import Function, Placed
 from service.errors import OutOfMemory
 from service.pvt_v2 import create
@@ -169,3 +171,25 @@ def test_nothing_is_kept_on_disk(served: Served) -> None:
     assert made.program(served, 32, 32).graph(1, LAYOUT, "float32").export() is None
     with pytest.raises(NotImplementedError):
         made.restore(np.zeros(1, np.uint8), LAYOUT, "float32")
+
+
+@pytest.mark.parametrize("named", ["", "/elsewhere"])
+def test_what_was_compiled_is_kept_in_the_cache_unless_the_user_names_another_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: str
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", named)
+    if not named:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+    torch_compile(tmp_path)
+
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (named or str(tmp_path / "torch"))
+
+
+def test_a_module_is_compiled_whole_for_one_shape_and_without_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(torch, "compile", lambda _, **options: asked.append(options))
+
+    torch_compile(None)(nn.Identity())
+
+    assert asked == [{"mode": "max-autotune-no-cudagraphs", "dynamic": False, "fullgraph": True}]

@@ -131,6 +131,24 @@ def test_a_reduced_precision_that_is_slower_is_not_taken(clock: Clock) -> None:
     assert tune(FakeBackend(clock, emulated)).precision == "float32"
 
 
+def test_precisions_are_compared_at_the_batch_size_that_the_backend_says(clock: Clock) -> None:
+    def late(layout: Layout, size: int, precision: Precision) -> float:
+        """bfloat16 is faster from batches of 4 on."""
+        return even(layout, size, precision) if size >= 4 else 0.05 if precision == "float32" else 0.06
+
+    assert tune(FakeBackend(clock, late)).precision == "float32"
+    assert tune(FakeBackend(clock, late, probe_size=4)).precision == "bfloat16"
+
+
+def test_a_precision_that_can_not_be_run_at_that_size_is_not_taken(clock: Clock) -> None:
+    tuned = tune(
+        FakeBackend(clock, even, probe_size=4, broken=lambda _, size, precision: (size, precision) == (4, "bfloat16"))
+    )
+
+    assert tuned.precision == "float32"
+    assert tuned.notes[0] == "bfloat16 in batches of 4 failed with RuntimeError: no such instruction"
+
+
 def test_a_reduced_precision_whose_answers_are_worse_is_refused_with_the_reason(clock: Clock) -> None:
     tuned = tune(FakeBackend(clock, even, logits={"bfloat16": np.array([0, 1, 2.2, 2.9], np.float32)}))
 
