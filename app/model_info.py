@@ -177,5 +177,5 @@ def _loaded(resident: Resident) -> dict[str, object]:
         "plan_cached": report.cached,
         "notes": list(resident.executable.notes),
         "load_seconds": round(report.load_seconds, 3),
-        "improving": resident.executable.improving or None,
+        "improving": resident.executable.improving is not None or None,
     }

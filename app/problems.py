@@ -69,6 +69,7 @@ STATUS: Mapping[type[Exception], int] = {
     errors.MemoryBudgetExceeded: 503,
     errors.ModelPinned: 409,
     errors.OutOfMemory: 503,
+    errors.DeviceFailed: 503,
     errors.QueueFull: 429,
     errors.DeadlineExceeded: 504,
     errors.ShuttingDown: 503,

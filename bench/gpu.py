@@ -46,7 +46,7 @@ EMBEDDED = "pvt_v2_b0.digits"
 PICTURES = 64
 # A queue for the most clients, so that none is refused.
 SETTINGS = {"PVT_DEVICE": "cuda", "PVT_QUEUE_SIZE": "1024"}
-IMPROVED_SECONDS = 540.0  # for compiling every batch size in the background
+IMPROVED_SECONDS = 3600.0  # for compiling every batch size in the background
 
 
 def main() -> None:
@@ -181,7 +181,9 @@ def _wait_until_improved(server: Server, model: str, workers: int) -> None:
     """Every worker says so, several times: who answers can't be chosen."""
     url, quiet = server.url.removesuffix("/predict") + f"/models/{model}", 0
     end = perf_counter() + IMPROVED_SECONDS
-    while quiet < 8 * workers and perf_counter() < end:
+    while quiet < 8 * workers:
+        if perf_counter() > end:
+            raise RuntimeError(f"{model} was still being compiled after {IMPROVED_SECONDS:g} s; call again, it goes on")
         quiet = 0 if httpx.get(url, timeout=60).json().get("improving") else quiet + 1
         sleep(0.05 if quiet else 1.0)
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.backends.base import Layout
-from service.backends.cuda import IN_FLIGHT, Compile, CudaBackend, torch_compile
+from service.backends.compiling import Compiler, TorchCompiler
+from service.backends.cuda import IN_FLIGHT, CudaBackend
 from service.backends.device import Device, cuda_devices
 from service.backends.openvino import OpenVinoBackend
 from service.executable import Executable
@@ -113,11 +114,11 @@ class OnDevice:
         model: tuple[str, Mapping[str, Tensor]],
         batch: int,
         normalisation: tuple[Sequence[float], Sequence[float]],
-        compile_: Compile | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
         """`model` is a variant and its weights, transformers' or ours; `normalisation` mean and standard deviation.
 
-        `compile_` is torch.compile unless given.
+        `compiler` is torch.compile unless given.
 
         Raises:
             OutOfMemory: the batch does not fit onto the device.
@@ -125,7 +126,7 @@ class OnDevice:
         with torch.device("meta"):
             made = create(model[0])
         load_into(made, remap_keys(model[1]))
-        backend = CudaBackend([device], self.instances, compile_ or torch_compile(None))
+        backend = CudaBackend([device], self.instances, compiler or TorchCompiler(None))
         program = backend.program(Served(made, *normalisation).eval(), SIDE, SIDE)
         self.precision = backend.precisions[0]
         self._graph = program.faster(batch, Layout(self.instances, 1), self.precision)

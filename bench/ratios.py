@@ -67,8 +67,7 @@ def latency(name: str, clients: int = 1) -> Callable[[Round], float | None]:
     """Ours / `name`, median latency."""
 
     def ratio(turn: Round) -> float | None:
-        loops = [turn.visits[each].at(clients) if each in turn.visits else None for each in (OURS, name)]
-        return _divide(*(loop.p50_ms if loop else None for loop in loops))
+        return _divide(_p50(turn, OURS, clients), _p50(turn, name, clients))
 
     return ratio
 
@@ -98,12 +97,16 @@ class Bound:
     """The most that arithmetic allows here, and the ratio of that to each of `peer`'s images per second.
 
     Nothing takes time but decoding, as measured, and the model's operations at the measured peak, on all cores.
+    `lone_ms` is what one picture takes if decoding has a core and today's graph, as measured on one core, all of them,
+    with nothing lost in sharing it out; `lone` the ratio of that to LitServe's p50 with one client.
     """
 
     images_per_second: float
     decode_ms: float
     infer_ms: float
     peer: dict[str, float]
+    lone_ms: float
+    lone: float | None
 
 
 def bound(results: Results, variant: str = "pvt_v2_b0") -> Bound | None:
@@ -115,7 +118,16 @@ def bound(results: Results, variant: str = "pvt_v2_b0") -> Bound | None:
     infer_ms = results.flops[variant] / (peak.flops / results.cores) * 1000
     rate = results.cores * 1000 / (cost.decode_ms + infer_ms)
     peers = {name: over(results, lambda turn, name=name: _rate(turn, name, CLIENTS)) for name in (LITSERVE, GRAPH)}  # type: ignore[misc]  # bound per name
-    return Bound(rate, cost.decode_ms, infer_ms, {n: rate / s.median for n, s in peers.items() if s})
+    alone = over(results, lambda turn: _p50(turn, LITSERVE, 1))
+    lone_ms = cost.decode_ms + cost.infer_ms / results.cores
+    return Bound(
+        rate,
+        cost.decode_ms,
+        infer_ms,
+        {n: rate / s.median for n, s in peers.items() if s},
+        lone_ms,
+        lone_ms / alone.median if alone else None,
+    )
 
 
 def costs(results: Results) -> Costs | None:
@@ -136,6 +148,11 @@ def best_peak(results: Results, precision: str, threads: int) -> Peak | None:
 def _rate(turn: Round, name: str, clients: int) -> float | None:
     loop = turn.visits[name].at(clients) if name in turn.visits else None
     return loop.images_per_second if loop else None
+
+
+def _p50(turn: Round, name: str, clients: int) -> float | None:
+    loop = turn.visits[name].at(clients) if name in turn.visits else None
+    return loop.p50_ms if loop else None
 
 
 def _divide(a: float | None, b: float | None) -> float | None:

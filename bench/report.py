@@ -67,12 +67,18 @@ def _bound(results: Results) -> str:
     if not limit:
         return ""
     peers = "; ".join(f"{figure(ratio)} times {_TITLES[name]}" for name, ratio in limit.peer.items())
+    lone = ""
+    if limit.lone is not None:
+        lone = (
+            f" A lone picture would take {figure(limit.lone_ms)} ms if today's graph lost nothing on being shared out "
+            f"over the cores and HTTP cost nothing: {figure(limit.lone)} of LitServe's p50."
+        )
     return (
         f"What arithmetic allows here: decoding takes {figure(limit.decode_ms)} ms of a core as measured, and the "
         f"model's operations at 100 % of the measured matrix-multiply peak {figure(limit.infer_ms)} ms. With nothing "
         f"else to do, {results.cores} cores then serve {figure(limit.images_per_second)} images/s, which is {peers}, "
         "with 8 clients. A ratio above that is out of reach on this processor in this precision, unless decoding takes "
-        "less time or the model less arithmetic."
+        f"less time or the model less arithmetic.{lone}"
     )
 
 

@@ -69,8 +69,9 @@ class Here:
             self._size = InferenceQuery(size=asked.size).input_size if asked.size else None
         except ValidationError as error:
             raise CommandError(f"--size {asked.size}: {error.errors()[0]['msg']}", USAGE) from error
-        # As many as keep every thread busy: full batches, and pictures decoded meanwhile.
-        self._ahead = engine.options.instances * engine.options.max_batch_size + engine.options.cores
+        # As many as keep every thread busy: full batches, and pictures decoded meanwhile; more would be refused.
+        busy = engine.options.instances * engine.options.max_batch_size + engine.options.cores
+        self._ahead = min(busy, engine.options.queue_size)
 
     def predict(self, paths: Iterable[Path], top_k: int) -> AsyncIterator[tuple[Path, Prediction | Bad]]:
         """See `Answering`."""

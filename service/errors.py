@@ -26,6 +26,7 @@
   - MemoryBudgetExceeded    the model does not fit beside those that can't leave memory now
   - ModelPinned             the model is to stay in memory
   - OutOfMemory             a batch did not fit; the scheduler retries with less
+  - DeviceFailed            a GPU that no longer works; only a restart helps
   - QueueFull               refused at admission; carries when to come back
   - DeadlineExceeded        not answered in the time the request allowed
   - ShuttingDown            the service takes no new work
@@ -151,6 +152,10 @@ class ModelPinned(ServiceError):
 
 class OutOfMemory(ServiceError):
     """A batch did not fit into memory."""
+
+
+class DeviceFailed(ServiceError):
+    """A GPU gives nothing but errors from now on; the message has the first one."""
 
 
 class QueueFull(ServiceError):

@@ -1,6 +1,6 @@
 """A loaded model at one input size: what runs its batches, and what makes more of it when that is first asked for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,9 @@ from service.tuning import Alone, Tuned
 
 Pixels = NDArray[np.uint8]  # (height, width, 3)
 STAGES = (1, 2, 3, 4)
+# Images per batch with stage maps at the most: those of one image are 1.6 MB for a b2, and every batch size has its own
+# room for them, twice on a GPU.
+MOST_STAGED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +89,13 @@ class Executable:
         self._improving = improving
         # Mutable state: the batch plan and the graphs, which `adopt` betters; how to get the graph for a lone image,
         # until `widen` has; those that give stage maps too, and the head's weights, once `add_stages` has made them;
-        # the memory that these took; and whether better graphs are still to come.
+        # and the memory that these took.
         self.plan = tuned.plan
         self._make_alone = tuned.alone and tuned.alone.make
         self._plain = GraphSet(tuned.graphs)
         self._staged: GraphSet | None = None
         self.head: Head | None = None
         self.added_bytes = 0
-        self.improving = improving is not None
 
     def __repr__(self) -> str:
         return f"<Executable {self.stored.id} {self.height}x{self.width} sizes={self.plan.sizes} staged={self.staged}>"
@@ -113,9 +115,10 @@ class Executable:
         """What was tried and left out, and why."""
         return (*self.report.notes, *(self._improving.notes if self._improving else ()))
 
-    def improvements(self) -> Iterator[Better] | None:
-        """Better graphs to `adopt`, each as soon as it is made, which takes long; None where there are none."""
-        return self._improving.steps(self.plan) if self._improving else None
+    @property
+    def improving(self) -> Improving | None:
+        """What makes better graphs to `adopt`, as long as it has something to do."""
+        return self._improving if self._improving and self._improving.size else None
 
     def adopt(self, better: Better) -> None:
         """Run batches of its size in that graph from now on."""
@@ -146,7 +149,8 @@ class Executable:
         before = self._backend.memory_bytes()
         module = build(self.card, self.stored.folder, STAGES)
         program = self._backend.program(module, self.height, self.width)
-        graphs = {size: program.graph(size, self._layout, self.report.precision) for size in self.plan.sizes}
+        sizes = [size for size in self.plan.sizes if size <= MOST_STAGED] or [self.plan.sizes[0]]
+        graphs = {size: program.graph(size, self._layout, self.report.precision) for size in sizes}
         lone = program.graph(1, self._alone, self.report.precision) if self._alone else None
         for size, graph in graphs.items():
             self._warm(size, graph)
@@ -195,7 +199,7 @@ class Executable:
         if kept is None:
             raise ModelLoadFailed(f"the graphs of {self.stored.id} that give stage maps have not been made")
         outputs: list[Outputs] = []
-        while images:  # more than once where a graph of that size gives no stage maps, since it is newer than those
+        while images:  # more than once where no graph of that size gives stage maps
             size, graph = kept.of(len(images), alone=alone)
             part, images = images[:size], images[size:]
             logits, embedding, *maps = graph.run(instance, _stack(part, size, graph.room(instance)))

@@ -8,7 +8,7 @@ import numpy as np
 import structlog
 
 from service.backends.base import Backend, Graph, Layout, Program
-from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid, ServiceError
+from service.errors import DeviceFailed, GoldenMismatch, ModelLoadFailed, OutOfMemory, ReferenceInvalid, ServiceError
 from service.executable import Executable, LoadReport
 from service.golden import Golden
 from service.improving import Improving
@@ -71,15 +71,18 @@ def _first_that_can(
     """The first backend on which `stored` runs, its memory before, what runs there, and how those before it failed."""
     failures: list[str] = []
     for i, make in enumerate(backends, 1):
-        backend = make()
+        name = f"backend number {i}"
         try:
+            backend = make()
+            name = backend.name if backend.device == "cpu" else f"{backend.name} on {backend.device}"
             memory = backend.memory_bytes()  # its libraries are not the model's memory
             return backend, memory, _tuned(stored, backend, limits, cache), failures
         except Exception as error:
             wrong = isinstance(error, GoldenMismatch)
-            if isinstance(error, ServiceError) and not wrong:
+            # What is wrong with the model's files is so on every backend.
+            if isinstance(error, ServiceError) and not isinstance(error, GoldenMismatch | OutOfMemory | DeviceFailed):
                 raise
-            failures.append(f"{backend.name} failed: {error if wrong else f'{type(error).__name__}: {error}'}")
+            failures.append(f"{name} failed: {error if wrong else f'{type(error).__name__}: {error}'}")
             if i == len(backends):
                 if wrong:
                     raise _mismatch(stored, failures, limits) from error
@@ -112,7 +115,7 @@ def _tuned(stored: StoredModel, backend: Backend, limits: Limits, cache: PlanCac
     if backend.improves:
         pixels = stored.require_card().preprocessing
         shape, most = (pixels.height, pixels.width), limits.max_batch_size
-        improving = Improving(program, tuned.layout, tuned.precision, shape, golden.check, most)
+        improving = Improving(program, tuned.layout, tuned.precision, shape, golden.check, tuned.plan, most)
     return _Ready(tuned, cached=False, golden=golden, deviation=deviation, improving=improving)
 
 

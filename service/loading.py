@@ -1,5 +1,6 @@
 """Loads models on a thread of their own, and tells of it: log lines, metrics, one kind of error."""
 
+import asyncio
 from collections.abc import Callable
 from time import perf_counter
 from typing import TypeVar
@@ -39,6 +40,7 @@ class Loading:
             compiled=options.backend != "torch" and not options.devices,
         )
         self._thread = Workers("load", 1)
+        self._preparing = asyncio.Lock()
 
     def close(self) -> None:
         """Drop what waits; a load under way ends in its own time."""
@@ -100,22 +102,20 @@ class Loading:
         return made
 
     async def improve(self, executable: Executable, tell: Callable[[], None]) -> None:
-        """Let `executable` adopt better graphs as they are made, and `tell` each time. Other models load meanwhile.
+        """Let `executable` adopt better graphs as they are made, and `tell` each time.
 
-        Whoever cancels this waits for nothing; what is being compiled then is dropped when it is done.
+        What takes minutes is done one model at a time, while others load; the rest in turn with loads. Whoever cancels
+        this waits for nothing; what is being compiled then is dropped when it is done.
         """
-        if (steps := executable.improvements()) is None:
-            return
         start = perf_counter()
-        try:
-            while better := await detached(lambda: next(steps, None)):
+        while improving := executable.improving:
+            async with self._preparing:
+                await detached(improving.prepare)
+            if better := await self._thread.run(improving.take):
                 executable.adopt(better)
                 tell()
                 log.info("model_improved", model=executable.stored.id, batch_size=better.size,
                          ms=round(better.seconds * 1000, 3), seconds=round(perf_counter() - start, 3))  # fmt: skip
-        except Exception:
-            log.exception("model_not_improved", model=executable.stored.id)
-        executable.improving = False
         for note in executable.notes[len(executable.report.notes) :]:
             log.warning("plan_note", model=executable.stored.id, note=note)
 

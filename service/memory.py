@@ -32,5 +32,6 @@ def give_back() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # noqa: SLF001  pinned memory, for which there is no public way
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # without the GIL, as every call through CDLL

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 
 from service.backends.base import Backend, Precision
-from service.backends.cuda import IN_FLIGHT, CudaBackend, torch_compile
+from service.backends.compiling import TorchCompiler
+from service.backends.cuda import IN_FLIGHT, CudaBackend
 from service.backends.device import cuda_devices
 from service.backends.openvino import OpenVinoBackend
 from service.backends.torch import TorchBackend
@@ -84,5 +85,5 @@ def make_backends(options: EngineOptions) -> tuple[MakeBackend, ...]:
 
 
 def _on_gpus(options: EngineOptions) -> Backend:
-    compile_ = torch_compile(options.cache) if options.compile else None
-    return CudaBackend(cuda_devices(options.devices), options.instances, compile_)
+    compiler = TorchCompiler(options.cache, options.cores) if options.compile else None
+    return CudaBackend(cuda_devices(options.devices), options.instances, compiler)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.activity import Activity, Stats
-from service.errors import ImageTooLarge, InvalidImage, ServiceError
+from service.errors import DeviceFailed, ImageTooLarge, InvalidImage, ServiceError
 from service.executable import Executable
 from service.images import Decoded, decode
 from service.lanes import Lane
@@ -64,6 +64,8 @@ class Pipeline:
     def __init__(self, options: EngineOptions, metrics: EngineMetrics) -> None:
         self._options = options
         self._metrics = metrics
+        # Mutable state: why no GPU is to be expected to work any more, once one has failed.
+        self._failed = ""
         self._scheduler = Scheduler[_Source, _Prepared, _Seen](
             options.instances,
             metrics,
@@ -89,7 +91,11 @@ class Pipeline:
         def run(instance: int, payloads: Sequence[_Prepared], *, alone: bool) -> Sequence[_Seen]:
             stages = any(each.stages for each in payloads)  # one forward for all of them
             pixels = [each.decoded.pixels for each in payloads]
-            outputs = executable.run(instance, pixels, alone=alone, stages=stages)
+            try:
+                outputs = executable.run(instance, pixels, alone=alone, stages=stages)
+            except DeviceFailed as error:
+                self._failed = str(error)
+                raise
             return [
                 _Seen(each.decoded, out if each.stages else out._replace(stages=()))
                 for each, out in zip(payloads, outputs, strict=True)
@@ -133,9 +139,12 @@ class Pipeline:
         return self._scheduler.activity()
 
     def stalled(self, *others: Workers) -> list[str]:
-        """A reason for each kind of thread, `others` too, that has been at one job for longer than options allow."""
+        """A reason for each kind of thread, `others` too, that has been at one job for longer than options allow.
+
+        And one for a GPU that failed.
+        """
         busy = self._scheduler.stalled_seconds() | {workers.name: workers.stalled_seconds() for workers in others}
-        return [
+        return [self._failed] * bool(self._failed) + [
             f"a thread for {name} has been at one job for {seconds:.0f} s"
             for name, seconds in busy.items()
             if seconds > self._options.stall_seconds

@@ -16,8 +16,6 @@ from service.errors import GoldenMismatch
 from service.plan import WORTHWHILE_GAIN, BatchPlan, Runner, batch_seconds, measure
 from service.reference import Reference
 
-# A first load may spend so long on compiling and timing; what would take longer is left out and noted.
-BUDGET_SECONDS = 10.0
 # The graph for a lone image costs its memory again; it must save that share of the image's time.
 ALONE_SAVES = 0.15
 NOT_FINITE = "it gives NaN or infinity; check its weights and the card's mean and std"
@@ -83,7 +81,7 @@ class Tuning:
             graphs[size] = self.program.graph(size, layout, precision)
             return batch_seconds(self._runner(graphs[size], size), layout.streams)
 
-        deadline = self.started + BUDGET_SECONDS
+        deadline = self.started + self.backend.tuning_seconds
         plan = measure(
             seconds_of, self.limits.max_batch_size, started=self.started, deadline=deadline, note=self.notes.append
         )
@@ -100,7 +98,7 @@ class Tuning:
         forced = self.limits.precision
         usable: list[tuple[Precision, Graph]] = []
         for precision in [forced] if forced else self.backend.precisions:
-            if usable and self._spent() > BUDGET_SECONDS / 4:
+            if usable and self._spent() > self.backend.tuning_seconds / 4:
                 break  # the more promising one works
             try:
                 graph = self.program.graph(1, layout, precision)

@@ -52,8 +52,12 @@ class Program(Protocol):
         """The graph for batches of `size`; what the backend can't compile it raises as it comes."""
         ...
 
+    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
+        """Do the part of `faster` that takes minutes; others may make graphs meanwhile. Only if `Backend.improves`."""
+        ...
+
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
-        """The same graph with all that can be done for its speed, which takes minutes; see `Backend.improves`."""
+        """The same graph as `graph`, with all that can be done for its speed. Only if `Backend.improves`."""
         ...
 
 
@@ -61,7 +65,8 @@ class Backend(Protocol):
     """Executes modules on `instances` executors, each of which runs one batch at a time.
 
     `device` is where: `cpu`, or names as torch has them. `precisions` are those worth trying there, the most promising
-    first, float32 always last; `probe_size` is the batch size at which they are compared. `exports` says whether its
+    first, float32 always last; `probe_size` is the batch size at which they are compared, `tuning_seconds` how long a
+    first load may spend on compiling and timing. `exports` says whether its
     graphs have a compiled form, `improves` whether its programs have `faster` graphs.
     """
 
@@ -71,6 +76,7 @@ class Backend(Protocol):
     instances: int
     precisions: tuple[Precision, ...]
     probe_size: int
+    tuning_seconds: float
     exports: bool
     improves: bool
 

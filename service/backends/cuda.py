@@ -4,18 +4,16 @@ Capturing the eager module takes milliseconds, so a model answers within seconds
 graphs take the place of those when they are there (`service.improving`).
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from time import perf_counter
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
+from service.backends.compiling import Compiler, Function, Job
 from service.backends.device import Captured, Device
 from service.memory import give_back
 from service.outputs import Floats
@@ -23,16 +21,12 @@ from service.served import Served
 
 IN_FLIGHT = 2  # batches for each card: one is computed, another one travels
 PROBE_SIZE = 8  # a batch of one leaves a card mostly idle, and says little of what is faster
-# Every batch size is a compiled form of its own, and so is every card, precision, input size and choice of stage maps.
-COMPILED_FORMS = 1024
+TUNING_SECONDS = 60.0  # first runs on a card load libraries and choose kernels; a batch size itself takes little
 _KINDS: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_PROBE_RUNS = 5
-
-Compile = Callable[[nn.Module], Callable[[Tensor], Sequence[Tensor]]]
 
 
 class CudaBackend:
@@ -40,14 +34,15 @@ class CudaBackend:
 
     name = "torch"
     probe_size = PROBE_SIZE
+    tuning_seconds = TUNING_SECONDS
     exports = False  # a CUDA graph lives and dies with its process; what torch.compile made is on disk
 
-    def __init__(self, devices: Sequence[Device], instances: int, compile_: Compile | None) -> None:
-        """`compile_` makes a module faster; None leaves it eager."""
+    def __init__(self, devices: Sequence[Device], instances: int, compiler: Compiler | None) -> None:
+        """`compiler` makes modules faster; None leaves them eager."""
         self.instances = instances
         self.devices = tuple(devices[:instances])
-        self.compile = compile_
-        self.improves = compile_ is not None
+        self.compiler = compiler
+        self.improves = compiler is not None
         self.version = str(torch.__version__)
         self.device = ", ".join(device.name for device in self.devices)
         reduced: tuple[Precision, ...] = ("bfloat16", "float16")
@@ -55,8 +50,8 @@ class CudaBackend:
         self.precisions: tuple[Precision, ...] = (*known, "float32")
 
     def layouts(self, cores: int) -> Sequence[Layout]:  # noqa: ARG002
-        """One: cores have no part in it."""
-        return [Layout(self.instances, 1)]
+        """One: cores have no part in it. A batch is computed at a time on each device, whatever else is on its way."""
+        return [Layout(len(self.devices), 1)]
 
     def memory_bytes(self) -> int:
         """Memory of the cards that this process holds."""
@@ -77,44 +72,38 @@ class _Program:
         self._backend = backend
         self._module = module
         self._image = (height, width, 3)
-        # Mutable state: the module on each device as long as a graph of it lives, and, for each precision, whether
-        # channels last is faster.
-        self._placed: WeakValueDictionary[tuple[int, Precision, bool], nn.Module] = WeakValueDictionary()
-        self._channels_last: dict[Precision, bool] = {}
+        # Mutable state: the module on each device, as long as a graph of it lives.
+        self._placed: WeakValueDictionary[tuple[int, Precision], nn.Module] = WeakValueDictionary()
 
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:  # noqa: ARG002
-        if precision not in self._channels_last:
-            self._channels_last[precision] = self._faster_format(precision)
-        return self._captured(size, precision, lambda module: module, channels_last=self._channels_last[precision])
+        return self._captured(size, precision, lambda module: module)
+
+    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:  # noqa: ARG002
+        for device in self._backend.devices:
+            job = Job(self._module, _KINDS[precision], (size, *self._image), device.name)
+            self._compiler.prepare(job)
 
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:  # noqa: ARG002
-        assert self._backend.compile  # noqa: S101  else nobody asks
-        # Channels last without asking: what a compiler makes of a memory format is not what eager kernels do.
-        return self._captured(size, precision, self._backend.compile, channels_last=True)
+        return self._captured(size, precision, self._compiler)
 
-    def _faster_format(self, precision: Precision) -> bool:
-        seconds = {}
-        for channels_last in (True, False):
-            module = self._on(0, precision, channels_last=channels_last)
-            captured = self._backend.devices[0].capture(module, (PROBE_SIZE, *self._image), 1)
-            seconds[channels_last] = _seconds(captured)
-        return seconds[True] <= seconds[False]
+    @property
+    def _compiler(self) -> Compiler:
+        assert self._backend.compiler  # noqa: S101  else nobody asks for what is faster
+        return self._backend.compiler
 
-    def _captured(self, size: int, precision: Precision, compile_: Compile, *, channels_last: bool) -> Graph:
+    def _captured(self, size: int, precision: Precision, compile_: Callable[[nn.Module], Function]) -> Graph:
         devices, shape = self._backend.devices, (size, *self._image)
         captured = []
         for i, device in enumerate(devices):
-            module = self._on(i, precision, channels_last=channels_last)
+            module = self._on(i, precision)
             slots = len(range(i, self._backend.instances, len(devices)))
             captured.append(_Kept(device.capture(compile_(module), shape, slots), module))
         return _OnDevices(precision, captured)
 
-    def _on(self, device: int, precision: Precision, *, channels_last: bool) -> nn.Module:
-        key = (device, precision, channels_last)
+    def _on(self, device: int, precision: Precision) -> nn.Module:
+        key = (device, precision)
         if (placed := self._placed.get(key)) is None:
-            kind = _KINDS[precision]
-            placed = self._backend.devices[device].place(self._module, kind, channels_last=channels_last)
-            self._placed[key] = placed
+            placed = self._placed[key] = self._backend.devices[device].place(self._module, _KINDS[precision])
         return placed
 
 
@@ -148,25 +137,3 @@ class _OnDevices:
     def _of(self, instance: int) -> tuple[Captured, int]:
         slot, device = divmod(instance, len(self._captured))
         return self._captured[device].captured, slot
-
-
-def _seconds(captured: Captured) -> float:
-    times = []
-    for _ in range(_PROBE_RUNS):
-        start = perf_counter()
-        captured.run(0)
-        times.append(perf_counter() - start)
-    return min(times)
-
-
-def torch_compile(cache: Path | None) -> Compile:
-    """`torch.compile` with all it can do but CUDA graphs, which are made here. What it compiled is kept in `cache`."""
-    if cache:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "torch"))
-
-    def compiled(module: nn.Module) -> Callable[[Tensor], Sequence[Tensor]]:
-        dynamo = torch._dynamo.config  # noqa: SLF001  the documented place
-        dynamo.recompile_limit = dynamo.accumulated_recompile_limit = COMPILED_FORMS
-        return torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
-
-    return compiled

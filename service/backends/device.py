@@ -4,7 +4,8 @@
 `torch.cuda` to compute; tests put a CPU in its place.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import gc
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -15,15 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from service.backends.base import Batch
-from service.errors import OutOfMemory
+from service.backends.compiling import Function, Placed
+from service.errors import DeviceFailed, OutOfMemory
 from service.outputs import Floats
 from service.served import Served
 
 # Before a capture, so that what is decided or compiled in the first runs is not captured: torch's documentation asks
 # for three on a stream of their own.
 WARM_UPS = 3
-
-Function = Callable[[Tensor], Sequence[Tensor]]
+# Streams come from pools, one for each priority, and are handed out again after 32: what must not share a stream with
+# anybody has a pool to itself.
+COMPUTING, COPYING = -1, -2
+# One capture at a time in the process: warming up for another synchronises the device, which no capture survives.
+_CAPTURING = Lock()
 
 
 class Captured(Protocol):
@@ -41,6 +46,7 @@ class Captured(Protocol):
 
         Raises:
             OutOfMemory: it does not fit onto the device.
+            DeviceFailed: the device does not work any more.
         """
         ...
 
@@ -51,7 +57,7 @@ class Device(Protocol):
     name: str
     bfloat16: bool
 
-    def place(self, module: Served, kind: torch.dtype, *, channels_last: bool) -> nn.Module:
+    def place(self, module: Served, kind: torch.dtype) -> nn.Module:
         """A copy of `module` on the device, which computes in `kind` and takes uint8 pixels there, as `module` does."""
         ...
 
@@ -60,28 +66,13 @@ class Device(Protocol):
 
         Raises:
             OutOfMemory: it does not fit onto the device.
+            DeviceFailed: the device does not work any more.
         """
         ...
 
     def memory_bytes(self) -> int:
         """What this process holds of the device's memory."""
         ...
-
-
-class Placed(nn.Module):
-    """A served module that computes in `kind`: uint8 pixels in, float32 out, as from the module itself."""
-
-    def __init__(self, served: Served, kind: torch.dtype, *, channels_last: bool) -> None:
-        super().__init__()
-        self.served = served
-        self.kind = kind
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.served.model.to(kind).to(memory_format=self.memory_format)  # type: ignore[call-overload]  # as documented
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """As `Served.forward`."""
-        images = self.served.normalised(pixels).to(self.kind, memory_format=self.memory_format)
-        return tuple(each.float() for each in self.served.answers(images))
 
 
 class CudaDevice:
@@ -95,32 +86,37 @@ class CudaDevice:
         self.device = torch.device("cuda", index)
         with torch.cuda.device(self.device):
             self.bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            self.computing = torch.cuda.Stream()
-            self._capturing = torch.cuda.Stream()
-        # Held while work is put on the computing stream, for as long as a batch's parts must stay together there, and
-        # while a graph is captured, which stands for those that must not be put there meanwhile.
+            self.computing = torch.cuda.Stream(priority=COMPUTING)
+            self._capturing = torch.cuda.Stream(priority=COMPUTING)
+        # Held while a batch's parts are put on the computing stream: they must stay together there.
         self.lock = Lock()
+        # Mutable state: the stream of each slot number, which all captured functions share.
+        self._copying: list[torch.cuda.Stream] = []
 
-    def place(self, module: Served, kind: torch.dtype, *, channels_last: bool) -> nn.Module:
+    def place(self, module: Served, kind: torch.dtype) -> nn.Module:
         """See `Device.place`."""
-        with _memory_errors():
-            return Placed(deepcopy(module).to(self.device), kind, channels_last=channels_last).eval()
+        with _cuda_errors(self.name):
+            return Placed(deepcopy(module).to(self.device), kind).eval()
 
     def capture(self, function: Function, shape: tuple[int, ...], slots: int) -> Captured:
         """See `Device.capture`."""
-        with torch.cuda.device(self.device), torch.no_grad(), _memory_errors():
+        with _CAPTURING, torch.cuda.device(self.device), torch.no_grad(), _cuda_errors(self.name):
+            while len(self._copying) < slots:
+                self._copying.append(torch.cuda.Stream(priority=COPYING))
             pixels = torch.zeros(shape, dtype=torch.uint8, device=self.device)
-            self._capturing.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._capturing):
+            warming = torch.cuda.Stream()
+            warming.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(warming):
                 for _ in range(WARM_UPS):
                     function(pixels)
-            self._capturing.synchronize()
+            warming.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # Other threads may wait for events or start copies meanwhile, which a capture in the default mode forbids.
+            # Other threads go on serving, which a capture in the default mode forbids.
             capture = torch.cuda.graph(graph, stream=self._capturing, capture_error_mode="thread_local")
-            with self.lock, capture:
+            # The outermost context puts the thread's stream back where a failed capture does not.
+            with torch.cuda.stream(self._capturing), _no_garbage(), _own_workspace(), capture:
                 answers = tuple(function(pixels))
-            rooms = [_Slot.make(self.device, pixels, answers) for _ in range(slots)]
+            rooms = [_Slot.make(stream, pixels, answers) for stream in self._copying[:slots]]
         return _Captured(self, graph, pixels, answers, rooms, function)
 
     def memory_bytes(self) -> int:
@@ -130,7 +126,7 @@ class CudaDevice:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Slot:
-    """Memory and streams for one batch on its way: pinned on this side, of its own on the card."""
+    """Memory and a stream for one batch on its way: pinned on this side, of its own on the card."""
 
     here: Tensor
     there: Tensor
@@ -143,15 +139,15 @@ class _Slot:
     done: torch.cuda.Event
 
     @classmethod
-    def make(cls, device: torch.device, pixels: Tensor, answers: Sequence[Tensor]) -> "_Slot":
+    def make(cls, copying: torch.cuda.Stream, pixels: Tensor, answers: Sequence[Tensor]) -> "_Slot":
         here = torch.zeros(pixels.shape, dtype=pixels.dtype, pin_memory=True)  # without, copies would wait for the host
         return cls(
             here=here,
             there=torch.empty_like(pixels),
-            answers_there=tuple(torch.empty(each.shape, dtype=each.dtype, device=device) for each in answers),
-            answers_here=tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in answers),
+            answers_there=tuple(torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in answers),
+            answers_here=tuple(torch.empty(a.shape, dtype=a.dtype, pin_memory=True) for a in answers),
             room=here.numpy(),
-            copying=torch.cuda.Stream(),
+            copying=copying,
             arrived=torch.cuda.Event(),
             computed=torch.cuda.Event(),
             done=torch.cuda.Event(blocking=True),  # a thread that waits sleeps: decoding needs its core
@@ -174,7 +170,7 @@ class _Captured:
 
     def run(self, slot: int) -> tuple[Floats, ...]:
         mine, computing = self.slots[slot], self.device.computing
-        with torch.cuda.device(self.device.device), torch.no_grad(), _memory_errors():
+        with torch.cuda.device(self.device.device), torch.no_grad(), _cuda_errors(self.device.name):
             with torch.cuda.stream(mine.copying):
                 mine.there.copy_(mine.here, non_blocking=True)
                 mine.arrived.record()
@@ -196,11 +192,43 @@ class _Captured:
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
+def _no_garbage() -> Iterator[None]:
+    """Collect first and not again: freeing another graph, or a kernel that lost, would break a capture under way."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _own_workspace() -> Iterator[None]:
+    """Let a captured graph have cuBLAS's workspace in its own memory pool.
+
+    A graph keeps the address of the one it was captured with, and the one of the stream is freed with any other graph
+    that was captured there; torch's own `_inductor/cudagraph_trees.py` does the same.
+    """
+    torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  there is no public way
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  there is no public way
+
+
+@contextmanager
+def _cuda_errors(name: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"it does not fit into the GPU's memory: {error}") from error
+    except torch.AcceleratorError as error:
+        if "out of memory" in str(error):  # of pinned memory, or of memory for a graph
+            raise OutOfMemory(f"it does not fit into the GPU's memory: {error}") from error
+        first = str(error).partition("\n")[0]
+        raise DeviceFailed(f"{name} failed with {first}; restart the service, and look at nvidia-smi") from error
 
 
 def cuda_devices(names: Sequence[str]) -> list[CudaDevice]:

@@ -1,8 +1,11 @@
-"""The ways to share out the cores of a CPU."""
+"""The ways to share out the cores of a CPU, and how long finding the best may take."""
 
 from collections.abc import Sequence
 
 from service.backends.base import Layout
+
+# A first load may spend so long on compiling and timing; what would take longer is left out and noted.
+TUNING_SECONDS = 10.0
 
 
 def base_layout(instances: int, cores: int) -> Layout:

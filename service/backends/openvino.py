@@ -13,7 +13,7 @@ from openvino.properties import hint
 
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
 from service.backends.convert import convert
-from service.backends.layouts import base_layout, layouts
+from service.backends.layouts import TUNING_SECONDS, base_layout, layouts
 from service.errors import OutOfMemory
 from service.memory import settled_bytes
 from service.outputs import Floats
@@ -29,6 +29,7 @@ class OpenVinoBackend:
     version: str = ov.__version__
     device = "cpu"
     probe_size = 1
+    tuning_seconds = TUNING_SECONDS
     exports = True
     improves = False
 
@@ -70,8 +71,11 @@ class _Converted:
         compiled = self._core.compile_model(model, "CPU", _config(layout, precision))
         return _Compiled(compiled, self._backend.instances)
 
+    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
+        raise NotImplementedError
+
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
-        raise NotImplementedError("OpenVINO does all it can at once")
+        raise NotImplementedError
 
 
 class _Compiled:

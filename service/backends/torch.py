@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
-from service.backends.layouts import base_layout, layouts
+from service.backends.layouts import TUNING_SECONDS, base_layout, layouts
 from service.errors import OutOfMemory
 from service.memory import settled_bytes
 from service.outputs import Floats
@@ -21,6 +21,7 @@ class TorchBackend:
     device = "cpu"
     precisions: tuple[Precision, ...] = ("float32",)
     probe_size = 1
+    tuning_seconds = TUNING_SECONDS
     exports = False
     improves = False
 
@@ -51,8 +52,11 @@ class _Module:
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:  # noqa: ARG002  eager takes any size
         return _Eager(self._module, layout.threads, precision)
 
+    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
+        raise NotImplementedError
+
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
-        raise NotImplementedError("eager is eager")
+        raise NotImplementedError
 
 
 class _Eager:

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from bench import gpu, gpu_engines
 from bench.gpu import add_engines, decode_rate
@@ -12,9 +13,20 @@ from bench.gpu_results import GpuEngine, GpuLimits, GpuPeak, GpuResults, GpuServ
 from bench.ours import OnDevice
 from bench.peers.common import make_model
 from bench.results import Closed
+from service.backends.compiling import Function, Job
 from tests.service.fake_device import FakeDevice
 
 CPU = torch.device("cpu")
+
+
+class AsItIs:
+    """A compiler that does nothing."""
+
+    def prepare(self, job: Job) -> None:
+        raise NotImplementedError(job)
+
+    def __call__(self, module: nn.Module) -> Function:
+        return module
 
 
 def engine(name: str, *rates: float, batch: int = 8, note: str = "") -> GpuEngine:
@@ -96,7 +108,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_all_engines_answer_alike_and_are_timed_in_turn() -> None:
-    rows = measure(CPU, FakeDevice(), "pvt_v2_b0", 2, rounds=2, seconds=0.0, compile_=lambda module: module)
+    rows = measure(CPU, FakeDevice(), "pvt_v2_b0", 2, rounds=2, seconds=0.0, compiler=AsItIs())
 
     assert [row.engine for row in rows] == list(gpu_engines.ENGINES)
     for row in rows:
@@ -109,7 +121,7 @@ def test_all_engines_answer_alike_and_are_timed_in_turn() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_an_engine_that_fails_is_told_of_and_the_others_go_on() -> None:
-    rows = measure(CPU, FakeDevice(largest=1), "pvt_v2_b0", 2, rounds=1, seconds=0.0, compile_=lambda module: module)
+    rows = measure(CPU, FakeDevice(largest=1), "pvt_v2_b0", 2, rounds=1, seconds=0.0, compiler=AsItIs())
 
     assert [bool(row.images_per_second) for row in rows] == [True, True, False]
     assert rows[-1].note == "OutOfMemory: a batch of 2 does not fit"
@@ -118,7 +130,7 @@ def test_an_engine_that_fails_is_told_of_and_the_others_go_on() -> None:
 def test_ours_has_the_weights_it_is_given() -> None:
     theirs = make_model()
     model, as_they_are = ("pvt_v2_b0", theirs.state_dict()), ((0.0,) * 3, (1 / 255,) * 3)
-    ours = OnDevice(FakeDevice(bfloat16=False), model, 1, as_they_are, lambda module: module)
+    ours = OnDevice(FakeDevice(bfloat16=False), model, 1, as_they_are, AsItIs())
     pixels = np.random.default_rng(0).integers(0, 2, (1, 224, 224, 3), dtype=np.uint8)
     with torch.inference_mode():
         expected = theirs(torch.from_numpy(pixels).permute(0, 3, 1, 2).float()).logits.numpy()

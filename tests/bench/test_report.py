@@ -28,6 +28,13 @@ def test_the_report_says_what_the_processor_allows_at_all() -> None:
     )
 
 
+def test_the_report_says_what_a_lone_picture_takes_at_the_least_today() -> None:
+    text = " ".join(report(results()).split())
+
+    assert "A lone picture would take 6.5 ms if today's graph lost nothing on being shared out" in text
+    assert "and HTTP cost nothing: 0.13 of LitServe's p50." in text
+
+
 def test_the_report_names_machine_versions_commands_and_who_is_missing() -> None:
     text = report(results())
 

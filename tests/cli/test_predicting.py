@@ -22,6 +22,17 @@ def test_without_a_service_the_model_runs_here(pvt_serve: PvtServe, digits: Path
     assert (results[-1]["error"].startswith("not a supported image"), done.code, done.err) == (True, 3, "")
 
 
+@pytest.mark.usefixtures("engine_here")
+def test_no_more_pictures_are_on_their_way_than_the_queue_takes(
+    pvt_serve: PvtServe, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PVT_QUEUE_SIZE", "1")
+
+    done = pvt_serve("predict", "-k", "1", digits)
+
+    assert (done.code, len(done.lines), done.err) == (0, 10, "")
+
+
 def test_with_a_service_the_answers_are_the_same(
     pvt_serve: PvtServe, service_url: str, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

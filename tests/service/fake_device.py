@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from service.backends.base import Batch
-from service.backends.device import Captured, Function, Placed
+from service.backends.compiling import Function, Placed
+from service.backends.device import Captured
 from service.errors import OutOfMemory
 from service.outputs import Floats
 from service.served import Served
@@ -29,13 +30,12 @@ class FakeDevice:
     largest: int = 1024
     memory: int = 0
     on_run: Callable[[Function, int], None] = lambda *_: None
-    placed: list[tuple[torch.dtype, bool]] = field(default_factory=list)
+    placed: list[torch.dtype] = field(default_factory=list)
     captured: list["FakeCaptured"] = field(default_factory=list)
 
-    def place(self, module: Served, kind: torch.dtype, *, channels_last: bool) -> nn.Module:
-        self.placed.append((kind, channels_last))
-        computed = kind if self.emulates else torch.float32
-        return Placed(deepcopy(module), computed, channels_last=channels_last).eval()
+    def place(self, module: Served, kind: torch.dtype) -> nn.Module:
+        self.placed.append(kind)
+        return Placed(deepcopy(module), kind if self.emulates else torch.float32).eval()
 
     def capture(self, function: Function, shape: tuple[int, ...], slots: int) -> Captured:
         if shape[0] > self.largest:

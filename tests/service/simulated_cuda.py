@@ -5,6 +5,7 @@ was told to wait for. What else there is does not run at all, so whoever reads t
 Where streams are `mixed`, a piece of it runs between any two pieces, so memory shared without order shows.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _current = local()  # the stream that each thread's work goes to
 _inside = local()  # whether a thread is doing the work of a stream
 _card = RLock()
+POOL = 4  # 32 in fact
 CPU = torch.device("cpu")
 
 
@@ -104,16 +106,21 @@ class Queued(TorchDispatchMode):
 class SimulatedTorch:
     """`torch` as `service.backends.device` uses it, with one card that is none."""
 
-    OutOfMemoryError = torch.OutOfMemoryError
-
     def __init__(self, on_wait: Callable[[], None] = lambda: None, *, mixed: bool = False) -> None:
         default = Stream()
         streams: list[Stream] = []
 
-        def stream() -> Stream:
-            made = Stream(streams if mixed else [])
-            streams.append(made)
-            return made
+        taken: Counter[int] = Counter()
+        pools: dict[tuple[int, int], Stream] = {}
+
+        def stream(priority: int = 0) -> Stream:
+            """Of each priority there are no more than POOL, which are handed out in turn."""
+            key = priority, taken[priority] % POOL
+            taken[priority] += 1
+            if key not in pools:
+                pools[key] = Stream(streams if mixed else [])
+                streams.append(pools[key])
+            return pools[key]
 
         @contextmanager
         def on(stream: Stream) -> Iterator[None]:
@@ -129,14 +136,18 @@ class SimulatedTorch:
         def capture(graph: CUDAGraph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
             assert capture_error_mode == "thread_local"  # other threads go on serving meanwhile
             graph.repeat = self.repeat
+            self.order.append("capture")
             with on(stream):
                 yield
+            self.order.append("captured")
 
         @contextmanager
         def device(_: object) -> Iterator[None]:
             yield
 
         self.repeat: Callable[[], None] = lambda: None
+        self.order: list[str] = []
+        self._C = SimpleNamespace(_cuda_clearCublasWorkspaces=lambda: self.order.append("clear"))
         self.cuda = SimpleNamespace(
             Stream=stream,
             Event=lambda *, blocking=False: Event(blocking, on_wait if blocking else lambda: None),
@@ -148,6 +159,11 @@ class SimulatedTorch:
             is_bf16_supported=lambda including_emulation: not including_emulation,
             memory_reserved=lambda _: 7,
         )
+
+    def current(self) -> Stream:
+        """The stream that the calling thread's work goes to."""
+        stream: Stream = _current.stream
+        return stream
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)

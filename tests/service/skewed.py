@@ -65,6 +65,9 @@ class SkewedProgram:
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
         return SkewedGraph(self.program.graph(size, layout, precision), self.skew)
 
+    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
+        self.program.prepare(size, layout, precision)
+
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
         return self.program.faster(size, layout, precision)
 
@@ -107,6 +110,9 @@ class ExportingProgram:
 
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
         return Exported(self.program.graph(size, layout, precision), lambda logits, _: logits)
+
+    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
+        self.program.prepare(size, layout, precision)
 
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
         return self.program.faster(size, layout, precision)

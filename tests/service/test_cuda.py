@@ -1,16 +1,14 @@
 import gc
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from service.backends.base import Batch, Layout, Precision
-from service.backends.cuda import PROBE_SIZE, CudaBackend, torch_compile
-from service.backends.device import Function, Placed
+from service.backends.compiling import Compiler, Function, Job, Placed
+from service.backends.cuda import CudaBackend
 from service.errors import OutOfMemory
 from service.pvt_v2 import create
 from service.served import Served
@@ -30,10 +28,8 @@ def pictures(count: int, seed: int = 0) -> Batch:
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
-def backend(
-    devices: Sequence[FakeDevice], instances: int = 2, compile_: Callable[[nn.Module], Function] | None = None
-) -> CudaBackend:
-    return CudaBackend(devices, instances, compile_)
+def backend(devices: Sequence[FakeDevice], instances: int = 2, compiler: Compiler | None = None) -> CudaBackend:
+    return CudaBackend(devices, instances, compiler)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
@@ -91,30 +87,18 @@ def test_a_batch_that_was_put_together_in_its_room_is_not_copied(
     np.testing.assert_array_equal(graph.run(1, elsewhere)[0], there[0])
 
 
-@pytest.mark.parametrize("faster", [True, False], ids=["channels-last", "contiguous"])
-def test_the_memory_format_that_measures_faster_is_taken(
-    served: Served, monkeypatch: pytest.MonkeyPatch, *, faster: bool
-) -> None:
-    now = 0.0
-
-    def run(function: Function, size: int) -> None:
-        nonlocal now
-        assert size == PROBE_SIZE
-        is_last = getattr(function, "memory_format", None) is torch.channels_last
-        now += 1.0 if is_last is faster else 2.0
-
-    monkeypatch.setattr("service.backends.cuda.perf_counter", lambda: now)
-    device = FakeDevice(on_run=run)
+def test_the_weights_are_on_a_device_once_and_channels_last(served: Served) -> None:
+    device = FakeDevice()
     program = backend([device]).program(served, 32, 32)
 
-    program.graph(1, LAYOUT, "float32")
-    taken = device.captured[-1].function
-    program.graph(2, LAYOUT, "float32")
+    graphs = [program.graph(size, LAYOUT, "float32") for size in (1, 2)]
 
-    assert isinstance(taken, Placed)
-    assert (taken.memory_format is torch.channels_last) is faster
-    assert device.captured[-1].function is taken  # the weights are there once
-    assert len(device.placed) == 2  # and asked about once
+    assert len(graphs) == 2
+    assert device.placed == [torch.float32]
+    placed = device.captured[-1].function
+    assert isinstance(placed, Placed)
+    weights = placed.served.model.get_parameter("patch_embed1.proj.weight")
+    assert weights.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_weights_leave_a_device_with_the_last_graph_that_reads_them(served: Served) -> None:
@@ -131,21 +115,46 @@ def test_weights_leave_a_device_with_the_last_graph_that_reads_them(served: Serv
     assert len(device.placed) == before + 1
 
 
-def test_a_faster_graph_is_of_the_compiled_module(served: Served) -> None:
-    compiled: list[nn.Module] = []
+class AddsOne:
+    """A compiler whose modules give one more."""
 
-    def compile_(module: nn.Module) -> Callable[[Tensor], Sequence[Tensor]]:
-        compiled.append(module)
+    def __init__(self) -> None:
+        self.prepared: list[Job] = []
+        self.compiled: list[nn.Module] = []
+
+    def prepare(self, job: Job) -> None:
+        self.prepared.append(job)
+
+    def __call__(self, module: nn.Module) -> Function:
+        self.compiled.append(module)
         return lambda pixels: [each + 1 for each in module(pixels)]
 
-    made = backend([FakeDevice()], compile_=compile_)
+
+def test_a_faster_graph_is_of_the_compiled_module(served: Served) -> None:
+    compiler = AddsOne()
+    made = backend([FakeDevice()], compiler=compiler)
     program = made.program(served, 32, 32)
 
     plain, faster = (make(1, LAYOUT, "float32").run(0, pictures(1)) for make in (program.graph, program.faster))
 
     assert made.improves
-    assert len(compiled) == 1
+    assert len(compiler.compiled) == 1
     np.testing.assert_allclose(faster[0], plain[0] + 1, atol=1e-5)
+
+
+def test_what_is_compiled_is_prepared_for_each_device(served: Served) -> None:
+    compiler = AddsOne()
+    program = backend([FakeDevice("cuda:0"), FakeDevice("cuda:1")], compiler=compiler).program(served, 32, 64)
+
+    program.prepare(4, LAYOUT, "bfloat16")
+
+    assert compiler.prepared == [Job(served, torch.bfloat16, (4, 32, 64, 3), f"cuda:{i}") for i in range(2)]
+
+
+def test_a_card_computes_one_batch_at_a_time_however_many_are_on_their_way() -> None:
+    two = backend([FakeDevice("cuda:0"), FakeDevice("cuda:1")], 4)
+
+    assert two.layouts(16) == [Layout(2, 1)]
 
 
 def test_sixteen_bits_are_tried_where_a_card_has_them() -> None:
@@ -171,25 +180,3 @@ def test_nothing_is_kept_on_disk(served: Served) -> None:
     assert made.program(served, 32, 32).graph(1, LAYOUT, "float32").export() is None
     with pytest.raises(NotImplementedError):
         made.restore(np.zeros(1, np.uint8), LAYOUT, "float32")
-
-
-@pytest.mark.parametrize("named", ["", "/elsewhere"])
-def test_what_was_compiled_is_kept_in_the_cache_unless_the_user_names_another_place(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: str
-) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", named)
-    if not named:
-        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-
-    torch_compile(tmp_path)
-
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (named or str(tmp_path / "torch"))
-
-
-def test_a_module_is_compiled_whole_for_one_shape_and_without_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, object]] = []
-    monkeypatch.setattr(torch, "compile", lambda _, **options: asked.append(options))
-
-    torch_compile(None)(nn.Identity())
-
-    assert asked == [{"mode": "max-autotune-no-cudagraphs", "dynamic": False, "fullgraph": True}]

@@ -11,13 +11,14 @@ import pytest
 from torch import nn
 
 from service import options as options_module
-from service.backends.device import Function
+from service.backends.compiling import Function, Job
 from service.engine import Engine
-from service.errors import OutOfMemory
+from service.errors import DeviceFailed, OutOfMemory
 from service.options import EngineOptions, default_instances
 from service.results import Prediction
 from tests.app.conftest import png
 from tests.service.fake_device import FakeDevice
+from tests.service.stores import add_model
 from tests.service.test_engine import NAME, engine
 
 TWO = ("cuda:0", "cuda:1")
@@ -41,7 +42,7 @@ class Compiled(nn.Module):
 
 
 class Cards:
-    """The GPUs of a test: `compiling` waits for its gate; `on_run` is told of every run that answers."""
+    """The GPUs of a test and their compiler, which waits for its gate; `on_run` is told of every run."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clock = Clock()
@@ -49,16 +50,18 @@ class Cards:
         self.gate = threading.Event()
         self.on_run: Callable[[Function, int], None] = lambda *_: None
         monkeypatch.setattr("service.plan.perf_counter", lambda: self.clock.now)
-        monkeypatch.setattr("service.backends.cuda.perf_counter", lambda: self.clock.now)
         monkeypatch.setattr(options_module, "cuda_devices", self.made)
-        monkeypatch.setattr(options_module, "torch_compile", lambda _: self.compile)
+        monkeypatch.setattr(options_module, "TorchCompiler", lambda *_: self)
 
     def made(self, names: tuple[str, ...]) -> list[FakeDevice]:
         self.devices = [FakeDevice(name, on_run=self.run) for name in names]
         return self.devices
 
-    def compile(self, module: nn.Module) -> Function:
+    def prepare(self, job: Job) -> None:
+        assert job.device in TWO
         assert self.gate.wait(30)
+
+    def __call__(self, module: nn.Module) -> Function:
         return Compiled(module)
 
     def run(self, function: Function, size: int) -> None:
@@ -165,17 +168,56 @@ async def test_a_model_that_fails_on_the_gpu_is_served_by_the_cpu_and_says_why(
             report = resident.executable.report
 
     assert report.device == "cpu"
-    assert "torch failed: RuntimeError: CUDA error: an illegal instruction" in report.notes
+    assert "torch on cuda:0, cuda:1 failed: RuntimeError: CUDA error: an illegal instruction" in report.notes
     assert cards.devices
+
+
+async def test_a_model_that_does_not_fit_onto_the_gpu_is_served_by_the_cpu(
+    tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cards.devices == []
+    monkeypatch.setattr(options_module, "cuda_devices", lambda names: [FakeDevice(name, largest=0) for name in names])
+    monkeypatch.setattr("service.plan.perf_counter", perf_counter)
+    async with on_gpus(tmp_path, backend="torch") as e:
+        assert await answered(e, 1) == 1
+        async with e.models.lease(NAME) as resident:
+            assert resident.executable.report.device == "cpu"
+
+
+async def test_a_gpu_that_fails_makes_the_service_not_live(tmp_path: Path, cards: Cards) -> None:
+    def failing(_: Function, size: int) -> None:
+        raise DeviceFailed(f"cuda:0 failed with CUDA error: an illegal address in a batch of {size}")
+
+    async with on_gpus(tmp_path) as e:
+        await answered(e, 1)
+        assert e.live().live
+        cards.on_run = failing
+        assert await answered(e, 2) == 0
+
+        assert not e.live().live
+        assert "an illegal address" in e.live().reasons[0]
+
+
+async def test_only_one_model_is_prepared_at_a_time_while_others_load(tmp_path: Path, cards: Cards) -> None:
+    add_model(tmp_path, "pvt_v2_b0.other")
+    async with on_gpus(tmp_path) as e:
+        for model in (NAME, "pvt_v2_b0.other"):
+            await e.predict([png()], model=model)
+        waiting = [*e.models._sourcing._widening.values()]
+
+        assert len(waiting) == 2
+        assert not any(task.done() for task in waiting)
+        cards.gate.set()
+        await asyncio.gather(*waiting)
 
 
 async def test_a_compiler_that_fails_leaves_the_model_as_it_is_and_is_told_of(
     tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: nn.Module) -> Function:
+    def broken(_: Job) -> None:
         raise RuntimeError("no C compiler")
 
-    monkeypatch.setattr(cards, "compile", broken)
+    monkeypatch.setattr(cards, "prepare", broken)
     async with on_gpus(tmp_path) as e:
         await answered(e, 1)
         before = plan(e)
@@ -211,7 +253,7 @@ async def test_a_model_is_freed_while_its_graphs_are_being_compiled(tmp_path: Pa
 async def test_without_compiling_nothing_is_improved(
     tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cards, "compile", lambda _: pytest.fail("compiled"))
+    monkeypatch.setattr(cards, "prepare", lambda _: pytest.fail("compiled"))
     async with on_gpus(tmp_path, compile=False) as e:
         await answered(e, 1)
         await improved(e)

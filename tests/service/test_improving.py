@@ -40,6 +40,7 @@ class FakeProgram:
     compiled: Callable[[int], float]
     slower: float = 1.0
     fits: int = 1024
+    uncompilable: frozenset[int] = frozenset()
     now: float = 0.0
     made: list[tuple[str, int]] = field(default_factory=list)
 
@@ -48,8 +49,15 @@ class FakeProgram:
         self.made.append(("eager", size))
         return FakeGraph(self, size, self.eager(size))
 
+    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
+        assert (layout, precision) == (LAYOUT, "bfloat16")
+        if size in self.uncompilable:
+            raise RuntimeError("no C compiler")
+        self.made.append(("prepared", size))
+
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
         assert (layout, precision) == (LAYOUT, "bfloat16")
+        assert self.made[-1] == ("prepared", size)
         if size > self.fits:
             raise OutOfMemory(f"{size} does not fit")
         self.made.append(("compiled", size))
@@ -65,8 +73,14 @@ def improve(
         if size == bad:
             raise GoldenMismatch("off by 0.5")
 
-    improving = Improving(program, LAYOUT, "bfloat16", (32, 32), check, most)
-    return list(improving.steps(plan)), improving.notes
+    improving = Improving(program, LAYOUT, "bfloat16", (32, 32), check, plan, most)
+    better = []
+    while improving.size:
+        improving.prepare()
+        if each := improving.take():
+            better.append(each)
+    assert improving.take() is None
+    return better, improving.notes
 
 
 def sizes(better: list[Better]) -> dict[int, float]:
@@ -142,10 +156,10 @@ def test_too_little_memory_for_a_larger_batch_ends_it_and_says_so(monkeypatch: p
     assert notes == ["batches of 4 and more are not compiled: OutOfMemory: 4 does not fit"]
 
 
-def test_whoever_wants_no_more_stops_asking(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = FakeProgram(eager, lambda size: 0.5 * size)
-    monkeypatch.setattr("service.plan.perf_counter", lambda: program.now)
-    steps = Improving(program, LAYOUT, "bfloat16", (32, 32), lambda *_: None, 8).steps(PLAN)
+def test_what_can_not_be_prepared_ends_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = FakeProgram(eager, lambda size: 0.5 * size, uncompilable=frozenset({2}))
 
-    assert next(steps).size == 1
-    assert ("compiled", 2) not in program.made
+    better, notes = improve(program, PLAN, monkeypatch)
+
+    assert sizes(better) == {1: 0.5}
+    assert notes == ["batches of 2 and more are not compiled: RuntimeError: no C compiler"]

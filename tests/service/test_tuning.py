@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
-from service.backends.layouts import base_layout, layouts
+from service.backends.layouts import TUNING_SECONDS, base_layout, layouts
 from service.errors import ModelLoadFailed
 from service.outputs import Floats
 from service.reference import Reference
 from service.served import Served
-from service.tuning import BUDGET_SECONDS, Limits, Tuned, Tuning
+from service.tuning import Limits, Tuned, Tuning
 
 SHAPE = (32, 32)
 CLASSES = 4
@@ -42,6 +42,7 @@ class FakeBackend:
     version: str = "1"
     device: str = "cpu"
     probe_size: int = 1
+    tuning_seconds: float = TUNING_SECONDS
     exports: bool = True
     improves: bool = False
     made: list[tuple[Layout, int, Precision]] = field(default_factory=list)
@@ -54,6 +55,9 @@ class FakeBackend:
 
     def program(self, module: Served, height: int, width: int) -> Program:
         raise NotImplementedError(module, height, width)
+
+    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
+        raise NotImplementedError(size, layout, precision)
 
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
         raise NotImplementedError(size, layout, precision)
@@ -254,7 +258,7 @@ def test_a_layout_that_fails_is_left_out(clock: Clock) -> None:
 
 
 def test_what_would_take_longer_than_the_budget_is_left_out(clock: Clock) -> None:
-    backend = FakeBackend(clock, lambda *_: 0.04, compile_seconds=BUDGET_SECONDS * 0.6)
+    backend = FakeBackend(clock, lambda *_: 0.04, compile_seconds=TUNING_SECONDS * 0.6)
 
     tuned = tune(backend)
 
@@ -264,7 +268,7 @@ def test_what_would_take_longer_than_the_budget_is_left_out(clock: Clock) -> Non
 
 
 def test_what_compiling_the_first_graph_took_counts_for_the_next_sizes(clock: Clock) -> None:
-    backend = FakeBackend(clock, lambda *_: 0.04, precisions=("float32",), compile_seconds=BUDGET_SECONDS * 0.2)
+    backend = FakeBackend(clock, lambda *_: 0.04, precisions=("float32",), compile_seconds=TUNING_SECONDS * 0.2)
 
     tuned = tune(backend)
 

@@ -1,0 +1,145 @@
+"""`torch.compile` for modules on a GPU: first in a process of its own, then here, from what that left on disk.
+
+Compiling and tuning kernels takes minutes, holds the interpreter's lock, and waits for the whole card again and again,
+which no capture of a CUDA graph survives. So a helper process does it (`python -m service.backends.compiling`, the job
+on its standard input), and what is left to do here is to trace the module and to find its kernels in the cache.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from service.served import Served
+
+# Every batch size is a compiled form of its own, and so is every card, precision, input size and choice of stage maps;
+# torch counts all that there ever were.
+COMPILED_FORMS = 1 << 20
+OPTIONS: Mapping[str, Any] = MappingProxyType(
+    {"mode": "max-autotune-no-cudagraphs", "dynamic": False, "fullgraph": True}
+)
+_ROOT = Path(__file__).parent.parent.parent
+
+Function = Callable[[Tensor], Sequence[Tensor]]
+
+
+class Placed(nn.Module):
+    """A served module that computes in `kind`, channels last: uint8 pixels in, float32 out, as from the module itself.
+
+    Its tokens lie channels last in any case; with weights of another format, convolutions convert them in every run.
+    """
+
+    def __init__(self, served: Served, kind: torch.dtype) -> None:
+        super().__init__()
+        self.served = served
+        self.kind = kind
+        self.served.model.to(kind).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as documented
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """As `Served.forward`."""
+        images = self.served.normalised(pixels).to(self.kind, memory_format=torch.channels_last)
+        return tuple(each.float() for each in self.served.answers(images))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to compile: `module`, placed on `device` to compute in `kind`, for pixels of `shape`."""
+
+    module: Served
+    kind: torch.dtype
+    shape: tuple[int, ...]
+    device: str
+
+
+class Compiler(Protocol):
+    """Makes modules faster."""
+
+    def prepare(self, job: Job) -> None:
+        """Do what takes long, so that the call after it is short. Raises where it can't be done."""
+        ...
+
+    def __call__(self, module: nn.Module) -> Function:
+        """The faster form of a placed module; its first run may compile."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TorchCompiler:
+    """`torch.compile` with all it can do but CUDA graphs, which `service.backends.device` makes.
+
+    What it compiled is kept in `cache`; without one there is no helper process, since it could not hand anything on.
+    `processes` is how many it may compile with.
+    """
+
+    cache: Path | None
+    processes: int = 1
+    options: Mapping[str, Any] = field(default_factory=lambda: OPTIONS)
+
+    def prepare(self, job: Job) -> None:
+        """See `Compiler.prepare`.
+
+        Raises:
+            RuntimeError: the helper failed; with the last line that it wrote.
+        """
+        if self.cache is None:
+            return
+        blob = pickle.dumps((deepcopy(job.module).to("meta"), job.kind, job.shape, job.device, dict(self.options)))
+        paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # What several workers compile they would compile at the same time; the second one finds it done.
+        with FileLock(self.cache / "torch.lock"):
+            done = subprocess.run(
+                [sys.executable, "-m", "service.backends.compiling"],
+                input=blob,
+                env={**os.environ, **self._environment(self.cache), "PYTHONPATH": os.pathsep.join(paths)},
+                capture_output=True,
+                check=False,
+            )
+        if done.returncode:
+            lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+            raise RuntimeError(lines[-1])
+
+    def __call__(self, module: nn.Module) -> Function:
+        """See `Compiler.__call__`."""
+        if self.cache:
+            for name, value in self._environment(self.cache).items():
+                os.environ.setdefault(name, value)
+        return compiled(module, self.options)
+
+    def _environment(self, cache: Path) -> dict[str, str]:
+        """What is set already stays. Triton's cache too: by default it is in a home, which a service may not have."""
+        named = {
+            "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
+            "TRITON_CACHE_DIR": str(cache / "torch" / "triton"),
+            "TORCHINDUCTOR_COMPILE_THREADS": str(self.processes),
+        }
+        return {name: os.environ.get(name, value) for name, value in named.items()}
+
+
+def compiled(module: nn.Module, options: Mapping[str, Any]) -> Function:
+    """`module` by `torch.compile`, with no bound to the number of its forms."""
+    dynamo = torch._dynamo.config  # noqa: SLF001  the documented place
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = COMPILED_FORMS
+    return torch.compile(module, **options)
+
+
+def main() -> None:
+    """Compile the job on standard input, so that its kernels are in the cache."""
+    module, kind, shape, device, options = pickle.loads(sys.stdin.buffer.read())  # noqa: S301  our parent wrote it
+    placed = Placed(module.to_empty(device=device), kind).eval()
+    with torch.no_grad():
+        compiled(placed, options)(torch.zeros(shape, dtype=torch.uint8, device=device))
+
+
+if __name__ == "__main__":
+    main()
