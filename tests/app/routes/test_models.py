@@ -1,10 +1,16 @@
 import shutil
+import threading
 from pathlib import Path
 
+import pytest
 from starlette.testclient import TestClient
+from torch import nn
 
+from service.backends.compiling import Function, Job
+from service.errors import DeviceFailed
 from service.variants import VARIANTS
 from tests.app.conftest import MakeClient, png
+from tests.service.fake_device import FakeDevice
 from tests.service.stores import add_model
 
 
@@ -25,12 +31,71 @@ def test_a_loaded_model_tells_how_it_runs(client: TestClient) -> None:
 
     model = client.get("/models/pvt_v2_b0.digits").json()
 
-    assert (model["state"], model["backend"]) == ("ready", "openvino")
+    assert (model["state"], model["backend"], model["device"]) == ("ready", "openvino", "cpu")
+    assert "improving" not in model
     assert model["precision"] in {"float32", "bfloat16"}
     assert model["batch_plan"][0]["size"] == 1
     assert all(step["ms"] > 0 for step in model["batch_plan"])
     assert model["load_seconds"] > 0
     assert model["memory_bytes"] > 0
+
+
+def test_on_a_gpu_a_model_tells_where_it_runs_and_whether_it_still_gets_faster(
+    make_client: MakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    class Compiler:
+        """Waits, then finds nothing to make faster."""
+
+        def prepare(self, job: Job) -> None:
+            assert gate.wait(60)
+            raise NotImplementedError(job.device)
+
+        def __call__(self, module: nn.Module) -> Function:
+            raise NotImplementedError(module)
+
+    monkeypatch.setattr("app.engine_options.visible", lambda: ("cuda:0",))
+    monkeypatch.setattr("service.options.cuda_devices", lambda names: [FakeDevice(name) for name in names])
+    monkeypatch.setattr("service.options.TorchCompiler", lambda *_: Compiler())
+    add_model(tmp_path)
+    client = make_client(model_store=tmp_path, default_model="pvt_v2_b0.tiny", max_batch_size=2)
+
+    answered = client.post("/predict", files={"image": png()})
+    before = client.get("/models/pvt_v2_b0.tiny").json()
+    gate.set()
+    while (after := client.get("/models/pvt_v2_b0.tiny").json()).get("improving"):
+        pass
+
+    assert answered.status_code == 200
+    assert (before["backend"], before["device"], before["improving"]) == ("torch", "cuda:0", True)
+    assert before["layout"] == {"streams": 1, "threads": 1}
+    assert after["notes"] == ["batches of 1 and more are not compiled: NotImplementedError: cuda:0"]
+
+
+def test_a_gpu_that_fails_makes_the_service_unhealthy(
+    make_client: MakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = False
+
+    def run(_: Function, size: int) -> None:
+        if broken:
+            raise DeviceFailed(f"cuda:0 failed with CUDA error: an illegal address ({size}); restart the service")
+
+    monkeypatch.setattr("app.engine_options.visible", lambda: ("cuda:0",))
+    monkeypatch.setattr("service.options.cuda_devices", lambda names: [FakeDevice(each, on_run=run) for each in names])
+    add_model(tmp_path)
+    client = make_client(model_store=tmp_path, default_model="pvt_v2_b0.tiny", max_batch_size=1, compile=False)
+    assert client.post("/predict", files={"image": png()}).status_code == 200
+    assert client.get("/health/live").status_code == 200
+
+    broken = True
+    refused = client.post("/predict", files={"image": png()})
+    health = client.get("/health/live")
+
+    assert (refused.status_code, refused.json()["title"]) == (503, "Device failed")
+    assert health.status_code == 503
+    assert "an illegal address" in health.text
 
 
 def test_a_model_of_another_name_is_not_found(client: TestClient) -> None:
