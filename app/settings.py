@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+(,cuda:\d+)*)$")] = "auto"
     """Where: `cpu`, `cuda` for all GPUs, or some, as `cuda:0,cuda:1`; auto is cuda where torch can use one."""
     compile: bool = True
-    """On a GPU: let `torch.compile` make faster graphs, in the background; it needs a C compiler."""
+    """On a GPU: let `torch.compile` make faster graphs in the background; it needs a C compiler and `PVT_CACHE_DIR`."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic; auto is a 16-bit one where that is faster and its answers are as good, float32 elsewhere."""
     cache_dir: Path | None = Path("~/.cache/pvt-serve")

@@ -31,7 +31,8 @@ def give_back() -> None:
     """Collect what is unreachable, and have torch and glibc return what they keep; another C library keeps it."""
     gc.collect()
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-        torch._C._host_emptyCache()  # noqa: SLF001  pinned memory, for which there is no public way
+        with suppress(RuntimeError):  # a card that has failed says so here too, and models on the CPU are none of that
+            torch.cuda.empty_cache()
+            torch._C._host_emptyCache()  # noqa: SLF001  pinned memory, for which there is no public way
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # without the GIL, as every call through CDLL

@@ -85,5 +85,6 @@ def make_backends(options: EngineOptions) -> tuple[MakeBackend, ...]:
 
 
 def _on_gpus(options: EngineOptions) -> Backend:
-    compiler = TorchCompiler(options.cache, options.cores) if options.compile else None
+    # Half of the cores: the others decode. Without a cache a helper process could hand nothing on.
+    compiler = TorchCompiler(options.cache, max(1, options.cores // 2)) if options.compile and options.cache else None
     return CudaBackend(cuda_devices(options.devices), options.instances, compiler)

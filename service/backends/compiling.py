@@ -9,10 +9,12 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import sleep
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -28,6 +30,9 @@ COMPILED_FORMS = 1 << 20
 OPTIONS: Mapping[str, Any] = MappingProxyType(
     {"mode": "max-autotune-no-cudagraphs", "dynamic": False, "fullgraph": True}
 )
+HELPER_SECONDS = 1800.0  # for one batch size; what takes longer hangs
+_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
+_NICENESS = 10  # decoding goes first
 _ROOT = Path(__file__).parent.parent.parent
 
 Function = Callable[[Tensor], Sequence[Tensor]]
@@ -90,6 +95,7 @@ class TorchCompiler:
 
         Raises:
             RuntimeError: the helper failed; with the last line that it wrote.
+            subprocess.TimeoutExpired: it hung, and was ended.
         """
         if self.cache is None:
             return
@@ -104,6 +110,7 @@ class TorchCompiler:
                 env={**os.environ, **self._environment(self.cache), "PYTHONPATH": os.pathsep.join(paths)},
                 capture_output=True,
                 check=False,
+                timeout=HELPER_SECONDS,
             )
         if done.returncode:
             lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
@@ -112,7 +119,8 @@ class TorchCompiler:
     def __call__(self, module: nn.Module) -> Function:
         """See `Compiler.__call__`."""
         if self.cache:
-            for name, value in self._environment(self.cache).items():
+            # One thread: what is left to do finds all in the cache, and more would be processes that idle beside us.
+            for name, value in {**self._environment(self.cache), _THREADS: "1"}.items():
                 os.environ.setdefault(name, value)
         return compiled(module, self.options)
 
@@ -121,9 +129,9 @@ class TorchCompiler:
         named = {
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
             "TRITON_CACHE_DIR": str(cache / "torch" / "triton"),
-            "TORCHINDUCTOR_COMPILE_THREADS": str(self.processes),
+            _THREADS: str(self.processes),
         }
-        return {name: os.environ.get(name, value) for name, value in named.items()}
+        return {name: os.environ.get(name, value) if name != _THREADS else value for name, value in named.items()}
 
 
 def compiled(module: nn.Module, options: Mapping[str, Any]) -> Function:
@@ -133,12 +141,27 @@ def compiled(module: nn.Module, options: Mapping[str, Any]) -> Function:
     return torch.compile(module, **options)
 
 
+def set_up_cudnn() -> None:
+    """What holds where modules run as where they are compiled, so that the helper times what will run."""
+    torch.backends.cudnn.benchmark = True  # shapes are fixed, and what is chosen before a capture stays
+    torch.backends.cudnn.allow_tf32 = False  # float32 is asked for where less was too far off
+
+
 def main() -> None:
-    """Compile the job on standard input, so that its kernels are in the cache."""
+    """Compile the job on standard input, so that its kernels are in the cache; end when the parent does."""
+    os.nice(_NICENESS)
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+    set_up_cudnn()
     module, kind, shape, device, options = pickle.loads(sys.stdin.buffer.read())  # noqa: S301  our parent wrote it
     placed = Placed(module.to_empty(device=device), kind).eval()
     with torch.no_grad():
         compiled(placed, options)(torch.zeros(shape, dtype=torch.uint8, device=device))
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        sleep(1)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from threading import Lock
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from service.backends.base import Batch
-from service.backends.compiling import Function, Placed
+from service.backends.compiling import Function, Placed, set_up_cudnn
 from service.errors import DeviceFailed, OutOfMemory
 from service.outputs import Floats
 from service.served import Served
@@ -114,8 +114,8 @@ class CudaDevice:
             # Other threads go on serving, which a capture in the default mode forbids.
             capture = torch.cuda.graph(graph, stream=self._capturing, capture_error_mode="thread_local")
             # The outermost context puts the thread's stream back where a failed capture does not.
-            with torch.cuda.stream(self._capturing), _no_garbage(), _own_workspace(), capture:
-                answers = tuple(function(pixels))
+            with torch.cuda.stream(self._capturing), _no_garbage(), _own_workspace():
+                answers = _captured_answers(capture, function, pixels)
             rooms = [_Slot.make(stream, pixels, answers) for stream in self._copying[:slots]]
         return _Captured(self, graph, pixels, answers, rooms, function)
 
@@ -191,6 +191,24 @@ class _Captured:
         return tuple(given.numpy().copy() for given in mine.answers_here)
 
 
+def _captured_answers(capture: AbstractContextManager[None], function: Function, pixels: Tensor) -> tuple[Tensor, ...]:
+    """What `function` gives while it is captured. What it raises is raised, not what ending such a capture raises."""
+    failure: Exception | None = None
+    answers: tuple[Tensor, ...] = ()
+    try:
+        with capture:
+            try:
+                answers = tuple(function(pixels))
+            except Exception as error:  # noqa: BLE001  raised below
+                failure = error
+    except RuntimeError:
+        if failure is None:
+            raise
+    if failure:
+        raise failure
+    return answers
+
+
 @contextmanager
 def _no_garbage() -> Iterator[None]:
     """Collect first and not again: freeing another graph, or a kernel that lost, would break a capture under way."""
@@ -227,6 +245,8 @@ def _cuda_errors(name: str) -> Iterator[None]:
     except torch.AcceleratorError as error:
         if "out of memory" in str(error):  # of pinned memory, or of memory for a graph
             raise OutOfMemory(f"it does not fit into the GPU's memory: {error}") from error
+        if "captur" in str(error):  # it could not be captured, which says nothing of the card
+            raise
         first = str(error).partition("\n")[0]
         raise DeviceFailed(f"{name} failed with {first}; restart the service, and look at nvidia-smi") from error
 
@@ -237,6 +257,5 @@ def cuda_devices(names: Sequence[str]) -> list[CudaDevice]:
     Raises:
         RuntimeError: what torch says of one that can't be used.
     """
-    torch.backends.cudnn.benchmark = True  # shapes are fixed, and what is chosen before a capture stays
-    torch.backends.cudnn.allow_tf32 = False  # float32 is asked for where less was too far off
+    set_up_cudnn()
     return [CudaDevice(torch.device(name).index) for name in names]

@@ -140,6 +140,8 @@ class SimulatedTorch:
             with on(stream):
                 yield
             self.order.append("captured")
+            if self.broken:
+                raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
 
         @contextmanager
         def device(_: object) -> Iterator[None]:
@@ -147,6 +149,7 @@ class SimulatedTorch:
 
         self.repeat: Callable[[], None] = lambda: None
         self.order: list[str] = []
+        self.broken = False
         self._C = SimpleNamespace(_cuda_clearCublasWorkspaces=lambda: self.order.append("clear"))
         self.cuda = SimpleNamespace(
             Stream=stream,

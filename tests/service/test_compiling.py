@@ -1,4 +1,5 @@
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from service.backends import compiling
 from service.backends.compiling import OPTIONS, Job, Placed, TorchCompiler
 from service.pvt_v2 import create
 from service.served import Served
@@ -56,7 +58,8 @@ def test_what_was_compiled_is_kept_in_the_cache(tmp_path: Path) -> None:
     TorchCompiler(tmp_path, 3)(nn.Identity())
 
     folder = str(tmp_path / "torch")
-    assert [os.environ[name] for name in NAMES] == [folder, f"{folder}/triton", "3"]
+    assert [os.environ[name] for name in NAMES] == [folder, f"{folder}/triton", "1"]
+    assert TorchCompiler(tmp_path, 3)._environment(tmp_path)[NAMES[2]] == "3"  # which the helper compiles with
 
 
 @pytest.mark.usefixtures("unset")
@@ -87,3 +90,20 @@ def test_without_a_cache_there_is_no_helper_process(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("service.backends.compiling.subprocess.run", lambda *_, **__: pytest.fail("a process"))
 
     TorchCompiler(None).prepare(Job(served(), torch.float32, (1, 64, 64, 3), "cpu"))
+
+
+def test_a_helper_process_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("service.backends.compiling.os._exit", ended.append)
+    monkeypatch.setattr("service.backends.compiling.sleep", lambda _: pytest.fail("slept"))
+
+    compiling._watch(parent=os.getppid() + 1)
+
+    assert ended == [1]
+
+
+def test_a_helper_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.backends.compiling.HELPER_SECONDS", 0.01)
+
+    with pytest.raises(subprocess.TimeoutExpired):
+        TorchCompiler(tmp_path, options=QUICK).prepare(Job(served(), torch.float32, (1, 64, 64, 3), "cpu"))

@@ -166,6 +166,38 @@ def test_a_card_that_no_longer_works_is_told_as_that(torch_or_card: SimulatedTor
         CudaDevice(0).capture(broken, SHAPE, 1)
 
 
+def test_what_can_not_be_captured_says_why_and_the_card_goes_on(torch_or_card: SimulatedTorch | None) -> None:
+    card, function, calls = CudaDevice(0), Sums(), []
+    if torch_or_card:
+        torch_or_card.repeat = function.again
+
+    def refused(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        if len(calls) > device_module.WARM_UPS:
+            if torch_or_card:
+                torch_or_card.broken = True  # ending a capture that failed fails too
+            raise ValueError("not while capturing")
+        return function(pixels)
+
+    with pytest.raises(ValueError, match="not while capturing"):
+        card.capture(refused, SHAPE, 1)
+    if torch_or_card:
+        torch_or_card.broken = False
+    run = card.capture(function, SHAPE, 1)
+    np.copyto(run.room(0), batch(1))
+    assert_answered(run.run(0), 1)
+
+
+def test_a_capture_that_fails_is_no_failure_of_the_card(torch_or_card: SimulatedTorch | None) -> None:
+    del torch_or_card
+
+    def refused(_: Tensor) -> tuple[Tensor]:
+        raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+
+    with pytest.raises(torch.AcceleratorError, match="during capture"):
+        CudaDevice(0).capture(refused, SHAPE, 1)
+
+
 def test_many_captures_share_no_stream_with_each_other_but_slots(torch_or_card: SimulatedTorch | None) -> None:
     function = Sums()
     if torch_or_card:

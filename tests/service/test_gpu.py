@@ -76,7 +76,14 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> Cards:
 
 
 def on_gpus(root: Path, **options: Any) -> Any:
-    defaults = {"devices": TWO, "instances": default_instances(TWO, 2), "max_batch_size": 8, "backend": "auto"}
+    cache = root.with_name(f"{root.name}-cache")
+    defaults = {
+        "cache": cache,
+        "devices": TWO,
+        "instances": default_instances(TWO, 2),
+        "max_batch_size": 8,
+        "backend": "auto",
+    }
     return engine(root, **{**defaults, **options})
 
 
@@ -228,6 +235,16 @@ async def test_a_compiler_that_fails_leaves_the_model_as_it_is_and_is_told_of(
 
         assert plan(e) == before
     assert notes[-1] == "batches of 1 and more are not compiled: RuntimeError: no C compiler"
+
+
+async def test_without_a_cache_nothing_is_compiled(
+    tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cards, "prepare", lambda _: pytest.fail("compiled"))
+    async with on_gpus(tmp_path, cache=None) as e:
+        await answered(e, 1)
+        await improved(e)
+        assert await answered(e, 1) == 1
 
 
 async def test_stage_maps_and_other_sizes_come_from_the_gpu_too(tmp_path: Path, cards: Cards) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 
 from service.cards import ModelCard, Preprocessing
+from service.memory import settled_bytes
 from service.pvt_v2 import create
 from service.store import weights_file, write_model
 from service.variants import VARIANTS
@@ -80,3 +81,13 @@ def test_compiled_graphs_and_what_was_traced_for_them_leave_nothing_behind(tmp_p
     steps = rounds(tmp_path, "openvino", 5)
 
     assert steps[-1].after - steps[1].after < 8 * MB, steps
+
+
+def test_a_card_that_has_failed_keeps_nothing_else_from_giving_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", failing)
+
+    assert settled_bytes() > 0
