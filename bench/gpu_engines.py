@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,18 +43,17 @@ def measure(
     *,
     rounds: int,
     seconds: float,
-    mode: str = "max-autotune",
     compiler: Compiler | None = None,
 ) -> list[GpuEngine]:
     """All engines with one batch size, in turn, `rounds` times. One that fails is told of, and the others go on.
 
-    `card` is `device` as ours sees it; `mode` is what theirs is compiled with, `compiler` what compiles ours.
+    `card` is `device` as ours sees it; `compiler` is what compiles ours.
     """
     pictures = np.random.default_rng(0).integers(0, 256, (batch, SIDE, SIDE, 3), dtype=np.uint8)
     truth = _truth(device, variant, pictures)
     makers: dict[str, Callable[[], Entry]] = {
         "transformers": lambda: _theirs(device, variant, pictures, None),
-        "max-autotune": lambda: _theirs(device, variant, pictures, mode),
+        "max-autotune": lambda: _theirs(device, variant, pictures, "max-autotune"),
         "pvt-serve": lambda: _ours(card, variant, pictures, compiler),
     }
     ready: dict[str, Entry] = {}
@@ -67,17 +67,17 @@ def measure(
     for _ in range(rounds):
         for name, entry in ready.items():
             rates[name].append(entry.work(seconds))
-    rows = []
-    for name in makers:
-        if name not in ready:
-            rows.append(GpuEngine(engine=name, variant=variant, batch=batch, note=notes[name]))
-            continue
-        relative, cosine = _error(ready[name].logits(), truth)
-        rows.append(
-            GpuEngine(engine=name, variant=variant, batch=batch, images_per_second=tuple(rates[name]),
-                      relative=relative, cosine=cosine, precision=ready[name].precision)
-        )  # fmt: skip
-    return rows
+    return [
+        _row(ready[name], truth, engine=name, variant=variant, batch=batch, images_per_second=tuple(rates[name]))
+        if name in ready
+        else GpuEngine(engine=name, variant=variant, batch=batch, note=notes[name])
+        for name in makers
+    ]
+
+
+def _row(entry: Entry, truth: Tensor, **known: Any) -> GpuEngine:  # noqa: ANN401  fields of the record
+    relative, cosine = _error(entry.logits(), truth)
+    return GpuEngine(relative=relative, cosine=cosine, precision=entry.precision, **known)
 
 
 def peak_flops(device: torch.device, side: int = 8192, seconds: float = 2.0) -> float:

@@ -4,9 +4,8 @@
 `torch.cuda` to compute; tests put a CPU in its place.
 """
 
-import gc
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from threading import Lock
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from service.backends.base import Batch
+from service.backends.capturing import answers_while, no_garbage, own_workspace
 from service.backends.compiling import Function, Placed, set_up_cudnn
 from service.errors import DeviceFailed, OutOfMemory
 from service.outputs import Floats
@@ -114,8 +114,8 @@ class CudaDevice:
             # Other threads go on serving, which a capture in the default mode forbids.
             capture = torch.cuda.graph(graph, stream=self._capturing, capture_error_mode="thread_local")
             # The outermost context puts the thread's stream back where a failed capture does not.
-            with torch.cuda.stream(self._capturing), _no_garbage(), _own_workspace():
-                answers = _captured_answers(capture, function, pixels)
+            with torch.cuda.stream(self._capturing), no_garbage(), own_workspace():
+                answers = answers_while(capture, function, pixels)
             rooms = [_Slot.make(stream, pixels, answers) for stream in self._copying[:slots]]
         return _Captured(self, graph, pixels, answers, rooms, function)
 
@@ -189,51 +189,6 @@ class _Captured:
             mine.done.synchronize()
         # Copies: the slot's own are overwritten by its next batch.
         return tuple(given.numpy().copy() for given in mine.answers_here)
-
-
-def _captured_answers(capture: AbstractContextManager[None], function: Function, pixels: Tensor) -> tuple[Tensor, ...]:
-    """What `function` gives while it is captured. What it raises is raised, not what ending such a capture raises."""
-    failure: Exception | None = None
-    answers: tuple[Tensor, ...] = ()
-    try:
-        with capture:
-            try:
-                answers = tuple(function(pixels))
-            except Exception as error:  # noqa: BLE001  raised below
-                failure = error
-    except RuntimeError:
-        if failure is None:
-            raise
-    if failure:
-        raise failure
-    return answers
-
-
-@contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Collect first and not again: freeing another graph, or a kernel that lost, would break a capture under way."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextmanager
-def _own_workspace() -> Iterator[None]:
-    """Let a captured graph have cuBLAS's workspace in its own memory pool.
-
-    A graph keeps the address of the one it was captured with, and the one of the stream is freed with any other graph
-    that was captured there; torch's own `_inductor/cudagraph_trees.py` does the same.
-    """
-    torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  there is no public way
-    try:
-        yield
-    finally:
-        torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001  there is no public way
 
 
 @contextmanager

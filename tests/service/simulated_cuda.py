@@ -7,7 +7,7 @@ Where streams are `mixed`, a piece of it runs between any two pieces, so memory 
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock, local
@@ -107,61 +107,56 @@ class SimulatedTorch:
     """`torch` as `service.backends.device` uses it, with one card that is none."""
 
     def __init__(self, on_wait: Callable[[], None] = lambda: None, *, mixed: bool = False) -> None:
-        default = Stream()
-        streams: list[Stream] = []
-
-        taken: Counter[int] = Counter()
-        pools: dict[tuple[int, int], Stream] = {}
-
-        def stream(priority: int = 0) -> Stream:
-            """Of each priority there are no more than POOL, which are handed out in turn."""
-            key = priority, taken[priority] % POOL
-            taken[priority] += 1
-            if key not in pools:
-                pools[key] = Stream(streams if mixed else [])
-                streams.append(pools[key])
-            return pools[key]
-
-        @contextmanager
-        def on(stream: Stream) -> Iterator[None]:
-            before = getattr(_current, "stream", default)
-            _current.stream = stream
-            try:
-                with Queued():  # type: ignore[no-untyped-call]
-                    yield
-            finally:
-                _current.stream = before
-
-        @contextmanager
-        def capture(graph: CUDAGraph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-            assert capture_error_mode == "thread_local"  # other threads go on serving meanwhile
-            graph.repeat = self.repeat
-            self.order.append("capture")
-            with on(stream):
-                yield
-            self.order.append("captured")
-            if self.broken:
-                raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
-
-        @contextmanager
-        def device(_: object) -> Iterator[None]:
-            yield
-
+        self._mixed = mixed
+        self._default = Stream()
+        self._streams: list[Stream] = []
+        self._taken: Counter[int] = Counter()
+        self._pools: dict[tuple[int, int], Stream] = {}
         self.repeat: Callable[[], None] = lambda: None
         self.order: list[str] = []
         self.broken = False
         self._C = SimpleNamespace(_cuda_clearCublasWorkspaces=lambda: self.order.append("clear"))
         self.cuda = SimpleNamespace(
-            Stream=stream,
+            Stream=self._stream,
             Event=lambda *, blocking=False: Event(blocking, on_wait if blocking else lambda: None),
             CUDAGraph=CUDAGraph,
-            stream=on,
-            graph=capture,
-            device=device,
-            current_stream=lambda: default,
+            stream=self._on,
+            graph=self._capture,
+            device=lambda _: nullcontext(),
+            current_stream=lambda: self._default,
             is_bf16_supported=lambda including_emulation: not including_emulation,
             memory_reserved=lambda _: 7,
         )
+
+    def _stream(self, priority: int = 0) -> Stream:
+        """Of each priority there are no more than POOL, which are handed out in turn."""
+        key = priority, self._taken[priority] % POOL
+        self._taken[priority] += 1
+        if key not in self._pools:
+            self._pools[key] = Stream(self._streams if self._mixed else [])
+            self._streams.append(self._pools[key])
+        return self._pools[key]
+
+    @contextmanager
+    def _on(self, stream: Stream) -> Iterator[None]:
+        before = getattr(_current, "stream", self._default)
+        _current.stream = stream
+        try:
+            with Queued():  # type: ignore[no-untyped-call]
+                yield
+        finally:
+            _current.stream = before
+
+    @contextmanager
+    def _capture(self, graph: CUDAGraph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"  # other threads go on serving meanwhile
+        graph.repeat = self.repeat
+        self.order.append("capture")
+        with self._on(stream):
+            yield
+        self.order.append("captured")
+        if self.broken:
+            raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
 
     def current(self) -> Stream:
         """The stream that the calling thread's work goes to."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.backends import capturing
 from service.backends import device as device_module
 from service.backends.device import Captured, CudaDevice
 from service.errors import DeviceFailed, OutOfMemory
@@ -15,6 +16,11 @@ from tests.service.simulated_cuda import POOL, SimulatedTorch
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SHAPE = (2, 4, 4, 3)
+
+
+def take_torchs_place(simulated: SimulatedTorch, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (device_module, capturing):
+        monkeypatch.setattr(module, "torch", simulated)
 
 
 class Sums:
@@ -42,7 +48,7 @@ def torch_or_card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """The simulation, which has taken torch's place; None where a card is there."""
     simulated = None if request.param == "real" else SimulatedTorch(mixed=request.param == "mixed")
     if simulated:
-        monkeypatch.setattr(device_module, "torch", simulated)
+        take_torchs_place(simulated, monkeypatch)
     return simulated
 
 
@@ -108,7 +114,7 @@ def test_all_batches_may_be_under_way_before_the_first_is_waited_for(
         everyone_waits.wait(30)
 
     simulated = SimulatedTorch(on_wait=wait, mixed=mixed)
-    monkeypatch.setattr(device_module, "torch", simulated)
+    take_torchs_place(simulated, monkeypatch)
     run = captured(simulated, slots)
     given: dict[int, tuple[np.ndarray, ...]] = {}
 
@@ -214,7 +220,7 @@ def test_many_captures_share_no_stream_with_each_other_but_slots(torch_or_card: 
 
 def test_warming_up_never_takes_a_stream_that_something_else_has(monkeypatch: pytest.MonkeyPatch) -> None:
     simulated, function, warmed = SimulatedTorch(), Sums(), list[object]()
-    monkeypatch.setattr(device_module, "torch", simulated)
+    take_torchs_place(simulated, monkeypatch)
     simulated.repeat = function.again
     card = CudaDevice(0)
 
@@ -249,7 +255,7 @@ def test_nothing_is_collected_during_a_capture(torch_or_card: SimulatedTorch | N
 
 def test_a_graph_has_a_workspace_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     simulated, function = SimulatedTorch(), Sums()
-    monkeypatch.setattr(device_module, "torch", simulated)
+    take_torchs_place(simulated, monkeypatch)
     simulated.repeat = function.again
 
     CudaDevice(0).capture(function, SHAPE, 1)

@@ -237,11 +237,12 @@ async def test_a_compiler_that_fails_leaves_the_model_as_it_is_and_is_told_of(
     assert notes[-1] == "batches of 1 and more are not compiled: RuntimeError: no C compiler"
 
 
-async def test_without_a_cache_nothing_is_compiled(
-    tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("without", [{"compile": False}, {"cache": None}], ids=["compile", "cache"])
+async def test_without_one_of_these_nothing_is_compiled(
+    tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch, without: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(cards, "prepare", lambda _: pytest.fail("compiled"))
-    async with on_gpus(tmp_path, cache=None) as e:
+    async with on_gpus(tmp_path, **without) as e:
         await answered(e, 1)
         await improved(e)
         assert await answered(e, 1) == 1
@@ -264,16 +265,6 @@ async def test_a_model_is_freed_while_its_graphs_are_being_compiled(tmp_path: Pa
 
         assert e.models.loaded() == []
         cards.gate.set()
-        assert await answered(e, 1) == 1
-
-
-async def test_without_compiling_nothing_is_improved(
-    tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cards, "prepare", lambda _: pytest.fail("compiled"))
-    async with on_gpus(tmp_path, compile=False) as e:
-        await answered(e, 1)
-        await improved(e)
         assert await answered(e, 1) == 1
 
 
