@@ -7,6 +7,10 @@ from contextlib import suppress
 import psutil
 import torch
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_LARGEST_MMAP_THRESHOLD = 32 * 1024 * 1024  # 4 * 1024 * 1024 * sizeof(long), mallopt(3)
+_BLOCK = 100 * 1024  # below the least mmap threshold, above FASTBIN_CONSOLIDATION_THRESHOLD
+
 _process = psutil.Process()
 
 
@@ -35,4 +39,12 @@ def give_back() -> None:
             torch.cuda.empty_cache()
             torch._C._host_emptyCache()  # noqa: SLF001  pinned memory, for which there is no public way
     with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # without the GIL, as every call through CDLL
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc_trim(0)  # without the GIL, as every call through CDLL
+        # It leaves what is free at the end of a thread's own arena, some 50 MB after a load: only a block of at least
+        # 64 KB freed by that thread gives that back, if it is more than the threshold.
+        libc.mallopt(_M_TRIM_THRESHOLD, 0)
+        bytes(_BLOCK)
+        # A set threshold no longer follows what is freed; these are the most that glibc would have let them grow to.
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_MMAP_THRESHOLD)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)

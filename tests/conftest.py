@@ -9,8 +9,6 @@ from tests.app.processes import serving
 ROOT = Path(__file__).parent.parent
 # Threads that wait for one another give their core to the tests beside them; read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# tritonclient's gevent resolves names on threads of its own, and its loop once ended while it waited for one of them.
-os.environ.setdefault("GEVENT_RESOLVER", "block")
 
 
 @pytest.fixture(scope="session")
