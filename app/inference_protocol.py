@@ -12,9 +12,9 @@ from app.answer_examples import INFERRED
 from app.bodies import EXAMPLE
 from app.json_body import loads
 from app.problems import BodyTooLarge, UnsupportedMediaType
+from service.answers.tensors import OUTPUTS, InputTensor, OutputTensor
 from service.errors import InvalidRequest
 from service.invalid import reasons
-from service.tensors import OUTPUTS, InputTensor, OutputTensor
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}

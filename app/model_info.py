@@ -4,12 +4,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from service.cards import Accuracy
-from service.catalogue import CLASSES, LICENCE, SIDE
-from service.entries import Status
-from service.listing import ModelStatus, VersionStatus
-from service.on_demand import RemoteModel
-from service.residents import Resident
+from service.acquisition.catalogue import CLASSES, LICENCE, SIDE
+from service.acquisition.on_demand import RemoteModel
+from service.registry.entries import Status
+from service.registry.listing import ModelStatus, VersionStatus
+from service.registry.residents import Resident
+from service.store.cards import Accuracy
 
 
 class BatchSize(BaseModel):

@@ -17,7 +17,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from service.features import Wanted
+from service.answers.features import Wanted
 
 _SIZE = re.compile(r"(?P<height>[1-9]\d{0,4})(x(?P<width>[1-9]\d{0,4}))?", re.ASCII)
 _BEYOND = {"greater_than_equal", "less_than_equal"}

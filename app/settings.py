@@ -10,7 +10,7 @@ from pydantic import Field, IPvAnyNetwork, SecretStr, ValidationInfo, field_vali
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.addresses import HostRule, Reach
-from service.store_urls import RemoteOptions, is_url, objection
+from service.store.urls import RemoteOptions, is_url, objection
 
 PREFIX = "PVT_"
 # What Kubernetes sets in every pod for a service named pvt-serve, or pvt-anything.

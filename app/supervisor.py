@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from app.fleet import REPORT_SECONDS, Fleet
 from app.settings import Settings
-from service.cores import usable_cores
+from service.machine.cores import usable_cores
 
 log = structlog.get_logger(component="supervisor")
 

@@ -25,8 +25,8 @@ from bench.report import report, summary
 from bench.results import Costs, Engine, Peak, Results, Start, read, write
 from bench.rounds import Course, Plan, add_round
 from bench.server import ROOT, start_figures
-from service.cores import usable_cores
-from service.variants import VARIANTS
+from service.architecture.variants import VARIANTS
+from service.machine.cores import usable_cores
 
 DOCS = ROOT / "docs"
 STAGES = ("starts", "servers", "engines", "report")

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from service import resampling
-from service.images import Geometry, decode
+from service.images import resampling
+from service.images.decoding import Geometry, decode
 
 GEOMETRY = Geometry(224, 224, 0.9, "bicubic")
 QUALITY = 90

@@ -21,7 +21,7 @@ from bench.make_store import make_store
 from bench.peers import OURS
 from bench.pictures import jpegs
 from bench.server import serving
-from service.store import Store, write_model
+from service.store.store import Store, write_model
 
 VARIANT, PICTURES, PAUSE_SECONDS = "pvt_v2_b0", 32, 0.05
 TRICKLE, FLOOD = f"{VARIANT}.trickle", f"{VARIANT}.flood"

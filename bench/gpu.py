@@ -32,10 +32,10 @@ from bench.peers import OURS
 from bench.pictures import jpegs
 from bench.results import Closed
 from bench.server import ROOT, Server, serving
-from service.cores import usable_cores
-from service.geometry import Geometry
-from service.images import decode
-from service.variants import VARIANTS
+from service.architecture.variants import VARIANTS
+from service.images.decoding import decode
+from service.images.geometry import Geometry
+from service.machine.cores import usable_cores
 
 DOCS = ROOT / "docs"
 STAGES = ("engines", "serving", "limits", "report")

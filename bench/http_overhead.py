@@ -46,9 +46,9 @@ sys.exit(main())
 TRIVIAL = f"""
 import numpy as np
 import service.pipeline
-from service.images import Decoded
-from service.executable import Executable
-from service.outputs import Outputs
+from service.images.decoding import Decoded
+from service.execution.executable import Executable
+from service.answers.outputs import Outputs
 
 decoded = Decoded(np.zeros((224, 224, 3), np.uint8), 640, 427)
 output = Outputs(np.linspace(0, 5, 1000, dtype=np.float32), np.zeros(256, np.float32))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from service.cores import usable_cores
+from service.machine.cores import usable_cores
 
 _TELLING_FLAGS = (
     "avx2",

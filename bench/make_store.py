@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from service.cards import ModelCard, Preprocessing
-from service.pvt_v2 import create
-from service.store import weights_file, write_model
-from service.variants import VARIANTS
-from service.weights import load_weights
+from service.architecture.pvt_v2 import create
+from service.architecture.variants import VARIANTS
+from service.architecture.weights import load_weights
+from service.store.cards import ModelCard, Preprocessing
+from service.store.store import weights_file, write_model
 
 TAG = "bench"
 CLASSES = 1000

@@ -23,7 +23,7 @@ from bench.peers import OURS
 from bench.pictures import jpegs
 from bench.server import serving
 from bench.tables import table
-from service.variants import VARIANTS
+from service.architecture.variants import VARIANTS
 
 PICTURES, CLIENTS = 32, 8
 

@@ -9,20 +9,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from service.architecture.pvt_v2 import PVT_V2, create
+from service.architecture.weights import load_into, remap_keys
 from service.backends.base import Layout
 from service.backends.compiling import Compiler, TorchCompiler
 from service.backends.cuda import IN_FLIGHT, CudaBackend
 from service.backends.device import Device, cuda_devices
 from service.backends.openvino import OpenVinoBackend
-from service.executable import Executable
-from service.images import decode
-from service.loader import load
+from service.backends.served import Served, build
+from service.execution.executable import Executable
+from service.execution.tuning import Limits
+from service.images.decoding import decode
 from service.options import EngineOptions, make_backends
-from service.pvt_v2 import PVT_V2, create
-from service.served import Served, build
-from service.store import Store
-from service.tuning import Limits
-from service.weights import load_into, remap_keys
+from service.registry.loader import load
+from service.store.store import Store
 
 Pixels = NDArray[np.uint8]  # (height, width, 3)
 SIDE = 224

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from app.settings import Settings, UnknownSettingError
 from service.errors import ModelNotFound
-from service.remote import open_store
-from service.store import Store
+from service.store.remote import open_store
+from service.store.store import Store
 
 
 def register(app: typer.Typer) -> None:

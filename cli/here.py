@@ -22,13 +22,13 @@ from cli.terminal import USAGE, CommandError
 from pvt_client import Explanation, ImageUnreadable, Prediction
 from pvt_client.answers import ClassScore, Embedding
 from pvt_client.windows import in_tasks
+from service.answers.explain import Explanation as Explained
+from service.answers.explain import explain, overlay
+from service.answers.outputs import top_k as best_classes
+from service.answers.results import Answered, Inferred
 from service.engine import Engine
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
-from service.explain import Explanation as Explained
-from service.explain import explain, overlay
 from service.metrics import EngineMetrics
-from service.outputs import top_k as best_classes
-from service.results import Answered, Inferred
 
 T = TypeVar("T")
 _ALPHA = 0.5  # as ExplainQuery

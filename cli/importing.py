@@ -8,10 +8,10 @@ from pydantic import ValidationError
 
 from cli.stores import StoreOption, store_folder, warnings_aside
 from cli.terminal import USAGE, CommandError, print_line
-from service.cards import Preprocessing
+from service.acquisition.labels import IMAGENET
+from service.architecture.variants import VARIANTS
 from service.invalid import reasons
-from service.labels import IMAGENET
-from service.variants import VARIANTS
+from service.store.cards import Preprocessing
 
 _DEFAULT = Preprocessing(height=224, width=224, crop=0.9)
 _Triple = tuple[float, float, float]
@@ -59,7 +59,7 @@ def import_checkpoint(
 
     pvt-serve import best.pth --variant b2 --tag birds --labels birds.txt
     """
-    from service.importing import Import, import_model  # noqa: PLC0415  with it comes torch, which --help does not need
+    from service.acquisition.importing import Import, import_model  # noqa: PLC0415  with it comes torch, which --help does not need
 
     asked = Import(
         file=file,

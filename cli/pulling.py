@@ -9,11 +9,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from cli.stores import StoreOption, settings, store_folder, warnings_aside
 from cli.terminal import FAILED, SOME_BAD, USAGE, CommandError, print_line, reason, tell
-from service.catalogue import CATALOGUE, DEFAULT_SOURCE, Published, SourceName, published
+from service.acquisition.catalogue import CATALOGUE, DEFAULT_SOURCE, Published, SourceName, published
 from service.errors import ServiceError
 
 if TYPE_CHECKING:
-    from service.pulling import Pulled, PullOptions
+    from service.acquisition.pulling import Pulled, PullOptions
 
 
 def register(app: typer.Typer) -> None:
@@ -44,7 +44,7 @@ def pull(
     if every == bool(models):
         raise CommandError("name the models to pull, such as 'pvt-serve pull b2', or give --all", USAGE)
     wanted = list(CATALOGUE.values()) if every else [published(name) for name in models or ()]
-    from service.pulling import PullOptions  # noqa: PLC0415  with it comes torch, which --help does not need
+    from service.acquisition.pulling import PullOptions  # noqa: PLC0415  with it comes torch, which --help does not need
 
     options = PullOptions(source=source, mirror=mirror or settings().mirror or None)
     root, failed = store_folder(store), 0
@@ -62,7 +62,7 @@ def pull(
 
 
 def _pulled(root: Path, model: Published, options: "PullOptions", *, again: bool) -> "Pulled":
-    from service.pulling import pull as pull_model  # noqa: PLC0415  with it comes torch, which --help does not need
+    from service.acquisition.pulling import pull as pull_model  # noqa: PLC0415  with it comes torch, which --help does not need
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)

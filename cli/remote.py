@@ -8,7 +8,7 @@ import typer
 from app.start import StartRefused, read_settings
 from cli.terminal import USAGE, CommandError, print_line
 from service.errors import WeightsUnavailable
-from service.store_index import INDEX_FILE, write_index
+from service.store.index import INDEX_FILE, write_index
 
 
 def register(app: typer.Typer) -> None:

@@ -13,10 +13,10 @@ from rich.table import Table
 from cli import options
 from cli.stores import StoreOption, store_folder
 from cli.terminal import FAILED, print_line, tell
-from service.catalogue import CATALOGUE
-from service.removal import removable, remove
-from service.store import Store
-from service.stored import StoredModel
+from service.acquisition.catalogue import CATALOGUE
+from service.acquisition.removal import removable, remove
+from service.store.store import Store
+from service.store.stored import StoredModel
 
 _WIDE = 250  # characters, where nobody has to look at it
 
@@ -77,7 +77,7 @@ def verify(store: StoreOption = None, as_json: options.Json = False) -> None:
     Exits with 1 if anything is not as it should be.
     """
     bad, verdicts = 0, []
-    from service.verification import verify as verify_store  # noqa: PLC0415  with it comes torch, which --help does not need
+    from service.acquisition.verification import verify as verify_store  # noqa: PLC0415  with it comes torch, which --help does not need
 
     for verdict in verify_store(store_folder(store)):
         bad += verdict.failure is not None

@@ -5,19 +5,19 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self, TypeVar
 
-from service.activity import Activity
-from service.cards import ModelCard
+from service.answers.results import Answered, Health, Predictions, prediction
+from service.architecture.variants import VARIANTS
 from service.errors import InvalidRequest
-from service.executable import Executable
+from service.execution.executable import Executable
+from service.machine.workers import Workers
 from service.metrics import EngineMetrics
-from service.models import Models
 from service.options import EngineOptions
 from service.pipeline import Image, Pipeline
-from service.requests import Requests, time_limit
-from service.residents import Size
-from service.results import Answered, Health, Predictions, prediction
-from service.variants import VARIANTS
-from service.workers import Workers
+from service.registry.models import Models
+from service.registry.residents import Size
+from service.scheduling.activity import Activity
+from service.scheduling.requests import Requests, time_limit
+from service.store.cards import ModelCard
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ from service.backends.cuda import IN_FLIGHT, CudaBackend
 from service.backends.device import cuda_devices
 from service.backends.openvino import OpenVinoBackend
 from service.backends.torch import TorchBackend
-from service.cores import usable_cores
 from service.eviction import Budget
-from service.store_urls import RemoteOptions
+from service.machine.cores import usable_cores
+from service.store.urls import RemoteOptions
 
 BackendName = Literal["auto", "openvino", "torch"]
 MakeBackend = Callable[[], Backend]

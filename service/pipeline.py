@@ -8,17 +8,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.activity import Activity, Stats
+from service.answers.outputs import Outputs
+from service.answers.results import Inferred, Timing
 from service.errors import DeviceFailed, ImageTooLarge, InvalidImage, ServiceError
-from service.executable import Executable
-from service.images import Decoded, decode
-from service.lanes import Lane
+from service.execution.executable import Executable
+from service.images.decoding import Decoded, decode
+from service.machine.workers import Workers
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.outputs import Outputs
-from service.results import Inferred, Timing
-from service.scheduler import Scheduler
-from service.workers import Workers
+from service.scheduling.activity import Activity, Stats
+from service.scheduling.lanes import Lane
+from service.scheduling.scheduler import Scheduler
 
 # An encoded picture; pixels (height, width, 3) in the model's own size; or the error that reading it already gave.
 Image = bytes | NDArray[np.uint8] | ServiceError

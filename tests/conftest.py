@@ -30,8 +30,8 @@ def _no_plan_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iter
 def _few_runs_for_a_measurement() -> Iterator[None]:
     """What is loaded in a test is timed as always, though not as often: nobody looks at how exact it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("service.plan._RUNS", 2)
-        patch.setattr("service.plan._MIN_RUNS", 2)
+        patch.setattr("service.execution.plan._RUNS", 2)
+        patch.setattr("service.execution.plan._MIN_RUNS", 2)
         yield
 
 

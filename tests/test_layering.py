@@ -1,64 +1,81 @@
-"""Imports run one way: cli -> app -> service, and inside service from the top of this list to its bottom."""
+"""Imports run one way: cli -> app -> service, and inside service from the top of each list to its bottom."""
 
 import ast
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
-# Modules of one row do not import each other.
-LAYERS = [
-    {"engine"},
-    {"models"},
-    {"sourcing", "listing"},
-    {"residents"},
-    {"pipeline", "loading", "supply"},
-    {"loader", "registry", "watching", "on_demand"},
-    {"reload", "executable"},
-    {"improving"},
-    {"holdings", "name_table"},
-    {"entries", "golden"},
-    {"footprints"},
-    {"remote"},
-    {"pulling", "importing", "verification", "removal"},
-    {"publishing"},
-    {"scheduler", "store", "options", "tuning"},
-    {"pictures"},
-    {"dispatcher", "plan_cache", "reference"},
-    {"backends"},
-    {"features", "explain", "tensors"},
-    {"pixel_lists"},
-    {"served", "stored", "results", "catalogue"},
-    {"mirror", "byte_cache"},
-    {"locations"},
-    {"cards"},
-    {"store_index"},
-    {"aliases"},
-    {"names"},
-    {"admission"},
-    {"lanes"},
-    {"activity"},
-    {"queues"},
-    {"plan", "weights", "images"},
-    {"encodings", "download"},
-    {"replies"},
-    {"outputs", "pvt_v2", "image_limits", "resampling"},
-    {"visible", "partial", "writes", "labels"},
-    {"requests", "devices"},
-    {
-        "errors",
-        "metrics",
-        "workers",
-        "cores",
-        "variants",
-        "memory",
-        "colours",
-        "eviction",
-        "geometry",
-        "store_urls",
-        "invalid",
-    },
-]
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+# Of the service, and of each of its packages. Those of one row do not import each other.
+LAYERS = {
+    "": [
+        {"engine"},
+        {"registry"},
+        {"acquisition", "pipeline"},
+        {"options"},
+        {"scheduling"},
+        {"execution"},
+        {"backends"},
+        {"answers"},
+        {"store"},
+        {"images"},
+        {"architecture"},
+        {"machine"},
+        {"errors", "metrics", "eviction", "invalid"},
+    ],
+    "registry": [
+        {"models"},
+        {"sourcing", "listing"},
+        {"residents"},
+        {"loading", "supply"},
+        {"loader", "registry", "watching"},
+        {"reload"},
+        {"holdings", "name_table"},
+        {"entries"},
+        {"footprints"},
+    ],
+    "acquisition": [
+        {"on_demand"},
+        {"pulling", "importing", "verification", "removal"},
+        {"publishing"},
+        {"pictures"},
+        {"catalogue"},
+        {"download"},
+        {"replies"},
+        {"partial", "labels"},
+    ],
+    "scheduling": [{"scheduler"}, {"dispatcher"}, {"admission"}, {"lanes"}, {"activity"}, {"queues"}, {"requests"}],
+    "execution": [{"executable"}, {"improving"}, {"golden"}, {"tuning"}, {"plan_cache", "reference"}, {"plan"}],
+    "backends": [
+        {"cuda", "openvino", "torch"},
+        {"device", "convert", "layouts"},
+        {"base", "capturing"},
+        {"compiling"},
+        {"served"},
+    ],
+    "answers": [
+        {"features", "explain", "tensors"},
+        {"pixel_lists"},
+        {"results"},
+        {"encodings"},
+        {"outputs", "colours"},
+    ],
+    "store": [
+        {"remote"},
+        {"store"},
+        {"stored"},
+        {"mirror", "byte_cache"},
+        {"locations"},
+        {"cards"},
+        {"index"},
+        {"aliases"},
+        {"names", "writes", "urls"},
+    ],
+    "images": [{"decoding"}, {"limits", "resampling"}, {"visible", "geometry"}],
+    "architecture": [{"weights"}, {"pvt_v2"}, {"variants"}],
+    "machine": [{"devices", "cores", "memory", "workers"}],
+}
 FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino", "numpy", "safetensors"}
 FOREIGN_TO_SERVICE = {"app", "cli", "pvt_client", "fastapi", "starlette", "uvicorn", "httpx"}
 
@@ -77,20 +94,36 @@ def roots(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imports(path)}
 
 
+def parts_of(package: str) -> dict[str, list[Path]]:
+    """The files of each module or package that lies in `package` of the service; "" is the service itself."""
+    folder = ROOT / "service" / package
+    parts: dict[str, list[Path]] = {}
+    for path in folder.rglob("*.py"):
+        parts.setdefault(path.relative_to(folder).parts[0].removesuffix(".py"), []).append(path)
+    parts.pop("__init__")
+    return parts
+
+
 def test_every_module_of_the_service_has_its_layer() -> None:
-    modules = {
-        path.relative_to(ROOT / "service").parts[0].removesuffix(".py") for path in (ROOT / "service").rglob("*.py")
-    }
+    packages = {path.parent.relative_to(ROOT / "service") for path in (ROOT / "service").rglob("*.py")}
 
-    assert modules - {"__init__", "__pycache__"} == set(LEVEL)
+    assert {str(package).removeprefix(".") for package in packages} == set(LAYERS)
+    for package, layers in LAYERS.items():
+        assert set(parts_of(package)) == set().union(*layers), package
 
 
-def test_service_imports_run_downwards() -> None:
-    upwards = []
-    for path in (ROOT / "service").rglob("*.py"):
-        module = path.relative_to(ROOT / "service").parts[0].removesuffix(".py")
-        targets = {name.split(".")[1] for name in imports(path) if name.startswith("service.")} - {module}
-        upwards += [f"{module} -> {target}" for target in targets if LEVEL[target] <= LEVEL[module]]
+@pytest.mark.parametrize("package", LAYERS)
+def test_service_imports_run_downwards(package: str) -> None:
+    prefix = f"service.{package}." if package else "service."
+    level = {part: number for number, layer in enumerate(LAYERS[package]) for part in layer}
+    upwards = [
+        f"{prefix}{part} -> {name}"
+        for part, paths in parts_of(package).items()
+        for path in paths
+        for name in imports(path)
+        if name.startswith(prefix) and (target := name.removeprefix(prefix).split(".")[0]) != part
+        if level[target] <= level[part]
+    ]
 
     assert upwards == []
 

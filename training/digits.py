@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its customary name
 from tqdm import tqdm
 
-from service.cards import Accuracy, ModelCard, Preprocessing
-from service.pvt_v2 import PVT_V2, create
-from service.reference import Reference, packed
-from service.served import Served, plain_logits
-from service.store import weights_file, write_model
+from service.architecture.pvt_v2 import PVT_V2, create
+from service.backends.served import Served, plain_logits
+from service.execution.reference import Reference, packed
+from service.store.cards import Accuracy, ModelCard, Preprocessing
+from service.store.store import weights_file, write_model
 
 SIDE = 64
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from app.dependencies import EngineDep, require_management
 from app.model_info import BatchSize
 from app.problems import documented
-from service.activity import Activity, InstanceActivity, PastRelease, QueueActivity
+from service.scheduling.activity import Activity, InstanceActivity, PastRelease, QueueActivity
 
 router = APIRouter(prefix="/debug", tags=["management"], dependencies=[Depends(require_management)])
 

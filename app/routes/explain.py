@@ -16,11 +16,11 @@ from app.problems import documented
 from app.queries import ExplainQuery
 from app.routes.inference import LARGE, answered, encoded
 from app.schemas import ExplainResponse, explanation_result
-from service.encodings import NPY, encode, json_bytes
+from service.answers.encodings import NPY, encode, json_bytes
+from service.answers.explain import check_class, explain, maps, numbers, overlay
+from service.answers.results import JSON_INSTEAD, Answered, whole
 from service.errors import InvalidRequest
-from service.explain import check_class, explain, maps, numbers, overlay
 from service.pipeline import Image
-from service.results import JSON_INSTEAD, Answered, whole
 
 router = APIRouter(tags=[INFERENCE])
 

@@ -17,10 +17,10 @@ from app.problems import documented
 from app.queries import FeaturesQuery
 from app.routes.inference import LARGE, answered, encoded
 from app.schemas import FeaturesResponse, image_error
-from service.encodings import NPY, NPZ, SAFETENSORS, check_holds, encode, json_bytes, json_pieces
+from service.answers.encodings import NPY, NPZ, SAFETENSORS, check_holds, encode, json_bytes, json_pieces
+from service.answers.features import Wanted, features, numbers, stacked
+from service.answers.results import Answered
 from service.errors import ServiceError
-from service.features import Wanted, features, numbers, stacked
-from service.results import Answered
 
 router = APIRouter(tags=[INFERENCE])
 

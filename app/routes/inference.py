@@ -9,11 +9,11 @@ from fastapi import Request
 from app.bodies import Link, Upload, read_uploads
 from app.disconnect import cancelled_on_disconnect
 from app.preferences import patience_seconds
+from service.answers.results import Inferred, Prediction
 from service.engine import Engine
 from service.errors import ServiceError
 from service.pipeline import Image
-from service.requests import time_limit
-from service.results import Inferred, Prediction
+from service.scheduling.requests import time_limit
 
 LARGE = 32_768  # numbers; more, even as JSON on the event loop, would hold it up for over a millisecond and a half
 

@@ -11,7 +11,7 @@ from app.model_info import ModelInfo, ModelList, model_info
 from app.preferences import APPLIED, PatienceDep
 from app.problems import documented
 from service.errors import ModelLoading
-from service.requests import time_limit
+from service.scheduling.requests import time_limit
 
 router = APIRouter(tags=["management"], dependencies=[Depends(require_management)])
 _models = APIRouter(prefix="/models", dependencies=[Depends(require_one_process)])

@@ -17,9 +17,9 @@ from app.json_body import loads
 from app.openapi import json_body
 from app.refusals import refusals
 from app.routes.inference import carried_out, encoded
-from service.encodings import json_array, little_endian
+from service.answers.encodings import json_array, little_endian
+from service.answers.results import Answered, whole
 from service.errors import InvalidRequest
-from service.results import Answered, whole
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 

@@ -16,7 +16,7 @@ from app.problems import documented
 from app.queries import PredictQuery
 from app.routes.inference import answered, encoded
 from app.schemas import PredictResponse, image_result
-from service.results import Predictions
+from service.answers.results import Predictions
 
 router = APIRouter(tags=[INFERENCE])
 

@@ -26,10 +26,10 @@ from app.openapi import BINARY, json_body
 from app.refusals import refusals
 from app.routes.inference import carried_out, encoded
 from app.routes.v2_models import ModelName, Ready, named
+from service.answers.results import Answered
+from service.answers.tensors import STAGES, VECTORS, check_outputs, images, output
 from service.pipeline import Image
-from service.residents import Size
-from service.results import Answered
-from service.tensors import STAGES, VECTORS, check_outputs, images, output
+from service.registry.residents import Size
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 health = APIRouter(prefix="/v2/health", tags=["open inference protocol"])  # what probes ask, never behind a key

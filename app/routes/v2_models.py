@@ -8,8 +8,8 @@ from pydantic import BaseModel
 
 from app.dependencies import EngineDep
 from app.refusals import refusals
-from service.listing import ModelStatus
-from service.tensors import Spec, input_specs, output_specs
+from service.answers.tensors import Spec, input_specs, output_specs
+from service.registry.listing import ModelStatus
 
 router = APIRouter(prefix="/v2/models", tags=["open inference protocol"])
 

@@ -13,8 +13,8 @@ from app.json_body import loads
 from app.refusals import refusals
 from service.errors import InvalidRequest
 from service.invalid import reasons
-from service.listing import VersionStatus
-from service.requests import time_limit
+from service.registry.listing import VersionStatus
+from service.scheduling.requests import time_limit
 
 router = APIRouter(prefix="/v2/repository", tags=["open inference protocol"])
 management = APIRouter(

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.outputs import Floats
-from service.served import Served
+from service.answers.outputs import Floats
+from service.backends.served import Served
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Batch = NDArray[np.uint8]  # (n, height, width, 3)

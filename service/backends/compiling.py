@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from service.served import Served
+from service.backends.served import Served
 
 # Every batch size is a compiled form of its own, and so is every card, precision, input size and choice of stage maps;
 # torch counts all that there ever were.

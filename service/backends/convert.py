@@ -6,7 +6,7 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch.jit import _recursive, _state
 
-from service.served import Served
+from service.backends.served import Served
 
 
 def convert(module: Served, height: int, width: int) -> ov.Model:
@@ -28,7 +28,7 @@ def convert(module: Served, height: int, width: int) -> ov.Model:
 def _forget_traces() -> None:
     """Drop the types that torch has made for each traced module: it keeps them for ever, 15 MB for each load of a b2.
 
-    As torch's own tests do between one another; `tests/service/test_memory.py` watches that it helps.
+    As torch's own tests do between one another; `tests/service/machine/test_memory.py` watches that it helps.
     """
     torch._C._jit_clear_class_registry()  # noqa: SLF001
     _recursive.concrete_type_store = _recursive.ConcreteTypeStore()

@@ -1,7 +1,7 @@
 """The torch backend on GPUs: a CUDA graph for each batch size, at first of the eager module, later of the compiled one.
 
 Capturing the eager module takes milliseconds, so a model answers within seconds; `torch.compile` takes minutes, and its
-graphs take the place of those when they are there (`service.improving`).
+graphs take the place of those when they are there (`service.execution.improving`).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from service.answers.outputs import Floats
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
 from service.backends.compiling import Compiler, Function, Job
 from service.backends.device import Captured, Device
-from service.memory import give_back
-from service.outputs import Floats
-from service.served import Served
+from service.backends.served import Served
+from service.machine.memory import give_back
 
 IN_FLIGHT = 2  # batches for each card: one is computed, another one travels
 PROBE_SIZE = 8  # a batch of one leaves a card mostly idle, and says little of what is faster

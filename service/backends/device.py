@@ -14,12 +14,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from service.answers.outputs import Floats
 from service.backends.base import Batch
 from service.backends.capturing import answers_while, no_garbage, own_workspace
 from service.backends.compiling import Function, Placed, set_up_cudnn
+from service.backends.served import Served
 from service.errors import DeviceFailed, OutOfMemory
-from service.outputs import Floats
-from service.served import Served
 
 # Before a capture, so that what is decided or compiled in the first runs is not captured: torch's documentation asks
 # for three on a stream of their own.

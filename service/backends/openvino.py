@@ -11,13 +11,13 @@ import openvino as ov
 from openvino import properties
 from openvino.properties import hint
 
+from service.answers.outputs import Floats
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
 from service.backends.convert import convert
 from service.backends.layouts import TUNING_SECONDS, base_layout, layouts
+from service.backends.served import Served
 from service.errors import OutOfMemory
-from service.memory import settled_bytes
-from service.outputs import Floats
-from service.served import Served
+from service.machine.memory import settled_bytes
 
 _TYPES: dict[Precision, ov.Type] = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16, "float16": ov.Type.f16}
 

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 import torch
 
+from service.answers.outputs import Floats
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
 from service.backends.layouts import TUNING_SECONDS, base_layout, layouts
+from service.backends.served import Served
 from service.errors import OutOfMemory
-from service.memory import settled_bytes
-from service.outputs import Floats
-from service.served import Served
+from service.machine.memory import settled_bytes
 
 
 class TorchBackend:

@@ -10,8 +10,8 @@ from app.engine_options import engine_options
 from app.fleet import Fleet
 from app.member import Member
 from app.settings import Settings, UnknownSettingError
-from service.cores import usable_cores
 from service.errors import BackendUnavailable
+from service.machine.cores import usable_cores
 from tests.conftest import ROOT
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from service.executable import Executable, Pixels
-from service.outputs import Outputs
+from service.answers.outputs import Outputs
+from service.execution.executable import Executable, Pixels
 from tests.app.conftest import MakeClient, png
 from tests.service.stores import add_model
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from bench.make_store import make_store
+from service.architecture.pvt_v2 import create
+from service.architecture.weights import read_checkpoint
 from service.errors import WeightsMismatch
-from service.pvt_v2 import create
-from service.store import Store
-from service.weights import read_checkpoint
+from service.store.store import Store
 
 
 def test_a_store_has_one_model_that_loads(tmp_path: Path) -> None:

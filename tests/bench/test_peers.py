@@ -10,7 +10,7 @@ from bench.bodies import bodies
 from bench.peers import CONTENDERS, OURS, QUICK, chosen
 from bench.peers.common import CONFIGS, answers, crop, make_model, prepare
 from bench.pictures import jpegs
-from service.variants import VARIANTS
+from service.architecture.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent.parent
 

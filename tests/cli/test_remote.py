@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from cli.remote import register
 from cli.terminal import CommandError
-from service.store_index import StoreIndex
+from service.store.index import StoreIndex
 from tests.service.remotes import add_small
 
 

@@ -9,21 +9,21 @@ import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
-from service.labels import imagenet_labels
-from service.store import Store
-from service.weights import read_checkpoint, remap_keys
+from service.acquisition.labels import imagenet_labels
+from service.architecture.weights import read_checkpoint, remap_keys
+from service.store.store import Store
 from tests.cli.conftest import PvtServe
+from tests.service.architecture.test_weights import in_lucid, in_timm
 from tests.service.checkpoints import checkpoint, official, path_of, pickled, transformers_state
 from tests.service.hub import Fault, Hub, serving_hub
 from tests.service.stores import add_model
-from tests.service.test_weights import in_lucid, in_timm
 
 TINY = "pvt_v2_b0.tiny"
 
 
 @pytest.fixture(autouse=True)
 def _quick_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.pulling.SIDE", 32)
+    monkeypatch.setattr("service.acquisition.pulling.SIDE", 32)
     torch.set_num_threads(1)
 
 

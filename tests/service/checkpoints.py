@@ -9,10 +9,10 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PvtV2Config, PvtV2ForImageClassification
 
-from service.catalogue import CATALOGUE, SourceName
-from service.pvt_v2 import create
-from service.variants import VARIANTS
-from tests.service.test_weights import in_lucid, in_timm
+from service.acquisition.catalogue import CATALOGUE, SourceName
+from service.architecture.pvt_v2 import create
+from service.architecture.variants import VARIANTS
+from tests.service.architecture.test_weights import in_lucid, in_timm
 
 B0 = CATALOGUE["pvt_v2_b0"]
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from service.answers.outputs import Floats
 from service.backends.base import Batch
 from service.backends.compiling import Function, Placed
 from service.backends.device import Captured
+from service.backends.served import Served
 from service.errors import OutOfMemory
-from service.outputs import Floats
-from service.served import Served
 
 
 @dataclass(eq=False)

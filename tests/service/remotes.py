@@ -8,10 +8,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from service.cards import ModelCard, Preprocessing
-from service.remote import RemoteStore
-from service.store import StoredModel, weights_file, write_model
-from service.store_urls import RemoteOptions
+from service.store.cards import ModelCard, Preprocessing
+from service.store.remote import RemoteStore
+from service.store.store import StoredModel, weights_file, write_model
+from service.store.urls import RemoteOptions
 from tests.service.hub import QuietServer
 
 TINY = "pvt_v2_b0.tiny"

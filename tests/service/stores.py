@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from service.cards import ModelCard, Preprocessing
-from service.pvt_v2 import create
-from service.store import weights_file, write_model
+from service.architecture.pvt_v2 import create
+from service.store.cards import ModelCard, Preprocessing
+from service.store.store import weights_file, write_model
 
 
 @cache

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from service import pipeline
-from service.images import Decoded
-from service.images import decode as real_decode
+from service.images.decoding import Decoded
+from service.images.decoding import decode as real_decode
 from tests.app.conftest import png
 from tests.service.test_engine import engine
 

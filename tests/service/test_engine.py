@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service import loading
-from service import models as models_module
+from service.answers.results import Inferred, Prediction
 from service.engine import Engine
 from service.errors import (
     DeadlineExceeded,
@@ -20,11 +19,12 @@ from service.errors import (
     ShuttingDown,
     WeightsCorrupt,
 )
-from service.executable import Executable
-from service.loader import load as real_load
+from service.execution.executable import Executable
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.results import Inferred, Prediction
+from service.registry import loading
+from service.registry import models as models_module
+from service.registry.loader import load as real_load
 from tests.app.conftest import png
 from tests.service.stores import add_model
 
@@ -180,7 +180,9 @@ async def test_a_stalled_thread_makes_it_neither_live_nor_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with engine(tmp_path, stall_seconds=30) as e:
-        monkeypatch.setattr("service.scheduler.Scheduler.stalled_seconds", lambda _: {"decode": 31.0, "infer": 0.0})
+        monkeypatch.setattr(
+            "service.scheduling.scheduler.Scheduler.stalled_seconds", lambda _: {"decode": 31.0, "infer": 0.0}
+        )
         health = await e.health()
 
     assert (health.live, health.ready) == (False, False)

@@ -11,11 +11,11 @@ import pytest
 from torch import nn
 
 from service import options as options_module
+from service.answers.results import Prediction
 from service.backends.compiling import Function, Job
 from service.engine import Engine
 from service.errors import DeviceFailed, OutOfMemory
 from service.options import EngineOptions, default_instances
-from service.results import Prediction
 from tests.app.conftest import png
 from tests.service.fake_device import FakeDevice
 from tests.service.stores import add_model
@@ -49,7 +49,7 @@ class Cards:
         self.devices: list[FakeDevice] = []
         self.gate = threading.Event()
         self.on_run: Callable[[Function, int], None] = lambda *_: None
-        monkeypatch.setattr("service.plan.perf_counter", lambda: self.clock.now)
+        monkeypatch.setattr("service.execution.plan.perf_counter", lambda: self.clock.now)
         monkeypatch.setattr(options_module, "cuda_devices", self.made)
         monkeypatch.setattr(options_module, "TorchCompiler", lambda *_: self)
 
@@ -168,7 +168,7 @@ async def test_a_model_that_fails_on_the_gpu_is_served_by_the_cpu_and_says_why(
         raise RuntimeError("CUDA error: an illegal instruction")
 
     monkeypatch.setattr(FakeDevice, "place", broken)
-    monkeypatch.setattr("service.plan.perf_counter", perf_counter)
+    monkeypatch.setattr("service.execution.plan.perf_counter", perf_counter)
     async with on_gpus(tmp_path, backend="torch") as e:
         assert await answered(e, 3) == 3
         async with e.models.lease(NAME) as resident:
@@ -184,7 +184,7 @@ async def test_a_model_that_does_not_fit_onto_the_gpu_is_served_by_the_cpu(
 ) -> None:
     assert cards.devices == []
     monkeypatch.setattr(options_module, "cuda_devices", lambda names: [FakeDevice(name, largest=0) for name in names])
-    monkeypatch.setattr("service.plan.perf_counter", perf_counter)
+    monkeypatch.setattr("service.execution.plan.perf_counter", perf_counter)
     async with on_gpus(tmp_path, backend="torch") as e:
         assert await answered(e, 1) == 1
         async with e.models.lease(NAME) as resident:

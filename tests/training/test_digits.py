@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from service.cards import read_card
-from service.pvt_v2 import PVT_V2, create
-from service.weights import digest, load_weights
+from service.architecture.pvt_v2 import PVT_V2, create
+from service.architecture.weights import digest, load_weights
+from service.store.cards import read_card
 from training.digits import NAMES, Digits, augmented, normalised, predicted, publish, render, rendered, split, train
 
 ROOT = Path(__file__).parents[2]

@@ -6,9 +6,9 @@ import pytest
 from starlette.testclient import TestClient
 from torch import nn
 
+from service.architecture.variants import VARIANTS
 from service.backends.compiling import Function, Job
 from service.errors import DeviceFailed
-from service.variants import VARIANTS
 from tests.app.conftest import MakeClient, png
 from tests.service.fake_device import FakeDevice
 from tests.service.stores import add_model

@@ -10,8 +10,8 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from service.download import Patience
-from service.store import Store
+from service.acquisition.download import Patience
+from service.store.store import Store
 from tests.app.conftest import MakeClient, png
 from tests.service.checkpoints import checkpoint, path_of
 from tests.service.hub import Fault, Hub, serving_hub
@@ -22,13 +22,13 @@ B0 = "pvt_v2_b0.in1k"
 
 @pytest.fixture(autouse=True)
 def _quick_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.pulling.SIDE", 32)
-    monkeypatch.setattr("service.on_demand.PullOptions", _impatient)
+    monkeypatch.setattr("service.acquisition.pulling.SIDE", 32)
+    monkeypatch.setattr("service.acquisition.on_demand.PullOptions", _impatient)
     torch.set_num_threads(1)
 
 
 def _impatient(mirror: str | None) -> Any:
-    from service.pulling import PullOptions  # noqa: PLC0415  not the one that is replaced
+    from service.acquisition.pulling import PullOptions  # noqa: PLC0415  not the one that is replaced
 
     return PullOptions(mirror=mirror, patience=Patience(attempts=1))
 

@@ -1,0 +1,111 @@
+"""The published ImageNet-1k weights as data: for each variant, where its file lies in public."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, get_args
+from urllib.parse import urlsplit
+
+from service.architecture.variants import VARIANTS
+from service.errors import InvalidRequest, ModelNotFound
+from service.store.cards import Accuracy
+from service.store.names import DEFAULT_TAG
+
+SourceName = Literal["timm", "opengvlab", "official", "lucid"]
+SOURCES: tuple[SourceName, ...] = get_args(SourceName)
+DEFAULT_SOURCE: SourceName = "timm"
+LICENCE = "Apache-2.0"  # of the official release and of timm's copies, as their pages say
+SIDE, CROP, CLASSES = 224, 0.9, 1000
+VALIDATION_IMAGES = 50_000
+
+_HUB = "https://huggingface.co/{repository}/resolve/main/{file}"
+_RELEASE = "https://github.com/whai362/PVT/releases/download/v2/{file}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A weights file; `urls` are where it may lie, tried in turn, `sha256` is what was published of its bytes."""
+
+    urls: tuple[str, ...]
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A variant with ImageNet-1k weights. `top1` is the accuracy that its authors give, as a share of 1."""
+
+    variant: str
+    parameters: int
+    top1: float
+    files: Mapping[SourceName, RemoteFile]
+
+    @property
+    def id(self) -> str:
+        """What it is called in a store."""
+        return f"{self.variant}.{DEFAULT_TAG}"
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """The accuracy, as a card has it."""
+        return Accuracy(dataset="ImageNet-1k validation, as published", top1=self.top1, images=VALIDATION_IMAGES)
+
+    def file(self, source: SourceName) -> RemoteFile:
+        """Its file at `source`.
+
+        Raises:
+            InvalidRequest: that source has none.
+        """
+        if source not in self.files:
+            raise InvalidRequest(f"{source} has no {self.variant}; these have: {', '.join(self.files)}")
+        return self.files[source]
+
+
+def _hub(repository: str, *files: str) -> tuple[str, ...]:
+    return tuple(_HUB.format(repository=repository, file=file) for file in files)
+
+
+def _published(variant: str, parameters: int, top1: float, lucid_sha256: str | None) -> Published:
+    name = variant.removeprefix("pvt_v2_")
+    transformers = "b2_linear" if name == "b2_li" else name
+    files: dict[SourceName, RemoteFile] = {
+        "timm": RemoteFile(_hub(f"timm/{variant}.in1k", "model.safetensors")),
+        "opengvlab": RemoteFile(_hub(f"OpenGVLab/pvt_v2_{transformers}", "model.safetensors", "pytorch_model.bin")),
+        "official": RemoteFile((_RELEASE.format(file=f"{variant}.pth"),)),
+    }
+    if lucid_sha256:
+        files["lucid"] = RemoteFile(_hub(f"lucid-dl/pvt-v2-{name}", "IN1K/model.safetensors"), lucid_sha256)
+    return Published(variant, parameters, top1, MappingProxyType(files))
+
+
+_ROWS = (
+    ("pvt_v2_b0", 3_666_760, 0.705, "a511e23835b9b510bc02436d27c49dc306c97dd3b627fdc70fcbac14d5b2c771"),
+    ("pvt_v2_b1", 14_009_000, 0.787, "64e479955a1a8a644b8a5bf0e95b125235fa6268cc1148998273e503d28c3782"),
+    ("pvt_v2_b2", 25_362_856, 0.820, "00fc4d873e5cfc8e57bb9471ffa1a2b142c0bb465bfc0a02dd347ad1812a4b71"),
+    ("pvt_v2_b2_li", 22_553_512, 0.821, None),
+    ("pvt_v2_b3", 45_238_696, 0.831, "9aebf5a6685261a41a72495724752e16a4b8d02c6e7a0977adc77cd7921dfb74"),
+    ("pvt_v2_b4", 62_556_072, 0.836, "2e411209ef6a4807c09cf2decca4711236ed888dbe211645a83b0c2bf26220be"),
+    ("pvt_v2_b5", 81_956_008, 0.838, "d9636f599bff05ee39f8c74810ffd2bda99c75fef941278df32f9ba515bc4a09"),
+)
+CATALOGUE: Mapping[str, Published] = MappingProxyType({row[0]: _published(*row) for row in _ROWS})
+
+
+def published(name: str) -> Published:
+    """What the catalogue has under a variant's name, its short form (`b2`) or a model's id.
+
+    Raises:
+        ModelNotFound: nothing.
+    """
+    variant = variant_named(name.removesuffix(f".{DEFAULT_TAG}"))
+    if variant not in CATALOGUE:
+        raise ModelNotFound(f"no published weights are known for {name!r}; there are: {', '.join(CATALOGUE)}")
+    return CATALOGUE[variant]
+
+
+def variant_named(name: str) -> str:
+    """`pvt_v2_b2` for `b2`, and for `pvt_v2_b2`; any other name as it is."""
+    return f"pvt_v2_{name}" if f"pvt_v2_{name}" in VARIANTS else name
+
+
+def mirrored(url: str, mirror: str | None) -> str:
+    """`url` with `mirror`, a base URL, in place of its scheme and host."""
+    return mirror.rstrip("/") + urlsplit(url).path if mirror else url

@@ -1,0 +1,1 @@
+"""PVT-v2, its variants, and checkpoint dialects as one state dict."""

@@ -1,0 +1,170 @@
+"""What tuning found, on disk, with the compiled graphs, so that a second start neither compiles nor measures.
+
+<root>/<model>/<version>/plan.json
+<root>/<model>/<version>/1.graph      the compiled graph for batches of 1, as the backend exported it
+<root>/<model>/<version>/reference.safetensors      what its logits are held against, where the card names nothing
+
+There is one entry for each version of a model, which bounds the cache. It holds for exactly one key; an entry that is
+broken or made for another key is ignored, with a log line that says why, and replaced.
+"""
+
+import hashlib
+import platform
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Annotated
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.backends.base import Layout, Precision
+from service.machine.cores import usable_cores
+from service.store.cards import ReferenceFile
+
+log = structlog.get_logger(component="plan_cache")
+
+_FILE = "plan.json"
+_SOURCES = (
+    "architecture/pvt_v2.py", "backends/base.py", "backends/convert.py", "backends/openvino.py", "backends/served.py",
+    "execution/plan.py", "execution/plan_cache.py", "execution/reference.py", "execution/tuning.py",
+)  # fmt: skip
+_PIECE = 1 << 24  # bytes
+
+Key = Mapping[str, str]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class CachedPlan(BaseModel):
+    """One entry. `graphs` gives the digest of each size's compiled graph; times are seconds.
+
+    `reference` is the file beside it with reference images and logits, if there is one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: dict[str, str]
+    precision: Precision
+    layout: Layout
+    seconds: Annotated[dict[int, Positive], Field(min_length=1)]
+    alone_seconds: Positive | None
+    alone_layout: Layout | None
+    notes: tuple[str, ...]
+    graphs: dict[int, str]
+    reference: ReferenceFile | None = None
+
+
+class PlanCache:
+    """The cache in the folder `root`, which is made when needed. A folder that can't be written is no error."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def read(self, model: str, version: str, key: Key) -> tuple[CachedPlan, dict[int, Path]] | None:
+        """The entry for `key` and its verified graph files by batch size; None when there is none that holds."""
+        folder = self.folder(model, version)
+        try:
+            entry = CachedPlan.model_validate_json((folder / _FILE).read_bytes())
+            if reason := _difference(entry, key) or _damage(folder, entry):
+                raise ValueError(reason)  # noqa: TRY301
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            reason = "plan.json does not fit its schema" if isinstance(error, ValidationError) else str(error)
+            log.warning("plan_cache_ignored", model=model, folder=str(folder), reason=reason)
+            return None
+        return entry, {size: _graph_path(folder, size) for size in entry.graphs}
+
+    def folder(self, model: str, version: str) -> Path:
+        """Where the entry of that model version lies."""
+        return self.root / model / version
+
+    def write(
+        self,
+        model: str,
+        version: str,
+        entry: CachedPlan,
+        graphs: Mapping[int, bytes],
+        others: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
+        """Replace that model version's entry by `entry`, `graphs` and other files; it appears whole or not at all."""
+        folder = self.folder(model, version)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.parent.mkdir(exist_ok=True)
+            with TemporaryDirectory(prefix=".", dir=folder.parent) as name:
+                staged = Path(name) / version
+                staged.mkdir()
+                for size, blob in graphs.items():
+                    _graph_path(staged, size).write_bytes(blob)
+                for file, content in others.items():
+                    (staged / file).write_bytes(content)
+                (staged / _FILE).write_text(entry.model_dump_json(indent=2) + "\n")
+                shutil.rmtree(folder, ignore_errors=True)
+                staged.rename(folder)
+        except OSError as error:
+            log.warning("plan_cache_not_written", model=model, folder=str(folder), reason=str(error),
+                        hint="PVT_CACHE_DIR names the folder; empty, nothing is kept")  # fmt: skip
+
+
+def digest(data: bytes | NDArray[np.uint8]) -> str:
+    """SHA-256, in hexadecimal, of the SHA-256 digests of the data's pieces, so that every core takes part."""
+    view = data.data if isinstance(data, np.ndarray) else memoryview(data)
+    pieces = [view[start : start + _PIECE] for start in range(0, len(view), _PIECE)]
+    with ThreadPoolExecutor(usable_cores(), thread_name_prefix="pvt-digest") as pool:
+        return hashlib.sha256(b"".join(pool.map(_sha256, pieces))).hexdigest()
+
+
+def _sha256(data: memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+@cache
+def machine() -> dict[str, str]:
+    """What a measurement depends on beside the model: the processor, and this service's own code."""
+    code = hashlib.sha256()
+    for name in _SOURCES:
+        code.update((Path(__file__).parent.parent / name).read_bytes())
+    return {"cpu": _processor(), "code": code.hexdigest()}
+
+
+def _processor() -> str:
+    """The processor's name and a digest of its features, which virtual machines of one name may differ in."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    known = dict(reversed([_pair(line) for line in lines if ":" in line]))
+    features = " ".join(sorted(known.get("flags", known.get("Features", "")).split()))
+    return f"{known.get('model name', platform.machine())} {digest(features.encode())[:12]}"
+
+
+def _pair(line: str) -> tuple[str, str]:
+    name, _, value = line.partition(":")
+    return name.strip(), value.strip()
+
+
+def _difference(entry: CachedPlan, key: Key) -> str | None:
+    names = sorted(name for name in {*entry.key, *key} if entry.key.get(name) != key.get(name))
+    changes = [f"{name} was {entry.key.get(name, '')[:64]!r} and is {key.get(name, '')[:64]!r}" for name in names]
+    return "made for another key: " + "; ".join(changes) if names else None
+
+
+def _damage(folder: Path, entry: CachedPlan) -> str | None:
+    if set(entry.graphs) != set(entry.seconds):
+        return "its graphs are not those of its sizes"
+    for size, expected in entry.graphs.items():
+        path = _graph_path(folder, size)
+        if digest(np.memmap(path, np.uint8, "r") if path.stat().st_size else b"") != expected:
+            return f"{path.name} is corrupt"
+    return None
+
+
+def _graph_path(folder: Path, size: int) -> Path:
+    return folder / f"{size}.graph"

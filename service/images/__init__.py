@@ -1,0 +1,1 @@
+"""Bytes to the model's input: limits, orientation, colours, one resampling call."""

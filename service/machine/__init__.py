@@ -1,0 +1,1 @@
+"""What this machine offers and this process takes of it: cores, GPUs, memory, worker processes."""

@@ -1,0 +1,209 @@
+"""From a model in the store to one that can run: module, weights, graphs, batch plan. Blocking; takes seconds."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import structlog
+
+from service.backends.base import Backend, Graph, Layout, Program
+from service.backends.served import Served, build, plain_logits
+from service.errors import DeviceFailed, GoldenMismatch, ModelLoadFailed, OutOfMemory, ReferenceInvalid, ServiceError
+from service.execution.executable import Executable, LoadReport
+from service.execution.golden import Golden
+from service.execution.improving import Improving
+from service.execution.plan import BatchPlan
+from service.execution.plan_cache import CachedPlan, Key, PlanCache, digest, machine
+from service.execution.reference import Deviation, Reference, packed, read_reference, reference_of, synthetic_images
+from service.execution.tuning import NOT_FINITE, Alone, Limits, Tuned, Tuning
+from service.store.store import StoredModel
+
+log = structlog.get_logger(component="loader")
+
+
+def load(
+    stored: StoredModel, backends: Sequence[Callable[[], Backend]], limits: Limits, cache: PlanCache | None = None
+) -> Executable:
+    """Load `stored` on the first of `backends` that can run it, as `cache` remembers or else as measured now.
+
+    A backend that does not give the logits of the model's reference images counts as one that can't run it.
+
+    Raises:
+        ModelLoadFailed: the card or the weights are wrong, or what they make is; the message says how.
+        Exception: what the last backend raised, where none could run it.
+    """
+    start = perf_counter()
+    card = stored.require_card()
+    backend, memory, ready, failures = _first_that_can(stored, backends, limits, cache)
+    tuned = ready.tuned
+    for note in () if ready.cached else tuned.notes:
+        log.warning("plan_note", model=stored.id, note=note)
+    grown = max(card.weights.bytes, backend.memory_bytes() - memory)
+    report = LoadReport(
+        backend=backend.name,
+        device=backend.device,
+        precision=tuned.precision,
+        layout=tuned.layout,
+        notes=(*failures, *tuned.notes),
+        cached=ready.cached,
+        load_seconds=perf_counter() - start,
+        memory_bytes=grown,
+        deviation=ready.deviation,
+    )
+    return Executable(stored, backend, tuned, report, golden=ready.golden, improving=ready.improving)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """Graphs and plan, whether the cache had them, what was shown of their logits, and how to make better graphs."""
+
+    tuned: Tuned
+    cached: bool
+    golden: Golden
+    deviation: Deviation
+    improving: Improving | None = None
+
+
+def _first_that_can(
+    stored: StoredModel, backends: Sequence[Callable[[], Backend]], limits: Limits, cache: PlanCache | None
+) -> tuple[Backend, int, _Ready, Sequence[str]]:
+    """The first backend on which `stored` runs, its memory before, what runs there, and how those before it failed."""
+    failures: list[str] = []
+    for i, make in enumerate(backends, 1):
+        name = f"backend number {i}"
+        try:
+            backend = make()
+            name = backend.name if backend.device == "cpu" else f"{backend.name} on {backend.device}"
+            memory = backend.memory_bytes()  # its libraries are not the model's memory
+            return backend, memory, _tuned(stored, backend, limits, cache), failures
+        except Exception as error:
+            wrong = isinstance(error, GoldenMismatch)
+            # What is wrong with the model's files is so on every backend.
+            if isinstance(error, ServiceError) and not isinstance(error, GoldenMismatch | OutOfMemory | DeviceFailed):
+                raise
+            failures.append(f"{name} failed: {error if wrong else f'{type(error).__name__}: {error}'}")
+            if i == len(backends):
+                if wrong:
+                    raise _mismatch(stored, failures, limits) from error
+                raise
+            log.warning("backend_failed", model=stored.id, reason=failures[-1])
+    raise ValueError("no backend to load on")
+
+
+def _mismatch(stored: StoredModel, failures: Sequence[str], limits: Limits) -> GoldenMismatch:
+    advice = "" if limits.precision in {None, "float32"} else "set PVT_PRECISION=auto; "
+    return GoldenMismatch(
+        f"{stored.key} does not give the logits of its reference images, so it is not served: {'; '.join(failures)}; "
+        f"{advice}fetch or import the model again"
+    )
+
+
+def _tuned(stored: StoredModel, backend: Backend, limits: Limits, cache: PlanCache | None) -> _Ready:
+    """As the cache remembers, or else as measured now, and kept then; checked both times."""
+    key = _key(stored, backend, limits)
+    own = reference_of(stored.require_card(), stored.folder)
+    cache = cache if backend.exports else None
+    if cache and (restored := _restored(stored, backend, cache, key, own)):
+        return restored
+    tuned, reference, program = _measured(stored, backend, limits, own)
+    golden = Golden(reference)
+    deviation = golden.check_all(tuned)
+    if cache:
+        _keep(stored, cache, key, tuned, None if own else reference)
+    improving = None
+    if backend.improves:
+        pixels = stored.require_card().preprocessing
+        shape, most = (pixels.height, pixels.width), limits.max_batch_size
+        improving = Improving(program, tuned.layout, tuned.precision, shape, golden.check, tuned.plan, most)
+    return _Ready(tuned, cached=False, golden=golden, deviation=deviation, improving=improving)
+
+
+def _keep(stored: StoredModel, cache: PlanCache, key: Key, tuned: Tuned, computed: Reference | None) -> None:
+    """Write what was measured to the cache, with the reference, if that was computed."""
+    blobs = {size: graph.export() for size, graph in tuned.graphs.items()}
+    whole = {size: blob for size, blob in blobs.items() if blob is not None}
+    if len(whole) < len(blobs):
+        return
+    reference = packed(computed) if computed else None
+    entry = CachedPlan(
+        key=dict(key),
+        precision=tuned.precision,
+        layout=tuned.layout,
+        seconds=dict(tuned.plan.seconds),
+        alone_seconds=tuned.plan.alone_seconds,
+        alone_layout=tuned.alone.layout if tuned.alone else None,
+        notes=tuned.notes,
+        graphs={size: digest(blob) for size, blob in whole.items()},
+        reference=reference and reference[1],
+    )
+    cache.write(stored.id, stored.version, entry, whole, {reference[1].file: reference[0]} if reference else {})
+
+
+def _restored(
+    stored: StoredModel, backend: Backend, cache: PlanCache, key: Key, own: Reference | None
+) -> _Ready | None:
+    if not (found := cache.read(stored.id, stored.version, key)):
+        return None
+    entry, paths = found
+    blobs = {size: np.memmap(path, np.uint8, "r") for size, path in paths.items()}
+    try:
+        graphs = {size: backend.restore(blob, entry.layout, entry.precision) for size, blob in blobs.items()}
+        tuned = _of_entry(entry, graphs, lambda layout: backend.restore(blobs[1], layout, entry.precision))
+        golden = Golden(own or _kept_reference(stored, cache, entry))
+        deviation = golden.check_all(tuned, restored=True)
+        return _Ready(tuned, cached=True, golden=golden, deviation=deviation)
+    except Exception as error:  # noqa: BLE001  whatever is wrong with it, it can be made anew
+        log.warning("plan_cache_ignored", model=stored.id, reason=f"{type(error).__name__}: {error}")
+        return None
+
+
+def _of_entry(entry: CachedPlan, graphs: dict[int, Graph], make: Callable[[Layout], Graph]) -> Tuned:
+    alone = None
+    if (layout := entry.alone_layout) and entry.alone_seconds:
+        alone = Alone(layout, entry.alone_seconds, lambda: make(layout))
+    plan = BatchPlan(entry.seconds, entry.alone_seconds)
+    return Tuned(entry.precision, entry.layout, plan, graphs, alone, entry.notes)
+
+
+def _kept_reference(stored: StoredModel, cache: PlanCache, entry: CachedPlan) -> Reference:
+    if entry.reference is None:
+        raise ReferenceInvalid("no reference images are kept with it")
+    return read_reference(stored.require_card(), cache.folder(stored.id, stored.version), entry.reference)
+
+
+def _measured(
+    stored: StoredModel, backend: Backend, limits: Limits, own: Reference | None
+) -> tuple[Tuned, Reference, Program]:
+    card = stored.require_card()
+    pixels = card.preprocessing
+    module = build(card, stored.folder)
+    reference = own or _computed_reference(module, pixels.height, pixels.width)
+    program = backend.program(module, pixels.height, pixels.width)
+    tuning = Tuning(backend, program, lambda: reference, (pixels.height, pixels.width), limits)
+    return tuning.run(), reference, program
+
+
+def _computed_reference(module: Served, height: int, width: int) -> Reference:
+    images = synthetic_images(height, width)
+    logits = plain_logits(module, images)
+    if not np.isfinite(logits).all():
+        raise ModelLoadFailed(NOT_FINITE)
+    return Reference(images, logits)
+
+
+def _key(stored: StoredModel, backend: Backend, limits: Limits) -> dict[str, str]:
+    """All that plan and graphs depend on."""
+    card = stored.require_card()
+    pixels = card.preprocessing
+    return {
+        "weights": card.weights.sha256,
+        "card": digest(card.model_dump_json().encode()),
+        "input": f"{pixels.height}x{pixels.width}",
+        "backend": f"{backend.name} {backend.version}",
+        "instances": str(backend.instances),
+        "cores": str(limits.cores),
+        "max_batch_size": str(limits.max_batch_size),
+        "precision": limits.precision or "auto",
+        **machine(),
+    }

@@ -1,0 +1,170 @@
+"""A model in memory: at its own input size, and at others, and with stage maps, once those are asked for."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from copy import copy
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from service.errors import InvalidRequest, QueueFull, ServiceError
+from service.execution.executable import Executable
+from service.pipeline import Pipeline, Sized
+
+Size = tuple[int, int]  # height and width
+STRIDE = 32  # of the last stage: sides are multiples of it, so that every stage map fits
+T = TypeVar("T")
+
+
+class Compile(Protocol):
+    """Calls a blocking function that compiles, on the thread for that.
+
+    Raises:
+        ModelLoadFailed, WeightsUnavailable: it failed.
+    """
+
+    def __call__(self, function: Callable[[], T]) -> Coroutine[None, None, T]: ...  # noqa: D102
+
+
+@dataclass(eq=False, slots=True)
+class _Other:
+    """An input size that is not the model's own: on its way or there, and how many requests use it."""
+
+    task: "asyncio.Task[Sized]"
+    users: int = 0
+
+
+class Resident:
+    """A loaded model; close it when no request uses it. Its methods belong to one event loop."""
+
+    def __init__(self, executable: Executable, pipeline: Pipeline, compile_: Compile, *, max_others: int) -> None:
+        """`max_others`: how many input sizes besides the model's own are kept compiled."""
+        self.executable = executable
+        self._pipeline = pipeline
+        self._compile = compile_
+        self._max_others = max_others
+        self._own = pipeline.open(executable)
+        # Mutable state: the other sizes, least recently used first, those that have made room and are not shut yet, and
+        # what is making stage maps possible.
+        self._others: OrderedDict[Size, _Other] = OrderedDict()
+        self._gone: list[Sized] = []
+        self._staging: dict[Executable, asyncio.Task[None]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Resident {self.id} others={list(self._others)}>"
+
+    @property
+    def id(self) -> str:
+        """The model's name."""
+        return self.executable.stored.id
+
+    @property
+    def memory_bytes(self) -> int:
+        """Measured memory of the model and of all that was added to it since it was loaded."""
+        added = [self.executable, *(each.executable for each in self._there())]
+        return self.executable.report.memory_bytes + sum(each.added_bytes for each in added)
+
+    @property
+    def sizes(self) -> list[Size]:
+        """The input sizes that are there."""
+        return [(each.height, each.width) for each in (self.executable, *(other.executable for other in self._there()))]
+
+    @asynccontextmanager
+    async def at(self, size: Size | None = None, *, stages: bool = False) -> AsyncIterator[Sized]:
+        """The model at `size`, its own by default, for as long as the context lasts; compiled first where need be.
+
+        A caller that is cancelled while it waits leaves the compiling to the others.
+
+        Raises:
+            InvalidRequest: the model can't take that size.
+            QueueFull: as many other sizes as are kept are in use.
+            ModelLoadFailed: the model's files have changed since it was loaded, or can't be compiled for that.
+        """
+        if size in {None, (self.executable.height, self.executable.width)}:
+            await self._stage(self._own, stages=stages)
+            yield self._own
+            return
+        assert size is not None  # noqa: S101  None is in the set
+        other = self._other(size)
+        other.users += 1
+        try:
+            sized = await _made(other.task)
+            await self._stage(sized, stages=stages)
+            yield sized
+        finally:
+            other.users -= 1
+
+    def replan(self) -> None:
+        """Take over the batch plan of the executable, which has changed."""
+        self._pipeline.replan(self._own)
+
+    async def close(self) -> None:
+        """Take the model out of the scheduler and give up what is being compiled."""
+        tasks = [*self._staging.values(), *(other.task for other in self._others.values())]
+        self._gone += [self._own, *self._there()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._shut_gone()
+        self._others.clear()
+
+    def _there(self) -> list[Sized]:
+        tasks = [other.task for other in self._others.values()]
+        return [task.result() for task in tasks if task.done() and not _failed(task)]
+
+    def _other(self, size: Size) -> _Other:
+        other = self._others.get(size)
+        if other is None or _failed(other.task):
+            if any(side % STRIDE or side < STRIDE for side in size):
+                raise InvalidRequest(
+                    f"size {size[0]}x{size[1]}: each side must be a multiple of {STRIDE}, up to PVT_MAX_INPUT_SIDE"
+                )
+            self._make_room(size)
+            other = self._others[size] = _Other(asyncio.create_task(self._resize(size)))
+            other.task.add_done_callback(_failed)  # retrieved here, should every caller have gone
+        self._others.move_to_end(size)
+        return other
+
+    def _make_room(self, size: Size) -> None:
+        self._others.pop(size, None)  # it failed
+        while len(self._others) >= self._max_others:
+            idle = next((each for each, other in self._others.items() if not other.users and other.task.done()), None)
+            if idle is None:
+                sizes = ", ".join(f"{height}x{width}" for height, width in self._others)
+                raise QueueFull(
+                    f"{self.id} is in use at {sizes}, and PVT_SIZES_PER_MODEL allows {self._max_others} sizes besides "
+                    "its own",
+                    retry_after_seconds=1.0,
+                )
+            task = self._others.pop(idle).task
+            self._gone += [] if _failed(task) else [task.result()]
+
+    async def _shut_gone(self) -> None:
+        while self._gone:
+            await self._pipeline.shut(self._gone.pop())
+
+    async def _resize(self, size: Size) -> Sized:
+        await self._shut_gone()
+        return self._pipeline.open(await self._compile(lambda: self.executable.resized(*size)))
+
+    async def _stage(self, sized: Sized, *, stages: bool) -> None:
+        executable = sized.executable
+        if not stages or executable.staged:
+            return
+        task = self._staging.get(executable)
+        if task is None:
+            task = self._staging[executable] = asyncio.create_task(self._compile(executable.add_stages))
+            task.add_done_callback(lambda done: (self._staging.pop(executable), _failed(done)))
+        await _made(task)
+
+
+async def _made(task: asyncio.Task[T]) -> T:
+    try:
+        return await asyncio.shield(task)
+    except ServiceError as error:
+        raise copy(error) from None  # the task keeps its own, and on that the frames of all who waited would stay
+
+
+def _failed(task: asyncio.Task[T]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)

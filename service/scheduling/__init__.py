@@ -1,0 +1,1 @@
+"""The queues in front of the instances: dynamic batching, deadlines, cancellation."""

@@ -1,0 +1,79 @@
+"""What the scheduler is doing and has done lately, to be looked at. Times are seconds."""
+
+from dataclasses import dataclass
+
+from service.scheduling.queues import ReleaseReason
+
+RELEASES = 64  # how many are remembered
+
+
+@dataclass(eq=False, slots=True)
+class Release:
+    """A batch that went to an instance.
+
+    `size` counts images, `waited_seconds` is the longest that one of them had waited, `started` is on the scheduler's
+    clock, `run_seconds` is None while the batch runs; it covers the second runs of a batch that failed.
+    """
+
+    model: str
+    reason: ReleaseReason
+    size: int
+    instance: int
+    alone: bool
+    waited_seconds: float
+    started: float
+    run_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueActivity:
+    """One model's queue: images waiting to be decoded, being decoded, waiting for an instance, running.
+
+    `admitted` counts all of these, and places held by images that are on their way in or out. `virtual_seconds` is the
+    share of the instances it has had, for fairness; `plan` is t(n) in seconds by batch size.
+    """
+
+    model: str
+    to_decode: int
+    decoding: int
+    waiting: int
+    running: int
+    admitted: int
+    capacity: int
+    virtual_seconds: float
+    plan: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceActivity:
+    """One instance, and the batch that it has been running for `seconds`, if it runs one."""
+
+    instance: int
+    release: Release | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PastRelease:
+    """A `Release` as seen `seconds_ago` later."""
+
+    release: Release
+    seconds_ago: float
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """One look at the scheduler; the last releases come newest first."""
+
+    queues: list[QueueActivity]
+    instances: list[InstanceActivity]
+    releases: list[PastRelease]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """How much waits for an instance, by model, and how many instances run; for metrics and health."""
+
+    waiting: dict[str, int]
+    busy_instances: int
+    instances: int

@@ -1,0 +1,1 @@
+"""Where models lie, here or by URL: cards, versions, aliases, bytes."""

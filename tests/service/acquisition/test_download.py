@@ -1,0 +1,270 @@
+"""Downloads from a real server over real sockets, and all that can befall them."""
+
+import errno
+import hashlib
+import threading
+from collections.abc import Iterator
+from email.utils import formatdate
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from service.acquisition.download import Fetched, Patience, Wanted, _secure, download
+from service.errors import PullFailed, StoreNotWritable, WeightsDigestMismatch
+from tests.service.hub import Fault, Hub, serving_hub
+
+CONTENT = np.random.default_rng(0).bytes(1_000_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+HUB = "/timm/pvt_v2_b0.in1k/resolve/main/model.safetensors"
+RELEASE = "/whai362/PVT/releases/download/v2/pvt_v2_b0.pth"
+QUICK = Patience(attempts=3, timeout_seconds=5, backoff_seconds=0.001)
+HALF = len(CONTENT) // 2
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving_hub() as hub:
+        hub.put(HUB, CONTENT)
+        hub.put(RELEASE, CONTENT)
+        yield hub
+
+
+def fetch(hub: Hub, folder: Path, path: str = HUB, *, patience: Patience = QUICK, **wanted: object) -> Fetched:
+    options = {"max_bytes": 2_000_000, **wanted}
+    return download(
+        Wanted(url=hub.url + path, **options),  # type: ignore[arg-type]
+        folder / "weights.safetensors",
+        root=folder,
+        patience=patience,
+    )
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_file_of_the_hub_is_held_against_the_digest_that_its_redirect_names(hub: Hub, tmp_path: Path) -> None:
+    fetched = fetch(hub, tmp_path)
+
+    assert fetched.path.read_bytes() == CONTENT
+    assert (fetched.sha256, fetched.bytes, fetched.digest_from) == (SHA256, len(CONTENT), "hub")
+    assert fetched.revision == "c0ffee"
+
+
+def test_a_release_has_no_digest_and_nobody_is_said_to_have_given_one(hub: Hub, tmp_path: Path) -> None:
+    fetched = fetch(hub, tmp_path, RELEASE)
+
+    assert (fetched.sha256, fetched.digest_from) == (SHA256, None)
+
+
+def test_a_published_digest_counts(hub: Hub, tmp_path: Path) -> None:
+    assert fetch(hub, tmp_path, RELEASE, sha256=SHA256).digest_from == "publisher"
+
+
+def test_progress_is_told_up_to_the_whole(hub: Hub, tmp_path: Path) -> None:
+    told: list[tuple[int, int | None]] = []
+    wanted = Wanted(url=hub.url + HUB, max_bytes=2_000_000)
+    download(wanted, tmp_path / "x.pth", root=tmp_path, tell=lambda done, total: told.append((done, total)))
+
+    assert told == sorted(told)
+    assert told[-1] == (len(CONTENT), len(CONTENT))
+
+
+def test_what_is_cut_off_goes_on_where_it_ended(hub: Hub, tmp_path: Path) -> None:
+    hub.faults = [Fault(cut=HALF), Fault(cut=1000)]
+
+    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+    first, second, third = hub.requests
+    assert "Range" not in first
+    assert (second["Range"], third["Range"]) == (f"bytes={HALF}-", f"bytes={HALF + 1000}-")
+    assert second["If-Range"].startswith('"')
+
+
+@pytest.mark.parametrize("path", [HUB, RELEASE])
+def test_another_process_goes_on_where_one_gave_up(hub: Hub, tmp_path: Path, path: str) -> None:
+    hub.faults = [Fault(cut=HALF), Fault(status=503), Fault(status=503), Fault(status=503)]
+    with pytest.raises(PullFailed, match=r"503 Service Unavailable, 3 times in a row; 0.5 MB are kept"):
+        fetch(hub, tmp_path, path)
+    hub.requests.clear()
+
+    assert fetch(hub, tmp_path, path).path.read_bytes() == CONTENT
+    assert [request.get("Range") for request in hub.requests] == [f"bytes={HALF}-"]
+
+
+def test_a_server_that_sends_everything_again_is_taken_at_its_word(hub: Hub, tmp_path: Path) -> None:
+    hub.faults = [Fault(cut=HALF), Fault(whole=True)]
+
+    assert fetch(hub, tmp_path, RELEASE).path.read_bytes() == CONTENT
+
+
+def test_a_file_that_changed_meanwhile_is_fetched_from_its_beginning(hub: Hub, tmp_path: Path) -> None:
+    hub.faults = [Fault(cut=HALF), *[Fault(status=503)] * 3]
+    with pytest.raises(PullFailed):
+        fetch(hub, tmp_path, RELEASE)
+    changed = CONTENT[::-1]
+    hub.put(RELEASE, changed)
+
+    assert fetch(hub, tmp_path, RELEASE).path.read_bytes() == changed
+
+
+def test_a_range_of_another_version_is_not_joined_to_this_one(hub: Hub, tmp_path: Path) -> None:
+    """From a server that takes no notice of If-Range."""
+    hub.faults = [Fault(cut=HALF, etag='W/"1"'), Fault(etag='W/"2"')]
+
+    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+    assert [("Range" in request, "If-Range" in request) for request in hub.requests] == [
+        (False, False),
+        (True, False),
+        (False, False),
+    ]
+
+
+def test_a_part_that_is_longer_than_the_file_now_is_dropped(hub: Hub, tmp_path: Path) -> None:
+    hub.faults = [Fault(cut=HALF), *[Fault(status=503)] * 3]
+    with pytest.raises(PullFailed):
+        fetch(hub, tmp_path)
+    hub.put(HUB, short := CONTENT[:1000])
+
+    assert fetch(hub, tmp_path).path.read_bytes() == short
+
+
+def test_bytes_that_came_wrong_are_fetched_once_more(hub: Hub, tmp_path: Path) -> None:
+    hub.faults = [Fault(spoil=True)]
+
+    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+
+
+def test_bytes_that_stay_wrong_are_refused_and_not_kept(hub: Hub, tmp_path: Path) -> None:
+    hub.faults = [Fault(spoil=True)] * 2
+    with pytest.raises(WeightsDigestMismatch, match=rf"SHA-256 is [0-9a-f]{{64}}, expected {SHA256}"):
+        fetch(hub, tmp_path)
+
+    assert names(tmp_path) == set()
+    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+
+
+def test_a_hub_that_has_another_file_than_was_published_is_not_asked_for_it(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(WeightsDigestMismatch, match="was published; nothing was fetched"):
+        fetch(hub, tmp_path, sha256="0" * 64)
+
+    assert names(tmp_path) <= {"weights.safetensors.part"}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_waited_for(hub: Hub, tmp_path: Path, status: int) -> None:
+    hub.faults = [Fault(status=status, headers={"Retry-After": "0"})]
+
+    assert fetch(hub, tmp_path, patience=Patience(backoff_seconds=100)).sha256 == SHA256
+
+
+def test_retry_after_may_be_a_date(hub: Hub, tmp_path: Path) -> None:
+    hub.faults = [Fault(status=429, headers={"Retry-After": formatdate(0, usegmt=True)})]
+
+    assert fetch(hub, tmp_path, patience=Patience(backoff_seconds=100)).sha256 == SHA256
+
+
+def test_a_retry_after_that_is_too_long_is_told_instead(hub: Hub, tmp_path: Path) -> None:
+    hub.faults = [Fault(status=429, headers={"Retry-After": "3600"})]
+
+    with pytest.raises(PullFailed, match=r"429 Too Many Requests, and asks to come back in 3600 s"):
+        fetch(hub, tmp_path)
+
+
+def test_a_server_that_falls_silent_is_asked_again(hub: Hub, tmp_path: Path) -> None:
+    released = threading.Event()
+    hub.faults = [Fault(hold=released)]
+    fetched = fetch(hub, tmp_path, patience=Patience(timeout_seconds=0.2, backoff_seconds=0.001))
+    released.set()
+
+    assert fetched.path.read_bytes() == CONTENT
+    assert hub.requests[1]["Range"] == f"bytes={HALF}-"
+
+
+def test_a_server_that_is_not_there_is_told_and_nothing_is_left(tmp_path: Path) -> None:
+    with serving_hub() as gone:
+        pass
+
+    with pytest.raises(PullFailed, match="3 times in a row; pull again to try anew"):
+        fetch(gone, tmp_path)
+
+
+def test_a_file_that_is_not_there_is_told_at_once(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(PullFailed, match="answers 404: there is no such file; try another --source"):
+        fetch(hub, tmp_path, "/timm/none/resolve/main/model.safetensors")
+
+
+def test_a_file_that_is_too_large_for_the_model_is_not_fetched(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(PullFailed, match=r"1000000 bytes, which no such model has"):
+        fetch(hub, tmp_path, max_bytes=1000)
+
+
+def test_a_stream_without_end_is_cut(hub: Hub, tmp_path: Path) -> None:
+    hub.lengths = hub.digests = False
+    with pytest.raises(PullFailed, match="more bytes than it should have"):
+        fetch(hub, tmp_path, max_bytes=300_000)
+
+    assert names(tmp_path) == set()
+
+
+def test_a_file_of_unknown_length_ends_where_the_server_ends(hub: Hub, tmp_path: Path) -> None:
+    hub.lengths = hub.digests = False
+
+    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+
+
+def test_what_is_asked_for_over_tls_is_not_fetched_without(hub: Hub) -> None:
+    with pytest.raises(PullFailed, match="which is not encrypted; refused"):
+        _secure("https://hub.example/x")(httpx.Request("GET", hub.url))
+
+
+def test_stopping_ends_it_soon_and_keeps_what_is_here(hub: Hub, tmp_path: Path) -> None:
+    stop, wanted = threading.Event(), Wanted(url=hub.url + HUB, max_bytes=2_000_000)
+    with pytest.raises(PullFailed, match=r"stopped; .* MB are kept"):
+        download(wanted, tmp_path / "x.pth", root=tmp_path, tell=lambda *_: stop.set(), stop=stop)
+
+    assert names(tmp_path) == {"x.pth.part", "x.pth.json"}
+
+
+def test_a_whole_file_that_nobody_took_needs_no_network(hub: Hub, tmp_path: Path) -> None:
+    fetch(hub, tmp_path)
+    hub.requests.clear()
+
+    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+    assert hub.requests == []
+
+
+def test_a_part_without_its_note_counts_for_nothing(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors.part").write_bytes(b"something else")
+
+    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+
+
+def test_too_little_room_is_told_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(StoreNotWritable, match=r"MB left, .* MB are needed; make room"):
+        fetch(hub, tmp_path, room=10**18)
+
+
+def test_a_disk_that_fills_up_is_told_and_what_was_fetched_makes_room(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("service.acquisition.partial.Part.add", full)
+        with pytest.raises(StoreNotWritable, match=r"is full \(No space left on device, .* MB left\); make room"):
+            fetch(hub, tmp_path)
+
+    assert names(tmp_path) == set()
+    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+
+
+def test_secrets_in_a_url_are_not_told(hub: Hub, tmp_path: Path) -> None:
+    hub.faults = [Fault(status=418)]
+    secret = hub.url.replace("://", "://user:secret@")
+    with pytest.raises(PullFailed, match="418") as caught:
+        download(Wanted(url=secret + HUB, max_bytes=2_000_000), tmp_path / "x", root=tmp_path, patience=QUICK)
+
+    assert "secret" not in str(caught.value)

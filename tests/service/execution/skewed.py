@@ -1,0 +1,124 @@
+"""Backends that give other logits than they should."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from service.answers.outputs import Floats
+from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
+from service.backends.served import Served
+from service.backends.torch import TorchBackend
+
+Skew = Callable[[Floats, Precision], Floats]
+
+
+def rolled(logits: Floats, precision: Precision) -> Floats:
+    """Every class gets its neighbour's logit."""
+    del precision
+    return np.roll(logits, 1, axis=1)
+
+
+def rolled_in_bfloat16(logits: Floats, precision: Precision) -> Floats:
+    return rolled(logits, precision) if precision == "bfloat16" else logits
+
+
+def off_by(share: float) -> Skew:
+    return lambda logits, _: logits + np.float32(share * np.abs(logits).max())
+
+
+def not_a_number(logits: Floats, precision: Precision) -> Floats:
+    del precision
+    return logits * np.float32("nan")
+
+
+@dataclass
+class SkewedGraph:
+    graph: Graph
+    skew: Skew
+
+    @property
+    def precision(self) -> Precision:
+        return self.graph.precision
+
+    @precision.setter
+    def precision(self, value: Precision) -> None:
+        raise NotImplementedError(value)
+
+    def run(self, instance: int, batch: Batch) -> tuple[Floats, ...]:
+        logits, *others = self.graph.run(instance, batch)
+        return self.skew(logits, self.precision), *others
+
+    def export(self) -> bytes | None:
+        return self.graph.export()
+
+    def room(self, instance: int) -> Batch | None:
+        return self.graph.room(instance)
+
+
+@dataclass
+class SkewedProgram:
+    program: Program
+    skew: Skew
+
+    def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        return SkewedGraph(self.program.graph(size, layout, precision), self.skew)
+
+    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
+        self.program.prepare(size, layout, precision)
+
+    def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        return self.program.faster(size, layout, precision)
+
+
+class SkewedTorch(TorchBackend):
+    """Gives other logits than it should. Tries bfloat16 too."""
+
+    precisions: tuple[Precision, ...] = ("bfloat16", "float32")
+
+    def __init__(self, skew: Skew) -> None:
+        super().__init__(1)
+        self.skew = skew
+
+    def program(self, module: Served, height: int, width: int) -> Program:
+        return SkewedProgram(super().program(module, height, width), self.skew)
+
+
+class Exporting(TorchBackend):
+    """Its graphs can be kept, in its own memory; those restored give other logits, where `skew` says so."""
+
+    version = "exporting"
+    exports = True
+    graphs: ClassVar[list[Graph]] = []
+
+    def __init__(self, skew: Skew = lambda logits, _: logits) -> None:
+        super().__init__(1)
+        self.skew = skew
+
+    def program(self, module: Served, height: int, width: int) -> Program:
+        return ExportingProgram(super().program(module, height, width))
+
+    def restore(self, blob: Blob, layout: Layout, precision: Precision) -> Graph:
+        del layout, precision
+        return SkewedGraph(self.graphs[int(blob.tobytes())], self.skew)
+
+
+@dataclass
+class ExportingProgram:
+    program: Program
+
+    def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        return Exported(self.program.graph(size, layout, precision), lambda logits, _: logits)
+
+    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
+        self.program.prepare(size, layout, precision)
+
+    def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        return self.program.faster(size, layout, precision)
+
+
+class Exported(SkewedGraph):
+    def export(self) -> bytes:
+        Exporting.graphs.append(self)
+        return str(len(Exporting.graphs) - 1).encode()

@@ -1,0 +1,185 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from service.answers.outputs import Floats
+from service.backends.base import Backend, Batch, Layout, Precision
+from service.backends.openvino import OpenVinoBackend
+from service.backends.served import build
+from service.backends.torch import TorchBackend
+from service.errors import ModelLoadFailed
+from service.execution.executable import STAGES, Executable
+from service.execution.improving import Better
+from service.execution.plan import BatchPlan
+from service.execution.tuning import Alone, Tuned
+from tests.service.registry.test_loader import load_tiny, pictures
+from tests.service.stores import add_model
+
+BACKENDS = [TorchBackend(1), OpenVinoBackend(1)]
+
+
+def test_a_lone_image_is_answered_by_the_graph_that_has_all_cores(tmp_path: Path) -> None:
+    class Graph:
+        precision: Precision = "float32"
+
+        def __init__(self, name: float) -> None:
+            self.name = name
+
+        def run(self, _: int, batch: Batch) -> tuple[Floats, Floats]:
+            return np.full((len(batch), 3), self.name, np.float32), np.zeros((len(batch), 2), np.float32)
+
+        def export(self) -> None:
+            return None
+
+        def room(self, _: int) -> None:
+            return None
+
+    add_model(tmp_path)
+    loaded = load_tiny(tmp_path, 1)
+    alone = Alone(Layout(1, 2), 0.01, lambda: Graph(2))
+    tuned = Tuned("float32", Layout(2, 1), BatchPlan({1: 0.02, 2: 0.03}), {1: Graph(1), 2: Graph(1)}, alone, ())
+    executable = Executable(loaded.stored, TorchBackend(1), tuned, loaded.report)
+
+    def answered(count: int, *, alone: bool) -> float:
+        return float(executable.run(0, pictures(count), alone=alone)[0].logits[0])
+
+    assert answered(1, alone=True) == 1  # until it is there
+    executable.widen()
+    assert [answered(1, alone=True), answered(1, alone=False), answered(2, alone=True)] == [2, 1, 1]
+
+
+def expected(executable: Executable, images: Batch) -> tuple[Floats, ...]:
+    """What the plain module gives."""
+    with torch.inference_mode():
+        outputs = build(executable.card, executable.stored.folder, STAGES)(torch.tensor(images))
+    return tuple(output.numpy() for output in outputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_stage_maps_come_from_the_same_forward_as_logits(tmp_path: Path, backend: Backend) -> None:
+    add_model(tmp_path, side=64)
+    executable = load_tiny(tmp_path, 2, backends=[backend])
+    images = np.random.default_rng(1).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    with pytest.raises(ModelLoadFailed, match="stage maps have not been made"):
+        executable.run(0, list(images), stages=True)
+
+    executable.add_stages()
+    (outputs,) = executable.run(0, list(images), stages=True)
+    (plain,) = executable.run(0, list(images))
+
+    assert [each.shape for each in outputs.stages] == [(32, 16, 16), (64, 8, 8), (160, 4, 4), (256, 2, 2)]
+    logits, embedding, *stages = expected(executable, images)
+    for mine, true in zip(
+        (outputs.logits, outputs.embedding, *outputs.stages), (logits, embedding, *stages), strict=True
+    ):
+        np.testing.assert_allclose(mine, true[0], atol=1e-4)
+    np.testing.assert_allclose(plain.logits, logits[0], atol=1e-4)
+    assert plain.stages == ()
+
+
+def test_the_head_turns_the_embedding_into_logits(tmp_path: Path) -> None:
+    add_model(tmp_path)
+    executable = load_tiny(tmp_path, 1)
+    executable.add_stages()
+    (outputs,) = executable.run(0, pictures(1))
+
+    assert executable.head is not None
+    weight, bias = executable.head
+    np.testing.assert_allclose(weight @ outputs.embedding + bias, outputs.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_another_size_is_answered_as_the_plain_module_does(tmp_path: Path, backend: Backend) -> None:
+    add_model(tmp_path)
+    resized = load_tiny(tmp_path, backends=[backend]).resized(64, 96)
+    images = np.random.default_rng(1).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
+
+    (outputs,) = resized.run(0, list(images))
+
+    np.testing.assert_allclose(outputs.logits, expected(resized, images)[0][0], atol=1e-4)
+    assert not resized.own_size
+    assert resized.plan.time(1) > 0
+
+
+def test_larger_pictures_come_in_smaller_batches(tmp_path: Path) -> None:
+    add_model(tmp_path)
+    loaded = load_tiny(tmp_path, 1)
+    tuned = Tuned("float32", Layout(1, 1), BatchPlan({1: 1.0, 2: 1.0, 4: 1.0}), {}, None, ())
+    executable = Executable(loaded.stored, TorchBackend(1), tuned, loaded.report)
+
+    assert executable.resized(32, 64).plan.sizes == (1, 2)
+    assert executable.resized(96, 96).plan.sizes == (1,)
+
+
+def test_a_model_whose_files_are_gone_says_so_when_more_is_asked_of_it(tmp_path: Path) -> None:
+    folder = add_model(tmp_path)
+    executable = load_tiny(tmp_path, 1)
+    (folder / "model.safetensors").write_bytes(b"another")
+
+    with pytest.raises(ModelLoadFailed, match=r"model\.safetensors"):
+        executable.add_stages()
+    with pytest.raises(ModelLoadFailed, match=r"model\.safetensors"):
+        executable.resized(64, 64)
+    assert executable.run(0, pictures(1))
+
+
+def test_a_better_graph_takes_over_and_may_be_of_a_new_size(tmp_path: Path) -> None:
+    add_model(tmp_path)
+    executable = load_tiny(tmp_path, 1)
+    graph = TorchBackend(1).program(build(executable.card, executable.stored.folder), 32, 32)
+    plain = executable.run(0, pictures(3)[:1])
+
+    executable.adopt(Better(4, graph.graph(4, Layout(1, 1), "float32"), 0.25))
+
+    assert executable.plan.sizes == (1, 4)
+    assert executable.plan.time(3) == 0.25
+    together = executable.run(0, pictures(3))
+    assert len(together) == 3
+    np.testing.assert_allclose(together[0].logits, plain[0].logits, atol=1e-5)
+
+
+def test_a_batch_that_is_larger_than_any_graph_with_stage_maps_is_run_in_parts(tmp_path: Path) -> None:
+    add_model(tmp_path, side=64)
+    executable = load_tiny(tmp_path, 1)
+    executable.add_stages()
+    images = np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    graph = TorchBackend(1).program(build(executable.card, executable.stored.folder), 64, 64)
+    executable.adopt(Better(4, graph.graph(4, Layout(1, 1), "float32"), 0.25))
+
+    outputs = executable.run(0, list(images), stages=True)
+
+    _, _, *stages = expected(executable, images)
+    for i, each in enumerate(outputs):
+        for mine, true in zip(each.stages, stages, strict=True):
+            np.testing.assert_allclose(mine, true[i], atol=1e-4)
+
+
+def test_a_batch_is_put_together_where_the_graph_has_room_for_it(tmp_path: Path) -> None:
+    add_model(tmp_path)
+    executable = load_tiny(tmp_path, 1)
+    room = np.zeros((2, 32, 32, 3), np.uint8)
+    seen: list[Batch] = []
+
+    class Roomy:
+        precision: Precision = "float32"
+
+        def run(self, _: int, batch: Batch) -> tuple[Floats, Floats]:
+            seen.append(batch)
+            return np.zeros((2, 3), np.float32), np.zeros((2, 2), np.float32)
+
+        def export(self) -> None:
+            return None
+
+        def room(self, instance: int) -> Batch:
+            assert instance == 1
+            return room
+
+    executable.adopt(Better(2, Roomy(), 0.25))
+    images = pictures(2)
+
+    executable.run(1, images)
+
+    assert seen[0] is room
+    np.testing.assert_array_equal(room, np.stack(images))

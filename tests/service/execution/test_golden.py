@@ -1,0 +1,313 @@
+"""What runs a model has to give the logits that its plain float32 module gives for its reference images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from structlog.testing import capture_logs
+
+from service.answers.outputs import Floats
+from service.backends.base import Batch, Layout, Precision
+from service.backends.openvino import OpenVinoBackend
+from service.backends.served import build, plain_logits
+from service.backends.torch import TorchBackend
+from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid
+from service.execution.executable import Executable
+from service.execution.golden import Golden
+from service.execution.plan import BatchPlan
+from service.execution.plan_cache import PlanCache
+from service.execution.reference import MAX_RELATIVE, Reference, packed, synthetic_images
+from service.execution.tuning import Alone, Limits, Tuned
+from service.registry.loader import load
+from service.store.store import Store
+from tests.conftest import ROOT
+from tests.service.execution.skewed import (
+    Exporting,
+    Skew,
+    SkewedTorch,
+    not_a_number,
+    off_by,
+    rolled,
+    rolled_in_bfloat16,
+)
+from tests.service.store.test_store import edit_card
+from tests.service.stores import add_model
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a model whose card names no reference, `pvt_v2_b0.bare`, and one whose card does, `pvt_v2_b0.tiny`."""
+    root = tmp_path_factory.mktemp("store")
+    add_model(root, "pvt_v2_b0.bare")
+    folder = add_model(root)
+    add_reference(folder, honest(folder))
+    return root
+
+
+def honest(folder: Path) -> Reference:
+    images = synthetic_images(32, 32)
+    card = Store(folder.parent.parent).find(folder.parent.name).require_card()
+    return Reference(images, plain_logits(build(card, folder), images))
+
+
+def add_reference(folder: Path, reference: Reference) -> None:
+    data, file = packed(reference)
+    (folder / file.file).write_bytes(data)
+    edit_card(folder, reference=file.model_dump())
+
+
+def load_with(
+    store: Path,
+    *backends: TorchBackend | OpenVinoBackend,
+    name: str = "pvt_v2_b0.tiny",
+    cache: Path | None = None,
+    precision: Precision | None = None,
+    max_batch_size: int = 1,
+) -> Executable:
+    makers = [partial(lambda backend: backend, backend) for backend in backends]
+    limits = Limits(1, max_batch_size, precision)
+    return load(Store(store).find(name), makers, limits, PlanCache(cache) if cache else None)
+
+
+def test_float32_that_rounds_otherwise_is_served_and_told_how_far_it_is_off(store: Path) -> None:
+    report = load_with(store, SkewedTorch(off_by(MAX_RELATIVE / 10)), precision="float32").report
+
+    assert report.deviation is not None
+    assert MAX_RELATIVE / 20 < report.deviation.relative < MAX_RELATIVE
+    assert (report.deviation.images, report.deviation.changed) == (4, 0)
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b0.tiny", "pvt_v2_b0.bare"])
+def test_float32_that_is_further_off_than_rounding_fails_the_model_with_the_figures(store: Path, name: str) -> None:
+    with pytest.raises(GoldenMismatch) as caught:
+        load_with(store, SkewedTorch(off_by(0.01)), name=name, precision="float32")
+
+    said = str(caught.value)
+    assert said.startswith(
+        f"{name}@1 does not give the logits of its reference images, so it is not served: torch failed"
+    )
+    assert (
+        "logits are off by 0.01 of the greatest, 0.0002 is allowed (float32, batches of 1: largest difference" in said
+    )
+    assert "in image" in said
+    assert "least cosine 0.99" in said
+    assert "another top class in 0 of 4" in said
+    assert said.endswith("fetch or import the model again")
+
+
+def test_a_model_that_gives_nan_itself_is_told_from_a_backend_that_does(tmp_path: Path) -> None:
+    pixels = {"height": 32, "width": 32, "std": [1e-320, 1e-320, 1e-320]}
+    edit_card(add_model(tmp_path), preprocessing=pixels)
+
+    with pytest.raises(ModelLoadFailed, match=r"^it gives NaN or infinity; check its weights"):
+        load_with(tmp_path, SkewedTorch(rolled), TorchBackend(1))
+
+
+@pytest.mark.parametrize("skew", [rolled, not_a_number])
+def test_a_backend_that_does_not_reproduce_them_gives_way_to_the_next_with_a_note(store: Path, skew: Skew) -> None:
+    images = list(synthetic_images(32, 32))
+
+    with capture_logs() as logs:
+        executable = load_with(store, SkewedTorch(skew), OpenVinoBackend(1), precision="float32")
+
+    assert executable.report.backend == "openvino"
+    (note,) = executable.report.notes
+    assert note.startswith("torch failed: ")
+    assert [(line["event"], line["reason"]) for line in logs] == [("backend_failed", note)]
+    np.testing.assert_allclose(
+        executable.run(0, images[:1])[0].logits, honest(store / "pvt_v2_b0.tiny" / "1").logits[0], atol=1e-4
+    )
+
+
+def test_where_no_backend_reproduces_them_each_is_told_of(store: Path) -> None:
+    with pytest.raises(GoldenMismatch, match=r"torch failed: .*; torch failed: .*fetch or import"):
+        load_with(store, SkewedTorch(rolled), SkewedTorch(off_by(1.0)), precision="float32")
+
+
+def test_a_reduced_precision_has_its_own_gate_and_gives_way_to_float32(store: Path) -> None:
+    kept = load_with(store, SkewedTorch(lambda logits, _: logits))
+
+    with capture_logs() as logs:
+        refused = load_with(store, SkewedTorch(rolled_in_bfloat16))
+
+    assert kept.report.notes == ()
+    assert refused.report.precision == "float32"
+    (note,) = refused.report.notes
+    assert note.startswith("bfloat16 is not used: ")
+    assert [(line["event"], line["note"]) for line in logs] == [("plan_note", note)]
+
+
+def test_a_reduced_precision_that_was_asked_for_is_not_served_wrong(store: Path) -> None:
+    assert load_with(store, SkewedTorch(off_by(0.001)), precision="bfloat16").report.precision == "bfloat16"
+
+    with pytest.raises(GoldenMismatch, match=r"bfloat16, batches of 1: .*; set PVT_PRECISION=auto; "):
+        load_with(store, SkewedTorch(rolled_in_bfloat16), precision="bfloat16")
+
+
+def test_weights_that_do_not_give_the_cards_reference_logits_are_not_served(tmp_path: Path) -> None:
+    folder = add_model(tmp_path)
+    true = honest(folder)
+    add_reference(folder, Reference(true.images, np.roll(true.logits, 1, axis=1)))
+
+    with pytest.raises(GoldenMismatch, match=r"openvino failed: .*; torch failed: "):
+        load_with(tmp_path, OpenVinoBackend(1), TorchBackend(1))
+
+
+def test_a_broken_reference_fails_the_model_also_where_the_plan_is_cached(tmp_path: Path) -> None:
+    folder = add_model(tmp_path / "store")
+    add_reference(folder, honest(folder))
+    load_with(tmp_path / "store", Exporting(), cache=tmp_path / "cache")
+    (folder / "reference.safetensors").write_bytes(b"other")
+
+    with pytest.raises(ReferenceInvalid, match="SHA-256"):
+        load_with(tmp_path / "store", Exporting(), cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b0.tiny", "pvt_v2_b0.bare"])
+def test_a_restored_graph_is_checked_and_where_it_is_wrong_made_anew(store: Path, tmp_path: Path, name: str) -> None:
+    load_once = partial(load_with, store, name=name, cache=tmp_path)
+    first = load_once(Exporting())
+
+    with capture_logs() as logs:
+        wrong = load_once(Exporting(rolled))
+        right = load_once(Exporting())
+
+    assert (first.report.cached, wrong.report.cached, right.report.cached) == (False, False, True)
+    (line,) = [line for line in logs if line["event"] == "plan_cache_ignored"]
+    assert line["reason"].startswith("GoldenMismatch: logits are off by ")
+    assert right.report.deviation is not None
+    assert right.report.deviation.relative < MAX_RELATIVE
+
+
+def test_a_reference_that_was_computed_is_kept_with_the_plan_and_not_computed_again(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_once = partial(load_with, store, Exporting(), name="pvt_v2_b0.bare", cache=tmp_path)
+    load_once()
+    monkeypatch.setattr("service.registry.loader.synthetic_images", None)
+
+    report = load_once().report
+
+    assert report.cached
+    assert report.deviation is not None
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_kept_reference_that_is_damaged_is_made_anew(
+    store: Path, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    load_once = partial(load_with, store, Exporting(), name="pvt_v2_b0.bare", cache=tmp_path)
+    load_once()
+    damage(tmp_path / "pvt_v2_b0.bare" / "1" / "reference.safetensors")
+
+    with capture_logs() as logs:
+        assert not load_once().report.cached
+
+    assert "ReferenceInvalid" in next(line["reason"] for line in logs if line["event"] == "plan_cache_ignored")
+    assert load_once().report.cached
+
+
+@dataclass
+class Recorder:
+    """A graph that gives the reference's logits, or others, and notes which images it was run on."""
+
+    reference: Reference
+    factor: float = 1.0
+    precision: Precision = "float32"
+    batches: list[list[int]] = field(default_factory=list)
+
+    def run(self, instance: int, batch: Batch) -> tuple[Floats, ...]:
+        assert instance == 0
+        numbers = [int(image[0, 0, 0]) for image in batch]
+        self.batches.append(numbers)
+        return (self.reference.logits[numbers] * np.float32(self.factor),)
+
+    def export(self) -> None:
+        return None
+
+    def room(self, instance: int) -> None:
+        del instance
+
+
+@pytest.fixture
+def reference() -> Reference:
+    """Images whose pixels are their number."""
+    images = np.broadcast_to(np.arange(6, dtype=np.uint8)[:, None, None, None], (6, 2, 2, 3))
+    return Reference(images, np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32))
+
+
+def tuned(graphs: dict[int, Recorder], seconds: float, alone: Alone | None = None) -> Tuned:
+    plan = BatchPlan({size: seconds * size for size in graphs})
+    return Tuned("float32", Layout(1, 1), plan, dict(graphs), alone, ())
+
+
+def test_graphs_that_are_new_are_tried_on_every_image_in_full_batches(reference: Reference) -> None:
+    graphs = {size: Recorder(reference) for size in (1, 4)}
+
+    Golden(reference).check_all(tuned(graphs, seconds=10.0))
+
+    assert graphs[1].batches == [[0], [1], [2], [3], [4], [5]]
+    assert graphs[4].batches == [[0, 1, 2, 3], [4, 5, 0, 1]]
+
+
+@pytest.mark.parametrize(("seconds", "tried"), [(0.001, 6), (0.015, 3), (2.0, 1)])
+def test_graphs_from_the_cache_are_tried_on_what_time_allows(reference: Reference, seconds: float, tried: int) -> None:
+    graphs = {size: Recorder(reference) for size in (1, 4)}
+
+    Golden(reference).check_all(tuned(graphs, seconds), restored=True)
+
+    assert graphs[1].batches == [[i] for i in range(tried)]
+    assert graphs[4].batches == [[0, 1, 2, 3]]
+
+
+def test_one_graph_of_several_that_is_wrong_is_enough(reference: Reference) -> None:
+    graphs = {1: Recorder(reference), 4: Recorder(reference, factor=1.01)}
+
+    with pytest.raises(GoldenMismatch, match="batches of 4"):
+        Golden(reference).check_all(tuned(graphs, 0.1))
+
+
+def test_the_first_image_that_is_not_a_number_is_named(reference: Reference) -> None:
+    logits = reference.logits.copy()
+    logits[2, 1] = np.nan
+
+    deviation = reference.deviation(logits)
+
+    assert deviation.image == 2
+    assert deviation.objection("float32")
+    assert deviation.objection("bfloat16")
+
+
+def test_logits_that_are_all_zero_as_they_should_be_are_right() -> None:
+    zeros = Reference(np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 3), np.float32))
+
+    assert zeros.deviation(zeros.logits).objection("float32") is None
+    assert zeros.deviation(zeros.logits + 1).objection("float32")
+
+
+def test_the_embedded_model_reproduces_its_reference_on_every_backend(tmp_path: Path) -> None:
+    for backend in (OpenVinoBackend(1), TorchBackend(1)):
+        load_one = partial(load_with, ROOT / "model_store", backend, name="pvt_v2_b0.digits", cache=tmp_path)
+        for report in (load_one().report, load_one().report):
+            assert report.deviation is not None
+            assert report.deviation.images  # fewer than all from the cache, where a busy machine is slow
+            assert report.deviation.relative < 1e-5
+
+
+@pytest.mark.parametrize("later", ["widen", "add_stages"])
+def test_graphs_that_are_made_later_are_checked_too(store: Path, later: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = SkewedTorch(lambda logits, _: logits)
+    executable = load_with(store, backend, precision="float32")
+    monkeypatch.setattr(backend, "skew", rolled)
+    program = backend.program(build(executable.card, executable.stored.folder), 32, 32)
+    monkeypatch.setattr(executable, "_make_alone", lambda: program.graph(1, Layout(1, 1), "float32"))
+
+    with pytest.raises(GoldenMismatch):
+        getattr(executable, later)()
+
+    assert not executable.staged
+    (answered,) = executable.run(0, list(synthetic_images(32, 32)[:1]), alone=True)
+    np.testing.assert_allclose(answered.logits, honest(executable.stored.folder).logits[0], atol=1e-4)

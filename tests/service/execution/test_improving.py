@@ -1,0 +1,165 @@
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from service.answers.outputs import Floats
+from service.backends.base import Batch, Graph, Layout, Precision
+from service.errors import GoldenMismatch, OutOfMemory
+from service.execution.improving import Better, Improving
+from service.execution.plan import BatchPlan
+
+LAYOUT = Layout(1, 1)
+
+
+@dataclass
+class FakeGraph:
+    program: "FakeProgram"
+    size: int
+    seconds: float
+    precision: Precision = "bfloat16"
+
+    def run(self, instance: int, batch: Batch) -> tuple[Floats, ...]:
+        assert (instance, len(batch)) == (0, self.size)
+        self.program.now += self.seconds * self.program.slower
+        return (np.zeros((self.size, 1), np.float32),)
+
+    def export(self) -> None:
+        return None
+
+    def room(self, instance: int) -> None:
+        del instance
+
+
+@dataclass
+class FakeProgram:
+    """Eager batches take `eager` seconds, compiled ones `compiled`; all by `slower`, since others are at work."""
+
+    eager: Callable[[int], float]
+    compiled: Callable[[int], float]
+    slower: float = 1.0
+    fits: int = 1024
+    uncompilable: frozenset[int] = frozenset()
+    now: float = 0.0
+    made: list[tuple[str, int]] = field(default_factory=list)
+
+    def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        assert (layout, precision) == (LAYOUT, "bfloat16")
+        self.made.append(("eager", size))
+        return FakeGraph(self, size, self.eager(size))
+
+    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
+        assert (layout, precision) == (LAYOUT, "bfloat16")
+        if size in self.uncompilable:
+            raise RuntimeError("no C compiler")
+        self.made.append(("prepared", size))
+
+    def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        assert (layout, precision) == (LAYOUT, "bfloat16")
+        assert self.made[-1] == ("prepared", size)
+        if size > self.fits:
+            raise OutOfMemory(f"{size} does not fit")
+        self.made.append(("compiled", size))
+        return FakeGraph(self, size, self.compiled(size))
+
+
+def improve(
+    program: FakeProgram, plan: BatchPlan, monkeypatch: pytest.MonkeyPatch, *, most: int = 8, bad: int = 0
+) -> tuple[list[Better], list[str]]:
+    monkeypatch.setattr("service.execution.plan.perf_counter", lambda: program.now)
+
+    def check(_: Graph, size: int) -> None:
+        if size == bad:
+            raise GoldenMismatch("off by 0.5")
+
+    improving = Improving(program, LAYOUT, "bfloat16", (32, 32), check, plan, most)
+    better = []
+    while improving.size:
+        improving.prepare()
+        if each := improving.take():
+            better.append(each)
+    assert improving.take() is None
+    return better, improving.notes
+
+
+def sizes(better: list[Better]) -> dict[int, float]:
+    return {each.size: round(each.seconds, 6) for each in better}
+
+
+PLAN = BatchPlan({1: 1.0, 2: 1.5})
+
+
+def eager(size: int) -> float:
+    return PLAN.seconds.get(size, 2.0 * size)
+
+
+def test_each_size_is_replaced_by_a_graph_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = FakeProgram(eager, lambda size: 0.5 * size)
+
+    better, notes = improve(program, PLAN, monkeypatch)
+
+    assert sizes(better) == {1: 0.5, 2: 1.0}
+    assert notes == []
+
+
+def test_a_graph_that_is_no_faster_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = FakeProgram(eager, lambda size: 1.4 if size == 2 else 1.1 * size)
+
+    better, _ = improve(program, PLAN, monkeypatch)
+
+    assert sizes(better) == {2: 1.4}
+
+
+def test_larger_batches_are_added_as_long_as_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = {1: 0.5, 2: 0.6, 4: 0.8, 8: 1.6}
+    program = FakeProgram(eager, compiled.__getitem__)
+
+    better, notes = improve(program, PLAN, monkeypatch, most=16)
+
+    assert sizes(better) == {1: 0.5, 2: 0.6, 4: 0.8}
+    assert notes == []
+    assert ("compiled", 16) not in program.made
+
+
+def test_no_batch_is_larger_than_the_setting_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = FakeProgram(eager, lambda _: 0.5)
+
+    better, _ = improve(program, PLAN, monkeypatch, most=4)
+
+    assert [*sizes(better)] == [1, 2, 4]
+
+
+def test_what_else_runs_meanwhile_does_not_make_a_graph_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = FakeProgram(eager, {1: 0.5, 2: 0.6, 4: 0.8, 8: 1.6}.__getitem__, slower=3.0)
+
+    better, _ = improve(program, PLAN, monkeypatch)
+
+    assert sizes(better) == {1: 0.5, 2: 0.6, 4: 0.8}
+
+
+def test_a_graph_with_other_answers_ends_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = FakeProgram(eager, lambda size: 0.5 * size)
+
+    better, notes = improve(program, PLAN, monkeypatch, bad=2)
+
+    assert sizes(better) == {1: 0.5}
+    assert notes == ["batches of 2 and more are not compiled: GoldenMismatch: off by 0.5"]
+
+
+def test_too_little_memory_for_a_larger_batch_ends_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = FakeProgram(eager, lambda _: 0.5, fits=2)
+
+    better, notes = improve(program, PLAN, monkeypatch)
+
+    assert [*sizes(better)] == [1, 2]
+    assert notes == ["batches of 4 and more are not compiled: OutOfMemory: 4 does not fit"]
+
+
+def test_what_can_not_be_prepared_ends_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = FakeProgram(eager, lambda size: 0.5 * size, uncompilable=frozenset({2}))
+
+    better, notes = improve(program, PLAN, monkeypatch)
+
+    assert sizes(better) == {1: 0.5}
+    assert notes == ["batches of 2 and more are not compiled: RuntimeError: no C compiler"]

@@ -1,0 +1,283 @@
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from service.answers.outputs import Floats
+from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
+from service.backends.layouts import TUNING_SECONDS, base_layout, layouts
+from service.backends.served import Served
+from service.errors import ModelLoadFailed
+from service.execution.reference import Reference
+from service.execution.tuning import Limits, Tuned, Tuning
+
+SHAPE = (32, 32)
+CLASSES = 4
+REFERENCE = Reference(np.zeros((2, *SHAPE, 3), np.uint8), np.tile(np.arange(CLASSES, dtype=np.float32), (2, 1)))
+
+Seconds = Callable[[Layout, int, Precision], float]
+
+
+class Clock(threading.local):
+    """A clock of its own for each thread, moved by the runs of that thread."""
+
+    now = 0.0
+
+
+@dataclass
+class FakeBackend:
+    """Runs take `seconds` of the clock; `broken` names what raises, `logits` what a precision answers."""
+
+    clock: Clock
+    seconds: Seconds
+    instances: int = 2
+    precisions: tuple[Precision, ...] = ("bfloat16", "float32")
+    native: tuple[Precision, ...] = ("bfloat16", "float32")
+    logits: Mapping[Precision, Floats] = field(default_factory=dict)
+    broken: Callable[[Layout, int, Precision], bool] = lambda *_: False
+    compile_seconds: float = 0.0
+    name: str = "fake"
+    version: str = "1"
+    device: str = "cpu"
+    probe_size: int = 1
+    tuning_seconds: float = TUNING_SECONDS
+    exports: bool = True
+    improves: bool = False
+    made: list[tuple[Layout, int, Precision]] = field(default_factory=list)
+
+    def layouts(self, cores: int) -> Sequence[Layout]:
+        return layouts(base_layout(self.instances, cores), cores)
+
+    def memory_bytes(self) -> int:
+        return 0
+
+    def program(self, module: Served, height: int, width: int) -> Program:
+        raise NotImplementedError(module, height, width)
+
+    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
+        raise NotImplementedError(size, layout, precision)
+
+    def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        raise NotImplementedError(size, layout, precision)
+
+    def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
+        self.made.append((layout, size, precision))
+        self.clock.now += self.compile_seconds
+        if self.broken(layout, size, precision):
+            raise RuntimeError("no such instruction")
+        return FakeGraph(self, size, layout, precision if precision in self.native else "float32")
+
+    def restore(self, blob: Blob, layout: Layout, precision: Precision) -> Graph:
+        assert blob.tobytes() == b"compiled"
+        return self.graph(1, layout, precision)
+
+
+@dataclass
+class FakeGraph:
+    backend: FakeBackend
+    size: int
+    layout: Layout
+    precision: Precision
+
+    def run(self, instance: int, batch: Batch) -> tuple[Floats, Floats]:
+        assert instance in range(self.backend.instances)
+        assert len(batch) == self.size
+        self.backend.clock.now += self.backend.seconds(self.layout, self.size, self.precision)
+        logits = self.backend.logits.get(self.precision, REFERENCE.logits[0])
+        return np.tile(logits, (self.size, 1)), np.ones((self.size, 2), np.float32)
+
+    def export(self) -> bytes:
+        return b"compiled"
+
+    def room(self, instance: int) -> None:
+        del instance
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in ("service.execution.plan", "service.execution.tuning"):
+        monkeypatch.setattr(f"{module}.perf_counter", lambda: clock.now)
+    return clock
+
+
+def tune(backend: FakeBackend, *, cores: int = 2, precision: Precision | None = None) -> Tuned:
+    limits = Limits(cores, max_batch_size=4, precision=precision)
+    return Tuning(backend, backend, lambda: REFERENCE, SHAPE, limits, started=backend.clock.now).run()
+
+
+def even(layout: Layout, size: int, precision: Precision) -> float:
+    """Cores that scale perfectly, bfloat16 twice as fast as float32; batches and lone images gain nothing."""
+    del layout
+    return size * (0.04 if precision == "bfloat16" else 0.08)
+
+
+def halving(layout: Layout, size: int, precision: Precision) -> float:
+    """As `even`, and two cores work at one image nearly twice as fast."""
+    return even(layout, size, precision) / (1.8 if layout.threads == 2 else 1)
+
+
+def test_the_faster_precision_is_taken_where_its_answers_are_as_good(clock: Clock) -> None:
+    tuned = tune(FakeBackend(clock, even))
+
+    assert tuned.precision == "bfloat16"
+    assert tuned.plan.sizes == (1,)
+    assert tuned.plan.time(1) == pytest.approx(0.04)
+    assert tuned.notes == ()
+
+
+def test_a_reduced_precision_that_is_slower_is_not_taken(clock: Clock) -> None:
+    def emulated(layout: Layout, size: int, precision: Precision) -> float:
+        return even(layout, size, "float32" if precision == "bfloat16" else "bfloat16")
+
+    assert tune(FakeBackend(clock, emulated)).precision == "float32"
+
+
+def test_precisions_are_compared_at_the_batch_size_that_the_backend_says(clock: Clock) -> None:
+    def late(layout: Layout, size: int, precision: Precision) -> float:
+        """bfloat16 is faster from batches of 4 on."""
+        return even(layout, size, precision) if size >= 4 else 0.05 if precision == "float32" else 0.06
+
+    assert tune(FakeBackend(clock, late)).precision == "float32"
+    assert tune(FakeBackend(clock, late, probe_size=4)).precision == "bfloat16"
+
+
+def test_a_precision_that_can_not_be_run_at_that_size_is_not_taken(clock: Clock) -> None:
+    tuned = tune(
+        FakeBackend(clock, even, probe_size=4, broken=lambda _, size, precision: (size, precision) == (4, "bfloat16"))
+    )
+
+    assert tuned.precision == "float32"
+    assert tuned.notes[0] == "bfloat16 in batches of 4 failed with RuntimeError: no such instruction"
+
+
+def test_a_reduced_precision_whose_answers_are_worse_is_refused_with_the_reason(clock: Clock) -> None:
+    tuned = tune(FakeBackend(clock, even, logits={"bfloat16": np.array([0, 1, 2.2, 2.9], np.float32)}))
+
+    assert tuned.precision == "float32"
+    assert tuned.notes == (
+        "bfloat16 is not used: the cosine similarity of logits falls to 0.998269, 0.999 is demanded",
+    )
+
+
+def test_a_top_class_that_changes_refuses_a_precision_however_near_the_logits_are(clock: Clock) -> None:
+    near = np.array([5.0, 5.01, 1.0, 0.0], np.float32)
+    flipped = np.array([5.01, 5.0, 1.0, 0.0], np.float32)
+    backend = FakeBackend(clock, even, logits={"bfloat16": flipped, "float32": near})
+    reference = Reference(REFERENCE.images, np.tile(near, (2, 1)))
+
+    tuned = Tuning(backend, backend, lambda: reference, SHAPE, Limits(2)).run()
+
+    assert tuned.precision == "float32"
+    assert tuned.notes == ("bfloat16 is not used: the top class of 2 of 2 reference images changes",)
+
+
+def test_a_precision_that_gives_not_a_number_is_refused(clock: Clock) -> None:
+    backend = FakeBackend(clock, even, logits={"bfloat16": np.full(CLASSES, np.nan, np.float32)})
+
+    assert tune(backend).precision == "float32"
+
+
+def test_a_forced_precision_is_taken_whatever_the_reference_says(clock: Clock) -> None:
+    backend = FakeBackend(clock, even, logits={"bfloat16": np.array([3, 2, 1, 0], np.float32)})
+
+    assert tune(backend, precision="bfloat16").precision == "bfloat16"
+    assert tune(FakeBackend(clock, even), precision="float32").precision == "float32"
+
+
+def test_a_forced_precision_that_the_machine_lacks_is_told_of(clock: Clock) -> None:
+    tuned = tune(FakeBackend(clock, even, native=("float32",)), precision="bfloat16")
+
+    assert tuned.precision == "float32"
+    assert tuned.notes == ("bfloat16 was asked for, this machine computes in float32",)
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_a_precision_that_can_not_be_compiled_falls_back_and_says_so(clock: Clock, precision: Precision | None) -> None:
+    tuned = tune(FakeBackend(clock, even, broken=lambda *what: what[2] == "bfloat16"), precision=precision)
+
+    assert tuned.precision == "float32"
+    assert tuned.notes == ("bfloat16 is not used: it failed with RuntimeError: no such instruction",)
+
+
+def test_a_model_that_can_not_be_compiled_at_all_raises_what_the_backend_says(clock: Clock) -> None:
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        tune(FakeBackend(clock, even, broken=lambda *_: True))
+
+
+def test_a_model_that_gives_not_a_number_in_every_precision_is_refused(clock: Clock) -> None:
+    nan = np.full(CLASSES, np.nan, np.float32)
+
+    with pytest.raises(ModelLoadFailed, match="gives NaN or infinity"):
+        tune(FakeBackend(clock, even, logits={"bfloat16": nan, "float32": nan}))
+
+
+def test_a_batch_size_that_fails_is_left_out_and_the_model_serves(clock: Clock) -> None:
+    tuned = tune(FakeBackend(clock, lambda *_: 0.04, broken=lambda _, size, __: size == 4))
+
+    assert tuned.plan.sizes == (1, 2)
+    assert set(tuned.graphs) == {1, 2}
+    assert tuned.notes == ("batches of 4 and more are left out, 4 failed: RuntimeError: no such instruction",)
+
+
+def test_a_lone_image_gets_all_cores_where_that_is_measurably_faster(clock: Clock) -> None:
+    tuned = tune(FakeBackend(clock, halving))
+
+    assert tuned.layout == Layout(2, 1)
+    assert tuned.alone is not None
+    assert tuned.alone.layout == Layout(1, 2)
+    assert tuned.plan.alone_seconds == pytest.approx(0.04 / 1.8)
+
+
+def test_a_lone_image_keeps_the_common_graph_where_all_cores_gain_little(clock: Clock) -> None:
+    tuned = tune(FakeBackend(clock, even))
+
+    assert tuned.alone is None
+    assert tuned.plan.alone_seconds is None
+
+
+def test_fewer_streams_of_more_cores_run_everything_where_they_give_more_images(clock: Clock) -> None:
+    def superlinear(layout: Layout, size: int, precision: Precision) -> float:
+        return even(layout, size, precision) / (2.5 if layout.threads == 2 else 1)
+
+    tuned = tune(FakeBackend(clock, superlinear))
+
+    assert tuned.layout == Layout(1, 2)
+    assert tuned.alone is None
+    # The one stream serves both instances in turn, so that a batch takes each of them twice its time.
+    assert tuned.plan.time(1) == pytest.approx(2 * 0.04 / 2.5)
+
+
+def test_a_layout_that_fails_is_left_out(clock: Clock) -> None:
+    tuned = tune(FakeBackend(clock, halving, broken=lambda layout, *_: layout.threads == 2))
+
+    assert tuned.layout == Layout(2, 1)
+    assert tuned.notes == ("1 x 2 cores failed: RuntimeError: no such instruction",)
+
+
+def test_what_would_take_longer_than_the_budget_is_left_out(clock: Clock) -> None:
+    backend = FakeBackend(clock, lambda *_: 0.04, compile_seconds=TUNING_SECONDS * 0.6)
+
+    tuned = tune(backend)
+
+    assert tuned.plan.sizes == (1,)
+    assert "would take too long" in tuned.notes[0]
+    assert {precision for _, _, precision in backend.made} == {"bfloat16"}
+
+
+def test_what_compiling_the_first_graph_took_counts_for_the_next_sizes(clock: Clock) -> None:
+    backend = FakeBackend(clock, lambda *_: 0.04, precisions=("float32",), compile_seconds=TUNING_SECONDS * 0.2)
+
+    tuned = tune(backend)
+
+    assert tuned.plan.sizes == (1,)  # two layouts took four tenths of the budget, the next size would take twice that
+    assert "would take too long" in tuned.notes[0]
+
+
+def test_layouts_use_all_cores_by_halves_unless_the_number_of_instances_was_chosen() -> None:
+    assert layouts(Layout(8, 1), 8) == (Layout(8, 1), Layout(4, 2), Layout(2, 4), Layout(1, 8))
+    assert layouts(Layout(3, 1), 3) == (Layout(3, 1), Layout(1, 3))
+    assert layouts(Layout(2, 4), 8) == (Layout(2, 4), Layout(1, 8))
+    assert layouts(Layout(1, 1), 1) == (Layout(1, 1),)

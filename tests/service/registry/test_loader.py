@@ -1,0 +1,195 @@
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pytest
+from structlog.testing import capture_logs
+
+from service.backends.base import Backend, Precision, Program
+from service.backends.openvino import OpenVinoBackend
+from service.backends.served import Served
+from service.backends.torch import TorchBackend
+from service.errors import CardInvalid, ModelLoadFailed, WeightsDigestMismatch, WeightsMismatch
+from service.execution.executable import Executable
+from service.execution.plan_cache import PlanCache
+from service.execution.reference import Reference, packed
+from service.execution.tuning import Limits
+from service.registry.loader import load
+from service.store.store import Store
+from tests.service.store.test_store import edit_card
+from tests.service.stores import add_model
+
+
+class AnyTorch(TorchBackend):
+    """Tries bfloat16 too, which an eager module computes in on any CPU."""
+
+    precisions: tuple[Precision, ...] = ("bfloat16", "float32")
+
+
+class Broken(TorchBackend):
+    def program(self, module: Served, height: int, width: int) -> Program:
+        raise RuntimeError(f"can't compile {type(module).__name__} for {height}x{width}")
+
+
+def load_tiny(
+    root: Path, max_batch_size: int = 4, *, backends: Sequence[Backend] = (TorchBackend(1),), cache: Path | None = None
+) -> Executable:
+    makers = [partial(lambda backend: backend, backend) for backend in backends]
+    stored = Store(root).find("pvt_v2_b0.tiny")
+    return load(stored, makers, Limits(1, max_batch_size), PlanCache(cache) if cache else None)
+
+
+def add_reference(folder: Path, reference: Reference) -> None:
+    data, file = packed(reference)
+    (folder / file.file).write_bytes(data)
+    edit_card(folder, reference=file.model_dump())
+
+
+def pictures(count: int) -> list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
+    return list(np.random.default_rng(1).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
+
+
+def test_a_loaded_model_answers_each_image_as_if_it_were_alone(tmp_path: Path) -> None:
+    add_model(tmp_path)
+    executable = load_tiny(tmp_path)
+    images = pictures(executable.plan.largest)
+
+    together = executable.run(0, images)
+
+    for image, outputs in zip(images, together, strict=True):
+        (alone,) = executable.run(0, [image])
+        np.testing.assert_allclose(outputs.logits, alone.logits, atol=1e-5)
+        np.testing.assert_allclose(outputs.embedding, alone.embedding, atol=1e-5)
+
+
+def test_the_plan_is_measured_up_to_the_setting(tmp_path: Path) -> None:
+    add_model(tmp_path)
+
+    executable = load_tiny(tmp_path, max_batch_size=1)
+
+    assert executable.plan.sizes == (1,)
+    assert executable.plan.time(1) > 0
+
+
+def test_the_report_says_what_was_loaded_and_how(tmp_path: Path) -> None:
+    add_model(tmp_path)
+
+    report = load_tiny(tmp_path).report
+
+    assert (report.backend, report.precision) == ("torch", "float32")
+    assert report.load_seconds > 0
+
+
+def test_memory_that_was_freed_before_does_not_make_a_model_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = add_model(tmp_path) / "model.safetensors"
+    monkeypatch.setattr("service.backends.torch.settled_bytes", lambda: 10**9)
+
+    assert load_tiny(tmp_path).report.memory_bytes == path.stat().st_size
+
+
+def test_a_card_with_another_number_of_labels_than_the_head_is_refused(tmp_path: Path) -> None:
+    edit_card(add_model(tmp_path), labels=["one", "two"])
+
+    with pytest.raises(WeightsMismatch, match=r"head\.weight"):
+        load_tiny(tmp_path)
+
+
+def test_a_card_with_another_number_of_parameters_is_refused(tmp_path: Path) -> None:
+    edit_card(add_model(tmp_path), parameters=7)
+
+    with pytest.raises(CardInvalid, match="the card says 7 parameters"):
+        load_tiny(tmp_path)
+
+
+def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    path = add_model(tmp_path) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+    with pytest.raises(WeightsDigestMismatch):
+        load_tiny(tmp_path)
+
+
+def test_a_card_that_makes_the_model_answer_nan_is_refused(tmp_path: Path) -> None:
+    pixels = {"height": 32, "width": 32, "mean": [0.0, 0.0, 0.0], "std": [1e-320, 1e-320, 1e-320]}
+    edit_card(add_model(tmp_path), preprocessing=pixels)
+
+    with pytest.raises(ModelLoadFailed, match="gives NaN or infinity"):
+        load_tiny(tmp_path)
+
+
+def test_a_backend_that_fails_gives_way_to_the_next_and_the_model_serves(tmp_path: Path) -> None:
+    add_model(tmp_path)
+
+    with capture_logs() as logs:
+        executable = load_tiny(tmp_path, backends=[Broken(1), TorchBackend(1)])
+
+    assert executable.run(0, pictures(1))
+    assert executable.report.notes == ("torch failed: RuntimeError: can't compile Served for 32x32",)
+    assert [line["event"] for line in logs] == ["backend_failed"]
+
+
+def test_the_last_backends_failure_is_the_models(tmp_path: Path) -> None:
+    add_model(tmp_path)
+
+    with pytest.raises(RuntimeError, match="can't compile"):
+        load_tiny(tmp_path, backends=[Broken(1)])
+
+
+def test_a_second_load_takes_plan_and_graphs_from_the_cache_and_answers_the_same(tmp_path: Path) -> None:
+    add_model(tmp_path / "store")
+    images = pictures(1)
+    load_once = partial(load_tiny, tmp_path / "store", backends=[OpenVinoBackend(1)], cache=tmp_path / "cache")
+
+    first, second = load_once(), load_once()
+
+    assert (first.report.cached, second.report.cached) == (False, True)
+    assert second.plan == first.plan
+    assert second.report.layout == first.report.layout
+    np.testing.assert_array_equal(second.run(0, images)[0].logits, first.run(0, images)[0].logits)
+
+
+def test_a_load_from_the_cache_does_not_read_the_weights(tmp_path: Path) -> None:
+    path = add_model(tmp_path / "store") / "model.safetensors"
+    load_once = partial(load_tiny, tmp_path / "store", backends=[OpenVinoBackend(1)], cache=tmp_path / "cache")
+    load_once()
+    path.write_bytes(bytes(path.stat().st_size))
+
+    assert load_once().report.cached
+
+
+def test_a_cached_graph_that_the_backend_refuses_is_made_anew(tmp_path: Path) -> None:
+    class Refusing(OpenVinoBackend):
+        version = OpenVinoBackend.version
+
+        def restore(self, *_: object) -> NoReturn:
+            raise RuntimeError("made by another version")
+
+    add_model(tmp_path / "store")
+    load_once = partial(load_tiny, tmp_path / "store", 1, cache=tmp_path / "cache")
+    load_once(backends=[OpenVinoBackend(1)])
+
+    with capture_logs() as logs:
+        again = load_once(backends=[Refusing(1)])
+
+    assert not again.report.cached
+    assert again.run(0, pictures(1))
+    assert [(line["event"], line["reason"]) for line in logs] == [
+        ("plan_cache_ignored", "RuntimeError: made by another version")
+    ]
+
+
+def test_what_a_plan_was_not_made_for_is_measured_anew(tmp_path: Path) -> None:
+    folder = add_model(tmp_path / "store")
+    load_once = partial(load_tiny, tmp_path / "store", backends=[OpenVinoBackend(1)], cache=tmp_path / "cache")
+    load_once(1)
+
+    assert not load_once(2).report.cached
+    edit_card(folder, preprocessing={"height": 64, "width": 32})
+    assert not load_once(2).report.cached
+    assert load_once(2).report.cached

@@ -1,0 +1,40 @@
+"""A newest version that turns out to be wrong when it is loaded leaves the one before it serving."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from service.engine import Engine
+from service.errors import GoldenMismatch
+from service.execution.reference import Reference, packed, synthetic_images
+from service.metrics import EngineMetrics
+from service.options import EngineOptions
+from tests.app.conftest import png
+from tests.service.store.test_store import edit_card
+from tests.service.stores import add_model
+
+TINY = "pvt_v2_b0.tiny"
+
+
+async def test_a_newest_version_that_fails_its_golden_outputs_is_passed_over_and_told_of(tmp_path: Path) -> None:
+    first = add_model(tmp_path, TINY)
+    second = first.parent / "2"
+    shutil.copytree(first, second)
+    wrong = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    data, file = packed(Reference(synthetic_images(32, 32), wrong))
+    (second / file.file).write_bytes(data)
+    edit_card(second, reference=file.model_dump())
+    options = EngineOptions(model_store=tmp_path, default_model=TINY, backend="torch", instances=1, max_batch_size=1)
+
+    async with Engine(options, EngineMetrics(CollectorRegistry())) as engine:
+        answered = await engine.predict([png()])
+        with pytest.raises(GoldenMismatch):
+            await engine.predict([png()], model=f"{TINY}@2")
+        status = await engine.models.one(TINY)
+
+    assert (answered.model, answered.version) == (TINY, "1")
+    assert [(each.stored.version, each.status.state) for each in status.versions] == [("2", "failed"), ("1", "ready")]
+    assert isinstance(status.versions[0].status.failure, GoldenMismatch)

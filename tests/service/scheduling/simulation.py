@@ -1,0 +1,107 @@
+"""A machine in simulated time: the dispatcher with jobs that take what its plans say, and not a real second."""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from math import inf
+
+from service.execution.plan import BatchPlan
+from service.scheduling.dispatcher import Dispatcher
+from service.scheduling.lanes import Call, Completed, Decoding, Lane, Outcome, Running
+
+
+class Seen:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.releases: list[tuple[str, str, int]] = []
+        self.cancellations: list[str] = []
+
+    def batch_released(self, model: str, reason: str, size: int) -> None:
+        self.releases.append((model, reason, size))
+
+    def cancelled(self, stage: str) -> None:
+        self.cancellations.append(stage)
+
+
+def double(instance: int, payloads: Sequence[int], *, alone: bool) -> Sequence[int]:  # noqa: ARG001
+    """A model that knows neither batches nor instances."""
+    return [2 * each for each in payloads]
+
+
+def make_lane(name: str, plan: BatchPlan, capacity: int = 10_000) -> Lane[int, int, int]:
+    return Lane(name, plan, lambda source: source, double, capacity)
+
+
+@dataclass(eq=False)
+class Sent:
+    """A picture that was sent at a time, and when and how it ended."""
+
+    at: float
+    ended: float = inf
+    outcome: Outcome[int] | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.at
+
+
+@dataclass
+class Simulation:
+    """`speed`: how much faster runs are than the plan says. A call holds its place until it ends."""
+
+    instances: int
+    decoders: int = 1
+    decode_seconds: float = 0.0
+    speed: float = 1.0
+    now: float = 0.0
+    lanes: list[Lane[int, int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.dispatcher = Dispatcher[int, int, int](self.instances, self.decoders, Seen())
+        self._events: list[tuple[float, int, Decoding[int, int, int] | Running[int, int, int]]] = []
+        self._turn = count()
+
+    def lane(self, name: str, plan: BatchPlan, capacity: int = 10_000) -> Lane[int, int, int]:
+        made = make_lane(name, plan, capacity)
+        self.dispatcher.places.lanes.append(made)
+        return made
+
+    def send(self, lane: Lane[int, int, int], images: int = 1, deadline: float = inf) -> list[Sent]:
+        """Raises what admission raises."""
+        self.dispatcher.places.take(lane, images, self.now, deadline)
+        sent = [Sent(self.now) for _ in range(images)]
+        for each in sent:
+            self.dispatcher.add(Call(lane, 1, self._ender(lane, each)), self.now)
+        self._begin()
+        return sent
+
+    def run(self, until: float = inf) -> None:
+        """Go on until then, or until nothing is left."""
+        while self._events and self._events[0][0] <= until:
+            self.now, _, job = heapq.heappop(self._events)
+            if isinstance(job, Decoding):
+                self.dispatcher.decoded(job, job.call.source, self.now)
+            else:
+                self.dispatcher.ran(job, double(0, job.payloads(), alone=False), self.now)
+            for call, outcome in self.dispatcher.take_ended():
+                call.end(outcome)
+            self._begin()
+        if until < inf:
+            self.now = until
+
+    def _ender(self, lane: Lane[int, int, int], sent: Sent) -> Callable[[Outcome[int]], None]:
+        def end(outcome: Outcome[int]) -> None:
+            assert isinstance(outcome, Completed)
+            sent.ended, sent.outcome = self.now, outcome
+            self.dispatcher.places.give_back(lane, 1)
+
+        return end
+
+    def _begin(self) -> None:
+        while isinstance(job := self.dispatcher.next_job(self.now), Decoding | Running):
+            seconds = (
+                self.decode_seconds if isinstance(job, Decoding) else job.lane.plan.time(len(job.part)) / self.speed
+            )
+            heapq.heappush(self._events, (self.now + seconds, next(self._turn), job))

@@ -1,0 +1,259 @@
+"""Whatever comes, in whatever order: the promises of the scheduler, by a machine that hypothesis drives."""
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from service.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, QueueFull
+from service.execution.plan import BatchPlan
+from service.scheduling.dispatcher import Dispatcher
+from service.scheduling.lanes import Call, Completed, Decoding, Lane, Outcome, Running
+from tests.service.scheduling.simulation import Seen, make_lane
+
+PLANS = st.builds(
+    lambda sizes, step: BatchPlan({n: 1.0 + step * (n - 1) for n in sizes | {1}}),
+    st.sets(st.sampled_from([2, 3, 4, 8])),
+    st.floats(0.0, 1.2),
+)
+FATES = st.sampled_from(["good", "good", "good", "undecodable", "poisoned"])
+
+
+@dataclass(eq=False)
+class Picture:
+    """What is known of one call from outside."""
+
+    call: Call[Any, Any, Any]
+    request: "Request"
+    fate: str
+    deadline: float
+    outcomes: list[Outcome[Any]] = field(default_factory=list)
+    gone: bool = False
+    decodes: int = 0
+    runs: int = 0
+
+    @property
+    def over(self) -> bool:
+        return self.gone or bool(self.outcomes)
+
+
+@dataclass(eq=False)
+class Request:
+    lane: Lane[Any, Any, Any]
+    pictures: list[Picture] = field(default_factory=list)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests come, callers go, jobs end, in any order; whatever changes, the dispatcher is asked for jobs."""
+
+    pictures = Bundle("pictures")
+
+    @initialize(
+        instances=st.integers(1, 3),
+        decoders=st.integers(1, 3),
+        plans=st.lists(PLANS, min_size=1, max_size=3),
+        capacity=st.integers(1, 12),
+        memory=st.integers(1, 8),
+    )
+    def begin(self, instances: int, decoders: int, plans: list[BatchPlan], capacity: int, memory: int) -> None:
+        self.now = 0.0
+        self.instances, self.decoders, self.memory = instances, decoders, memory
+        self.seen = Seen()
+        self.dispatcher = Dispatcher[Picture, Picture, Picture](instances, decoders, self.seen)
+        self.lanes = [make_lane(str(i), plan, capacity) for i, plan in enumerate(plans)]
+        self.dispatcher.places.lanes.extend(self.lanes)
+        self.longest = max(plan.time(size) for plan in plans for size in plan.sizes)
+        self.open: list[Request] = []
+        self.decoding: list[Decoding[Any, Any, Any]] = []
+        self.running: dict[int, Running[Any, Any, Any]] = {}
+        self.decoded: dict[Any, list[Picture]] = {lane: [] for lane in self.lanes}
+
+    @rule(
+        target=pictures,
+        which=st.integers(0, 2),
+        fates=st.lists(FATES, min_size=1, max_size=6),
+        allowed=st.floats(0.1, 20.0) | st.just(inf),
+    )
+    def request(self, which: int, fates: list[str], allowed: float) -> Any:
+        lane, deadline = self.lanes[which % len(self.lanes)], self.now + allowed
+        before, idle = lane.admitted, not self.dispatcher.places.admitted
+        try:
+            self.dispatcher.places.take(lane, len(fates), self.now, deadline)
+        except InvalidRequest:
+            assert len(fates) > lane.capacity
+            return multiple()
+        except QueueFull:
+            assert before + len(fates) > lane.capacity
+            return multiple()
+        except DeadlineExceeded:
+            assert not idle
+            return multiple()
+        made = Request(lane)
+        for fate in fates:
+            call = Call[Any, Any, Any](lane, None, lambda _: None)
+            picture = Picture(call, made, fate, deadline)
+            call.source = picture
+            made.pictures.append(picture)
+            self.dispatcher.add(call, self.now, deadline)
+        self.open.append(made)
+        self.changed()
+        return multiple(*made.pictures)
+
+    @rule(picture=consumes(pictures))
+    def caller_goes(self, picture: Picture) -> None:
+        counted = len(self.seen.cancellations)
+        if picture.over:
+            self.dispatcher.abandon(picture.call)
+            assert len(self.seen.cancellations) == counted
+            return
+        self.dispatcher.abandon(picture.call)
+        assert len(self.seen.cancellations) == counted + 1
+        picture.gone = True
+        self.changed()
+
+    @rule(seconds=st.floats(0.01, 5.0))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.changed()
+
+    @rule(data=st.data())
+    def a_job_ends(self, data: st.DataObject) -> None:
+        jobs: list[Decoding[Any, Any, Any] | Running[Any, Any, Any]] = [*self.decoding, *self.running.values()]
+        if jobs:
+            self.end(jobs[data.draw(st.integers(0, len(jobs) - 1))])
+
+    def end(self, job: Any) -> None:
+        if isinstance(job, Decoding):
+            self.decoding.remove(job)
+            picture = job.call.source
+            bad = picture.fate == "undecodable"
+            if not bad and not picture.over:
+                self.decoded[job.call.lane].append(picture)
+            self.dispatcher.decoded(job, ValueError("undecodable") if bad else picture, self.now)
+        else:
+            self.dispatcher.ran(job, self.results(job), self.now)
+            if job.part:
+                self.note_run(job)
+            else:
+                del self.running[job.release.instance]
+        self.changed()
+
+    def results(self, job: Running[Any, Any, Any]) -> Any:
+        part = job.payloads()
+        if len(part) > self.memory:
+            return OutOfMemory("too many")
+        if any(picture.fate == "poisoned" for picture in part):
+            return ValueError("poisoned")
+        return part
+
+    def note_run(self, job: Running[Any, Any, Any]) -> None:
+        for call in job.part:
+            assert not call.source.over, "ended or abandoned work was executed"
+            call.source.runs += 1
+
+    def changed(self) -> None:
+        """What the threads do: take every job there is, and tell what ended."""
+        while isinstance(job := self.dispatcher.next_job(self.now), Decoding | Running):
+            if isinstance(job, Decoding):
+                self.begin_decoding(job)
+            else:
+                self.begin_running(job)
+        assert job is None, "without a delay nothing is held back"
+        self.tell()
+
+    def begin_decoding(self, job: Decoding[Any, Any, Any]) -> None:
+        picture = job.call.source
+        assert not picture.over, "ended or abandoned work was decoded"
+        assert picture.deadline > self.now
+        picture.decodes += 1
+        assert picture.decodes == 1
+        self.decoding.append(job)
+        assert len(self.decoding) <= self.decoders
+
+    def begin_running(self, job: Running[Any, Any, Any]) -> None:
+        instance, lane = job.release.instance, job.lane
+        assert instance not in self.running
+        assert 0 <= instance < self.instances
+        assert 1 <= len(job.part) <= lane.plan.largest
+        there = [picture for request in self.open for picture in request.pictures if not picture.over]
+        assert job.release.alone <= (len(there) == 1 and not self.running and not self.decoding)
+        # Within a model pictures run in the order in which they were decoded; those that ended meanwhile are left out.
+        queue = [picture for picture in self.decoded[lane] if not picture.over and not picture.runs]
+        assert [call.source for call in job.part] == queue[: len(job.part)]
+        assert all(call.source.deadline > self.now for call in job.part)
+        self.running[instance] = job
+        self.note_run(job)
+
+    def tell(self) -> None:
+        for call, outcome in self.dispatcher.take_ended():
+            picture = call.source
+            assert not picture.over, "ended twice, or told to a caller that has gone"
+            picture.outcomes.append(outcome)
+        for request in [request for request in self.open if all(picture.over for picture in request.pictures)]:
+            self.open.remove(request)
+            self.dispatcher.places.give_back(request.lane, len(request.pictures))
+
+    @invariant()
+    def no_slot_is_idle_while_its_work_waits(self) -> None:
+        waiting = sum(len(lane.payloads.waiting) for lane in self.lanes)
+        to_decode = sum(len(lane.sources.waiting) for lane in self.lanes)
+        assert len(self.running) == self.instances or not waiting
+        assert len(self.decoding) == self.decoders or not to_decode
+        assert not self.dispatcher.has_work()
+
+    @invariant()
+    def places_are_bounded_and_given_back(self) -> None:
+        for lane in self.lanes:
+            taken = sum(len(request.pictures) for request in self.open if request.lane is lane)
+            assert lane.admitted == taken <= lane.capacity
+
+    @invariant()
+    def no_waiting_model_is_ahead_of_another_by_more_than_a_batch(self) -> None:
+        waiting = [lane.payloads.virtual_time for lane in self.lanes if lane.payloads.waiting]
+        assert not waiting or max(waiting) - min(waiting) <= self.longest + 1e-9
+
+    @invariant()
+    def each_outcome_is_its_pictures_own(self) -> None:
+        for request in self.open:
+            for picture in request.pictures:
+                check(picture)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "lanes"):
+            return
+        requests = [*self.open]
+        while self.decoding or self.running:
+            self.now += 0.01
+            self.end(next(iter([*self.decoding, *self.running.values()])))
+
+        for request in requests:
+            for picture in request.pictures:
+                check(picture)
+                assert picture.gone != (len(picture.outcomes) == 1)
+        assert not self.open
+        assert self.dispatcher.stats().busy_instances == 0
+        assert all(lane.admitted == lane.running == lane.decoding == 0 for lane in self.lanes)
+
+
+def check(picture: Picture) -> None:
+    for outcome in picture.outcomes:
+        match outcome:
+            case Completed():
+                assert picture.fate == "good"
+                assert outcome.result is picture
+            case DeadlineExceeded():
+                assert picture.deadline < inf
+                assert picture.runs == 0
+            case ValueError():
+                assert str(outcome) == picture.fate
+            case OutOfMemory():
+                raise AssertionError("a picture alone always fits")
+            case _:
+                raise AssertionError(outcome)
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+test_the_scheduler_keeps_its_promises = SchedulerMachine.TestCase
