@@ -26,7 +26,8 @@ from bench.peers import OURS
 from bench.pictures import jpegs
 from bench.ratios import some
 from bench.server import ROOT, serving
-from cli.answering import Asked, answering
+from cli.answering import answering
+from cli.asked import Asked
 from cli.blocks import Source
 from cli.made import Made
 from cli.parts import GrowingTable

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from cli import options
-from cli.answering import Asked, answering
+from cli.answering import answering
+from cli.asked import Asked
 from cli.blocks import Source
 from cli.files import pictures
 from cli.made import Made

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from cli import options
-from cli.answering import Asked, answering
+from cli.answering import answering
+from cli.asked import Asked
 from cli.terminal import USAGE, CommandError, print_line, run
 
 

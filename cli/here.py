@@ -17,7 +17,7 @@ from app.engine_options import engine_options
 from app.model_info import model_info
 from app.queries import InferenceQuery
 from app.start import StartRefused, read_settings
-from cli.answering import Asked, Bad
+from cli.asked import Asked, Bad
 from cli.terminal import USAGE, CommandError
 from pvt_client import Explanation, ImageUnreadable, Prediction
 from pvt_client.answers import ClassScore, Embedding

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cli import options
-from cli.answering import Asked, answering
+from cli.answering import answering
+from cli.asked import Asked
 from cli.terminal import print_line, run
 
 _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {

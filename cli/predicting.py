@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.answering import Asked, Bad, answering
+from cli.answering import answering
+from cli.asked import Asked, Bad
 from cli.files import pictures
 from cli.terminal import SOME_BAD, USAGE, CommandError, print_line, reason, run
 from pvt_client import Prediction

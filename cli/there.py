@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
-from cli.answering import Asked, Bad
+from cli.asked import Asked, Bad
 from pvt_client import AsyncClient, Explanation, Prediction, calls
 from pvt_client.answers import Embedding
 

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,20 @@ def test_service_imports_run_downwards(package: str) -> None:
     ]
 
     assert upwards == []
+
+
+def test_no_module_leads_back_to_itself() -> None:
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in ("app", "bench", "cli", "pvt_client", "service", "training")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    towards = {
+        module: {name if name in names else name.rpartition(".")[0] for name in imports(path)} & set(names) - {module}
+        for module, path in names.items()
+    }
+
+    TopologicalSorter(towards).prepare()
 
 
 def test_the_service_knows_no_http_but_where_it_downloads() -> None:
