@@ -1,6 +1,7 @@
 """What every backend offers."""
 
 from collections.abc import Sequence
+from threading import Event
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -52,8 +53,11 @@ class Program(Protocol):
         """The graph for batches of `size`; what the backend can't compile it raises as it comes."""
         ...
 
-    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
-        """Do the part of `faster` that takes minutes; others may make graphs meanwhile. Only if `Backend.improves`."""
+    def prepare(self, size: int, layout: Layout, precision: Precision, stopped: Event) -> None:
+        """Do the part of `faster` that takes minutes; others may make graphs meanwhile. Only if `Backend.improves`.
+
+        Returns early once `stopped` is set: then nobody wants it any more.
+        """
         ...
 
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:

@@ -11,15 +11,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import sleep
+from tempfile import TemporaryFile
+from threading import Event
+from time import monotonic, sleep
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from service.backends.served import Served
@@ -32,6 +35,7 @@ OPTIONS: Mapping[str, Any] = MappingProxyType(
 )
 HELPER_SECONDS = 1800.0  # for one batch size; what takes longer hangs
 _THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
+_POLL_SECONDS = 0.2
 _NICENESS = 10  # decoding goes first
 _ROOT = Path(__file__).parent.parent.parent
 
@@ -69,8 +73,11 @@ class Job:
 class Compiler(Protocol):
     """Makes modules faster."""
 
-    def prepare(self, job: Job) -> None:
-        """Do what takes long, so that the call after it is short. Raises where it can't be done."""
+    def prepare(self, job: Job, stopped: Event) -> None:
+        """Do what takes long, so that the call after it is short. Raises where it can't be done.
+
+        Returns early once `stopped` is set.
+        """
         ...
 
     def __call__(self, module: nn.Module) -> Function:
@@ -90,7 +97,7 @@ class TorchCompiler:
     processes: int = 1
     options: Mapping[str, Any] = field(default_factory=lambda: OPTIONS)
 
-    def prepare(self, job: Job) -> None:
+    def prepare(self, job: Job, stopped: Event) -> None:
         """See `Compiler.prepare`.
 
         Raises:
@@ -102,19 +109,10 @@ class TorchCompiler:
         blob = pickle.dumps((deepcopy(job.module).to("meta"), job.kind, job.shape, job.device, dict(self.options)))
         paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        environment = {**os.environ, **self._environment(self.cache), "PYTHONPATH": os.pathsep.join(paths)}
         # What several workers compile they would compile at the same time; the second one finds it done.
-        with FileLock(self.cache / "torch.lock"):
-            done = subprocess.run(
-                [sys.executable, "-m", "service.backends.compiling"],
-                input=blob,
-                env={**os.environ, **self._environment(self.cache), "PYTHONPATH": os.pathsep.join(paths)},
-                capture_output=True,
-                check=False,
-                timeout=HELPER_SECONDS,
-            )
-        if done.returncode:
-            lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
-            raise RuntimeError(lines[-1])
+        with suppress(Timeout), FileLock(self.cache / "torch.lock").acquire(cancel_check=stopped.is_set):
+            _help(blob, environment, stopped)
 
     def __call__(self, module: nn.Module) -> Function:
         """See `Compiler.__call__`."""
@@ -132,6 +130,33 @@ class TorchCompiler:
             _THREADS: str(self.processes),
         }
         return {name: os.environ.get(name, value) if name != _THREADS else value for name, value in named.items()}
+
+
+def _help(blob: bytes, environment: Mapping[str, str], stopped: Event) -> None:
+    """Have a helper process do the job that `blob` is, until it is done or `stopped` is set."""
+    with TemporaryFile() as job, TemporaryFile() as errors:
+        job.write(blob)
+        job.seek(0)
+        with subprocess.Popen(
+            [sys.executable, "-m", "service.backends.compiling"],
+            stdin=job,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=environment,
+        ) as helper:
+            try:
+                ends = monotonic() + HELPER_SECONDS
+                while helper.poll() is None:
+                    if stopped.wait(_POLL_SECONDS):
+                        return
+                    if monotonic() > ends:
+                        raise subprocess.TimeoutExpired(helper.args, HELPER_SECONDS)
+            finally:
+                helper.kill()
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").strip().splitlines()
+    if helper.returncode:
+        raise RuntimeError(lines[-1] if lines else f"exit code {helper.returncode}")
 
 
 def compiled(module: nn.Module, options: Mapping[str, Any]) -> Function:

@@ -6,6 +6,7 @@ graphs take the place of those when they are there (`service.execution.improving
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Event
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -78,10 +79,10 @@ class _Program:
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:  # noqa: ARG002
         return self._captured(size, precision, lambda module: module)
 
-    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:  # noqa: ARG002
+    def prepare(self, size: int, layout: Layout, precision: Precision, stopped: Event) -> None:  # noqa: ARG002
         for device in self._backend.devices:
             job = Job(self._module, _KINDS[precision], (size, *self._image), device.name)
-            self._compiler.prepare(job)
+            self._compiler.prepare(job, stopped)
 
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:  # noqa: ARG002
         return self._captured(size, precision, self._compiler)

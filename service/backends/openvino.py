@@ -5,6 +5,7 @@ A dynamic batch dimension costs a factor of two to three on a CPU, hence one gra
 
 from collections.abc import Sequence
 from io import BytesIO
+from threading import Event
 from typing import Any
 
 import openvino as ov
@@ -71,7 +72,7 @@ class _Converted:
         compiled = self._core.compile_model(model, "CPU", _config(layout, precision))
         return _Compiled(compiled, self._backend.instances)
 
-    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
+    def prepare(self, size: int, layout: Layout, precision: Precision, stopped: Event) -> None:
         raise NotImplementedError
 
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Event
 
 import torch
 
@@ -52,7 +53,7 @@ class _Module:
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:  # noqa: ARG002  eager takes any size
         return _Eager(self._module, layout.threads, precision)
 
-    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
+    def prepare(self, size: int, layout: Layout, precision: Precision, stopped: Event) -> None:
         raise NotImplementedError
 
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:

@@ -31,8 +31,8 @@ class LoadReport:
     `device` is where it runs, `cpu` or names of GPUs. `notes` says what was tried and left out, and why; `cached`
     whether plan and graphs came from the plan cache. `memory_bytes` is what the memory in use there grew by meanwhile,
     resident memory of the process or memory of the GPUs, with what had been freed given back before and after; at
-    least the size of the weights. `deviation` is how far its
-    logits are from the reference's.
+    least the size of the weights. `deviation` is how far its logits are from the reference's. `device_failure` says
+    what befell a GPU meanwhile, after which none is to be expected to work.
     """
 
     backend: str
@@ -44,6 +44,7 @@ class LoadReport:
     load_seconds: float
     memory_bytes: int
     deviation: Deviation | None = None
+    device_failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +118,21 @@ class Executable:
 
     @property
     def improving(self) -> Improving | None:
-        """What makes better graphs to `adopt`, as long as it has something to do."""
+        """What makes better graphs, as long as it has something to do."""
         return self._improving if self._improving and self._improving.size else None
+
+    def improve(self) -> Better | None:
+        """Make the next better graph, and run batches of its size in it from now on; None if there is none. Blocking.
+
+        `improving.prepare` comes first.
+        """
+        if not (improving := self.improving):
+            return None
+        before = self._backend.memory_bytes()
+        if better := improving.take():
+            self.adopt(better)
+        self.added_bytes += self._backend.memory_bytes() - before
+        return better
 
     def adopt(self, better: Better) -> None:
         """Run batches of its size in that graph from now on."""
@@ -134,9 +148,8 @@ class Executable:
             self._make_alone = None  # it holds every graph that was measured
             self._warm(1, graph)
             self._plain = GraphSet(self._plain.graphs, graph)
-            self.added_bytes += (
-                self._backend.memory_bytes() - before
-            )  # less, where graphs that were only measured are dropped
+            # Less, where graphs that were only measured are dropped.
+            self.added_bytes += self._backend.memory_bytes() - before
 
     def add_stages(self) -> None:
         """Make the graphs that give stage maps, and fetch the head's weights. Blocking; takes as long as compiling.

@@ -8,11 +8,13 @@ worth their wait before.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
 
 from service.backends.base import Graph, Layout, Precision, Program
+from service.errors import DeviceFailed
 from service.execution.plan import WORTHWHILE_GAIN, BatchPlan, batch_seconds, gain
 
 
@@ -29,8 +31,8 @@ class Improving:
     """The improving of one model of `program`: as long as there is a `size`, `prepare` it, then `take` it.
 
     First the sizes of `plan`, the smallest first, then larger ones up to `max_batch_size`, as long as they pay. `check`
-    raises where a graph for batches of a size does not give the logits that it should. `notes` says what failed: then
-    there is nothing more to do, and the graphs that are there stay.
+    raises where a graph for batches of a size does not give the logits that it should. `notes` says what failed, and
+    `device_failure` what befell a GPU: then there is nothing more to do, and the graphs that are there stay.
     """
 
     program: Program
@@ -41,12 +43,14 @@ class Improving:
     plan: BatchPlan
     max_batch_size: int
     notes: list[str] = field(default_factory=list)
+    device_failure: str = ""
     # Mutable state: seconds by size as they are now, the sizes of the plan that are left, the larger size that is next,
-    # and by how much what else runs slows a batch down, since `plan` was measured while nothing did.
+    # by how much what else runs slows a batch down, since `plan` was measured while nothing did, and whether to stop.
     _seconds: dict[int, float] = field(init=False)
     _left: deque[int] = field(init=False)
     _larger: int = field(init=False)
     _drift: float = field(init=False, default=1.0)
+    _stopped: Event = field(init=False, default_factory=Event)
 
     def __post_init__(self) -> None:
         self._seconds = dict(self.plan.seconds)
@@ -61,12 +65,16 @@ class Improving:
         return self._larger if self._larger <= self.max_batch_size else None
 
     def prepare(self) -> None:
-        """Do the part of it that takes minutes, and touches nothing that others use."""
+        """Do the part of it that takes minutes, and touches nothing that others use; `stop` makes an end of it."""
         if size := self.size:
             try:
-                self.program.prepare(size, self.layout, self.precision)
+                self.program.prepare(size, self.layout, self.precision, self._stopped)
             except Exception as error:  # noqa: BLE001  whatever it is, the model goes on as it is
                 self._give_up(size, error)
+
+    def stop(self) -> None:
+        """Have nothing made any more, since the model is not wanted any more. From any thread."""
+        self._stopped.set()
 
     def take(self) -> Better | None:
         """Make the graph and measure it; None if it is not worth taking. No other graph may be made meanwhile."""
@@ -109,5 +117,7 @@ class Improving:
 
     def _give_up(self, size: int, error: Exception) -> None:
         self.notes.append(f"batches of {size} and more are not compiled: {type(error).__name__}: {error}")
+        if isinstance(error, DeviceFailed):
+            self.device_failure = str(error)
         self._left.clear()
         self._larger = self.max_batch_size + 1

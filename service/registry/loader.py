@@ -1,7 +1,7 @@
 """From a model in the store to one that can run: module, weights, graphs, batch plan. Blocking; takes seconds."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
@@ -35,7 +35,7 @@ def load(
     """
     start = perf_counter()
     card = stored.require_card()
-    backend, memory, ready, failures = _first_that_can(stored, backends, limits, cache)
+    backend, memory, ready, failed = _first_that_can(stored, backends, limits, cache)
     tuned = ready.tuned
     for note in () if ready.cached else tuned.notes:
         log.warning("plan_note", model=stored.id, note=note)
@@ -45,11 +45,12 @@ def load(
         device=backend.device,
         precision=tuned.precision,
         layout=tuned.layout,
-        notes=(*failures, *tuned.notes),
+        notes=(*failed.notes, *tuned.notes),
         cached=ready.cached,
         load_seconds=perf_counter() - start,
         memory_bytes=grown,
         deviation=ready.deviation,
+        device_failure=failed.device,
     )
     return Executable(stored, backend, tuned, report, golden=ready.golden, improving=ready.improving)
 
@@ -65,29 +66,39 @@ class _Ready:
     improving: Improving | None = None
 
 
+@dataclass(slots=True)
+class _Failed:
+    """How the backends before failed, in words; and what befell a GPU, if it does not work any more."""
+
+    notes: list[str] = field(default_factory=list)
+    device: str = ""
+
+
 def _first_that_can(
     stored: StoredModel, backends: Sequence[Callable[[], Backend]], limits: Limits, cache: PlanCache | None
-) -> tuple[Backend, int, _Ready, Sequence[str]]:
+) -> tuple[Backend, int, _Ready, _Failed]:
     """The first backend on which `stored` runs, its memory before, what runs there, and how those before it failed."""
-    failures: list[str] = []
+    failed = _Failed()
     for i, make in enumerate(backends, 1):
         name = f"backend number {i}"
         try:
             backend = make()
             name = backend.name if backend.device == "cpu" else f"{backend.name} on {backend.device}"
             memory = backend.memory_bytes()  # its libraries are not the model's memory
-            return backend, memory, _tuned(stored, backend, limits, cache), failures
+            return backend, memory, _tuned(stored, backend, limits, cache), failed
         except Exception as error:
             wrong = isinstance(error, GoldenMismatch)
             # What is wrong with the model's files is so on every backend.
             if isinstance(error, ServiceError) and not isinstance(error, GoldenMismatch | OutOfMemory | DeviceFailed):
                 raise
-            failures.append(f"{name} failed: {error if wrong else f'{type(error).__name__}: {error}'}")
+            failed.notes.append(f"{name} failed: {error if wrong else f'{type(error).__name__}: {error}'}")
+            if isinstance(error, DeviceFailed):
+                failed.device = str(error)
             if i == len(backends):
                 if wrong:
-                    raise _mismatch(stored, failures, limits) from error
+                    raise _mismatch(stored, failed.notes, limits) from error
                 raise
-            log.warning("backend_failed", model=stored.id, reason=failures[-1])
+            log.warning("backend_failed", model=stored.id, reason=failed.notes[-1])
     raise ValueError("no backend to load on")
 
 

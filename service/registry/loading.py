@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import structlog
 
-from service.errors import ModelLoadFailed, ServiceError
+from service.errors import DeviceFailed, ModelLoadFailed, ServiceError
 from service.execution.executable import Executable
 from service.execution.plan_cache import PlanCache
 from service.execution.tuning import Limits
@@ -41,6 +41,8 @@ class Loading:
         )
         self._thread = Workers("load", 1)
         self._preparing = asyncio.Lock()
+        # Mutable state: why no GPU is to be expected to work any more, once one has failed.
+        self.failed_device = ""
 
     def close(self) -> None:
         """Drop what waits; a load under way ends in its own time."""
@@ -66,7 +68,8 @@ class Loading:
         report = executable.report
         self._metrics.model_loads.labels(stored.id, "loaded").inc()
         self._metrics.model_load_seconds.labels(stored.id).observe(perf_counter() - start)
-        self._footprints.remember(stored, Footprint(bytes=report.memory_bytes, seconds=report.load_seconds))
+        self._remember(executable)
+        self.failed_device = self.failed_device or report.device_failure
         log.info("model_loaded", model=stored.id, backend=report.backend, precision=report.precision,
                  layout=f"{report.layout.streams}x{report.layout.threads}", batch_sizes=executable.plan.sizes,
                  cached=report.cached, seconds=round(report.load_seconds, 3),
@@ -93,6 +96,8 @@ class Loading:
         try:
             made = await self._thread.run(make)
         except ServiceError as error:
+            if isinstance(error, DeviceFailed):
+                self.failed_device = str(error)
             log.warning("model_extension_failed", model=stored.id, reason=str(error))
             raise
         except Exception as error:
@@ -102,20 +107,25 @@ class Loading:
         return made
 
     async def improve(self, executable: Executable, tell: Callable[[], None]) -> None:
-        """Let `executable` adopt better graphs as they are made, and `tell` each time.
+        """Have `executable` make better graphs, and `tell` each time that it runs in one more.
 
         What takes minutes is done one model at a time, while others load; the rest in turn with loads. Whoever cancels
-        this waits for nothing; what is being compiled then is dropped when it is done.
+        this waits for nothing, and what is being compiled then is given up.
         """
         start = perf_counter()
         while improving := executable.improving:
             async with self._preparing:
-                await detached(improving.prepare)
-            if better := await self._thread.run(improving.take):
-                executable.adopt(better)
+                try:
+                    await detached(improving.prepare)
+                except asyncio.CancelledError:
+                    improving.stop()
+                    raise
+            if better := await self._thread.run(executable.improve):
+                self._remember(executable)
                 tell()
                 log.info("model_improved", model=executable.stored.id, batch_size=better.size,
                          ms=round(better.seconds * 1000, 3), seconds=round(perf_counter() - start, 3))  # fmt: skip
+            self.failed_device = self.failed_device or improving.device_failure
         for note in executable.notes[len(executable.report.notes) :]:
             log.warning("plan_note", model=executable.stored.id, note=note)
 
@@ -123,11 +133,14 @@ class Loading:
         """What can wait until the model answers; without it the model goes on as it is."""
         try:
             await self._thread.run(executable.widen)
-            taken = executable.report.memory_bytes + executable.added_bytes
-            seconds = executable.report.load_seconds
-            self._footprints.remember(executable.stored, Footprint(bytes=max(0, taken), seconds=seconds))
+            self._remember(executable)
         except Exception:
             log.exception("model_not_widened", model=executable.stored.id)
+
+    def _remember(self, executable: Executable) -> None:
+        taken = executable.report.memory_bytes + executable.added_bytes
+        footprint = Footprint(bytes=max(0, taken), seconds=executable.report.load_seconds)
+        self._footprints.remember(executable.stored, footprint)
 
 
 def _drop(only: list[T]) -> None:

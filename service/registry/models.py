@@ -198,8 +198,12 @@ class Models:
         return reasons
 
     def stalled(self, *others: Workers) -> list[str]:
-        """A reason for each thread, the pipeline's, the store's and `others`, that does not move."""
-        return self._pipeline.stalled(self._supply.thread, *others)
+        """A reason for each thread, the pipeline's, the store's and `others`, that does not move.
+
+        And one for a GPU that failed, while it ran a batch or while a model was loaded.
+        """
+        stalled = self._pipeline.stalled(self._supply.thread, *others)
+        return [*stalled, *{self._loading.failed_device} - {"", *stalled}]
 
     def collect_metrics(self) -> None:
         """Bring the gauges up to date."""

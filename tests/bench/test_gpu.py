@@ -1,4 +1,5 @@
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ CPU = torch.device("cpu")
 class AsItIs:
     """A compiler that does nothing."""
 
-    def prepare(self, job: Job) -> None:
-        raise NotImplementedError(job)
+    def prepare(self, job: Job, stopped: Event) -> None:
+        raise NotImplementedError(job, stopped)
 
     def __call__(self, module: nn.Module) -> Function:
         return module

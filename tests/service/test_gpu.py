@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from service import options as options_module
 from service.answers.results import Prediction
 from service.backends.compiling import Function, Job
+from service.backends.device import Captured
 from service.engine import Engine
 from service.errors import DeviceFailed, OutOfMemory
 from service.options import EngineOptions, default_instances
@@ -48,6 +50,8 @@ class Cards:
         self.clock = Clock()
         self.devices: list[FakeDevice] = []
         self.gate = threading.Event()
+        self.preparing = threading.Event()
+        self.stopped = threading.Event()
         self.on_run: Callable[[Function, int], None] = lambda *_: None
         monkeypatch.setattr("service.execution.plan.perf_counter", lambda: self.clock.now)
         monkeypatch.setattr(options_module, "cuda_devices", self.made)
@@ -57,8 +61,10 @@ class Cards:
         self.devices = [FakeDevice(name, on_run=self.run) for name in names]
         return self.devices
 
-    def prepare(self, job: Job) -> None:
+    def prepare(self, job: Job, stopped: threading.Event) -> None:
         assert job.device in TWO
+        self.stopped = stopped
+        self.preparing.set()
         assert self.gate.wait(30)
 
     def __call__(self, module: nn.Module) -> Function:
@@ -205,6 +211,74 @@ async def test_a_gpu_that_fails_makes_the_service_not_live(tmp_path: Path, cards
         assert "an illegal address" in e.live().reasons[0]
 
 
+async def test_a_gpu_that_fails_while_a_model_is_loaded_makes_the_service_not_live_though_the_cpu_answers(
+    tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> nn.Module:
+        raise DeviceFailed("cuda:0 failed with CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(FakeDevice, "place", failing)
+    monkeypatch.setattr("service.execution.plan.perf_counter", perf_counter)
+    async with on_gpus(tmp_path, backend="torch") as e:
+        assert e.live().live
+        assert await answered(e, 1) == 1
+
+        assert cards.devices
+        assert e.live().reasons == ["cuda:0 failed with CUDA error: unspecified launch failure"]
+
+
+@pytest.mark.parametrize("compiling", [False, True], ids=["stage maps", "compiling"])
+async def test_a_gpu_that_fails_while_graphs_are_made_makes_the_service_not_live(
+    tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch, compiling: bool
+) -> None:
+    def failing(*_: object, **__: object) -> Captured:
+        raise DeviceFailed("cuda:1 failed with CUDA error: unspecified launch failure")
+
+    async with on_gpus(tmp_path) as e:
+        await answered(e, 1)
+        monkeypatch.setattr(FakeDevice, "capture", failing)
+        if compiling:
+            cards.gate.set()
+            await improved(e)
+        else:
+            with pytest.raises(DeviceFailed):
+                await e.infer([png()], stages=True)
+
+        assert e.live().reasons == ["cuda:1 failed with CUDA error: unspecified launch failure"]
+        cards.gate.set()
+
+
+async def test_graphs_that_join_the_plan_later_count_as_the_models_memory(
+    tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph_bytes = 50_000_000
+    alive: WeakSet[Captured] = WeakSet()
+    capture = FakeDevice.capture
+
+    def weighed(device: FakeDevice, *arguments: Any) -> Captured:
+        captured = capture(device, *arguments)
+        device.captured.clear()  # what is alive is so because the model has it
+        alive.add(captured)
+        return captured
+
+    def flat(function: Function, size: int) -> None:
+        cards.clock.now += 0.1 + 0.01 * size if isinstance(function, Compiled) else 0.2 * size
+
+    monkeypatch.setattr(FakeDevice, "capture", weighed)
+    monkeypatch.setattr(FakeDevice, "memory_bytes", lambda _: graph_bytes * len(alive) // len(TWO))
+    monkeypatch.setattr(cards, "run", flat)
+    async with on_gpus(tmp_path) as e:
+        await answered(e, 1)
+        (resident,) = e.models.loaded()
+        before, graphs = resident.memory_bytes, len(alive)
+        cards.gate.set()
+        await improved(e)
+
+        assert plan(e) == [1, 2, 4, 8]
+        assert len(alive) == 4 * len(TWO)
+        assert resident.memory_bytes - before == graph_bytes * (len(alive) - graphs)
+
+
 async def test_only_one_model_is_prepared_at_a_time_while_others_load(tmp_path: Path, cards: Cards) -> None:
     add_model(tmp_path, "pvt_v2_b0.other")
     async with on_gpus(tmp_path) as e:
@@ -221,7 +295,7 @@ async def test_only_one_model_is_prepared_at_a_time_while_others_load(tmp_path: 
 async def test_a_compiler_that_fails_leaves_the_model_as_it_is_and_is_told_of(
     tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: Job) -> None:
+    def broken(*_: object) -> None:
         raise RuntimeError("no C compiler")
 
     monkeypatch.setattr(cards, "prepare", broken)
@@ -241,7 +315,7 @@ async def test_a_compiler_that_fails_leaves_the_model_as_it_is_and_is_told_of(
 async def test_without_one_of_these_nothing_is_compiled(
     tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch, without: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(cards, "prepare", lambda _: pytest.fail("compiled"))
+    monkeypatch.setattr(cards, "prepare", lambda *_: pytest.fail("compiled"))
     async with on_gpus(tmp_path, **without) as e:
         await answered(e, 1)
         await improved(e)
@@ -261,9 +335,11 @@ async def test_stage_maps_and_other_sizes_come_from_the_gpu_too(tmp_path: Path, 
 async def test_a_model_is_freed_while_its_graphs_are_being_compiled(tmp_path: Path, cards: Cards) -> None:
     async with on_gpus(tmp_path) as e:
         await answered(e, 1)
+        assert await asyncio.to_thread(cards.preparing.wait, 30)
         await e.models.unload(NAME)
 
         assert e.models.loaded() == []
+        assert cards.stopped.is_set()
         cards.gate.set()
         assert await answered(e, 1) == 1
 

@@ -1,6 +1,9 @@
+import fcntl
 import os
+import signal
 import subprocess
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -74,7 +77,7 @@ def test_another_place_that_the_user_names_stays(tmp_path: Path, monkeypatch: py
 def test_a_helper_process_does_what_takes_long(tmp_path: Path) -> None:
     module = served()
 
-    TorchCompiler(tmp_path, options=QUICK).prepare(Job(module, torch.float32, (1, 64, 64, 3), "cpu"))
+    TorchCompiler(tmp_path, options=QUICK).prepare(Job(module, torch.float32, (1, 64, 64, 3), "cpu"), Event())
 
     assert not next(module.parameters()).is_meta  # it had a copy
 
@@ -83,13 +86,13 @@ def test_a_helper_process_that_fails_is_told_of_in_its_own_words(tmp_path: Path)
     compiler = TorchCompiler(tmp_path, options={**QUICK, "backend": "no_such_backend"})
 
     with pytest.raises(RuntimeError, match="no_such_backend"):
-        compiler.prepare(Job(served(), torch.float32, (1, 64, 64, 3), "cpu"))
+        compiler.prepare(Job(served(), torch.float32, (1, 64, 64, 3), "cpu"), Event())
 
 
 def test_without_a_cache_there_is_no_helper_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.backends.compiling.subprocess.run", lambda *_, **__: pytest.fail("a process"))
+    monkeypatch.setattr("service.backends.compiling.subprocess.Popen", lambda *_, **__: pytest.fail("a process"))
 
-    TorchCompiler(None).prepare(Job(served(), torch.float32, (1, 64, 64, 3), "cpu"))
+    TorchCompiler(None).prepare(Job(served(), torch.float32, (1, 64, 64, 3), "cpu"), Event())
 
 
 def test_a_helper_process_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,4 +109,41 @@ def test_a_helper_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("service.backends.compiling.HELPER_SECONDS", 0.01)
 
     with pytest.raises(subprocess.TimeoutExpired):
-        TorchCompiler(tmp_path, options=QUICK).prepare(Job(served(), torch.float32, (1, 64, 64, 3), "cpu"))
+        TorchCompiler(tmp_path, options=QUICK).prepare(Job(served(), torch.float32, (1, 64, 64, 3), "cpu"), Event())
+
+
+@pytest.fixture
+def helpers(monkeypatch: pytest.MonkeyPatch) -> list["subprocess.Popen[bytes]"]:
+    """The helper processes that there were."""
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> "subprocess.Popen[bytes]":
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr("service.backends.compiling.subprocess.Popen", start)
+    return started
+
+
+def test_a_helper_process_ends_when_nobody_wants_what_it_does(
+    tmp_path: Path, helpers: list["subprocess.Popen[bytes]"]
+) -> None:
+    stopped = Event()
+    stopped.set()
+
+    TorchCompiler(tmp_path, options=QUICK).prepare(Job(served(), torch.float32, (1, 64, 64, 3), "cpu"), stopped)
+
+    assert [helper.returncode for helper in helpers] == [-signal.SIGKILL]
+
+
+def test_what_nobody_wants_does_not_wait_for_another_process(
+    tmp_path: Path, helpers: list["subprocess.Popen[bytes]"]
+) -> None:
+    stopped = Event()
+    stopped.set()
+    with (tmp_path / "torch.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another process would
+        TorchCompiler(tmp_path, options=QUICK).prepare(Job(served(), torch.float32, (1, 64, 64, 3), "cpu"), stopped)
+
+    assert helpers == []

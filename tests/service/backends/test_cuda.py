@@ -1,5 +1,6 @@
 import gc
 from collections.abc import Sequence
+from threading import Event
 
 import numpy as np
 import pytest
@@ -122,7 +123,8 @@ class AddsOne:
         self.prepared: list[Job] = []
         self.compiled: list[nn.Module] = []
 
-    def prepare(self, job: Job) -> None:
+    def prepare(self, job: Job, stopped: Event) -> None:
+        assert not stopped.is_set()
         self.prepared.append(job)
 
     def __call__(self, module: nn.Module) -> Function:
@@ -146,7 +148,7 @@ def test_what_is_compiled_is_prepared_for_each_device(served: Served) -> None:
     compiler = AddsOne()
     program = backend([FakeDevice("cuda:0"), FakeDevice("cuda:1")], compiler=compiler).program(served, 32, 64)
 
-    program.prepare(4, LAYOUT, "bfloat16")
+    program.prepare(4, LAYOUT, "bfloat16", Event())
 
     assert compiler.prepared == [Job(served, torch.bfloat16, (4, 32, 64, 3), f"cuda:{i}") for i in range(2)]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Event
 from typing import ClassVar
 
 import numpy as np
@@ -65,8 +66,8 @@ class SkewedProgram:
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
         return SkewedGraph(self.program.graph(size, layout, precision), self.skew)
 
-    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
-        self.program.prepare(size, layout, precision)
+    def prepare(self, size: int, layout: Layout, precision: Precision, stopped: Event) -> None:
+        self.program.prepare(size, layout, precision, stopped)
 
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
         return self.program.faster(size, layout, precision)
@@ -111,8 +112,8 @@ class ExportingProgram:
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
         return Exported(self.program.graph(size, layout, precision), lambda logits, _: logits)
 
-    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
-        self.program.prepare(size, layout, precision)
+    def prepare(self, size: int, layout: Layout, precision: Precision, stopped: Event) -> None:
+        self.program.prepare(size, layout, precision, stopped)
 
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
         return self.program.faster(size, layout, precision)

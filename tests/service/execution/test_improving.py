@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Event
 
 import numpy as np
 import pytest
@@ -49,10 +50,11 @@ class FakeProgram:
         self.made.append(("eager", size))
         return FakeGraph(self, size, self.eager(size))
 
-    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
+    def prepare(self, size: int, layout: Layout, precision: Precision, stopped: Event) -> None:
         assert (layout, precision) == (LAYOUT, "bfloat16")
         if size in self.uncompilable:
             raise RuntimeError("no C compiler")
+        assert not stopped.is_set()
         self.made.append(("prepared", size))
 
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:

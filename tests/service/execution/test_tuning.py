@@ -56,8 +56,8 @@ class FakeBackend:
     def program(self, module: Served, height: int, width: int) -> Program:
         raise NotImplementedError(module, height, width)
 
-    def prepare(self, size: int, layout: Layout, precision: Precision) -> None:
-        raise NotImplementedError(size, layout, precision)
+    def prepare(self, size: int, layout: Layout, precision: Precision, stopped: threading.Event) -> None:
+        raise NotImplementedError(size, layout, precision, stopped)
 
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
         raise NotImplementedError(size, layout, precision)
