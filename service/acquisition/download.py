@@ -239,4 +239,6 @@ class _Transfer:
 
     def _kept(self) -> str:
         size = self._part.size
-        return f"{size / 1e6:.1f} MB are kept, pull again to go on from there" if size else "pull again to try anew"
+        if size:
+            return f"{size / 1e6:.1f} MB are kept, pull again to go on from there"
+        return "pull again to try anew; PVT_MIRROR names another server to ask"

@@ -1,7 +1,7 @@
 """Published weights fetched into the store by the first request for them."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container
+from collections.abc import Awaitable, Callable, Container, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,8 +14,9 @@ import structlog
 from service.acquisition.catalogue import CATALOGUE, Published, published
 from service.acquisition.pulling import Pulled, PullOptions, pull
 from service.errors import ModelLoading, ModelNotFound, ServiceError, WeightsUnavailable
-from service.machine.workers import Workers
+from service.machine.workers import Workers, detached
 from service.options import EngineOptions
+from service.store.stored import StoredModel
 
 log = structlog.get_logger(component="on_demand")
 
@@ -56,10 +57,10 @@ class _Pull:
 class OnDemand:
     """Pulls each model once for all who wait. Its methods belong to one event loop; it lives until it is closed.
 
-    `find` raises WeightsUnavailable for a model whose weights are not in the store.
+    `find` gives the versions in the store that may answer to a name; WeightsUnavailable where there are none.
     """
 
-    def __init__(self, options: EngineOptions, find: Callable[[str], Awaitable[object]]) -> None:
+    def __init__(self, options: EngineOptions, find: Callable[[str], Awaitable[Sequence[StoredModel]]]) -> None:
         self.enabled = options.pull
         self._root = options.model_store
         self._default = _known(options.default_model)
@@ -119,12 +120,12 @@ class OnDemand:
 
     async def _there(self, name: str) -> bool:
         try:
-            await self._find(name)
+            found = await self._find(name)
         except WeightsUnavailable:
-            if await self._thread.run(self._root.is_dir):
+            if await detached(self._root.is_dir):  # not on the threads that pull, which may all be busy for long
                 return False
             raise
-        return True
+        return found[0].version != ""  # a folder without a version is what a pull that was killed may have left
 
     def _begin(self, model: Published) -> _Pull:
         under_way = self._pulls[model.variant] = _Pull(monotonic())

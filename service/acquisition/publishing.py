@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import safetensors.torch
@@ -26,7 +25,7 @@ from service.execution.reference import Reference, packed
 from service.store.cards import Accuracy, ModelCard, Origin, Preprocessing, WeightsFile
 from service.store.store import WEIGHTS_FILE, write_model
 from service.store.stored import StoredModel
-from service.store.writes import check_room, writing
+from service.store.writes import check_room, staging, writing
 
 _PIXELS = 4 * 224 * 224  # of a batch
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -66,8 +65,8 @@ def publish(root: Path, state: State, about: Description, version: str | None = 
     with writing(root), _no_empty_folder(root / about.id):
         (root / PULL_FOLDER).mkdir(parents=True, exist_ok=True)
         check_room(root, size + len(reference))
-        with TemporaryDirectory(prefix="new-", dir=root / PULL_FOLDER) as folder:
-            weights = Path(folder) / WEIGHTS_FILE
+        with staging(root / PULL_FOLDER, "new-") as folder:
+            weights = folder / WEIGHTS_FILE
             _save(state, weights)
             card = ModelCard(
                 id=about.id,

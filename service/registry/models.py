@@ -49,7 +49,7 @@ class Models:
             for reason in await self._unready(name):
                 log.warning("default_model_unavailable", reason=reason)
         for name in self._options.pinned:
-            self._background(self._preload(name, self._registry.pin))
+            self._background(self._preload(name, self.pin))
         for name in self._options.preload:
             self._background(self._preload(name, self.load))
         if self._options.reload_seconds:

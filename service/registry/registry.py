@@ -1,13 +1,14 @@
 """The models that are in memory or on their way: loaded once for all who wait, replaced while they serve."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from service.errors import ModelLoadFailed, ModelLoading, ModelPinned, ServiceError
+from service.errors import ModelLoadFailed, ModelLoading, ModelPinned, ServiceError, WeightsUnavailable
 from service.eviction import Budget
 from service.registry.entries import Candidate, Entry, Status
 from service.registry.holdings import Holdings, Source, now
@@ -41,9 +42,12 @@ class Registry(Generic[M]):
         self._holdings = Holdings[M](source, budget, self._forget)
         self._names = NameTable[M](self._holdings.settle)
         self._reload = Reload(source, self._names, self._holdings)
-        # Mutable state: the names on their way, and what went wrong with which lately.
+        # Mutable state: the names on their way, and what went wrong with which lately; how many callers pin which
+        # name, and those that are pinned for good.
         self._arrivals: dict[str, _Arrival[M]] = {}
         self._failures: dict[str, tuple[float, ServiceError]] = {}
+        self._pinning: Counter[str] = Counter()
+        self._pinned: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<Registry { ({stored.key: status.state for stored, status in self.all()}) }>"
@@ -73,18 +77,21 @@ class Registry(Generic[M]):
         Raises:
             ServiceError: as `lease`; it is not pinned then.
         """
-        known = self._names.is_pinned(name)
+        self._pinning[name] += 1
         self._names.pin(name)
         try:
             async with self.lease(name):
                 pass
-        except BaseException:
-            if not known:
+            if self._names.is_pinned(name):  # and nobody has ended that meanwhile
+                self._pinned.add(name)
+        finally:
+            self._pinning[name] -= 1
+            if not self._pinning[name] and name not in self._pinned:
                 self._names.unpin(name)
-            raise
 
     def unpin(self, name: str) -> None:
         """Let the model called `name` be evicted again."""
+        self._pinned.discard(name)
         self._names.unpin(name)
 
     async def unload(self, name: str) -> None:
@@ -207,13 +214,13 @@ class Registry(Generic[M]):
 
     async def _first_of(self, arrival: _Arrival[M], candidates: Sequence[Candidate]) -> Entry[M]:
         """The first of `candidates` that can be loaded, held."""
-        failures: list[ModelLoadFailed] = []
+        failures: list[ServiceError] = []
         for candidate in candidates:
             entry = arrival.entry = self._holdings.begin(candidate)
             self._holdings.hold(entry)
             try:
                 await self._holdings.loaded(entry)
-            except ModelLoadFailed as error:
+            except (ModelLoadFailed, WeightsUnavailable) as error:
                 self._holdings.release(entry)
                 failures.append(error)
             except BaseException:

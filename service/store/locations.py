@@ -37,6 +37,12 @@ def root(error: BaseException) -> BaseException:
     return root(cause) if cause and known and isinstance(error, FileNotFoundError) else error
 
 
+def is_not_there(error: BaseException) -> bool:
+    """Whether it says that there is no such file, rather than that the store is away."""
+    error = root(error)
+    return isinstance(error, FileNotFoundError) or getattr(error, "status", None) == HTTPStatus.NOT_FOUND
+
+
 def reason(error: BaseException) -> str:
     """What went wrong, in words of ours where there are some."""
     error = root(error)
@@ -45,7 +51,7 @@ def reason(error: BaseException) -> str:
         return str(error)
     if isinstance(error, PermissionError) or status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
         return "permission denied; credentials come from the environment, as its own tools read them"
-    if isinstance(error, FileNotFoundError) or status == HTTPStatus.NOT_FOUND:
+    if is_not_there(error):
         return "it is not there"
     if isinstance(error, TimeoutError):
         return "no answer in time"
@@ -118,7 +124,7 @@ class Location:
 
     def _options(self) -> dict[str, Any]:
         if self.scheme == "s3":
-            retries = {"max_attempts": _ATTEMPTS}
+            retries = {"total_max_attempts": 1}  # s3fs makes the others
             return {
                 "config_kwargs": {
                     "connect_timeout": CONNECT_SECONDS,

@@ -39,7 +39,7 @@ class Mirror:
         files = self.location.files()
         folders = {path.rpartition("/")[0] for path in files} - {""}
         small = [path for path in files if path == ALIASES_FILE or path.endswith(f"/{CARD_FILE}")]
-        wanted = [path for path in small if not files[path] or self._tags.get(path) != files[path]]
+        wanted = [path for path in small if not (files[path] and self._known(path) == files[path])]
         got = self.location.read(wanted)
         if wanted and all(isinstance(content, Exception) and _is_no_answer(content) for content in got.values()):
             raise self.location.unreachable(next(e for e in got.values() if isinstance(e, Exception)))
@@ -60,6 +60,11 @@ class Mirror:
         self.problems = problems
         self._drop(folders, keep_aliases=ALIASES_FILE in files)
         (self.folder / _LISTED).touch()
+
+    def _known(self, path: str) -> str | None:
+        """The tag of what is here of `path`; somebody may have emptied the folder."""
+        tag = self._tags.get(path)
+        return tag if path in self.problems or (self.folder / path).exists() else None
 
     def _take(self, path: str, content: bytes) -> None:
         target = self.folder / path
@@ -94,6 +99,7 @@ def _replace(target: Path, content: bytes) -> None:
     with NamedTemporaryFile(dir=target.parent, prefix=".", suffix=".part", delete=False) as file:
         try:
             file.write(content)
+            file.flush()  # a full disk is told of here at the latest, and not when the file is closed
         except OSError:
             Path(file.name).unlink()
             raise

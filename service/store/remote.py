@@ -20,7 +20,7 @@ from service.errors import (
 )
 from service.store.byte_cache import ByteCache, SourceFailed, Wanted
 from service.store.cards import CARD_FILE
-from service.store.locations import Location, reason, root
+from service.store.locations import Location, is_not_there, reason, root
 from service.store.mirror import Mirror
 from service.store.store import Contents, Store, StoredModel
 from service.store.urls import RemoteOptions
@@ -28,10 +28,14 @@ from service.store.urls import RemoteOptions
 log = structlog.get_logger(component="store")
 
 AGAIN_SECONDS = 3.0  # until a store that did not answer is asked again
+FIRST_SECONDS = 3.0  # for the very first attempt, where there is a copy of an earlier process to answer from
 
 
 class RemoteStore(Store):
-    """Answers from its copy at once, while a thread brings that up to date; only the very first answer waits."""
+    """Answers from its copy at once, while a thread brings that up to date; only where there is none it waits for that.
+
+    The very first answer of a process waits a little, too.
+    """
 
     def __init__(self, options: RemoteOptions) -> None:
         super().__init__(options.folder, partial=True)
@@ -45,6 +49,7 @@ class RemoteStore(Store):
         self._due = 0.0
         self._failure: ServiceError | None = None
         self._tried = False
+        self._began = 0.0  # when the very first attempt did
 
     @property
     def failure(self) -> ServiceError | None:
@@ -106,7 +111,7 @@ class RemoteStore(Store):
                 yield stored
         except SourceFailed as error:
             cause = root(error.__cause__ or error)
-            if isinstance(cause, FileNotFoundError):
+            if is_not_there(cause):
                 raise WeightsUnavailable(
                     f"{error}: it is not there, though the card names it; copy it there"
                 ) from cause
@@ -144,13 +149,16 @@ class RemoteStore(Store):
         Raises:
             StoreUnreachable, StoreCacheFailed: there is none.
         """
+        complete = self._mirror.complete
         with self._lock:
-            if (self._syncing is None or not self._syncing.is_alive()) and monotonic() >= self._due:
+            lost = self._tried and not self._failure and not complete  # somebody has emptied the folder
+            if (self._syncing is None or not self._syncing.is_alive()) and (lost or monotonic() >= self._due):
                 self._syncing = Thread(target=self.sync, name="pvt-store-sync", daemon=True)
                 self._syncing.start()
+                self._began = self._began or monotonic()
             syncing = self._syncing
-        if not self._tried and syncing:
-            syncing.join()
+        if syncing and (lost or not self._tried):
+            syncing.join(max(0.0, self._began + FIRST_SECONDS - monotonic()) if complete else None)
         if self._failure and not self._mirror.complete:
             raise copy(self._failure)
 
@@ -162,7 +170,10 @@ class RemoteStore(Store):
         if model.failure is None:
             return model
         card = f"{model.id}/{model.version}/{CARD_FILE}"
-        if (why := self._mirror.problems.get(card)) or not (self.root / card).exists():
+        why = self._mirror.problems.get(card)
+        if why or not (self.root / card).exists():
+            if not why and isinstance(self._failure, StoreCacheFailed):
+                why = str(self._failure)
             failure: ModelLoadFailed = CardInvalid(f"{self.location.shown}/{card}: {why or 'it is not there'}")
         else:
             failure = type(model.failure)(self._named(str(model.failure)))

@@ -6,12 +6,12 @@
 """
 
 import errno
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 
 from service.architecture.variants import VARIANTS
@@ -20,6 +20,7 @@ from service.store.aliases import delete_alias, read_aliases, write_alias
 from service.store.cards import CARD_FILE, ModelCard, WeightsFile
 from service.store.names import DEFAULT_TAG, MODEL_ID, VERSION, ModelName, alias_name, alias_target, may_be_alias, parse
 from service.store.stored import Contents, StoredModel, may_be_model, read_versions, usable
+from service.store.writes import staging
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -185,7 +186,7 @@ class Store:
             known.extend(read_aliases(self.root))
         near = get_close_matches(name, [*known, *VARIANTS], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        return ModelNotFound(f"no model {name!r} in the store; {hint}GET /models lists what there is")
+        return ModelNotFound(f"no model {name!r} in the store; {hint}GET /models and 'pvt-serve ls' list what there is")
 
 
 def weights_file(weights: bytes) -> WeightsFile:
@@ -210,9 +211,9 @@ def write_model(
         OSError: the folder can't be written.
     """
     model = root / card.id
-    model.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".", dir=model) as name:
-        staged = Path(name) / "staged"
+    root.mkdir(parents=True, exist_ok=True)
+    with staging(root, ".new-") as folder:
+        staged = folder / "staged"
         staged.mkdir()
         for file, content in others.items():
             (staged / file).write_bytes(content)
@@ -221,11 +222,16 @@ def write_model(
             weights.rename(staged / card.weights.file)
         else:
             (staged / card.weights.file).write_bytes(weights)
+        model.mkdir(exist_ok=True)  # only now: whoever is killed before leaves no model without a version
         if version is None:
             return _placed(staged, model)
-        if (folder := model / version).exists():
-            folder.rename(Path(name) / "old")
-        return staged.rename(folder)
+        target, replaced = model / version, model / f".{version}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():
+            target.rename(replaced)
+        staged.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
+        return target
 
 
 def _placed(staged: Path, model: Path) -> Path:

@@ -1,10 +1,13 @@
 """What can go wrong when a store is written to, told alike everywhere."""
 
 import errno
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import mkdtemp
 
 from service.errors import StoreNotWritable
 
@@ -30,6 +33,39 @@ def writing(root: Path) -> Iterator[None]:
             ) from error
         advice = _ADVICE if error.errno in _FORBIDDEN else "nothing in it was changed"
         raise StoreNotWritable(f"the model store {str(root)!r} can't be written ({reason}); {advice}") from error
+
+
+@contextmanager
+def staging(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in `parent`, with a name that begins with `prefix`, which goes with the block.
+
+    Those that blocks left behind whose process was killed go too: each has a lock for as long as its block lasts.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    with _lock(parent):  # a folder is never seen without its lock
+        for left in parent.glob(f"{prefix}*"):
+            with suppress(OSError), _lock(left, wait=False):  # BlockingIOError: it is in use
+                shutil.rmtree(left)
+        folder = Path(mkdtemp(prefix=prefix, dir=parent))
+        held = ExitStack()
+        held.enter_context(_lock(folder))
+    with held:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_room(root: Path, needed: int) -> None:

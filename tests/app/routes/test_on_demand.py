@@ -11,6 +11,7 @@ import torch
 from starlette.testclient import TestClient
 
 from service.acquisition.download import Patience
+from service.acquisition.on_demand import PULLS
 from service.store.store import Store
 from tests.app.conftest import MakeClient, png
 from tests.service.checkpoints import checkpoint, path_of
@@ -94,6 +95,46 @@ def test_a_request_that_does_not_wait_long_enough_leaves_the_pull_under_way(on_d
     assert other.status_code == 200
     assert predict(on_demand).status_code == 200
     assert len(hub.requests) == 1
+
+
+def test_pulls_that_hang_keep_nobody_waiting_who_would_not_wait(on_demand: TestClient, hub: Hub) -> None:
+    hold = threading.Event()
+    hub.faults = [Fault(hold=hold) for _ in range(PULLS)]
+    variants = ["pvt_v2_b0", "pvt_v2_b1", "pvt_v2_b2"]
+    assert len(variants) > PULLS
+    for variant in variants[1:]:
+        hub.put(path_of("timm").replace("pvt_v2_b0", variant), b"never looked at")
+
+    for _ in range(2):
+        for variant in variants:
+            answer = on_demand.post(
+                "/predict",
+                params={"model": variant, "timeout_ms": "20000"},
+                files={"image": png()},
+                headers={"Prefer": "respond-async"},
+            )
+            assert (answer.status_code, answer.json()["title"]) == (503, "Model loading")
+    hold.set()
+
+
+def test_what_a_pull_that_was_killed_left_behind_is_no_model(on_demand: TestClient, tmp_path: Path) -> None:
+    (tmp_path / B0).mkdir()
+
+    assert predict(on_demand).json()["version"] == "1"
+    assert [path.name for path in (tmp_path / B0).iterdir()] == ["1"]
+
+
+def test_a_pinned_model_is_fetched_before_the_service_is_ready(
+    make_client: MakeClient, tmp_path: Path, hub: Hub
+) -> None:
+    add_model(tmp_path)
+    client = make_client(model_store=tmp_path, pull="on_demand", mirror=hub.url, backend="torch",
+                         default_model="pvt_v2_b0.tiny", pinned=B0)  # fmt: skip
+
+    while client.get("/health/ready").status_code != 200:
+        assert client.get("/health/live").status_code == 200
+    model = client.get(f"/models/{B0}").json()
+    assert (model["state"], len(hub.requests)) == ("ready", 1)
 
 
 def test_a_hub_that_fails_is_told_of_and_not_asked_by_every_request(on_demand: TestClient, hub: Hub) -> None:

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 
-from service.errors import ModelLoadFailed, ModelLoading, ModelNotFound, ModelPinned
+from service.errors import ModelLoadFailed, ModelLoading, ModelNotFound, ModelPinned, WeightsUnavailable
 from service.registry.registry import Registry
 from service.store.stored import StoredModel
 from tests.service.registry.fakes import FakeSource
@@ -318,6 +318,40 @@ async def test_what_can_not_be_loaded_is_not_pinned(source: FakeSource, registry
     await use(registry, "a")
 
     assert not registry.all()[0][1].pinned
+
+
+async def test_a_pin_that_is_given_up_takes_no_other_along(source: FakeSource, registry: Registry[str]) -> None:
+    first, second = (asyncio.create_task(registry.pin("a")) for _ in range(2))
+    await begun(source)
+    first.cancel()
+    await asyncio.wait([first])
+    source.gate.set()
+    await second
+
+    assert registry.all()[0][1].pinned
+    registry.unpin("a")
+    assert not registry.all()[0][1].pinned
+
+
+async def test_a_version_whose_weights_are_not_there_leaves_the_one_before_it_serving() -> None:
+    class Missing(FakeSource):
+        async def load(self, stored: StoredModel) -> str:
+            if stored.version != "1":
+                raise WeightsUnavailable(f"the weights of {stored.key} are not there")
+            return await super().load(stored)
+
+    source = Missing()
+    source.versions = {"a": ["3", "2", "1"]}
+    source.gate.set()
+    registry = Registry(source)
+
+    assert await use(registry, "a") == "a@1"
+    with pytest.raises(WeightsUnavailable, match="of a@3"):
+        await use(registry, "a@3")
+    source.versions = {"a": ["3", "2"]}
+    await registry.unload("a")
+    with pytest.raises(WeightsUnavailable, match="of a@3"):
+        await use(registry, "a")
 
 
 async def test_a_pin_that_comes_while_an_unload_waits_keeps_its_model() -> None:

@@ -1,5 +1,6 @@
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,37 @@ def test_a_full_disk_is_said_and_leaves_the_store_usable(s3: S3, folder: Path, t
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     assert fetched(store).id == TINY
+
+
+def test_a_cache_that_somebody_emptied_is_filled_again(s3: S3, folder: Path, tmp_path: Path) -> None:
+    (folder / "aliases.json").write_text(f'{{"prod": "{TINY}"}}')
+    store = remote(s3.upload(folder, "emptied"), tmp_path / "cache")
+    fetched(store)
+    shutil.rmtree(tmp_path / "cache")
+
+    assert fetched(store, "prod").failure is None
+    assert store.aliases() == {"prod": TINY}
+
+    weights(store.root).parent.joinpath("card.json").unlink()
+    store.sync()
+    assert [model.failure for model in store.models()] == [None]
+
+
+def test_a_small_file_that_does_not_fit_leaves_nothing_and_is_said(s3: S3, folder: Path, tmp_path: Path) -> None:
+    store = remote(s3.upload(folder, "small"), tmp_path / "cache")
+    store.models()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))  # less than a file's buffer
+    try:
+        s3.client.put_object(Bucket="small", Key=f"{TINY}/2/card.json", Body=b"x" * 6000)
+        store.sync()
+        models = store.versions(TINY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert list(tmp_path.rglob("*.part")) == []
+    assert "PVT_STORE_CACHE_DIR" in str(models[0].failure)
+    assert models[1].failure is None
 
 
 def test_two_processes_fetch_a_model_once(folder: Path, tmp_path: Path) -> None:

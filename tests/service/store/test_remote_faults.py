@@ -54,6 +54,23 @@ def test_a_store_that_hangs_delays_nobody_who_has_its_listing(folder: Path, tmp_
     assert [model.id for model in listed] == [TINY]
 
 
+def test_a_service_that_starts_while_the_store_hangs_answers_from_its_copy(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.store.remote.FIRST_SECONDS", 0.1)
+    let_go = Event()
+    with site(folder) as server:
+        remote(server.url, tmp_path / "cache").models()
+        server.handler.status = lambda _: let_go.wait(60) and None
+
+        store = remote(server.url, tmp_path / "cache")
+        listed = [store.models(), store.models()]
+        assert not let_go.is_set()
+        let_go.set()
+
+    assert [[model.id for model in models] for models in listed] == [[TINY], [TINY]]
+
+
 @pytest.mark.anyio
 async def test_a_caller_who_leaves_while_files_are_fetched_holds_them_no_longer(folder: Path, tmp_path: Path) -> None:
     asked, let_go = Event(), Event()
@@ -133,6 +150,8 @@ def test_weights_that_are_not_there_are_said_to_be_missing(s3: S3, folder: Path,
 
     with pytest.raises(WeightsUnavailable, match="it is not there, though the card names it"):
         fetched(remote(s3.upload(folder, "missing"), tmp_path / "cache"))
+    with site(folder) as server, pytest.raises(WeightsUnavailable, match="it is not there, though the card names it"):
+        fetched(remote(server.url, tmp_path / "other"))
 
 
 def test_a_model_without_a_card_harms_no_other(s3: S3, folder: Path, tmp_path: Path) -> None:

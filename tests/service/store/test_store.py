@@ -293,6 +293,17 @@ def test_a_model_is_written_as_the_next_free_version(store: Store) -> None:
     assert store.find("pvt_v2_b0.tiny").key == "pvt_v2_b0.tiny@5"
 
 
+def test_a_version_that_is_replaced_leaves_nothing_else(store: Store) -> None:
+    card = store.find("pvt_v2_b0.tiny").require_card()
+    weights = (store.root / "pvt_v2_b0.tiny" / "1" / "model.safetensors").read_bytes()
+
+    write_model(store.root, "1", card.model_copy(update={"source": "anew"}), weights)
+
+    assert store.find("pvt_v2_b0.tiny").require_card().source == "anew"
+    assert [path.name for path in (store.root / "pvt_v2_b0.tiny").iterdir()] == ["1"]
+    assert [path.name for path in store.root.iterdir() if path.name.startswith(".")] == []
+
+
 def test_two_who_write_at_the_same_time_get_a_version_each(store: Store) -> None:
     card = store.find("pvt_v2_b0.tiny").require_card()
     weights = (store.root / "pvt_v2_b0.tiny" / "1" / "model.safetensors").read_bytes()
