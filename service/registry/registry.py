@@ -86,8 +86,10 @@ class Registry(Generic[M]):
                 self._pinned.add(name)
         finally:
             self._pinning[name] -= 1
-            if not self._pinning[name] and name not in self._pinned:
-                self._names.unpin(name)
+            if not self._pinning[name]:
+                del self._pinning[name]
+                if name not in self._pinned:
+                    self._names.unpin(name)
 
     def unpin(self, name: str) -> None:
         """Let the model called `name` be evicted again."""

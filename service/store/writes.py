@@ -62,7 +62,11 @@ def staging(parent: Path, prefix: str) -> Iterator[Path]:
 def _lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            if not wait:
+                raise  # and so nothing is removed on a file system that locks no folders, as NFS is
         yield
     finally:
         os.close(descriptor)

@@ -1,8 +1,11 @@
+import errno
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from service.store.writes import staging
 from tests.conftest import ROOT
@@ -14,6 +17,17 @@ def test_a_staging_folder_goes_with_its_block(tmp_path: Path) -> None:
         assert folder.parent == tmp_path
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_folders_can_not_be_locked_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # NFS, for a folder
+
+    (tmp_path / "new-other").mkdir()
+    monkeypatch.setattr("service.store.writes.fcntl.flock", refused)
+
+    with staging(tmp_path, "new-") as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {"new-other", folder.name}
 
 
 def test_folders_of_those_who_were_killed_go_and_others_stay(tmp_path: Path) -> None:
