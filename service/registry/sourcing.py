@@ -58,10 +58,14 @@ class Sourcing:
 
     async def unload(self, only: list[Resident]) -> None:
         """See `Source.unload`."""
-        if widening := self._widening.pop(only[0], None):
-            await _given_up(widening)
+        await self._end_widening(only[0])
         await only[0].close()
         await self._loading.free(only[0].executable.stored, only)
+
+    async def _end_widening(self, resident: Resident) -> None:
+        # Apart from `unload`, which would keep the task, and with its cancellation all frames that lead to the model.
+        if widening := self._widening.pop(resident, None):
+            await _given_up(widening)
 
     def size(self, loaded: Resident) -> int:
         """See `Source.size`."""

@@ -1,5 +1,7 @@
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -60,6 +62,36 @@ async def test_an_image_is_answered_by_the_default_model(tmp_path: Path) -> None
     assert (predictions.model, predictions.version) == (NAME, "1")
     assert (result.width, result.height, len(result.classes)) == (40, 30, 2)
     assert all(seconds >= 0 for seconds in result.timing)
+
+
+async def test_a_model_unloaded_while_more_is_made_for_it_is_freed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, gate = threading.Event(), threading.Event()
+    freed: list[bool] = []
+    executable: list[weakref.ref[Executable]] = []
+
+    def widen(made: Executable) -> None:
+        executable.append(weakref.ref(made))
+        begun.set()
+        assert gate.wait(30)
+
+    monkeypatch.setattr(Executable, "widen", widen)
+
+    def give_back() -> None:
+        gc.collect()
+        freed.append(executable[0]() is None)
+
+    monkeypatch.setattr("service.registry.loading.give_back", give_back)
+    async with engine(tmp_path) as e:
+        await e.predict([png()])
+        assert await asyncio.to_thread(begun.wait, 30)
+        unloading = asyncio.create_task(e.models.unload(NAME))
+        await asyncio.wait([*e.models._sourcing._widening.values()])  # it is given up
+        gate.set()
+        await unloading
+
+    assert freed == [True]
 
 
 async def test_all_that_the_model_yields_comes_at_any_size(tmp_path: Path) -> None:
