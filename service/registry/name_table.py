@@ -1,6 +1,7 @@
 """What each name stands for: a model version in memory, until it stands for another."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Generic, TypeVar
@@ -8,6 +9,8 @@ from typing import Generic, TypeVar
 from service.registry.entries import Entry
 
 M = TypeVar("M")
+
+_FOR_GOOD = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +28,10 @@ class NameTable(Generic[M]):
         """`on_change` is told of each entry that got or lost a name, or lost a pin."""
         self._on_change = on_change
         self._turns = count()
-        # Mutable state: the entries that names stand for, and the pinned names, whether they stand for one or not.
+        # Mutable state: the entries that names stand for, and the pinned names, whether they stand for one or not, each
+        # with the attempts that pin it so far, or `_FOR_GOOD`.
         self._stands: dict[str, _Stands[M]] = {}
-        self._pins: set[str] = set()
+        self._pins: dict[str, set[object]] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self._stands])
@@ -64,19 +68,28 @@ class NameTable(Generic[M]):
         self._recount(entry)
         self._on_change(entry)
 
-    def is_pinned(self, name: str) -> bool:
-        """Whether `name` itself is pinned."""
-        return name in self._pins
-
-    def pin(self, name: str) -> None:
-        """Let whatever `name` stands for, now and later, be pinned."""
-        self._pins.add(name)
+    @contextmanager
+    def pinning(self, name: str) -> Iterator[None]:
+        """Let whatever `name` stands for, now and later, be pinned: for good, if the block does not raise."""
+        attempt = object()
+        self._pins.setdefault(name, set()).add(attempt)
         if entry := self.get(name):
             self._recount(entry)
+        try:
+            yield
+        except BaseException:
+            holders = self._pins.get(name, set())
+            holders.discard(attempt)
+            if not holders:
+                self.unpin(name)
+            raise
+        if attempt in (holders := self._pins.get(name, set())):  # else `unpin` was called meanwhile
+            holders.remove(attempt)
+            holders.add(_FOR_GOOD)
 
     def unpin(self, name: str) -> None:
-        """End that."""
-        self._pins.discard(name)
+        """End that, also for those who are still at it."""
+        self._pins.pop(name, None)
         if entry := self.get(name):
             self._recount(entry)
             self._on_change(entry)
@@ -89,4 +102,4 @@ class NameTable(Generic[M]):
     def _recount(self, entry: Entry[M]) -> None:
         names = [name for name, stands in self._stands.items() if stands.entry is entry]
         entry.names = len(names)
-        entry.pinned = not self._pins.isdisjoint(names)
+        entry.pinned = not self._pins.keys().isdisjoint(names)

@@ -1,7 +1,6 @@
 """The models that are in memory or on their way: loaded once for all who wait, replaced while they serve."""
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from copy import copy
@@ -42,12 +41,9 @@ class Registry(Generic[M]):
         self._holdings = Holdings[M](source, budget, self._forget)
         self._names = NameTable[M](self._holdings.settle)
         self._reload = Reload(source, self._names, self._holdings)
-        # Mutable state: the names on their way, and what went wrong with which lately; how many callers pin which
-        # name, and those that are pinned for good.
+        # Mutable state: the names on their way, and what went wrong with which lately.
         self._arrivals: dict[str, _Arrival[M]] = {}
         self._failures: dict[str, tuple[float, ServiceError]] = {}
-        self._pinning: Counter[str] = Counter()
-        self._pinned: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<Registry { ({stored.key: status.state for stored, status in self.all()}) }>"
@@ -77,23 +73,12 @@ class Registry(Generic[M]):
         Raises:
             ServiceError: as `lease`; it is not pinned then.
         """
-        self._pinning[name] += 1
-        self._names.pin(name)
-        try:
+        with self._names.pinning(name):
             async with self.lease(name):
                 pass
-            if self._names.is_pinned(name):  # and nobody has ended that meanwhile
-                self._pinned.add(name)
-        finally:
-            self._pinning[name] -= 1
-            if not self._pinning[name]:
-                del self._pinning[name]
-                if name not in self._pinned:
-                    self._names.unpin(name)
 
     def unpin(self, name: str) -> None:
         """Let the model called `name` be evicted again."""
-        self._pinned.discard(name)
         self._names.unpin(name)
 
     async def unload(self, name: str) -> None:

@@ -104,6 +104,15 @@ async def answered(e: Engine, count: int) -> int:
     return sum(isinstance(result, Prediction) for result in predictions.results)
 
 
+def raising(error: Exception) -> Callable[..., Any]:
+    """A function of anything that raises `error`."""
+
+    def raise_(*_: object, **__: object) -> Any:
+        raise error
+
+    return raise_
+
+
 async def improved(e: Engine) -> None:
     """Return when nothing is being improved any more."""
     await asyncio.gather(*e.models._sourcing._widening.values())
@@ -170,10 +179,7 @@ async def test_running_out_of_memory_halves_the_batch_and_the_model_goes_on(tmp_
 async def test_a_model_that_fails_on_the_gpu_is_served_by_the_cpu_and_says_why(
     tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object, **__: object) -> nn.Module:
-        raise RuntimeError("CUDA error: an illegal instruction")
-
-    monkeypatch.setattr(FakeDevice, "place", broken)
+    monkeypatch.setattr(FakeDevice, "place", raising(RuntimeError("CUDA error: an illegal instruction")))
     monkeypatch.setattr("service.execution.plan.perf_counter", perf_counter)
     async with on_gpus(tmp_path, backend="torch") as e:
         assert await answered(e, 3) == 3
@@ -214,29 +220,25 @@ async def test_a_gpu_that_fails_makes_the_service_not_live(tmp_path: Path, cards
 async def test_a_gpu_that_fails_while_a_model_is_loaded_makes_the_service_not_live_though_the_cpu_answers(
     tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*_: object, **__: object) -> nn.Module:
-        raise DeviceFailed("cuda:0 failed with CUDA error: unspecified launch failure")
-
-    monkeypatch.setattr(FakeDevice, "place", failing)
+    failure = "cuda:0 failed with CUDA error: unspecified launch failure"
+    monkeypatch.setattr(FakeDevice, "place", raising(DeviceFailed(failure)))
     monkeypatch.setattr("service.execution.plan.perf_counter", perf_counter)
     async with on_gpus(tmp_path, backend="torch") as e:
         assert e.live().live
         assert await answered(e, 1) == 1
 
         assert cards.devices
-        assert e.live().reasons == ["cuda:0 failed with CUDA error: unspecified launch failure"]
+        assert e.live().reasons == [failure]
 
 
 @pytest.mark.parametrize("compiling", [False, True], ids=["stage maps", "compiling"])
 async def test_a_gpu_that_fails_while_graphs_are_made_makes_the_service_not_live(
     tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch, compiling: bool
 ) -> None:
-    def failing(*_: object, **__: object) -> Captured:
-        raise DeviceFailed("cuda:1 failed with CUDA error: unspecified launch failure")
-
+    failure = "cuda:1 failed with CUDA error: unspecified launch failure"
     async with on_gpus(tmp_path) as e:
         await answered(e, 1)
-        monkeypatch.setattr(FakeDevice, "capture", failing)
+        monkeypatch.setattr(FakeDevice, "capture", raising(DeviceFailed(failure)))
         if compiling:
             cards.gate.set()
             await improved(e)
@@ -244,7 +246,7 @@ async def test_a_gpu_that_fails_while_graphs_are_made_makes_the_service_not_live
             with pytest.raises(DeviceFailed):
                 await e.infer([png()], stages=True)
 
-        assert e.live().reasons == ["cuda:1 failed with CUDA error: unspecified launch failure"]
+        assert e.live().reasons == [failure]
         cards.gate.set()
 
 
@@ -295,10 +297,7 @@ async def test_only_one_model_is_prepared_at_a_time_while_others_load(tmp_path: 
 async def test_a_compiler_that_fails_leaves_the_model_as_it_is_and_is_told_of(
     tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("no C compiler")
-
-    monkeypatch.setattr(cards, "prepare", broken)
+    monkeypatch.setattr(cards, "prepare", raising(RuntimeError("no C compiler")))
     async with on_gpus(tmp_path) as e:
         await answered(e, 1)
         before = plan(e)

@@ -333,6 +333,18 @@ async def test_a_pin_that_is_given_up_takes_no_other_along(source: FakeSource, r
     assert not registry.all()[0][1].pinned
 
 
+async def test_an_unpin_ends_pins_that_are_still_under_way_too(source: FakeSource, registry: Registry[str]) -> None:
+    pins = [asyncio.create_task(registry.pin("a")) for _ in range(2)]
+    await begun(source)
+    registry.unpin("a")
+    source.gate.set()
+    await asyncio.gather(*pins)
+
+    assert not registry.all()[0][1].pinned
+    await registry.pin("a")
+    assert registry.all()[0][1].pinned
+
+
 async def test_a_version_whose_weights_are_not_there_leaves_the_one_before_it_serving() -> None:
     class Missing(FakeSource):
         async def load(self, stored: StoredModel) -> str:
