@@ -10,6 +10,7 @@ from pydantic import Field, IPvAnyNetwork, SecretStr, ValidationInfo, field_vali
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.addresses import HostRule, Reach
+from service.store.default import default_store, writable_default_store
 from service.store.urls import RemoteOptions, is_url, objection
 
 PREFIX = "PVT_"
@@ -34,7 +35,7 @@ class Settings(BaseSettings):
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes that share the port; each has its own models and its part of cores and instances."""
     model_store: Path | str = Path("model_store")
-    """Model store: a folder, or a URL: s3://, gs://, hf://, https:// (docs/stores.md)."""
+    """Model store: a folder, or a URL: s3://, gs://, hf://, https://; for the default see docs/stores.md."""
     store_cache_dir: Path = Path("~/.cache/pvt-serve-stores")
     """Folder for copies of what is used of a model store that is a URL."""
     store_cache_mb: Annotated[float, Field(gt=0)] = 10_000
@@ -228,4 +229,15 @@ class Settings(BaseSettings):
     @property
     def store_folder(self) -> Path:
         """The model store's folder, or that of its copy."""
-        return remote.folder if (remote := self.remote_store) else Path(self.model_store)
+        if remote := self.remote_store:
+            return remote.folder
+        return Path(self.model_store) if "model_store" in self.model_fields_set else default_store()
+
+    def writable_store(self) -> tuple[Path, bool]:
+        """The folder to put models into, and whether it has just been made, by default in the user's home.
+
+        Raises:
+            StoreNotWritable: it can't be made.
+        """
+        named = "model_store" in self.model_fields_set
+        return (self.store_folder, False) if named else writable_default_store()

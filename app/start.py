@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from app import logs, supervisor
 from app.listener import listen
 from app.settings import PREFIX, Settings, UnknownSettingError
-from service.errors import BackendUnavailable
+from service.errors import BackendUnavailable, StoreNotWritable
 
 
 class StartRefused(Exception):
@@ -37,6 +37,8 @@ def serve() -> int:
     """
     settings = read_settings()
     logs.configure(settings.log_format)
+    if settings.pull == "on_demand":
+        _make_store(settings)
     listener = _listen(settings.host, settings.port, "PVT_HOST and PVT_PORT")
     if settings.workers > 1:
         return supervisor.run(settings, listener)
@@ -52,6 +54,13 @@ def serve() -> int:
         listeners.append(_listen(settings.management_host, port, "PVT_MANAGEMENT_HOST and PVT_MANAGEMENT_PORT"))
     server.run(settings, *listeners)
     return 0
+
+
+def _make_store(settings: Settings) -> None:
+    try:
+        settings.writable_store()
+    except StoreNotWritable as error:
+        raise StartRefused(str(error)) from error
 
 
 def _listen(host: str, port: int, names: str) -> socket.socket:

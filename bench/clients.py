@@ -26,13 +26,11 @@ from bench.peers import OURS
 from bench.pictures import jpegs
 from bench.ratios import some
 from bench.server import ROOT, serving
-from cli.answering import answering
-from cli.asked import Asked
-from cli.blocks import Source
-from cli.made import Made
-from cli.parts import GrowingTable
-from pvt_client import AsyncClient, Client
-from pvt_client.answers import Embedding
+from cli.connection import connect
+from cli.growing_table import GrowingTable
+from cli.rows import FileState, Provenance
+from cli.target import Target
+from pvt_client import AsyncClient, Client, Embedding
 
 CLIENTS, PICTURES = 8, 64
 # Images per second of one of the things that are compared.
@@ -96,17 +94,17 @@ async def here(pictures: Sequence[bytes], folder: Path, store: Path, seconds: in
     for number, picture in enumerate(pictures):
         (sources / f"{number}.jpg").write_bytes(picture)
     paths, bare = sorted(sources.iterdir()), Ours(store)
-    async with answering(Asked()) as answers:
+    async with connect(Target()) as inference:
 
         async def embed(turn: int) -> float:
             start, count = perf_counter(), 0
             with GrowingTable(folder / f"{turn}.parquet", 500) as table:
-                async for path, result in answers.embed(_until(paths, seconds), normalize=False):
+                async for path, result in inference.embed(_until(paths, seconds), normalize=False):
                     if not isinstance(result, Embedding):
                         raise result
-                    table.check(Made.of(result, None, normalize=False))
+                    table.check(Provenance.of(result, None, normalize=False))
                     count += 1
-                    table.add(Source(f"{path}#{count}", *Source.of(path)[1:]), result)
+                    table.add(FileState(f"{path}#{count}", *FileState.of(path)[1:]), result)
                 table.finish()
             return count / (perf_counter() - start)
 

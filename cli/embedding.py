@@ -1,5 +1,6 @@
 """`pvt-serve embed`."""
 
+import asyncio
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,122 +13,123 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from cli import options
-from cli.answering import answering
-from cli.asked import Asked
-from cli.blocks import Source
-from cli.files import pictures
-from cli.made import Made
-from cli.parts import GrowingTable
-from cli.terminal import SOME_BAD, print_line, reason, run, tell
-from pvt_client.answers import Embedding
+from cli.connection import connect
+from cli.growing_table import GrowingTable
+from cli.rows import FileState, Provenance
+from cli.target import Target
+from cli.terminal import SOME_FAILED, print_line, print_note, reason
+from pvt_client import Embedding
 
 Step = Callable[[], None]
 
-_LISTED = 1000  # bad files whose reasons are kept
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(rich_help_panel="Pictures")(embed)
+_LISTED = 1000  # failed files whose reasons are kept
 
 
 @dataclass
 class _Tally:
-    """How a run went."""
+    """The outcome of a run so far."""
 
     embedded: int = 0
     skipped: int = 0
-    bad: int = 0
+    failed: int = 0
     reasons: list[tuple[str, str]] = field(default_factory=list)
 
-    def refuse(self, path: Path, why: str) -> None:
-        """Take note of a bad file."""
-        self.bad += 1
+    def fail(self, path: Path, message: str) -> None:
+        """Count a file that has no embedding."""
+        self.failed += 1
         if len(self.reasons) < _LISTED:
-            self.reasons.append((ascii(str(path))[1:-1], why))
+            self.reasons.append((ascii(str(path))[1:-1], message))
 
 
 def embed(
-    files: options.Pictures,
+    files: options.Images,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="A .parquet or .npz file to write.")],
     model: options.Model = None,
     size: options.Size = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale each embedding to length 1.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what is in the file, and begin anew.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what is in the file, and begin anew.")] = False,
     group: Annotated[
-        int, typer.Option("--group", metavar="ROWS", min=1, help="Pictures written at a time: what a crash may cost.")
+        int, typer.Option("--group", metavar="ROWS", min=1, help="Images written at a time: what a crash may cost.")
     ] = 500,
     as_json: Annotated[bool, typer.Option("--json", help="Write the summary as JSON.")] = False,
     url: options.Url = None,
     api_key: options.ApiKey = None,
     concurrency: options.Concurrency = 8,
 ) -> None:
-    """Write the embeddings of pictures into one file.
+    """Write the embeddings of images into one file.
 
-    A row for each picture: path, width, height, bytes, mtime_ns, model, version, embedding. Run again, it goes on where
-    it stopped: pictures that are in the file, and have the same size and time of change, are skipped. Those that can't
-    be read are listed at the end, and the exit code is then 3.
+    A row for each image: path, width, height, bytes, mtime_ns, model, version, embedding. Run again, it resumes: images
+    that are in the file, and have the same size and time of change, are skipped. Those that can't be read are listed at
+    the end, and the exit code is then 3.
 
     Examples: `pvt-serve embed photos -o photos.parquet`,
     `pvt-serve embed --url http://localhost:8000 --normalize photos -o photos.npz`
     """
-    asked = Asked(url=url, api_key=api_key, model=model, size=size, concurrency=concurrency)
-    paths, total = pictures(files), sum(1 for _ in pictures(files))
+    target = Target(url=url, api_key=api_key, model=model, size=size, concurrency=concurrency)
+    paths, total = options.image_files(files), sum(1 for _ in options.image_files(files))
     tally = _Tally()
     with GrowingTable(output, group, fresh=fresh) as table:
         try:
-            table.check_asked(size, normalize=normalize)
+            table.check_options(size, normalize=normalize)
             with _progress() as progress:
                 task = progress.add_task("", total=total)
-                run(_embed(asked, paths, table, tally, normalize=normalize, step=lambda: progress.advance(task)))
+                work = _embed(target, paths, table, tally, normalize=normalize, step=lambda: progress.advance(task))
+                asyncio.run(work)
             table.finish()
         except KeyboardInterrupt:
-            tell("pvt-serve: interrupted; what is done is kept, the same command goes on from there")
+            print_note("pvt-serve: interrupted; what is done is kept, and the same command resumes")
             raise
         rows = len(table)
     _report(output, tally, rows, as_json=as_json)
-    if tally.bad:
-        raise typer.Exit(SOME_BAD)
+    if tally.failed:
+        raise typer.Exit(SOME_FAILED)
 
 
 async def _embed(
-    asked: Asked, paths: Iterable[Path], table: GrowingTable, tally: _Tally, *, normalize: bool, step: Step
+    target: Target, paths: Iterable[Path], table: GrowingTable, tally: _Tally, *, normalize: bool, step: Step
 ) -> None:
-    """Put the embeddings of `paths` that are not in `table` into it; `step` is called for each of `paths`."""
-    reading: dict[Path, Source] = {}
-    todo = _todo(asked, paths, table, tally, reading, step)
+    """Add the embeddings of those `paths` that are not in `table`; calls `step` for each of `paths`."""
+    reading: dict[Path, FileState] = {}
+    todo = _todo(target, paths, table, tally, reading, step)
     first = next(todo, None)
     if first is None:
         return  # nothing to do, so no model is needed
-    async with answering(asked) as answers:
-        async for path, result in answers.embed(chain([first], todo), normalize=normalize):
-            source = reading.pop(path)
-            if isinstance(result, Embedding):
-                table.check(Made.of(result, asked.size, normalize=normalize))
-                tally.skipped += source in table
-                tally.embedded += source not in table
-                if source not in table:
-                    table.add(source, result)
+    async with connect(target) as inference:
+        async for path, result in inference.embed(chain([first], todo), normalize=normalize):
+            file = reading.pop(path)
+            if not isinstance(result, Embedding):
+                tally.fail(path, reason(result))
             else:
-                tally.refuse(path, reason(result))
+                table.check(Provenance.of(result, target.size, normalize=normalize))
+                if file in table:
+                    tally.skipped += 1
+                else:
+                    tally.embedded += 1
+                    table.add(file, result)
             step()
 
 
 def _todo(
-    asked: Asked, paths: Iterable[Path], table: GrowingTable, tally: _Tally, reading: dict[Path, Source], step: Step
+    target: Target,
+    paths: Iterable[Path],
+    table: GrowingTable,
+    tally: _Tally,
+    reading: dict[Path, FileState],
+    step: Step,
 ) -> Iterator[Path]:
-    """Those of `paths` that are to be embedded; `reading` takes what they are like now."""
-    probing = len(table) > 0 and not table.is_of(asked.model)  # then the first tells, even if it is there
+    """The `paths` to embed; puts the present state of each into `reading`."""
+    # Where the name leaves open whether the table is of that model, the first image shows it, even if it has a row.
+    probing = len(table) > 0 and not table.is_of(target.model)
     for path in paths:
         try:
             str(path).encode()  # a column of text takes no other names
-            source = Source.of(path)
+            file = FileState.of(path)
         except (OSError, UnicodeEncodeError) as error:
-            tally.refuse(path, error.strerror or str(error) if isinstance(error, OSError) else "its name is not UTF-8")
+            tally.fail(path, error.strerror or str(error) if isinstance(error, OSError) else "its name is not UTF-8")
         else:
-            if (source not in table or probing) and path not in reading:
+            if (file not in table or probing) and path not in reading:
                 probing = False
-                reading[path] = source
+                reading[path] = file
                 yield path
                 continue
             tally.skipped += 1
@@ -136,21 +138,21 @@ def _todo(
 
 def _report(output: Path, tally: _Tally, rows: int, *, as_json: bool) -> None:
     if as_json:
-        bad = [{"file": path, "error": why} for path, why in tally.reasons]
-        counts = {"embedded": tally.embedded, "skipped": tally.skipped, "bad": tally.bad}
-        print_line(json.dumps({"output": str(output), "rows": rows, **counts, "errors": bad}))
+        errors = [{"file": path, "error": message} for path, message in tally.reasons]
+        counts = {"embedded": tally.embedded, "skipped": tally.skipped, "bad": tally.failed}
+        print_line(json.dumps({"output": str(output), "rows": rows, **counts, "errors": errors}))
         return
-    if tally.bad:
-        tell(f"{tally.bad} could not be embedded:")
-        for path, why in tally.reasons:
-            tell(f"  {path}: {why}")
-        if tally.bad > len(tally.reasons):
-            tell(f"  and {tally.bad - len(tally.reasons)} more")
-    print_line(f"{output}: {rows} rows, {tally.embedded} of them new, {tally.skipped} skipped, {tally.bad} bad")
+    if tally.failed:
+        print_note(f"{tally.failed} could not be embedded:")
+        for path, message in tally.reasons:
+            print_note(f"  {path}: {message}")
+        if tally.failed > len(tally.reasons):
+            print_note(f"  and {tally.failed - len(tally.reasons)} more")
+    print_line(f"{output}: {rows} rows, {tally.embedded} of them new, {tally.skipped} skipped, {tally.failed} bad")
 
 
 def _progress() -> Progress:
-    """On a terminal a bar with what is left; else nothing."""
+    """A bar with the time that is left, on a terminal only."""
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal)

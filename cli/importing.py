@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 import typer
 from pydantic import ValidationError
 
-from cli.stores import StoreOption, store_folder, warnings_aside
-from cli.terminal import USAGE, CommandError, print_line
+from cli import options
+from cli.terminal import USAGE, CommandError, logs_on_stderr, print_line
 from service.acquisition.labels import IMAGENET
 from service.architecture.variants import VARIANTS
 from service.invalid import reasons
@@ -16,11 +16,6 @@ from service.store.cards import Preprocessing
 _DEFAULT = Preprocessing(height=224, width=224, crop=0.9)
 _Triple = tuple[float, float, float]
 Interpolation = Literal["bicubic", "bilinear"]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("import", rich_help_panel="Models")(import_checkpoint)
 
 
 def import_checkpoint(
@@ -39,7 +34,7 @@ def import_checkpoint(
     crop: Annotated[
         float, typer.Option(help="Share of the shorter side that the centre crop keeps; 1 keeps all.")
     ] = _DEFAULT.crop,
-    interpolation: Annotated[Interpolation, typer.Option(help="How pictures are resized.")] = "bicubic",
+    interpolation: Annotated[Interpolation, typer.Option(help="How images are resized.")] = "bicubic",
     mean: Annotated[
         _Triple, typer.Option(metavar="R G B", help="Mean of each channel in training, of pixels scaled to 0..1.")
     ] = _DEFAULT.mean,
@@ -49,7 +44,7 @@ def import_checkpoint(
         str | None, typer.Option(help="Where it comes from, for the card; FILE's name by default.")
     ] = None,
     version: Annotated[str | None, typer.Option(metavar="N", help="Its number; the next free one by default.")] = None,
-    store: StoreOption = None,
+    store: options.Store = None,
 ) -> None:
     """Put a checkpoint of your own into the model store.
 
@@ -59,9 +54,9 @@ def import_checkpoint(
 
     pvt-serve import best.pth --variant b2 --tag birds --labels birds.txt
     """
-    from service.acquisition.importing import Import, import_model  # noqa: PLC0415  with it comes torch, which --help does not need
+    from service.acquisition.importing import Import, import_model  # noqa: PLC0415  imports torch, which --help does not need
 
-    asked = Import(
+    requested = Import(
         file=file,
         variant=variant,
         tag=tag,
@@ -71,8 +66,9 @@ def import_checkpoint(
         source=source,
         version=version,
     )
-    with warnings_aside():
-        stored = import_model(store_folder(store), asked)
+    root = options.store_folder(store, write=True)
+    with logs_on_stderr():
+        stored = import_model(root, requested)
     card = stored.require_card()
     print_line(
         f"{stored.key}: {len(card.labels)} classes, {card.parameters:,} parameters, "

@@ -1,30 +1,38 @@
 """The command line, put together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from cli import (
-    aliases,
-    benching,
-    embedding,
-    explaining,
-    importing,
-    listing,
-    predicting,
-    pulling,
-    remote,
-    serving,
-    store,
-)
+from cli.embedding import embed
+from cli.importing import import_checkpoint
+from cli.inference import explain, predict
+from cli.pulling import pull
+from cli.server import bench, serve
+from cli.store import alias, index, ls, models, rm, verify
 from cli.terminal import print_line, short_errors
 
-HELP = """Pyramid Vision Transformer v2 image models: serve them over HTTP, or use them from here.
+HELP = """Pyramid Vision Transformer v2 image models: serve them over HTTP, or use them from the command line.
 
 Settings are the environment variables PVT_* of the README; every command obeys them.
 """
+# The panels of the help, and their commands in the order of the help.
+_COMMANDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "Images": {"predict": predict, "embed": embed, "explain": explain},
+    "Models": {
+        "models": models,
+        "pull": pull,
+        "import": import_checkpoint,
+        "ls": ls,
+        "verify": verify,
+        "rm": rm,
+        "alias": alias,
+        "index": index,
+    },
+    "Server": {"serve": serve, "bench": bench},
+}
 
 
 def create_app() -> typer.Typer:
@@ -33,20 +41,9 @@ def create_app() -> typer.Typer:
         name="pvt-serve", help=HELP, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
     )
     app.callback()(_options)
-    for module in (
-        predicting,
-        embedding,
-        explaining,
-        listing,
-        pulling,
-        importing,
-        store,
-        aliases,
-        remote,
-        serving,
-        benching,
-    ):
-        module.register(app)
+    for panel, commands in _COMMANDS.items():
+        for name, command in commands.items():
+            app.command(name, rich_help_panel=panel)(command)
     return app
 
 
@@ -56,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         create_app()(arguments, prog_name="pvt-serve")
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         print_line(f"pvt-serve {version('pvt-serve')}")
         raise typer.Exit
 

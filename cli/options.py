@@ -1,18 +1,26 @@
-"""The options that several commands have, named once."""
+"""Arguments and options that several commands share, and what they name: images, settings, the model store."""
 
+import os
+from collections.abc import Iterator, Sequence
+from glob import has_magic, iglob  # pathlib's own takes no absolute patterns
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from app import start
+from app.settings import Settings
+from cli.terminal import USAGE, CommandError, print_note
+
 Url = Annotated[
     str | None,
     typer.Option(
-        envvar="PVTSERVE_URL", metavar="URL", help="Ask the service there; without it the model runs in this process."
+        envvar="PVTSERVE_URL", metavar="URL", help="Use the service there; without it the model runs in this process."
     ),
 ]
 ApiKey = Annotated[
     str | None,
-    typer.Option(envvar="PVTSERVE_API_KEY", metavar="KEY", help="Key for --url, if the service asks for one."),
+    typer.Option(envvar="PVTSERVE_API_KEY", metavar="KEY", help="Key for --url, if the service requires one."),
 ]
 Model = Annotated[
     str | None,
@@ -27,6 +35,86 @@ Size = Annotated[
 ]
 Concurrency = Annotated[int, typer.Option(metavar="N", min=1, max=1024, help="Requests at the same time, with --url.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")]
-Pictures = Annotated[
-    list[str], typer.Argument(metavar="FILES|DIR|GLOB...", help="Pictures, folders of pictures, or patterns in quotes.")
+Images = Annotated[
+    list[str], typer.Argument(metavar="FILES|DIR|GLOB...", help="Images, folders of images, or patterns in quotes.")
 ]
+Store = Annotated[
+    str | None, typer.Option("--store", metavar="DIR", help="The model store; PVT_MODEL_STORE by default.")
+]
+
+SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+def read_settings() -> Settings:
+    """The settings of the environment.
+
+    Raises:
+        CommandError: one is wrong.
+    """
+    try:
+        return start.read_settings()
+    except start.StartRefused as error:
+        raise CommandError(str(error), USAGE) from error
+
+
+def store_folder(option: str | None, *, write: bool = False) -> Path:
+    """The folder that --store names, or else PVT_MODEL_STORE.
+
+    By default that may be the store of the package, which is read only. `write` then returns the user's own store, and
+    makes it first.
+
+    Raises:
+        CommandError: it is a URL.
+        StoreNotWritable: the user's own store can't be made.
+    """
+    settings = None if option else read_settings()
+    if "://" in (url := option or (settings.remote_store.url if settings and settings.remote_store else "")):
+        raise CommandError(f"{url}: this command works on a store in a folder; name one with --store", USAGE)
+    if settings is None:
+        return Path(option or "")
+    if not write:
+        return settings.store_folder
+    root, made = settings.writable_store()
+    if made:
+        print_note(f"pvt-serve: {root} is new, with a copy of the embedded model")
+    return root
+
+
+def image_files(arguments: Sequence[str]) -> Iterator[Path]:
+    """The images in their order: files as named, those of a folder sorted by name, without hidden ones.
+
+    Raises:
+        CommandError: an argument names nothing; it is raised before the first image.
+    """
+    for argument in arguments:
+        _check(argument)
+    return (path for argument in arguments for path in _expanded(argument))
+
+
+def _check(argument: str) -> None:
+    if Path(argument).is_dir():
+        if next(_images_below(argument), None) is None:
+            raise CommandError(f"{argument}: no images in this folder ({' '.join(sorted(SUFFIXES))})", USAGE)
+    elif not Path(argument).exists() and not _matches(argument):
+        raise CommandError(f"{argument}: no such file", USAGE)
+
+
+def _matches(argument: str) -> bool:
+    return has_magic(argument) and next(iglob(argument, recursive=True), None) is not None  # noqa: PTH207
+
+
+def _expanded(argument: str) -> Iterator[Path]:
+    if Path(argument).is_dir():
+        yield from _images_below(argument)
+    elif Path(argument).exists() or not has_magic(argument):
+        yield Path(argument)
+    else:
+        yield from (Path(each) for each in sorted(iglob(argument, recursive=True)) if Path(each).is_file())  # noqa: PTH207
+
+
+def _images_below(folder: str) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+                yield Path(parent, name)

@@ -7,18 +7,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from cli.stores import StoreOption, settings, store_folder, warnings_aside
-from cli.terminal import FAILED, SOME_BAD, USAGE, CommandError, print_line, reason, tell
+from cli import options
+from cli.terminal import FAILED, SOME_FAILED, USAGE, CommandError, logs_on_stderr, print_line, print_note, reason
 from service.acquisition.catalogue import CATALOGUE, DEFAULT_SOURCE, Published, SourceName, published
 from service.errors import ServiceError
 
 if TYPE_CHECKING:
     from service.acquisition.pulling import Pulled, PullOptions
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(rich_help_panel="Models")(pull)
 
 
 def pull(
@@ -28,7 +23,7 @@ def pull(
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Pull all seven, about 1 GB.")] = False,
     source: Annotated[SourceName, typer.Option(help="Whose copy of the public weights to fetch.")] = DEFAULT_SOURCE,
-    store: StoreOption = None,
+    store: options.Store = None,
     mirror: Annotated[
         str | None,
         typer.Option(metavar="URL", help="In place of https://huggingface.co and https://github.com; PVT_MIRROR."),
@@ -43,26 +38,26 @@ def pull(
     """
     if every == bool(models):
         raise CommandError("name the models to pull, such as 'pvt-serve pull b2', or give --all", USAGE)
-    wanted = list(CATALOGUE.values()) if every else [published(name) for name in models or ()]
-    from service.acquisition.pulling import PullOptions  # noqa: PLC0415  with it comes torch, which --help does not need
+    requested = list(CATALOGUE.values()) if every else [published(name) for name in models or ()]
+    from service.acquisition.pulling import PullOptions  # noqa: PLC0415  imports torch, which --help does not need
 
-    options = PullOptions(source=source, mirror=mirror or settings().mirror or None)
-    root, failed = store_folder(store), 0
-    with warnings_aside():
-        for model in dict.fromkeys(each.variant for each in wanted):
+    pull_options = PullOptions(source=source, mirror=mirror or options.read_settings().mirror or None)
+    root, failed = options.store_folder(store, write=True), 0
+    with logs_on_stderr():
+        for model in dict.fromkeys(each.variant for each in requested):
             try:
-                print_line(_told(_pulled(root, CATALOGUE[model], options, again=again), options))
+                print_line(_described(_pulled(root, CATALOGUE[model], pull_options, again=again), pull_options))
             except ServiceError as error:
-                if len(wanted) == 1:
+                if len(requested) == 1:
                     raise
                 failed += 1
-                tell(f"pvt-serve: {model}: {reason(error)}")
+                print_note(f"pvt-serve: {model}: {reason(error)}")
     if failed:
-        raise typer.Exit(FAILED if failed == len(wanted) else SOME_BAD)
+        raise typer.Exit(FAILED if failed == len(requested) else SOME_FAILED)
 
 
 def _pulled(root: Path, model: Published, options: "PullOptions", *, again: bool) -> "Pulled":
-    from service.acquisition.pulling import pull as pull_model  # noqa: PLC0415  with it comes torch, which --help does not need
+    from service.acquisition.pulling import pull as pull_model  # noqa: PLC0415  imports torch, which --help does not need
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
@@ -79,7 +74,7 @@ def _pulled(root: Path, model: Published, options: "PullOptions", *, again: bool
         )
 
 
-def _told(pulled: "Pulled", options: "PullOptions") -> str:
+def _described(pulled: "Pulled", options: "PullOptions") -> str:
     key, card = pulled.stored.key, pulled.stored.require_card()
     if not pulled.fresh:
         return f"{key} is in the store already; --again fetches it as a new version"

@@ -1,30 +1,58 @@
-"""`pvt-serve ls`, `pvt-serve verify` and `pvt-serve rm`."""
+"""The commands of the model store: `pvt-serve models`, `ls`, `verify`, `rm`, `alias` and `index`."""
 
+import asyncio
 import json
-import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from cli import options
-from cli.stores import StoreOption, store_folder
-from cli.terminal import FAILED, print_line, tell
+from cli.connection import connect
+from cli.options import read_settings, store_folder
+from cli.target import Target
+from cli.terminal import FAILED, USAGE, CommandError, print_line, print_note, print_table, thousands
 from service.acquisition.catalogue import CATALOGUE
 from service.acquisition.removal import removable, remove
+from service.errors import ModelNotFound, WeightsUnavailable
+from service.store.index import INDEX_FILE, write_index
+from service.store.remote import open_store
 from service.store.store import Store
 from service.store.stored import StoredModel
 
-_WIDE = 250  # characters, where nobody has to look at it
+_MODEL_COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "model": lambda model: model["id"] + (" (default)" if model["default"] else ""),
+    "version": lambda model: model["version"],
+    "state": lambda model: model["state"],
+    "classes": lambda model: thousands(model.get("num_classes")),
+    "input": lambda model: "x".join(map(str, model.get("input_size", ()))),
+    "parameters": lambda model: thousands(model.get("parameters")),
+    "runs on": lambda model: " ".join(filter(None, (model.get("backend"), model.get("precision")))),
+    "reason": lambda model: model.get("reason", ""),
+}
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    for command in (ls, verify, rm):
-        app.command(rich_help_panel="Models")(command)
+def models(as_json: options.Json = False, url: options.Url = None, api_key: options.ApiKey = None) -> None:
+    """List the models of the store, or of a service.
+
+    Only a service can say which models are in memory and how they run: give --url. The table leaves out models that
+    could be pulled; `pvt-serve ls --all` has them.
+    """
+    found = asyncio.run(_models(Target(url=url, api_key=api_key)))
+    if as_json:
+        print_line(json.dumps({"models": found}, indent=2))
+        return
+    local = [model for model in found if model["state"] != "remote"]
+    columns = {name: [cell(model) for model in local] for name, cell in _MODEL_COLUMNS.items()}
+    shown = {name: cells for name, cells in columns.items() if any(cells) or name == "model"}
+    print_table(list(shown), zip(*shown.values(), strict=True))
+
+
+async def _models(target: Target) -> list[dict[str, Any]]:
+    async with connect(target) as inference:
+        return await inference.models()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +72,28 @@ class _Row:
     reason: str = ""
 
 
+_VERSION_COLUMNS: Mapping[str, Callable[[_Row], str]] = {
+    "model": lambda row: row.model,
+    "version": lambda row: row.version,
+    "state": lambda row: row.state,
+    "classes": lambda row: thousands(row.classes),
+    "input": lambda row: "x".join(map(str, row.input_size or ())),
+    "parameters": lambda row: thousands(row.parameters),
+    "MB": lambda row: "" if row.bytes is None else f"{row.bytes / 1e6:.1f}",
+    "top-1": lambda row: "" if row.top1 is None else f"{row.top1:.1%}",
+    "aliases": lambda row: ", ".join(row.aliases),
+    "from": lambda row: row.reason or row.source,
+}
+
+
 def ls(
-    store: StoreOption = None,
+    store: options.Store = None,
     every: Annotated[bool, typer.Option("--all", help="Also the public models that 'pvt-serve pull' fetches.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """List what is in the model store: every version of every model.
 
-    What has state `failed` can't be loaded; the reason is given. `pvt-serve verify` looks into the weights, too.
+    A version with the state `failed` can't be loaded; the reason is given. `pvt-serve verify` checks the weights, too.
     """
     contents = Store(store_folder(store)).contents()
     rows = [
@@ -68,49 +110,7 @@ def ls(
     if as_json:
         print_line(json.dumps({"models": [asdict(row) for row in rows]}, indent=2))
     else:
-        _print_table(rows)
-
-
-def verify(store: StoreOption = None, as_json: options.Json = False) -> None:
-    """Check every model of the store: digest, tensors, finite weights, and its reference outputs computed anew.
-
-    Exits with 1 if anything is not as it should be.
-    """
-    bad, verdicts = 0, []
-    from service.acquisition.verification import verify as verify_store  # noqa: PLC0415  with it comes torch, which --help does not need
-
-    for verdict in verify_store(store_folder(store)):
-        bad += verdict.failure is not None
-        verdicts.append(asdict(verdict))
-        if not as_json:
-            print_line(
-                f"{'BAD' if verdict.failure else 'ok':3}  {verdict.name}  {verdict.failure or verdict.note}".rstrip()
-            )
-    if as_json:
-        print_line(json.dumps({"verdicts": verdicts}, indent=2))
-    if bad:
-        tell(f"pvt-serve: {bad} of {len(verdicts)} are not as they should be")
-        raise typer.Exit(FAILED)
-
-
-def rm(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="VARIANT.TAG for all its versions, VARIANT.TAG@VERSION for one.")
-    ],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    store: StoreOption = None,
-) -> None:
-    """Remove a model from the store, or one version of it.
-
-    What an alias stands for is not removed.
-    """
-    root = store_folder(store)
-    found = removable(root, model)
-    names = ", ".join(each.key if each.version else each.id for each in found)
-    if not yes:
-        typer.confirm(f"Remove {names} from {root}?", abort=True, err=True)
-    remove(root, found)
-    print_line(f"removed {names}")
+        print_table(list(_VERSION_COLUMNS), ([cell(row) for cell in _VERSION_COLUMNS.values()] for row in rows))
 
 
 def _row(stored: StoredModel, aliases: tuple[str, ...]) -> _Row:
@@ -131,25 +131,111 @@ def _row(stored: StoredModel, aliases: tuple[str, ...]) -> _Row:
     )
 
 
-def _print_table(rows: list[_Row]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("model", "version", "state", "classes", "input", "parameters", "MB", "top-1", "aliases", "from"):
-        table.add_column(name, justify="right" if name in {"classes", "parameters", "MB", "top-1"} else "left")
-    for row in rows:
-        table.add_row(
-            row.model,
-            row.version,
-            row.state,
-            _shown(row.classes),
-            "x".join(map(str, row.input_size or ())),
-            _shown(row.parameters),
-            "" if row.bytes is None else f"{row.bytes / 1e6:.1f}",
-            "" if row.top1 is None else f"{row.top1:.1%}",
-            ", ".join(row.aliases),
-            row.reason or row.source,
-        )
-    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+def verify(store: options.Store = None, as_json: options.Json = False) -> None:
+    """Check every model of the store: digest, tensors, finite weights, and that it gives its reference logits.
+
+    Exits with 1 if anything is wrong.
+    """
+    from service.acquisition.verification import verify as verify_store  # noqa: PLC0415  imports torch, which --help does not need
+
+    verdicts = []
+    for verdict in verify_store(store_folder(store)):
+        verdicts.append(verdict)
+        if not as_json:
+            state = "BAD" if verdict.failure else "ok"
+            print_line(f"{state:3}  {verdict.name}  {verdict.failure or verdict.note}".rstrip())
+    if as_json:
+        print_line(json.dumps({"verdicts": [asdict(verdict) for verdict in verdicts]}, indent=2))
+    if bad := sum(verdict.failure is not None for verdict in verdicts):
+        print_note(f"pvt-serve: {bad} of {len(verdicts)} are not as they should be")
+        raise typer.Exit(FAILED)
 
 
-def _shown(number: int | None) -> str:
-    return "" if number is None else f"{number:,}"
+def rm(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="VARIANT.TAG for all its versions, VARIANT.TAG@VERSION for one.")
+    ],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    store: options.Store = None,
+) -> None:
+    """Remove a model from the store, or one version of it.
+
+    A model that an alias stands for is not removed.
+    """
+    root = store_folder(store)
+    found = removable(root, model)
+    names = ", ".join(each.key if each.version else each.id for each in found)
+    if not yes:
+        typer.confirm(f"Remove {names} from {root}?", abort=True, err=True)
+    remove(root, found)
+    print_line(f"removed {names}")
+
+
+def alias(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The alias, such as production.")] = None,
+    target: Annotated[str | None, typer.Argument(metavar="TARGET", help="VARIANT.TAG or VARIANT.TAG@VERSION.")] = None,
+    *,
+    remove: Annotated[bool, typer.Option("--rm", help="Remove the alias NAME.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write all aliases as JSON, after the change.")] = False,
+) -> None:
+    """Show the aliases of the model store, or let NAME stand for TARGET.
+
+    An alias of a model without a version stands for its newest good version. A service that uses the alias loads the
+    new model beside the old one, and switches when it is ready.
+    """
+    if remove and (name is None or target is not None):
+        raise CommandError("--rm takes a NAME and no TARGET", USAGE)
+    settings = read_settings()
+    changes = remove or target is not None
+    folder = store_folder(None, write=True) if changes and not settings.remote_store else settings.store_folder
+    store = open_store(folder, settings.remote_store)
+    before = store.aliases()
+    if name is not None and target is not None:
+        store.set_alias(name, target)
+        message = f"{name} -> {target}" + (f" (was {before[name]})" if name in before else "")
+    elif remove and name is not None:
+        store.remove_alias(name)
+        message = f"{name} is removed (was {before[name]})"
+    elif name is not None and name not in before:
+        raise ModelNotFound(f"no alias {name!r}; 'pvt-serve alias' lists the aliases")
+    else:
+        message = before[name] if name is not None else _alias_lines(store)
+    print_line(json.dumps(dict(store.aliases()), indent=2) if as_json else message)
+
+
+def _alias_lines(store: Store) -> str:
+    """A line for each alias, with the reason where it stands for nothing that can be loaded."""
+    rows = []
+    for name, target in store.aliases().items():
+        try:
+            found = store.find(name)
+            note = f"({found.key})" if found.key != target else ""
+            note = f"failed: {found.failure}" if found.failure else note
+        except ModelNotFound as error:
+            note = str(error)
+        rows.append((name, target, note))
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+    lines = (f"{name:{widths[0]}}  {target:{widths[1]}}  {note}".rstrip() for name, target, note in rows)
+    return "\n".join(lines) or "no aliases"
+
+
+def index(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="The store to list.  [PVT_MODEL_STORE]", show_default=False)
+    ] = None,
+) -> None:
+    """Write index.json into a model store, for web servers that do not list their folders.
+
+    Write it anew after each change of the store, before or after copying the store to the web server.
+    """
+    if folder is None and read_settings().remote_store:
+        raise CommandError("PVT_MODEL_STORE is a URL; name the FOLDER that is served there", USAGE)
+    root = folder or store_folder(None)
+    try:
+        written = write_index(root)
+    except WeightsUnavailable as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        raise CommandError(f"{root / INDEX_FILE} can't be written: {error.strerror or error}") from error
+    total = sum(file.bytes for file in written.files)
+    print_line(f"{root / INDEX_FILE}: {len(written.files)} files, {total / 1e6:.1f} MB")

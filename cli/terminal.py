@@ -1,38 +1,36 @@
-"""What the command line says: results on standard output, everything else on standard error, errors in one line."""
+"""The terminal: results on standard output, everything else on standard error, errors in one line."""
 
-import asyncio
+import logging
 import os
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
 
+import structlog
 import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from pvt_client import PvtError
 from service.errors import ServiceError
 
-T = TypeVar("T")
-
-FAILED, USAGE, SOME_BAD = 1, 2, 3
-"""Exit codes beside 0: nothing was done, the command was used wrongly, done but for what is listed."""
+FAILED, USAGE, SOME_FAILED = 1, 2, 3
+"""Exit codes beside 0: nothing was done, the command was used wrongly, done but for the failures that are listed."""
+_WIDE = 250  # characters of a table that is not written to a terminal
+_NUMBERS = {"classes", "parameters", "MB", "top-1"}  # columns that are aligned to the right
 
 
 class CommandError(Exception):
-    """Why a command can't do what was asked, in one line; `exit_code` is what the process ends with."""
+    """Why a command fails, in one line; `exit_code` is that of the process."""
 
     def __init__(self, message: str, exit_code: int = FAILED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-def run(work: Coroutine[None, None, T]) -> T:
-    """The result of `work`, on an event loop of its own."""
-    return asyncio.run(work)
-
-
 def reason(error: Exception) -> str:
-    """What `error` says, in one line."""
+    """The message of `error`, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -41,34 +39,63 @@ def print_line(text: str) -> None:
     typer.echo(_printable(text))
 
 
-def tell(text: str) -> None:
-    """A line about how it goes, on standard error."""
+def print_note(text: str) -> None:
+    """A line beside the result, on standard error."""
     typer.echo(_printable(text), err=True)
 
 
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """`rows` below the names of `columns`, on standard output."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+
+
+def thousands(number: int | None) -> str:
+    """`number` with separators; nothing for None."""
+    return "" if number is None else f"{number:,}"
+
+
 def _printable(text: str) -> str:
-    """File names need not be UTF-8; what is not is shown escaped."""
+    """File names need not be UTF-8; other bytes are shown escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager
+def logs_on_stderr(level: int = logging.WARNING) -> Iterator[None]:
+    """While the block runs, the service logs to standard error, from `level` on."""
+    before = structlog.get_config()
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    try:
+        yield
+    finally:
+        structlog.configure(**before)
+
+
+@contextmanager
 def short_errors() -> Iterator[None]:
-    """Ends the process with one line instead of a traceback for each error that was foreseen."""
+    """Ends the process with one line, and no traceback, for each expected error."""
     try:
         yield
     except CommandError as error:
-        tell(f"pvt-serve: {error}")
+        print_note(f"pvt-serve: {error}")
         sys.exit(error.exit_code)
     except (PvtError, ServiceError) as error:
-        tell(f"pvt-serve: {reason(error)}")
+        print_note(f"pvt-serve: {reason(error)}")
         sys.exit(FAILED)
     except BrokenPipeError:  # `pvt-serve ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except OSError as error:
-        told = f"{error.filename}: {error.strerror}" if error.filename else reason(error)
-        tell(f"pvt-serve: {told}")
+        message = f"{error.filename}: {error.strerror}" if error.filename else reason(error)
+        print_note(f"pvt-serve: {message}")
         sys.exit(FAILED)
     except KeyboardInterrupt:
-        tell("pvt-serve: interrupted")
+        print_note("pvt-serve: interrupted")
         sys.exit(130)

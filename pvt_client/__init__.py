@@ -1,13 +1,11 @@
-"""A typed client of pvt-serve, on httpx and numpy alone.
+"""A typed client of pvt-serve that needs httpx and numpy only.
 
 >>> from pvt_client import Client
 >>> with Client("http://127.0.0.1:8000") as client:
 ...     client.predict("seven.png").best.label
 """
 
-from pvt_client.answers import ClassScore, Explanation, Features, Health, Model, Prediction
-from pvt_client.asynchronous import AsyncClient
-from pvt_client.client import Client
+from pvt_client.client import AsyncClient, Client
 from pvt_client.errors import (
     ConnectionFailed,
     ConnectionLost,
@@ -27,11 +25,12 @@ from pvt_client.errors import (
     ServiceFailed,
     TimedOut,
     Unauthorized,
-    UnexpectedAnswer,
+    UnexpectedResponse,
     UnsupportedMediaType,
 )
+from pvt_client.exchange import Retries
 from pvt_client.images import Image
-from pvt_client.retries import Retries
+from pvt_client.results import ClassScore, Embedding, Explanation, Features, Health, Model, Prediction
 
 __all__ = [
     "AsyncClient",
@@ -40,6 +39,7 @@ __all__ = [
     "ConnectionFailed",
     "ConnectionLost",
     "DeadlineExceeded",
+    "Embedding",
     "Explanation",
     "Features",
     "Forbidden",
@@ -62,6 +62,6 @@ __all__ = [
     "ServiceFailed",
     "TimedOut",
     "Unauthorized",
-    "UnexpectedAnswer",
+    "UnexpectedResponse",
     "UnsupportedMediaType",
 ]

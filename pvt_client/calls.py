@@ -1,38 +1,85 @@
-"""Requests as data: what is sent, and what its answer means. Nothing here does I/O."""
+"""Requests as data: what is sent, and what its response means. Nothing here talks to the network.
 
+Each function here is a method of `Client` and `AsyncClient`, which send the call that it returns.
+"""
+
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Generic, ParamSpec, TypeVar, Unpack
+from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import quote
 
 import numpy as np
 
-from pvt_client import answers, tensors
-from pvt_client.answers import Answer, Embedding, Explanation, Features, Health, Model, Prediction
-from pvt_client.errors import ImageTooLarge, InvalidImage, Problem, PvtError, UnexpectedAnswer
+from pvt_client import results
+from pvt_client.errors import ImageTooLarge, InvalidImage, Problem, PvtError
 from pvt_client.images import AnyImage, Image, Images, Upload, upload
-from pvt_client.options import ExplainOptions, FeaturesOptions, MapOptions, PredictOptions
+from pvt_client.results import Embedding, Explanation, Features, Health, Model, Prediction, Response
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-P = ParamSpec("P")
 
 _UNHEALTHY = 503
 _FIELD = "image"
 _BINARY = "application/octet-stream"
 
 
+class _Common(TypedDict, total=False):
+    """Options of every call that sends images; the service decides on those left out."""
+
+    model: str | None
+    """`<variant>.<tag>`, a variant alone, or an alias; the service's default model if left out."""
+    size: int | tuple[int, int] | str | None
+    """Side of the square model input in pixels, or its height and width (also as `"256x384"`); multiples of 32. The
+    model's own if left out."""
+
+
+class PredictOptions(_Common, total=False):
+    """Options of `predict`."""
+
+    top_k: int
+    """How many classes to return, best first; 5 if left out."""
+
+
+class FeaturesOptions(_Common, total=False):
+    """Options of `features`."""
+
+    stages: Sequence[int]
+    """The stages of the pyramid to return, 1 to 4; none if left out."""
+    pool: Literal["avg", "none"]
+    """Whether stages are returned as means over their maps."""
+    normalize: bool
+    """Whether vectors are scaled to length 1."""
+    dtype: Literal["float32", "float16"]
+    """The type of the arrays."""
+
+
+class MapOptions(_Common, total=False):
+    """Options of `explain_map`."""
+
+    class_id: int | None
+    """The class to explain; the best one if left out."""
+
+
+class ExplainOptions(MapOptions, total=False):
+    """Options of `explain`."""
+
+    alpha: float | None
+    """How opaque the map lies on the image, 0 to 1."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call(Generic[T_co]):
-    """A request without its server, and how its answer is read.
+    """A request without its server, and how its response is read.
 
-    `accepted`: statuses that are answers, beside 200. `recover` makes an answer of a problem, or None of it.
+    `accepted`: statuses that `read` takes, beside those below 400. `recover` turns a problem into a result, or into
+    None where it is an error.
     """
 
     method: str
     path: str
-    read: Callable[[Answer], T_co]
+    read: Callable[[Response], T_co]
+    """Raises LookupError, TypeError or ValueError when the response is not of the form it expects."""
     parameters: Mapping[str, str] = field(default_factory=dict)
     accept: str = "application/json"
     uploads: Sequence[Upload] = ()
@@ -42,160 +89,138 @@ class Call(Generic[T_co]):
     recover: Callable[[Problem], T_co | None] = lambda _: None
 
     def content(self) -> tuple[bytes | None, list[tuple[str, tuple[str, bytes, str]]]]:
-        """The raw body, or the form's files; of a single picture the bytes are the body."""
+        """The raw body, or the files of the form; a single image is the body."""
         if len(self.uploads) == 1:
             return self.uploads[0].data, []
         names = (each.filename or str(number) for number, each in enumerate(self.uploads))
         return None, [(_FIELD, (name, each.data, _BINARY)) for name, each in zip(names, self.uploads, strict=True)]
 
     def headers(self) -> dict[str, str]:
-        """What depends on the call."""
+        """The headers that depend on the call."""
         typed = {"Content-Type": _BINARY} if len(self.uploads) == 1 else {}
         return {"Accept": self.accept, **typed}
 
 
-def _understood(read: Callable[P, T]) -> Callable[P, T]:
-    """An answer that lacks what it must have becomes an error of ours."""
-
-    @wraps(read)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return read(*args, **kwargs)
-        except (LookupError, TypeError, ValueError) as error:
-            raise UnexpectedAnswer(f"an answer that this client does not understand: {error!r}") from error
-
-    return checked
+@overload
+def predict(image: Images[AnyImage], **options: Unpack[PredictOptions]) -> Call[list[Prediction | PvtError]]: ...
 
 
-def predict(image: Image, **options: Unpack[PredictOptions]) -> Call[Prediction]:
-    """`POST /predict` with one picture, whose problem is the answer."""
-    uploads = [upload(image)]
+@overload
+def predict(image: Image, **options: Unpack[PredictOptions]) -> Call[Prediction]: ...
 
-    def read(answer: Answer) -> Prediction:
-        (result,) = _predictions(answer, uploads)
+
+def predict(
+    image: Image | Images[AnyImage], **options: Unpack[PredictOptions]
+) -> Call[Prediction] | Call[list[Prediction | PvtError]]:
+    """The best classes of an image; of each image of a list in one request, where a bad one becomes its error."""
+    uploads = _uploads(image)
+
+    def read_all(response: Response) -> list[Prediction | PvtError]:
+        body = json.loads(response.body)
+        pairs = zip(body["results"], uploads, strict=True)
+        return [results.read_prediction(each, sent.filename, body["model"], body["version"]) for each, sent in pairs]
+
+    def read_one(response: Response) -> Prediction:
+        (result,) = read_all(response)
         if isinstance(result, PvtError):
             raise result
         return result
 
-    return _post("/predict", uploads, read, options)
+    if isinstance(image, list | tuple):
+        return _post("/predict", uploads, read_all, options, recover=_in_place)
+    return _post("/predict", uploads, read_one, options)
 
 
-def predict_each(images: Sequence[Image], **options: Unpack[PredictOptions]) -> Call[list[Prediction | PvtError]]:
-    """`POST /predict` with several; a lone one's own problem takes its place, as it does among several."""
-    uploads = [upload(image) for image in images]
-
-    def read(answer: Answer) -> list[Prediction | PvtError]:
-        return _predictions(answer, uploads)
-
-    return _post("/predict", uploads, read, options, recover=_in_place)
-
-
-def features(images: Image | Images[AnyImage], **options: Unpack[FeaturesOptions]) -> Call[Features]:
-    """`POST /features`; the arrays of a list keep their first axis, which counts the pictures."""
-    several = isinstance(images, list | tuple)
+def features(image: Image | Images[AnyImage], **options: Unpack[FeaturesOptions]) -> Call[Features]:
+    """The embedding and the requested stages; those of a list are stacked, and one bad image fails them all."""
+    several = isinstance(image, list | tuple)
     stages = options.pop("stages", ())
 
-    @_understood
-    def read(answer: Answer) -> Features:
-        arrays, told = tensors.read(answer.body)
+    def read(response: Response) -> Features:
+        arrays, metadata = results.read_tensors(response.body)
         arrays = arrays if several else {name: array[0] for name, array in arrays.items()}
         maps = {number: arrays[f"stage{number}"] for number in stages}
-        return Features(arrays["embedding"], maps, told["model"], told["version"])
+        return Features(arrays["embedding"], maps, metadata["model"], metadata["version"])
 
-    wanted = {**options, "stages": ",".join(map(str, stages)) or None}
-    return _post("/features", _uploads(images), read, wanted, accept=tensors.MEDIA_TYPE)
+    parameters = {**options, "stages": ",".join(map(str, stages)) or None}
+    return _post("/features", _uploads(image), read, parameters, accept=results.SAFETENSORS)
 
 
 def embedding(image: Image, **options: Unpack[FeaturesOptions]) -> Call[Embedding]:
-    """`POST /features` as JSON, which tells the picture's size and the model too."""
-    uploads = [upload(image)]
+    """The embedding of an image, with the size of the image."""
 
-    @_understood
-    def read(answer: Answer) -> Embedding:
-        body = answers.read_json(answer)
+    def read(response: Response) -> Embedding:
+        body = json.loads(response.body)
         (result,) = body["results"]
         vector = np.array(result["embedding"], np.float32)
         return Embedding(result["width"], result["height"], vector, body["model"], body["version"])
 
-    return _post("/features", uploads, read, options)
+    return _post("/features", _uploads(image), read, options)
 
 
 def explain(image: Image, **options: Unpack[ExplainOptions]) -> Call[bytes]:
-    """`POST /explain`, for the overlay."""
-    return _post("/explain", [upload(image)], lambda answer: answer.body, options, accept="image/png")
+    """The exact class activation map laid over the image, as a PNG."""
+    return _post("/explain", _uploads(image), lambda response: response.body, options, accept="image/png")
 
 
 def explain_map(image: Image, **options: Unpack[MapOptions]) -> Call[Explanation]:
-    """`POST /explain`, for the map."""
-    uploads = [upload(image)]
+    """The exact class activation map in numbers."""
+    uploads = _uploads(image)
 
-    @_understood
-    def read(answer: Answer) -> Explanation:
-        body = answers.read_json(answer)
+    def read(response: Response) -> Explanation:
+        body = json.loads(response.body)
         (result,) = body["results"]
-        return answers.explanation(result, uploads[0].filename, body["model"], body["version"])
+        own = {"filename": uploads[0].filename, "map": np.array(result["map"], np.float32)}
+        return Explanation(**{**result, **own}, model=body["model"], version=body["version"])
 
     return _post("/explain", uploads, read, options)
 
 
 def models() -> Call[list[Model]]:
-    """`GET /models`."""
-
-    @_understood
-    def read(answer: Answer) -> list[Model]:
-        return [answers.described(each) for each in answers.read_json(answer)["models"]]
-
-    return Call(method="GET", path="/models", read=read, timed=False)
+    """Every model that the service has."""
+    return _get("/models", lambda body: [results.read_model(each) for each in body["models"]])
 
 
 def model(name: str) -> Call[Model]:
-    """`GET /models/{id}`."""
-
-    @_understood
-    def read(answer: Answer) -> Model:
-        return answers.described(answers.read_json(answer))
-
-    return Call(method="GET", path=f"/models/{quote(name, safe='@')}", read=read, timed=False)
+    """One model."""
+    return _get(f"/models/{quote(name, safe='@')}", results.read_model)
 
 
 def health() -> Call[Health]:
-    """`GET /health`, which answers 503 when something is wrong."""
-
-    @_understood
-    def read(answer: Answer) -> Health:
-        body = answers.read_json(answer)
-        return Health(body["live"], body["ready"], tuple(body["reasons"]))
-
-    return Call(method="GET", path="/health", read=read, accepted=frozenset({_UNHEALTHY}), timed=False)
+    """Whether the service is live and ready, and if not, why."""
+    return _get("/health", lambda body: Health(body["live"], body["ready"], tuple(body["reasons"])), _UNHEALTHY)
 
 
-@_understood
-def _predictions(answer: Answer, uploads: Sequence[Upload]) -> list[Prediction | PvtError]:
-    body = answers.read_json(answer)
-    pairs = zip(body["results"], uploads, strict=True)
-    return [answers.prediction(each, sent.filename, body["model"], body["version"]) for each, sent in pairs]
-
-
-def _uploads(images: Image | Images[AnyImage]) -> list[Upload]:
-    return [upload(image) for image in images] if isinstance(images, list | tuple) else [upload(images)]
+def _uploads(image: Image | Images[AnyImage]) -> list[Upload]:
+    return [upload(each) for each in image] if isinstance(image, list | tuple) else [upload(image)]
 
 
 def _in_place(problem: Problem) -> list[Prediction | PvtError] | None:
-    of_the_picture = isinstance(problem, InvalidImage | ImageTooLarge) and not problem.type.endswith(":body-too-large")
-    return [problem] if of_the_picture else None
+    """In a list of one image the error takes its place, as it does among several."""
+    of_the_image = isinstance(problem, InvalidImage | ImageTooLarge) and not problem.type.endswith(":body-too-large")
+    return [problem] if of_the_image else None
+
+
+def _get(path: str, read: Callable[[Any], T], *accepted: int) -> Call[T]:
+    """A call whose response is JSON."""
+
+    def parsed(response: Response) -> T:
+        return read(json.loads(response.body))
+
+    return Call(method="GET", path=path, read=parsed, accepted=frozenset(accepted), timed=False)
 
 
 def _post(
     path: str,
     uploads: Sequence[Upload],
-    read: Callable[[Answer], T],
+    read: Callable[[Response], T],
     parameters: Mapping[str, object],
     *,
     accept: str = "application/json",
     recover: Callable[[Problem], T | None] = lambda _: None,
 ) -> Call[T]:
-    given = {name: _text(value) for name, value in parameters.items() if value is not None}
-    return Call(method="POST", path=path, read=read, parameters=given, accept=accept, uploads=uploads, recover=recover)
+    texts = {name: _text(value) for name, value in parameters.items() if value is not None}
+    return Call(method="POST", path=path, read=read, parameters=texts, accept=accept, uploads=uploads, recover=recover)
 
 
 def _text(value: object) -> str:

@@ -1,25 +1,16 @@
-"""Everything a client can fail with.
+"""Every error of the client.
 
 - PvtError
-  - ImageUnreadable       the picture can't be read here, so nothing was sent
-  - InvalidUrl            the address is none that a service can have
-  - ConnectionFailed      the service was not reached, at none of the attempts
-    - ConnectionLost      the connection broke when it may have begun to work, so it was not asked again
-  - TimedOut              no answer within the client's `timeout`
-  - UnexpectedAnswer      an answer that is not this service's
-  - Problem               the service said no (RFC 9457): type, title, status, detail, request_id
-    - InvalidRequest        422: a parameter
-      - InvalidImage        422: the bytes are no picture that can be decoded
-    - ImageTooLarge         413: a picture or the body exceeds a limit
-    - Unauthorized          401: no valid API key
-    - Forbidden             403: switched off
-    - ModelNotFound         404: no such model, or no such endpoint
-    - NotAcceptable         406: not in the form asked for
-    - UnsupportedMediaType  415: not in the form sent
-    - QueueFull             429: too much waits already
-    - ModelUnavailable      503: its weights are missing or broken, or the service is shutting down
-    - DeadlineExceeded      504: not answered within the time that the service was given; a TimedOut too
-    - ServiceFailed         any other; the service's log has it under `request_id`
+  - ImageUnreadable, InvalidUrl, TimedOut, UnexpectedResponse
+  - ConnectionFailed
+    - ConnectionLost
+  - Problem: the service refused (RFC 9457)
+    - InvalidRequest 422
+      - InvalidImage 422
+    - ImageTooLarge 413, Unauthorized 401, Forbidden 403, ModelNotFound 404, NotAcceptable 406
+    - UnsupportedMediaType 415, QueueFull 429, ModelUnavailable 503
+    - DeadlineExceeded 504, a TimedOut too
+    - ServiceFailed, any other status
 """
 
 from collections.abc import Mapping
@@ -30,11 +21,11 @@ class PvtError(Exception):
 
 
 class ImageUnreadable(PvtError):
-    """The picture can't be read or is nothing that the client can send; the message names it."""
+    """The image can't be read, or the client can't send it; the message names it."""
 
 
 class InvalidUrl(PvtError):
-    """The address is none that a service can have; the message says why."""
+    """No service can have that address; the message says why."""
 
 
 class ConnectionFailed(PvtError):
@@ -42,19 +33,19 @@ class ConnectionFailed(PvtError):
 
 
 class ConnectionLost(ConnectionFailed):
-    """The connection broke before the answer was there; the service may have worked on it."""
+    """The connection broke before the response was complete; the service may have done the work."""
 
 
 class TimedOut(PvtError):
-    """No answer within the client's `timeout`."""
+    """No response within the client's `timeout`."""
 
 
-class UnexpectedAnswer(PvtError):
-    """The answer is not what this service gives; is the URL right?"""
+class UnexpectedResponse(PvtError):
+    """The response is not one of this service; is the URL right?"""
 
 
 class Problem(PvtError):
-    """An RFC 9457 problem. `retry_after` is in seconds, None where the service gave none."""
+    """An RFC 9457 problem. `retry_after` is in seconds, None where the service named none."""
 
     def __init__(
         self,
@@ -76,15 +67,15 @@ class InvalidRequest(Problem):
 
 
 class InvalidImage(InvalidRequest):
-    """The bytes are no picture that the service decodes; the detail says why."""
+    """The bytes are not an image that the service can decode; the detail says why."""
 
 
 class ImageTooLarge(Problem):
-    """A picture or the body exceeds a limit, which the detail names."""
+    """An image or the body exceeds a limit, which the detail names."""
 
 
 class Unauthorized(Problem):
-    """The service requires an API key, and this one is none."""
+    """The service requires an API key, and this one is not valid."""
 
 
 class Forbidden(Problem):
@@ -92,31 +83,31 @@ class Forbidden(Problem):
 
 
 class ModelNotFound(Problem):
-    """No such model; the detail names near ones. Also a path that the service does not have."""
+    """No such model, and the detail names similar ones; or no such path."""
 
 
 class NotAcceptable(Problem):
-    """The endpoint does not answer in the form asked for."""
+    """The endpoint can't respond in the requested form."""
 
 
 class UnsupportedMediaType(Problem):
-    """The endpoint does not read the form that was sent."""
+    """The endpoint can't read the form that was sent."""
 
 
 class QueueFull(Problem):
-    """Too much waits already, and did so at every attempt."""
+    """Too many images were waiting already, at every attempt."""
 
 
 class ModelUnavailable(Problem):
-    """The model can't be had now, or the service is shutting down; the detail gives the reason."""
+    """The model is not available now, or the service is shutting down; the detail says why."""
 
 
 class DeadlineExceeded(Problem, TimedOut):
-    """The service gave up when the time it was given had passed."""
+    """The service did not finish in the time it was given."""
 
 
 class ServiceFailed(Problem):
-    """An error that nobody foresaw, in the service or in a proxy before it."""
+    """An unexpected error of the service, or of a proxy in front of it."""
 
 
 _BY_STATUS: Mapping[int, type[Problem]] = {
@@ -133,12 +124,12 @@ _BY_STATUS: Mapping[int, type[Problem]] = {
 }
 
 
-def kind_of(status: int, type_: str) -> type[Problem]:
+def problem_class(status: int, type_: str) -> type[Problem]:
     """The class of a problem of that `status` and `type`."""
     if type_.endswith(":invalid-image"):
         return InvalidImage
     return _BY_STATUS.get(status, ServiceFailed)
 
 
-# What one picture can fail with while the next may pass; of the rest each concerns every request.
+# Errors of one image, after which the next may succeed. Every other error would meet all requests.
 OF_ONE_IMAGE = (ConnectionLost, ImageUnreadable, InvalidImage, ImageTooLarge, TimedOut, QueueFull, ServiceFailed)

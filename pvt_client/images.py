@@ -1,4 +1,4 @@
-"""Pictures in the forms that callers hold them in, to what is sent."""
+"""Images, from the forms in which callers hold them to the bytes that are sent."""
 
 import os
 import struct
@@ -15,7 +15,7 @@ from pvt_client.errors import ImageUnreadable
 
 @runtime_checkable
 class BinaryFile(Protocol):
-    """What `open(path, "rb")` gives."""
+    """What `open(path, "rb")` returns."""
 
     def read(self) -> bytes:
         """All that is left, as bytes."""
@@ -23,21 +23,21 @@ class BinaryFile(Protocol):
 
 @runtime_checkable
 class PilImage(Protocol):
-    """What of `PIL.Image.Image` is used, so that Pillow need not be installed."""
+    """The part of `PIL.Image.Image` that is used, so that Pillow need not be installed."""
 
     @property
     def mode(self) -> str:
         """How a pixel is stored."""
 
     def convert(self, mode: str) -> Any:  # noqa: ANN401  Pillow's own
-        """The picture in another mode."""
+        """The image in another mode."""
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:  # noqa: A002, ANN401  Pillow's own
         """Write it into `fp`."""
 
 
 Image: TypeAlias = str | os.PathLike[str] | bytes | BinaryFile | PilImage | NDArray[np.uint8]
-"""A picture: a path, encoded bytes, an open file, a PIL image, or `uint8` pixels (H, W) or (H, W, 1 | 3 | 4)."""
+"""An image: a path, encoded bytes, an open file, a PIL image, or `uint8` pixels (H, W) or (H, W, 1 | 3 | 4)."""
 
 # Not a Sequence: text and bytes are sequences too.
 AnyImage = TypeVar("AnyImage", bound=Image)
@@ -46,11 +46,11 @@ Images: TypeAlias = list[AnyImage] | tuple[AnyImage, ...]
 # Modes that PNG holds as they are; others are converted.
 _PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 _COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # PNG's number for grey, RGB and RGBA
-_FAST = 1  # zlib level: pictures made here travel once
+_FAST = 1  # zlib level: each of these images is sent once
 
 
 class Upload(NamedTuple):
-    """An encoded picture and the name it is told by; None for one that has none."""
+    """An encoded image and its file name, None if it has none."""
 
     filename: str | None
     data: bytes
@@ -60,7 +60,7 @@ def upload(image: Image) -> Upload:
     """`image` encoded; reads the file if it is one.
 
     Raises:
-        ImageUnreadable: there is no such file, or it is nothing that can be sent; the message says which.
+        ImageUnreadable: there is no such file, or this can't be sent; the message says which.
     """
     if isinstance(image, bytes):
         return Upload(None, image)
@@ -73,7 +73,7 @@ def upload(image: Image) -> Upload:
     if isinstance(image, BinaryFile):
         return _from_file(image)
     raise ImageUnreadable(
-        f"{type(image).__name__} is no picture: give a path, bytes, a file opened with 'rb', a PIL image or an array"
+        f"{type(image).__name__} is not an image: pass a path, bytes, a file opened with 'rb', a PIL image or an array"
     )
 
 
@@ -86,8 +86,8 @@ def encode_png(pixels: NDArray[Any]) -> bytes:
     planes = pixels[:, :, None] if pixels.ndim == 2 else pixels  # noqa: PLR2004
     if planes.dtype != np.uint8 or planes.ndim != 3 or planes.shape[2] not in _COLOUR_TYPES or not planes.size:  # noqa: PLR2004
         raise ImageUnreadable(
-            f"an array of {pixels.dtype} {pixels.shape} is no picture: uint8 (H, W) or (H, W, 1 | 3 | 4) is expected, "
-            "one array for each picture"
+            f"an array of {pixels.dtype} {pixels.shape} is not an image: "
+            "uint8 (H, W) or (H, W, 1 | 3 | 4) is expected, one array for each image"
         )
     height, width, channels = planes.shape
     rows = np.zeros((height, 1 + width * channels), np.uint8)  # each row begins with its filter's number: 0, none
@@ -112,10 +112,10 @@ def _from_file(file: BinaryFile) -> Upload:
     name = _name_of(file)
     try:
         data = file.read()
-    except (OSError, ValueError) as error:  # closed, or text that is no text
+    except (OSError, ValueError) as error:  # closed, or text that is not UTF-8
         raise ImageUnreadable(f"{name or 'the file'}: {error}") from error
     if not isinstance(data, bytes):
-        raise ImageUnreadable(f"{name or 'the file'} gives {type(data).__name__}; open it with 'rb'")
+        raise ImageUnreadable(f"{name or 'the file'} returns {type(data).__name__}; open it with 'rb'")
     return Upload(name, data)
 
 

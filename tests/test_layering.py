@@ -63,7 +63,7 @@ LAYERS = {
         {"outputs", "colours"},
     ],
     "store": [
-        {"remote"},
+        {"remote", "default"},
         {"store"},
         {"stored"},
         {"mirror", "byte_cache"},

@@ -17,6 +17,7 @@ from pydantic import RootModel, ValidationError
 from service.errors import AliasesInvalid, InvalidRequest, ModelNotFound, StoreNotWritable
 from service.invalid import reasons
 from service.store.names import ModelName, alias_name, alias_target
+from service.store.writes import check_writable
 
 ALIASES_FILE = "aliases.json"
 MAX_BYTES = 1_000_000
@@ -87,6 +88,7 @@ def delete_alias(root: Path, name: str) -> None:
 
 
 def _change(root: Path, change: Callable[[Aliases], Aliases]) -> None:
+    check_writable(root)
     lock = FileLock(root / _LOCK_FILE, timeout=LOCK_SECONDS)
     try:
         with lock:

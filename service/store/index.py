@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.errors import WeightsUnavailable
 from service.store.aliases import ALIASES_FILE
 from service.store.names import MODEL_ID, VERSION
+from service.store.writes import check_writable
 
 INDEX_FILE = "index.json"
 
@@ -39,8 +40,10 @@ def write_index(root: Path) -> StoreIndex:
 
     Raises:
         WeightsUnavailable: the folder can't be read.
+        StoreNotWritable: it is the store of the package.
         OSError: the index can't be written.
     """
+    check_writable(root)
     try:
         paths = [path for path in sorted(root.glob("*/*/*")) if _of_a_model(path)]
         aliases = root / ALIASES_FILE

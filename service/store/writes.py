@@ -14,6 +14,14 @@ from service.errors import StoreNotWritable
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 _ADVICE = "write to a store where that is allowed (--store, PVT_MODEL_STORE)"
+EMBEDDED_STORE = Path(__file__).parent.parent / "data" / "model_store"
+"""The store that is part of the package, with the embedded model. An upgrade replaces it."""
+
+
+def check_writable(root: Path) -> None:
+    """Raises StoreNotWritable when `root` is the store of the package, where files would be lost at an upgrade."""
+    if root.resolve() == EMBEDDED_STORE:
+        raise StoreNotWritable(f"the model store {str(root)!r} is part of the package and read only; {_ADVICE}")
 
 
 @contextmanager
@@ -23,6 +31,7 @@ def writing(root: Path) -> Iterator[None]:
     Raises:
         StoreNotWritable: the message says what was wrong, and what to do.
     """
+    check_writable(root)
     try:
         yield
     except OSError as error:

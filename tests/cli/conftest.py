@@ -8,7 +8,7 @@ from cli.main import main
 
 
 class Done(NamedTuple):
-    """How a command ended."""
+    """The end of a command."""
 
     code: int
     out: str
@@ -39,7 +39,7 @@ def pvt_serve(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def engine_here(monkeypatch: pytest.MonkeyPatch, model_store: Path) -> None:
+def local_engine(monkeypatch: pytest.MonkeyPatch, model_store: Path) -> None:
     """Commands without --url load the embedded model in the way that takes least: nothing compiled, little measured."""
     monkeypatch.setenv("PVT_MODEL_STORE", str(model_store))
     for name, value in {"BACKEND": "torch", "INSTANCES": "1", "MAX_BATCH_SIZE": "1"}.items():

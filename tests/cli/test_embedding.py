@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cli.parts import GrowingTable
+from cli.growing_table import GrowingTable
 from tests.cli.conftest import PvtServe
 from tests.conftest import ROOT
-from tests.pvt_client.scripted import Received, Scripted, answer, refused, scripted
+from tests.pvt_client.scripted import Received, Scripted, refused, response, scripted
 
 DIMENSIONS = 4
 
@@ -26,12 +26,12 @@ def vector(data: bytes) -> list[float]:
 
 
 def features(connection: socket.socket, received: Received, *, version: str = "1") -> None:
-    """An embedding that tells pictures apart."""
+    """An embedding that depends on the bytes of the image."""
     if b"bad" in received.body:
         connection.sendall(refused(422, "invalid-image"))
         return
     result = {"filename": None, "width": 6, "height": 5, "embedding": vector(received.body)}
-    connection.sendall(answer(200, json.dumps({"model": "m", "version": version, "results": [result]}).encode()))
+    connection.sendall(response(200, json.dumps({"model": "m", "version": version, "results": [result]}).encode()))
 
 
 def newer(connection: socket.socket, received: Received) -> None:
@@ -39,12 +39,12 @@ def newer(connection: socket.socket, received: Received) -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A folder of 23 different files that a scripted service takes for pictures."""
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    """A folder of 23 different files that a scripted service takes for images."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(23):
-        (folder / f"{number:02}.png").write_bytes(b"picture %d" % number)
+        (folder / f"{number:02}.png").write_bytes(b"image %d" % number)
     return folder
 
 
@@ -57,7 +57,7 @@ def read(table: Path) -> dict[str, Any]:
 
 
 def check(table: Path, folder: Path) -> None:
-    """Every picture of `folder` has one row, and that is its own."""
+    """Every image of `folder` has exactly one row, with its embedding."""
     columns = read(table)
     rows = dict(zip(columns["path"], columns["embedding"], strict=True))
     assert sorted(columns["path"]) == sorted(str(path) for path in folder.iterdir() if b"bad" not in path.read_bytes())
@@ -70,33 +70,33 @@ def table(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / str(request.param)
 
 
-def test_every_picture_becomes_a_row(pvt_serve: PvtServe, pictures: Path, table: Path) -> None:
+def test_every_image_becomes_a_row(pvt_serve: PvtServe, images: Path, table: Path) -> None:
     with scripted(features) as server:
-        done = pvt_serve("embed", pictures, "-o", table, "--url", server.url, "--group", "5")
+        done = pvt_serve("embed", images, "-o", table, "--url", server.url, "--group", "5")
 
-    check(table, pictures)
+    check(table, images)
     columns = read(table)
     assert (columns["width"][0], columns["height"][0], columns["model"][0], columns["version"][0]) == (6, 5, "m", "1")
-    assert columns["bytes"][0] == len(b"picture 0")
+    assert columns["bytes"][0] == len(b"image 0")
     assert (done.code, done.out) == (0, f"{table}: 23 rows, 23 of them new, 0 skipped, 0 bad\n")
-    assert sorted(each.name for each in table.parent.iterdir()) == sorted(["pictures", table.name])
+    assert sorted(each.name for each in table.parent.iterdir()) == sorted(["images", table.name])
 
 
-def test_parquet_holds_vectors_of_fixed_size_in_row_groups(pvt_serve: PvtServe, pictures: Path, tmp_path: Path) -> None:
+def test_parquet_holds_vectors_of_fixed_size_in_row_groups(pvt_serve: PvtServe, images: Path, tmp_path: Path) -> None:
     with scripted(features) as server:
-        pvt_serve("embed", pictures, "-o", tmp_path / "out.parquet", "--url", server.url, "--group", "5")
+        pvt_serve("embed", images, "-o", tmp_path / "out.parquet", "--url", server.url, "--group", "5")
 
     with pq.ParquetFile(tmp_path / "out.parquet") as file:
         assert file.num_row_groups == 5
         assert str(file.schema_arrow.field("embedding").type) == "fixed_size_list<element: float>[4]"
 
 
-def test_a_second_run_asks_only_for_what_is_new_or_changed(pvt_serve: PvtServe, pictures: Path, table: Path) -> None:
+def test_a_second_run_embeds_only_new_and_changed_images(pvt_serve: PvtServe, images: Path, table: Path) -> None:
     with scripted(features) as server:
-        command = ("embed", pictures, "-o", table, "--model", "m", "--url", server.url, "--group", "5")
+        command = ("embed", images, "-o", table, "--model", "m", "--url", server.url, "--group", "5")
         pvt_serve(*command)
-        (pictures / "new.png").write_bytes(b"a new one")
-        (pictures / "03.png").write_bytes(b"a changed one")
+        (images / "new.png").write_bytes(b"a new one")
+        (images / "03.png").write_bytes(b"a changed one")
         server.requests.clear()
 
         done = pvt_serve(*command)
@@ -106,38 +106,38 @@ def test_a_second_run_asks_only_for_what_is_new_or_changed(pvt_serve: PvtServe, 
         again = pvt_serve(*command)
     assert done.out == f"{table}: 24 rows, 2 of them new, 22 skipped, 0 bad\n"
     assert (again.out, server.requests) == (f"{table}: 24 rows, 0 of them new, 24 skipped, 0 bad\n", [])
-    check(table, pictures)
+    check(table, images)
 
 
-def test_bad_files_are_listed_at_the_end_and_tried_again(pvt_serve: PvtServe, pictures: Path, table: Path) -> None:
-    (pictures / "05.png").write_bytes(b"bad")
-    (pictures / "07.png").unlink()
-    (pictures / "07.png").symlink_to("nowhere")
+def test_bad_files_are_listed_at_the_end_and_tried_again(pvt_serve: PvtServe, images: Path, table: Path) -> None:
+    (images / "05.png").write_bytes(b"bad")
+    (images / "07.png").unlink()
+    (images / "07.png").symlink_to("nowhere")
     with scripted(features) as server:
-        done = pvt_serve("embed", pictures, "-o", table, "--model", "m", "--url", server.url)
-        (pictures / "05.png").write_bytes(b"mended")
-        (pictures / "07.png").unlink()
+        done = pvt_serve("embed", images, "-o", table, "--model", "m", "--url", server.url)
+        (images / "05.png").write_bytes(b"mended")
+        (images / "07.png").unlink()
         server.requests.clear()
-        mended = pvt_serve("embed", pictures, "-o", table, "--model", "m", "--url", server.url, "--json")
+        mended = pvt_serve("embed", images, "-o", table, "--model", "m", "--url", server.url, "--json")
 
     assert done.code == 3
     assert done.err.splitlines() == [
         "2 could not be embedded:",
-        f"  {pictures / '07.png'}: No such file or directory",
-        f"  {pictures / '05.png'}: invalid-image (422): d",
+        f"  {images / '07.png'}: No such file or directory",
+        f"  {images / '05.png'}: invalid-image (422): d",
     ] or done.err.splitlines()[1:] == [
-        f"  {pictures / '05.png'}: invalid-image (422): d",
-        f"  {pictures / '07.png'}: No such file or directory",
+        f"  {images / '05.png'}: invalid-image (422): d",
+        f"  {images / '07.png'}: No such file or directory",
     ]
     assert json.loads(mended.out) == {
         "output": str(table), "rows": 22, "embedded": 1, "skipped": 21, "bad": 0, "errors": [],
     }  # fmt: skip
     assert [each.body for each in server.requests] == [b"mended"]
-    check(table, pictures)
+    check(table, images)
 
 
-def killed(server: Scripted, table: Path, pictures: Path) -> None:
-    """A run of its own that is killed while the service keeps its 14th request, one at a time, five rows a part."""
+def killed(server: Scripted, table: Path, images: Path) -> None:
+    """Run in another process, one request at a time, five rows a part, and kill it while the 14th request waits."""
     reached = threading.Event()
 
     def hold(connection: socket.socket, _: Received) -> None:
@@ -146,7 +146,7 @@ def killed(server: Scripted, table: Path, pictures: Path) -> None:
 
     server.behaviours[:] = [features] * 13 + [hold]
     arguments = ["-o", str(table), "--url", server.url, "--group", "5", "--concurrency", "1", "--model", "m"]
-    command = [sys.executable, "-m", "cli", "embed", str(pictures), *arguments]
+    command = [sys.executable, "-m", "cli", "embed", str(images), *arguments]
     with subprocess.Popen(command, cwd=ROOT) as process:
         try:
             assert reached.wait(60)
@@ -154,46 +154,46 @@ def killed(server: Scripted, table: Path, pictures: Path) -> None:
             process.send_signal(signal.SIGKILL)
 
 
-def test_a_run_that_is_killed_loses_less_than_a_row_group(pvt_serve: PvtServe, pictures: Path, table: Path) -> None:
+def test_a_run_that_is_killed_loses_less_than_a_row_group(pvt_serve: PvtServe, images: Path, table: Path) -> None:
     with scripted(features) as server:
-        killed(server, table, pictures)
+        killed(server, table, images)
         assert not table.exists()
         server.behaviours[:] = [features]
         server.requests.clear()
 
-        done = pvt_serve("embed", pictures, "-o", table, "--model", "m", "--url", server.url, "--group", "5")
+        done = pvt_serve("embed", images, "-o", table, "--model", "m", "--url", server.url, "--group", "5")
 
-    # The 14th is asked for only when the tenth has been taken, and so the second part been written.
-    assert [each.body for each in server.requests].count(b"picture 9") == 0
+    # The 14th request is sent only after the tenth result was taken, and so the second part written.
+    assert [each.body for each in server.requests].count(b"image 9") == 0
     assert len(server.requests) == 13
     assert done.out == f"{table}: 23 rows, 13 of them new, 10 skipped, 0 bad\n"
-    check(table, pictures)
+    check(table, images)
 
 
 def test_a_crash_between_the_whole_file_and_the_end_of_its_parts_doubles_nothing(
-    pvt_serve: PvtServe, pictures: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+    pvt_serve: PvtServe, images: Path, table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with scripted(features) as server:
-        command = ("embed", pictures, "-o", table, "--model", "m", "--url", server.url, "--group", "5")
+        command = ("embed", images, "-o", table, "--model", "m", "--url", server.url, "--group", "5")
         with monkeypatch.context() as context:
             context.setattr(Path, "unlink", _crash)
             assert pvt_serve(*command).code == 1
         assert (table.exists(), len(list(table.parent.glob("*.parts/*.npz")))) == (True, 5)
-        (pictures / "new.png").write_bytes(b"a new one")
+        (images / "new.png").write_bytes(b"a new one")
 
         done = pvt_serve(*command)
 
     assert done.out == f"{table}: 24 rows, 1 of them new, 23 skipped, 0 bad\n"
-    check(table, pictures)
+    check(table, images)
 
 
 def _crash(*_: object, **__: object) -> None:
     raise OSError("crashed")
 
 
-def test_an_error_that_ends_a_run_costs_nothing_that_was_done(pvt_serve: PvtServe, pictures: Path, table: Path) -> None:
+def test_an_error_that_ends_a_run_loses_no_embedding(pvt_serve: PvtServe, images: Path, table: Path) -> None:
     with scripted(*[features] * 8, refused(503, "model-load-failed")) as server:
-        command = ("embed", pictures, "-o", table, "--model", "m", "--url", server.url, "--concurrency", "1")
+        command = ("embed", images, "-o", table, "--model", "m", "--url", server.url, "--concurrency", "1")
         done = pvt_serve(*command)
         assert (done.code, done.out) == (1, "")
         assert done.err.startswith("pvt-serve: model-load-failed (503)")
@@ -202,15 +202,15 @@ def test_an_error_that_ends_a_run_costs_nothing_that_was_done(pvt_serve: PvtServ
         pvt_serve(*command)
 
     assert len(server.requests) == 23 - 8
-    check(table, pictures)
+    check(table, images)
 
 
 @pytest.mark.parametrize("options", [["--normalize"], ["--size", "64"]])
 def test_embeddings_that_can_not_be_compared_do_not_mix(
-    pvt_serve: PvtServe, pictures: Path, table: Path, options: list[str]
+    pvt_serve: PvtServe, images: Path, table: Path, options: list[str]
 ) -> None:
     with scripted(features) as server:
-        command = ("embed", pictures, "-o", table, "--url", server.url)
+        command = ("embed", images, "-o", table, "--url", server.url)
         pvt_serve(*command)
         done = pvt_serve(*command, *options)
         fresh = pvt_serve(*command, *options, "--fresh")
@@ -221,10 +221,10 @@ def test_embeddings_that_can_not_be_compared_do_not_mix(
 
 
 def test_another_version_of_the_model_is_noticed_though_all_is_done(
-    pvt_serve: PvtServe, pictures: Path, table: Path
+    pvt_serve: PvtServe, images: Path, table: Path
 ) -> None:
     with scripted(features) as server:
-        command = ("embed", pictures, "-o", table, "--url", server.url)
+        command = ("embed", images, "-o", table, "--url", server.url)
         pvt_serve(*command)
         server.behaviours[:] = [newer]
         done = pvt_serve(*command)
@@ -232,60 +232,60 @@ def test_another_version_of_the_model_is_noticed_though_all_is_done(
     assert (done.code, "holds embeddings of m@1, these are of m@2" in done.err) == (2, True)
 
 
-def test_two_runs_do_not_write_one_file(pvt_serve: PvtServe, pictures: Path, table: Path) -> None:
+def test_two_runs_do_not_write_one_file(pvt_serve: PvtServe, images: Path, table: Path) -> None:
     with GrowingTable(table, 5), scripted(features) as server:
-        done = pvt_serve("embed", pictures, "-o", table, "--url", server.url)
+        done = pvt_serve("embed", images, "-o", table, "--url", server.url)
 
     assert (done.code, done.err, server.requests) == (1, f"pvt-serve: another run is writing {table}\n", [])
 
 
 @pytest.mark.parametrize("content", [b"", b"something else", b"PK\x03\x04", b"PAR1PAR1"])
 def test_a_file_of_something_else_is_not_overwritten(
-    pvt_serve: PvtServe, pictures: Path, table: Path, content: bytes
+    pvt_serve: PvtServe, images: Path, table: Path, content: bytes
 ) -> None:
     table.write_bytes(content)
 
-    done = pvt_serve("embed", pictures, "-o", table, "--url", "localhost:1")
+    done = pvt_serve("embed", images, "-o", table, "--url", "localhost:1")
 
     assert (done.code, done.err.count("\n"), table.read_bytes()) == (1, 1, content)
     assert "is no table of embeddings" in done.err
 
 
-def test_an_output_of_another_kind_is_a_usage_error(pvt_serve: PvtServe, pictures: Path) -> None:
-    done = pvt_serve("embed", pictures, "-o", "out.csv")
+def test_an_output_of_another_kind_is_a_usage_error(pvt_serve: PvtServe, images: Path) -> None:
+    done = pvt_serve("embed", images, "-o", "out.csv")
 
     assert (done.code, done.err) == (2, "pvt-serve: out.csv: the name must end in .npz or .parquet\n")
 
 
 def test_without_pyarrow_parquet_says_what_to_install(
-    pvt_serve: PvtServe, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pvt_serve: PvtServe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
 
-    done = pvt_serve("embed", pictures, "-o", tmp_path / "out.parquet")
+    done = pvt_serve("embed", images, "-o", tmp_path / "out.parquet")
 
     assert (done.code, done.out) == (2, "")
     assert "pip install 'pvt-serve[parquet]'" in done.err
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_written(
-    pvt_serve: PvtServe, pictures: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+    pvt_serve: PvtServe, images: Path, table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     with scripted(features) as server:
-        command = ("embed", pictures, "-o", table, "--model", "m", "--url", server.url)
+        command = ("embed", images, "-o", table, "--model", "m", "--url", server.url)
         with monkeypatch.context() as context:
             context.setattr(os, "fsync", full)
             done = pvt_serve(*command)
         assert (done.code, done.err) == (1, "pvt-serve: [Errno 28] No space left on device\n")
         pvt_serve(*command)
 
-    check(table, pictures)
+    check(table, images)
 
 
-@pytest.mark.usefixtures("engine_here")
+@pytest.mark.usefixtures("local_engine")
 def test_without_a_service_embeddings_are_the_engine_s(pvt_serve: PvtServe, digits: Path, tmp_path: Path) -> None:
     table = tmp_path / "out.parquet"
     done = pvt_serve("embed", digits, "-o", table, "--normalize")

@@ -1,4 +1,4 @@
-"""`pvt-serve pull`, `import`, `ls`, `verify` and `rm`."""
+"""The commands that read and write a model store, but for `pvt-serve alias`."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -11,11 +11,13 @@ from safetensors.torch import save_file
 
 from service.acquisition.labels import imagenet_labels
 from service.architecture.weights import read_checkpoint, remap_keys
+from service.store.index import StoreIndex
 from service.store.store import Store
 from tests.cli.conftest import PvtServe
 from tests.service.architecture.test_weights import in_lucid, in_timm
 from tests.service.checkpoints import checkpoint, official, path_of, pickled, transformers_state
 from tests.service.hub import Fault, Hub, serving_hub
+from tests.service.remotes import add_small
 from tests.service.stores import add_model
 
 TINY = "pvt_v2_b0.tiny"
@@ -85,7 +87,7 @@ def test_pull_all_goes_on_after_one_that_fails(pvt_serve: PvtServe, hub: Hub) ->
 
 @pytest.mark.usefixtures("store", "hub")
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "message"),
     [
         (["pull"], 2, "name the models to pull"),
         (["pull", "b0", "--all"], 2, "or give --all"),
@@ -97,16 +99,16 @@ def test_pull_all_goes_on_after_one_that_fails(pvt_serve: PvtServe, hub: Hub) ->
     ],
 )
 def test_pull_says_in_a_line_what_it_can_not_do(
-    pvt_serve: PvtServe, arguments: list[str], code: int, told: str
+    pvt_serve: PvtServe, arguments: list[str], code: int, message: str
 ) -> None:
     done = pvt_serve(*arguments)
 
-    assert (done.code, told in done.err) == (code, True)
+    assert (done.code, message in done.err) == (code, True)
     assert "Traceback" not in done.err
 
 
 @pytest.mark.usefixtures("store")
-def test_retries_are_told_on_standard_error(pvt_serve: PvtServe, hub: Hub) -> None:
+def test_retries_are_reported_on_standard_error(pvt_serve: PvtServe, hub: Hub) -> None:
     hub.put(path_of("timm"), checkpoint("timm"))
     hub.faults = [Fault(status=503, headers={"Retry-After": "0"})]
 
@@ -188,7 +190,7 @@ def test_labels_come_in_several_forms(pvt_serve: PvtServe, store: Path, mine: Pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--variant", "b9"], "variant 'b9': it must be one of pvt_v2_b0"),
         (["--variant", "b2_li"], "pvt_v2_b0, not pvt_v2_b2_li"),
@@ -201,17 +203,17 @@ def test_labels_come_in_several_forms(pvt_serve: PvtServe, store: Path, mine: Pa
     ],
 )
 def test_import_says_what_is_wrong_and_changes_nothing(
-    pvt_serve: PvtServe, store: Path, mine: Path, arguments: list[str], told: str
+    pvt_serve: PvtServe, store: Path, mine: Path, arguments: list[str], message: str
 ) -> None:
     done = pvt_serve("import", mine, "--variant", "b0", "--tag", "mine", "--size", "32", *arguments)
 
     assert done.code != 0
-    assert told in done.err
+    assert message in done.err
     assert [model.id for model in Store(store).models()] == [TINY]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("x.safetensors", lambda: safetensors.torch.save(dict(official(3)))[:-100], "truncated or no .safetensors"),
         ("x.pth", lambda: b"hello", "truncated or no .pth"),
@@ -222,12 +224,12 @@ def test_import_says_what_is_wrong_and_changes_nothing(
     ],
 )
 def test_a_bad_checkpoint_is_refused_with_the_reason(
-    pvt_serve: PvtServe, store: Path, name: str, content: Callable[[], bytes], told: str
+    pvt_serve: PvtServe, store: Path, name: str, content: Callable[[], bytes], message: str
 ) -> None:
     (file := store.parent / name).write_bytes(content())
     done = pvt_serve("import", file, "--variant", "b0", "--tag", "mine", "--size", "32")
 
-    assert (done.code, told in done.err) == (1, True)
+    assert (done.code, message in done.err) == (1, True)
     assert [model.id for model in Store(store).models()] == [TINY]
 
 
@@ -267,13 +269,13 @@ def test_verify_finds_every_kind_of_damage_and_exits_with_1(pvt_serve: PvtServe,
 
     assert done.code == 1
     assert done.err == "pvt-serve: 4 of 6 are not as they should be\n"
-    told = {line.split()[1].rstrip(":"): line for line in done.lines}
+    by_name = {line.split()[1].rstrip(":"): line for line in done.lines}
     assert "ok   pvt_v2_b0.mine@4  8 reference outputs reproduced" in done.lines
-    assert told[f"{TINY}@1"].endswith("no reference outputs")
-    assert "SHA-256 is" in told["pvt_v2_b0.mine@1"]
-    assert "SHA-256 is" in told["pvt_v2_b0.mine@2"]
-    assert "does not give its reference outputs: logits are off by" in told["pvt_v2_b0.mine@3"]
-    assert "which is not in the store" in told["production"]
+    assert by_name[f"{TINY}@1"].endswith("no reference outputs")
+    assert "SHA-256 is" in by_name["pvt_v2_b0.mine@1"]
+    assert "SHA-256 is" in by_name["pvt_v2_b0.mine@2"]
+    assert "does not give its reference outputs: logits are off by" in by_name["pvt_v2_b0.mine@3"]
+    assert "which is not in the store" in by_name["production"]
     assert [verdict["failure"] is None for verdict in as_json].count(True) == 2
 
 
@@ -316,3 +318,51 @@ def test_rm_leaves_what_an_alias_stands_for(pvt_serve: PvtServe, store: Path) ->
 def test_rm_of_what_is_not_there_says_so(pvt_serve: PvtServe) -> None:
     assert "no model 'pvt_v2_b0.none'" in pvt_serve("rm", "pvt_v2_b0.none", "--yes").err
     assert "has no version '9'" in pvt_serve("rm", f"{TINY}@9", "--yes").err
+
+
+@pytest.mark.usefixtures("local_engine")
+def test_models_lists_the_store_without_loading_a_model(pvt_serve: PvtServe) -> None:
+    done = pvt_serve("models")
+
+    assert "pvt_v2_b0.digits (default)" in done.out
+    assert "available" in done.out
+    assert done.code == 0
+
+
+def test_models_as_json_are_those_of_the_service(pvt_serve: PvtServe, service_url: str) -> None:
+    model, *_ = json.loads(pvt_serve("models", "--json", "--url", service_url).out)["models"]
+
+    assert (model["id"], model["num_classes"]) == ("pvt_v2_b0.digits", 10)
+
+
+def test_index_lists_every_file_of_every_model_and_the_aliases(
+    pvt_serve: PvtServe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = add_small(tmp_path)
+    (tmp_path / "aliases.json").write_text("{}")
+    (tmp_path / "notes").mkdir()
+    (folder / ".hidden").touch()
+    monkeypatch.setenv("PVT_MODEL_STORE", str(tmp_path))
+
+    done = pvt_serve("index")
+
+    assert "index.json: 3 files, 0.1 MB" in done.out
+    files = StoreIndex.model_validate_json((tmp_path / "index.json").read_bytes()).files
+    assert [file.path for file in files] == [
+        "pvt_v2_b0.tiny/1/card.json",
+        "pvt_v2_b0.tiny/1/model.safetensors",
+        "aliases.json",
+    ]
+
+
+def test_index_of_a_missing_folder_is_refused(pvt_serve: PvtServe, tmp_path: Path) -> None:
+    done = pvt_serve("index", tmp_path / "nowhere")
+
+    assert (done.code, "can't be read" in done.err) == (1, True)
+
+
+def test_index_of_a_store_by_url_is_refused(pvt_serve: PvtServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PVT_MODEL_STORE", "memory://store")
+    done = pvt_serve("index")
+
+    assert (done.code, "name the FOLDER" in done.err) == (2, True)

@@ -7,26 +7,26 @@ import pytest
 from pvt_client import AsyncClient, Client
 from tests.pvt_client.scripted import FakeTime
 
-Ask = Callable[..., Any]
+CallMethod = Callable[..., Any]
 
 
 @pytest.fixture(params=["sync", "async"])
-def ask(request: pytest.FixtureRequest) -> Ask:
-    """Calls one method of a client of either kind: ask(url, "predict", image, ..., client={"timeout": 3}, time=...)."""
+def call(request: pytest.FixtureRequest) -> CallMethod:
+    """Calls a method of either kind of client: call(url, "predict", image, ..., client={"timeout": 3}, time=...)."""
 
     def synchronously(url: str, method: str, *args: Any, client: dict[str, Any], time: FakeTime, **options: Any) -> Any:
-        with Client(url, clock=time.clock, sleep=time.sleep, **client) as asked:
-            result = getattr(asked, method)(*args, **options)
+        with Client(url, clock=time.clock, sleep=time.sleep, **client) as opened:
+            result = getattr(opened, method)(*args, **options)
             return list(result) if method.endswith("_many") else result
 
     async def asynchronously(
         url: str, method: str, *args: Any, client: dict[str, Any], time: FakeTime, **options: Any
     ) -> Any:
-        async with AsyncClient(url, clock=time.clock, sleep=time.sleep_async, **client) as asked:
-            result = getattr(asked, method)(*args, **options)
+        async with AsyncClient(url, clock=time.clock, sleep=time.sleep_async, **client) as opened:
+            result = getattr(opened, method)(*args, **options)
             return [each async for each in result] if method.endswith("_many") else await result
 
-    def ask(
+    def call(
         url: str,
         method: str,
         *args: Any,
@@ -39,4 +39,4 @@ def ask(request: pytest.FixtureRequest) -> Ask:
             return synchronously(url, method, *args, **given)
         return asyncio.run(asynchronously(url, method, *args, **given))
 
-    return ask
+    return call

@@ -1,4 +1,4 @@
-"""A server that does what a test tells it, over a real socket, and a clock that only moves when told."""
+"""A server that follows the script of a test, over a real socket, and a clock that moves only when it sleeps."""
 
 import json
 import socket
@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from pvt_client.retries import Clock
+from pvt_client.exchange import Clock
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PREDICTED = {
@@ -22,7 +22,7 @@ PREDICTED = {
 }
 
 
-def answer(status: int, body: bytes, content_type: str = "application/json", **headers: str) -> bytes:
+def response(status: int, body: bytes, content_type: str = "application/json", **headers: str) -> bytes:
     lines = {"Content-Type": content_type, "Content-Length": str(len(body))}
     lines |= {name.replace("_", "-"): value for name, value in headers.items()}
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
@@ -30,7 +30,7 @@ def answer(status: int, body: bytes, content_type: str = "application/json", **h
 
 
 def predicted(*results: dict[str, Any]) -> bytes:
-    return answer(200, json.dumps(PREDICTED | ({"results": results} if results else {})).encode())
+    return response(200, json.dumps(PREDICTED | ({"results": results} if results else {})).encode())
 
 
 def refused(status: int, kind: str = "queue-full", **headers: str) -> bytes:
@@ -41,12 +41,12 @@ def refused(status: int, kind: str = "queue-full", **headers: str) -> bytes:
         "detail": "d",
         "request_id": "r",
     }
-    return answer(status, json.dumps(fields).encode(), "application/problem+json", **headers)
+    return response(status, json.dumps(fields).encode(), "application/problem+json", **headers)
 
 
 @dataclass
 class Received:
-    """A request as it came."""
+    """A request as the server received it."""
 
     method: str
     target: str
@@ -66,18 +66,18 @@ Behaviour = bytes | Callable[[socket.socket, Received], None]
 
 
 def cut(connection: socket.socket, _: Received) -> None:
-    """Hang up instead of answering."""
+    """Hang up without a response."""
     connection.shutdown(socket.SHUT_RDWR)
 
 
 def silent(connection: socket.socket, _: Received) -> None:
-    """Never answer; ends when the client hangs up."""
+    """Never respond; ends when the client hangs up."""
     connection.recv(1)
 
 
 def dripping(connection: socket.socket, _: Received) -> None:
-    """An answer without end, a byte at a time, each when the client can have read the one before."""
-    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000000\r\n\r\n")
+    """A response without end, a block at a time."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000000000000\r\n\r\n")
     with suppress(OSError):
         while True:
             connection.sendall(b" " * 65536)
@@ -85,7 +85,7 @@ def dripping(connection: socket.socket, _: Received) -> None:
 
 @dataclass
 class Scripted:
-    """What it was asked; `behaviours` come one after the other, the last one for good."""
+    """Follows `behaviours` one after the other, the last one for good, and records the requests."""
 
     behaviours: list[Behaviour]
     url: str = ""
@@ -118,7 +118,7 @@ def _read(stream: Any) -> Received | None:
 
 @contextmanager
 def scripted(*behaviours: Behaviour, port: int = 0) -> Iterator[Scripted]:
-    """A server that answers the n-th request with the n-th of `behaviours`."""
+    """A server that treats the n-th request as the n-th of `behaviours` says."""
     server = Scripted(list(behaviours))
     open_connections: list[socket.socket] = []
     threads: list[threading.Thread] = []
@@ -150,7 +150,7 @@ def scripted(*behaviours: Behaviour, port: int = 0) -> Iterator[Scripted]:
 
 @dataclass
 class FakeTime:
-    """Stands still but for `sleep`, and for `tick` seconds each time it is looked at; the jitter is always 0.5."""
+    """Moves only by `sleep`, and by `tick` seconds each time it is read; the jitter is always 0.5."""
 
     tick: float = 0.0
     seconds: float = 1000.0

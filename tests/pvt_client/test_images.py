@@ -36,7 +36,7 @@ def test_an_array_that_is_a_view_keeps_its_order() -> None:
     [np.zeros((4, 4, 3)), np.zeros((2, 4, 4, 3), np.uint8), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4), np.uint8),
      np.zeros(4, np.uint8)],
 )  # fmt: skip
-def test_an_array_that_is_no_picture_is_refused_with_what_is_expected(array: Any) -> None:
+def test_an_array_that_is_not_an_image_is_refused_with_what_is_expected(array: Any) -> None:
     with pytest.raises(ImageUnreadable, match=r"uint8 \(H, W\) or \(H, W, 1 \| 3 \| 4\) is expected"):
         upload(array)
 

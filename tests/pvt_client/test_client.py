@@ -20,44 +20,44 @@ from pvt_client import (
     InvalidUrl,
     Prediction,
     Unauthorized,
-    UnexpectedAnswer,
+    UnexpectedResponse,
 )
-from tests.pvt_client.conftest import Ask
-from tests.pvt_client.scripted import Received, answer, cut, predicted, refused, scripted
+from tests.pvt_client.conftest import CallMethod
+from tests.pvt_client.scripted import Received, cut, predicted, refused, response, scripted
 
 
 def safetensors(**arrays: Any) -> bytes:
     body = save(arrays, {"model": "m", "version": "3"})
-    return answer(200, body, "application/vnd.safetensors")
+    return response(200, body, "application/vnd.safetensors")
 
 
-def test_calls_share_a_connection(ask: Ask) -> None:
+def test_calls_share_a_connection(call: CallMethod) -> None:
     with scripted(predicted()) as server:
-        ask(server.url, "predict_many", [b"a", b"b", b"c", b"d"], concurrency=1)
+        call(server.url, "predict_many", [b"a", b"b", b"c", b"d"], concurrency=1)
 
         assert (len(server.requests), server.connections) == (4, 1)
 
 
-def test_the_key_travels_as_a_bearer_token(ask: Ask) -> None:
+def test_the_key_travels_as_a_bearer_token(call: CallMethod) -> None:
     with scripted(predicted()) as server:
-        ask(server.url, "predict", b"a", client={"api_key": "secret"})
-        ask(server.url, "predict", b"a")
+        call(server.url, "predict", b"a", client={"api_key": "secret"})
+        call(server.url, "predict", b"a")
 
     assert [each.headers.get("authorization") for each in server.requests] == ["Bearer secret", None]
 
 
-def test_options_that_are_left_out_are_left_to_the_service(ask: Ask) -> None:
+def test_options_that_are_left_out_are_left_to_the_service(call: CallMethod) -> None:
     with scripted(predicted()) as server:
-        ask(server.url, "predict", b"a", client={"timeout": None})
-        ask(server.url, "predict", b"a", client={"timeout": None}, top_k=2, model="m@1", size=64)
+        call(server.url, "predict", b"a", client={"timeout": None})
+        call(server.url, "predict", b"a", client={"timeout": None}, top_k=2, model="m@1", size=64)
 
     assert [each.query for each in server.requests] == [{}, {"top_k": "2", "model": "m@1", "size": "64"}]
 
 
-def test_features_come_back_as_arrays_without_the_axis_of_pictures(ask: Ask) -> None:
+def test_features_are_arrays_without_the_axis_of_images(call: CallMethod) -> None:
     embedding, stage = np.ones((1, 4), np.float16), np.zeros((1, 2, 3, 3), np.float16)
     with scripted(safetensors(embedding=embedding, stage2=stage)) as server:
-        features: Features = ask(
+        features: Features = call(
             server.url, "features", b"a", stages=[2], pool="none", normalize=True, dtype="float16",
             client={"timeout": None},
         )  # fmt: skip
@@ -70,28 +70,28 @@ def test_features_come_back_as_arrays_without_the_axis_of_pictures(ask: Ask) -> 
     assert request.headers["accept"] == "application/vnd.safetensors"
 
 
-def test_features_of_a_list_are_stacked(ask: Ask) -> None:
+def test_features_of_a_list_are_stacked(call: CallMethod) -> None:
     with scripted(safetensors(embedding=np.ones((2, 4), np.float32))) as server:
-        features: Features = ask(server.url, "features", [b"a", b"b"])
+        features: Features = call(server.url, "features", [b"a", b"b"])
 
     assert features.embedding.shape == (2, 4)
     assert server.requests[0].headers["content-type"].startswith("multipart/form-data")
 
 
 @pytest.mark.parametrize("cut", [0, 4, 60, -1])
-def test_features_that_are_cut_off_are_none(ask: Ask, cut: int) -> None:
+def test_features_that_are_cut_off_are_refused(call: CallMethod, cut: int) -> None:
     whole = save({"embedding": np.ones((1, 4), np.float32)}, {"model": "m", "version": "3"})
-    with scripted(answer(200, whole[:cut], "application/x-safetensors")) as server, pytest.raises(UnexpectedAnswer):
-        ask(server.url, "features", b"a")
+    with scripted(response(200, whole[:cut], "application/x-safetensors")) as server, pytest.raises(UnexpectedResponse):
+        call(server.url, "features", b"a")
 
 
-def test_an_explanation_is_a_png_or_numbers(ask: Ask) -> None:
+def test_an_explanation_is_a_png_or_numbers(call: CallMethod) -> None:
     result = {"filename": None, "width": 9, "height": 8, "class_id": 1, "label": "one", "score": 0.5, "logit": 2.0,
               "bias": 0.5, "map": [[1, 2], [1, 2]]}  # fmt: skip
     body = json.dumps({"model": "m", "version": "1", "results": [result]}).encode()
-    with scripted(answer(200, b"PNG", "image/png"), answer(200, body)) as server:
-        assert ask(server.url, "explain", b"a", class_id=1, alpha=0.4) == b"PNG"
-        explanation: Explanation = ask(server.url, "explain_map", b"a", class_id=1)
+    with scripted(response(200, b"PNG", "image/png"), response(200, body)) as server:
+        assert call(server.url, "explain", b"a", class_id=1, alpha=0.4) == b"PNG"
+        explanation: Explanation = call(server.url, "explain_map", b"a", class_id=1)
 
     assert explanation.map.mean() + explanation.bias == explanation.logit
     assert [each.headers["accept"] for each in server.requests] == ["image/png", "application/json"]
@@ -99,26 +99,26 @@ def test_an_explanation_is_a_png_or_numbers(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{}", b'{"results": [], "model": "m", "version": "1"}'])
-def test_an_answer_of_something_else_says_so(ask: Ask, body: bytes) -> None:
-    with scripted(answer(200, body)) as server, pytest.raises(UnexpectedAnswer):
-        ask(server.url, "predict", b"a")
+def test_a_response_of_something_else_says_so(call: CallMethod, body: bytes) -> None:
+    with scripted(response(200, body)) as server, pytest.raises(UnexpectedResponse):
+        call(server.url, "predict", b"a")
 
 
 @pytest.mark.parametrize("url", ["ftp://localhost", "http://", "::", "http://localhost:99999"])
-def test_an_address_that_is_none_is_an_error_of_ours(ask: Ask, url: str) -> None:
+def test_a_wrong_address_is_an_error_of_the_client(call: CallMethod, url: str) -> None:
     with pytest.raises(InvalidUrl):
-        ask(url, "health", client={"timeout": 1})
+        call(url, "health", client={"timeout": 1})
 
 
-def test_a_lone_bad_picture_of_a_list_is_in_its_place(ask: Ask) -> None:
+def test_the_error_of_a_single_bad_image_in_a_list_takes_its_place(call: CallMethod) -> None:
     with scripted(refused(422, "invalid-image")) as server:
-        (result,) = ask(server.url, "predict", [b"a"])
+        (result,) = call(server.url, "predict", [b"a"])
 
     assert isinstance(result, InvalidImage)
 
 
-def test_many_keep_their_order_though_answers_do_not(ask: Ask) -> None:
-    """The first picture is answered only when the three behind it have been."""
+def test_many_keep_their_order_though_responses_do_not(call: CallMethod) -> None:
+    """The first image gets its response only when the three after it have had theirs."""
     others = threading.Barrier(4)
 
     def behaviour(connection: Any, received: Received) -> None:
@@ -132,12 +132,12 @@ def test_many_keep_their_order_though_answers_do_not(ask: Ask) -> None:
     released = threading.Event()
     images = [b"0", b"1", b"2", b"3"]
     with scripted(behaviour) as server:
-        found = ask(server.url, "predict_many", images, concurrency=4)
+        found = call(server.url, "predict_many", images, concurrency=4)
 
     assert [(image, result.filename) for image, result in found] == [(each, each.decode()) for each in images]
 
 
-def test_no_more_requests_run_than_were_allowed(ask: Ask) -> None:
+def test_no_more_requests_run_than_were_allowed(call: CallMethod) -> None:
     running, most, lock = 0, 0, threading.Lock()
 
     def behaviour(connection: Any, _: Received) -> None:
@@ -145,39 +145,39 @@ def test_no_more_requests_run_than_were_allowed(ask: Ask) -> None:
         with lock:
             running += 1
             most = max(most, running)
-            running -= 1  # before the answer: its client may have sent the next before this thread goes on
+            running -= 1  # before the response: its client may have sent the next before this thread goes on
         connection.sendall(predicted())
 
     with scripted(behaviour) as server:
-        ask(server.url, "predict_many", [b"x"] * 20, concurrency=3)
+        call(server.url, "predict_many", [b"x"] * 20, concurrency=3)
 
         assert server.connections <= 3
     assert most <= 3
 
 
-def test_a_bad_picture_is_an_error_in_its_place(ask: Ask, tmp_path: Path) -> None:
+def test_a_bad_image_is_an_error_in_its_place(call: CallMethod, tmp_path: Path) -> None:
     with scripted(predicted(), refused(422, "invalid-image"), predicted()) as server:
-        found = ask(server.url, "predict_many", [b"a", b"b", str(tmp_path / "none.png"), b"c"], concurrency=1)
+        found = call(server.url, "predict_many", [b"a", b"b", str(tmp_path / "none.png"), b"c"], concurrency=1)
 
     kinds = [type(result) for _, result in found]
     assert kinds == [Prediction, InvalidImage, ImageUnreadable, Prediction]
 
 
-def test_a_connection_that_is_cut_costs_one_picture(ask: Ask) -> None:
+def test_a_connection_that_is_cut_costs_one_image(call: CallMethod) -> None:
     with scripted(predicted(), cut, predicted()) as server:
-        found = ask(server.url, "predict_many", [b"a", b"b", b"c"], concurrency=1)
+        found = call(server.url, "predict_many", [b"a", b"b", b"c"], concurrency=1)
 
     assert [type(result) for _, result in found] == [Prediction, ConnectionLost, Prediction]
 
 
-def test_what_the_next_picture_would_meet_too_ends_it(ask: Ask) -> None:
+def test_an_error_that_the_next_image_would_meet_too_ends_it(call: CallMethod) -> None:
     with scripted(refused(401, "unauthorized")) as server, pytest.raises(Unauthorized):
-        ask(server.url, "predict_many", [b"x"] * 1000, concurrency=2)
+        call(server.url, "predict_many", [b"x"] * 1000, concurrency=2)
 
     assert len(server.requests) < 20
 
 
-def test_pictures_are_taken_only_as_fast_as_results() -> None:
+def test_images_are_taken_only_as_fast_as_results() -> None:
     taken = 0
 
     def images() -> Iterator[bytes]:
@@ -209,6 +209,6 @@ def test_leaving_an_asynchronous_loop_early_leaves_no_task() -> None:
 
 
 @pytest.mark.parametrize("concurrency", [0, -1])
-def test_a_concurrency_of_none_is_refused(ask: Ask, concurrency: int) -> None:
+def test_a_concurrency_of_none_is_refused(call: CallMethod, concurrency: int) -> None:
     with pytest.raises(ValueError, match="1 or more"):
-        ask("localhost", "predict_many", [b"x"], concurrency=concurrency)
+        call("localhost", "predict_many", [b"x"], concurrency=concurrency)

@@ -17,61 +17,61 @@ from pvt_client import (
     Retries,
     TimedOut,
 )
-from pvt_client.errors import kind_of
-from pvt_client.retries import retry_after, wait_before_retry
-from tests.pvt_client.conftest import Ask
+from pvt_client.errors import problem_class
+from pvt_client.exchange import retry_after
+from tests.pvt_client.conftest import CallMethod
 from tests.pvt_client.scripted import (
     NOW,
     FakeTime,
     Scripted,
-    answer,
     cut,
     dripping,
     predicted,
     queries,
     refused,
+    response,
     scripted,
     silent,
 )
 
-IMAGE = b"picture"
+IMAGE = b"image"
 
 
-def test_a_full_queue_is_asked_again_after_the_seconds_it_names(ask: Ask) -> None:
+def test_a_full_queue_is_tried_again_after_the_seconds_it_names(call: CallMethod) -> None:
     time = FakeTime()
     with scripted(refused(429, Retry_After="2"), refused(429, Retry_After="1"), predicted()) as server:
-        assert ask(server.url, "predict", IMAGE, time=time).best.label == "7"
+        assert call(server.url, "predict", IMAGE, time=time).best.label == "7"
 
     assert time.slept == pytest.approx([2.05, 1.05])  # and half the jitter of 0.1
     assert [each.body for each in server.requests] == [IMAGE] * 3
 
 
-def test_a_retry_after_may_be_a_date(ask: Ask) -> None:
+def test_a_retry_after_may_be_a_date(call: CallMethod) -> None:
     time = FakeTime()
     date = format_datetime(NOW + timedelta(seconds=7), usegmt=True)
     with scripted(refused(503, "shutting-down", Retry_After=date), predicted()) as server:
-        ask(server.url, "predict", IMAGE, time=time)
+        call(server.url, "predict", IMAGE, time=time)
 
     assert time.slept == pytest.approx([7.05])
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 406, 413, 415, 422, 500, 502, 503, 504])
-def test_what_asking_again_would_not_mend_is_asked_once(ask: Ask, status: int) -> None:
+def test_what_another_attempt_would_not_mend_is_tried_once(call: CallMethod, status: int) -> None:
     time = FakeTime()
     with scripted(refused(status, "whatever"), predicted()) as server, pytest.raises(Problem) as caught:
-        ask(server.url, "predict", IMAGE, time=time)
+        call(server.url, "predict", IMAGE, time=time)
 
     assert (caught.value.status, len(server.requests), time.slept) == (status, 1, [])
 
 
-def test_a_retry_after_on_another_4xx_is_not_obeyed(ask: Ask) -> None:
+def test_a_retry_after_on_another_4xx_is_not_obeyed(call: CallMethod) -> None:
     with scripted(refused(413, Retry_After="1"), predicted()) as server, pytest.raises(Problem):
-        ask(server.url, "predict", IMAGE)
+        call(server.url, "predict", IMAGE)
 
     assert len(server.requests) == 1
 
 
-def test_a_refused_connection_is_tried_again_until_the_service_is_there(ask: Ask) -> None:
+def test_a_refused_connection_is_tried_again_until_the_service_is_there(call: CallMethod) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     started: list[Scripted] = []
@@ -83,93 +83,93 @@ def test_a_refused_connection_is_tried_again_until_the_service_is_there(ask: Ask
 
         time = FakeTime(on_sleep=start)
 
-        assert ask(f"http://127.0.0.1:{port}", "predict", IMAGE, time=time).best.label == "7"
+        assert call(f"http://127.0.0.1:{port}", "predict", IMAGE, time=time).best.label == "7"
 
     assert time.slept == pytest.approx([0.075, 0.15, 0.3])
     assert len(started[0].requests) == 1
 
 
-def test_a_service_that_is_never_there_fails_after_five_attempts(ask: Ask) -> None:
+def test_a_service_that_is_never_there_fails_after_five_attempts(call: CallMethod) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     time = FakeTime()
 
     with pytest.raises(ConnectionFailed) as caught:
-        ask(f"127.0.0.1:{port}", "health", time=time)
+        call(f"127.0.0.1:{port}", "health", time=time)
 
     assert (type(caught.value), len(time.slept)) == (ConnectionFailed, 4)
 
 
-def test_a_connection_that_is_cut_after_the_request_is_not_asked_again(ask: Ask) -> None:
+def test_a_connection_that_is_cut_after_the_request_is_not_tried_again(call: CallMethod) -> None:
     time = FakeTime()
     with scripted(cut, predicted()) as server, pytest.raises(ConnectionLost):
-        ask(server.url, "predict", IMAGE, time=time)
+        call(server.url, "predict", IMAGE, time=time)
 
     assert (len(server.requests), time.slept) == (1, [])
 
 
-def test_an_answer_that_is_cut_short_is_no_answer(ask: Ask) -> None:
+def test_a_response_that_is_cut_short_is_a_lost_connection(call: CallMethod) -> None:
     def half(connection: socket.socket, _: object) -> None:
         connection.sendall(predicted()[:-5])
         connection.shutdown(socket.SHUT_RDWR)
 
     with scripted(half, predicted()) as server, pytest.raises(ConnectionLost):
-        ask(server.url, "predict", IMAGE)
+        call(server.url, "predict", IMAGE)
 
     assert len(server.requests) == 1
 
 
-def test_a_wait_that_would_outlast_the_timeout_is_not_begun(ask: Ask) -> None:
+def test_a_wait_that_would_outlast_the_timeout_is_not_begun(call: CallMethod) -> None:
     time = FakeTime()
     with scripted(refused(429, Retry_After="5"), predicted()) as server, pytest.raises(QueueFull) as caught:
-        ask(server.url, "predict", IMAGE, time=time, client={"timeout": 4})
+        call(server.url, "predict", IMAGE, time=time, client={"timeout": 4})
 
     assert (caught.value.retry_after, len(server.requests), time.slept) == (5, 1, [])
 
 
-def test_the_service_is_told_what_is_left_of_the_timeout(ask: Ask) -> None:
+def test_the_service_is_sent_what_is_left_of_the_timeout(call: CallMethod) -> None:
     with scripted(refused(429, Retry_After="2"), predicted()) as server:
-        ask(server.url, "predict", IMAGE, client={"timeout": 4})
+        call(server.url, "predict", IMAGE, client={"timeout": 4})
 
     assert queries(server.requests, "timeout_ms") == ["4000", "1950"]
 
 
-def test_without_a_timeout_the_service_s_own_holds(ask: Ask) -> None:
+def test_without_a_timeout_the_service_s_own_holds(call: CallMethod) -> None:
     with scripted(predicted()) as server:
-        ask(server.url, "predict", IMAGE, client={"timeout": None})
+        call(server.url, "predict", IMAGE, client={"timeout": None})
 
     assert queries(server.requests, "timeout_ms") == [None]
 
 
-def test_one_attempt_means_one(ask: Ask) -> None:
+def test_one_attempt_means_one(call: CallMethod) -> None:
     with scripted(refused(429, Retry_After="0"), predicted()) as server, pytest.raises(QueueFull):
-        ask(server.url, "predict", IMAGE, client={"retries": Retries(attempts=1)})
+        call(server.url, "predict", IMAGE, client={"retries": Retries(attempts=1)})
 
     assert len(server.requests) == 1
 
 
-def test_a_service_that_does_not_answer_times_out_and_is_not_asked_again(ask: Ask) -> None:
+def test_a_service_that_does_not_respond_times_out_and_is_not_tried_again(call: CallMethod) -> None:
     with scripted(silent, predicted()) as server, pytest.raises(TimedOut):
-        ask(server.url, "predict", IMAGE, client={"timeout": 0.05})
+        call(server.url, "predict", IMAGE, client={"timeout": 0.05})
 
     assert len(server.requests) == 1
 
 
-def test_the_timeout_is_for_all_of_an_answer_that_never_ends(ask: Ask) -> None:
+def test_the_timeout_is_for_all_of_a_response_that_never_ends(call: CallMethod) -> None:
     with scripted(dripping) as server, pytest.raises(TimedOut):
-        ask(server.url, "predict", IMAGE, time=FakeTime(tick=0.01), client={"timeout": 0.2})
+        call(server.url, "predict", IMAGE, time=FakeTime(tick=0.01), client={"timeout": 0.2})
 
 
-def test_the_service_s_own_deadline_is_a_timeout_too(ask: Ask) -> None:
+def test_the_service_s_own_deadline_is_a_timeout_too(call: CallMethod) -> None:
     with scripted(refused(504, "deadline-exceeded")) as server, pytest.raises(TimedOut) as caught:
-        ask(server.url, "predict", IMAGE)
+        call(server.url, "predict", IMAGE)
 
     assert isinstance(caught.value, DeadlineExceeded)
 
 
-def test_a_proxy_s_refusal_is_told_by_its_page(ask: Ask) -> None:
-    with scripted(answer(502, b"<html>bad gateway", "text/html")) as server, pytest.raises(Problem) as caught:
-        ask(server.url, "predict", IMAGE)
+def test_the_refusal_of_a_proxy_shows_its_page(call: CallMethod) -> None:
+    with scripted(response(502, b"<html>bad gateway", "text/html")) as server, pytest.raises(Problem) as caught:
+        call(server.url, "predict", IMAGE)
 
     assert str(caught.value) == "HTTP 502 (502): <html>bad gateway"
 
@@ -193,9 +193,9 @@ def test_retry_after_is_seconds_or_a_date_and_else_nothing(header: str | None, s
 def test_every_wait_ends_before_the_timeout_and_never_before_the_time_named(
     attempt: int, remaining: float | None, draw: float, status: int, named: float | None
 ) -> None:
-    error: PvtError = kind_of(status, "")(type="", title="", status=status, detail="", retry_after=named)
+    error: PvtError = problem_class(status, "")(type="", title="", status=status, detail="", retry_after=named)
 
-    wait = wait_before_retry(error, Retries(attempts=10), attempt=attempt, remaining=remaining, draw=draw)
+    wait = Retries(attempts=10).wait(error, attempt=attempt, remaining=remaining, draw=draw)
 
     if wait is not None:
         assert attempt < 10

@@ -1,13 +1,14 @@
 import json
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.cli.conftest import PvtServe
 from tests.pvt_client.scripted import predicted, refused, scripted
 
 
-def test_a_load_is_told_in_figures(pvt_serve: PvtServe, service_url: str, digits: Path) -> None:
+def test_bench_reports_throughput_and_latency(pvt_serve: PvtServe, service_url: str, digits: Path) -> None:
     done = pvt_serve("bench", digits, "--url", service_url, "--seconds", "0.2", "--concurrency", "2", "--json")
 
     figures = json.loads(done.out)
@@ -16,7 +17,7 @@ def test_a_load_is_told_in_figures(pvt_serve: PvtServe, service_url: str, digits
     assert (figures["concurrency"], figures["failed"], done.code) == (2, {}, 0)
 
 
-def test_pictures_are_made_where_none_are_given_and_can_be_read(pvt_serve: PvtServe, service_url: str) -> None:
+def test_bench_sends_random_images_where_none_are_named(pvt_serve: PvtServe, service_url: str) -> None:
     done = pvt_serve("bench", "--url", service_url, "--seconds", "0.1")
 
     assert done.code == 0
@@ -31,7 +32,7 @@ def test_no_two_requests_carry_the_same_bytes(pvt_serve: PvtServe, digits: Path)
     assert len(set(bodies)) == len(bodies) > 1
 
 
-def test_what_is_refused_is_counted_and_not_asked_again(pvt_serve: PvtServe, digits: Path) -> None:
+def test_refused_requests_are_counted_and_not_tried_again(pvt_serve: PvtServe, digits: Path) -> None:
     with scripted(predicted(), predicted(), refused(429, Retry_After="0")) as server:
         done = pvt_serve("bench", digits, "--url", server.url, "--seconds", "0.1", "--concurrency", "1", "--json")
 
@@ -45,3 +46,8 @@ def test_a_service_that_is_not_there_is_one_line(pvt_serve: PvtServe, digits: Pa
     done = pvt_serve("bench", digits, "--url", url)
 
     assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+
+
+def test_serve_is_the_server_with_options_for_settings(service_url: str) -> None:
+    assert not service_url.endswith(":1")  # which PVT_PORT names
+    assert httpx.get(f"{service_url}/health").json() == {"live": True, "ready": True, "reasons": []}

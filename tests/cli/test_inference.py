@@ -3,15 +3,17 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.cli.conftest import PvtServe
 from tests.pvt_client.scripted import refused, scripted
 
 
-@pytest.mark.usefixtures("engine_here")
-def test_without_a_service_the_model_runs_here(pvt_serve: PvtServe, digits: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+@pytest.mark.usefixtures("local_engine")
+def test_without_a_service_the_model_runs_in_this_process(pvt_serve: PvtServe, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"not an image")
 
     done = pvt_serve("predict", "--json", "-k", "1", digits, tmp_path)
 
@@ -22,8 +24,8 @@ def test_without_a_service_the_model_runs_here(pvt_serve: PvtServe, digits: Path
     assert (results[-1]["error"].startswith("not a supported image"), done.code, done.err) == (True, 3, "")
 
 
-@pytest.mark.usefixtures("engine_here")
-def test_no_more_pictures_are_on_their_way_than_the_queue_takes(
+@pytest.mark.usefixtures("local_engine")
+def test_no_more_images_are_under_way_than_the_queue_takes(
     pvt_serve: PvtServe, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PVT_QUEUE_SIZE", "1")
@@ -33,7 +35,7 @@ def test_no_more_pictures_are_on_their_way_than_the_queue_takes(
     assert (done.code, len(done.lines), done.err) == (0, 10, "")
 
 
-def test_with_a_service_the_answers_are_the_same(
+def test_a_service_returns_the_same_classes(
     pvt_serve: PvtServe, service_url: str, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PVTSERVE_URL", service_url)
@@ -49,7 +51,7 @@ def test_csv_has_a_row_for_each_class_and_each_error(
     pvt_serve: PvtServe, service_url: str, digits: Path, tmp_path: Path
 ) -> None:
     odd = tmp_path / 'a,"b.png'
-    odd.write_bytes(b"no picture")
+    odd.write_bytes(b"not an image")
 
     done = pvt_serve("predict", "--url", service_url, "--csv", "-k", "2", digits / "six.png", odd)
 
@@ -66,7 +68,7 @@ def test_a_pattern_may_come_in_quotes(pvt_serve: PvtServe, service_url: str, dig
     assert [Path(line.split()[0]).name for line in done.lines] == ["three.png", "two.png"]
 
 
-def test_a_name_that_is_no_text_is_shown_escaped(
+def test_a_name_that_is_not_utf_8_is_shown_escaped(
     pvt_serve: PvtServe, service_url: str, digits: Path, tmp_path: Path
 ) -> None:
     odd = tmp_path / os.fsdecode(b"\xff.png")
@@ -80,34 +82,34 @@ def test_a_name_that_is_no_text_is_shown_escaped(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["missing.png"], "missing.png: no such file"),
         (["*.nothing"], "*.nothing: no such file"),
-        (["."], ".: no pictures in this folder"),
+        (["."], ".: no images in this folder"),
         (["--json", "--csv", "missing.png"], "--json and --csv exclude each other"),
     ],
 )
-def test_what_names_no_picture_is_a_usage_error(
-    pvt_serve: PvtServe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
+def test_an_argument_that_names_no_image_is_a_usage_error(
+    pvt_serve: PvtServe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
     done = pvt_serve("predict", *arguments)
 
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith(f"pvt-serve: {told}")
+    assert done.err.startswith(f"pvt-serve: {message}")
     assert done.err.count("\n") == 1
 
 
 def test_hidden_files_and_other_kinds_are_left_out_of_a_folder(
     pvt_serve: PvtServe, service_url: str, digits: Path, tmp_path: Path
 ) -> None:
-    picture = (digits / "one.png").read_bytes()
+    image = (digits / "one.png").read_bytes()
     (tmp_path / "b").mkdir()
     (tmp_path / ".hidden").mkdir()
     for name in ("b/x.PNG", ".hidden/x.png", ".x.png", "notes.txt", "a.png"):
-        (tmp_path / name).write_bytes(picture)
+        (tmp_path / name).write_bytes(image)
 
     done = pvt_serve("predict", "--url", service_url, tmp_path)
 
@@ -115,21 +117,21 @@ def test_hidden_files_and_other_kinds_are_left_out_of_a_folder(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [(["--model", "b9"], "no model 'b9'"), (["--url", "localhost:1"], "the service was not reached")],
 )
-@pytest.mark.usefixtures("engine_here")
-def test_what_concerns_every_picture_is_one_line_and_ends_it(
-    pvt_serve: PvtServe, digits: Path, options: list[str], told: str
+@pytest.mark.usefixtures("local_engine")
+def test_an_error_that_every_image_would_meet_is_one_line_and_ends_the_command(
+    pvt_serve: PvtServe, digits: Path, options: list[str], message: str
 ) -> None:
     done = pvt_serve("predict", digits, *options)
 
     assert (done.code, done.out) == (1, "")
-    assert told in done.err
+    assert message in done.err
     assert done.err.count("\n") == 1
 
 
-def test_a_wrong_key_is_told_in_one_line(pvt_serve: PvtServe, digits: Path) -> None:
+def test_a_wrong_key_is_one_line(pvt_serve: PvtServe, digits: Path) -> None:
     with scripted(refused(401, "unauthorized")) as server:
         done = pvt_serve("predict", digits, "--url", server.url, "--api-key", "wrong")
 
@@ -137,10 +139,52 @@ def test_a_wrong_key_is_told_in_one_line(pvt_serve: PvtServe, digits: Path) -> N
     assert server.requests[0].headers["authorization"] == "Bearer wrong"
 
 
-@pytest.mark.usefixtures("engine_here")
+@pytest.mark.usefixtures("local_engine")
 def test_a_wrong_setting_is_a_usage_error(pvt_serve: PvtServe, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PVT_INSTANCES", "-1")
 
     done = pvt_serve("predict", digits)
 
     assert (done.code, done.err.startswith("pvt-serve: PVT_INSTANCES=-1: ")) == (2, True)
+
+
+@pytest.mark.usefixtures("local_engine")
+def test_a_local_engine_and_a_service_explain_alike(
+    pvt_serve: PvtServe, service_url: str, digits: Path, tmp_path: Path
+) -> None:
+    command = ("explain", digits / "four.png", "--class", "9", "--alpha", "0.4", "--json")
+    local = pvt_serve(*command, "-o", tmp_path / "local.png")
+    remote = pvt_serve(*command, "-o", tmp_path / "remote.png", "--url", service_url)
+
+    mine, theirs = (json.loads(each.out) for each in (local, remote))
+    assert mine["logit"] == pytest.approx(np.mean(mine["map"]) + mine["bias"], abs=1e-4)
+    assert mine["map"] == [pytest.approx(row, abs=0.05) for row in theirs["map"]]  # another backend
+    assert (mine["label"], mine["class_id"], mine["model"]) == ("9", 9, "pvt_v2_b0.digits")
+    with Image.open(tmp_path / "local.png") as first, Image.open(tmp_path / "remote.png") as second:
+        assert first.size == second.size == (64, 64)
+        assert np.abs(np.asarray(first, int) - np.asarray(second, int)).mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "name a file for the overlay with -o, or request --json"),
+        (["-o", "x.png", "--size", "33x"], "--size 33x: "),
+    ],
+)
+@pytest.mark.usefixtures("local_engine")
+def test_a_missing_or_wrong_option_of_explain_is_one_line(
+    pvt_serve: PvtServe, digits: Path, options: list[str], message: str
+) -> None:
+    done = pvt_serve("explain", digits / "four.png", *options)
+
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"pvt-serve: {message}")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("local_engine")
+def test_a_class_that_the_model_does_not_have_is_named(pvt_serve: PvtServe, digits: Path) -> None:
+    done = pvt_serve("explain", digits / "four.png", "--json", "--class", "10")
+
+    assert (done.code, "has the classes 0 to 9" in done.err) == (1, True)

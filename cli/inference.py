@@ -1,0 +1,148 @@
+"""`pvt-serve predict` and `pvt-serve explain`."""
+
+import asyncio
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli import options
+from cli.connection import connect
+from cli.target import Failure, Target
+from cli.terminal import SOME_FAILED, USAGE, CommandError, print_line, reason
+from pvt_client import Prediction
+
+# The result of one image as lines of output.
+Format = Callable[[Path, Prediction | Failure], Iterator[str]]
+
+
+def predict(
+    files: options.Images,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, max=1000, help="Classes for each image.")] = 3,
+    model: options.Model = None,
+    size: options.Size = None,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="Write one JSON object a line, one for each image.")
+    ] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Write CSV, a row for each class of each image.")] = False,
+    url: options.Url = None,
+    api_key: options.ApiKey = None,
+    concurrency: options.Concurrency = 8,
+) -> None:
+    """Classify images.
+
+    Results are printed in the order of the images, each as soon as it is ready. An image that can't be read has its
+    reason in place of classes, and the exit code is then 3.
+
+    Examples: `pvt-serve predict cat.jpg`, `pvt-serve predict --csv photos > classes.csv`,
+    `pvt-serve predict --url http://localhost:8000 'photos/**/*.png'`
+    """
+    if json_lines and as_csv:
+        raise CommandError("--json and --csv exclude each other", USAGE)
+    paths = options.image_files(files)
+    target = Target(url=url, api_key=api_key, model=model, size=size, concurrency=concurrency)
+    form = _json if json_lines else _csv if as_csv else _text
+    if as_csv:
+        print_line(_csv_line(["file", "rank", "class_id", "label", "score", "error"]))
+    if asyncio.run(_predict(target, paths, top_k, form)):
+        raise typer.Exit(SOME_FAILED)
+
+
+async def _predict(target: Target, paths: Iterator[Path], top_k: int, form: Format) -> int:
+    """Print the results; returns the number of images without one."""
+    failed = 0
+    async with connect(target) as inference:
+        async for path, result in inference.predict(paths, top_k):
+            failed += not isinstance(result, Prediction)
+            for line in form(path, result):
+                print_line(line)
+            sys.stdout.flush()
+    return failed
+
+
+def _text(path: Path, result: Prediction | Failure) -> Iterator[str]:
+    if not isinstance(result, Prediction):
+        yield f"{path}  no result: {reason(result)}"
+        return
+    classes = "   ".join(f"{each.score:6.2%} {each.label}" for each in result.classes)
+    yield f"{path}  {classes}"
+
+
+def _json(path: Path, result: Prediction | Failure) -> Iterator[str]:
+    if not isinstance(result, Prediction):
+        yield json.dumps({"file": str(path), "error": reason(result)})
+        return
+    fields = {"width": result.width, "height": result.height, "model": result.model, "version": result.version}
+    yield json.dumps({"file": str(path), **fields, "predictions": [each._asdict() for each in result.classes]})
+
+
+def _csv(path: Path, result: Prediction | Failure) -> Iterator[str]:
+    if not isinstance(result, Prediction):
+        yield _csv_line([path, "", "", "", "", reason(result)])
+        return
+    for rank, each in enumerate(result.classes, 1):
+        yield _csv_line([path, rank, each.class_id, each.label, each.score, ""])
+
+
+class _Line(list[str]):
+    """A file for a csv writer."""
+
+    write = list.append
+
+
+def _csv_line(values: Sequence[object]) -> str:
+    line = _Line()
+    csv.writer(line, lineterminator="").writerow(values)
+    return "".join(line)
+
+
+def explain(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The image.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="PNG", help="The file to write the overlay into.")
+    ] = None,
+    class_id: Annotated[
+        int | None, typer.Option("--class", min=0, help="Class number; the best one by default.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(min=0, max=1, help="How opaque the map lies on the image.", show_default="0.5")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write class, score, logit, bias and map as JSON.")] = False,
+    model: options.Model = None,
+    size: options.Size = None,
+    url: options.Url = None,
+    api_key: options.ApiKey = None,
+) -> None:
+    """Show where in an image the model sees a class.
+
+    The map is exact: its mean, plus the bias of the class, is the logit of the class. Yellow speaks most for the class,
+    dark blue least.
+
+    Example: `pvt-serve explain cat.jpg -o heat.png`
+    """
+    if output is None and not as_json:
+        raise CommandError("name a file for the overlay with -o, or request --json", USAGE)
+    if not file.is_file():
+        raise CommandError(f"{file}: no such file", USAGE)
+    target = Target(url=url, api_key=api_key, model=model, size=size)
+    png, numbers = asyncio.run(_explain(target, file, class_id, alpha, png=output is not None, numbers=as_json))
+    if output is not None:
+        output.write_bytes(png)
+    print_line(json.dumps(numbers) if as_json else str(output))
+
+
+async def _explain(
+    target: Target, file: Path, class_id: int | None, alpha: float | None, *, png: bool, numbers: bool
+) -> tuple[bytes, dict[str, Any]]:
+    """The overlay if `png`, and the numbers if `numbers`; else each is empty."""
+    async with connect(target) as inference:
+        overlay = await inference.overlay(file, class_id, alpha) if png else b""
+        if not numbers:
+            return overlay, {}
+        found = await inference.explain(file, class_id)
+    names = ("model", "version", "width", "height", "class_id", "label", "score", "logit", "bias")
+    return overlay, {"file": str(file), **{name: getattr(found, name) for name in names}, "map": found.map.tolist()}
