@@ -20,6 +20,8 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --cache-dir .mypy_cache/win32 --platform win32 --package pvt_client
+	$(BIN)/mypy --cache-dir .mypy_cache/darwin --platform darwin --package pvt_client
 
 format: .venv/.dev
 	$(BIN)/ruff format .

@@ -1,10 +1,14 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.cli.conftest import PvtServe
+from tests.conftest import ROOT
 from tests.pvt_client.scripted import predicted, refused, scripted
 
 
@@ -51,3 +55,14 @@ def test_a_service_that_is_not_there_is_one_line(pvt_serve: PvtServe, digits: Pa
 def test_serve_is_the_server_with_options_for_settings(service_url: str) -> None:
     assert not service_url.endswith(":1")  # which PVT_PORT names
     assert httpx.get(f"{service_url}/health").json() == {"live": True, "ready": True, "reasons": []}
+
+
+def test_serve_that_pulls_on_demand_makes_the_user_s_store_first(tmp_path: Path) -> None:
+    variables = {"HOME": str(tmp_path), "PVT_PULL": "on_demand", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "cli", "serve", "--host", "256.0.0.1"]  # refused, so that it ends
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (done.returncode, "256.0.0.1" in done.stderr) == (2, True)
+    assert (tmp_path / ".local/share/pvt-serve/model_store/pvt_v2_b0.digits/1/card.json").is_file()

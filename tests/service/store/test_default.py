@@ -1,0 +1,73 @@
+from pathlib import Path
+
+import pytest
+
+from service.errors import StoreNotWritable
+from service.store.aliases import write_alias
+from service.store.default import default_store, writable_default_store
+from service.store.index import write_index
+from service.store.store import Store
+from service.store.writes import EMBEDDED_STORE, writing
+
+DIGITS = "pvt_v2_b0.digits"
+
+
+@pytest.fixture(autouse=True)
+def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the user's own store would lie; the current folder is an empty one."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "home/.local/share/pvt-serve/model_store"
+
+
+def test_the_store_in_the_current_folder_goes_before_the_user_s_and_that_before_the_package_s(users: Path) -> None:
+    found = [default_store()]
+    users.mkdir(parents=True)
+    found.append(default_store())
+    Path("model_store").mkdir()
+    found.append(default_store())
+
+    assert found == [EMBEDDED_STORE, users, Path("model_store")]
+    assert writable_default_store() == (Path("model_store"), False)
+
+
+def test_the_package_s_store_has_the_embedded_model_alone() -> None:
+    assert [model.id for model in Store(EMBEDDED_STORE).models()] == [DIGITS]
+
+
+def test_the_user_s_store_is_made_once_with_a_copy_of_the_embedded_model(users: Path) -> None:
+    assert writable_default_store() == (users, True)
+    assert writable_default_store() == (users, False)
+
+    (copied,) = Store(users).models()
+    assert copied.id == DIGITS
+    assert not copied.folder.is_symlink()
+    assert [each.name for each in users.parent.iterdir()] == ["model_store"]
+
+
+def test_a_home_that_can_not_be_written_is_an_error_that_says_what_to_do(users: Path) -> None:
+    (users.parent.parent.parent).mkdir(parents=True)
+    (users.parent.parent).write_text("a file")
+
+    with pytest.raises(StoreNotWritable, match=r"pvt-serve/model_store' can't be written"):
+        writable_default_store()
+
+
+def test_without_a_home_the_package_s_store_is_read_and_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+
+    assert default_store() == EMBEDDED_STORE
+    assert writable_default_store() == (EMBEDDED_STORE, False)
+
+
+def test_nothing_is_written_into_the_package_s_store() -> None:
+    with pytest.raises(StoreNotWritable, match="part of the package and read only"), writing(EMBEDDED_STORE):
+        pass
+    with pytest.raises(StoreNotWritable, match="part of the package"):
+        write_alias(EMBEDDED_STORE, "production", DIGITS)
+    with pytest.raises(StoreNotWritable, match="part of the package"):
+        write_index(EMBEDDED_STORE)
