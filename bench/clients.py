@@ -26,10 +26,9 @@ from bench.peers import OURS
 from bench.pictures import jpegs
 from bench.ratios import some
 from bench.server import ROOT, serving
-from cli.connection import connect
 from cli.growing_table import GrowingTable
 from cli.rows import FileState, Provenance
-from cli.target import Target
+from cli.target import connect
 from pvt_client import AsyncClient, Client, Embedding
 
 CLIENTS, PICTURES = 8, 64
@@ -94,12 +93,12 @@ async def here(pictures: Sequence[bytes], folder: Path, store: Path, seconds: in
     for number, picture in enumerate(pictures):
         (sources / f"{number}.jpg").write_bytes(picture)
     paths, bare = sorted(sources.iterdir()), Ours(store)
-    async with connect(Target()) as inference:
+    async with connect(None, None) as inference:
 
         async def embed(turn: int) -> float:
             start, count = perf_counter(), 0
             with GrowingTable(folder / f"{turn}.parquet", 500) as table:
-                async for path, result in inference.embed(_until(paths, seconds), normalize=False):
+                async for path, result in inference.embedding_many(_until(paths, seconds)):
                     if not isinstance(result, Embedding):
                         raise result
                     table.check(Provenance.of(result, None, normalize=False))

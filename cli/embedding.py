@@ -13,32 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from cli import options
-from cli.connection import connect
 from cli.growing_table import GrowingTable
 from cli.rows import FileState, Provenance
-from cli.target import Target
+from cli.target import Connection, connect
 from cli.terminal import SOME_FAILED, print_line, print_note, reason
 from pvt_client import Embedding
-
-Step = Callable[[], None]
+from pvt_client.calls import FeaturesOptions
 
 _LISTED = 1000  # failed files whose reasons are kept
-
-
-@dataclass
-class _Tally:
-    """The outcome of a run so far."""
-
-    embedded: int = 0
-    skipped: int = 0
-    failed: int = 0
-    reasons: list[tuple[str, str]] = field(default_factory=list)
-
-    def fail(self, path: Path, message: str) -> None:
-        """Count a file that has no embedding."""
-        self.failed += 1
-        if len(self.reasons) < _LISTED:
-            self.reasons.append((ascii(str(path))[1:-1], message))
 
 
 def embed(
@@ -65,90 +47,101 @@ def embed(
     Examples: `pvt-serve embed photos -o photos.parquet`,
     `pvt-serve embed --url http://localhost:8000 --normalize photos -o photos.npz`
     """
-    target = Target(url=url, api_key=api_key, model=model, size=size, concurrency=concurrency)
     paths, total = options.image_files(files), sum(1 for _ in options.image_files(files))
-    tally = _Tally()
     with GrowingTable(output, group, fresh=fresh) as table:
         try:
             table.check_options(size, normalize=normalize)
             with _progress() as progress:
                 task = progress.add_task("", total=total)
-                work = _embed(target, paths, table, tally, normalize=normalize, step=lambda: progress.advance(task))
-                asyncio.run(work)
+                run = _Run(table, model, size, normalize, lambda: progress.advance(task))
+                asyncio.run(run.embed(connect(url, api_key), paths, concurrency))
             table.finish()
         except KeyboardInterrupt:
             print_note("pvt-serve: interrupted; what is done is kept, and the same command resumes")
             raise
         rows = len(table)
-    _report(output, tally, rows, as_json=as_json)
-    if tally.failed:
+    _report(output, run, rows, as_json=as_json)
+    if run.failed:
         raise typer.Exit(SOME_FAILED)
 
 
-async def _embed(
-    target: Target, paths: Iterable[Path], table: GrowingTable, tally: _Tally, *, normalize: bool, step: Step
-) -> None:
-    """Add the embeddings of those `paths` that are not in `table`; calls `step` for each of `paths`."""
-    reading: dict[Path, FileState] = {}
-    todo = _todo(target, paths, table, tally, reading, step)
-    first = next(todo, None)
-    if first is None:
-        return  # nothing to do, so no model is needed
-    async with connect(target) as inference:
-        async for path, result in inference.embed(chain([first], todo), normalize=normalize):
-            file = reading.pop(path)
-            if not isinstance(result, Embedding):
-                tally.fail(path, reason(result))
-            else:
-                table.check(Provenance.of(result, target.size, normalize=normalize))
-                if file in table:
-                    tally.skipped += 1
+@dataclass
+class _Run:
+    """Adds embeddings to `table`, and counts; calls `step` for each image."""
+
+    table: GrowingTable
+    model: str | None
+    size: str | None
+    normalize: bool
+    step: Callable[[], None]
+    embedded: int = 0
+    skipped: int = 0
+    failed: int = 0
+    reasons: list[tuple[str, str]] = field(default_factory=list)
+    reading: dict[Path, FileState] = field(default_factory=dict)
+    """The files that are being embedded, as they were before they were read."""
+
+    async def embed(self, connection: Connection, paths: Iterable[Path], concurrency: int) -> None:
+        """Embed those `paths` that are not in the table."""
+        todo = self._todo(paths)
+        first = next(todo, None)
+        if first is None:
+            return  # nothing to do, so no model is needed
+        query = FeaturesOptions(model=self.model, size=self.size, normalize=self.normalize)
+        async with connection as inference:
+            async for path, result in inference.embedding_many(chain([first], todo), concurrency=concurrency, **query):
+                file = self.reading.pop(path)
+                if not isinstance(result, Embedding):
+                    self._fail(path, reason(result))
+                    continue
+                self.table.check(Provenance.of(result, self.size, normalize=self.normalize))
+                if file in self.table:
+                    self.skipped += 1
                 else:
-                    tally.embedded += 1
-                    table.add(file, result)
-            step()
+                    self.embedded += 1
+                    self.table.add(file, result)
+                self.step()
+
+    def _todo(self, paths: Iterable[Path]) -> Iterator[Path]:
+        # Where the name leaves open whether the table is of that model, the first image shows it, even if it has a row.
+        probing = len(self.table) > 0 and not self.table.is_of(self.model)
+        for path in paths:
+            try:
+                str(path).encode()  # a column of text takes no other names
+                file = FileState.of(path)
+            except UnicodeEncodeError:
+                self._fail(path, "its name is not UTF-8")
+            except OSError as error:
+                self._fail(path, error.strerror or str(error))
+            else:
+                if (file not in self.table or probing) and path not in self.reading:
+                    probing = False
+                    self.reading[path] = file
+                    yield path
+                else:
+                    self.skipped += 1
+                    self.step()
+
+    def _fail(self, path: Path, message: str) -> None:
+        self.failed += 1
+        if len(self.reasons) < _LISTED:
+            self.reasons.append((ascii(str(path))[1:-1], message))
+        self.step()
 
 
-def _todo(
-    target: Target,
-    paths: Iterable[Path],
-    table: GrowingTable,
-    tally: _Tally,
-    reading: dict[Path, FileState],
-    step: Step,
-) -> Iterator[Path]:
-    """The `paths` to embed; puts the present state of each into `reading`."""
-    # Where the name leaves open whether the table is of that model, the first image shows it, even if it has a row.
-    probing = len(table) > 0 and not table.is_of(target.model)
-    for path in paths:
-        try:
-            str(path).encode()  # a column of text takes no other names
-            file = FileState.of(path)
-        except (OSError, UnicodeEncodeError) as error:
-            tally.fail(path, error.strerror or str(error) if isinstance(error, OSError) else "its name is not UTF-8")
-        else:
-            if (file not in table or probing) and path not in reading:
-                probing = False
-                reading[path] = file
-                yield path
-                continue
-            tally.skipped += 1
-        step()
-
-
-def _report(output: Path, tally: _Tally, rows: int, *, as_json: bool) -> None:
+def _report(output: Path, run: _Run, rows: int, *, as_json: bool) -> None:
     if as_json:
-        errors = [{"file": path, "error": message} for path, message in tally.reasons]
-        counts = {"embedded": tally.embedded, "skipped": tally.skipped, "bad": tally.failed}
+        errors = [{"file": path, "error": message} for path, message in run.reasons]
+        counts = {"embedded": run.embedded, "skipped": run.skipped, "bad": run.failed}
         print_line(json.dumps({"output": str(output), "rows": rows, **counts, "errors": errors}))
         return
-    if tally.failed:
-        print_note(f"{tally.failed} could not be embedded:")
-        for path, message in tally.reasons:
+    if run.failed:
+        print_note(f"{run.failed} could not be embedded:")
+        for path, message in run.reasons:
             print_note(f"  {path}: {message}")
-        if tally.failed > len(tally.reasons):
-            print_note(f"  and {tally.failed - len(tally.reasons)} more")
-    print_line(f"{output}: {rows} rows, {tally.embedded} of them new, {tally.skipped} skipped, {tally.failed} bad")
+        if run.failed > len(run.reasons):
+            print_note(f"  and {run.failed - len(run.reasons)} more")
+    print_line(f"{output}: {rows} rows, {run.embedded} of them new, {run.skipped} skipped, {run.failed} bad")
 
 
 def _progress() -> Progress:

@@ -1,31 +1,29 @@
 """A table of embeddings that grows: parts beside it during a run, then one file. A killed run loses little."""
 
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from cli.rows import FileState, NewestRows, Provenance, Rows, regrouped
-from cli.table_formats import NPZ, BrokenTable, format_of
+from cli.table_formats import NPZ, BrokenTable, TableFormat, format_of
 from cli.terminal import USAGE, CommandError
 from pvt_client import Embedding
 
-_LOCK, _PROVENANCE = "lock", "made.json"
+_LOCK = "lock"
 
 
 class GrowingTable:
     """The embeddings in the file `target`; as a context manager it keeps other runs away from the file.
 
-    Rows stay in memory until there are `group` of them, and are then written as a part: under a temporary name, to the
-    disk, then under the final name. So a run that is killed loses fewer than `group` rows. `finish` makes one file of
-    the previous file and the parts, in the same way. `fresh` deletes what is there.
+    Rows stay in memory until there are `group` of them, and are then written as a part, itself a whole table: under a
+    temporary name, to the disk, then under the final name. So a run that is killed loses fewer than `group` rows.
+    `finish` makes one file of the previous file and the parts, in the same way. `fresh` deletes what is there.
 
     Raises:
         CommandError: another run has the file, its content is not a table, or the format is not available.
@@ -38,7 +36,7 @@ class GrowingTable:
         self._lock = FileLock(self._folder / _LOCK, timeout=0)
         self._group = group
         self._fresh = fresh
-        # Mutable state: the rows of the next part, the files that have been written, and their provenance.
+        # Mutable state: the rows of the next part, the files that have been written, and the provenance of all of them.
         self._waiting: list[tuple[FileState, Embedding]] = []
         self._written = NewestRows()
         self._provenance: Provenance | None = None
@@ -79,16 +77,15 @@ class GrowingTable:
         Raises:
             CommandError: they can't be compared.
         """
-        if self._provenance is None:
-            _write_durably(self._folder / _PROVENANCE, json.dumps(provenance.fields()).encode())
-            self._provenance = provenance
-        elif provenance != self._provenance:
-            raise self._mismatch(provenance)
+        self._provenance = self._provenance or provenance
+        if provenance != self._provenance:
+            message = f"{self._target} holds embeddings of {self._provenance}, these are of {provenance}"
+            raise CommandError(f"{message}; name another file, or give --fresh to begin anew", USAGE)
 
     def check_options(self, size: str | None, *, normalize: bool) -> None:
         """As `check`, before anything is embedded, by what is known then."""
-        if self._provenance and (self._provenance.size, self._provenance.normalize) != (size, normalize):
-            raise self._mismatch(replace(self._provenance, size=size, normalize=normalize))
+        if self._provenance:
+            self.check(replace(self._provenance, size=size, normalize=normalize))
 
     def is_of(self, model: str | None) -> bool:
         """Whether the rows are certainly of the model with that name; an alias, for example, leaves it open."""
@@ -97,7 +94,7 @@ class GrowingTable:
         return self._provenance.model == model or self._provenance.model.startswith(f"{model}.")
 
     def add(self, file: FileState, embedding: Embedding) -> None:
-        """Add a row, which replaces an older one of the same path."""
+        """Add a row, of a provenance that was checked; it replaces an older one of the same path."""
         self._waiting.append((file, embedding))
         if len(self._waiting) >= self._group:
             self.flush()
@@ -107,36 +104,26 @@ class GrowingTable:
         if not self._waiting:
             return
         rows = Rows.of(self._waiting)
-        columns: dict[str, Any] = rows.columns()
         number = max((int(part.stem) for part in self._parts()), default=0) + 1
-        part = self._folder / f"{number:08}.npz"
-        temporary = part.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, **columns)
-            os.fsync(file.fileno())
-        temporary.replace(part)
+        self._write(self._folder / f"{number:08}.npz", NPZ, lambda: [rows])
         self._waiting.clear()
         self._written.add(rows)
 
     def finish(self) -> None:
         """Make one file of all rows; does nothing without new rows."""
         self.flush()
-        if not self._parts() or self._provenance is None:
-            return
-        temporary = self._folder / "whole.tmp"
-        self._format.write(
-            temporary, lambda: regrouped(self._written.only(self._rows()), self._group), self._provenance
-        )
+        if parts := self._parts():
+            self._write(self._target, self._format, lambda: regrouped(self._written.only(self._rows()), self._group))
+            for part in parts:
+                part.unlink()
+
+    def _write(self, path: Path, form: TableFormat, groups: Callable[[], Iterable[Rows]]) -> None:
+        assert self._provenance is not None  # noqa: S101  `check` comes before `add`
+        temporary = self._folder / "new.tmp"
+        form.write(temporary, groups, self._provenance)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(self._target)
-        for part in self._parts():
-            part.unlink()
-        (self._folder / _PROVENANCE).unlink(missing_ok=True)
-
-    def _mismatch(self, other: Provenance) -> CommandError:
-        message = f"{self._target} holds embeddings of {self._provenance}, these are of {other}"
-        return CommandError(f"{message}; name another file, or give --fresh to begin anew", USAGE)
+        temporary.replace(path)
 
     def _acquire(self) -> None:
         while True:
@@ -157,34 +144,24 @@ class GrowingTable:
                 self._folder.rmdir()
         self._lock.release()
 
-    def _read_provenance(self) -> Provenance | None:
-        path = self._folder / _PROVENANCE
-        try:
-            if path.exists():
-                return Provenance(**json.loads(path.read_bytes()))
-            return self._format.provenance(self._target) if self._target.exists() else None
-        except BrokenTable as error:
-            raise CommandError(f"{error}; name another file, or give --fresh to begin anew") from error
-        except (ValueError, TypeError) as error:
-            raise CommandError(f"{path} is broken; give --fresh to begin anew") from error
+    def _files(self) -> Iterator[tuple[Path, TableFormat]]:
+        """Everything that has been written: the file, then the parts."""
+        if self._target.exists():
+            yield self._target, self._format
+        yield from ((part, NPZ) for part in self._parts())
 
     def _parts(self) -> Sequence[Path]:
         return sorted(self._folder.glob("[0-9]*.npz"))
 
-    def _rows(self) -> Iterator[Rows]:
-        """Everything that has been written: the file, then the parts."""
+    def _read_provenance(self) -> Provenance | None:
         try:
-            if self._target.exists():
-                yield from self._format.read(self._target)
-            for part in self._parts():
-                yield from NPZ.read(part)
+            return next((form.provenance(path) for path, form in self._files()), None)
+        except BrokenTable as error:
+            raise CommandError(f"{error}; name another file, or give --fresh to begin anew") from error
+
+    def _rows(self) -> Iterator[Rows]:
+        try:
+            for path, form in self._files():
+                yield from form.read(path)
         except BrokenTable as error:
             raise CommandError(f"{error}; remove it, and its images are embedded again") from error
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from cli import options
-from cli.connection import connect
-from cli.target import Failure, Target
+from cli.target import Connection, Failure, connect
 from cli.terminal import SOME_FAILED, USAGE, CommandError, print_line, reason
 from pvt_client import Prediction
+from pvt_client.calls import MapOptions, PredictOptions
 
 # The result of one image as lines of output.
 Format = Callable[[Path, Prediction | Failure], Iterator[str]]
@@ -44,19 +44,21 @@ def predict(
     if json_lines and as_csv:
         raise CommandError("--json and --csv exclude each other", USAGE)
     paths = options.image_files(files)
-    target = Target(url=url, api_key=api_key, model=model, size=size, concurrency=concurrency)
+    query = PredictOptions(model=model, size=size, top_k=top_k)
     form = _json if json_lines else _csv if as_csv else _text
     if as_csv:
         print_line(_csv_line(["file", "rank", "class_id", "label", "score", "error"]))
-    if asyncio.run(_predict(target, paths, top_k, form)):
+    if asyncio.run(_predict(connect(url, api_key), paths, query, concurrency, form)):
         raise typer.Exit(SOME_FAILED)
 
 
-async def _predict(target: Target, paths: Iterator[Path], top_k: int, form: Format) -> int:
+async def _predict(
+    connection: Connection, paths: Iterator[Path], query: PredictOptions, concurrency: int, form: Format
+) -> int:
     """Print the results; returns the number of images without one."""
     failed = 0
-    async with connect(target) as inference:
-        async for path, result in inference.predict(paths, top_k):
+    async with connection as inference:
+        async for path, result in inference.predict_many(paths, concurrency=concurrency, **query):
             failed += not isinstance(result, Prediction)
             for line in form(path, result):
                 print_line(line)
@@ -128,21 +130,23 @@ def explain(
         raise CommandError("name a file for the overlay with -o, or request --json", USAGE)
     if not file.is_file():
         raise CommandError(f"{file}: no such file", USAGE)
-    target = Target(url=url, api_key=api_key, model=model, size=size)
-    png, numbers = asyncio.run(_explain(target, file, class_id, alpha, png=output is not None, numbers=as_json))
+    query = MapOptions(model=model, size=size, class_id=class_id)
+    png, numbers = asyncio.run(
+        _explain(connect(url, api_key), file, query, alpha, overlay=output is not None, numbers=as_json)
+    )
     if output is not None:
         output.write_bytes(png)
     print_line(json.dumps(numbers) if as_json else str(output))
 
 
 async def _explain(
-    target: Target, file: Path, class_id: int | None, alpha: float | None, *, png: bool, numbers: bool
+    connection: Connection, file: Path, query: MapOptions, alpha: float | None, *, overlay: bool, numbers: bool
 ) -> tuple[bytes, dict[str, Any]]:
-    """The overlay if `png`, and the numbers if `numbers`; else each is empty."""
-    async with connect(target) as inference:
-        overlay = await inference.overlay(file, class_id, alpha) if png else b""
+    """The PNG if `overlay`, and the numbers if `numbers`; else each is empty."""
+    async with connection as inference:
+        png = await inference.explain(file, alpha=alpha, **query) if overlay else b""
         if not numbers:
-            return overlay, {}
-        found = await inference.explain(file, class_id)
+            return png, {}
+        found = await inference.explain_map(file, **query)
     names = ("model", "version", "width", "height", "class_id", "label", "score", "logit", "bias")
-    return overlay, {"file": str(file), **{name: getattr(found, name) for name in names}, "map": found.map.tolist()}
+    return png, {"file": str(file), **{name: getattr(found, name) for name in names}, "map": found.map.tolist()}

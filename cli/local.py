@@ -1,27 +1,27 @@
-"""Inference by an engine in this process."""
+"""An engine in this process with the methods of the client that commands use."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, Unpack
 
 import numpy as np
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
-from typing_extensions import override
 
 from app.engine_options import engine_options
 from app.model_info import model_info
 from app.queries import ExplainQuery
 from cli.options import read_settings
-from cli.target import Failure, Inference, Target
 from cli.terminal import USAGE, CommandError, logs_on_stderr
-from pvt_client import ClassScore, Embedding, Explanation, ImageUnreadable, Prediction
+from pvt_client import ClassScore, Embedding, Explanation, ImageUnreadable, Model, Prediction, PvtError
+from pvt_client.calls import CommonOptions, ExplainOptions, FeaturesOptions, MapOptions, PredictOptions
 from pvt_client.concurrency import in_tasks
+from pvt_client.results import read_model
 from service.answers import explain as activation
-from service.answers.outputs import top_k as best_classes
+from service.answers.outputs import top_k
 from service.answers.results import Answered, Inferred
 from service.engine import Engine
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
@@ -32,7 +32,7 @@ _TIMEOUT_SECONDS = 3600.0  # nobody else is waiting; the first image waits until
 
 
 @asynccontextmanager
-async def local_engine(target: Target) -> AsyncIterator["LocalEngine"]:
+async def local_engine() -> AsyncIterator["LocalEngine"]:
     """An engine with the settings of the environment; its errors are logged to standard error.
 
     Raises:
@@ -41,83 +41,101 @@ async def local_engine(target: Target) -> AsyncIterator["LocalEngine"]:
     settings = read_settings()
     with logs_on_stderr(logging.ERROR):
         async with Engine(engine_options(settings), EngineMetrics(CollectorRegistry())) as engine:
-            yield LocalEngine(engine, target, settings.max_body_bytes)
+            yield LocalEngine(engine, settings.max_body_bytes)
 
 
-class LocalEngine(Inference):
-    """An engine. Files of more than `max_bytes` are refused unread."""
+class LocalEngine:
+    """An engine; see `cli.target.Inference`. Files of more than `max_bytes` are refused unread."""
 
-    def __init__(self, engine: Engine, target: Target, max_bytes: int) -> None:
+    def __init__(self, engine: Engine, max_bytes: int) -> None:
         self._engine = engine
-        self._model = target.model
         self._max_bytes = max_bytes
-        try:
-            self._query = ExplainQuery(size=target.size) if target.size else ExplainQuery()
-        except ValidationError as error:
-            raise CommandError(f"--size {target.size}: {error.errors()[0]['msg']}", USAGE) from error
-        # Enough to keep every thread busy: full batches, and images decoded meanwhile. The queue would refuse more.
-        busy = engine.options.instances * engine.options.max_batch_size + engine.options.cores
-        self._concurrency = min(busy, engine.options.queue_size)
 
-    @override
-    def predict(self, paths: Iterable[Path], top_k: int) -> AsyncIterator[tuple[Path, Prediction | Failure]]:
-        async def one(path: Path) -> Prediction:
-            answered, result = await self._infer(path)
-            scores = best_classes(result.outputs.logits, answered.card.labels, top_k)
+    def predict_many(
+        self,
+        images: Iterable[Path],
+        *,
+        concurrency: int = 0,
+        **options: Unpack[PredictOptions],  # noqa: ARG002
+    ) -> AsyncGenerator[tuple[Path, Prediction | PvtError | ServiceError]]:
+        """See `AsyncClient`; `concurrency` is not used."""
+
+        async def predict(path: Path) -> Prediction:
+            answered, result = await self._infer(path, options)
+            scores = top_k(result.outputs.logits, answered.card.labels, options.get("top_k", 5))
             classes = tuple(ClassScore(each.class_id, each.label, each.score) for each in scores)
             return Prediction(path.name, result.width, result.height, classes, answered.model, answered.version)
 
-        return in_tasks(_or_failure(one), paths, self._concurrency)
+        return self._many(predict, images)
 
-    @override
-    def embed(self, paths: Iterable[Path], *, normalize: bool) -> AsyncIterator[tuple[Path, Embedding | Failure]]:
-        async def one(path: Path) -> Embedding:
-            answered, result = await self._infer(path)
+    def embedding_many(
+        self,
+        images: Iterable[Path],
+        *,
+        concurrency: int = 0,
+        **options: Unpack[FeaturesOptions],  # noqa: ARG002
+    ) -> AsyncGenerator[tuple[Path, Embedding | PvtError | ServiceError]]:
+        """See `AsyncClient`; `concurrency` is not used."""
+
+        async def embed(path: Path) -> Embedding:
+            answered, result = await self._infer(path, options)
             vector = result.outputs.embedding
-            if normalize:
+            if options.get("normalize"):
                 vector = vector / np.float32(np.linalg.norm(vector) or 1)
             return Embedding(result.width, result.height, vector, answered.model, answered.version)
 
-        return in_tasks(_or_failure(one), paths, self._concurrency)
+        return self._many(embed, images)
 
-    @override
-    async def overlay(self, path: Path, class_id: int | None, alpha: float | None) -> bytes:
-        _, explanation = await self._explain(path, class_id)
-        return await asyncio.to_thread(activation.overlay, explanation, self._query.alpha if alpha is None else alpha)
-
-    @override
-    async def explain(self, path: Path, class_id: int | None) -> Explanation:
-        answered, found = await self._explain(path, class_id)
-        return Explanation(
-            filename=path.name,
-            width=found.inferred.width,
-            height=found.inferred.height,
-            class_id=found.class_id,
-            label=found.label,
-            score=found.score,
-            logit=found.logit,
-            bias=found.bias,
-            map=found.map,
-            model=answered.model,
-            version=answered.version,
+    async def explain(self, image: Path, /, **options: Unpack[ExplainOptions]) -> bytes:
+        """See `AsyncClient`."""
+        _, explanation = await self._explain(image, options.get("class_id"), options)
+        alpha = options.get("alpha")
+        return await asyncio.to_thread(
+            activation.overlay, explanation, ExplainQuery().alpha if alpha is None else alpha
         )
 
-    @override
-    async def models(self) -> list[dict[str, Any]]:
-        infos = [model_info(model) for model in await self._engine.models.all()]
-        return [each.model_dump(mode="json", exclude_none=True) for each in infos]
+    async def explain_map(self, image: Path, /, **options: Unpack[MapOptions]) -> Explanation:
+        """See `AsyncClient`."""
+        answered, found = await self._explain(image, options.get("class_id"), options)
+        numbers = {name: getattr(found, name) for name in ("class_id", "label", "score", "logit", "bias", "map")}
+        width, height = found.inferred.width, found.inferred.height
+        return Explanation(
+            **numbers, filename=image.name, width=width, height=height, model=answered.model, version=answered.version
+        )
 
-    async def _explain(self, path: Path, class_id: int | None) -> tuple[Answered, activation.Explanation]:
-        answered, _ = await self._infer(path, stages=True)
+    async def models(self) -> list[Model]:
+        """See `AsyncClient`."""
+        infos = [model_info(model) for model in await self._engine.models.all()]
+        return [read_model(each.model_dump(mode="json", exclude_none=True)) for each in infos]
+
+    def _many(
+        self, work: Callable[[Path], Awaitable[T]], images: Iterable[Path]
+    ) -> AsyncGenerator[tuple[Path, T | PvtError | ServiceError]]:
+        async def result(path: Path) -> T | PvtError | ServiceError:
+            try:
+                return await work(path)
+            except (ImageUnreadable, InvalidImage, ImageTooLarge) as error:
+                return error
+
+        # Enough to keep every thread busy: full batches, and images decoded meanwhile. The queue would refuse more.
+        limits = self._engine.options
+        busy = limits.instances * limits.max_batch_size + limits.cores
+        return in_tasks(result, images, min(busy, limits.queue_size))
+
+    async def _explain(
+        self, path: Path, class_id: int | None, options: CommonOptions
+    ) -> tuple[Answered, activation.Explanation]:
+        answered, _ = await self._infer(path, options, stages=True)
         (found,) = activation.explain(answered, class_id)
         if isinstance(found, ServiceError):
             raise found
         return answered, found
 
-    async def _infer(self, path: Path, *, stages: bool = False) -> tuple[Answered, Inferred]:
+    async def _infer(self, path: Path, options: CommonOptions, *, stages: bool = False) -> tuple[Answered, Inferred]:
+        size = _input_size(options.get("size"))
         data = await asyncio.to_thread(self._read, path)
         answered = await self._engine.infer(
-            [data], model=self._model, size=self._query.input_size, stages=stages, timeout_seconds=_TIMEOUT_SECONDS
+            [data], model=options.get("model"), size=size, stages=stages, timeout_seconds=_TIMEOUT_SECONDS
         )
         (result,) = answered.results
         if isinstance(result, ServiceError):
@@ -137,13 +155,8 @@ class LocalEngine(Inference):
             raise ImageUnreadable(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _or_failure(work: Callable[[Path], Awaitable[T]]) -> Callable[[Path], Awaitable[T | Failure]]:
-    """`work`, but the error of one image is returned in place of its result; one that all would meet is raised."""
-
-    async def result(path: Path) -> T | Failure:
-        try:
-            return await work(path)
-        except (ImageUnreadable, InvalidImage, ImageTooLarge) as error:
-            return error
-
-    return result
+def _input_size(size: object) -> tuple[int, int] | None:
+    try:
+        return ExplainQuery(size=str(size)).input_size if size else None
+    except ValidationError as error:
+        raise CommandError(f"--size {size}: {error.errors()[0]['msg']}", USAGE) from error

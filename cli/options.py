@@ -87,34 +87,20 @@ def image_files(arguments: Sequence[str]) -> Iterator[Path]:
         CommandError: an argument names nothing; it is raised before the first image.
     """
     for argument in arguments:
-        _check(argument)
+        if next(_expanded(argument), None) is None:
+            folder = f"no images in this folder ({' '.join(sorted(SUFFIXES))})"
+            raise CommandError(f"{argument}: {folder if Path(argument).is_dir() else 'no such file'}", USAGE)
     return (path for argument in arguments for path in _expanded(argument))
-
-
-def _check(argument: str) -> None:
-    if Path(argument).is_dir():
-        if next(_images_below(argument), None) is None:
-            raise CommandError(f"{argument}: no images in this folder ({' '.join(sorted(SUFFIXES))})", USAGE)
-    elif not Path(argument).exists() and not _matches(argument):
-        raise CommandError(f"{argument}: no such file", USAGE)
-
-
-def _matches(argument: str) -> bool:
-    return has_magic(argument) and next(iglob(argument, recursive=True), None) is not None  # noqa: PTH207
 
 
 def _expanded(argument: str) -> Iterator[Path]:
     if Path(argument).is_dir():
-        yield from _images_below(argument)
-    elif Path(argument).exists() or not has_magic(argument):
+        for parent, folders, names in os.walk(argument):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(names):
+                if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+                    yield Path(parent, name)
+    elif Path(argument).exists():
         yield Path(argument)
-    else:
+    elif has_magic(argument):
         yield from (Path(each) for each in sorted(iglob(argument, recursive=True)) if Path(each).is_file())  # noqa: PTH207
-
-
-def _images_below(folder: str) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(parent, name)

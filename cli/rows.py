@@ -1,7 +1,7 @@
 """Embeddings of several images column by column, and how they were computed."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -34,10 +34,6 @@ class Provenance:
         return cls(
             model=embedding.model, version=embedding.version, dimensions=dimensions, size=size, normalize=normalize
         )
-
-    def fields(self) -> dict[str, Any]:
-        """The fields as JSON takes them."""
-        return asdict(self)
 
     def __str__(self) -> str:
         size = "" if self.size is None else f", size {self.size}"

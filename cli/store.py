@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from cli import options
-from cli.connection import connect
 from cli.options import read_settings, store_folder
-from cli.target import Target
+from cli.target import Connection, connect
 from cli.terminal import FAILED, USAGE, CommandError, print_line, print_note, print_table, thousands
 from service.acquisition.catalogue import CATALOGUE
 from service.acquisition.removal import removable, remove
@@ -40,7 +39,7 @@ def models(as_json: options.Json = False, url: options.Url = None, api_key: opti
     Only a service can say which models are in memory and how they run: give --url. The table leaves out models that
     could be pulled; `pvt-serve ls --all` has them.
     """
-    found = asyncio.run(_models(Target(url=url, api_key=api_key)))
+    found = asyncio.run(_models(connect(url, api_key)))
     if as_json:
         print_line(json.dumps({"models": found}, indent=2))
         return
@@ -50,9 +49,9 @@ def models(as_json: options.Json = False, url: options.Url = None, api_key: opti
     print_table(list(shown), zip(*shown.values(), strict=True))
 
 
-async def _models(target: Target) -> list[dict[str, Any]]:
-    async with connect(target) as inference:
-        return await inference.models()
+async def _models(connection: Connection) -> list[Mapping[str, Any]]:
+    async with connection as inference:
+        return [model.details for model in await inference.models()]
 
 
 @dataclass(frozen=True, slots=True)

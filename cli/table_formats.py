@@ -6,7 +6,7 @@ Both are written and read without having all of the table in memory.
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import BadZipFile, ZipFile
@@ -75,7 +75,7 @@ def _write_npz(path: Path, groups: Callable[[], Iterable[Rows]], provenance: Pro
                 for rows in groups():
                     file.write(np.ascontiguousarray(rows.columns()[name], types[name]).tobytes())
         with archive.open(f"{_NPZ_PROVENANCE}.npy", "w") as file:
-            npy.write_array(file, np.array(json.dumps(provenance.fields())), allow_pickle=False)
+            npy.write_array(file, np.array(json.dumps(asdict(provenance))), allow_pickle=False)
 
 
 def _read_npz(path: Path) -> Iterator[Rows]:
@@ -119,7 +119,7 @@ def _write_parquet(path: Path, groups: Callable[[], Iterable[Rows]], provenance:
     text = {name: pa.string() for name in ("path", "model", "version")}
     numbers = {"width": pa.int32(), "height": pa.int32(), "bytes": pa.int64(), "mtime_ns": pa.int64()}
     types = {**text, **numbers, "embedding": pa.list_(pa.float32(), provenance.dimensions)}
-    metadata = {_PARQUET_PROVENANCE: json.dumps(provenance.fields())}
+    metadata = {_PARQUET_PROVENANCE: json.dumps(asdict(provenance))}
     schema = pa.schema([(name, types[name]) for name in COLUMNS], metadata=metadata)
     with parquet.ParquetWriter(path, schema) as writer:
         for rows in groups():

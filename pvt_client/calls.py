@@ -24,7 +24,7 @@ _FIELD = "image"
 _BINARY = "application/octet-stream"
 
 
-class _Common(TypedDict, total=False):
+class CommonOptions(TypedDict, total=False):
     """Options of every call that sends images; the service decides on those left out."""
 
     model: str | None
@@ -34,14 +34,14 @@ class _Common(TypedDict, total=False):
     model's own if left out."""
 
 
-class PredictOptions(_Common, total=False):
+class PredictOptions(CommonOptions, total=False):
     """Options of `predict`."""
 
     top_k: int
     """How many classes to return, best first; 5 if left out."""
 
 
-class FeaturesOptions(_Common, total=False):
+class FeaturesOptions(CommonOptions, total=False):
     """Options of `features`."""
 
     stages: Sequence[int]
@@ -54,7 +54,7 @@ class FeaturesOptions(_Common, total=False):
     """The type of the arrays."""
 
 
-class MapOptions(_Common, total=False):
+class MapOptions(CommonOptions, total=False):
     """Options of `explain_map`."""
 
     class_id: int | None

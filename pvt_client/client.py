@@ -19,7 +19,7 @@ from pvt_client.concurrency import in_tasks, in_threads
 from pvt_client.errors import OF_ONE_IMAGE, PvtError
 from pvt_client.exchange import Attempt, Clock, Exchange, Outcome, Retries, http_settings
 from pvt_client.images import AnyImage
-from pvt_client.results import Features, Prediction, Response
+from pvt_client.results import Embedding, Features, Prediction, Response
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,6 +110,12 @@ class Client:
         """Each of `images` with its features; see `predict_many`."""
         return self.many(lambda image: calls.features(image, **options), images, concurrency=concurrency)
 
+    def embedding_many(
+        self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
+    ) -> Generator[tuple[AnyImage, Embedding | PvtError]]:
+        """Each of `images` with its embedding and its size; see `predict_many`."""
+        return self.many(lambda image: calls.embedding(image, **options), images, concurrency=concurrency)
+
     def many(
         self, make: Callable[[AnyImage], Call[T]], images: Iterable[AnyImage], *, concurrency: int = 8
     ) -> Generator[tuple[AnyImage, T | PvtError]]:
@@ -198,6 +204,12 @@ class AsyncClient:
     ) -> AsyncGenerator[tuple[AnyImage, Features | PvtError]]:
         """See `Client.features_many`."""
         return self.many(lambda image: calls.features(image, **options), images, concurrency=concurrency)
+
+    def embedding_many(
+        self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
+    ) -> AsyncGenerator[tuple[AnyImage, Embedding | PvtError]]:
+        """See `Client.embedding_many`."""
+        return self.many(lambda image: calls.embedding(image, **options), images, concurrency=concurrency)
 
     def many(
         self, make: Callable[[AnyImage], Call[T]], images: Iterable[AnyImage], *, concurrency: int = 8
