@@ -24,6 +24,7 @@ FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.5, 30.0
 STEADY_SECONDS = 60.0  # a worker that ran for longer ended for a new reason
 OVERTIME_SECONDS = 10.0  # beyond PVT_SHUTDOWN_SECONDS, for a worker that does not end
 STARTUP_FAILURE = 3  # uvicorn's exit code
+_ROOT = Path(__file__).parent.parent
 
 
 def run(settings: Settings, listener: socket.socket) -> int:
@@ -128,11 +129,14 @@ class Supervisor:
     async def _start(self, worker: int) -> Process:
         listener, folder = self._listener.fileno(), str(self._fleet.folder)
         arguments = [worker, self._fleet.size, folder, listener, self._watched]
+        paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         return await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # a module `app` in the current folder is another application
             "-m",
             "app.worker",
             *map(str, arguments),
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
             pass_fds=(listener, self._watched),
             start_new_session=True,  # else Ctrl-C would reach it twice, from the terminal and from here
         )

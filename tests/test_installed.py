@@ -93,8 +93,10 @@ def test_the_embedded_model_is_listed_and_predicts_from_any_folder(
 
 @pytest.fixture
 def served(installed: Environment, home: Path) -> Iterator[str]:
-    """The URL of `pvt-serve serve`."""
-    variables = installed.variables(HOME=str(home), **QUICK)
+    """The URL of `pvt-serve serve` with two processes, in a folder with modules that have the names of its own."""
+    for name in ("app", "service", "cli"):
+        (home / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    variables = installed.variables(HOME=str(home), PVT_WORKERS="2", **QUICK)
     command = [str(installed.bin / "pvt-serve"), "serve", "--port", "0"]
     with subprocess.Popen(command, cwd=home, env=variables, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -102,7 +104,7 @@ def served(installed: Environment, home: Path) -> Iterator[str]:
             records = (json.loads(line) for line in process.stderr)
             yield next(record["url"] for record in records if record["event"] == "listening")
         finally:
-            process.kill()
+            process.terminate()
 
 
 def test_the_embedded_model_is_served_from_any_folder(served: str, digits: Path) -> None:

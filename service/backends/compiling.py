@@ -138,7 +138,7 @@ def _help(blob: bytes, environment: Mapping[str, str], stopped: Event) -> None:
         job.write(blob)
         job.seek(0)
         with subprocess.Popen(
-            [sys.executable, "-m", "service.backends.compiling"],
+            [sys.executable, "-P", "-m", "service.backends.compiling"],
             stdin=job,
             stdout=subprocess.DEVNULL,
             stderr=errors,
