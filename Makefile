@@ -8,7 +8,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check --constrain
 INSTALL_TORCH := $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 PIP := $(BIN)/$(INSTALL)
 
-.PHONY: serve test check format bench bench-quick image lock clean
+.PHONY: serve test check format bench bench-quick wheels image lock clean
 
 serve: .venv/.serve
 	$(BIN)/python -m app
@@ -34,6 +34,12 @@ bench: .venv-bench/.bench
 # A table on the terminal in three minutes.
 bench-quick: .venv-bench/.bench
 	.venv-bench/bin/python -m bench --quick
+
+# The service and the client as packages, in dist/. What setuptools left of an earlier build would get into the wheel.
+wheels:
+	rm -rf build dist
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist . ./pvt_client
+	rm -rf build
 
 image:
 	docker build --network host --build-arg TORCH_INDEX=$(TORCH_INDEX) --build-arg EXTRAS=$(EXTRAS) --tag pvt-serve .
