@@ -55,8 +55,8 @@ class LocalEngine:
         self,
         images: Iterable[Path],
         *,
-        concurrency: int = 0,
-        **options: Unpack[PredictOptions],  # noqa: ARG002
+        concurrency: int = 0,  # noqa: ARG002
+        **options: Unpack[PredictOptions],
     ) -> AsyncGenerator[tuple[Path, Prediction | PvtError | ServiceError]]:
         """See `AsyncClient`; `concurrency` is not used."""
 
@@ -72,8 +72,8 @@ class LocalEngine:
         self,
         images: Iterable[Path],
         *,
-        concurrency: int = 0,
-        **options: Unpack[FeaturesOptions],  # noqa: ARG002
+        concurrency: int = 0,  # noqa: ARG002
+        **options: Unpack[FeaturesOptions],
     ) -> AsyncGenerator[tuple[Path, Embedding | PvtError | ServiceError]]:
         """See `AsyncClient`; `concurrency` is not used."""
 
