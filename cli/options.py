@@ -67,17 +67,23 @@ def store_folder(option: str | None, *, write: bool = False) -> Path:
         CommandError: it is a URL.
         StoreNotWritable: the user's own store can't be made.
     """
-    settings = None if option else read_settings()
-    if "://" in (url := option or (settings.remote_store.url if settings and settings.remote_store else "")):
-        raise CommandError(f"{url}: this command works on a store in a folder; name one with --store", USAGE)
-    if settings is None:
-        return Path(option or "")
+    if option:
+        return _checked(option)
+    settings = read_settings()
+    if settings.remote_store:
+        return _checked(settings.remote_store.url)
     if not write:
         return settings.store_folder
     root, made = settings.writable_store()
     if made:
         print_note(f"pvt-serve: {root} is new, with a copy of the embedded model")
     return root
+
+
+def _checked(store: str) -> Path:
+    if "://" in store:
+        raise CommandError(f"{store}: this command works on a store in a folder; name one with --store", USAGE)
+    return Path(store)
 
 
 def image_files(arguments: Sequence[str]) -> Iterator[Path]:

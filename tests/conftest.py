@@ -56,7 +56,7 @@ def model_store() -> Path:
 
 @pytest.fixture(scope="session")
 def digits() -> Path:
-    """The folder of the README's pictures: zero.png to nine.png."""
+    """The folder of the README's images: zero.png to nine.png."""
     return ROOT / "docs" / "digits"
 
 

@@ -215,3 +215,16 @@ def test_each_worker_has_at_least_one_batch_at_a_time_for_each_gpu(
     options = engine_options(Settings())
 
     assert [Member(Fleet(tmp_path, 4), i, 0).share_of(options).instances for i in range(4)] == [2, 2, 2, 2]
+
+
+def test_a_store_that_is_named_is_used_for_reading_and_writing_though_another_is_near(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "model_store").mkdir()
+    monkeypatch.chdir(tmp_path)
+    near = Settings.from_environment()
+    monkeypatch.setenv("PVT_MODEL_STORE", "elsewhere")
+    named = Settings.from_environment()
+
+    assert (near.store_folder, near.writable_store()) == (Path("model_store"), (Path("model_store"), False))
+    assert (named.store_folder, named.writable_store()) == (Path("elsewhere"), (Path("elsewhere"), False))

@@ -41,14 +41,14 @@ def test_a_setting_out_of_bounds_is_one_line_and_a_usage_error(arguments: list[s
 def test_no_help_has_words_that_its_markdown_takes_for_html_and_leaves_out() -> None:
     command = get_command(create_app())
     assert isinstance(command, TyperGroup)
-    told = [
+    texts = [
         (name, text)
         for name, each in command.commands.items()
         for text in (each.help, *(getattr(parameter, "help", None) for parameter in each.params))
     ]
 
-    assert len({name for name, _ in told}) > 10
-    assert not [each for each in told if each[1] and re.search("<[a-z]", re.sub("`[^`]*`", "", each[1]))]
+    assert len({name for name, _ in texts}) > 10
+    assert not [each for each in texts if each[1] and re.search("<[a-z]", re.sub("`[^`]*`", "", each[1]))]
 
 
 def test_the_help_does_not_wait_for_torch() -> None:
@@ -58,8 +58,8 @@ def test_the_help_does_not_wait_for_torch() -> None:
 
 
 def test_the_shell_completes_commands() -> None:
-    asked = {"_PVT_SERVE_COMPLETE": "complete_bash", "COMP_WORDS": "pvt-serve em", "COMP_CWORD": "1"}
+    variables = {"_PVT_SERVE_COMPLETE": "complete_bash", "COMP_WORDS": "pvt-serve em", "COMP_CWORD": "1"}
 
-    done = CliRunner().invoke(create_app(), [], prog_name="pvt-serve", env=asked)
+    done = CliRunner().invoke(create_app(), [], prog_name="pvt-serve", env=variables)
 
     assert done.output.split() == ["embed"]
