@@ -5,6 +5,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,16 +91,10 @@ def _csv(path: Path, result: Prediction | Failure) -> Iterator[str]:
         yield _csv_line([path, rank, each.class_id, each.label, each.score, ""])
 
 
-class _Line(list[str]):
-    """A file for a csv writer."""
-
-    write = list.append
-
-
 def _csv_line(values: Sequence[object]) -> str:
-    line = _Line()
+    line = StringIO()
     csv.writer(line, lineterminator="").writerow(values)
-    return "".join(line)
+    return line.getvalue()
 
 
 def explain(

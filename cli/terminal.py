@@ -15,8 +15,9 @@ from rich.table import Table
 from pvt_client import PvtError
 from service.errors import ServiceError
 
-FAILED, USAGE, SOME_FAILED = 1, 2, 3
-"""Exit codes beside 0: nothing was done, the command was used wrongly, done but for the failures that are listed."""
+FAILED, USAGE, SOME_FAILED, INTERRUPTED = 1, 2, 3, 130
+"""Exit codes beside 0: nothing was done, the command was used wrongly, done but for the failures that are listed, and
+Ctrl-C."""
 _WIDE = 250  # characters of a table that is not written to a terminal
 _NUMBERS = {"classes", "parameters", "MB", "top-1"}  # columns that are aligned to the right
 
@@ -84,18 +85,17 @@ def short_errors() -> Iterator[None]:
     try:
         yield
     except CommandError as error:
-        print_note(f"pvt-serve: {error}")
-        sys.exit(error.exit_code)
+        message, code = str(error), error.exit_code
     except (PvtError, ServiceError) as error:
-        print_note(f"pvt-serve: {reason(error)}")
-        sys.exit(FAILED)
+        message, code = reason(error), FAILED
     except BrokenPipeError:  # `pvt-serve ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else reason(error)
-        print_note(f"pvt-serve: {message}")
-        sys.exit(FAILED)
+        message, code = f"{error.filename}: {error.strerror}" if error.filename else reason(error), FAILED
     except KeyboardInterrupt:
-        print_note("pvt-serve: interrupted")
-        sys.exit(130)
+        message, code = "interrupted", INTERRUPTED
+    else:
+        return
+    print_note(f"pvt-serve: {message}")
+    sys.exit(code)
