@@ -3,30 +3,22 @@
 import pytest
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from app.protocol import MAX_HEAD_BYTES
-from tests.app.wire import Message, Receive, Send, answer, asked, echo, exchange
+from tests.app.wire import (
+    BODIES,
+    CHUNKED,
+    NEXT,
+    OFFERS,
+    POST,
+    SMUGGLED,
+    Message,
+    Receive,
+    Send,
+    answer,
+    asked,
+    echo,
+    exchange,
+)
 
-NEXT = b"GET /next HTTP/1.1\r\nHost: x\r\n\r\n"
-SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"  # which is nothing but a body
-POST = b"POST /a HTTP/1.1\r\nHost: x\r\n"
-CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-OFFERS = {
-    "h2c, as Java's client": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n",
-    "TLS": b"Connection: Upgrade\r\nUpgrade: TLS/1.0\r\n",
-    "websocket": b"Upgrade: websocket\r\nConnection: upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: e\r\n",
-    "several": b"Connection: Upgrade\r\nUpgrade: foo/2, h2c\r\n",
-    "several headers": b"connection: keep-alive, UPGRADE\r\nUPGRADE: foo\r\nupgrade:h2c\r\n",
-    "without Connection": b"Upgrade: h2c\r\n",
-    "without Upgrade": b"Connection: upgrade\r\n",
-    "empty": b"Connection: upgrade\r\nUpgrade:\r\n",
-    "Proxy-Connection": b"Proxy-Connection: upgrade\r\nUpgrade: h2c\r\n",
-}
-BODIES = {
-    "none": (b"\r\n", b""),
-    "length": (b"Content-Length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED, SMUGGLED),
-    "chunked": (b"Transfer-Encoding: Chunked\r\n\r\n5;a=b\r\nGET /\r\n1E\r\n%b\r\n0\r\n\r\n" % SMUGGLED[5:], SMUGGLED),
-    "expected": (b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\nabc", b"abc"),
-}
 REFUSED = {
     "two framings": (POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
     "two framings, other way round": (POST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n", 400),
@@ -108,6 +100,15 @@ def test_an_offer_on_a_connection_that_is_to_be_closed_keeps_its_body(first: byt
         assert wire.ended
 
 
+def test_chunks_in_http_1_0_are_read_and_the_connection_closed() -> None:
+    raw = b"\r\n\r\nPOST /a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n" + NEXT
+    for pieces in ([raw], singly(raw)):
+        wire = exchange(*pieces)
+
+        assert asked(wire) == [["POST", "/a", "abc"]]
+        assert wire.ended
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_can_be_read_in_two_ways_is_refused_and_the_rest_never_read(case: str) -> None:
     raw, status = REFUSED[case]
@@ -141,73 +142,6 @@ def test_headers_behind_a_body_are_none_of_the_requests() -> None:
     (_, answer), = exchange(CHUNKED + b"0\r\nAuthorization: Bearer key\r\n\r\n").answers()  # fmt: skip
 
     assert answer["headers"] == 2
-
-
-BEFORE = {
-    "nothing": (b"", 0),
-    "a head": (NEXT, 1),
-    "a body": (POST + b"Content-Length: 3\r\n\r\nabc", 1),
-    "chunks": (CHUNKED + b"3\r\nabc\r\n0\r\n\r\n", 1),
-    "an offer": (POST + OFFERS["TLS"] + b"Content-Length: 3\r\n\r\nabc", 1),
-    "all of them": (NEXT + POST + OFFERS["several"] + BODIES["chunked"][0] + POST + BODIES["length"][0] + NEXT, 4),
-}
-LARGE = {
-    "a target": (b"GET /", b" HTTP/1.1"),
-    "a value": (b"GET /a HTTP/1.1\r\nHost: x\r\nX: ", b""),
-    "spaces": (b"GET /a HTTP/1.1\r\nHost: x\r\nX:" + b" " * 60_000, b""),
-    "a name, and an offer": (POST + OFFERS["TLS"] + b"X-", b": y"),
-    "many headers": (b"GET /a HTTP/1.1\r\n" + b"X: y\r\n" * 10_000 + b"X: ", b""),
-}
-
-
-@pytest.mark.parametrize("before", BEFORE)
-@pytest.mark.parametrize("large", LARGE)
-def test_every_head_of_a_connection_is_bounded(large: str, before: str) -> None:
-    (first, last), (earlier, answered) = LARGE[large], BEFORE[before]
-    for size, expected in ((MAX_HEAD_BYTES, 200), (MAX_HEAD_BYTES + 1, 431)):
-        raw = earlier + first + b"a" * (size - len(first) - len(last)) + last + b"\r\n\r\n"
-        for step in (len(raw), 4096, 16):
-            wire = exchange(*(raw[i : i + step] for i in range(0, len(raw), step)))
-
-            assert [status for status, _ in wire.answers()] == [200] * answered + [expected]
-            assert wire.ended == (expected == 431)
-
-
-def test_a_head_without_end_is_refused_once_it_is_too_large() -> None:
-    for piece in (b"a", b" ", b"\r\n", b"a: b\r\n"):
-        pieces = [piece * 1000] * 100
-        first = b"" if piece == b"\r\n" else b"GET / HTTP/1.1\r\nX: " if piece in b"a " else b"GET / HTTP/1.1\r\n"
-
-        assert [status for status, _ in exchange(first, *pieces).answers()] == [431]
-
-
-def test_a_body_is_not_counted_as_head() -> None:
-    large = b"a" * 200_000
-    raw = POST + b"Content-Length: 200000\r\n\r\n" + large
-    end = raw.index(b"\r\n\r\n")
-    for cut in range(end, end + 6):
-        assert asked(exchange(raw[:cut], raw[cut:] + NEXT)) == [["POST", "/a", large.decode()], ["GET", "/next", ""]]
-    assert len(asked(exchange(NEXT * 5000))) == 5000
-    chunks = b"".join(b"1\r\na\r\n" for _ in range(50_000)) + b"%x\r\n%b\r\n0\r\n\r\n" % (len(large), large)
-    assert asked(exchange(CHUNKED + chunks + NEXT)) == [["POST", "/a", "a" * 250_000], ["GET", "/next", ""]]
-
-
-@pytest.mark.parametrize("step", [1000, 1_000_000])
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"3;a=" + b"b" * 70_000 + b"\r\nabc\r\n0\r\n\r\n",
-        b"3;a=" + b"b" * 1000 + (b"\r\nabc\r\n3;a=" + b"b" * 1000) * 70 + b"\r\nabc\r\n0\r\n\r\n",
-        b"3\r\nabc\r\n0\r\n" + b"X: y\r\n" * 12_000 + b"\r\n",
-        b"3\r\nabc\r\n0\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
-    ],
-)
-def test_what_is_around_chunks_is_bounded(sent: bytes, step: int) -> None:
-    raw = CHUNKED + sent + SMUGGLED
-    wire = exchange(*(raw[i : i + step] for i in range(0, len(raw), step)))
-
-    assert [status for status, _ in wire.answers()] == [431]
-    assert wire.ended
 
 
 def test_a_request_behind_others_whose_body_is_broken_is_not_begun() -> None:

@@ -12,6 +12,28 @@ from uvicorn.server import ServerState
 
 from app.protocol import BoundedProtocol
 
+NEXT = b"GET /next HTTP/1.1\r\nHost: x\r\n\r\n"
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"  # which is nothing but a body
+POST = b"POST /a HTTP/1.1\r\nHost: x\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+OFFERS = {
+    "h2c, as Java's client": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n",
+    "TLS": b"Connection: Upgrade\r\nUpgrade: TLS/1.0\r\n",
+    "websocket": b"Upgrade: websocket\r\nConnection: upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: e\r\n",
+    "several": b"Connection: Upgrade\r\nUpgrade: foo/2, h2c\r\n",
+    "several headers": b"connection: keep-alive, UPGRADE\r\nUPGRADE: foo\r\nupgrade:h2c\r\n",
+    "without Connection": b"Upgrade: h2c\r\n",
+    "without Upgrade": b"Connection: upgrade\r\n",
+    "empty": b"Connection: upgrade\r\nUpgrade:\r\n",
+    "Proxy-Connection": b"Proxy-Connection: upgrade\r\nUpgrade: h2c\r\n",
+}
+BODIES = {
+    "none": (b"\r\n", b""),
+    "length": (b"Content-Length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED, SMUGGLED),
+    "chunked": (b"Transfer-Encoding: Chunked\r\n\r\n5;a=b\r\nGET /\r\n1E\r\n%b\r\n0\r\n\r\n" % SMUGGLED[5:], SMUGGLED),
+    "expected": (b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\nabc", b"abc"),
+}
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
