@@ -1,6 +1,5 @@
 """HTTP/1.1 on a connection: uvicorn's protocol, strict about where a request ends, with bounded heads, no upgrades."""
 
-from collections.abc import Iterator
 from typing import cast
 
 import httptools
@@ -51,30 +50,32 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._unset_keepalive_if_required()
         try:
-            for piece in self._pieces(data):
-                self._parse(piece)
+            if len(data) <= self._body_left:
+                self.parser.feed_data(data)
+            else:
+                self._take_pieces(data)
         except ServiceError as error:
             self._refuse(error)
         except httptools.HttpParserError as error:
             self._refuse(self._fault(error))
 
-    def _pieces(self, data: bytes) -> Iterator[bytes | memoryview]:
-        """Cut `data` wherever a message may end, and count what is no body."""
-        start = 0
+    def _take_pieces(self, data: bytes) -> None:
+        """Parse `data`, cut wherever a message may end, and count what is no body."""
+        start, view = 0, memoryview(data)
         while start < len(data) and not self._ignoring:
             end = self._piece_end(data, start)
             if not self._body_left:
                 self._framing_bytes += end - start
                 if self._in_head and self._framing_bytes > MAX_HEAD_BYTES + len(_END):
                     raise HeadTooLarge(f"the request's head is larger than {MAX_HEAD_BYTES} bytes, the most")
-            yield data if end - start == len(data) else memoryview(data)[start:end]
+            self._parse(view[start:end])
             start = end
 
     def _piece_end(self, data: bytes, start: int) -> int:
         """Heads end in an empty line, and so do chunked bodies; other bodies have a length."""
         if self._body_left:
             return min(len(data), start + self._body_left)
-        if (across := (self._tail + data[start : start + 3]).find(_END)) >= 0:
+        if self._tail and (across := (self._tail + data[start : start + 3]).find(_END)) >= 0:
             end = start + across - len(self._tail) + len(_END)
         elif (found := data.find(_END, start)) >= 0:
             end = found + len(_END)
@@ -84,7 +85,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._tail = b""
         return end
 
-    def _parse(self, piece: bytes | memoryview) -> None:
+    def _parse(self, piece: memoryview) -> None:
         upgrade = False
         try:
             self.parser.feed_data(piece)
@@ -92,10 +93,11 @@ class BoundedProtocol(HttpToolsProtocol):
             upgrade = True
         if upgrade:
             self._parse_without_upgrade()
-        self._check_chunks()
+        if self._chunked:
+            self._check_chunks()
 
     def _check_chunks(self) -> None:
-        if self._chunked and self._framing_bytes > MAX_HEAD_BYTES:
+        if self._framing_bytes > MAX_HEAD_BYTES:
             raise HeadTooLarge(f"chunk extensions and trailers are larger than {MAX_HEAD_BYTES} bytes, the most")
 
     def _parse_without_upgrade(self) -> None:
@@ -109,11 +111,6 @@ class BoundedProtocol(HttpToolsProtocol):
         # A new one: this one reads no further where the connection is to be closed.
         self.parser = httptools.HttpRequestParser(self)
         self.parser.feed_data(b"".join((*head, b"\r\n")))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A header of the head; those behind a chunked body are dropped, lest they pass for it (RFC 9110, 6.5.1)."""
-        if self._in_head:
-            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """A head is complete."""
@@ -134,22 +131,24 @@ class BoundedProtocol(HttpToolsProtocol):
         if hosts > 1:
             raise MalformedRequest("more than one `Host`")
         super().on_headers_complete()
+        self.headers = []  # for what comes behind a chunked body, lest it pass for the head (RFC 9110, 6.5.1)
         self._in_head, self._framing_bytes, self._body_left, self._chunked = False, 0, length, bool(codings)
 
     def on_body(self, body: bytes) -> None:
         """Some of a body."""
-        if self._chunked:
-            self._framing_bytes = max(0, self._framing_bytes - 3 * len(body) - CHUNK_ALLOWANCE)
-        else:
+        if self._body_left:
             self._body_left -= len(body)
+        else:
+            self._framing_bytes = max(0, self._framing_bytes - 3 * len(body) - CHUNK_ALLOWANCE)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """A request is complete; the next byte begins another one."""
         if self.parser.should_upgrade():
             return
-        self._check_chunks()
-        self._in_head, self._framing_bytes, self._body_left, self._chunked = True, 0, 0, False
+        if self._chunked:
+            self._check_chunks()
+        self._in_head, self._chunked, self._framing_bytes = True, False, 0
         self._ignoring = not self.cycle.keep_alive
         super().on_message_complete()
 
