@@ -40,7 +40,7 @@ LAYERS = {
         {"on_demand"},
         {"pulling", "importing", "verification", "removal"},
         {"publishing"},
-        {"pictures"},
+        {"pictures", "preprocessing"},
         {"catalogue"},
         {"download"},
         {"replies"},
@@ -73,7 +73,7 @@ LAYERS = {
         {"aliases"},
         {"names", "writes", "urls"},
     ],
-    "images": [{"decoding"}, {"limits", "resampling"}, {"visible", "geometry"}],
+    "images": [{"decoding"}, {"limits", "resampling"}, {"visible"}, {"geometry"}],
     "architecture": [{"weights"}, {"pvt_v2"}, {"variants"}],
     "machine": [{"devices", "cores", "memory", "workers"}],
 }

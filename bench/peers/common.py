@@ -1,7 +1,7 @@
 """What every peer has in common: the model, how a picture is prepared for it, and the form of the answer.
 
 The model is transformers' PVT-v2 with seeded weights, eager, float32. Preparing is that of the published checkpoints:
-shorter side to 249, bicubic, centre crop 224, ImageNet's mean and standard deviation, written with Pillow and numpy.
+shorter side to 248, bicubic, centre crop 224, ImageNet's mean and standard deviation, written with Pillow and numpy.
 """
 
 import argparse
@@ -28,7 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 CLASSES = 1000
 BATCH = 8
 BATCH_WAIT_SECONDS = 0.01
-_SIDE, _CROP = 249, 224
+_SIDE, _CROP = 248, 224
 _MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 _STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 

@@ -47,7 +47,9 @@ def read_aliases(root: Path) -> Aliases:
             raise AliasesInvalid(f"{path}: larger than {MAX_BYTES} bytes, which no list of aliases is")
         entries = _File.model_validate_json(data).root
         return {alias_name(name): alias_target(target) for name, target in sorted(entries.items())}
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise AliasesInvalid(f"{path}: a link to what is not there") from error
         return _NONE
     except OSError as error:
         raise AliasesInvalid(f"{path}: {error.strerror or error}") from error

@@ -18,8 +18,17 @@ from service.architecture.variants import VARIANTS
 from service.errors import AliasesInvalid, ModelNotFound, WeightsUnavailable
 from service.store.aliases import delete_alias, read_aliases, write_alias
 from service.store.cards import CARD_FILE, ModelCard, WeightsFile
-from service.store.names import DEFAULT_TAG, MODEL_ID, VERSION, ModelName, alias_name, alias_target, may_be_alias, parse
-from service.store.stored import Contents, StoredModel, may_be_model, read_versions, usable
+from service.store.names import (
+    DEFAULT_TAG,
+    VERSION,
+    ModelName,
+    alias_name,
+    alias_target,
+    may_be_alias,
+    may_be_model,
+    parse,
+)
+from service.store.stored import Contents, StoredModel, read_versions, usable
 from service.store.writes import staging
 
 WEIGHTS_FILE = "model.safetensors"
@@ -147,8 +156,7 @@ class Store:
 
     def _folder(self, id_: str) -> Path | None:
         """The model's folder; None where there is none, or `id_` is no name of one."""
-        named = MODEL_ID.fullmatch(id_) is not None or id_ in VARIANTS
-        return self.root / id_ if named and (self.root / id_).is_dir() else None
+        return self.root / id_ if may_be_model(self.root / id_) else None
 
     def _resolved(self, name: str) -> ModelName:
         """Without alias and bare variant."""

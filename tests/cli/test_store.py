@@ -159,7 +159,8 @@ def test_import_takes_geometry_labels_and_provenance(pvt_serve: PvtServe, store:
     card = stored.require_card()
     assert (stored.version, card.labels, card.licence, card.source) == ("7", ("cat", "dog", "bird"), "MIT", "our lab")
     assert card.preprocessing.model_dump() == {
-        "height": 32, "width": 64, "crop": 1.0, "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.25,) * 3,
+        "height": 32, "width": 64, "resize": "shorter_side_crop", "crop": 1.0, "rounding": "floor",
+        "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.25,) * 3,
     }  # fmt: skip
 
 
