@@ -5,6 +5,7 @@ shorter side to 248, bicubic, centre crop 224, ImageNet's mean and standard devi
 """
 
 import argparse
+import sys
 from io import BytesIO
 from typing import Any
 
@@ -12,6 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+
+if "torchvision" not in sys.modules and not hasattr(torch.ops.torchvision, "nms"):
+    # transformers imports torchvision where it finds it, which fails beside a torch that it was not built for.
+    sys.modules["torchvision"] = None  # type: ignore[assignment]  # "not there", to the import system
 from transformers import PvtV2Config, PvtV2ForImageClassification
 
 # transformers' configuration of each variant; its defaults are b0's.

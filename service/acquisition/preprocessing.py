@@ -151,7 +151,6 @@ class _Size(BaseModel):
 
     height: int | None = None
     width: int | None = None
-    shortest_edge: int | None = None
 
 
 class _Processor(BaseModel):
@@ -163,7 +162,6 @@ class _Processor(BaseModel):
     size: _Size | Annotated[int, Field(gt=0)] = _Size(height=SIDE, width=SIDE)
     resample: Literal[2, 3] = 3
     do_center_crop: bool | None = None
-    crop_size: _Size | Annotated[int, Field(gt=0)] | None = None
     do_rescale: bool = True
     rescale_factor: float = 1 / _LEVELS
     do_normalize: bool = True
@@ -195,28 +193,24 @@ def of_transformers(path: Path, shown: str | None = None) -> Preprocessing:
 def _as_card(said: _Processor) -> Preprocessing:
     if not said.do_resize:
         raise InvalidRequest("do_resize is false, and images come in any size; say how with --resize and --crop")
-    given = _sized(said, INTERPOLATIONS[said.resample])
+    sized = _sized(said)
     if said.do_rescale and abs(said.rescale_factor * _LEVELS - 1) > _SAME_FACTOR:
         raise InvalidRequest(f"rescale_factor {said.rescale_factor}: it must be 1/255; give --mean and --std")
     if not said.do_normalize:
         low, one = (0.0, 0.0, 0.0), 1.0 if said.do_rescale else 1 / _LEVELS
-        return given.model_copy(update={"mean": low, "std": (one, one, one)})
+        return sized.model_copy(update={"mean": low, "std": (one, one, one)})
     scaled = (said.image_mean, said.image_std)
     mean, std = scaled if said.do_rescale else (_divided(said.image_mean), _divided(said.image_std))
-    return Preprocessing.model_validate(given.model_dump() | {"mean": mean, "std": std})
+    return Preprocessing.model_validate(sized.model_dump() | {"mean": mean, "std": std})
 
 
-def _sized(said: _Processor, interpolation: Interpolation) -> Preprocessing:
+def _sized(said: _Processor) -> Preprocessing:
+    """Only a stretch: where transformers crops, it begins half a pixel beside where torchvision and cards do."""
     size = said.size if isinstance(said.size, _Size) else _Size(height=said.size, width=said.size)
-    kept = said.crop_size if isinstance(said.crop_size, _Size) else _Size(height=said.crop_size, width=said.crop_size)
-    if size.height and size.width and not said.do_center_crop:
-        return Preprocessing(height=size.height, width=size.width, resize="stretch", interpolation=interpolation)
-    if size.shortest_edge and said.do_center_crop and kept.height and kept.height == kept.width:
-        given = Given(
-            height=kept.height, width=kept.width, shorter_side=size.shortest_edge, interpolation=interpolation
+    if said.do_center_crop or not (size.height and size.width):
+        raise InvalidRequest(
+            "it does not resize to one height and width, but crops or keeps the aspect ratio, which is not read; "
+            "import without this file, and say how with --size, --resize and --crop"
         )
-        return preprocessing(given, PRESETS["official"])
-    raise InvalidRequest(
-        "size is neither a height and a width, nor a shortest_edge with a square crop_size; say how images are resized "
-        "with --size, --resize and --crop"
-    )
+    interpolation = INTERPOLATIONS[said.resample]
+    return Preprocessing(height=size.height, width=size.width, resize="stretch", interpolation=interpolation)

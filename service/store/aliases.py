@@ -16,9 +16,8 @@ from pydantic import RootModel, ValidationError
 
 from service.errors import AliasesInvalid, InvalidRequest, ModelNotFound, StoreNotWritable
 from service.invalid import reasons
-from service.store.names import ModelName, alias_name, alias_target
+from service.store.names import ALIASES_FILE, ModelName, alias_name, alias_target
 
-ALIASES_FILE = "aliases.json"
 MAX_BYTES = 1_000_000
 LOCK_SECONDS = 10.0
 _LOCK_FILE = ".aliases.lock"

@@ -8,11 +8,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.errors import WeightsUnavailable
-from service.store.aliases import ALIASES_FILE
-from service.store.names import MODEL_ID, VERSION
+from service.store.names import ALIASES_FILE, INDEX_FILE, MODEL_ID, VERSION
 from service.store.writes import replacing
-
-INDEX_FILE = "index.json"
 
 
 class IndexedFile(BaseModel):

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from service.store.aliases import ALIASES_FILE
 from service.store.cards import CARD_FILE
 from service.store.locations import Location, reason, root
-from service.store.names import VERSION, may_be_model
+from service.store.names import ALIASES_FILE, VERSION, may_be_model
 from service.store.writes import replacing
 
 _LISTED = ".listed"  # there once the whole store has been listed
@@ -71,8 +70,9 @@ class Mirror:
 
     def _take(self, path: str, content: bytes) -> None:
         target = self.folder / path
-        if target.exists() and target.read_bytes() == content:
-            return
+        with suppress(OSError):  # what can't be read may yet be replaced
+            if target.read_bytes() == content:
+                return
         if target.name == CARD_FILE:  # another card speaks of other weights
             for other in target.parent.iterdir():
                 other.unlink()

@@ -18,6 +18,7 @@ from service.errors import InvalidRequest, ModelNotFound
 DEFAULT_TAG = "in1k"  # the tag of the published ImageNet-1k weights
 MODEL_ID = re.compile(r"(?P<variant>[a-z0-9_]+)\.(?P<tag>[A-Za-z0-9_-]+)")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
+ALIASES_FILE, INDEX_FILE = "aliases.json", "index.json"  # beside the models, and with the form of their names
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -58,7 +59,8 @@ def may_be_model(path: Path) -> bool:
 
     So is what can't be looked at, or a link that leads nowhere: reading its versions tells what is wrong with it.
     """
-    if MODEL_ID.fullmatch(path.name) is None and path.name not in VARIANTS:
+    name = path.name
+    if (MODEL_ID.fullmatch(name) is None and name not in VARIANTS) or name in {ALIASES_FILE, INDEX_FILE}:
         return False
     try:
         return S_ISDIR(path.stat().st_mode)

@@ -112,5 +112,5 @@ def _check(name: str, folder: Path, card: ModelCard, *, partial: bool) -> None:
         raise WeightsCorrupt(f"{weights}: no regular file")
     if size != card.weights.bytes:
         raise WeightsCorrupt(f"{weights}: {size} bytes, the card says {card.weights.bytes}; copy the file again")
-    if not os.access(weights, os.R_OK):
+    if not partial and not os.access(weights, os.R_OK):
         raise WeightsCorrupt(f"{weights}: {os.strerror(errno.EACCES)}; let the service's user read it")
