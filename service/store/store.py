@@ -74,7 +74,10 @@ class Store:
             ModelNotFound, WeightsUnavailable: the store has no model with this id.
         """
         if folder := self._folder(id_):
-            return self._read(folder)
+            found = self._read(folder)
+            if not found[0].version:
+                self._folders()  # raises where it is not this model alone that can't be read
+            return found
         raise self._missing(id_)
 
     def find(self, name: str) -> StoredModel:

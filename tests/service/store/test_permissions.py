@@ -256,3 +256,16 @@ except Exception as error:
     assert name == WeightsUnavailable.__name__
     assert f"{TINY}/2" in told
     assert not (open_folder / "index.json").exists()
+
+
+def test_a_store_without_listing_still_has_what_is_named(open_folder: Path) -> None:
+    add_small(open_folder / "store")
+    (open_folder / "store").chmod(0o711)
+    body = """
+store = Store(root / "store")
+try:
+    store.contents()
+except Exception as error:
+    print(json.dumps([type(error).__name__, [v.version for v in store.candidates("pvt_v2_b0.tiny")]]))
+"""
+    assert as_nobody(READ, body, open_folder) == [WeightsUnavailable.__name__, ["1"]]
