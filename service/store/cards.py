@@ -3,6 +3,7 @@
 A card says by which `format` it is written. 1, of cards that say none: `crop` is rounded to the nearest pixel.
 2: `preprocessing` says how it rounds, and may say `stretch`.
 
+A card that needs nothing of a format is written in the one before, which older releases read, too.
 A release that adds a field without which an older one would answer wrongly raises the format: an older release refuses
 such a card. Any other field that it does not know it ignores, with a warning.
 """
@@ -123,6 +124,14 @@ class ModelCard(_Record):
     origin: Origin | None = None
 
 
+def card_json(card: ModelCard) -> str:
+    """The text of a card's file."""
+    content = card.model_dump(mode="json", exclude_none=True)
+    if card.preprocessing.resize == "shorter_side_crop" and card.preprocessing.crop == 1:  # nothing to be rounded
+        del content["format"], content["preprocessing"]["resize"], content["preprocessing"]["rounding"]
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
 def read_card(folder: Path) -> ModelCard:
     """The card in `folder`; one of an older format means what it meant, in the terms of today's.
 
@@ -166,6 +175,8 @@ def _older(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     pixels = content.get("preprocessing")
     if content.get("format", 1) != 1 or not isinstance(pixels, dict):
         return content
+    if pixels.get("crop", 1) == 1:
+        return {**content, "format": FORMAT}
     then: Rounding = "nearest"
     crop, height = pixels.get("crop", 1.0), pixels.get("height")
     if isinstance(crop, float) and 0 < crop < 1 and isinstance(height, int) and height > 0:

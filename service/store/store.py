@@ -17,7 +17,7 @@ from types import MappingProxyType
 from service.architecture.variants import VARIANTS
 from service.errors import AliasesInvalid, ModelNotFound, WeightsUnavailable
 from service.store.aliases import delete_alias, read_aliases, write_alias
-from service.store.cards import CARD_FILE, ModelCard, WeightsFile
+from service.store.cards import CARD_FILE, ModelCard, WeightsFile, card_json
 from service.store.names import (
     DEFAULT_TAG,
     VERSION,
@@ -228,7 +228,7 @@ def write_model(
         staged.mkdir()
         for file, content in others.items():
             (staged / file).write_bytes(content)
-        (staged / CARD_FILE).write_text(card.model_dump_json(indent=2, exclude_none=True) + "\n")
+        (staged / CARD_FILE).write_text(card_json(card), encoding="utf-8")
         if isinstance(weights, Path):
             weights.rename(staged / card.weights.file)
         else:

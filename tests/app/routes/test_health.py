@@ -90,6 +90,25 @@ def test_a_store_that_can_not_be_read_is_unready_with_the_reason(
     assert "Permission denied" in client.get("/health").json()["reasons"][0]
 
 
+def test_a_store_that_can_not_be_listed_still_serves_what_is_named(
+    make_client: MakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_model(tmp_path)
+    listed = os.listdir
+
+    def listdir(path: Any = ".") -> list[str]:
+        if Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    client = make_client(model_store=tmp_path, default_model="pvt_v2_b0.tiny")
+
+    assert client.get("/models").status_code == 503
+    assert client.get("/models/pvt_v2_b0.tiny").json()["state"] == "available"
+    assert client.get("/health/ready").status_code == 200
+
+
 def test_a_preload_that_fails_makes_it_unready(make_client: MakeClient) -> None:
     client = make_client(preload="pvt_v2_b5")
 

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from service.errors import CardInvalid
 from service.images.geometry import Geometry
-from service.store.cards import FORMAT, read_card
+from service.store.cards import FORMAT, card_json, read_card
 from service.store.store import Store
 from tests.service.remotes import TINY, add_small
 
@@ -26,7 +26,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 
 def of_older_release(folder: Path, **pixels: Any) -> Path:
     def change(content: dict[str, Any]) -> None:
-        del content["format"]
+        content.pop("format", None)
         content["preprocessing"] = OLDER | pixels
 
     return rewritten(folder, change)
@@ -56,10 +56,21 @@ def test_an_older_card_that_means_the_same_today_says_nothing(tmp_path: Path, pi
 
 
 def test_what_is_written_now_says_its_format_and_how_it_rounds(tmp_path: Path) -> None:
-    content = json.loads((add_small(tmp_path) / "card.json").read_text())
+    card = read_card(add_small(tmp_path))
+    pixels = card.preprocessing.model_copy(update={"crop": 0.9})
+
+    content = json.loads(card_json(card.model_copy(update={"preprocessing": pixels})))
 
     assert content["format"] == FORMAT
-    assert content["preprocessing"].items() >= {"resize": "shorter_side_crop", "crop": 1.0, "rounding": "floor"}.items()
+    assert content["preprocessing"].items() >= {"resize": "shorter_side_crop", "crop": 0.9, "rounding": "floor"}.items()
+
+
+def test_a_card_that_an_older_release_would_read_rightly_is_written_so_that_it_can(tmp_path: Path) -> None:
+    content = json.loads((add_small(tmp_path) / "card.json").read_text())
+
+    assert "format" not in content
+    assert content["preprocessing"].keys() == OLDER.keys()
+    assert read_card(tmp_path / TINY / "1").preprocessing.rounding == "floor"
 
 
 def test_fields_of_a_newer_release_are_ignored_with_a_warning(tmp_path: Path) -> None:
