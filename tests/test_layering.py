@@ -74,7 +74,7 @@ LAYERS = {
         {"names", "writes", "urls"},
     ],
     "images": [{"decoding"}, {"limits", "resampling"}, {"visible"}, {"geometry"}],
-    "architecture": [{"weights"}, {"pvt_v2"}, {"variants"}],
+    "architecture": [{"weights"}, {"averages", "pvt_v2"}, {"variants"}],
     "machine": [{"devices", "cores", "memory", "workers"}],
 }
 FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino", "numpy", "safetensors"}

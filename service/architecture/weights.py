@@ -8,7 +8,7 @@ The model speaks the official repository's names. The other dialects are timm's 
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from service.architecture.averages import chosen
 from service.architecture.variants import Dialect, Weights
 from service.errors import (
     WeightsCorrupt,
@@ -30,10 +31,6 @@ from service.errors import (
 State = Mapping[str, Tensor]
 
 LISTED = 8  # names in a message, at most
-WRAPPERS = ("model", "state_dict")  # under which training scripts keep the weights
-# Names under which they keep a running average of them beside, timm's `state_dict_ema` among them, and then inside.
-AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|avg|averaged?)([^a-z]|$)")
-AVERAGE_WRAPPERS = (*WRAPPERS, "module", "shadow")
 PICKLES = {".pth", ".pt", ".bin"}  # suffixes of what torch.save writes
 FETCH_AGAIN = "fetch it again from its source"
 
@@ -151,69 +148,6 @@ def _tensors(path: Path, content: object, limit: int) -> dict[str, Tensor]:
     return {str(name): tensor.detach().float().contiguous() for name, tensor in content.items()}
 
 
-def _plain(content: object) -> object:
-    """What lies under the names that training scripts give to the weights."""
-    while isinstance(content, Mapping) and (key := next((k for k in WRAPPERS if k in content), None)):
-        content = content[key]
-    return content
-
-
-def _holds_tensors(content: object) -> bool:
-    return isinstance(content, Mapping) and any(isinstance(tensor, Tensor) for tensor in content.values())
-
-
-def _averages(content: object, where: str = "") -> Iterator[tuple[str, Mapping[object, object]]]:
-    """Each running average of the weights in `content`, with its name, which says where it is."""
-    if not isinstance(content, Mapping):
-        return
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Mapping):
-            continue
-        if key in WRAPPERS:
-            yield from _averages(value, f"{where}{key}.")
-        elif AVERAGED.search(key.lower()):
-            found = _average(value)
-            # Metrics may be called averages, too; a list of tensors is an average whose tensors have no names.
-            if _holds_tensors(found) or any(isinstance(part, list | tuple) for part in found.values()):
-                yield f"{where}{key}", found
-
-
-def _average(content: Mapping[object, object]) -> Mapping[object, object]:
-    """The state dict in it, without the counter that torch's `AveragedModel` keeps beside."""
-    while inner := next((i for k in AVERAGE_WRAPPERS if isinstance(i := content.get(k), Mapping)), None):
-        content = inner
-    return {name: tensor for name, tensor in content.items() if name != "n_averaged"}
-
-
-def _chosen(path: Path, content: object, wanted: Weights | None) -> tuple[object, Weights, str]:
-    """The plain weights in `content` or their average, which of the two, and what there is to say of the choice.
-
-    Raises:
-        WeightsMismatch: `wanted` is not there, or there are several averages.
-    """
-    plain, averages = _plain(content), dict(_averages(content))
-    names = ", ".join(map(repr, averages))
-    bare = not _holds_tensors(plain)
-    if wanted == "plain" or not averages:
-        if wanted == "ema":
-            raise WeightsMismatch(f"{path}: it holds no EMA weights; leave --weights out for those it has")
-        if averages and bare:
-            raise WeightsMismatch(f"{path}: it holds only EMA weights ({names}); leave --weights out for those")
-        return plain, "plain", f"plain weights, as asked; EMA ones ({names}) are left aside" if averages else ""
-    if len(averages) > 1:
-        raise WeightsMismatch(
-            f"{path}: it holds several EMA weights ({names}); save the ones that are meant alone, or take the plain "
-            "ones with --weights plain"
-        )
-    beside = "" if bare else "; --weights plain takes the others"
-    average = averages.popitem()[1]
-    if not _holds_tensors(average):
-        raise WeightsMismatch(
-            f"{path}: its EMA weights ({names}) are a list without names, which fits no model{beside}"
-        )
-    return average, "ema", f"EMA weights ({names}), as timm evaluates{beside}"
-
-
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """Weights under official names, and what was found of them.
@@ -261,7 +195,7 @@ def open_checkpoint(path: Path, *, sha256: str | None = None, weights: Weights |
         raise WeightsDigestMismatch(f"{path}: SHA-256 is {actual}, expected {sha256}; {FETCH_AGAIN}")
     if not data:
         raise WeightsCorrupt(f"{path}: the file is empty; {FETCH_AGAIN}")
-    content, kind, note = _chosen(path, _parse(path, data), weights)
+    content, kind, note = chosen(path, _parse(path, data), weights)
     state = _tensors(path, content, limit=len(data))
     try:
         return Checkpoint(remap_keys(state), _dialect(state), kind, note)

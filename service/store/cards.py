@@ -158,6 +158,10 @@ def read_card(folder: Path) -> ModelCard:
         raise CardInvalid(f"{path}: {reasons(error)}") from error
     if unknown := sorted(_unknown(content, ModelCard)):
         _warn_once("card_fields_ignored", str(path), ", ".join(unknown), "a newer release may have written them")
+    if len(card.labels) == 1:
+        _warn_once(
+            "card_of_one_class", str(path), "a softmax over one logit is always 1.0", "import it with two classes"
+        )
     return card
 
 

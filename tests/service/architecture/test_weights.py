@@ -397,3 +397,12 @@ def test_timm_loads_the_same_of_what_it_writes(tmp_path: Path) -> None:
 
     assert_same(open_checkpoint(path).state, timm.models.load_state_dict(str(path), use_ema=True))
     assert_same(open_checkpoint(path, weights="plain").state, timm.models.load_state_dict(str(path), use_ema=False))
+
+
+@pytest.mark.parametrize("name", ["model", "ema"])
+def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path, name: str) -> None:
+    content: dict[str, object] = {"model": {}}
+    content[name] = {"model": content, "module": content}
+
+    with pytest.raises(WeightsCorrupt):
+        open_checkpoint(written(tmp_path / "loop.pth", content))

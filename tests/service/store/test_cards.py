@@ -91,6 +91,13 @@ def test_fields_of_a_newer_release_are_ignored_with_a_warning(tmp_path: Path) ->
     assert logs[0]["what"] == "accuracy.top5, colour, preprocessing.antialias, weights.shards"
 
 
+def test_a_model_of_one_class_is_warned_of(tmp_path: Path) -> None:
+    with capture_logs() as logs:
+        read_card(add_small(tmp_path, classes=1))
+
+    assert [line["event"] for line in logs] == ["card_of_one_class"]
+
+
 def test_a_card_of_a_newer_format_fails_its_version_alone(tmp_path: Path) -> None:
     add_small(tmp_path)
     rewritten(add_small(tmp_path, version="2"), lambda content: content.update(format=FORMAT + 1, new="field"))
