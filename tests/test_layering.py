@@ -40,7 +40,7 @@ LAYERS = {
         {"on_demand"},
         {"pulling", "importing", "verification", "removal"},
         {"publishing"},
-        {"pictures"},
+        {"pictures", "preprocessing"},
         {"catalogue"},
         {"download"},
         {"replies"},
@@ -73,8 +73,8 @@ LAYERS = {
         {"aliases"},
         {"names", "writes", "urls"},
     ],
-    "images": [{"decoding"}, {"limits", "resampling"}, {"visible", "geometry"}],
-    "architecture": [{"weights"}, {"pvt_v2"}, {"variants"}],
+    "images": [{"decoding"}, {"limits", "resampling"}, {"visible"}, {"geometry"}],
+    "architecture": [{"weights"}, {"averages", "pvt_v2"}, {"variants"}],
     "machine": [{"devices", "cores", "memory", "workers"}],
 }
 FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino", "numpy", "safetensors"}

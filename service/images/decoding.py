@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from PIL import AvifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from service.errors import InvalidImage
+from service.images.geometry import Box, crop_box
 from service.images.geometry import Geometry as Geometry  # noqa: PLC0414  part of what `decode` takes
 from service.images.limits import BoundedReader, check_blocks, check_scans, check_size, check_tiles, map_errors, tags
 from service.images.resampling import resample
-from service.images.visible import Box, visible
+from service.images.visible import visible
 
 FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", *(["AVIF"] if AvifImagePlugin.SUPPORTED else []))
 _ORIENTATION = (0x0112, 3, 1)  # the tag, its type SHORT, one value
@@ -80,19 +81,6 @@ def decode(
             # Whatever an odd size is rounded up to, a pixel of the reduced picture covers as many source pixels.
             box = left / reduction, top / reduction, right / reduction, bottom / reduction
             return Decoded(_fit(picture, box, turn, geometry), *upright)
-
-
-def crop_box(width: int, height: int, geometry: Geometry) -> Box:
-    """The region that the published two steps keep, in the picture's own coordinates.
-
-    They are torchvision's: resize the shorter side to `round(size / crop)`, 249 for 224 and 0.9, the longer one to the
-    integer below its share, then crop the centre. A target that isn't square is covered by the resized picture too.
-    """
-    across, down = round(geometry.width / geometry.crop), round(geometry.height / geometry.crop)
-    across, down = max(across, down * width // height), max(down, across * height // width)
-    left, top = round((across - geometry.width) / 2), round((down - geometry.height) / 2)
-    right, bottom, x, y = left + geometry.width, top + geometry.height, width / across, height / down
-    return left * x, top * y, min(right * x, width), min(bottom * y, height)
 
 
 def _format(raw: bytes) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom; in pixels
+from service.images.geometry import Box
 
 _STRIP_PIXELS = 2**19  # of a larger picture, what is converted at a time
 _LAB_TO_RGB = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
