@@ -101,13 +101,13 @@ def load_jpeg(image: Image.Image, raw: bytes, reduction: int) -> Image.Image:
     """
     large = image.width * image.height > _SMALL_PIXELS
     colours = _COLOURS.get(image.mode, "RGBX" if large else "RGB")
-    height, width = (image.height, image.width) if reduction > 1 else (0, 0)
+    size = {"min_height": image.height, "min_width": image.width, "min_factor": reduction} if reduction > 1 else {}
     try:
-        pixels = simplejpeg.decode_jpeg(raw, colours, min_height=height, min_width=width, min_factor=reduction)
+        if simplejpeg.decode_jpeg_header(raw, **size)[:2] != (image.height, image.width):
+            return _load_tolerantly(image, raw)  # before memory is taken for another size than was checked
+        pixels = simplejpeg.decode_jpeg(raw, colours, **size)
     except ValueError as error:
         _refuse(error)
-        return _load_tolerantly(image, raw)
-    if pixels.shape[:2] != (image.height, image.width):
         return _load_tolerantly(image, raw)
     if colours == "RGB":
         return _Pixels(pixels)
