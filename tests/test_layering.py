@@ -73,7 +73,7 @@ LAYERS = {
         {"aliases"},
         {"names", "writes", "urls"},
     ],
-    "images": [{"decoding"}, {"limits", "resampling"}, {"visible"}, {"geometry"}],
+    "images": [{"decoding"}, {"bmp", "tiff"}, {"jpeg"}, {"limits", "resampling"}, {"visible"}, {"geometry"}],
     "architecture": [{"weights"}, {"averages", "pvt_v2"}, {"variants"}],
     "machine": [{"devices", "cores", "memory", "workers"}],
 }
