@@ -8,13 +8,17 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check --constrain
 INSTALL_TORCH := $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 PIP := $(BIN)/$(INSTALL)
 
-.PHONY: serve test check format bench bench-quick image lock clean
+.PHONY: serve test test-isa check format bench bench-quick image lock clean
 
 serve: .venv/.serve
 	$(BIN)/python -m app
 
 test: .venv/.dev
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# The service's tests under each instruction set that the processor has, and the routes' in each precision.
+test-isa: .venv/.dev
+	.ci/isa
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .

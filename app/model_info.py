@@ -18,6 +18,11 @@ class BatchSize(BaseModel):
 
     size: int
     ms: float
+
+
+class PlannedBatch(BatchSize):
+    """A batch size of a model's plan."""
+
     precision: Annotated[str | None, Field(description="What it computes in, where not in the model's.")] = None
 
 
@@ -102,7 +107,7 @@ class ModelInfo(BaseModel):
     idle_seconds: Annotated[float | None, Field(description="Since it was last used.")] = None
     versions: Annotated[list[VersionInfo] | None, Field(description="All versions, the newest first.")] = None
     aliases: Annotated[list[str] | None, Field(description="The aliases that stand for it.")] = None
-    batch_plan: list[BatchSize] | None = None
+    batch_plan: list[PlannedBatch] | None = None
     alone_ms: Annotated[
         float | None, Field(description="Measured time of a lone image on all cores, where that pays.")
     ] = None
@@ -198,7 +203,7 @@ def _loaded(resident: Resident) -> dict[str, object]:
         "memory_bytes": resident.memory_bytes,
         "reference_check": report.deviation and _reference_check(report.deviation),
         "batch_plan": [
-            BatchSize(size=n, ms=round(t * 1000, 3), precision=other.get(n)) for n, t in plan.seconds.items()
+            PlannedBatch(size=n, ms=round(t * 1000, 3), precision=other.get(n)) for n, t in plan.seconds.items()
         ],
         "alone_ms": None if plan.alone_seconds is None else round(plan.alone_seconds * 1000, 3),
         "layout": CoreLayout(**report.layout._asdict()),

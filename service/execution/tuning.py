@@ -130,10 +130,8 @@ class Tuning:
             if usable and self._spent() > self.backend.tuning_seconds / 4:
                 break  # the more promising one works
             try:
-                graph = self.program.graph(1, layout, precision)
-                self._check_finite(graph)
-                if not forced and graph.precision != "float32":
-                    self.golden.check(graph, 1)
+                if graph := self._good_enough(precision, layout):
+                    usable.append((precision, graph))
             except ReferenceInvalid:
                 raise
             except Exception as error:
@@ -141,8 +139,6 @@ class Tuning:
                     raise
                 wrong = isinstance(error, GoldenMismatch)
                 self._refuse(precision, str(error) if wrong else f"it failed with {_words(error)}")
-                continue
-            usable.append((precision, graph))
         if not usable:
             return "float32", self._checked("float32", layout)
         asked, graph = usable[0]
@@ -151,6 +147,15 @@ class Tuning:
         if graph.precision != asked:
             self._notes.append(f"{asked} was asked for, this machine computes in {graph.precision}")
         return graph.precision, graph
+
+    def _good_enough(self, precision: Precision, layout: Layout) -> Graph | None:
+        """The graph for one image; None where it computes in what was refused already, whatever was asked for."""
+        graph = self._checked(precision, layout)
+        if graph.precision in self._refused:
+            return None
+        if not self.limits.precision and graph.precision != "float32":
+            self.golden.check(graph, 1)
+        return graph
 
     def _probe(self, precision: Precision, graph: Graph, layout: Layout) -> float:
         """The seconds by which precisions are compared; infinite where it can't be run."""

@@ -222,6 +222,28 @@ def test_another_precision_below_float32_is_taken_where_one_fails_in_a_batch(clo
     assert [note.partition(":")[0] for note in tuned.notes] == ["bfloat16 is not used"]
 
 
+def test_a_precision_that_is_given_up_is_not_taken_under_another_ones_name(clock: Clock) -> None:
+    def timed(_: Layout, size: int, precision: Precision) -> float:
+        return (0.04 + 0.01 * size) / (1 if precision == "float32" else 2)
+
+    class Emulating(FakeBackend):
+        def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
+            return super().graph(size, layout, "bfloat16" if precision == "float16" else precision)
+
+    backend = Emulating(
+        clock,
+        timed,
+        precisions=("float16", "float32"),
+        logits={"bfloat16": WRONG},
+        wrong=lambda _, size, __: size == 2,
+    )
+
+    tuned = tune(backend)
+
+    assert tuned.precision == "float32"
+    assert [note.partition(":")[0] for note in tuned.notes] == ["bfloat16 is not used"]
+
+
 def test_a_plan_that_starts_over_in_float32_has_its_time_and_its_own_notes(clock: Clock) -> None:
     backend = FakeBackend(
         clock,
