@@ -53,7 +53,7 @@ class Golden:
         logits = np.concatenate([graph.run(0, batch)[0] for batch in batches])
         deviation = self.reference.deviation(logits, numbers)
         if objection := deviation.objection(graph.precision):
-            self._require_own_reference()
+            self.require_own_reference()
             raise GoldenMismatch(f"{objection} ({graph.precision}, batches of {size}: {deviation})")
         return deviation
 
@@ -77,7 +77,12 @@ class Golden:
         few = max(1, min(len(self.reference.images), int(RESTORED_SECONDS / image_seconds)))
         return worst([self.check(graph, size, few if size == 1 else 1) for size, graph in graphs.items()])
 
-    def _require_own_reference(self) -> None:
+    def require_own_reference(self) -> None:
+        """See that what is wrong with a graph is not the reference's fault, or the model's.
+
+        Raises:
+            ReferenceInvalid: the plain module does not give these logits either.
+        """
         if self.plain is None:
             return
         deviation = self.reference.deviation(self.plain())

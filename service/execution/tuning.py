@@ -210,6 +210,7 @@ class Tuning:
     def _check_finite(self, graph: Graph) -> None:
         batch = np.random.default_rng(0).integers(0, 256, (1, *self.shape, 3), dtype=np.uint8)
         if not all(np.isfinite(part).all() for part in graph.run(0, batch)):
+            self.golden.require_own_reference()
             raise GoldenMismatch(NOT_FINITE)
 
     def _spent(self) -> float:

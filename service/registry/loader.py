@@ -103,10 +103,12 @@ def _first_that_can(
 
 
 def _mismatch(stored: StoredModel, failures: Sequence[str], limits: Limits) -> GoldenMismatch:
-    advice = "" if limits.precision in {None, "float32"} else "set PVT_PRECISION=auto; "
+    """Its own module gives the logits, or `Golden` would have found its reference at fault."""
+    forced = limits.precision not in {None, "float32"}
+    advice = "set PVT_PRECISION=auto" if forced else "try another PVT_BACKEND, or other versions of openvino and torch"
     return GoldenMismatch(
         f"{stored.key} does not give the logits of its reference images, so it is not served: {'; '.join(failures)}; "
-        f"{advice}fetch or import the model again"
+        f"its plain float32 module does give them: {advice}"
     )
 
 
