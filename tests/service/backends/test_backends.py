@@ -65,7 +65,11 @@ def test_a_backend_answers_as_the_plain_module_does(
     pictures: NDArray[np.uint8],
     truth: tuple[NDArray[np.float32], NDArray[np.float32]],
 ) -> None:
-    graph = backend.program(served, 64, 64).graph(8, Layout(2, 1), precision)
+    try:
+        graph = backend.program(served, 64, 64).graph(8, Layout(2, 1), precision)
+    except RuntimeError as error:  # kept from its instructions by ONEDNN_MAX_CPU_ISA, OpenVINO can't compile for it
+        assert (backend.name, precision) == ("openvino", "bfloat16")
+        pytest.skip(str(error))
     # torch emulates bfloat16 where the processor has none, at 50 ms a picture: not all of them then.
     count = 80 if (backend.name, graph.precision) == ("torch", "bfloat16") else len(pictures)
 
