@@ -13,6 +13,7 @@ from service.backends.base import Backend, Layout, Precision
 from service.backends.openvino import OpenVinoBackend
 from service.backends.served import Served
 from service.backends.torch import TorchBackend
+from service.execution.reference import Reference
 from service.store.cards import ModelCard, read_card
 from tests.conftest import ROOT
 from training.digits import render, split
@@ -81,7 +82,9 @@ def test_a_backend_answers_as_the_plain_module_does(
         assert given.dtype == np.float32
         assert np.abs(given - expected).max() <= TOLERANCE[graph.precision] * np.abs(expected).max()
     logits = np.concatenate([batch[0] for batch in batches])
-    np.testing.assert_array_equal(logits.argmax(axis=1), truth[0][:count].argmax(axis=1))
+    deviation = Reference(pictures[:count], truth[0][:count]).deviation(logits)
+    assert deviation.objection(graph.precision) is None
+    assert deviation.changed <= (0 if graph.precision == "float32" else 1)  # a near tie, in emulated bfloat16
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
