@@ -10,13 +10,17 @@ PIP := $(BIN)/$(INSTALL)
 # For tests, without their dependencies: these would bring another torch, with CUDA. What they need is in "dev".
 UNBOUND := timm torchvision
 
-.PHONY: serve test check format bench bench-quick image lock clean
+.PHONY: serve test test-isa check format bench bench-quick image lock clean
 
 serve: .venv/.serve
 	$(BIN)/python -m app
 
 test: .venv/.dev
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# The service's tests under each instruction set that the processor has, and the routes' in each precision.
+test-isa: .venv/.dev
+	.ci/isa
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -47,7 +47,7 @@ LAYERS = {
         {"partial", "labels"},
     ],
     "scheduling": [{"scheduler"}, {"dispatcher"}, {"admission"}, {"lanes"}, {"activity"}, {"queues"}, {"requests"}],
-    "execution": [{"executable"}, {"improving"}, {"golden"}, {"tuning"}, {"plan_cache", "reference"}, {"plan"}],
+    "execution": [{"executable"}, {"improving"}, {"tuning"}, {"golden"}, {"plan_cache", "reference"}, {"plan"}],
     "backends": [
         {"cuda", "openvino", "torch"},
         {"device", "convert", "layouts"},

@@ -132,7 +132,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[ServiceError], str]] = {
     "empty": (emptied_with_its_card, errors.WeightsCorrupt, "truncated or no .safetensors file"),
     "flipped": (bit_flipped, errors.WeightsDigestMismatch, "SHA-256 is"),
     "swapped": (of_another_model, errors.WeightsDigestMismatch, "SHA-256 is"),
-    "swapped-card": (of_another_model_with_its_card, errors.GoldenMismatch, "logits are off by"),
+    "swapped-card": (of_another_model_with_its_card, errors.ReferenceInvalid, "logits are off by"),
     "variant": (of_another_variant, errors.WeightsMismatch, "1 missing: norm1.bias; 1 misshapen: patch_embed1.proj"),
     "nan": (nan_laden, errors.WeightsNotFinite, "block2.0.attn.q.weight holds NaN"),
     "code": (pickled_code, errors.WeightsUnsafe, "asks for code"),
