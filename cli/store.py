@@ -16,7 +16,8 @@ from cli.terminal import FAILED, USAGE, CommandError, print_line, print_note, pr
 from service.acquisition.catalogue import CATALOGUE
 from service.acquisition.removal import removable, remove
 from service.errors import ModelNotFound, WeightsUnavailable
-from service.store.index import INDEX_FILE, write_index
+from service.store.index import write_index
+from service.store.names import INDEX_FILE
 from service.store.remote import open_store
 from service.store.store import Store
 from service.store.stored import StoredModel
