@@ -22,13 +22,13 @@ from cli.terminal import USAGE, CommandError
 from pvt_client import Explanation, ImageUnreadable, Prediction
 from pvt_client.answers import ClassScore, Embedding
 from pvt_client.windows import in_tasks
-from service.answers.explain import Explanation as Explained
-from service.answers.explain import explain, overlay
-from service.answers.outputs import top_k as best_classes
-from service.answers.results import Answered, Inferred
 from service.engine import Engine
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
 from service.metrics import EngineMetrics
+from service.postprocess.activation_maps import Explanation as Explained
+from service.postprocess.activation_maps import explain, overlay
+from service.postprocess.classes import top_k as best_classes
+from service.results import ImageResult, InferenceResult
 
 T = TypeVar("T")
 _ALPHA = 0.5  # as ExplainQuery
@@ -120,17 +120,17 @@ class Here:
 
     async def models(self) -> list[dict[str, Any]]:
         """See `Answering`."""
-        found = [model_info(model) for model in await self._engine.models.all()]
+        found = [model_info(model) for model in await self._engine.models()]
         return [each.model_dump(mode="json", exclude_none=True) for each in found]
 
-    async def _explain(self, path: Path, class_id: int | None) -> tuple[Answered, Explained]:
+    async def _explain(self, path: Path, class_id: int | None) -> tuple[InferenceResult, Explained]:
         answered, _ = await self._infer(path, stages=True)
         (found,) = explain(answered, class_id)
         if isinstance(found, ServiceError):
             raise found
         return answered, found
 
-    async def _infer(self, path: Path, *, stages: bool = False) -> tuple[Answered, Inferred]:
+    async def _infer(self, path: Path, *, stages: bool = False) -> tuple[InferenceResult, ImageResult]:
         data = await asyncio.to_thread(self._read, path)
         answered = await self._engine.infer(
             [data], model=self._asked.model, size=self._size, stages=stages, timeout_seconds=_PATIENCE_SECONDS

@@ -1,4 +1,4 @@
-"""What the scheduler is doing and has done lately, to be looked at. Times are seconds."""
+"""What the scheduler does and has done lately. Times are seconds."""
 
 from dataclasses import dataclass
 
@@ -29,8 +29,8 @@ class Release:
 class QueueActivity:
     """One model's queue: images waiting to be decoded, being decoded, waiting for an instance, running.
 
-    `admitted` counts all of these, and places held by images that are on their way in or out. `virtual_seconds` is the
-    share of the instances it has had, for fairness; `plan` is t(n) in seconds by batch size.
+    `admitted` counts all of these, and images that are about to enter or have just left. `virtual_seconds` is the share
+    of the instances it has had, for fairness; `plan` is t(n) in seconds by batch size.
     """
 
     model: str
@@ -46,7 +46,7 @@ class QueueActivity:
 
 @dataclass(frozen=True, slots=True)
 class InstanceActivity:
-    """One instance, and the batch that it has been running for `seconds`, if it runs one."""
+    """One instance, and the batch that it has run for `seconds`, if it runs one."""
 
     instance: int
     release: Release | None = None
@@ -55,7 +55,7 @@ class InstanceActivity:
 
 @dataclass(frozen=True, slots=True)
 class PastRelease:
-    """A `Release` as seen `seconds_ago` later."""
+    """A `Release` that began `seconds_ago`."""
 
     release: Release
     seconds_ago: float
@@ -63,7 +63,7 @@ class PastRelease:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """One look at the scheduler; the last releases come newest first."""
+    """The scheduler at one moment; the last releases come newest first."""
 
     queues: list[QueueActivity]
     instances: list[InstanceActivity]

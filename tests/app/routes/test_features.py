@@ -121,8 +121,8 @@ def test_a_bad_picture_is_an_error_in_its_place_in_json_and_fails_the_binary_for
     assert len(good["embedding"]) == 256
     assert (bad["filename"], bad["error"]["status"]) == ("none.png", 422)
     assert refused.status_code == 422
-    assert refused.json()["detail"].startswith("picture 2 ('none.png'): not a supported image")
-    assert "holds all pictures or none, application/json answers the others" in refused.json()["detail"]
+    assert refused.json()["detail"].startswith("image 2 ('none.png'): not a supported image")
+    assert "holds all images or none, application/json answers the others" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.base import Batch, Layout, Precision
 from service.backends.openvino import OpenVinoBackend
 from service.backends.served import build, plain_logits
