@@ -1,6 +1,7 @@
 """The facade: image bytes in, results out; and all there is to do with models. HTTP knows only this of `service`."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -16,15 +17,15 @@ from service.machine.devices import DeviceHealth
 from service.machine.workers import Workers
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.pipeline import Image, Pipeline
+from service.pipeline import Pipeline
 from service.postprocess.classes import Predictions, predictions
 from service.registry.catalog import Catalog
 from service.registry.loading import Loading
 from service.registry.registry import Registry
-from service.registry.resident import Resident, Size
+from service.registry.resident import Resident
 from service.registry.status import ModelStatus, RemoteModel
 from service.registry.watcher import Watch
-from service.results import Health, InferenceResult
+from service.results import Health, Image, InferenceResult, Size
 from service.scheduling.activity import Activity
 from service.store.cards import ModelCard
 
@@ -77,7 +78,7 @@ class Engine:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._registry.close()
         await self._loading.stop()
-        await self._pipeline.close(wait=not self._requests.aborted)
+        await self._pipeline.scheduler.close(wait=not self._requests.aborted)
         self._loading.close()  # nothing runs a model any more
         self._catalog.close()
         self._encoders.close(wait=not self._requests.aborted)
@@ -178,11 +179,7 @@ class Engine:
         return await self._catalog.models(self._registry)
 
     async def model(self, name: str) -> ModelStatus:
-        """The model called `name`.
-
-        Raises:
-            ModelNotFound, WeightsUnavailable: the store has none.
-        """
+        """The model called `name`; raises ModelNotFound or WeightsUnavailable where the store has none."""
         return await self._catalog.model(name, self._registry)
 
     def remote_models(self, present: Sequence[ModelStatus]) -> list[RemoteModel]:
@@ -194,11 +191,7 @@ class Engine:
         return self._catalog.pulls.one(name)
 
     async def load(self, name: str, max_wait_seconds: float | None = None) -> None:
-        """Load the model called `name`, if it is not in memory.
-
-        Raises:
-            ServiceError: as `infer`.
-        """
+        """Load the model called `name`, if it is not in memory; raises what `infer` does of models."""
         async with self._registry.lease(name, max_wait_seconds):
             pass
 
@@ -213,11 +206,7 @@ class Engine:
         await self._registry.unload(name)
 
     async def pin(self, name: str) -> None:
-        """Load the model called `name`, and never evict it.
-
-        Raises:
-            ServiceError: as `infer`.
-        """
+        """Load the model called `name`, and never evict it; raises as `load`."""
         await self._registry.pin(name)
 
     def unpin(self, name: str) -> None:
@@ -229,11 +218,7 @@ class Engine:
         await self._registry.refresh(again=again)
 
     async def aliases(self) -> dict[str, str]:
-        """Every alias, and what it stands for.
-
-        Raises:
-            AliasesInvalid: the aliases can't be read.
-        """
+        """Every alias, and what it stands for; raises AliasesInvalid where they can't be read."""
         return await self._catalog.thread.run(self._catalog.store.aliases)
 
     async def set_alias(self, name: str, target: str) -> None:
@@ -246,11 +231,7 @@ class Engine:
         self._background(self.refresh())
 
     async def remove_alias(self, name: str) -> None:
-        """Let `name` stand for nothing.
-
-        Raises:
-            ModelNotFound, AliasesInvalid, StoreNotWritable: nothing was changed.
-        """
+        """Let `name` stand for nothing; raises ModelNotFound, AliasesInvalid or StoreNotWritable as `set_alias`."""
         await self._catalog.thread.run(self._catalog.store.remove_alias, name)
         await self.refresh()
 
@@ -265,7 +246,7 @@ class Engine:
     def live(self) -> Health:
         """Live while the threads move and no GPU failed; says nothing of readiness, and reads no disk."""
         threads = (self._catalog.thread, self._encoders)
-        busy = self._pipeline.stalled_seconds() | {each.name: each.stalled_seconds() for each in threads}
+        busy = self._pipeline.scheduler.stalled_seconds() | {each.name: each.stalled_seconds() for each in threads}
         reasons = [self._devices.failure] * bool(self._devices.failure) + [
             f"a thread for {name} has been at one job for {seconds:.0f} s"
             for name, seconds in busy.items()
@@ -288,22 +269,24 @@ class Engine:
 
     def activity(self) -> Activity:
         """What the scheduler does and has done lately."""
-        return self._pipeline.activity()
+        return self._pipeline.scheduler.activity()
 
     def collect_metrics(self) -> None:
         """Bring the gauges up to date; call before they are read."""
-        stats = self._pipeline.stats()
-        for name, waiting in stats.waiting.items():
-            self._metrics.queue_depth.labels(name).set(waiting)
-        self._metrics.instances.set(stats.instances)
-        self._metrics.instances_busy.set(stats.busy_instances)
+        activity = self.activity()
+        waiting = Counter[str]()
+        for queue in activity.queues:
+            waiting[queue.model] += queue.waiting
+        for name, images in waiting.items():
+            self._metrics.queue_depth.labels(name).set(images)
+        self._metrics.instances.set(len(activity.instances))
+        self._metrics.instances_busy.set(sum(each.release is not None for each in activity.instances))
         loaded = self._registry.loaded()
         self._metrics.models_loaded.set(len(loaded))
-        sizes: dict[str, int] = {}
+        sizes = Counter[str]()
         for resident in loaded:
-            id_ = resident.executable.stored.id
-            sizes[id_] = sizes.get(id_, 0) + resident.memory_bytes
-        self._metrics.tell_memory(sizes)
+            sizes[resident.executable.stored.id] += resident.memory_bytes
+        self._metrics.report_memory(sizes)
 
     async def _preload(self, name: str, load: Callable[[str], Awaitable[None]]) -> None:
         """Load `name`; what fails is tried again, since it keeps the service from being ready."""

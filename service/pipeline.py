@@ -15,13 +15,9 @@ from service.images.geometry import Geometry
 from service.machine.devices import DeviceHealth
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.results import ImageResult, Timing
-from service.scheduling.activity import Activity, Stats
+from service.results import Image, ImageResult, Timing
 from service.scheduling.dispatcher import Lane
 from service.scheduling.scheduler import Scheduler
-
-# An encoded image; pixels (height, width, 3) in the model's own size; or the error that reading it already met.
-Image = bytes | Pixels | ServiceError
 
 
 class _Source(NamedTuple):
@@ -87,22 +83,18 @@ class _Work:
 
 
 class Pipeline:
-    """The scheduler, and the work of its threads for each model. It lives until it is closed."""
+    """The scheduler, and the work of its threads for each model. It lives until the scheduler is closed."""
 
     def __init__(self, options: EngineOptions, metrics: EngineMetrics, devices: DeviceHealth) -> None:
         self._options = options
         self._metrics = metrics
         self._devices = devices
-        self._scheduler = Scheduler[_Source, _Prepared, _Inferred](
+        self.scheduler = Scheduler[_Source, _Prepared, _Inferred](
             options.instances,
             metrics,
             decoders=options.cores,
             max_delay_seconds=options.max_batch_delay_seconds,
         )
-
-    async def close(self, *, wait: bool) -> None:
-        """Finish what is queued and end the threads; without `wait`, give up both."""
-        await self._scheduler.close(wait=wait)
 
     def open(self, executable: Executable) -> Sized:
         """Open a lane for `executable`."""
@@ -110,18 +102,10 @@ class Pipeline:
         geometry = replace(executable.card.preprocessing.geometry, height=height, width=width)
         work = _Work(executable, geometry, self._options, self._devices)
         name = model if executable.own_size else f"{model} at {height}x{width}"
-        lane = self._scheduler.open_lane(
+        lane = self.scheduler.open_lane(
             name, executable.plan, work.decode, work.run, self._options.queue_size, model=model
         )
         return Sized(executable, lane)
-
-    def replan(self, sized: Sized) -> None:
-        """Take over the batch plan of its executable, which has changed."""
-        self._scheduler.replan(sized.lane, sized.executable.plan)
-
-    async def shut(self, sized: Sized) -> None:
-        """Close its lane, which may only hold images whose callers have gone; returns when no thread uses it."""
-        await self._scheduler.close_lane(sized.lane)
 
     async def infer(
         self, sized: Sized, images: Sequence[Image], deadline: float, *, stages: bool = False
@@ -132,24 +116,12 @@ class Pipeline:
             QueueFull: the model's queue has not that many places left; nothing was done.
             DeadlineExceeded: what is queued keeps these images from being answered by `deadline`; nothing was done.
         """
-        with self._scheduler.reserve(sized.lane, len(images), deadline):
+        with self.scheduler.reserve(sized.lane, len(images), deadline):
             if len(images) == 1:
                 return [await self._infer_one(sized, images[0], deadline, stages=stages)]
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._infer_one(sized, image, deadline, stages=stages)) for image in images]
         return [task.result() for task in tasks]
-
-    def stats(self) -> Stats:
-        """The scheduler's present state, in numbers."""
-        return self._scheduler.stats()
-
-    def activity(self) -> Activity:
-        """The scheduler's present state, in full."""
-        return self._scheduler.activity()
-
-    def stalled_seconds(self) -> dict[str, float]:
-        """How long the longest-running job of each kind of thread has been running."""
-        return self._scheduler.stalled_seconds()
 
     async def _infer_one(
         self, sized: Sized, image: Image, deadline: float, *, stages: bool
@@ -159,7 +131,7 @@ class Pipeline:
             if isinstance(image, ServiceError):
                 outcome = "refused"
                 return image
-            completed = await self._scheduler.submit(sized.lane, _Source(image, stages), deadline)
+            completed = await self.scheduler.submit(sized.lane, _Source(image, stages), deadline)
             outcome = "answered"
         except asyncio.CancelledError:
             outcome = "cancelled"

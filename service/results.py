@@ -1,4 +1,4 @@
-"""What the engine returns."""
+"""What the engine takes and returns."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -12,6 +12,9 @@ from service.errors import ServiceError
 from service.store.cards import ModelCard
 
 T = TypeVar("T")
+# An encoded image; pixels (height, width, 3) in the model's own size; or the error that reading it already met.
+Image = bytes | Pixels | ServiceError
+Size = tuple[int, int]  # height and width
 JSON_INSTEAD = ", application/json answers the others"
 _MOST_LISTED = 3  # of the images that failed
 

@@ -19,9 +19,8 @@ from app.routes.inference import LARGE, answered, encoded
 from app.schemas import ExplainResponse, explanation_result
 from service.answers.encodings import NPY, encode, json_bytes
 from service.errors import InvalidRequest
-from service.pipeline import Image
 from service.postprocess.activation_maps import check_class, explain, maps, numbers, overlay
-from service.results import JSON_INSTEAD, InferenceResult, require_all
+from service.results import JSON_INSTEAD, Image, InferenceResult, require_all
 
 router = APIRouter(tags=[INFERENCE])
 

@@ -11,9 +11,8 @@ from app.disconnect import cancelled_on_disconnect
 from service.engine import Engine
 from service.errors import ServiceError
 from service.lifecycle import time_limit
-from service.pipeline import Image
 from service.postprocess.classes import Prediction
-from service.results import ImageResult
+from service.results import Image, ImageResult
 
 LARGE = 32_768  # numbers; more, even as JSON on the event loop, would hold it up for over a millisecond and a half
 

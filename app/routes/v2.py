@@ -28,9 +28,7 @@ from app.refusals import refusals
 from app.routes.inference import carried_out, encoded
 from app.routes.v2_models import ModelName, Ready, named
 from service.answers.tensors import STAGES, VECTORS, check_outputs, images, output
-from service.pipeline import Image
-from service.registry.resident import Size
-from service.results import InferenceResult
+from service.results import Image, InferenceResult, Size
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 health = APIRouter(prefix="/v2/health", tags=["open inference protocol"])  # what probes ask, never behind a key

@@ -1,4 +1,4 @@
-"""What the registry keeps, model versions, and what it gets them from."""
+"""What the registry keeps, model versions, and where it gets them from."""
 
 import asyncio
 from collections.abc import Hashable, Sequence
@@ -11,7 +11,7 @@ from service.store.stored import StoredModel
 
 M = TypeVar("M")
 
-Reason = Literal["budget", "replaced", "unloaded"]  # of an unloading
+UnloadReason = Literal["budget", "replaced", "unloaded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,30 @@ class Candidate:
     stored: StoredModel
     identity: str
     mark: Hashable = None
+
+
+class Finder(Protocol):
+    """Finds the versions that a name may stand for, the best first; at least one, else it raises a ServiceError.
+
+    `obtain` pulls published ones into the store first, if it has none.
+    """
+
+    async def find(self, name: str) -> Sequence[Candidate]: ...  # noqa: D102
+    async def obtain(self, name: str, max_wait_seconds: float | None) -> Sequence[Candidate]: ...  # noqa: D102
+
+
+class Loader(Protocol[M]):
+    """Loads versions, where every failure is a ServiceError, and frees them again.
+
+    `unload` frees the one model in `only`, to which nothing else refers, by taking it out, and raises nothing.
+    `footprint` is an estimate before the first load, measured afterwards; `unloading` counts.
+    """
+
+    async def load(self, stored: StoredModel) -> M: ...  # noqa: D102
+    async def unload(self, only: list[M]) -> None: ...  # noqa: D102
+    def memory_bytes(self, loaded: M) -> int: ...  # noqa: D102
+    def footprint(self, stored: StoredModel) -> Footprint: ...  # noqa: D102
+    def unloading(self, reason: UnloadReason) -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,42 +64,6 @@ class EntryStatus(Generic[M]):
     memory_bytes: int | None = None
 
 
-class Finder(Protocol):
-    """Finds the versions that a name may stand for, the best first; at least one, else it raises a ServiceError."""
-
-    async def find(self, name: str) -> Sequence[Candidate]:
-        """Those of the store."""
-        ...
-
-    async def obtain(self, name: str, max_wait_seconds: float | None) -> Sequence[Candidate]:
-        """Those of the store, or published ones, which are pulled into it first."""
-        ...
-
-
-class Loader(Protocol[M]):
-    """Makes a version a model in memory, and frees it again."""
-
-    async def load(self, stored: StoredModel) -> M:
-        """Load it; every failure is a ServiceError."""
-        ...
-
-    async def unload(self, only: list[M]) -> None:
-        """Free the one model in `only`, to which nothing else refers, by taking it out; raises nothing."""
-        ...
-
-    def memory_bytes(self, loaded: M) -> int:
-        """The bytes of memory that it takes now."""
-        ...
-
-    def footprint(self, stored: StoredModel) -> Footprint:
-        """What loading it takes: an estimate before the first load, measured afterwards."""
-        ...
-
-    def unloading(self, reason: Reason) -> None:
-        """Count an unloading."""
-        ...
-
-
 @dataclass(eq=False, slots=True)
 class Entry(Generic[M]):
     """One version; see the states in `Registry`."""
@@ -90,12 +78,12 @@ class Entry(Generic[M]):
     loaded: M | None = None
     failure: BaseException | None = None
     leases: int = 0
-    reason: Reason = "replaced"
+    reason: UnloadReason = "replaced"
     ready_at: float = inf
     used_at: float = 0.0
     credit: float = 0.0
 
     @property
     def stored(self) -> StoredModel:
-        """What the store says of it."""
+        """The version as the store describes it."""
         return self.candidate.stored

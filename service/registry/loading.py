@@ -19,7 +19,7 @@ from service.metrics import EngineMetrics
 from service.options import EngineOptions, make_backends
 from service.pipeline import Pipeline
 from service.registry.catalog import Catalog
-from service.registry.entries import Reason
+from service.registry.entries import UnloadReason
 from service.registry.loader import load
 from service.registry.residency import Footprint, Footprints
 from service.registry.resident import Resident
@@ -106,7 +106,7 @@ class Loading:
         """What loading `stored` took last, else an estimate."""
         return self._footprints.of(stored)
 
-    def unloading(self, reason: Reason) -> None:
+    def unloading(self, reason: UnloadReason) -> None:
         """Count an unloading."""
         self._metrics.evictions.labels(reason).inc()
 

@@ -16,7 +16,7 @@ import structlog
 
 from service.errors import ModelLoadFailed, ModelLoading, ModelNotFound, ModelPinned, ServiceError, WeightsUnavailable
 from service.options import Budget
-from service.registry.entries import Candidate, Entry, EntryStatus, Finder, Loader, Reason
+from service.registry.entries import Candidate, Entry, EntryStatus, Finder, Loader, UnloadReason
 from service.registry.residency import Evict, Full, Hold, MemoryUse, credit, make_room, no_room
 from service.sharing import RecentErrors, fresh, shared
 
@@ -25,7 +25,6 @@ M = TypeVar("M")
 log = structlog.get_logger(component="registry")
 
 FAILURE_SECONDS = 10.0  # how long a load that failed is reported to requests that would not wait for another one
-_FOR_GOOD = object()
 
 
 class _Target(NamedTuple, Generic[M]):
@@ -57,7 +56,7 @@ class Registry(Generic[M]):
         self._turns = count()
         self._one_refresh = asyncio.Lock()
         # Mutable state: the entries by identity, and those that are being unloaded; what each name stands for; pinned
-        # names, each with the attempts that pin it so far, or `_FOR_GOOD`; names on their way, and what lately went
+        # names, each with the calls of `pin` under way or one that succeeded; names on their way, and what lately went
         # wrong with which; GreedyDual's inflation; what wakes those who wait for room or for an unloading; and why a
         # name could not be refreshed, so that it is logged once.
         self._entries: dict[str, Entry[M]] = {}
@@ -119,20 +118,18 @@ class Registry(Generic[M]):
             async with self.lease(name):
                 pass
         except BaseException:
-            pins = self._pins.get(name, set())
-            pins.discard(attempt)
-            if not pins:
+            self._pins.get(name, set()).discard(attempt)
+            if not self._pins.get(name):
                 self.unpin(name)
             raise
-        if attempt in (pins := self._pins.get(name, set())):  # else `unpin` was called meanwhile
-            pins.remove(attempt)
-            pins.add(_FOR_GOOD)
+        if attempt in self._pins.get(name, ()):  # else `unpin` was called meanwhile
+            self._pins[name] = {attempt}
 
     def unpin(self, name: str) -> None:
         """Let the model called `name` be evicted again, whatever still tries to pin it."""
         self._pins.pop(name, None)
-        if target := self._names.get(name):
-            self._settle(target.entry)
+        if entry := self._entry(name):
+            self._settle(entry)
 
     async def unload(self, name: str) -> None:
         """Free every version in memory of the model called `name`, or the one it names, once nobody uses them.
@@ -142,8 +139,7 @@ class Registry(Generic[M]):
         Raises:
             ModelPinned: one of them is pinned; nothing was done.
         """
-        target = self._names.get(name)
-        named = target.entry if target else None
+        named = self._entry(name)
         entries = [e for e in self._entries.values() if name in {e.stored.id, e.stored.key} or e is named]
         if pinned := [each.stored.key for each in entries if self._pinned(each)]:
             raise ModelPinned(f"{', '.join(pinned)} is pinned; unpin it first (DELETE /models/{name}/pin)")
@@ -167,8 +163,8 @@ class Registry(Generic[M]):
 
     def named(self, name: str) -> EntryStatus[M] | None:
         """The model in memory that `name` stands for."""
-        target = self._names.get(name)
-        return self._status(target.entry) if target else None
+        entry = self._entry(name)
+        return self._status(entry) if entry else None
 
     def all(self) -> list[EntryStatus[M]]:
         """Every version that is in memory, on its way there, or failed."""
@@ -191,11 +187,10 @@ class Registry(Generic[M]):
     # Arrivals: from a name to a lease.
 
     def _lease_ready(self, name: str) -> Entry[M] | None:
-        target = self._names.get(name)
-        if target is None or target.entry.state != "ready":
-            return None
-        target.entry.leases += 1
-        return target.entry
+        entry = self._entry(name)  # which is ready, as all that names stand for
+        if entry:
+            entry.leases += 1
+        return entry
 
     async def _arrive(self, name: str, max_wait_seconds: float | None) -> Entry[M]:
         """A lease of what `name` stands for, once that is ready. All who wait for the name share one arrival."""
@@ -291,6 +286,10 @@ class Registry(Generic[M]):
         self._names[name] = _Target(entry, turn)
         self._settle(before.entry if before else entry)
 
+    def _entry(self, name: str) -> Entry[M] | None:
+        target = self._names.get(name)
+        return target.entry if target else None
+
     def _names_of(self, entry: Entry[M]) -> list[str]:
         return [name for name, target in self._names.items() if target.entry is entry]
 
@@ -311,17 +310,16 @@ class Registry(Generic[M]):
             self._not_refreshed[name] = str(error)
             return
         self._not_refreshed.pop(name, None)
-        target = self._names.get(name)
-        if target is None or not candidates or candidates[0].identity == target.entry.candidate.identity:
+        serving = self._entry(name)
+        if serving is None:
             return
-        serving = target.entry
         serving.leases += 1  # what serves is not evicted for its successor
         try:
             for candidate in candidates:
                 if candidate.identity == serving.candidate.identity:
-                    return
+                    break
                 if (again or not self._failed(candidate)) and await self._replace(name, serving, candidate, turn):
-                    return
+                    break
         finally:
             self._release(serving, used=False)
 
@@ -330,14 +328,14 @@ class Registry(Generic[M]):
         try:
             return await self._finder.find(name)
         except ModelNotFound:
-            target = self._names.get(name)
-            if target is None or target.entry.stored.id == name:
+            serving = self._entry(name)
+            if serving is None or serving.stored.id == name:
                 raise
-            await self._finder.find(target.entry.stored.id)
-            if (now_ := self._names.get(name)) and now_.entry is target.entry:
-                log.info("name_gone", name=name, stood_for=target.entry.stored.key)
+            await self._finder.find(serving.stored.id)
+            if self._entry(name) is serving:
+                log.info("name_gone", name=name, stood_for=serving.stored.key)
                 del self._names[name]
-                self._settle(target.entry)
+                self._settle(serving)
             return ()
 
     async def _replace(self, name: str, serving: Entry[M], candidate: Candidate, turn: int) -> bool:
@@ -346,16 +344,15 @@ class Registry(Generic[M]):
         version, serves = candidate.stored.key, serving.stored.key
         try:
             await self._ready(entry)
+            if self._entry(name) is serving:
+                self._point(name, entry, turn)
+                log.info("model_replaced", name=name, version=version, served_before=serves)
         except ServiceError as error:
             log.warning("model_not_replaced", name=name, version=version, still_serves=serves, reason=str(error))
             return False
-        else:
-            if (target := self._names.get(name)) and target.entry is serving:
-                self._point(name, entry, turn)
-                log.info("model_replaced", name=name, version=version, served_before=serves)
-            return True
         finally:
             self._release(entry, used=False)
+        return True
 
     # Entries: the transitions.
 
@@ -421,7 +418,7 @@ class Registry(Generic[M]):
         self._inflation = decision.inflation
         return [self._unload(self._entries[key], "budget") for key in decision.keys]
 
-    def _unload(self, entry: Entry[M], reason: Reason) -> "asyncio.Task[None]":
+    def _unload(self, entry: Entry[M], reason: UnloadReason) -> "asyncio.Task[None]":
         entry.state = "unloading"  # 5
         del self._entries[entry.candidate.identity]
         self._forget_names(entry)

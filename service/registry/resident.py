@@ -10,9 +10,9 @@ from typing import Protocol, TypeVar
 from service.errors import InvalidRequest, QueueFull
 from service.execution.executable import Executable
 from service.pipeline import Pipeline, Sized
+from service.results import Size
 from service.sharing import shared
 
-Size = tuple[int, int]  # height and width
 STRIDE = 32  # of the last stage: sides are multiples of it, so that every stage map fits
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ class Resident:
 
     def replan(self) -> None:
         """Take over the batch plan of the executable, which has changed."""
-        self._pipeline.replan(self._own)
+        self._pipeline.scheduler.replan(self._own.lane, self.executable.plan)
 
     async def close(self) -> None:
         """Take the model out of the scheduler and give up what is being compiled."""
@@ -138,7 +138,7 @@ class Resident:
 
     async def _shut_evicted(self) -> None:
         while self._evicted:
-            await self._pipeline.shut(self._evicted.pop())
+            await self._pipeline.scheduler.close_lane(self._evicted.pop().lane)
 
     async def _resize(self, size: Size) -> Sized:
         await self._shut_evicted()

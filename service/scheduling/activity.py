@@ -27,12 +27,13 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class QueueActivity:
-    """One model's queue: images waiting to be decoded, being decoded, waiting for an instance, running.
+    """The queue of one `lane` of `model`: images to decode, in decoding, waiting for an instance, running.
 
     `admitted` counts all of these, and images that are about to enter or have just left. `virtual_seconds` is the share
     of the instances it has had, for fairness; `plan` is t(n) in seconds by batch size.
     """
 
+    lane: str
     model: str
     to_decode: int
     decoding: int
@@ -68,12 +69,3 @@ class Activity:
     queues: list[QueueActivity]
     instances: list[InstanceActivity]
     releases: list[PastRelease]
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """How much waits for an instance, by model, and how many instances run; for metrics and health."""
-
-    waiting: dict[str, int]
-    busy_instances: int
-    instances: int

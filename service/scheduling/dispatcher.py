@@ -7,7 +7,7 @@ The way of a call, by its stage: `decode` (it waits for a thread, or is decoded)
 `infer` (it is in a batch), `ended`. It may end at any of them: with a result, an error, or because its caller has gone.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from service.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, QueueFull, ShuttingDown
 from service.execution.plan import BatchPlan
-from service.scheduling.activity import RELEASES, Activity, InstanceActivity, PastRelease, QueueActivity, Release, Stats
+from service.scheduling.activity import RELEASES, Activity, InstanceActivity, PastRelease, QueueActivity, Release
 from service.scheduling.queues import Batch, Item, Queue, Queues, fair_seconds
 
 S = TypeVar("S")  # the source: an encoded image
@@ -309,13 +309,6 @@ class Dispatcher(Generic[S, T, R]):
         }
         return {kind: now - min(times, default=now) for kind, times in started.items()}
 
-    def stats(self) -> Stats:
-        """How much waits for each model and how many instances run."""
-        waiting: Counter[str] = Counter()
-        for lane in self.lanes:
-            waiting[lane.model] += len(lane.payloads.waiting)
-        return Stats(waiting, len(self._running), self._instances)
-
     def activity(self, now: float) -> Activity:
         """All that can be seen."""
         instances = [
@@ -374,7 +367,8 @@ class Dispatcher(Generic[S, T, R]):
 
 def _queue_activity(lane: Lane[Any, Any, Any]) -> QueueActivity:
     return QueueActivity(
-        model=lane.name,
+        lane=lane.name,
+        model=lane.model,
         to_decode=len(lane.sources.waiting),
         decoding=lane.decoding,
         waiting=len(lane.payloads.waiting),

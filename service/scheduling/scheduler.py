@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Generic, ParamSpec, TypeVar
 
 from service.execution.plan import BatchPlan
-from service.scheduling.activity import Activity, Stats
+from service.scheduling.activity import Activity
 from service.scheduling.dispatcher import Call, Completed, Decoding, Dispatcher, Lane, Observer, Outcome, Run, Running
 
 S = TypeVar("S")
@@ -127,11 +127,6 @@ class Scheduler(Generic[S, T, R]):
             del self._futures[call], future  # an error refers to this frame, and must not do so through the future
             with self._changed:
                 self._dispatcher.abandon(call)
-
-    def stats(self) -> Stats:
-        """How much waits for each model and how many instances run."""
-        with self._changed:
-            return self._dispatcher.stats()
 
     def activity(self) -> Activity:
         """Queues, instances and the last releases."""

@@ -163,7 +163,7 @@ def test_stage_maps_that_would_take_too_much_memory_are_refused(features: Any) -
 
     assert refused.status_code == 422
     assert refused.json()["detail"] == (
-        "the stage maps of 15 pictures at 96x96 take 2.1 MB, PVT_MAX_MAPS_MB allows 2; send 14 pictures a request at "
+        "the stage maps of 15 images at 96x96 take 2.1 MB, PVT_MAX_MAPS_MB allows 2; send 14 images a request at "
         "the most, or ask for a smaller size"
     )
     assert answered.status_code == 200

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from service.errors import ModelLoadFailed, ModelNotFound, WeightsUnavailable
-from service.registry.entries import Candidate, Reason
+from service.registry.entries import Candidate, UnloadReason
 from service.registry.residency import Footprint
 from service.store.stored import StoredModel
 
@@ -30,7 +30,7 @@ class FakeSource:
         self.closing.set()
         self.loads: list[str] = []
         self.in_memory: list[str] = []
-        self.unloaded_for: list[Reason] = []
+        self.unloaded_for: list[UnloadReason] = []
 
     async def find(self, name: str) -> Sequence[Candidate]:
         await asyncio.sleep(0)
@@ -67,7 +67,7 @@ class FakeSource:
     def footprint(self, stored: StoredModel) -> Footprint:
         return Footprint(bytes=self.guesses.get(stored.key, self.memory_bytes(stored.key)), seconds=2.0)
 
-    def unloading(self, reason: Reason) -> None:
+    def unloading(self, reason: UnloadReason) -> None:
         self.unloaded_for.append(reason)
 
 

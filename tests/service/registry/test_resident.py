@@ -13,9 +13,9 @@ from service.errors import InvalidImage, InvalidRequest, ModelLoadFailed, QueueF
 from service.machine.devices import DeviceHealth
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.pipeline import Image, Pipeline, Sized
+from service.pipeline import Pipeline, Sized
 from service.registry.resident import Resident
-from service.results import ImageResult
+from service.results import Image, ImageResult
 from tests.service.registry.test_loader import load_tiny, random_images
 from tests.service.stores import add_model
 
@@ -61,7 +61,7 @@ async def resident_model(root: Path, max_others: int = 2) -> AsyncIterator[Model
     model = Model(root, max_others)
     yield model
     await model.resident.close()
-    await model.pipeline.close(wait=True)
+    await model.pipeline.scheduler.close(wait=True)
 
 
 async def test_sizes_and_stage_maps_are_made_once_for_all_who_wait(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ async def test_the_size_used_least_recently_makes_room(tmp_path: Path) -> None:
                 pass
 
         assert model.resident.sizes == [(32, 32), (64, 64), (96, 32)]
-        assert [queue.model for queue in model.pipeline.activity().queues] == [
+        assert [queue.lane for queue in model.pipeline.scheduler.activity().queues] == [
             "pvt_v2_b0.tiny", "pvt_v2_b0.tiny at 64x64", "pvt_v2_b0.tiny at 96x32",
         ]  # fmt: skip
         assert model.resident.memory_bytes > model.resident.executable.report.memory_bytes
@@ -166,7 +166,7 @@ async def test_closing_takes_every_lane_away(tmp_path: Path) -> None:
     async with resident_model(tmp_path) as model, model.resident.at((64, 64)):
         pass
 
-    assert model.pipeline.activity().queues == []
+    assert model.pipeline.scheduler.activity().queues == []
 
 
 async def test_a_size_that_made_room_goes_though_what_it_made_room_for_is_given_up_at_once(tmp_path: Path) -> None:
@@ -182,4 +182,4 @@ async def test_a_size_that_made_room_goes_though_what_it_made_room_for_is_given_
         await asyncio.sleep(0)  # it has set out, and what it set out has not had a turn
         asking.cancel()
 
-    assert model.pipeline.activity().queues == []
+    assert model.pipeline.scheduler.activity().queues == []

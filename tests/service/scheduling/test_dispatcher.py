@@ -327,7 +327,7 @@ def test_a_trickle_beside_a_flood_waits_for_what_has_begun_and_no_longer(decoder
 
     own, begun = 0.3 + 0.5, 0.3 + 3.6
     assert max(each.seconds for each in sent) <= own + begun
-    assert simulation.dispatcher.stats().waiting["flood"] + len(flood.sources.waiting) > 0
+    assert len(flood.payloads.waiting) + len(flood.sources.waiting) > 0
 
 
 def test_what_it_does_can_be_looked_at() -> None:
