@@ -223,14 +223,9 @@ class Registry(Generic[M]):
             self._end(arrival)
 
     def _set_out(self, name: str, turn: int, candidates: Sequence[Candidate]) -> _Arrival[M]:
-        def arrived(task: "asyncio.Task[None]") -> None:
-            del self._arrivals[name]
-            self._failures.note(name, task)
-            self._end(arrival)
-
         arrival = self._arrivals[name] = _Arrival[M](name, turn)
         arrival.task = asyncio.create_task(self._load_first(arrival, candidates))
-        arrival.task.add_done_callback(arrived)
+        arrival.task.add_done_callback(lambda _: self._end(arrival))
         return arrival
 
     async def _load_first(self, arrival: _Arrival[M], candidates: Sequence[Candidate]) -> None:
@@ -252,8 +247,13 @@ class Registry(Generic[M]):
         raise failures[0]
 
     def _end(self, arrival: _Arrival[M]) -> None:
-        """Release the arrival's own lease, once it is over and nobody waits for it any more."""
-        if arrival.task.done() and not arrival.waiting and arrival.entry:
+        """Take an arrival that is over off the list; release its own lease once nobody waits for it any more."""
+        if not arrival.task.done():
+            return
+        if self._arrivals.get(arrival.name) is arrival:
+            del self._arrivals[arrival.name]
+            self._failures.note(arrival.name, arrival.task)
+        if not arrival.waiting and arrival.entry:
             entry, arrival.entry = arrival.entry, None
             self._release(entry)
 
