@@ -69,11 +69,6 @@ class Lane(Generic[S, T, R]):
         self.decoding = 0
         self.running = 0
 
-    @property
-    def at_work(self) -> bool:
-        """Whether threads work for it, if only for callers that have gone."""
-        return self.decoding > 0 or self.running > 0
-
     def cap_batch_size(self, size: int) -> None:
         """Never again run `size` images at once."""
         self._too_large = size

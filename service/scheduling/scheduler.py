@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from math import inf
-from threading import Condition, Thread
+from threading import Condition, Thread, get_ident
 from time import monotonic
 from typing import Generic, ParamSpec, TypeVar
 
@@ -35,11 +35,13 @@ class Scheduler(Generic[S, T, R]):
         """`decoders`: how many images are decoded at the same time."""
         # Every slot for a job has its thread, so that decoding goes on beside running.
         self._count = instances + decoders
-        # Mutable state. Read and changed under `_changed` only: the dispatcher, whether the threads are to end, and
-        # what to call once a closed lane is at rest. The event loop's own: the threads, and the futures of callers.
+        # Mutable state. Read and changed under `_changed` only: the dispatcher; whether the threads are to end; the
+        # lane whose job each thread has, until it asks for the next; what to call once a closed lane is at rest. The
+        # event loop's own: the threads, and the futures of callers.
         self._dispatcher = Dispatcher[S, T, R](instances, decoders, observer, max_delay_seconds)
         self._changed = Condition()
         self._stopped = False
+        self._at: dict[int, Lane[S, T, R]] = {}
         self._closing: dict[Lane[S, T, R], Callable[[], object]] = {}
         self._threads: list[Thread] = []
         self._futures: dict[Call[S, T, R], asyncio.Future[Completed[R]]] = {}
@@ -86,7 +88,7 @@ class Scheduler(Generic[S, T, R]):
             if lane.admitted:
                 raise RuntimeError(f"the lane of {lane.name!r} still holds {lane.admitted} images")
             self._dispatcher.lanes.remove(lane)
-            if not lane.at_work:
+            if lane not in self._at.values():
                 return
             self._closing[lane] = partial(loop.call_soon_threadsafe, rested.set)
         await rested.wait()
@@ -164,7 +166,7 @@ class Scheduler(Generic[S, T, R]):
             payload = _attempt(job.call.lane.decode, job.call.source)
             with self._changed:
                 self._dispatcher.decoded(job, payload, monotonic())
-                ended = self._take_ended(job.call.lane)
+                ended = self._dispatcher.take_ended()
             self._hand_over(loop, ended)
             del payload, ended  # an error's traceback leads to this frame, which must not lead back to the error
         elif job:
@@ -172,29 +174,32 @@ class Scheduler(Generic[S, T, R]):
                 results = _attempt(job.lane.run, job.release.instance, job.payloads(), alone=job.release.alone)
                 with self._changed:
                     self._dispatcher.ran(job, results, monotonic())
-                    ended = self._take_ended(job.lane)
+                    ended = self._dispatcher.take_ended()
                 self._hand_over(loop, ended)
                 del results, ended  # as above
         return job is not None
 
     def _next(self, loop: asyncio.AbstractEventLoop) -> Decoding[S, T, R] | Running[S, T, R] | None:
         with self._changed:
+            self._leave_lane()
             while not self._stopped:
                 now = monotonic()
                 decision = self._dispatcher.next_job(now)
                 self._hand_over(loop, self._dispatcher.take_ended())
                 if isinstance(decision, Decoding | Running):
+                    self._at[get_ident()] = decision.lane if isinstance(decision, Running) else decision.call.lane
                     if self._dispatcher.has_work():
                         self._changed.notify()  # one wakes the next, for as long as there is something to do
                     return decision
                 self._changed.wait(None if decision is None else decision - now)
         return None
 
-    def _take_ended(self, lane: Lane[S, T, R]) -> Sequence[tuple[Call[S, T, R], Outcome[R]]]:
-        """The calls that ended with a job of `lane`; notices when a closed lane comes to rest."""
-        if lane in self._closing and not lane.at_work:
-            self._closing.pop(lane)()
-        return self._dispatcher.take_ended()
+    def _leave_lane(self) -> None:
+        """This thread holds nothing of its last job any more, which may be what the closing of its lane waits for."""
+        lane = self._at.pop(get_ident(), None)
+        if lane and lane not in self._at.values() and (rested := self._closing.pop(lane, None)):
+            del lane  # whoever waits may free the model at once
+            rested()
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop, ended: Sequence[tuple[Call[S, T, R], Outcome[R]]]) -> None:
         """All that ended at once, in one turn of the loop."""

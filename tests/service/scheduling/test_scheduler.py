@@ -417,8 +417,34 @@ async def test_a_closed_lane_is_waited_for_until_no_thread_uses_it() -> None:
     await scheduler.close()
 
 
+async def test_a_closed_lane_is_waited_for_until_threads_hold_nothing_of_its_last_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A result is with its caller before the thread that made it has let go of the job."""
+    go = threading.Event()
+    hand_over = Scheduler._hand_over
+
+    def slow(scheduler: Any, loop: Any, ended: Sequence[Any]) -> None:
+        hand_over(scheduler, loop, ended)
+        assert not ended or go.wait(BOUND)
+
+    monkeypatch.setattr(Scheduler, "_hand_over", slow)
+    scheduler = Scheduler[int, int, int](1, Seen())
+    lane = scheduler.open_lane("a", PLAN, int, Machine().run, 8)
+    with scheduler.reserve(lane, 1):
+        assert (await scheduler.submit(lane, 1)).result == 2
+    closing = asyncio.create_task(scheduler.close_lane(lane))
+    await asyncio.sleep(0)
+
+    assert not closing.done()
+    go.set()
+    async with asyncio.timeout(BOUND):
+        await closing
+    await scheduler.close()
+
+
 class Body:
-    """An image that tells whether it is still held."""
+    """An image that can be watched."""
 
 
 @pytest.mark.parametrize("outcome", ["result", "bad image", "bad batch", "caller gone"])
