@@ -17,8 +17,8 @@ from app.fetching import Fetcher
 from app.member import Member
 from app.problems import Forbidden, Unauthorized
 from app.settings import Settings
-from service.answers.results import Health
 from service.engine import Engine
+from service.results import Health
 
 
 class State(TypedDict):

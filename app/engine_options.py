@@ -1,10 +1,9 @@
 """From settings to what the engine can be told. With it comes torch, which a supervisor of workers does not need."""
 
 from app.settings import Settings
-from service.eviction import Budget
 from service.machine.cores import usable_cores
 from service.machine.devices import choose, visible
-from service.options import EngineOptions, default_instances
+from service.options import Budget, EngineOptions, default_instances
 
 # Images per batch where no setting says so; the batch plan stops earlier, as soon as more do not pay.
 MAX_BATCH_SIZE = {"cpu": 8, "gpu": 256}

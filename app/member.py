@@ -11,10 +11,10 @@ from prometheus_client import CollectorRegistry, PlatformCollector
 
 from app.family import FamilyCollector
 from app.fleet import REPORT_SECONDS, Fleet
-from service.answers.results import Health
 from service.engine import Engine
 from service.machine.cores import share
 from service.options import EngineOptions
+from service.results import Health
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from service.acquisition.catalogue import CLASSES, LICENCE, SIDE
-from service.acquisition.on_demand import RemoteModel
 from service.execution.reference import Deviation
-from service.registry.entries import Status
-from service.registry.listing import ModelStatus, VersionStatus
-from service.registry.residents import Resident
+from service.registry.status import ModelStatus, RemoteModel, VersionStatus
 from service.store.cards import Accuracy
 
 
@@ -127,90 +123,77 @@ class ModelList(BaseModel):
 
 
 def model_info(model: ModelStatus) -> ModelInfo:
-    """What is known of `model`: from its card, and from memory once it is there."""
-    stored, status = model.stored, model.status
-    failure = status.failure or stored.failure
+    """What is known of `model`: from its card, and from memory once it is loaded."""
     info = ModelInfo(
-        id=stored.id,
-        variant=stored.variant,
-        version=stored.version,
-        state="failed" if failure else status.state,
+        id=model.id,
+        variant=model.variant,
         default=model.default,
-        reason=str(failure) if failure else None,
-        aliases=list(model.aliases) or None,
         versions=[_version(version) for version in model.versions],
-        **_use(status),
+        memory_bytes=model.memory_bytes,
+        **_common(model),
     )
-    if card := stored.card:
+    if card := model.card:
         size = (card.preprocessing.height, card.preprocessing.width)
         known = {"num_classes": len(card.labels), "input_size": size, "parameters": card.parameters}
         info = info.model_copy(update={**known, "accuracy": card.accuracy, "licence": card.licence})
-    return info.model_copy(update=_loaded(status.loaded)) if status.loaded else info
-
-
-def any_model_info(model: ModelStatus | RemoteModel) -> ModelInfo:
-    """What is known of a model, be it that it could only be pulled."""
-    return remote_info(model) if isinstance(model, RemoteModel) else model_info(model)
+    return info.model_copy(update=_loaded(model)) if model.backend else info
 
 
 def remote_info(model: RemoteModel) -> ModelInfo:
     """What is known of published weights that are not in the store."""
-    known = model.published
+    pull = None if model.pulled_bytes is None else PullProgress(bytes=model.pulled_bytes, total=model.total_bytes)
     return ModelInfo(
-        id=known.id,
-        variant=known.variant,
+        id=model.id,
+        variant=model.variant,
         version="",
         state=model.state,
         default=model.default,
         reason=str(model.failure) if model.failure else None,
-        pull=None if model.done is None else PullProgress(bytes=model.done, total=model.total),
-        num_classes=CLASSES,
-        input_size=(SIDE, SIDE),
-        parameters=known.parameters,
-        accuracy=known.accuracy,
-        licence=LICENCE,
+        pull=pull,
+        num_classes=model.num_classes,
+        input_size=model.input_size,
+        parameters=model.parameters,
+        accuracy=model.accuracy,
+        licence=model.licence,
     )
 
 
 def _version(version: VersionStatus) -> VersionInfo:
-    stored, status = version.stored, version.status
-    return VersionInfo(
-        version=stored.version,
-        state=status.state,
-        reason=str(status.failure) if status.failure else None,
-        aliases=list(version.aliases) or None,
-        memory_bytes=status.memory_bytes,
-        **_use(status),
-    )
+    return VersionInfo(memory_bytes=version.memory_bytes, **_common(version))
 
 
-def _use(status: Status[Resident]) -> dict[str, Any]:
-    """How a model that is in memory, or on its way, is used."""
-    if status.state not in {"ready", "loading"}:
-        return {}
-    idle = None if status.idle_seconds is None else round(status.idle_seconds, 3)
-    return {"leases": status.leases, "pinned": status.pinned, "idle_seconds": idle}
+def _common(version: VersionStatus) -> dict[str, Any]:
+    """What is said of a version and of a model; how it is used, if it is in memory or on its way there."""
+    common: dict[str, Any] = {
+        "version": version.version,
+        "state": version.state,
+        "reason": str(version.failure) if version.failure else None,
+        "aliases": list(version.aliases) or None,
+    }
+    if version.state not in {"ready", "loading"}:
+        return common
+    idle = None if version.idle_seconds is None else round(version.idle_seconds, 3)
+    return common | {"leases": version.leases, "pinned": version.pinned, "idle_seconds": idle}
 
 
-def _loaded(resident: Resident) -> dict[str, object]:
+def _loaded(model: ModelStatus) -> dict[str, object]:
     """What is known of a model once it is in memory."""
-    plan, report, precisions = resident.executable.plan, resident.executable.report, resident.executable.precisions
-    other = {size: each for size, each in precisions.items() if each != report.precision}
+    assert model.plan is not None and model.layout is not None  # noqa: S101, PT018  it is loaded
     return {
-        "backend": report.backend,
-        "device": report.device,
-        "precision": report.precision,
-        "memory_bytes": resident.memory_bytes,
-        "reference_check": report.deviation and _reference_check(report.deviation),
+        "backend": model.backend,
+        "device": model.device,
+        "precision": model.precision,
+        "reference_check": model.deviation and _reference_check(model.deviation),
         "batch_plan": [
-            PlannedBatch(size=n, ms=round(t * 1000, 3), precision=other.get(n)) for n, t in plan.seconds.items()
+            PlannedBatch(size=n, ms=round(t * 1000, 3), precision=(model.other_precisions or {}).get(n))
+            for n, t in model.plan.items()
         ],
-        "alone_ms": None if plan.alone_seconds is None else round(plan.alone_seconds * 1000, 3),
-        "layout": CoreLayout(**report.layout._asdict()),
-        "plan_cached": report.cached,
-        "notes": resident.notes,
-        "load_seconds": round(report.load_seconds, 3),
-        "improving": resident.executable.improving is not None or None,
+        "alone_ms": None if model.alone_seconds is None else round(model.alone_seconds * 1000, 3),
+        "layout": CoreLayout(**model.layout._asdict()),
+        "plan_cached": model.plan_cached,
+        "notes": list(model.notes or ()),
+        "load_seconds": round(model.load_seconds or 0.0, 3),
+        "improving": model.optimizing or None,
     }
 
 

@@ -17,7 +17,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from service.answers.features import Wanted
+from service.postprocess.features import FeatureOptions
 
 _SIZE = re.compile(r"(?P<height>[1-9]\d{0,4})(x(?P<width>[1-9]\d{0,4}))?", re.ASCII)
 _BEYOND = {"greater_than_equal", "less_than_equal"}
@@ -114,10 +114,10 @@ class FeaturesQuery(InferenceQuery):
     ] = "float32"
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> FeatureOptions:
         """The same, as the engine's."""
         stages = tuple(int(stage) for stage in self.stages.split(",") if stage)
-        return Wanted(self.embedding, stages, self.pool, self.normalize, self.dtype)
+        return FeatureOptions(self.embedding, stages, self.pool, self.normalize, self.dtype)
 
 
 class ExplainQuery(InferenceQuery):

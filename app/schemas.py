@@ -6,9 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.answer_examples import EXPLAINED, FEATURES, PREDICTED
 from app.problems import Problem, problem
-from service.answers.explain import Explanation
-from service.answers.results import Prediction
 from service.errors import ServiceError
+from service.postprocess.activation_maps import Explanation
+from service.postprocess.classes import Prediction
 
 InputSize = Annotated[tuple[int, int], Field(description="Of the model's input: height and width, in pixels.")]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.gpu_results import GpuEngine
 from bench.ours import OnDevice
 from bench.peers.common import make_model
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.base import Batch
 from service.backends.compiling import Compiler
 from service.backends.device import Device

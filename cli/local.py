@@ -20,12 +20,12 @@ from pvt_client import ClassScore, Embedding, Explanation, ImageUnreadable, Mode
 from pvt_client.calls import CommonOptions, ExplainOptions, FeaturesOptions, MapOptions, PredictOptions
 from pvt_client.concurrency import in_tasks
 from pvt_client.results import read_model
-from service.answers import explain as activation
-from service.answers.outputs import top_k
-from service.answers.results import Answered, Inferred
 from service.engine import Engine
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
 from service.metrics import EngineMetrics
+from service.postprocess import activation_maps
+from service.postprocess.classes import top_k
+from service.results import ImageResult, InferenceResult
 
 T = TypeVar("T")
 _TIMEOUT_SECONDS = 3600.0  # nobody else is waiting; the first image waits until its model is loaded
@@ -91,7 +91,7 @@ class LocalEngine:
         _, explanation = await self._explain(image, options.get("class_id"), options)
         alpha = options.get("alpha")
         return await asyncio.to_thread(
-            activation.overlay, explanation, ExplainQuery().alpha if alpha is None else alpha
+            activation_maps.overlay, explanation, ExplainQuery().alpha if alpha is None else alpha
         )
 
     async def explain_map(self, image: Path, /, **options: Unpack[MapOptions]) -> Explanation:
@@ -105,7 +105,7 @@ class LocalEngine:
 
     async def models(self) -> list[Model]:
         """See `AsyncClient`."""
-        infos = [model_info(model) for model in await self._engine.models.all()]
+        infos = [model_info(model) for model in await self._engine.models()]
         return [read_model(each.model_dump(mode="json", exclude_none=True)) for each in infos]
 
     def _many(
@@ -124,14 +124,16 @@ class LocalEngine:
 
     async def _explain(
         self, path: Path, class_id: int | None, options: CommonOptions
-    ) -> tuple[Answered, activation.Explanation]:
+    ) -> tuple[InferenceResult, activation_maps.Explanation]:
         answered, _ = await self._infer(path, options, stages=True)
-        (found,) = activation.explain(answered, class_id)
+        (found,) = activation_maps.explain(answered, class_id)
         if isinstance(found, ServiceError):
             raise found
         return answered, found
 
-    async def _infer(self, path: Path, options: CommonOptions, *, stages: bool = False) -> tuple[Answered, Inferred]:
+    async def _infer(
+        self, path: Path, options: CommonOptions, *, stages: bool = False
+    ) -> tuple[InferenceResult, ImageResult]:
         size = _input_size(options.get("size"))
         data = await asyncio.to_thread(self._read, path)
         answered = await self._engine.infer(

@@ -1,50 +1,86 @@
-"""The facade: image bytes in, results out. The one thing of `service` that HTTP talks to."""
+"""The facade: image bytes in, results out; and all there is to do with models. HTTP knows only this of `service`."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self, TypeVar
 
-from service.answers.results import Answered, Health, Predictions, prediction
+import structlog
+
 from service.architecture.variants import VARIANTS
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, ServiceError, WeightsUnavailable
 from service.execution.executable import Executable
+from service.lifecycle import Requests, time_limit
+from service.machine.devices import DeviceHealth
 from service.machine.workers import Workers
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.pipeline import Image, Pipeline
-from service.registry.models import Models
-from service.registry.residents import Size
+from service.pipeline import Pipeline
+from service.postprocess.classes import Predictions, predictions
+from service.registry.catalog import Catalog
+from service.registry.loading import Loading
+from service.registry.registry import Registry
+from service.registry.resident import Resident
+from service.registry.status import ModelStatus, RemoteModel
+from service.registry.watcher import Watch
+from service.results import Health, Image, InferenceResult, Size
 from service.scheduling.activity import Activity
-from service.scheduling.requests import Requests, time_limit
 from service.store.cards import ModelCard
 
 T = TypeVar("T")
 
+log = structlog.get_logger(component="engine")
+
+STORE_SECONDS = 2.0  # a store on a network that takes longer to list its cards is no good to serve from
+PRELOAD_AGAIN_SECONDS = 15.0
+
 
 class Engine:
-    """Use as an async context manager: leaving it finishes what is under way."""
+    """Use as an async context manager: leaving it finishes what is under way. It belongs to one event loop."""
 
     def __init__(self, options: EngineOptions, metrics: EngineMetrics) -> None:
         self.options = options
         self._metrics = metrics
-        self._pipeline = Pipeline(options, metrics)
-        self.models = Models(options, metrics, self._pipeline)
+        self._devices = DeviceHealth()
+        self._pipeline = Pipeline(options, metrics, self._devices)
+        self._catalog = Catalog(options)
+        self._loading = Loading(options, metrics, self._pipeline, self._catalog, self._devices)
+        self._registry = Registry[Resident](self._catalog, self._loading, options.budget)
         self._requests = Requests()
-        # Two, so that a small answer need not wait for a large one; more would take the event loop's turns.
+        # Two, so that a small response need not wait for a large one; more would take the event loop's turns.
         self._encoders = Workers("encode", 2)
+        # Mutable state: work that no request waits for, and what is to be loaded before the service is ready.
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._preloading = {*options.preload, *options.pinned}
 
     async def __aenter__(self) -> Self:
-        await self.models.start()
+        """Begin to load what is to be preloaded, and log why the default model can't be had, if so."""
+        for name in {self.options.default_model} - self._preloading:
+            for reason in await self._unready(name):
+                log.warning("default_model_unavailable", reason=reason)
+        for name in self.options.pinned:
+            self._background(self._preload(name, self.pin))
+        for name in self.options.preload:
+            self._background(self._preload(name, self.load))
+        if self.options.reload_seconds:
+            self._background(Watch(self._catalog.folder, self.options.reload_seconds, self.refresh).run())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.drain()
-        await self.models.stop()
-        await self._pipeline.close(wait=not self._requests.aborted)
-        self.models.close()
+        tasks = [*self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._registry.close()
+        await self._loading.stop()
+        await self._pipeline.scheduler.close(wait=not self._requests.aborted)
+        self._loading.close()  # nothing runs a model any more
+        self._catalog.close()
         self._encoders.close(wait=not self._requests.aborted)
 
     @property
@@ -57,18 +93,16 @@ class Engine:
         await self._requests.drain()
 
     def abort(self) -> None:
-        """Refuse those under way too: whoever waits gets `ShuttingDown` at once."""
+        """End those under way too: each raises `ShuttingDown` at once."""
         self._requests.abort()
 
-    def request(self, patience_seconds: float | None = None) -> AbstractContextManager[None]:
+    def request(self) -> AbstractContextManager[None]:
         """What `drain` waits for: enter it before reading a request's body, so that an upload is not cut off.
 
-        `patience_seconds` is how long it waits for a model that is not loaded; None leaves that to the options.
-
         Raises:
-            ShuttingDown: the engine takes no new work, or has just given this one up.
+            ShuttingDown: the engine takes no new work, or has just ended this one.
         """
-        return self._requests.one(patience_seconds)
+        return self._requests.enter()
 
     async def predict(
         self,
@@ -77,12 +111,14 @@ class Engine:
         model: str | None = None,
         top_k: int = 5,
         size: Size | None = None,
+        max_wait_seconds: float | None = None,
         timeout_seconds: float | None = None,
     ) -> Predictions:
         """The `top_k` best classes of each of `images`; see `infer`."""
-        answered = await self.infer(images, model=model, size=size, timeout_seconds=timeout_seconds)
-        results = [prediction(each, answered.card.labels, top_k) for each in answered.results]
-        return Predictions(answered.card.id, answered.version, results)
+        result = await self.infer(
+            images, model=model, size=size, max_wait_seconds=max_wait_seconds, timeout_seconds=timeout_seconds
+        )
+        return predictions(result, top_k)
 
     async def infer(
         self,
@@ -92,27 +128,32 @@ class Engine:
         size: Size | None = None,
         stages: bool = False,
         check: Callable[[ModelCard], None] | None = None,
+        max_wait_seconds: float | None = None,
         timeout_seconds: float | None = None,
-    ) -> Answered:
-        """All that the model yields for each of `images`; stage maps, and the head's weights, if `stages` says so.
+    ) -> InferenceResult:
+        """The model's outputs for each of `images`; with stage maps and the head's weights, if `stages` says so.
 
-        `size` is the height and width to which pictures are resized, the model's own by default; images that are pixels
-        already must have it. `check` gets the model's card before anything is run, and may raise.
+        `size` is the height and width to which images are resized, the model's own by default; images that are pixels
+        already must have it. `check` is called with the model's card before anything runs, and may raise. A model that
+        is not loaded is waited for, `max_wait_seconds` at the most; None leaves that to the options.
 
         Raises:
             InvalidRequest: no such size; more images than the model's queue ever takes; stage maps that would take more
                 memory than a request may.
             ModelNotFound, WeightsUnavailable, ModelLoadFailed, MemoryBudgetExceeded: `model` can't be had.
-            ModelLoading: it is not loaded yet, and the request would not wait.
+            ModelLoading: `max_wait_seconds` are over; the load goes on.
             QueueFull: too many images wait for that model already, or it is in use at too many sizes.
             DeadlineExceeded: `timeout_seconds` passed.
             ShuttingDown: the engine takes no new work.
         """
-        self._check(size)
-        with self.request():
+        self._check_size(size)
+        if max_wait_seconds is None and self.options.cold == "refuse":
+            max_wait_seconds = 0.0
+        name = self.options.default_model if model is None else model
+        with self._requests.enter():
             async with (
                 time_limit(timeout_seconds or self.options.timeout_seconds) as deadline,
-                self.models.lease(model, self._requests.patience_seconds) as resident,
+                self._registry.lease(name, max_wait_seconds) as resident,
             ):
                 if check:
                     check(resident.executable.card)
@@ -120,44 +161,167 @@ class Engine:
                     self._check_maps(resident.executable, size, len(images))
                 async with resident.at(size, stages=stages) as sized:
                     results = await self._pipeline.infer(sized, images, deadline, stages=stages)
-                executable = sized.executable
-        given = executable.height, executable.width
-        return Answered(executable.card, executable.stored.version, given, executable.head if stages else None, results)
+        executable = sized.executable
+        return InferenceResult(
+            executable.card,
+            executable.stored.version,
+            (executable.height, executable.width),
+            executable.head if stages else None,
+            results,
+        )
+
+    async def models(self) -> list[ModelStatus]:
+        """Every model of the store, and every other that is loaded.
+
+        Raises:
+            WeightsUnavailable: the store can't be read, and nothing is loaded.
+        """
+        return await self._catalog.models(self._registry)
+
+    async def model(self, name: str) -> ModelStatus:
+        """The model called `name`; raises ModelNotFound or WeightsUnavailable where the store has none."""
+        return await self._catalog.model(name, self._registry)
+
+    def remote_models(self, present: Sequence[ModelStatus]) -> list[RemoteModel]:
+        """The published models that are not among those `present` in the store."""
+        return self._catalog.pulls.remote({model.id for model in present})
+
+    def remote_model(self, name: str) -> RemoteModel | None:
+        """The published model called `name`, for one that is not in the store."""
+        return self._catalog.pulls.one(name)
+
+    async def load(self, name: str, max_wait_seconds: float | None = None) -> None:
+        """Load the model called `name`, if it is not in memory; raises what `infer` does of models."""
+        async with self._registry.lease(name, max_wait_seconds):
+            pass
+
+    async def unload(self, name: str) -> None:
+        """Free the model called `name` once nobody uses it, unless it is requested meanwhile.
+
+        Raises:
+            ModelPinned: it is pinned.
+            ModelNotFound, WeightsUnavailable: there is none.
+        """
+        await self.model(name)
+        await self._registry.unload(name)
+
+    async def pin(self, name: str) -> None:
+        """Load the model called `name`, and never evict it; raises as `load`."""
+        await self._registry.pin(name)
+
+    def unpin(self, name: str) -> None:
+        """Let the model called `name` be evicted again."""
+        self._registry.unpin(name)
+
+    async def refresh(self, *, again: bool = False) -> None:
+        """Take over what is new in the store; `again` tries what failed before, too. Returns when all that is done."""
+        await self._registry.refresh(again=again)
+
+    async def aliases(self) -> dict[str, str]:
+        """Every alias, and what it stands for; raises AliasesInvalid where they can't be read."""
+        return await self._catalog.thread.run(self._catalog.store.aliases)
+
+    async def set_alias(self, name: str, target: str) -> None:
+        """Let `name` stand for `target`: in the store at once, for requests as soon as that is loaded.
+
+        Raises:
+            InvalidRequest, ModelNotFound, ModelLoadFailed, AliasesInvalid, StoreNotWritable: nothing was changed.
+        """
+        await self._catalog.thread.run(self._catalog.store.set_alias, name, target)
+        self._background(self.refresh())
+
+    async def remove_alias(self, name: str) -> None:
+        """Let `name` stand for nothing; raises ModelNotFound, AliasesInvalid or StoreNotWritable as `set_alias`."""
+        await self._catalog.thread.run(self._catalog.store.remove_alias, name)
+        await self.refresh()
 
     async def encode(self, make: Callable[[], T]) -> T:
-        """What `make` turns a large answer into, on a thread for that."""
+        """`make`, which encodes a large response, on a thread for that."""
         return await self._encoders.run(make)
 
     def encoded(self, model: str, seconds: float) -> None:
-        """Take note that writing an answer of `model` out took `seconds`."""
+        """Count the `seconds` that encoding a response of `model` took."""
         self._metrics.stage_seconds.labels("encode", model).observe(seconds)
 
     def live(self) -> Health:
-        """Live while the threads move; says nothing of readiness, and asks no disk."""
-        stalled = self.models.stalled(self._encoders)
-        return Health(live=not stalled, ready=not stalled, reasons=stalled)
+        """Live while the threads move and no GPU failed; says nothing of readiness, and reads no disk."""
+        threads = (self._catalog.thread, self._encoders)
+        busy = self._pipeline.scheduler.stalled_seconds() | {each.name: each.stalled_seconds() for each in threads}
+        reasons = [self._devices.failure] * bool(self._devices.failure) + [
+            f"a thread for {name} has been at one job for {seconds:.0f} s"
+            for name, seconds in busy.items()
+            if seconds > self.options.stall_seconds
+        ]
+        return Health(live=not reasons, ready=not reasons, reasons=reasons)
 
     async def health(self) -> Health:
-        """Live, and ready when the default model and what is preloaded answer, or would if asked."""
+        """Live, and ready when the default model and what is preloaded answer, or would once requested."""
         live = self.live()
         reasons = [*live.reasons, *(["the service is shutting down"] if self.draining else [])]
-        reasons += await self.models.unready()
+        try:
+            async with asyncio.timeout(STORE_SECONDS):
+                names = (self.options.default_model, *self.options.preload, *self.options.pinned)
+                for name in dict.fromkeys(names):
+                    reasons += await self._unready(name)
+        except TimeoutError:
+            reasons.append(f"the model store has not answered for {STORE_SECONDS:.0f} s")
         return Health(live=live.live, ready=not reasons, reasons=reasons)
 
     def activity(self) -> Activity:
-        """What the scheduler is doing and has done lately."""
-        return self._pipeline.activity()
+        """What the scheduler does and has done lately."""
+        return self._pipeline.scheduler.activity()
 
     def collect_metrics(self) -> None:
         """Bring the gauges up to date; call before they are read."""
-        stats = self._pipeline.stats()
-        for name, waiting in stats.waiting.items():
-            self._metrics.queue_depth.labels(name).set(waiting)
-        self._metrics.instances.set(stats.instances)
-        self._metrics.instances_busy.set(stats.busy_instances)
-        self.models.collect_metrics()
+        activity = self.activity()
+        waiting = Counter[str]()
+        for queue in activity.queues:
+            waiting[queue.model] += queue.waiting
+        for name, images in waiting.items():
+            self._metrics.queue_depth.labels(name).set(images)
+        self._metrics.instances.set(len(activity.instances))
+        self._metrics.instances_busy.set(sum(each.release is not None for each in activity.instances))
+        loaded = self._registry.loaded()
+        self._metrics.models_loaded.set(len(loaded))
+        sizes = Counter[str]()
+        for resident in loaded:
+            sizes[resident.executable.stored.id] += resident.memory_bytes
+        self._metrics.report_memory(sizes)
 
-    def _check(self, size: Size | None) -> None:
+    async def _preload(self, name: str, load: Callable[[str], Awaitable[None]]) -> None:
+        """Load `name`; what fails is tried again, since it keeps the service from being ready."""
+        while True:
+            try:
+                await load(name)
+            except ServiceError as error:
+                log.warning("preload_failed", model=name, reason=str(error), again_in_seconds=PRELOAD_AGAIN_SECONDS)
+            except Exception:
+                log.exception("preload_failed", model=name, again_in_seconds=PRELOAD_AGAIN_SECONDS)
+            else:
+                self._preloading.discard(name)
+                return
+            await asyncio.sleep(PRELOAD_AGAIN_SECONDS)
+
+    def _background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _unready(self, name: str) -> list[str]:
+        """Why the model called `name` would not answer, or is not loaded though it is to be preloaded."""
+        preloading = name in self._preloading
+        try:
+            model = await self.model(name)
+        except ServiceError as error:
+            pulled = isinstance(error, WeightsUnavailable) and self._catalog.pulls.can(name)
+            return [] if pulled and not preloading else [f"{name}: {error}"]
+        if model.failure:
+            return [f"{name}: {model.failure}"]
+        if preloading and model.state != "ready":
+            return [f"{name}: {model.state}, to be loaded before the service is ready"]
+        return []
+
+    def _check_size(self, size: Size | None) -> None:
         most = self.options.max_input_side
         if size and max(size) > most:
             raise InvalidRequest(f"size {size[0]}x{size[1]}: PVT_MAX_INPUT_SIDE allows sides of up to {most} pixels")
@@ -167,7 +331,7 @@ class Engine:
         needed = 4 * images * VARIANTS[executable.stored.variant].map_numbers(height, width)
         if needed > (most := self.options.max_map_bytes):
             raise InvalidRequest(
-                f"the stage maps of {images} pictures at {height}x{width} take {needed / 1e6:.1f} MB, PVT_MAX_MAPS_MB "
-                f"allows {most / 1e6:g}; send {most * images // needed} pictures a request at the most, or ask for a "
+                f"the stage maps of {images} images at {height}x{width} take {needed / 1e6:.1f} MB, PVT_MAX_MAPS_MB "
+                f"allows {most / 1e6:g}; send {most * images // needed} images a request at the most, or ask for a "
                 "smaller size"
             )

@@ -68,22 +68,22 @@ class EngineMetrics:
         self.instances_busy = Gauge("pvt_instances_busy", "Instances that run a batch.", registry=registry)
         for metric in (self.stage_seconds, self.batch_size, self.batch_releases, self.images):
             _find_once(metric)
-        # Mutable state: the models whose memory has been told.
-        self._told: set[str] = set()
+        # Mutable state: the models whose memory is reported.
+        self._reported: set[str] = set()
 
     def batch_released(self, model: str, reason: str, size: int) -> None:
         """A batch of `size` images of `model` went to an instance."""
         self.batch_releases.labels(reason, model).inc()
         self.batch_size.labels(model).observe(size)
 
-    def tell_memory(self, sizes: Mapping[str, int]) -> None:
-        """The bytes that each loaded model takes; of others there is nothing to tell any more."""
-        for model in self._told - {*sizes}:
+    def report_memory(self, sizes: Mapping[str, int]) -> None:
+        """Report the bytes that each loaded model takes, and no other model any more."""
+        for model in self._reported - {*sizes}:
             # What several processes share can't be removed.
             self.model_memory_bytes.labels(model).set(0) if _SHARED in os.environ else self.model_memory_bytes.remove(
                 model
             )
-        self._told = {*sizes}
+        self._reported = {*sizes}
         for model, size in sizes.items():
             self.model_memory_bytes.labels(model).set(size)
 

@@ -1,4 +1,4 @@
-"""What the engine can be told, as one value object; `app.settings` fills it from the environment."""
+"""The engine's options as one value object; `app.settings` fills it from the environment."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,6 @@ from service.backends.cuda import IN_FLIGHT, CudaBackend
 from service.backends.device import cuda_devices
 from service.backends.openvino import OpenVinoBackend
 from service.backends.torch import TorchBackend
-from service.eviction import Budget
 from service.machine.cores import usable_cores
 from service.store.urls import RemoteOptions
 
@@ -22,13 +21,25 @@ BackendName = Literal["auto", "openvino", "torch"]
 MakeBackend = Callable[[], Backend]
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """`bytes` None: no limit. `min_residency_seconds` is how long what was loaded stays, against thrash.
+
+    A load waits for room for `max_wait_seconds`, since most models are in use for milliseconds only.
+    """
+
+    bytes: int | None = None
+    min_residency_seconds: float = 0.0
+    max_wait_seconds: float = 5.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """Sizes are images, times are seconds. `precision` None leaves it to the batch plan, `cache` None keeps no plan.
 
     `remote_store` takes the place of the folder `model_store`.
-    `budget` bounds the models' memory; `cold` says what becomes of a request for a model that is not loaded;
-    `reload_seconds` 0 never looks for new versions. `pull` fetches published weights when they are first asked for,
+    `budget` bounds the models' memory; `cold` says whether a request for a model that is not loaded waits;
+    `reload_seconds` 0 never looks for new versions. `pull` fetches published weights when they are first requested,
     `mirror` is a base URL in place of their hosts. `devices` are the GPUs to use, by torch's names, none for the CPU;
     `compile` makes their graphs faster in the background.
     """

@@ -82,6 +82,7 @@ def _info(activity: Activity) -> SchedulerInfo:
 def _queue(queue: QueueActivity) -> QueueInfo:
     fields: dict[str, Any] = asdict(queue)
     plan = [BatchSize(size=n, ms=_ms(seconds)) for n, seconds in fields.pop("plan").items()]
+    fields["model"] = fields.pop("lane")
     return QueueInfo(**fields, batch_plan=plan)
 
 

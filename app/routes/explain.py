@@ -12,15 +12,15 @@ from app.bodies import Upload
 from app.dependencies import EngineDep
 from app.direct import Endpoint
 from app.openapi import BINARY, INFERENCE, PICTURE_PROBLEMS, PICTURES
+from app.preferences import patience_seconds
 from app.problems import documented
 from app.queries import ExplainQuery
 from app.routes.inference import LARGE, answered, encoded
 from app.schemas import ExplainResponse, explanation_result
 from service.answers.encodings import NPY, encode, json_bytes
-from service.answers.explain import check_class, explain, maps, numbers, overlay
-from service.answers.results import JSON_INSTEAD, Answered, whole
 from service.errors import InvalidRequest
-from service.pipeline import Image
+from service.postprocess.activation_maps import check_class, explain, maps, numbers, overlay
+from service.results import JSON_INSTEAD, Image, InferenceResult, require_all
 
 router = APIRouter(tags=[INFERENCE])
 
@@ -47,7 +47,7 @@ async def show(request: Request, query: Annotated[ExplainQuery, Query()], engine
     """
     form = choose(request, FORMS)
 
-    async def infer(images: list[Image]) -> Answered:
+    async def infer(images: list[Image]) -> InferenceResult:
         if form == PNG and len(images) > 1:
             raise InvalidRequest(
                 f"{PNG} shows one picture and {len(images)} came; send one, or ask for {JSON} or {NPY}"
@@ -58,6 +58,7 @@ async def show(request: Request, query: Annotated[ExplainQuery, Query()], engine
             size=query.input_size,
             stages=True,
             check=partial(check_class, query.class_id),
+            max_wait_seconds=await patience_seconds(request),
             timeout_seconds=query.timeout_seconds,
         )
 
@@ -80,17 +81,17 @@ async def _direct(request: Request, query: BaseModel) -> Response:
 DIRECT = Endpoint("/explain", ExplainQuery, _direct)
 
 
-def _png(answer: Answered, query: ExplainQuery) -> bytes:
-    (explanation,) = whole(explain(answer, query.class_id), [None])
+def _png(answer: InferenceResult, query: ExplainQuery) -> bytes:
+    (explanation,) = require_all(explain(answer, query.class_id), [None])
     return overlay(explanation, query.alpha)
 
 
-def _npy(uploads: Sequence[Upload], answer: Answered, query: ExplainQuery) -> bytes:
-    explanations = whole(explain(answer, query.class_id), [upload.filename for upload in uploads], JSON_INSTEAD)
+def _npy(uploads: Sequence[Upload], answer: InferenceResult, query: ExplainQuery) -> bytes:
+    explanations = require_all(explain(answer, query.class_id), [upload.filename for upload in uploads], JSON_INSTEAD)
     return encode({"map": maps(explanations)}, NPY, {})
 
 
-def _json(uploads: Sequence[Upload], answer: Answered, query: ExplainQuery, request_id: str) -> bytes:
+def _json(uploads: Sequence[Upload], answer: InferenceResult, query: ExplainQuery, request_id: str) -> bytes:
     """An ExplainResponse."""
     results = [
         explanation_result(upload.filename, each, request_id)

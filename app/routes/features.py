@@ -13,14 +13,15 @@ from app.dependencies import EngineDep
 from app.direct import Endpoint
 from app.openapi import BINARY, INFERENCE, PICTURE_PROBLEMS, PICTURES
 from app.pieces import InPieces
+from app.preferences import patience_seconds
 from app.problems import documented
 from app.queries import FeaturesQuery
 from app.routes.inference import LARGE, answered, encoded
 from app.schemas import FeaturesResponse, image_error
 from service.answers.encodings import NPY, NPZ, SAFETENSORS, check_holds, encode, json_bytes, json_pieces
-from service.answers.features import Wanted, features, numbers, stacked
-from service.answers.results import Answered
 from service.errors import ServiceError
+from service.postprocess.features import FeatureOptions, features, numbers, stacked
+from service.results import InferenceResult
 
 router = APIRouter(tags=[INFERENCE])
 
@@ -53,6 +54,7 @@ async def extract(request: Request, query: Annotated[FeaturesQuery, Query()], en
         model=query.model,
         size=query.input_size,
         stages=bool(wanted.stages),
+        max_wait_seconds=await patience_seconds(request),
         timeout_seconds=query.timeout_seconds,
     )
     uploads, answer = await answered(request, infer, query.timeout_seconds)
@@ -73,7 +75,9 @@ async def _direct(request: Request, query: BaseModel) -> Response:
 DIRECT = Endpoint("/features", FeaturesQuery, _direct)
 
 
-def _json(uploads: Sequence[Upload], answer: Answered, wanted: Wanted, request_id: str, *, large: bool) -> Response:
+def _json(
+    uploads: Sequence[Upload], answer: InferenceResult, wanted: FeatureOptions, request_id: str, *, large: bool
+) -> Response:
     """A FeaturesResponse."""
     results: list[dict[str, Any]] = []
     for upload, result in zip(uploads, answer.results, strict=True):
@@ -92,7 +96,7 @@ def _json(uploads: Sequence[Upload], answer: Answered, wanted: Wanted, request_i
     return InPieces(json_pieces(content), JSON) if large else Response(json_bytes(content), media_type=JSON)
 
 
-def _binary(uploads: Sequence[Upload], answer: Answered, wanted: Wanted, form: str) -> Response:
+def _binary(uploads: Sequence[Upload], answer: InferenceResult, wanted: FeatureOptions, form: str) -> Response:
     arrays = stacked(answer, wanted, [upload.filename for upload in uploads])
     content = encode(arrays, form, {"model": answer.model, "version": answer.version})
     return Response(content, media_type=form)

@@ -8,12 +8,11 @@ from fastapi import Request
 
 from app.bodies import Link, Upload, read_uploads
 from app.disconnect import cancelled_on_disconnect
-from app.preferences import patience_seconds
-from service.answers.results import Inferred, Prediction
 from service.engine import Engine
 from service.errors import ServiceError
-from service.pipeline import Image
-from service.scheduling.requests import time_limit
+from service.lifecycle import time_limit
+from service.postprocess.classes import Prediction
+from service.results import Image, ImageResult
 
 LARGE = 32_768  # numbers; more, even as JSON on the event loop, would hold it up for over a millisecond and a half
 
@@ -26,7 +25,7 @@ class Answer(Protocol):
     @property
     def model(self) -> str: ...  # noqa: D102
     @property
-    def results(self) -> Sequence[Inferred | Prediction | ServiceError]: ...  # noqa: D102
+    def results(self) -> Sequence[ImageResult | Prediction | ServiceError]: ...  # noqa: D102
 
 
 R = TypeVar("R")
@@ -41,7 +40,7 @@ async def carried_out(
     Raises:
         ServiceError: the body can't be read, `infer` failed, or there is one picture and it failed.
     """
-    with request.state.engine.request(await patience_seconds(request)):
+    with request.state.engine.request():
         what = await read()
         async with cancelled_on_disconnect(request):
             answer = await infer(what)

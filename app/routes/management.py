@@ -11,7 +11,7 @@ from app.model_info import ModelInfo, ModelList, model_info
 from app.preferences import APPLIED, PatienceDep
 from app.problems import documented
 from service.errors import ModelLoading
-from service.scheduling.requests import time_limit
+from service.lifecycle import time_limit
 
 router = APIRouter(tags=["management"], dependencies=[Depends(require_management)])
 _models = APIRouter(prefix="/models", dependencies=[Depends(require_one_process)])
@@ -57,11 +57,11 @@ async def refresh(
     with audited(request, engine, "refresh"):
         if patience is None:
             async with time_limit(settings.timeout_ms / 1000):
-                await engine.models.refresh(again=True)
+                await engine.refresh(again=True)
         else:
-            background.add_task(engine.models.refresh, again=True)
+            background.add_task(engine.refresh, again=True)
             response.status_code, response.headers["Preference-Applied"] = 202, APPLIED["Preference-Applied"]
-    return ModelList(models=[model_info(model) for model in await engine.models.all()])
+    return ModelList(models=[model_info(model) for model in await engine.models()])
 
 
 @_models.post(
@@ -83,11 +83,11 @@ async def load(
     with audited(request, engine, "load", model=model_id):
         try:
             async with time_limit(settings.timeout_ms / 1000):
-                await engine.models.load(model_id, patience)
+                await engine.load(model_id, patience)
         except ModelLoading:
             response.status_code = 202
             response.headers.update(APPLIED)
-    return model_info(await engine.models.one(model_id))
+    return model_info(await engine.model(model_id))
 
 
 @_models.post(
@@ -103,8 +103,8 @@ async def unload(request: Request, model_id: str, engine: EngineDep, settings: S
     """
     with audited(request, engine, "unload", model=model_id):
         async with time_limit(settings.timeout_ms / 1000):
-            await engine.models.unload(model_id)
-    return model_info(await engine.models.one(model_id))
+            await engine.unload(model_id)
+    return model_info(await engine.model(model_id))
 
 
 @_models.post(
@@ -117,22 +117,22 @@ async def pin(request: Request, model_id: str, engine: EngineDep, settings: Sett
     """Load a model and never evict it, nor the versions that take its place; until the process ends."""
     with audited(request, engine, "pin", model=model_id):
         async with time_limit(settings.timeout_ms / 1000):
-            await engine.models.pin(model_id)
-    return model_info(await engine.models.one(model_id))
+            await engine.pin(model_id)
+    return model_info(await engine.model(model_id))
 
 
 @_models.delete("/{model_id}/pin", summary="Unpin a model", response_model_exclude_none=True, responses=CHANGED)
 async def unpin(request: Request, model_id: str, engine: EngineDep) -> ModelInfo:
     """Let a model be evicted again."""
     with audited(request, engine, "unpin", model=model_id):
-        engine.models.unpin(model_id)
-    return model_info(await engine.models.one(model_id))
+        engine.unpin(model_id)
+    return model_info(await engine.model(model_id))
 
 
 @router.get("/aliases", summary="List the aliases", responses=documented(401, 403, 503))
 async def aliases(engine: EngineDep) -> AliasList:
     """Every alias of the store."""
-    return AliasList(aliases=await engine.models.aliases())
+    return AliasList(aliases=await engine.aliases())
 
 
 @router.put("/aliases/{name}", summary="Set an alias", responses=CHANGED)
@@ -142,16 +142,16 @@ async def set_alias(request: Request, name: str, target: AliasTarget, engine: En
     Where the alias is in use, its callers pass over once the new model is loaded, and wait for nothing.
     """
     with audited(request, engine, "set_alias", alias=name, model=target.model):
-        await engine.models.set_alias(name, target.model)
-    return AliasList(aliases=await engine.models.aliases())
+        await engine.set_alias(name, target.model)
+    return AliasList(aliases=await engine.aliases())
 
 
 @router.delete("/aliases/{name}", summary="Remove an alias", responses=CHANGED)
 async def remove_alias(request: Request, name: str, engine: EngineDep) -> AliasList:
     """Let an alias stand for nothing."""
     with audited(request, engine, "remove_alias", alias=name):
-        await engine.models.remove_alias(name)
-    return AliasList(aliases=await engine.models.aliases())
+        await engine.remove_alias(name)
+    return AliasList(aliases=await engine.aliases())
 
 
 router.include_router(_models)

@@ -3,8 +3,9 @@
 from fastapi import APIRouter
 
 from app.dependencies import EngineDep
-from app.model_info import ModelInfo, ModelList, any_model_info, model_info, remote_info
+from app.model_info import ModelInfo, ModelList, model_info, remote_info
 from app.problems import documented
+from service.errors import WeightsUnavailable
 
 router = APIRouter(prefix="/models", tags=["models"])
 
@@ -18,8 +19,8 @@ router = APIRouter(prefix="/models", tags=["models"])
 )
 async def models(engine: EngineDep) -> ModelList:
     """Every model of the store, and where it stands; then the published ones that could be fetched into it."""
-    found = await engine.models.all()
-    return ModelList(models=[*map(model_info, found), *map(remote_info, engine.models.remote(found))])
+    found = await engine.models()
+    return ModelList(models=[*map(model_info, found), *map(remote_info, engine.remote_models(found))])
 
 
 @router.get(
@@ -31,4 +32,9 @@ async def models(engine: EngineDep) -> ModelList:
 )
 async def model(model_id: str, engine: EngineDep) -> ModelInfo:
     """One model; a variant alone finds what it would find in a request."""
-    return any_model_info(await engine.models.described(model_id))
+    try:
+        return model_info(await engine.model(model_id))
+    except WeightsUnavailable:
+        if remote := engine.remote_model(model_id):
+            return remote_info(remote)
+        raise

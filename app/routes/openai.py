@@ -15,11 +15,12 @@ from app.bodies import DATA_URL, EXAMPLE, LARGE_JSON, check_count, from_base64, 
 from app.dependencies import EngineDep
 from app.json_body import loads
 from app.openapi import json_body
+from app.preferences import patience_seconds
 from app.refusals import refusals
 from app.routes.inference import carried_out, encoded
 from service.answers.encodings import json_array, little_endian
-from service.answers.results import Answered, whole
 from service.errors import InvalidRequest
+from service.results import InferenceResult, require_all
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -116,9 +117,10 @@ class OpenAiModels(BaseModel):
 )
 async def embeddings(request: Request, engine: EngineDep) -> Response:
     """The embedding of each picture; one that fails fails the request."""
+    max_wait = await patience_seconds(request)
 
     def infer(asked: EmbeddingsRequest) -> Any:  # noqa: ANN401  an awaitable
-        return engine.infer([from_base64(url) for url in asked.urls], model=asked.model)
+        return engine.infer([from_base64(url) for url in asked.urls], model=asked.model, max_wait_seconds=max_wait)
 
     asked, answered = await carried_out(request, partial(_read, request), infer)
     body = await encoded(request, answered.model, partial(_body, answered, asked.encoding_format), answered.numbers)
@@ -128,13 +130,13 @@ async def embeddings(request: Request, engine: EngineDep) -> Response:
 @router.get("/models", summary="The models of the store", responses=refusals("/v1", 401, 503))
 async def models(engine: EngineDep) -> OpenAiModels:
     """As clients of OpenAI's list them."""
-    return OpenAiModels(data=[OpenAiModel(id=each.stored.id) for each in await engine.models.all()])
+    return OpenAiModels(data=[OpenAiModel(id=each.id) for each in await engine.models()])
 
 
 @router.get("/models/{name}", summary="A model of the store", responses=refusals("/v1", 401, 404, 503))
 async def model(engine: EngineDep, name: str) -> OpenAiModel:
     """As clients of OpenAI's ask for one."""
-    return OpenAiModel(id=(await engine.models.one(name)).stored.id)
+    return OpenAiModel(id=(await engine.model(name)).id)
 
 
 async def _read(request: Request) -> EmbeddingsRequest:
@@ -167,11 +169,11 @@ def _url(given: str | ImageInput) -> str:
     return given.image_url if isinstance(given.image_url, str) else given.image_url.url
 
 
-def _body(answered: Answered, encoding_format: str) -> bytes:
+def _body(answered: InferenceResult, encoding_format: str) -> bytes:
     """An EmbeddingsResponse."""
     names: Sequence[None] = [None] * len(answered.results)
     data: list[dict[str, Any]] = []
-    for i, each in enumerate(whole(answered.results, names)):
+    for i, each in enumerate(require_all(answered.results, names)):
         vector = each.outputs.embedding
         told = json_array(vector) if encoding_format == "float" else base64.b64encode(little_endian(vector)).decode()
         data.append({"object": "embedding", "index": i, "embedding": told})

@@ -12,11 +12,12 @@ from app.bodies import Upload
 from app.dependencies import EngineDep
 from app.direct import Endpoint
 from app.openapi import INFERENCE, PICTURE_PROBLEMS, PICTURES
+from app.preferences import patience_seconds
 from app.problems import documented
 from app.queries import PredictQuery
 from app.routes.inference import answered, encoded
 from app.schemas import PredictResponse, image_result
-from service.answers.results import Predictions
+from service.postprocess.classes import Predictions
 
 router = APIRouter(tags=[INFERENCE])
 
@@ -39,6 +40,7 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()], eng
         model=query.model,
         top_k=query.top_k,
         size=query.input_size,
+        max_wait_seconds=await patience_seconds(request),
         timeout_seconds=query.timeout_seconds,
     )
     uploads, predictions = await answered(request, infer, query.timeout_seconds)

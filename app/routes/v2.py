@@ -23,13 +23,12 @@ from app.inference_protocol import (
     written,
 )
 from app.openapi import BINARY, json_body
+from app.preferences import patience_seconds
 from app.refusals import refusals
 from app.routes.inference import carried_out, encoded
 from app.routes.v2_models import ModelName, Ready, named
-from service.answers.results import Answered
 from service.answers.tensors import STAGES, VECTORS, check_outputs, images, output
-from service.pipeline import Image
-from service.registry.residents import Size
+from service.results import Image, InferenceResult, Size
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 health = APIRouter(prefix="/v2/health", tags=["open inference protocol"])  # what probes ask, never behind a key
@@ -104,6 +103,7 @@ async def infer(request: Request, engine: EngineDep, name: ModelName, version: s
 
     A picture that fails fails the request.
     """
+    max_wait = await patience_seconds(request)
 
     def answer(asked: Asked) -> Any:  # noqa: ANN401  an awaitable
         names = [each.name for each in asked.message.outputs]
@@ -112,6 +112,7 @@ async def infer(request: Request, engine: EngineDep, name: ModelName, version: s
             model=named(name, version),
             size=asked.size,
             stages=bool({*names} & {*STAGES}),
+            max_wait_seconds=max_wait,
             timeout_seconds=asked.message.timeout_seconds,
         )
 
@@ -137,7 +138,7 @@ def _asked(raw: bytes, encoding: str, header_length: str | None, max_bytes: int,
     return Asked(message, [*pictures], size)
 
 
-def _response(message: InferRequest, answered: Answered, accepted: str) -> Response:
+def _response(message: InferRequest, answered: InferenceResult, accepted: str) -> Response:
     made = _body(message, answered)
     content, headers = compressed(made.content, accepted)
     if made.header_length is None:
@@ -146,7 +147,7 @@ def _response(message: InferRequest, answered: Answered, accepted: str) -> Respo
     return Response(content, headers=headers, media_type="application/octet-stream")
 
 
-def _body(message: InferRequest, answered: Answered) -> Body:
+def _body(message: InferRequest, answered: InferenceResult) -> Body:
     everything = message.parameters.binary_data_output
     asked = [
         (each.name, each.parameters.classification or None, each.parameters.binary_data) for each in message.outputs

@@ -9,7 +9,6 @@ from pydantic import BaseModel
 from app.dependencies import EngineDep
 from app.refusals import refusals
 from service.answers.tensors import Spec, input_specs, output_specs
-from service.registry.listing import ModelStatus
 
 router = APIRouter(prefix="/v2/models", tags=["open inference protocol"])
 
@@ -69,12 +68,12 @@ class ModelConfig(BaseModel):
 @router.get("/{name}/versions/{version}", summary="Model metadata", responses=refusals("/v2", 400, 401, 404, 503))
 async def model_metadata(engine: EngineDep, name: ModelName, version: str | None = None) -> ModelMetadata:
     """Inputs and outputs, at the model's own input size."""
-    model = await engine.models.one(named(name, version))
-    card = model.stored.require_card()
+    model = await engine.model(named(name, version))
+    card = model.require_card()
     return ModelMetadata(
-        name=model.stored.id,
-        versions=[each.stored.version for each in model.versions] or [model.stored.version],
-        platform=_platform(model),
+        name=model.id,
+        versions=[each.version for each in model.versions] or [model.version],
+        platform=model.backend or "pytorch",
         inputs=[_told(spec) for spec in input_specs(card)],
         outputs=[_told(spec) for spec in output_specs(card)],
     )
@@ -91,10 +90,9 @@ async def model_metadata(engine: EngineDep, name: ModelName, version: str | None
 )
 async def model_ready(engine: EngineDep, name: ModelName, version: str | None = None) -> JSONResponse:
     """200 when the model can be asked: it is in memory, or its first request will load it."""
-    model = await engine.models.one(named(name, version))
-    failed = model.status.failure or model.stored.failure
-    if failed:
-        raise failed
+    model = await engine.model(named(name, version))
+    if model.failure:
+        raise model.failure
     return JSONResponse({"ready": True})
 
 
@@ -106,10 +104,10 @@ async def model_ready(engine: EngineDep, name: ModelName, version: str | None = 
 )
 async def model_config(engine: EngineDep, name: ModelName, version: str | None = None) -> ModelConfig:
     """Triton's model configuration extension, which tools of Triton's ask for."""
-    model = await engine.models.one(named(name, version))
-    card, platform = model.stored.require_card(), _platform(model)
+    model = await engine.model(named(name, version))
+    card, platform = model.require_card(), model.backend or "pytorch"
     return ModelConfig(
-        name=model.stored.id,
+        name=model.id,
         platform=platform,
         backend=platform,
         max_batch_size=0,
@@ -121,11 +119,6 @@ async def model_config(engine: EngineDep, name: ModelName, version: str | None =
 def named(name: str, version: str | None) -> str:
     """What the engine calls this version of a model."""
     return f"{name}@{version}" if version else name
-
-
-def _platform(model: ModelStatus) -> str:
-    loaded = model.status.loaded
-    return loaded.executable.report.backend if loaded else "pytorch"
 
 
 def _told(spec: Spec) -> TensorMetadata:

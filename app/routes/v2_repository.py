@@ -13,8 +13,8 @@ from app.json_body import loads
 from app.refusals import refusals
 from service.errors import InvalidRequest
 from service.invalid import reasons
-from service.registry.listing import VersionStatus
-from service.scheduling.requests import time_limit
+from service.lifecycle import time_limit
+from service.registry.status import VersionStatus
 
 router = APIRouter(prefix="/v2/repository", tags=["open inference protocol"])
 management = APIRouter(
@@ -75,7 +75,7 @@ class UnloadRequest(_Message):
 async def index(request: Request, engine: EngineDep) -> list[IndexEntry]:
     """Every version of every model of the store, and whether it is in memory."""
     asked = await _read(request, IndexRequest)
-    entries = [_entry(version) for model in await engine.models.all() for version in model.versions]
+    entries = [_entry(version) for model in await engine.models() for version in model.versions]
     return [entry for entry in entries if entry.state == "READY" or not asked.ready]
 
 
@@ -85,7 +85,7 @@ async def load(request: Request, engine: EngineDep, name: ModelName) -> Response
     await _read(request, LoadRequest)
     with audited(request, engine, "load", model=name):
         async with time_limit(engine.options.timeout_seconds):
-            await engine.models.load(name)
+            await engine.load(name)
     return Response()
 
 
@@ -97,17 +97,16 @@ async def unload(request: Request, engine: EngineDep, name: ModelName) -> Respon
     await _read(request, UnloadRequest)
     with audited(request, engine, "unload", model=name):
         async with time_limit(engine.options.timeout_seconds):
-            await engine.models.unload(name)
+            await engine.unload(name)
     return Response()
 
 
-def _entry(model: VersionStatus) -> IndexEntry:
-    failure = model.status.failure or model.stored.failure
+def _entry(version: VersionStatus) -> IndexEntry:
     return IndexEntry(
-        name=model.stored.id,
-        version=model.stored.version,
-        state=STATES.get(model.status.state, "UNAVAILABLE"),
-        reason=str(failure) if failure else "",
+        name=version.id,
+        version=version.version,
+        state=STATES.get(version.state, "UNAVAILABLE"),
+        reason=str(version.failure or ""),
     )
 
 

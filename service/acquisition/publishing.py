@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from service.acquisition.pictures import reference_images
-from service.answers.outputs import Floats
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.variants import VARIANTS
 from service.architecture.weights import State, digest, load_into
+from service.arrays import Floats
 from service.backends.served import Served, plain_logits
 from service.errors import WeightsMismatch, WeightsNotFinite
 from service.execution.reference import Reference, packed

@@ -1,1 +1,1 @@
-"""From a model's outputs to classes, features, activation maps and tensors, and arrays as bytes."""
+"""Arrays as the protocols write them: tensors, lists of pixels, binary forms."""

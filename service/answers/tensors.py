@@ -18,11 +18,11 @@ import orjson
 from numpy.typing import NDArray
 
 from service.answers.encodings import json_array, little_endian
-from service.answers.outputs import softmax
 from service.answers.pixel_lists import pixel_numbers
-from service.answers.results import Answered, Inferred, whole
 from service.architecture.variants import VARIANTS
 from service.errors import InvalidRequest
+from service.postprocess.classes import softmax
+from service.results import ImageResult, InferenceResult, require_all
 from service.store.cards import ModelCard
 
 Datatype = Literal["UINT8", "BYTES", "FP32"]
@@ -105,14 +105,14 @@ def images(tensor: InputTensor, most: int) -> tuple[list[bytes | NDArray[np.uint
     raise InvalidRequest(f"input {tensor.name[:100]!r}: a model takes 'images' or 'encoded'")
 
 
-def output(answered: Answered, name: str, classification: int | None) -> OutputTensor:
+def output(answered: InferenceResult, name: str, classification: int | None) -> OutputTensor:
     """The tensor `name` of all pictures; with `classification`, its so many highest values as `value:index:label`.
 
     Raises:
         InvalidRequest: there is no such tensor, or it has no classes.
         ServiceError: a picture failed; the message says which.
     """
-    results = whole(answered.results, [None] * len(answered.results))
+    results = require_all(answered.results, [None] * len(answered.results))
     stack = np.stack([_element(each, name) for each in results])
     if classification is None:
         return OutputTensor(Spec(name, "FP32", stack.shape), stack)
@@ -134,7 +134,7 @@ def check_outputs(names: Sequence[str]) -> None:
             raise InvalidRequest(f"output {name!r} is asked for twice")
 
 
-def _element(result: Inferred, name: str) -> NDArray[np.float32]:
+def _element(result: ImageResult, name: str) -> NDArray[np.float32]:
     if name in STAGES:
         return result.outputs.stages[STAGES.index(name)]
     if name == "embedding":

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.served import Served
 
 Precision = Literal["float32", "bfloat16", "float16"]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
 from service.backends.compiling import Compiler, Function, Job
 from service.backends.device import Captured, Device

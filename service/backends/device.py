@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.base import Batch
 from service.backends.capturing import answers_while, no_garbage, own_workspace
 from service.backends.compiling import Function, Placed, set_up_cudnn

@@ -12,7 +12,7 @@ import openvino as ov
 from openvino import properties
 from openvino.properties import hint
 
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
 from service.backends.convert import convert
 from service.backends.layouts import TUNING_SECONDS, base_layout, layouts

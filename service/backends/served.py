@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from service.answers.outputs import Floats, Head
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.weights import load_weights
+from service.arrays import Floats, Head
 from service.errors import CardInvalid
 from service.store.cards import ModelCard
 

@@ -6,7 +6,7 @@ from threading import Event
 
 import torch
 
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
 from service.backends.layouts import TUNING_SECONDS, base_layout, layouts
 from service.backends.served import Served

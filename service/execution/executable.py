@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from service.answers.outputs import Head, Outputs
+from service.arrays import Head, Outputs
 from service.backends.base import Backend, Batch, Graph, Layout, Precision
 from service.backends.served import build
 from service.errors import ModelLoadFailed

@@ -11,7 +11,7 @@ from math import ceil
 import numpy as np
 import structlog
 
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.base import Graph, Precision
 from service.backends.served import Served, plain_logits
 from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid

@@ -10,7 +10,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.base import Precision
 from service.errors import ReferenceInvalid
 from service.store.cards import ModelCard, ReferenceFile

@@ -1,10 +1,32 @@
-"""Which GPUs there are, and which of them are to be used."""
+"""Which GPUs there are, which of them are to be used, and whether they work."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from service.errors import BackendUnavailable
+from service.errors import BackendUnavailable, DeviceFailed
+
+
+class DeviceHealth:
+    """The one place that knows of a GPU that failed: from then on none is expected to work. From any thread."""
+
+    def __init__(self) -> None:
+        # Mutable state: the first failure; empty while there is none.
+        self.failure = ""
+
+    def report(self, failure: str) -> None:
+        """Keep `failure`, unless it is empty or not the first."""
+        self.failure = self.failure or failure
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Report a `DeviceFailed` that the block raises."""
+        try:
+            yield
+        except DeviceFailed as error:
+            self.report(str(error))
+            raise
 
 
 def visible() -> tuple[str, ...]:

@@ -1,20 +1,17 @@
-"""What the registry knows of one model version that is in memory, on its way there, or failed to get there."""
+"""What the registry keeps, model versions, and where it gets them from."""
 
 import asyncio
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
-from service.errors import ServiceError
-from service.eviction import Held, Hold
-from service.registry.footprints import Footprint
+from service.registry.residency import Footprint
 from service.store.stored import StoredModel
 
 M = TypeVar("M")
 
-State = Literal["available", "loading", "ready", "failed"]
-Reason = Literal["budget", "replaced", "unloaded"]  # of leaving memory
+UnloadReason = Literal["budget", "replaced", "unloaded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +26,36 @@ class Candidate:
     mark: Hashable = None
 
 
-@dataclass(frozen=True, slots=True)
-class Status(Generic[M]):
-    """Where a model stands: `loaded` when ready, `failure` when failed; `leases` counts those who use it or wait."""
+class Finder(Protocol):
+    """Finds the versions that a name may stand for, the best first; at least one, else it raises a ServiceError.
 
-    state: State
+    `obtain` pulls published ones into the store first, if it has none.
+    """
+
+    async def find(self, name: str) -> Sequence[Candidate]: ...  # noqa: D102
+    async def obtain(self, name: str, max_wait_seconds: float | None) -> Sequence[Candidate]: ...  # noqa: D102
+
+
+class Loader(Protocol[M]):
+    """Loads versions, where every failure is a ServiceError, and frees them again.
+
+    `unload` frees the one model in `only`, to which nothing else refers, by taking it out, and raises nothing.
+    `footprint` is an estimate before the first load, measured afterwards; `unloading` counts.
+    """
+
+    async def load(self, stored: StoredModel) -> M: ...  # noqa: D102
+    async def unload(self, only: list[M]) -> None: ...  # noqa: D102
+    def memory_bytes(self, loaded: M) -> int: ...  # noqa: D102
+    def footprint(self, stored: StoredModel) -> Footprint: ...  # noqa: D102
+    def unloading(self, reason: UnloadReason) -> None: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class EntryStatus(Generic[M]):
+    """A version in memory, on its way there, or failed; `leases` counts those who use it or wait for it."""
+
+    stored: StoredModel
+    state: Literal["loading", "ready", "failed"]
     loaded: M | None = None
     failure: BaseException | None = None
     leases: int = 0
@@ -44,68 +66,24 @@ class Status(Generic[M]):
 
 @dataclass(eq=False, slots=True)
 class Entry(Generic[M]):
-    """One version. It has the place that its `footprint` says from when there is room for it: `admitted`."""
+    """One version; see the states in `Registry`."""
 
     candidate: Candidate
     began: float
     footprint: Footprint
-    measure: Callable[[M], int]
-    task: asyncio.Task[None] = field(init=False)
-    # Mutable state: what was loaded, who uses it or waits for it, how many names stand for it, why it is to leave once
-    # neither does, and its standing among others.
+    task: "asyncio.Task[None]" = field(init=False)
+    # Mutable state: where it stands; what was loaded, or why that failed; who uses it or waits for it; why it is
+    # unloaded once nobody does and no name stands for it; and its standing among others.
+    state: Literal["waiting", "loading", "ready", "failed", "unloading"] = "waiting"
     loaded: M | None = None
+    failure: BaseException | None = None
     leases: int = 0
-    names: int = 0
-    pinned: bool = False
-    reason: Reason = "replaced"
-    admitted: bool = False
-    leaving: bool = False
+    reason: UnloadReason = "replaced"
     ready_at: float = inf
     used_at: float = 0.0
     credit: float = 0.0
 
     @property
     def stored(self) -> StoredModel:
-        """What the store says of it."""
+        """The version as the store describes it."""
         return self.candidate.stored
-
-    @property
-    def ready(self) -> bool:
-        """Whether it can be used."""
-        return self.ready_at < inf and not self.leaving
-
-    @property
-    def bytes(self) -> int:
-        """What it takes, as measured once it is there."""
-        return self.footprint.bytes if self.loaded is None else self.measure(self.loaded)
-
-    @property
-    def failure(self) -> BaseException | None:
-        """Why it can't be loaded, if that is so."""
-        if not self.task.done():
-            return None
-        return ServiceError("loading was cancelled") if self.task.cancelled() else self.task.exception()
-
-    def held(self, min_residency_seconds: float, now: float) -> Held:
-        """What evictions are decided by."""
-        ripe = min(self.ready_at, now) + min_residency_seconds
-        return Held(self.candidate.identity, self.bytes, self.credit, self.used_at, ripe, self.hold())
-
-    def status(self, now: float) -> Status[M]:
-        """Where it stands."""
-        if not self.task.done():
-            return Status("loading", leases=self.leases, pinned=self.pinned)
-        if failure := self.failure:
-            return Status("failed", failure=failure)
-        idle = 0.0 if self.leases else now - self.used_at
-        return Status("ready", self.loaded, None, self.leases, self.pinned, idle, self.bytes)
-
-    def hold(self) -> Hold:
-        """What keeps it from being evicted, if anything does."""
-        if self.leaving:
-            return "leaving"
-        if self.pinned:
-            return "pinned"
-        if self.ready_at == inf:
-            return "loading"
-        return "in use" if self.leases else ""

@@ -1,23 +1,29 @@
-"""Loads models on a thread of their own, and tells of it: log lines, metrics, one kind of error."""
+"""Loads models on a thread for that, makes their graphs better while they answer, and frees them again."""
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import TypeVar
 
 import structlog
 
-from service.errors import DeviceFailed, ModelLoadFailed, ServiceError
+from service.errors import ModelLoadFailed, ServiceError
 from service.execution.executable import Executable
 from service.execution.plan_cache import PlanCache
 from service.execution.tuning import Limits
+from service.machine.devices import DeviceHealth
 from service.machine.memory import give_back, held_bytes
 from service.machine.workers import Workers, detached
 from service.metrics import EngineMetrics
 from service.options import EngineOptions, make_backends
-from service.registry.footprints import Footprint, Footprints
+from service.pipeline import Pipeline
+from service.registry.catalog import Catalog
+from service.registry.entries import UnloadReason
 from service.registry.loader import load
-from service.store.store import StoredModel
+from service.registry.residency import Footprint, Footprints
+from service.registry.resident import Resident
+from service.store.stored import StoredModel
 
 T = TypeVar("T")
 
@@ -25,10 +31,21 @@ log = structlog.get_logger(component="loading")
 
 
 class Loading:
-    """One load at a time, since each measures what it loads; it lives until it is closed."""
+    """A `registry.Loader`. One load at a time, since each measures what it takes; it lives until it is closed."""
 
-    def __init__(self, options: EngineOptions, metrics: EngineMetrics) -> None:
+    def __init__(
+        self,
+        options: EngineOptions,
+        metrics: EngineMetrics,
+        pipeline: Pipeline,
+        catalog: Catalog,
+        devices: DeviceHealth,
+    ) -> None:
+        self._options = options
         self._metrics = metrics
+        self._pipeline = pipeline
+        self._catalog = catalog
+        self._devices = devices
         self._backends = make_backends(options)
         self._limits = Limits(options.cores, options.max_batch_size, options.precision)
         self._plans = PlanCache(options.cache) if options.cache else None
@@ -41,14 +58,10 @@ class Loading:
         )
         self._thread = Workers("load", 1)
         self._preparing = asyncio.Lock()
-        # Mutable state: why no GPU is to be expected to work any more, once one has failed.
-        self.failed_device = ""
+        # Mutable state: for each model, the task that makes its graphs better.
+        self._optimizing: dict[Resident, asyncio.Task[None]] = {}
 
-    def close(self) -> None:
-        """Drop what waits; a load under way ends in its own time."""
-        self._thread.close(wait=False)
-
-    async def load(self, stored: StoredModel) -> Executable:
+    async def load(self, stored: StoredModel) -> Resident:
         """`stored`, ready to run.
 
         Raises:
@@ -56,64 +69,101 @@ class Loading:
         """
         start = perf_counter()
         try:
-            executable = await self._thread.run(load, stored, self._backends, self._limits, self._plans)
-        except ServiceError as error:
+            async with self._catalog.fetched(stored) as local:
+                blocking = partial(load, local, self._backends, self._limits, self._plans)
+                executable = await self._on_thread("model_load_failed", "loaded", stored, blocking)
+        except ServiceError:
             self._metrics.model_loads.labels(stored.id, "failed").inc()
-            log.warning("model_load_failed", model=stored.id, reason=str(error))
             raise
-        except Exception as error:
-            self._metrics.model_loads.labels(stored.id, "failed").inc()
-            log.exception("model_load_failed", model=stored.id)
-            raise ModelLoadFailed(f"{stored.id} could not be loaded: {type(error).__name__}: {error}") from error
         report = executable.report
         self._metrics.model_loads.labels(stored.id, "loaded").inc()
         self._metrics.model_load_seconds.labels(stored.id).observe(perf_counter() - start)
+        self._devices.report(report.device_failure)
         self._remember(executable)
-        self.failed_device = self.failed_device or report.device_failure
         log.info("model_loaded", model=stored.id, backend=report.backend, precision=report.precision,
                  layout=f"{report.layout.streams}x{report.layout.threads}", batch_sizes=executable.plan.sizes,
                  cached=report.cached, seconds=round(report.load_seconds, 3),
                  version=stored.version, memory_bytes=report.memory_bytes)  # fmt: skip
-        return executable
+        compile_ = partial(self._extend, executable.stored)
+        resident = Resident(executable, self._pipeline, compile_, max_others=self._options.sizes_per_model)
+        self._optimizing[resident] = asyncio.create_task(self._optimize(resident))
+        self._optimizing[resident].add_done_callback(lambda _: self._optimizing.pop(resident, None))
+        return resident
+
+    async def unload(self, only: list[Resident]) -> None:
+        """Take out the one model in `only`, to which nothing else refers, and return its memory to the kernel."""
+        await self._end_optimizing(only[0])
+        await only[0].close()
+        stored, before = only[0].executable.stored, held_bytes()
+        await self._thread.run(_drop, only)
+        log.info("model_unloaded", model=stored.id, version=stored.version, freed_bytes=before - held_bytes())
+
+    def memory_bytes(self, loaded: Resident) -> int:
+        """The measured memory that it takes now."""
+        return loaded.memory_bytes
 
     def footprint(self, stored: StoredModel) -> Footprint:
         """What loading `stored` took last, else an estimate."""
         return self._footprints.of(stored)
 
-    async def free(self, model: StoredModel, only: list[T]) -> None:
-        """Take out the one model in `only`, to which nothing else refers, and give its memory back to the kernel."""
-        before = held_bytes()
-        await self._thread.run(_drop, only)
-        log.info("model_unloaded", model=model.id, version=model.version, freed_bytes=before - held_bytes())
+    def unloading(self, reason: UnloadReason) -> None:
+        """Count an unloading."""
+        self._metrics.evictions.labels(reason).inc()
 
-    async def extend(self, stored: StoredModel, make: Callable[[], T]) -> T:
-        """What `make` compiles for `stored`, which is loaded, on the thread for loading.
+    async def stop(self) -> None:
+        """Make no graphs any more."""
+        tasks = [*self._optimizing.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def close(self) -> None:
+        """Drop what waits; a load under way ends in its own time."""
+        self._thread.close(wait=False)
+
+    async def _end_optimizing(self, resident: Resident) -> None:
+        # Apart from `unload`, which would keep the task, and with its cancellation all frames that lead to the model.
+        if task := self._optimizing.pop(resident, None):
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _extend(self, stored: StoredModel, make: Callable[[], T]) -> T:
+        """What `make` compiles for `stored`, which is loaded.
 
         Raises:
             ModelLoadFailed, WeightsUnavailable: it can't be made; the message says why.
         """
         start = perf_counter()
-        try:
-            made = await self._thread.run(make)
-        except ServiceError as error:
-            if isinstance(error, DeviceFailed):
-                self.failed_device = str(error)
-            log.warning("model_extension_failed", model=stored.id, reason=str(error))
-            raise
-        except Exception as error:
-            log.exception("model_extension_failed", model=stored.id)
-            raise ModelLoadFailed(f"{stored.id} could not be compiled anew: {type(error).__name__}: {error}") from error
+        async with self._catalog.fetched(stored):  # `make` may read the weights again
+            made = await self._on_thread("model_extension_failed", "compiled anew", stored, make)
         log.info("model_extended", model=stored.id, seconds=round(perf_counter() - start, 3))
         return made
 
-    async def improve(self, executable: Executable, tell: Callable[[], None]) -> None:
-        """Have `executable` make better graphs, and `tell` each time that it runs in one more.
+    async def _on_thread(self, event: str, done: str, stored: StoredModel, blocking: Callable[[], T]) -> T:
+        """`blocking`, on the thread for loading; every failure is logged as `event`, and a ServiceError."""
+        try:
+            with self._devices.watched():
+                return await self._thread.run(blocking)
+        except ServiceError as error:
+            log.warning(event, model=stored.id, reason=str(error))
+            raise
+        except Exception as error:
+            log.exception(event, model=stored.id)
+            raise ModelLoadFailed(f"{stored.id} could not be {done}: {type(error).__name__}: {error}") from error
 
-        What takes minutes is done one model at a time, while others load; the rest in turn with loads. Whoever cancels
-        this waits for nothing, and what is being compiled then is given up.
+    async def _optimize(self, resident: Resident) -> None:
+        """Make what a model does not need for its first responses; if that fails, the model serves as it is.
+
+        What takes minutes is done one model at a time, while others load; the rest in turn with loads. Cancelling this
+        waits for nothing, and gives up what is being compiled.
         """
-        start = perf_counter()
+        executable, start = resident.executable, perf_counter()
         notes: list[str] = []
+        try:
+            await self._thread.run(executable.widen)
+            self._remember(executable)
+        except Exception:
+            log.exception("model_not_widened", model=executable.stored.id)
         while improving := executable.improving:
             notes = improving.notes
             async with self._preparing:
@@ -124,20 +174,12 @@ class Loading:
                     raise
             if better := await self._thread.run(executable.improve):
                 self._remember(executable)
-                tell()
+                resident.replan()
                 log.info("model_improved", model=executable.stored.id, batch_size=better.size,
                          ms=round(better.seconds * 1000, 3), seconds=round(perf_counter() - start, 3))  # fmt: skip
-            self.failed_device = self.failed_device or improving.device_failure
+            self._devices.report(improving.device_failure)
         for note in notes:
             log.warning("plan_note", model=executable.stored.id, note=note)
-
-    async def widen(self, executable: Executable) -> None:
-        """What can wait until the model answers; without it the model goes on as it is."""
-        try:
-            await self._thread.run(executable.widen)
-            self._remember(executable)
-        except Exception:
-            log.exception("model_not_widened", model=executable.stored.id)
 
     def _remember(self, executable: Executable) -> None:
         taken = executable.report.memory_bytes + executable.added_bytes

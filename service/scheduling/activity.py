@@ -1,4 +1,4 @@
-"""What the scheduler is doing and has done lately, to be looked at. Times are seconds."""
+"""What the scheduler does and has done lately. Times are seconds."""
 
 from dataclasses import dataclass
 
@@ -27,12 +27,13 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class QueueActivity:
-    """One model's queue: images waiting to be decoded, being decoded, waiting for an instance, running.
+    """The queue of one `lane` of `model`: images to decode, in decoding, waiting for an instance, running.
 
-    `admitted` counts all of these, and places held by images that are on their way in or out. `virtual_seconds` is the
-    share of the instances it has had, for fairness; `plan` is t(n) in seconds by batch size.
+    `admitted` counts all of these, and images that are about to enter or have just left. `virtual_seconds` is the share
+    of the instances it has had, for fairness; `plan` is t(n) in seconds by batch size.
     """
 
+    lane: str
     model: str
     to_decode: int
     decoding: int
@@ -46,7 +47,7 @@ class QueueActivity:
 
 @dataclass(frozen=True, slots=True)
 class InstanceActivity:
-    """One instance, and the batch that it has been running for `seconds`, if it runs one."""
+    """One instance, and the batch that it has run for `seconds`, if it runs one."""
 
     instance: int
     release: Release | None = None
@@ -55,7 +56,7 @@ class InstanceActivity:
 
 @dataclass(frozen=True, slots=True)
 class PastRelease:
-    """A `Release` as seen `seconds_ago` later."""
+    """A `Release` that began `seconds_ago`."""
 
     release: Release
     seconds_ago: float
@@ -63,17 +64,8 @@ class PastRelease:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """One look at the scheduler; the last releases come newest first."""
+    """The scheduler at one moment; the last releases come newest first."""
 
     queues: list[QueueActivity]
     instances: list[InstanceActivity]
     releases: list[PastRelease]
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """How much waits for an instance, by model, and how many instances run; for metrics and health."""
-
-    waiting: dict[str, int]
-    busy_instances: int
-    instances: int

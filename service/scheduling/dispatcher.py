@@ -1,43 +1,153 @@
 """Who does what next: places, decoding, batches, instances, deadlines.
 
-Synchronous, with neither clock nor thread nor lock of its own: `service.scheduling.scheduler` gives it those, tests
-drive it step by step. Times are seconds on the caller's clock.
+Synchronous, without a clock, thread or lock: `service.scheduling.scheduler` adds those, tests drive it step by step.
+Times are seconds on the caller's clock.
+
+The way of a call, by its stage: `decode` (it waits for a thread, or is decoded), `queue` (it waits for an instance),
+`infer` (it is in a batch), `ended`. It may end at any of them: with a result, an error, or because its caller has gone.
 """
 
-from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from service.errors import DeadlineExceeded, OutOfMemory, ShuttingDown
-from service.scheduling.activity import RELEASES, Activity, InstanceActivity, PastRelease, QueueActivity, Release, Stats
-from service.scheduling.admission import Admission
-from service.scheduling.lanes import Call, Completed, Decoding, Lane, Outcome, Running
-from service.scheduling.queues import Batch, Item, Queues
+from service.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, QueueFull, ShuttingDown
+from service.execution.plan import BatchPlan
+from service.scheduling.activity import RELEASES, Activity, InstanceActivity, PastRelease, QueueActivity, Release
+from service.scheduling.queues import Batch, Item, Queue, Queues, fair_seconds
 
-S = TypeVar("S")
-T = TypeVar("T")
-R = TypeVar("R")
+S = TypeVar("S")  # the source: an encoded image
+T = TypeVar("T")  # the payload: what decoding makes of it
+R = TypeVar("R")  # the result of running it
+T_contra = TypeVar("T_contra", contravariant=True)
+R_co = TypeVar("R_co", covariant=True)
+
+# A deadline is refused only if it would be missed even were the machine this much faster than when it was measured.
+SPEED_MARGIN = 2.0
+
+
+class Run(Protocol[T_contra, R_co]):
+    """Runs one batch on the numbered instance; returns one result for each payload, in their order.
+
+    `alone`: nothing else is in the scheduler, so that the batch may use every core.
+    """
+
+    def __call__(self, instance: int, payloads: Sequence[T_contra], *, alone: bool) -> Sequence[R_co]: ...  # noqa: D102
 
 
 class Observer(Protocol):
-    """Told of what happens; `service.metrics` is one."""
+    """Counts what happens; `service.metrics` is one."""
 
     def batch_released(self, model: str, reason: str, size: int) -> None: ...  # noqa: D102
     def cancelled(self, stage: str) -> None: ...  # noqa: D102
 
 
+class Lane(Generic[S, T, R]):
+    """One model's way through the scheduler: `decode` makes payloads of sources, `run` results of payloads.
+
+    `capacity` bounds the images it holds, from their admission to their result. `name` is unique; several lanes may
+    share a `model`, which metrics go by.
+    """
+
+    def __init__(
+        self, name: str, plan: BatchPlan, decode: Callable[[S], T], run: Run[T, R], capacity: int, *, model: str = ""
+    ) -> None:
+        self.name = name
+        self.model = model or name
+        self.decode = decode
+        self.run = run
+        self.capacity = capacity
+        # Mutable state: the batch plan, and the batch size that ran out of memory, if one did; what waits to be decoded
+        # and what waits for an instance; how many images are admitted, are being decoded, are in a batch.
+        self.plan = plan
+        self._too_large: int | None = None
+        self.sources = Queue["Call[S, T, R]"](None)
+        self.payloads = Queue["Call[S, T, R]"](plan)
+        self.admitted = 0
+        self.decoding = 0
+        self.running = 0
+
+    def cap_batch_size(self, size: int) -> None:
+        """Never again run `size` images at once."""
+        self._too_large = size
+        self.replan(self.plan)
+
+    def replan(self, plan: BatchPlan) -> None:
+        """Form batches by `plan` from now on, within the cap."""
+        self.plan = self.payloads.plan = plan if self._too_large is None else plan.without(self._too_large)
+
+    def seconds(self, images: int) -> float:
+        """Seconds of one instance that so many images take."""
+        return images * self.plan.image_seconds()
+
+    def ahead(self) -> int:
+        """Images that are admitted and in no batch yet."""
+        return max(0, self.admitted - self.running)  # a caller that went frees its place before its batch ends
+
+
+@dataclass(eq=False, slots=True)
+class Call(Item, Generic[S, T, R]):
+    """One image on its way. As an `Item` it is what waits in the queues."""
+
+    lane: Lane[S, T, R]
+    source: S
+    # Mutable state: how far it is, and what decoding made of it and took.
+    stage: Literal["decode", "queue", "infer", "ended"] = "decode"
+    payload: T | None = None
+    decode_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completed(Generic[R]):
+    """A result, and the seconds until it was decoded, in the queue, and in its batch; that batch's size."""
+
+    result: R
+    decode_seconds: float
+    queue_seconds: float
+    run_seconds: float
+    batch_size: int
+
+
+Outcome = Completed[R] | Exception
+
+
+@dataclass(eq=False, slots=True)
+class Decoding(Generic[S, T, R]):
+    """A job: call `lane.decode(source)`, then `Dispatcher.decoded`."""
+
+    call: Call[S, T, R]
+    started: float
+
+
+@dataclass(eq=False, slots=True)
+class Running(Generic[S, T, R]):
+    """A job: run `part` on `release.instance`, then call `Dispatcher.ran`; repeat until no part is left."""
+
+    lane: Lane[S, T, R]
+    release: Release
+    # Mutable state: what is to run now, since when, and what is left of a batch that failed and was halved.
+    part: list[Call[S, T, R]]
+    started: float
+    rest: deque[list[Call[S, T, R]]] = field(default_factory=deque)
+
+    def payloads(self) -> list[T]:
+        """What `lane.run` takes."""
+        return [call.payload for call in self.part]  # type: ignore[misc]  # what runs has been decoded
+
+
 class Dispatcher(Generic[S, T, R]):
-    """Gives whoever asks the next job: a batch where an instance is idle, else a picture to decode."""
+    """Returns the next job to a thread that asks: a batch where an instance is idle, else an image to decode."""
 
     def __init__(self, instances: int, decoders: int, observer: Observer, max_delay_seconds: float = 0.0) -> None:
         self._instances = instances
         self._decoders = decoders
         self._observer = observer
-        # Mutable state: the places, what waits to be decoded and what waits for an instance, the jobs under way, idle
-        # instances, the last releases, calls that ended and whose `end` has not been called.
-        self.places = Admission(instances)
+        # Mutable state: the lanes, and whether new work is refused; what waits to be decoded and what waits for an
+        # instance; the jobs under way, idle instances, the last releases; calls that ended since `take_ended`.
+        self.lanes: list[Lane[S, T, R]] = []
+        self.closed = False
         self._sources: Queues[Call[S, T, R]] = Queues()
         self._payloads: Queues[Call[S, T, R]] = Queues(max_delay_seconds)
         self._decoding: set[Decoding[S, T, R]] = set()
@@ -53,14 +163,66 @@ class Dispatcher(Generic[S, T, R]):
         )
 
     def close(self) -> None:
-        """Refuse what comes, and hold no batch back any longer."""
-        self.places.closed = True
+        """Refuse new work, and hold no batch back any longer."""
+        self.closed = True
         self._payloads.max_delay_seconds = 0.0
+
+    @property
+    def admitted(self) -> int:
+        """Images that hold a place, in all lanes."""
+        return sum(lane.admitted for lane in self.lanes)
+
+    def admit(self, lane: Lane[S, T, R], count: int, now: float, deadline: float = inf) -> None:
+        """Take `count` of the lane's places; `lane.admitted -= count` frees them.
+
+        Raises:
+            InvalidRequest: it never has that many.
+            QueueFull: it has not that many left.
+            DeadlineExceeded: what is admitted already keeps these images from being answered by `deadline`.
+            ShuttingDown: new work is refused.
+        """
+        if self.closed:
+            raise ShuttingDown("the service is shutting down and takes no new work; send the request again")
+        if count > lane.capacity:
+            raise InvalidRequest(f"{count} images in one request; PVT_QUEUE_SIZE allows {lane.capacity} at a time")
+        if lane.admitted + count > lane.capacity:
+            raise QueueFull(
+                f"{lane.admitted} images wait for {lane.name!r} and PVT_QUEUE_SIZE allows {lane.capacity}; "
+                f"{count} more do not fit now",
+                retry_after_seconds=self.seconds_until_empty(lane),
+            )
+        least, left = self.least_seconds(lane, count), deadline - now
+        if least > SPEED_MARGIN * left:
+            for _ in range(count):
+                self._observer.cancelled("admission")
+            raise DeadlineExceeded(
+                f"{lane.ahead()} images wait for {lane.name!r} already: at the measured speed an answer is "
+                f"{least:.3g} s away or more, and {max(0.0, left):.3g} s are left; "
+                "allow more with timeout_ms, or send it again later"
+            )
+        lane.admitted += count
+
+    def seconds_until_empty(self, lane: Lane[S, T, R]) -> float:
+        """When all that `lane` holds now is likely to be answered, its instances shared fairly with other lanes."""
+        others = (other.seconds(other.admitted) for other in self.lanes if other is not lane)
+        return fair_seconds(lane.seconds(lane.admitted), others, self._instances)
+
+    def least_seconds(self, lane: Lane[S, T, R], count: int) -> float:
+        """Before that, `count` more images of `lane` can't all be answered at the measured speed; 0 when all is idle.
+
+        A lower bound: batches are full; the last image shares the last batch with as many as fit; each other instance
+        may run a batch that outlasts it; decoding, and what other models get meanwhile, cost nothing.
+        """
+        if not self.admitted:
+            return 0.0
+        longest = max(each.plan.time(each.plan.largest) for each in self.lanes if each.admitted or each is lane)
+        ahead = lane.seconds(max(0, lane.ahead() + count - lane.plan.largest))
+        return max(0.0, ahead - (self._instances - 1) * longest) / self._instances + lane.plan.time(1)
 
     def add(self, call: Call[S, T, R], now: float, deadline: float = inf) -> None:
         """Queue `call` to be decoded."""
-        call.item = Item(call, now, deadline)
-        self._sources.add(call.lane.sources, call.item)
+        call.arrived, call.deadline = now, deadline
+        self._sources.add(call.lane.sources, call)
 
     def abandon(self, call: Call[S, T, R]) -> None:
         """The caller of `call` has gone: unless it has ended, nothing more is done for it."""
@@ -71,25 +233,24 @@ class Dispatcher(Generic[S, T, R]):
         call.stage = "ended"
 
     def has_work(self) -> bool:
-        """Whether there is, or may soon be, a job that somebody could do now."""
+        """Whether there is, or may soon be, a job that a thread could do now."""
         return (self._may_decode() and len(self._sources) > 0) or (bool(self._idle) and len(self._payloads) > 0)
 
     def next_job(self, now: float) -> Decoding[S, T, R] | Running[S, T, R] | float | None:
-        """What to do now; or when to ask again, if a batch is being held back; or nothing, until something changes."""
+        """What to do now; or when to ask again, if a batch is held back; or None, until something changes."""
         self._expire(now)
         decision = self._payloads.take(now, len(self._idle)) if self._idle else None
         if isinstance(decision, Batch):
             return self._start(decision, now)
         if self._may_decode() and isinstance(batch := self._sources.take(now, 1), Batch):
-            (item,) = batch.items
-            job = Decoding(item.payload, now)
+            job = Decoding(batch.items[0], now)
             job.call.lane.decoding += 1
             self._decoding.add(job)
             return job
         return decision
 
     def decoded(self, job: Decoding[S, T, R], payload: T | Exception, now: float) -> None:
-        """`job` is done."""
+        """`job` is done: its call waits for an instance from now on, or has ended with an error."""
         call = job.call
         self._decoding.remove(job)
         call.lane.decoding -= 1
@@ -99,65 +260,52 @@ class Dispatcher(Generic[S, T, R]):
         if isinstance(payload, Exception):
             self._end(call, payload)
             return
-        assert call.item is not None  # noqa: S101  it was added
         call.payload, call.stage = payload, "queue"
-        call.decode_seconds = now - call.item.arrived
-        call.item = Item(call, now, call.item.deadline)
-        self._payloads.add(call.lane.payloads, call.item)
+        call.decode_seconds, call.arrived = now - call.arrived, now
+        self._payloads.add(call.lane.payloads, call)
 
     def ran(self, job: Running[S, T, R], results: Sequence[R] | Exception, now: float) -> None:
-        """`job.part` is done. It becomes what to run next: a half of what failed, or nothing, and the job is done."""
-        if not isinstance(results, Exception) and len(results) != len(job.part):
-            results = RuntimeError(f"a batch of {len(job.part)} gave {len(results)} results")
+        """`job.part` is done. It becomes what to run next: half of what failed, or nothing, and the job is done."""
+        part = job.part
+        if not isinstance(results, Exception) and len(results) != len(part):
+            results = RuntimeError(f"a batch of {len(part)} gave {len(results)} results")
         if not isinstance(results, Exception):
-            for call, result in zip(job.part, results, strict=True):
-                assert call.item is not None  # noqa: S101  it was added
-                queue_seconds = job.started - call.item.arrived
-                size = len(job.part)
-                self._end(call, Completed(result, call.decode_seconds, queue_seconds, now - job.started, size))
-        elif len(job.part) == 1:
-            self._end(job.part[0], results)
+            for call, result in zip(part, results, strict=True):
+                queue_seconds = job.started - call.arrived
+                self._end(call, Completed(result, call.decode_seconds, queue_seconds, now - job.started, len(part)))
+        elif len(part) == 1:
+            self._end(part[0], results)
         else:
             if isinstance(results, OutOfMemory):
-                job.lane.give_up(len(job.part))
-            middle = len(job.part) // 2
-            job.rest.extendleft((job.part[middle:], job.part[:middle]))
+                job.lane.cap_batch_size(len(part))
+            middle = len(part) // 2
+            job.rest.extendleft((part[middle:], part[:middle]))
         self._next_part(job, now)
 
-    def give_up(self) -> None:
-        """End every call that is there with `ShuttingDown`."""
-        there = [
-            item.payload for lane in self.places.lanes for q in (lane.sources, lane.payloads) for item in q.waiting
-        ]
-        there += [job.call for job in self._decoding]
-        there += [call for job in self._running.values() for part in (job.part, *job.rest) for call in part]
-        for call in there:
+    def end_all(self) -> None:
+        """End every call with `ShuttingDown`."""
+        calls = [call for lane in self.lanes for queue in (lane.sources, lane.payloads) for call in queue.waiting]
+        calls += [job.call for job in self._decoding]
+        calls += [call for job in self._running.values() for part in (job.part, *job.rest) for call in part]
+        for call in calls:
             self._discard(call)
             self._end(call, ShuttingDown("the service stopped before this image was answered"))
 
     def take_ended(self) -> list[tuple[Call[S, T, R], Outcome[R]]]:
-        """Calls that have ended since this was last asked, each once, to have their `end` called."""
+        """Calls that have ended since the last call of this, each once, and how."""
         ended, self._ended = self._ended, []
         return ended
 
     def stalled_seconds(self, now: float) -> dict[str, float]:
-        """How long the job of each kind that has run longest has been running; 0 when there is none."""
+        """How long the longest-running job of each kind has been running; 0 when there is none."""
         started = {
             "decode": [job.started for job in self._decoding],
             "infer": [job.release.started for job in self._running.values()],
         }
         return {kind: now - min(times, default=now) for kind, times in started.items()}
 
-    def stats(self) -> Stats:
-        """How much waits for each model and how many instances run."""
-        waiting: Counter[str] = Counter()
-        for lane in self.places.lanes:
-            waiting[lane.model] += len(lane.payloads.waiting)
-        return Stats(waiting, len(self._running), self._instances)
-
     def activity(self, now: float) -> Activity:
-        """All there is to see."""
-        queues = [_queue(lane) for lane in self.places.lanes]
+        """All that can be seen."""
         instances = [
             InstanceActivity(i, job.release, now - job.release.started)
             if (job := self._running.get(i))
@@ -165,21 +313,20 @@ class Dispatcher(Generic[S, T, R]):
             for i in range(self._instances)
         ]
         releases = [PastRelease(replace(release), now - release.started) for release in reversed(self._releases)]
-        return Activity(queues, instances, releases)
+        return Activity([_queue_activity(lane) for lane in self.lanes], instances, releases)
 
     def _may_decode(self) -> bool:
         return len(self._decoding) < self._decoders
 
     def _expire(self, now: float) -> None:
         for queues in (self._sources, self._payloads):
-            for _, item in queues.expire(now):
-                self._observer.cancelled(item.payload.stage)
-                self._end(item.payload, DeadlineExceeded("the request's time ran out while the image waited"))
+            for _, call in queues.expire(now):
+                self._observer.cancelled(call.stage)
+                self._end(call, DeadlineExceeded("the request's time ran out while the image waited"))
 
     def _discard(self, call: Call[S, T, R]) -> None:
-        if call.item:
-            self._sources.discard(call.lane.sources, call.item)
-            self._payloads.discard(call.lane.payloads, call.item)
+        self._sources.discard(call.lane.sources, call)
+        self._payloads.discard(call.lane.payloads, call)
 
     def _end(self, call: Call[S, T, R], outcome: Outcome[R]) -> None:
         if call.stage != "ended":
@@ -187,15 +334,13 @@ class Dispatcher(Generic[S, T, R]):
             self._ended.append((call, outcome))
 
     def _start(self, batch: Batch[Call[S, T, R]], now: float) -> Running[S, T, R]:
-        calls = [item.payload for item in batch.items]
+        calls = list(batch.items)
         for call in calls:
             call.stage = "infer"
         lane, size = calls[0].lane, len(calls)
         others = self._decoding or self._running or len(self._sources) or len(self._payloads)
-        alone = size == 1 and not others and self.places.admitted <= 1
-        release = Release(
-            lane.name, batch.reason, size, self._idle.pop(), alone, now - batch.items[0].arrived, started=now
-        )
+        alone = size == 1 and not others and self.admitted <= 1
+        release = Release(lane.name, batch.reason, size, self._idle.pop(), alone, now - calls[0].arrived, started=now)
         job = Running(lane, release, calls, now)
         lane.running += size
         self._running[release.instance] = job
@@ -215,9 +360,10 @@ class Dispatcher(Generic[S, T, R]):
         self._idle.append(job.release.instance)
 
 
-def _queue(lane: Lane[S, T, R]) -> QueueActivity:
+def _queue_activity(lane: Lane[Any, Any, Any]) -> QueueActivity:
     return QueueActivity(
-        model=lane.name,
+        lane=lane.name,
+        model=lane.model,
         to_decode=len(lane.sources.waiting),
         decoding=lane.decoding,
         waiting=len(lane.payloads.waiting),

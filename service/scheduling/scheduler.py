@@ -1,7 +1,7 @@
-"""The dispatcher put to work: a lock, threads that ask it for their next job, and futures for the callers.
+"""The dispatcher at work: a lock, threads that ask it for their next job, and futures for the callers.
 
 A thread that has finished one job finds its next by itself, without a turn of the event loop: an instance is never idle
-for as long as it takes the loop to come round.
+while the loop comes round.
 """
 
 import asyncio
@@ -9,15 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from math import inf
-from threading import Condition, Thread
+from threading import Condition, Thread, get_ident
 from time import monotonic
 from typing import Generic, ParamSpec, TypeVar
 
-from service.errors import DeadlineExceeded
 from service.execution.plan import BatchPlan
-from service.scheduling.activity import Activity, Stats
-from service.scheduling.dispatcher import Dispatcher, Observer
-from service.scheduling.lanes import Call, Completed, Decoding, Lane, Outcome, Run, Running
+from service.scheduling.activity import Activity
+from service.scheduling.dispatcher import Call, Completed, Decoding, Dispatcher, Lane, Observer, Outcome, Run, Running
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -26,7 +24,7 @@ P = ParamSpec("P")
 
 
 class Scheduler(Generic[S, T, R]):
-    """Gives idle instances work as soon as there is some, and lets batches grow only while all are busy.
+    """Gives work to idle instances as soon as there is some, and lets batches grow only while all are busy.
 
     It lives until it is closed. Its methods belong to one event loop.
     """
@@ -34,35 +32,35 @@ class Scheduler(Generic[S, T, R]):
     def __init__(
         self, instances: int, observer: Observer, *, decoders: int = 1, max_delay_seconds: float = 0.0
     ) -> None:
-        """`decoders`: how many pictures are decoded at the same time."""
-        self._observer = observer
+        """`decoders`: how many images are decoded at the same time."""
         # Every slot for a job has its thread, so that decoding goes on beside running.
         self._count = instances + decoders
-        # Mutable state: what there is to do, read and changed under `_changed` only, as is whether the threads are to
-        # end, and whom to tell when a closed lane has come to rest; and, the event loop's own, the threads and the
-        # futures that callers wait for.
+        # Mutable state. Read and changed under `_changed` only: the dispatcher; whether the threads are to end; the
+        # lane whose job each thread has, until it asks for the next; what to call once a closed lane is at rest. The
+        # event loop's own: the threads, and the futures of callers.
         self._dispatcher = Dispatcher[S, T, R](instances, decoders, observer, max_delay_seconds)
         self._changed = Condition()
         self._stopped = False
-        self._threads: list[Thread] = []
-        self._futures: set[asyncio.Future[Completed[R]]] = set()
+        self._at: dict[int, Lane[S, T, R]] = {}
         self._closing: dict[Lane[S, T, R], Callable[[], object]] = {}
+        self._threads: list[Thread] = []
+        self._futures: dict[Call[S, T, R], asyncio.Future[Completed[R]]] = {}
 
     def __repr__(self) -> str:
         return f"<Scheduler {self._dispatcher!r}>"
 
     async def close(self, *, wait: bool = True) -> None:
-        """Refuse what comes and answer what is there; without `wait`, end that with `ShuttingDown`."""
+        """Refuse new work and finish what is queued; without `wait`, end that with `ShuttingDown`."""
         with self._changed:
             self._dispatcher.close()
             self._stopped = not wait
             if not wait:
-                self._dispatcher.give_up()
+                self._dispatcher.end_all()
             ended = self._dispatcher.take_ended()
             self._changed.notify_all()
-        _end_all(ended)
+        self._settle(ended)
         while self._futures:
-            await asyncio.wait(self._futures)
+            await asyncio.wait(self._futures.values())
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -72,48 +70,43 @@ class Scheduler(Generic[S, T, R]):
     def open_lane(
         self, name: str, plan: BatchPlan, decode: Callable[[S], T], run: Run[T, R], capacity: int, *, model: str = ""
     ) -> Lane[S, T, R]:
-        """A queue called `name` for `model`. `decode` and `run` are called on threads, `run` once at a time each."""
+        """A queue called `name` for `model`. `decode` and `run` run on threads, `run` once at a time per instance."""
         lane = Lane(name, plan, decode, run, capacity, model=model)
         with self._changed:
-            self._dispatcher.places.lanes.append(lane)
+            self._dispatcher.lanes.append(lane)
         return lane
 
     def replan(self, lane: Lane[S, T, R], plan: BatchPlan) -> None:
-        """Let the batches of `lane` go by `plan` from now on."""
+        """Form the batches of `lane` by `plan` from now on."""
         with self._changed:
             lane.replan(plan)
 
     async def close_lane(self, lane: Lane[S, T, R]) -> None:
-        """Take `lane` out, which holds no places; returns when no thread uses what it decodes and runs with."""
+        """Remove `lane`, which holds no places; returns once no thread uses its `decode` and `run`."""
         loop, rested = asyncio.get_running_loop(), asyncio.Event()
         with self._changed:
             if lane.admitted:
                 raise RuntimeError(f"the lane of {lane.name!r} still holds {lane.admitted} images")
-            self._dispatcher.places.lanes.remove(lane)
-            if not lane.at_work:
+            self._dispatcher.lanes.remove(lane)
+            if lane not in self._at.values():
                 return
             self._closing[lane] = partial(loop.call_soon_threadsafe, rested.set)
         await rested.wait()
 
     @contextmanager
-    def places(self, lane: Lane[S, T, R], count: int, deadline: float = inf) -> Iterator[None]:
+    def reserve(self, lane: Lane[S, T, R], count: int, deadline: float = inf) -> Iterator[None]:
         """Hold `count` of the lane's places while the context lasts. `deadline` is on `time.monotonic`.
 
         Raises:
-            InvalidRequest, QueueFull, DeadlineExceeded, ShuttingDown: see `Admission.take`.
+            InvalidRequest, QueueFull, DeadlineExceeded, ShuttingDown: see `Dispatcher.admit`.
         """
-        try:
-            with self._changed:
-                self._dispatcher.places.take(lane, count, monotonic(), deadline)
-        except DeadlineExceeded:
-            for _ in range(count):
-                self._observer.cancelled("admission")
-            raise
+        with self._changed:
+            self._dispatcher.admit(lane, count, monotonic(), deadline)
         try:
             yield
         finally:
             with self._changed:
-                self._dispatcher.places.give_back(lane, count)
+                lane.admitted -= count
 
     async def submit(self, lane: Lane[S, T, R], source: S, deadline: float = inf) -> Completed[R]:
         """Decode `source` and run it in some batch of `lane`. `deadline` is on `time.monotonic`.
@@ -122,10 +115,9 @@ class Scheduler(Generic[S, T, R]):
             DeadlineExceeded: it still waited when `deadline` passed.
             Exception: what decoding it, or running it alone, raised.
         """
+        call = Call(lane, source)
         future: asyncio.Future[Completed[R]] = asyncio.get_running_loop().create_future()
-        self._futures.add(future)
-        future.add_done_callback(self._futures.discard)
-        call = Call(lane, source, partial(_settle, future))
+        self._futures[call] = future
         if not self._threads:
             self._start()
         with self._changed:
@@ -134,13 +126,9 @@ class Scheduler(Generic[S, T, R]):
         try:
             return await future
         finally:
+            del self._futures[call], future  # an error refers to this frame, and must not do so through the future
             with self._changed:
                 self._dispatcher.abandon(call)
-
-    def stats(self) -> Stats:
-        """How much waits for each model and how many instances run."""
-        with self._changed:
-            return self._dispatcher.stats()
 
     def activity(self) -> Activity:
         """Queues, instances and the last releases."""
@@ -148,7 +136,7 @@ class Scheduler(Generic[S, T, R]):
             return self._dispatcher.activity(monotonic())
 
     def stalled_seconds(self) -> dict[str, float]:
-        """How long the job of each kind that has run longest has been running; 0 when there is none."""
+        """How long the longest-running job of each kind has been running; 0 when there is none."""
         with self._changed:
             return self._dispatcher.stalled_seconds(monotonic())
 
@@ -167,49 +155,66 @@ class Scheduler(Generic[S, T, R]):
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         """The life of a thread."""
-        with suppress(RuntimeError):  # the loop was closed on a job that had been given up
+        with suppress(RuntimeError):  # the loop was closed while a job that was given up ran
             while self._do_next(loop):
                 pass
 
     def _do_next(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Wait for a job and do it; False when there will be none."""
         job = self._next(loop)
-        if job is None:
-            return False
         if isinstance(job, Decoding):
             payload = _attempt(job.call.lane.decode, job.call.source)
             with self._changed:
                 self._dispatcher.decoded(job, payload, monotonic())
                 ended = self._dispatcher.take_ended()
-                self._rest(job.call.lane)
-            _tell(loop, ended)
-            return True
-        while job.part:
-            results = _attempt(job.lane.run, job.release.instance, job.payloads(), alone=job.release.alone)
-            with self._changed:
-                self._dispatcher.ran(job, results, monotonic())
-                ended = self._dispatcher.take_ended()
-                self._rest(job.lane)
-            _tell(loop, ended)
-        return True
-
-    def _rest(self, lane: Lane[S, T, R]) -> None:
-        """Tell whoever closed `lane`, if somebody did and this was the last job for it."""
-        if lane in self._closing and not lane.at_work:
-            self._closing.pop(lane)()
+            self._hand_over(loop, ended)
+            del payload, ended  # an error's traceback leads to this frame, which must not lead back to the error
+        elif job:
+            while job.part:
+                results = _attempt(job.lane.run, job.release.instance, job.payloads(), alone=job.release.alone)
+                with self._changed:
+                    self._dispatcher.ran(job, results, monotonic())
+                    ended = self._dispatcher.take_ended()
+                self._hand_over(loop, ended)
+                del results, ended  # as above
+        return job is not None
 
     def _next(self, loop: asyncio.AbstractEventLoop) -> Decoding[S, T, R] | Running[S, T, R] | None:
         with self._changed:
+            self._leave_lane()
             while not self._stopped:
                 now = monotonic()
                 decision = self._dispatcher.next_job(now)
-                _tell(loop, self._dispatcher.take_ended())
+                self._hand_over(loop, self._dispatcher.take_ended())
                 if isinstance(decision, Decoding | Running):
+                    self._at[get_ident()] = decision.lane if isinstance(decision, Running) else decision.call.lane
                     if self._dispatcher.has_work():
                         self._changed.notify()  # one wakes the next, for as long as there is something to do
                     return decision
                 self._changed.wait(None if decision is None else decision - now)
         return None
+
+    def _leave_lane(self) -> None:
+        """This thread holds nothing of its last job any more, which may be what the closing of its lane waits for."""
+        lane = self._at.pop(get_ident(), None)
+        if lane and lane not in self._at.values() and (rested := self._closing.pop(lane, None)):
+            del lane  # whoever waits may free the model at once
+            rested()
+
+    def _hand_over(self, loop: asyncio.AbstractEventLoop, ended: Sequence[tuple[Call[S, T, R], Outcome[R]]]) -> None:
+        """All that ended at once, in one turn of the loop."""
+        if ended:
+            loop.call_soon_threadsafe(self._settle, ended)
+
+    def _settle(self, ended: Sequence[tuple[Call[S, T, R], Outcome[R]]]) -> None:
+        for call, outcome in ended:
+            future = self._futures.get(call)
+            if future is None or future.done():  # its caller has gone
+                continue
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
 
 
 def _attempt(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | Exception:
@@ -220,23 +225,3 @@ def _attempt(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R |
         return error
     except BaseException as error:  # noqa: BLE001  extensions raise such, and asyncio would end the loop with it
         return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _tell(loop: asyncio.AbstractEventLoop, ended: Sequence[tuple[Call[S, T, R], Outcome[R]]]) -> None:
-    """All that ended at once, in one turn of the loop."""
-    if ended:
-        loop.call_soon_threadsafe(_end_all, ended)
-
-
-def _end_all(ended: Sequence[tuple[Call[S, T, R], Outcome[R]]]) -> None:
-    for call, outcome in ended:
-        call.end(outcome)
-
-
-def _settle(future: asyncio.Future[Completed[R]], outcome: Outcome[R]) -> None:
-    if future.done():  # its caller has gone
-        return
-    if isinstance(outcome, Exception):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)

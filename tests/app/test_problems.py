@@ -26,7 +26,7 @@ def test_an_unexpected_error_is_anonymous_and_logged(make_client: MakeClient, mo
         raise LookupError("the secret")
 
     client = make_client()
-    monkeypatch.setattr("app.routes.models.any_model_info", fail)
+    monkeypatch.setattr("app.routes.models.model_info", fail)
 
     with structlog.testing.capture_logs() as lines:
         response = client.get("/models/pvt_v2_b0.digits", headers={"X-Request-ID": "mine"})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from service.answers.outputs import Outputs
+from service.arrays import Outputs
 from service.execution.executable import Executable, Pixels
 from tests.app.conftest import MakeClient, png
 from tests.service.stores import add_model

@@ -86,7 +86,7 @@ def test_features_of_several_are_stacked_and_one_bad_image_fails_them(
     assert (features.embedding.shape, features.stages[3].shape) == ((2, 256), (2, 160))
     assert features.embedding.dtype == np.float16
     assert np.linalg.norm(features.embedding.astype(np.float32), axis=1) == pytest.approx(np.ones(2), abs=1e-3)
-    with pytest.raises(InvalidRequest, match="picture 2"):
+    with pytest.raises(InvalidRequest, match="image 2"):
         call(service_url, "features", [digits / "one.png", b"not an image"])
 
 

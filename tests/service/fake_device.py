@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.base import Batch
 from service.backends.compiling import Function, Placed
 from service.backends.device import Captured

@@ -1,4 +1,4 @@
-"""Pictures are decoded by as many threads as there are cores."""
+"""Images are decoded by as many threads as there are cores."""
 
 import threading
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.service.test_engine import engine
 CORES = 3
 
 
-async def test_as_many_pictures_are_decoded_at_once_as_there_are_cores(
+async def test_as_many_images_are_decoded_at_once_as_there_are_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together, lock, threads, most, running = threading.Barrier(CORES), threading.Lock(), set(), 0, 0

@@ -7,10 +7,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.answers.results import Inferred, Prediction
+from service import engine as engine_module
 from service.engine import Engine
 from service.errors import (
     DeadlineExceeded,
@@ -24,9 +25,10 @@ from service.errors import (
 from service.execution.executable import Executable
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
+from service.postprocess.classes import Prediction
 from service.registry import loading
-from service.registry import models as models_module
 from service.registry.loader import load as real_load
+from service.results import ImageResult
 from tests.app.conftest import png
 from tests.service.stores import add_model
 
@@ -86,8 +88,8 @@ async def test_a_model_unloaded_while_more_is_made_for_it_is_freed_at_once(
     async with engine(tmp_path) as e:
         await e.predict([png()])
         assert await asyncio.to_thread(begun.wait, 30)
-        unloading = asyncio.create_task(e.models.unload(NAME))
-        await asyncio.wait([*e.models._sourcing._widening.values()])  # it is given up
+        unloading = asyncio.create_task(e.unload(NAME))
+        await asyncio.wait([*e._loading._optimizing.values()])  # it is given up
         gate.set()
         await unloading
 
@@ -100,7 +102,7 @@ async def test_all_that_the_model_yields_comes_at_any_size(tmp_path: Path) -> No
         plain = await e.infer([png()])
 
     (result,) = answered.results
-    assert isinstance(result, Inferred)
+    assert isinstance(result, ImageResult)
     assert (answered.card.id, answered.version, answered.size) == (NAME, "1", (64, 96))
     assert (result.width, result.height, result.pixels.shape) == (200, 100, (64, 96, 3))
     assert [stage.shape[1:] for stage in result.outputs.stages] == [(16, 24), (8, 12), (4, 6), (2, 3)]
@@ -114,7 +116,7 @@ async def test_a_size_above_the_limit_is_refused_before_anything_is_done(tmp_pat
         with pytest.raises(InvalidRequest, match="size 32x96: PVT_MAX_INPUT_SIDE allows sides of up to 64 pixels"):
             await e.predict([png()], size=(32, 96))
 
-        assert e.models.loaded() == []
+        assert e._registry.loaded() == []
 
 
 async def test_a_bad_image_fails_alone(tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ async def test_a_deadline_covers_the_loading_of_the_model(tmp_path: Path, monkey
         assert (await e.predict([png()])).model == NAME
 
 
-async def test_an_unexpected_error_of_a_load_is_told_with_its_kind(
+async def test_an_unexpected_error_of_a_load_is_reported_with_its_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> Executable:
@@ -163,7 +165,7 @@ async def test_an_unexpected_error_of_a_load_is_told_with_its_kind(
 
 
 async def test_a_preload_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models_module, "PRELOAD_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(engine_module, "PRELOAD_AGAIN_SECONDS", 0.01)
     mended = asyncio.Event()
 
     def load(*args: Any) -> Executable:
@@ -180,7 +182,7 @@ async def test_a_preload_that_failed_is_tried_again(tmp_path: Path, monkeypatch:
     assert mended.is_set()
 
 
-async def test_giving_up_ends_what_is_under_way_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_aborting_ends_what_is_under_way_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
     monkeypatch.setattr(loading, "load", lambda *_: never.wait(30))
     async with engine(tmp_path) as e:
@@ -241,3 +243,28 @@ async def test_a_model_answers_before_its_graph_for_lone_images_is_there_and_goe
 
     assert seen == [NAME]
     assert all(isinstance(each.results[0], Prediction) for each in (first, second))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("side", [32, 8], ids=["good", "bad"])
+async def test_nothing_holds_an_image_once_its_request_has_ended(tmp_path: Path, side: int, count: int) -> None:
+    """With garbage collection off: no cycle of references leads to it."""
+
+    async def call(e: Engine) -> list[weakref.ref[Any]]:
+        images = [np.zeros((side, side, 3), np.uint8) for _ in range(count)]
+        result = await e.infer(images)
+        assert all(isinstance(each, ImageResult) == (side == 32) for each in result.results)
+        return [weakref.ref(image) for image in images]
+
+    async with engine(tmp_path, max_batch_size=1) as e:
+        await call(e)
+        await asyncio.gather(*e._loading._optimizing.values())  # it collects garbage
+        gc.collect()
+        gc.disable()
+        try:
+            images = await call(e)
+            async with asyncio.timeout(10):
+                while any(image() is not None for image in images):  # noqa: ASYNC110  no event for it
+                    await asyncio.sleep(0.001)  # a thread may be about to drop it
+        finally:
+            gc.enable()

@@ -12,12 +12,12 @@ import pytest
 from torch import nn
 
 from service import options as options_module
-from service.answers.results import Prediction
 from service.backends.compiling import Function, Job
 from service.backends.device import Captured
 from service.engine import Engine
 from service.errors import DeviceFailed, OutOfMemory
 from service.options import EngineOptions, default_instances
+from service.postprocess.classes import Prediction
 from tests.app.conftest import png
 from tests.service.fake_device import FakeDevice
 from tests.service.stores import add_model
@@ -115,7 +115,7 @@ def raising(error: Exception) -> Callable[..., Any]:
 
 async def improved(e: Engine) -> None:
     """Return when nothing is being improved any more."""
-    await asyncio.gather(*e.models._sourcing._widening.values())
+    await asyncio.gather(*e._loading._optimizing.values())
 
 
 async def test_a_model_answers_before_anything_is_compiled_and_with_better_graphs_afterwards(
@@ -124,7 +124,7 @@ async def test_a_model_answers_before_anything_is_compiled_and_with_better_graph
     ran: list[bool] = []
     async with on_gpus(tmp_path) as e:
         assert await answered(e, 1) == 1
-        async with e.models.lease(NAME) as resident:
+        async with e._registry.lease(NAME) as resident:
             report = resident.executable.report
         assert (report.backend, report.device) == ("torch", "cuda:0, cuda:1")
         before = plan(e)
@@ -183,7 +183,7 @@ async def test_a_model_that_fails_on_the_gpu_is_served_by_the_cpu_and_says_why(
     monkeypatch.setattr("service.execution.plan.perf_counter", perf_counter)
     async with on_gpus(tmp_path, backend="torch") as e:
         assert await answered(e, 3) == 3
-        async with e.models.lease(NAME) as resident:
+        async with e._registry.lease(NAME) as resident:
             report = resident.executable.report
 
     assert report.device == "cpu"
@@ -199,7 +199,7 @@ async def test_a_model_that_does_not_fit_onto_the_gpu_is_served_by_the_cpu(
     monkeypatch.setattr("service.execution.plan.perf_counter", perf_counter)
     async with on_gpus(tmp_path, backend="torch") as e:
         assert await answered(e, 1) == 1
-        async with e.models.lease(NAME) as resident:
+        async with e._registry.lease(NAME) as resident:
             assert resident.executable.report.device == "cpu"
 
 
@@ -271,7 +271,7 @@ async def test_graphs_that_join_the_plan_later_count_as_the_models_memory(
     monkeypatch.setattr(cards, "run", flat)
     async with on_gpus(tmp_path) as e:
         await answered(e, 1)
-        (resident,) = e.models.loaded()
+        (resident,) = e._registry.loaded()
         before, graphs = resident.memory_bytes, len(alive)
         cards.gate.set()
         await improved(e)
@@ -286,7 +286,7 @@ async def test_only_one_model_is_prepared_at_a_time_while_others_load(tmp_path: 
     async with on_gpus(tmp_path) as e:
         for model in (NAME, "pvt_v2_b0.other"):
             await e.predict([png()], model=model)
-        waiting = [*e.models._sourcing._widening.values()]
+        waiting = [*e._loading._optimizing.values()]
 
         assert len(waiting) == 2
         assert not any(task.done() for task in waiting)
@@ -302,7 +302,7 @@ async def test_a_compiler_that_fails_leaves_the_model_as_it_is_and_is_told_of(
         await answered(e, 1)
         before = plan(e)
         await improved(e)
-        async with e.models.lease(NAME) as resident:
+        async with e._registry.lease(NAME) as resident:
             notes = resident.executable.notes
         assert await answered(e, 4) == 4
 
@@ -335,9 +335,9 @@ async def test_a_model_is_freed_while_its_graphs_are_being_compiled(tmp_path: Pa
     async with on_gpus(tmp_path) as e:
         await answered(e, 1)
         assert await asyncio.to_thread(cards.preparing.wait, 30)
-        await e.models.unload(NAME)
+        await e.unload(NAME)
 
-        assert e.models.loaded() == []
+        assert e._registry.loaded() == []
         assert cards.stopped.is_set()
         cards.gate.set()
         assert await answered(e, 1) == 1

@@ -126,8 +126,8 @@ def test_a_bad_picture_is_an_error_in_its_place_in_json_and_fails_the_binary_for
     assert len(good["embedding"]) == 256
     assert (bad["filename"], bad["error"]["status"]) == ("none.png", 422)
     assert refused.status_code == 422
-    assert refused.json()["detail"].startswith("picture 2 ('none.png'): not a supported image")
-    assert "holds all pictures or none, application/json answers the others" in refused.json()["detail"]
+    assert refused.json()["detail"].startswith("image 2 ('none.png'): not a supported image")
+    assert "holds all images or none, application/json answers the others" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_stage_maps_that_would_take_too_much_memory_are_refused(features: Any) -
 
     assert refused.status_code == 422
     assert refused.json()["detail"] == (
-        "the stage maps of 15 pictures at 96x96 take 2.1 MB, PVT_MAX_MAPS_MB allows 2; send 14 pictures a request at "
+        "the stage maps of 15 images at 96x96 take 2.1 MB, PVT_MAX_MAPS_MB allows 2; send 14 images a request at "
         "the most, or ask for a smaller size"
     )
     assert answered.status_code == 200

@@ -11,7 +11,7 @@ import torch
 from starlette.testclient import TestClient
 
 from service.acquisition.download import Patience
-from service.acquisition.on_demand import PULLS
+from service.registry.pulls import PULLS
 from service.store.store import Store
 from tests.app.conftest import MakeClient, png
 from tests.service.checkpoints import checkpoint, path_of
@@ -24,7 +24,7 @@ B0 = "pvt_v2_b0.in1k"
 @pytest.fixture(autouse=True)
 def _quick_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.acquisition.pulling.SIDE", 32)
-    monkeypatch.setattr("service.acquisition.on_demand.PullOptions", _impatient)
+    monkeypatch.setattr("service.registry.pulls.PullOptions", _impatient)
     torch.set_num_threads(1)
 
 

@@ -68,7 +68,7 @@ def test_what_is_wrong_becomes_the_clients_own_exceptions(server: openai.OpenAI,
         create(model=MODEL, input="a cat")
     with pytest.raises(openai.BadRequestError, match="dimensions: the models here were not trained"):
         create(model=MODEL, input=urls, dimensions=64)
-    with pytest.raises(openai.BadRequestError, match="picture 2: not a supported image"):
+    with pytest.raises(openai.BadRequestError, match="image 2: not a supported image"):
         create(model=MODEL, input=[urls[0], "data:image/png;base64,AAAA"])
     with pytest.raises(openai.NotFoundError, match=r"no model 'pvt_v2_b0\.none'"):
         create(model="pvt_v2_b0.none", input=urls)

@@ -215,7 +215,7 @@ def test_a_full_queue_is_429_with_a_time_to_come_back(make_client: MakeClient, m
     def full(*_: object) -> None:
         raise QueueFull("the queue is full", retry_after_seconds=2.3)
 
-    monkeypatch.setattr("service.scheduling.scheduler.Scheduler.places", full)
+    monkeypatch.setattr("service.scheduling.scheduler.Scheduler.reserve", full)
 
     response = make_client().post("/predict", files={"image": png()})
 

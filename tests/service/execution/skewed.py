@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
 from service.backends.served import Served
 from service.backends.torch import TorchBackend

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.base import Backend, Batch, Layout, Precision
 from service.backends.openvino import OpenVinoBackend
 from service.backends.served import build
@@ -14,7 +14,7 @@ from service.execution.executable import STAGES, Executable
 from service.execution.improving import Better
 from service.execution.plan import BatchPlan
 from service.execution.tuning import Alone, Tuned
-from tests.service.registry.test_loader import load_tiny, pictures
+from tests.service.registry.test_loader import load_tiny, random_images
 from tests.service.stores import add_model
 
 BACKENDS = [TorchBackend(1), OpenVinoBackend(1)]
@@ -43,7 +43,7 @@ def test_a_lone_image_is_answered_by_the_graph_that_has_all_cores(tmp_path: Path
     executable = Executable(loaded.stored, TorchBackend(1), tuned, loaded.report)
 
     def answered(count: int, *, alone: bool) -> float:
-        return float(executable.run(0, pictures(count), alone=alone)[0].logits[0])
+        return float(executable.run(0, random_images(count), alone=alone)[0].logits[0])
 
     assert answered(1, alone=True) == 1  # until it is there
     executable.widen()
@@ -83,7 +83,7 @@ def test_the_head_turns_the_embedding_into_logits(tmp_path: Path) -> None:
     add_model(tmp_path)
     executable = load_tiny(tmp_path, 1)
     executable.add_stages()
-    (outputs,) = executable.run(0, pictures(1))
+    (outputs,) = executable.run(0, random_images(1))
 
     assert executable.head is not None
     weight, bias = executable.head
@@ -122,20 +122,20 @@ def test_a_model_whose_files_are_gone_says_so_when_more_is_asked_of_it(tmp_path:
         executable.add_stages()
     with pytest.raises(ModelLoadFailed, match=r"model\.safetensors"):
         executable.resized(64, 64)
-    assert executable.run(0, pictures(1))
+    assert executable.run(0, random_images(1))
 
 
 def test_a_better_graph_takes_over_and_may_be_of_a_new_size(tmp_path: Path) -> None:
     add_model(tmp_path)
     executable = load_tiny(tmp_path, 1)
     graph = TorchBackend(1).program(build(executable.card, executable.stored.folder), 32, 32)
-    plain = executable.run(0, pictures(3)[:1])
+    plain = executable.run(0, random_images(3)[:1])
 
     executable.adopt(Better(4, graph.graph(4, Layout(1, 1), "float32"), 0.25))
 
     assert executable.plan.sizes == (1, 4)
     assert executable.plan.time(3) == 0.25
-    together = executable.run(0, pictures(3))
+    together = executable.run(0, random_images(3))
     assert len(together) == 3
     np.testing.assert_allclose(together[0].logits, plain[0].logits, atol=1e-5)
 
@@ -177,7 +177,7 @@ def test_a_batch_is_put_together_where_the_graph_has_room_for_it(tmp_path: Path)
             return room
 
     executable.adopt(Better(2, Roomy(), 0.25))
-    images = pictures(2)
+    images = random_images(2)
 
     executable.run(1, images)
 

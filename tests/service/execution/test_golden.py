@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.base import Batch, Graph, Layout, Precision, Program
 from service.backends.openvino import OpenVinoBackend
 from service.backends.served import Served, build, plain_logits

@@ -5,7 +5,7 @@ from threading import Event
 import numpy as np
 import pytest
 
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.base import Batch, Graph, Layout, Precision
 from service.errors import GoldenMismatch, OutOfMemory
 from service.execution.improving import Better, Improving

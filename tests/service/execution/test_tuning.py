@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from service.answers.outputs import Floats
+from service.arrays import Floats
 from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
 from service.backends.layouts import TUNING_SECONDS, base_layout, layouts
 from service.backends.served import Served

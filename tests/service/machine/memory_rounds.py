@@ -30,11 +30,11 @@ async def main(root: Path, models: Sequence[str], backend: str, rounds: int) -> 
     async with Engine(options, EngineMetrics(CollectorRegistry())) as engine:
         for turn in range(rounds):
             for model in models:
-                await engine.models.load(model)
-                (loaded,) = engine.models.loaded()
+                await engine.load(model)
+                (loaded,) = engine._registry.loaded()
                 size = loaded.memory_bytes
                 del loaded
-                await engine.models.unload(model)
+                await engine.unload(model)
                 print(turn, model, size, settled_bytes(), flush=True)  # noqa: T201  it is what it is for
 
 

@@ -1,4 +1,4 @@
-"""A source of models that are strings, and an event loop whose time passes at once."""
+"""A finder and loader of models that are strings, and an event loop whose time passes at once."""
 
 import asyncio
 import selectors
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from service.errors import ModelLoadFailed, ModelNotFound, WeightsUnavailable
-from service.registry.entries import Candidate, Reason
-from service.registry.footprints import Footprint
+from service.registry.entries import Candidate, UnloadReason
+from service.registry.residency import Footprint
 from service.store.stored import StoredModel
 
 T = TypeVar("T")
@@ -30,9 +30,9 @@ class FakeSource:
         self.closing.set()
         self.loads: list[str] = []
         self.in_memory: list[str] = []
-        self.left_for: list[Reason] = []
+        self.unloaded_for: list[UnloadReason] = []
 
-    async def candidates(self, name: str) -> Sequence[Candidate]:
+    async def find(self, name: str) -> Sequence[Candidate]:
         await asyncio.sleep(0)
         if self.gone:
             raise WeightsUnavailable("the store can't be read")
@@ -41,6 +41,9 @@ class FakeSource:
         if not wanted:
             raise ModelNotFound(name)
         return [self.candidate(id_, each) for each in wanted]
+
+    async def obtain(self, name: str, max_wait_seconds: float | None) -> Sequence[Candidate]:  # noqa: ARG002
+        return await self.find(name)
 
     def candidate(self, id_: str, version: str) -> Candidate:
         stored = StoredModel(id_, version, Path(), None)
@@ -58,14 +61,14 @@ class FakeSource:
         await self.closing.wait()
         self.in_memory.remove(only.pop())
 
-    def size(self, loaded: str) -> int:
+    def memory_bytes(self, loaded: str) -> int:
         return self.sizes.get(loaded, self.sizes.get(loaded.partition("@")[0], 1))
 
     def footprint(self, stored: StoredModel) -> Footprint:
-        return Footprint(bytes=self.guesses.get(stored.key, self.size(stored.key)), seconds=2.0)
+        return Footprint(bytes=self.guesses.get(stored.key, self.memory_bytes(stored.key)), seconds=2.0)
 
-    def left(self, reason: Reason) -> None:
-        self.left_for.append(reason)
+    def unloading(self, reason: UnloadReason) -> None:
+        self.unloaded_for.append(reason)
 
 
 class _NoWaiting(selectors.SelectSelector):

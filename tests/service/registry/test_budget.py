@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from service.errors import MemoryBudgetExceeded
-from service.eviction import Budget
+from service.options import Budget
 from service.registry.registry import Registry
 from tests.service.registry.fakes import FakeSource, run_virtually
 from tests.service.registry.test_registry import settled, use
@@ -19,10 +19,10 @@ def make(budget: Budget, **sizes: int) -> tuple[FakeSource, Registry[str]]:
     source.versions = {id_: ["1"] for id_ in sizes}
     source.sizes = {id_: size * MB for id_, size in sizes.items()}
     source.gate.set()
-    return source, Registry(source, budget)
+    return source, Registry(source, source, budget)
 
 
-def test_the_least_recently_used_leaves_for_another() -> None:
+def test_the_least_recently_used_is_evicted_for_another() -> None:
     async def main() -> None:
         source, registry = make(Budget(10 * MB), a=4, b=4, c=4)
         for name in ("a", "b", "a", "c"):
@@ -30,8 +30,8 @@ def test_the_least_recently_used_leaves_for_another() -> None:
             await asyncio.sleep(1)
 
         assert source.in_memory == ["a@1", "c@1"]
-        assert source.left_for == ["budget"]
-        assert await use(registry, "b") == "b@1"  # and comes back when it is asked for
+        assert source.unloaded_for == ["budget"]
+        assert await use(registry, "b") == "b@1"  # and is loaded again when it is requested
 
     run_virtually(main())
 
@@ -41,15 +41,15 @@ def test_a_pinned_model_and_one_in_use_stay_whatever_comes() -> None:
         source, registry = make(Budget(10 * MB), a=4, b=4, c=4)
         await registry.pin("a")
         async with registry.lease("b"):
-            with pytest.raises(MemoryBudgetExceeded) as told:
+            with pytest.raises(MemoryBudgetExceeded) as refused:
                 await use(registry, "c")
             assert source.in_memory == ["a@1", "b@1"]
-        assert str(told.value) == (
-            "c@1 needs 4 MB, PVT_MEMORY_BUDGET_MB allows 10 MB and 8 MB are taken by what can't leave now "
+        assert str(refused.value) == (
+            "c@1 needs 4 MB, PVT_MEMORY_BUDGET_MB allows 10 MB and 8 MB are taken by what can't be evicted now "
             "(a@1 4 MB pinned, b@1 4 MB in use); ask again later, "
             "unpin or unload a model, or raise PVT_MEMORY_BUDGET_MB"
         )
-        assert told.value.retry_after_seconds is not None
+        assert refused.value.retry_after_seconds is not None
         assert await use(registry, "c") == "c@1"
         assert source.in_memory == ["a@1", "c@1"]
 
@@ -74,37 +74,37 @@ def test_what_can_never_fit_is_refused_at_once_and_for_good() -> None:
         _, registry = make(Budget(10 * MB), a=4, large=11)
         await use(registry, "a")
         start = asyncio.get_running_loop().time()
-        with pytest.raises(MemoryBudgetExceeded) as told:
+        with pytest.raises(MemoryBudgetExceeded) as refused:
             await use(registry, "large")
-        assert told.value.retry_after_seconds is None
-        assert str(told.value).endswith("it never fits; raise PVT_MEMORY_BUDGET_MB")
+        assert refused.value.retry_after_seconds is None
+        assert str(refused.value).endswith("it never fits; raise PVT_MEMORY_BUDGET_MB")
         assert asyncio.get_running_loop().time() == start
 
     run_virtually(main())
 
 
-def test_what_was_just_loaded_stays_for_its_time_however_many_others_are_asked_for() -> None:
+def test_what_was_just_loaded_stays_for_its_time_however_many_others_are_requested() -> None:
     async def main() -> None:
         source, registry = make(Budget(10 * MB, min_residency_seconds=60), a=6, b=6)
         await use(registry, "a")
-        with pytest.raises(MemoryBudgetExceeded, match="just loaded") as told:
+        with pytest.raises(MemoryBudgetExceeded, match="just loaded") as refused:
             await use(registry, "b")
-        assert told.value.retry_after_seconds == pytest.approx(60, abs=1)
-        await asyncio.sleep(told.value.retry_after_seconds or 0)
+        assert refused.value.retry_after_seconds == pytest.approx(60, abs=1)
+        await asyncio.sleep(refused.value.retry_after_seconds or 0)
         assert await use(registry, "b") == "b@1"
         assert source.in_memory == ["b@1"]
 
     run_virtually(main())
 
 
-def test_what_turns_out_larger_than_thought_makes_others_leave_afterwards() -> None:
+def test_what_turns_out_larger_than_thought_evicts_others_afterwards() -> None:
     async def main() -> None:
         source, registry = make(Budget(10 * MB), a=4, b=9)
         source.guesses["b@1"] = 2 * MB
         async with registry.lease("a"):
             await use(registry, "b")
             await settled()
-            assert source.in_memory == ["a@1"]  # what is in use stays, so the other one leaves once it is not
+            assert source.in_memory == ["a@1"]  # what is in use stays, so the other one is evicted once it is not
 
         source.guesses.clear()
         assert await use(registry, "b") == "b@1"

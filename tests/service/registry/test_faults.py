@@ -1,4 +1,4 @@
-"""Every way in which a model's files can be wrong: each is told for what it is, and harms no other model."""
+"""Every way in which a model's files can be wrong: each is reported as what it is, and harms no other model."""
 
 import hashlib
 import json
@@ -70,13 +70,13 @@ def bit_flipped(folder: Path) -> None:
 
 
 def of_another_model(folder: Path) -> None:
-    """Of the same variant and size, so that only the digest tells."""
+    """Of the same variant and size, so that only the digest shows it."""
     torch.manual_seed(7)
     save_file(create("pvt_v2_b0", num_classes=3).state_dict(), folder / "model.safetensors")
 
 
 def of_another_model_with_its_card(folder: Path) -> None:
-    """As if two folders' weights and digests were swapped: only the reference logits tell."""
+    """As if two folders' weights and digests were swapped: only the reference logits show it."""
     random = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
     data, file = packed(Reference(synthetic_images(32, 32), random))
     (folder / file.file).write_bytes(data)
@@ -161,17 +161,17 @@ def store(tmp_path: Path) -> Path:
 
 async def test_a_model_whose_files_are_wrong_says_how_and_every_other_goes_on(store: Path) -> None:
     options = EngineOptions(model_store=store, default_model=GOOD, backend="torch", instances=1, max_batch_size=1)
-    told: dict[str, tuple[str, bool]] = {}
+    reported: dict[str, tuple[str, bool]] = {}
     async with Engine(options, EngineMetrics(CollectorRegistry())) as engine:
         for name, (_, _, words) in FAULTS.items():
             with pytest.raises(ServiceError) as caught:
                 await engine.predict([png()], model=f"pvt_v2_b0.{name}")
-            told[name] = type(caught.value).__name__, words in str(caught.value)
+            reported[name] = type(caught.value).__name__, words in str(caught.value)
             assert (await engine.predict([png()])).model == GOOD
-        statuses = {each.stored.id: each for each in await engine.models.all()}
+        statuses = {each.id: each for each in await engine.models()}
 
-    assert told == {name: (kind.__name__, True) for name, (_, kind, _) in FAULTS.items()}
-    reasons = {id_: str(each.status.failure or each.stored.failure or "") for id_, each in statuses.items()}
+    assert reported == {name: (kind.__name__, True) for name, (_, kind, _) in FAULTS.items()}
+    reasons = {id_: str(each.failure or "") for id_, each in statuses.items()}
     assert reasons.pop(GOOD) == ""
     assert [id_ for id_, reason in reasons.items() if FAULTS[id_.partition(".")[2]][2] not in reason] == []
     assert not (store / WITNESS).exists()

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from service.registry.footprints import Footprint, Footprints
+from service.registry.residency import Footprint, Footprints
 from service.store.store import Store
 from service.store.stored import StoredModel
 from tests.service.stores import add_model

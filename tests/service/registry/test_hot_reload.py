@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from service.answers.results import Prediction
 from service.engine import Engine
 from service.errors import WeightsUnavailable
+from service.postprocess.classes import Prediction
 from tests.app.conftest import png
 from tests.service.stores import add_model
 from tests.service.test_engine import NAME, engine, gated_load
@@ -45,8 +45,7 @@ async def callers(e: Engine, model: str = NAME) -> AsyncIterator[Versions]:
 
     async def call() -> None:
         while not stopped:
-            with e.request(patience_seconds=0):
-                predictions = await e.predict([png()], model=model)
+            predictions = await e.predict([png()], model=model, max_wait_seconds=0)
             assert all(isinstance(result, Prediction) for result in predictions.results)
             versions.add(predictions.version)
             await asyncio.sleep(0.005)  # two cores have a model to load meanwhile
@@ -65,29 +64,29 @@ async def test_under_constant_load_no_request_fails_or_waits_while_a_new_version
     gate.set()
     async with engine(tmp_path, max_batch_size=1) as e:
         await e.predict([png()])
-        async with e.models.lease(NAME) as resident:
+        async with e._registry.lease(NAME) as resident:
             old = weakref.ref(resident.executable)
             del resident
         async with callers(e) as versions:
             await versions.more("1")
             add_model(tmp_path, NAME, "2")
             gate.clear()
-            refreshing = asyncio.create_task(e.models.refresh())
+            refreshing = asyncio.create_task(e.refresh())
             await versions.more("1")  # while the new one is being loaded
             assert "2" not in versions.seen
             gate.set()
             await refreshing
             await versions.more("2")
-            (model,) = await e.models.all()
+            (model,) = await e.models()
 
-        assert (model.stored.version, model.status.state) == ("2", "ready")
+        assert (model.version, model.state) == ("2", "ready")
         # Of the two callers, one may still have had its answer to come from the old one.
         assert "1" not in versions.seen[versions.seen.index("2") + 2 :]
         async with asyncio.timeout(30):
             while old() is not None:
                 await asyncio.sleep(0.01)
                 gc.collect()
-        assert [stored.status.state for stored in (await e.models.one(NAME)).versions] == ["ready", "available"]
+        assert [stored.state for stored in (await e.model(NAME)).versions] == ["ready", "available"]
         assert [lane.model for lane in e.activity().queues] == [NAME]
 
 
@@ -98,19 +97,19 @@ async def test_a_broken_new_version_leaves_the_old_one_serving_and_is_said_to_be
         good = weights.read_bytes()
         weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
         async with callers(e) as versions:
-            await e.models.refresh()
+            await e.refresh()
             await versions.more("1")
-            broken = await e.models.one(NAME)
+            broken = await e.model(NAME)
             weights.write_bytes(good)
-            await e.models.refresh()
+            await e.refresh()
             await versions.more("2")
-        mended = await e.models.one(NAME)
+        mended = await e.model(NAME)
 
-    assert (broken.stored.version, broken.status.state) == ("1", "ready")
+    assert (broken.version, broken.state) == ("1", "ready")
     newest = broken.versions[0]
-    assert (newest.stored.version, newest.status.state) == ("2", "failed")
-    assert "SHA-256" in str(newest.status.failure)
-    assert [each.status.state for each in mended.versions] == ["ready", "available"]
+    assert (newest.version, newest.state) == ("2", "failed")
+    assert "SHA-256" in str(newest.failure)
+    assert [each.state for each in mended.versions] == ["ready", "available"]
 
 
 async def test_at_first_use_an_older_version_answers_for_a_broken_one(tmp_path: Path) -> None:
@@ -118,19 +117,19 @@ async def test_at_first_use_an_older_version_answers_for_a_broken_one(tmp_path: 
     weights.write_bytes(b"\0" * weights.stat().st_size)
     async with engine(tmp_path, max_batch_size=1) as e:
         assert (await e.predict([png()])).version == "1"
-        model = await e.models.one(NAME)
+        model = await e.model(NAME)
 
-    assert [each.status.state for each in model.versions] == ["failed", "ready"]
+    assert [each.state for each in model.versions] == ["failed", "ready"]
 
 
 async def test_a_changed_alias_takes_its_callers_along(tmp_path: Path) -> None:
     add_model(tmp_path, NAME, "2")
     async with engine(tmp_path, max_batch_size=1) as e:
-        await e.models.set_alias("production", f"{NAME}@1")
+        await e.set_alias("production", f"{NAME}@1")
         await e.predict([png()], model="production")
         async with callers(e, "production") as versions:
             await versions.more("1")
-            await e.models.set_alias("production", f"{NAME}@2")
+            await e.set_alias("production", f"{NAME}@2")
             await versions.more("2")
 
 
@@ -141,11 +140,11 @@ async def test_a_store_that_vanishes_takes_nothing_along_that_serves(tmp_path: P
         await e.predict([png()])
         async with callers(e) as versions:
             root.rename(elsewhere)
-            await e.models.refresh()
+            await e.refresh()
             await versions.more("1")
             with pytest.raises(WeightsUnavailable, match="can't be read"):
                 await e.predict([png()], model="pvt_v2_b0.other")
-            assert [(model.stored.id, model.status.state) for model in await e.models.all()] == [(NAME, "ready")]
+            assert [(model.id, model.state) for model in await e.models()] == [(NAME, "ready")]
             assert (await e.health()).ready
             elsewhere.rename(root)
             assert (await e.predict([png()], model="pvt_v2_b0.other")).version == "1"

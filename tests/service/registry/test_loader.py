@@ -40,14 +40,14 @@ def load_tiny(
     return load(stored, makers, Limits(1, max_batch_size, precision), PlanCache(cache) if cache else None)
 
 
-def pictures(count: int) -> list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
+def random_images(count: int) -> list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
     return list(np.random.default_rng(1).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
 
 
 def test_a_loaded_model_answers_each_image_as_if_it_were_alone(tmp_path: Path) -> None:
     add_model(tmp_path)
     executable = load_tiny(tmp_path)
-    images = pictures(executable.plan.largest)
+    images = random_images(executable.plan.largest)
 
     together = executable.run(0, images)
 
@@ -122,7 +122,7 @@ def test_a_backend_that_fails_gives_way_to_the_next_and_the_model_serves(tmp_pat
     with capture_logs() as logs:
         executable = load_tiny(tmp_path, backends=[Broken(1), TorchBackend(1)])
 
-    assert executable.run(0, pictures(1))
+    assert executable.run(0, random_images(1))
     assert executable.report.notes == ("torch failed: RuntimeError: can't compile Served for 32x32",)
     assert [line["event"] for line in logs] == ["backend_failed"]
 
@@ -136,7 +136,7 @@ def test_the_last_backends_failure_is_the_models(tmp_path: Path) -> None:
 
 def test_a_second_load_takes_plan_and_graphs_from_the_cache_and_answers_the_same(tmp_path: Path) -> None:
     add_model(tmp_path / "store")
-    images = pictures(1)
+    images = random_images(1)
     load_once = partial(load_tiny, tmp_path / "store", backends=[OpenVinoBackend(1)], cache=tmp_path / "cache")
 
     first, second = load_once(), load_once()
@@ -171,7 +171,7 @@ def test_a_cached_graph_that_the_backend_refuses_is_made_anew(tmp_path: Path) ->
         again = load_once(backends=[Refusing(1)])
 
     assert not again.report.cached
-    assert again.run(0, pictures(1))
+    assert again.run(0, random_images(1))
     assert [(line["event"], line["reason"]) for line in logs] == [
         ("plan_cache_ignored", "RuntimeError: made by another version")
     ]

@@ -17,7 +17,7 @@ def source() -> FakeSource:
 
 @pytest.fixture
 def registry(source: FakeSource) -> Registry[str]:
-    return Registry(source)
+    return Registry(source, source)
 
 
 async def use(registry: Registry[str], name: str) -> str:
@@ -39,10 +39,10 @@ async def settled() -> None:
 
 def state(registry: Registry[str], name: str) -> str:
     named = registry.named(name)
-    return named[1].state if named else "available"
+    return named.state if named else "available"
 
 
-async def test_nothing_is_loaded_before_it_is_asked_for(source: FakeSource, registry: Registry[str]) -> None:
+async def test_nothing_is_loaded_before_it_is_requested(source: FakeSource, registry: Registry[str]) -> None:
     assert registry.all() == []
     assert source.loads == []
 
@@ -50,7 +50,7 @@ async def test_nothing_is_loaded_before_it_is_asked_for(source: FakeSource, regi
 async def test_a_model_is_loaded_once_for_all_who_wait(source: FakeSource, registry: Registry[str]) -> None:
     waiting = [asyncio.create_task(use(registry, name)) for name in ("a", "alpha", "a@1") * 10]
     await begun(source)
-    assert [status.state for _, status in registry.all()] == ["loading"]
+    assert [status.state for status in registry.all()] == ["loading"]
 
     source.gate.set()
 
@@ -83,7 +83,7 @@ async def test_a_failed_load_is_an_answer_to_all_who_waited(source: FakeSource, 
 
     assert [str(each) for each in results] == ["a@1 is broken"] * 3
     assert source.loads == ["a@1"]
-    ((_, status),) = registry.all()
+    (status,) = registry.all()
     assert (status.state, str(status.failure)) == ("failed", "a@1 is broken")
 
 
@@ -107,14 +107,14 @@ async def test_an_older_version_answers_where_the_newest_fails(source: FakeSourc
     assert await use(registry, "alpha") == "a@1"
 
     assert source.loads == ["a@3", "a@2", "a@1"]
-    assert {stored.key: status.state for stored, status in registry.all()} == {
+    assert {status.stored.key: status.state for status in registry.all()} == {
         "a@3": "failed",
         "a@2": "failed",
         "a@1": "ready",
     }
 
 
-async def test_a_version_that_is_asked_for_by_number_has_no_substitute(
+async def test_a_version_that_is_requested_by_number_has_no_substitute(
     source: FakeSource, registry: Registry[str]
 ) -> None:
     source.versions["a"] = ["2", "1"]
@@ -125,7 +125,9 @@ async def test_a_version_that_is_asked_for_by_number_has_no_substitute(
         await use(registry, "a@2")
 
 
-async def test_a_caller_that_goes_leaves_the_load_to_the_others(source: FakeSource, registry: Registry[str]) -> None:
+async def test_a_caller_that_goes_does_not_stop_the_load_for_the_others(
+    source: FakeSource, registry: Registry[str]
+) -> None:
     going, staying = (asyncio.create_task(use(registry, "a")) for _ in range(2))
     await begun(source)
 
@@ -136,7 +138,9 @@ async def test_a_caller_that_goes_leaves_the_load_to_the_others(source: FakeSour
     assert await staying == "a@1"
 
 
-async def test_a_load_that_everybody_has_left_is_finished(source: FakeSource, registry: Registry[str]) -> None:
+async def test_a_load_that_no_caller_waits_for_any_more_is_finished(
+    source: FakeSource, registry: Registry[str]
+) -> None:
     going = asyncio.create_task(use(registry, "a"))
     await begun(source)
     going.cancel()
@@ -146,16 +150,16 @@ async def test_a_load_that_everybody_has_left_is_finished(source: FakeSource, re
     await settled()
 
     assert state(registry, "a") == "ready"
-    assert registry.all()[0][1].leases == 0
+    assert registry.all()[0].leases == 0
 
 
 async def test_a_lease_counts_for_as_long_as_it_lasts(source: FakeSource, registry: Registry[str]) -> None:
     source.gate.set()
 
     async with registry.lease("a"), registry.lease("alpha"):
-        assert registry.all()[0][1].leases == 2
+        assert registry.all()[0].leases == 2
 
-    assert registry.all()[0][1].leases == 0
+    assert registry.all()[0].leases == 0
 
 
 async def test_an_unknown_model_is_the_stores_to_refuse(registry: Registry[str]) -> None:
@@ -191,29 +195,33 @@ async def test_a_failure_keeps_nothing_of_those_who_waited_alive(source: FakeSou
     assert reference() is None
 
 
-async def test_who_would_not_wait_is_told_when_to_come_back(source: FakeSource, registry: Registry[str]) -> None:
-    with pytest.raises(ModelLoading, match=r"a is being loaded, which takes about 2\.0 s more") as told:
-        async with registry.lease("a", patience_seconds=0):
+async def test_a_caller_that_would_not_wait_learns_when_to_come_back(
+    source: FakeSource, registry: Registry[str]
+) -> None:
+    with pytest.raises(ModelLoading, match=r"a is being loaded, which takes about 2\.0 s more") as refused:
+        async with registry.lease("a", max_wait_seconds=0):
             pass
-    assert told.value.retry_after_seconds == pytest.approx(2.0, abs=0.1)
+    assert refused.value.retry_after_seconds == pytest.approx(2.0, abs=0.1)
 
     source.gate.set()
     await settled()
 
-    async with registry.lease("a", patience_seconds=0) as loaded:
+    async with registry.lease("a", max_wait_seconds=0) as loaded:
         assert loaded == "a@1"
 
 
-async def test_who_would_not_wait_is_told_of_what_failed_meanwhile(source: FakeSource, registry: Registry[str]) -> None:
+async def test_a_caller_that_would_not_wait_learns_what_failed_meanwhile(
+    source: FakeSource, registry: Registry[str]
+) -> None:
     source.broken.add("a@1")
     source.gate.set()
     with pytest.raises(ModelLoading):
-        async with registry.lease("a", patience_seconds=0):
+        async with registry.lease("a", max_wait_seconds=0):
             pass
     await settled()
 
     with pytest.raises(ModelLoadFailed, match="a@1 is broken"):
-        async with registry.lease("a", patience_seconds=0):
+        async with registry.lease("a", max_wait_seconds=0):
             pass
     assert source.loads == ["a@1"]
 
@@ -222,7 +230,7 @@ async def test_another_name_of_a_ready_model_waits_for_nothing(source: FakeSourc
     source.gate.set()
     await use(registry, "a")
 
-    async with registry.lease("alpha", patience_seconds=0) as loaded:
+    async with registry.lease("alpha", max_wait_seconds=0) as loaded:
         assert loaded == "a@1"
 
 
@@ -235,12 +243,12 @@ async def test_unloading_waits_for_those_who_use_it(source: FakeSource, registry
     await unloading
 
     assert source.in_memory == []
-    assert source.left_for == ["unloaded"]
+    assert source.unloaded_for == ["unloaded"]
     assert registry.all() == []
     assert await use(registry, "a") == "a@1"
 
 
-async def test_a_model_that_is_asked_for_while_it_is_being_unloaded_stays(
+async def test_a_model_that_is_requested_while_it_is_being_unloaded_stays(
     source: FakeSource, registry: Registry[str]
 ) -> None:
     source.gate.set()
@@ -254,7 +262,9 @@ async def test_a_model_that_is_asked_for_while_it_is_being_unloaded_stays(
     assert state(registry, "a") == "ready"
 
 
-async def test_what_is_on_its_way_out_is_loaded_anew(source: FakeSource, registry: Registry[str]) -> None:
+async def test_a_model_that_is_requested_while_it_is_being_freed_is_loaded_anew(
+    source: FakeSource, registry: Registry[str]
+) -> None:
     source.gate.set()
     await use(registry, "a")
     source.closing.clear()
@@ -317,7 +327,7 @@ async def test_what_can_not_be_loaded_is_not_pinned(source: FakeSource, registry
 
     await use(registry, "a")
 
-    assert not registry.all()[0][1].pinned
+    assert not registry.all()[0].pinned
 
 
 async def test_a_pin_that_is_given_up_takes_no_other_along(source: FakeSource, registry: Registry[str]) -> None:
@@ -328,9 +338,9 @@ async def test_a_pin_that_is_given_up_takes_no_other_along(source: FakeSource, r
     source.gate.set()
     await second
 
-    assert registry.all()[0][1].pinned
+    assert registry.all()[0].pinned
     registry.unpin("a")
-    assert not registry.all()[0][1].pinned
+    assert not registry.all()[0].pinned
 
 
 async def test_an_unpin_ends_pins_that_are_still_under_way_too(source: FakeSource, registry: Registry[str]) -> None:
@@ -340,12 +350,12 @@ async def test_an_unpin_ends_pins_that_are_still_under_way_too(source: FakeSourc
     source.gate.set()
     await asyncio.gather(*pins)
 
-    assert not registry.all()[0][1].pinned
+    assert not registry.all()[0].pinned
     await registry.pin("a")
-    assert registry.all()[0][1].pinned
+    assert registry.all()[0].pinned
 
 
-async def test_a_version_whose_weights_are_not_there_leaves_the_one_before_it_serving() -> None:
+async def test_where_a_versions_weights_are_missing_the_version_before_it_serves() -> None:
     class Missing(FakeSource):
         async def load(self, stored: StoredModel) -> str:
             if stored.version != "1":
@@ -355,7 +365,7 @@ async def test_a_version_whose_weights_are_not_there_leaves_the_one_before_it_se
     source = Missing()
     source.versions = {"a": ["3", "2", "1"]}
     source.gate.set()
-    registry = Registry(source)
+    registry = Registry(source, source)
 
     assert await use(registry, "a") == "a@1"
     with pytest.raises(WeightsUnavailable, match="of a@3"):
@@ -376,7 +386,7 @@ async def test_a_pin_that_comes_while_an_unload_waits_keeps_its_model() -> None:
 
     source = OneSlow()
     source.versions = {"a": ["2", "1"]}
-    registry = Registry(source)
+    registry = Registry(source, source)
     slow = asyncio.create_task(use(registry, "a@2"))
     await begun(source)
     assert await use(registry, "a@1") == "a@1"

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from service.errors import ServiceError
-from service.eviction import Budget
+from service.options import Budget
 from service.registry.registry import Registry
 from tests.service.registry.fakes import FakeSource, VirtualLoop
 
-BUDGET = Budget(bytes=10, min_residency_seconds=3, patience_seconds=5)
+BUDGET = Budget(bytes=10, min_residency_seconds=3, max_wait_seconds=5)
 SIZES = {"a": 3, "b": 4, "c": 5, "d": 8, "e": 11}
 NAMES = st.sampled_from([*SIZES, "alpha", "a@1"])
 
@@ -28,7 +28,7 @@ class RegistryMachine(RuleBasedStateMachine):
         self.source = FakeSource()
         self.source.versions = {id_: ["1"] for id_ in SIZES}
         self.source.sizes = SIZES
-        self.registry = Registry(self.source, BUDGET)
+        self.registry = Registry(self.source, self.source, BUDGET)
         self.holding: list[tuple[str, AbstractAsyncContextManager[str]]] = []
         self.waiting: dict[asyncio.Task[None], None] = {}
         self.managing: dict[asyncio.Task[None], None] = {}
@@ -41,7 +41,7 @@ class RegistryMachine(RuleBasedStateMachine):
                 await work()
             for _ in range(30):
                 await asyncio.sleep(0)
-            self.leases = {stored.key: status.leases for stored, status in self.registry.all() if status.loaded}
+            self.leases = {status.stored.key: status.leases for status in self.registry.all() if status.loaded}
 
         self.loop.run_until_complete(main())
 
@@ -51,7 +51,7 @@ class RegistryMachine(RuleBasedStateMachine):
                 await work
             except ServiceError:
                 pass
-            except Exception as error:  # noqa: BLE001  the invariant tells
+            except Exception as error:  # noqa: BLE001  the invariant shows it
                 self.unexpected.append(error)
 
         async def start() -> None:
@@ -61,10 +61,10 @@ class RegistryMachine(RuleBasedStateMachine):
 
         self.run(start)
 
-    @rule(name=NAMES, patience=st.sampled_from([None, None, 0.0, 1.0]))
-    def ask(self, name: str, patience: float | None) -> None:
+    @rule(name=NAMES, max_wait_seconds=st.sampled_from([None, None, 0.0, 1.0]))
+    def ask(self, name: str, max_wait_seconds: float | None) -> None:
         async def work() -> None:
-            lease = self.registry.lease(name, patience)
+            lease = self.registry.lease(name, max_wait_seconds)
             self.holding.append((await lease.__aenter__(), lease))
 
         self.begin(self.waiting, work())

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from service.errors import ModelLoadFailed
-from service.eviction import Budget
+from service.options import Budget
 from service.registry.registry import Registry
 from tests.service.registry.fakes import FakeSource
 from tests.service.registry.test_registry import begun, settled, state, use
@@ -22,7 +22,7 @@ async def source() -> FakeSource:
 @pytest.fixture
 async def registry(source: FakeSource) -> Registry[str]:
     """Has loaded `a` in version 1, by two names."""
-    registry = Registry(source)
+    registry = Registry(source, source)
     for name in ("a", "alpha"):
         await use(registry, name)
     return registry
@@ -36,17 +36,17 @@ async def test_while_a_new_version_is_loaded_the_old_one_answers_and_nobody_wait
     refreshing = asyncio.create_task(registry.refresh())
     await begun(source, 2)
 
-    async with registry.lease("a", patience_seconds=0) as before:
+    async with registry.lease("a", max_wait_seconds=0) as before:
         source.gate.set()
         await refreshing
-        async with registry.lease("a", patience_seconds=0) as after:
+        async with registry.lease("a", max_wait_seconds=0) as after:
             assert (before, after) == ("a@1", "a@2")
         await settled()
         assert sorted(source.in_memory) == ["a@1", "a@2"]  # it is still used
     await settled()
 
     assert source.in_memory == ["a@2"]
-    assert source.left_for == ["replaced"]
+    assert source.unloaded_for == ["replaced"]
     assert await use(registry, "alpha") == "a@2"
     assert source.loads == ["a@1", "a@2"]
 
@@ -61,7 +61,7 @@ async def test_a_new_version_that_fails_leaves_the_old_one_serving_and_is_not_tr
 
     assert await use(registry, "a") == "a@1"
     assert source.loads == ["a@1", "a@2"]
-    assert {stored.key: str(status.failure) for stored, status in registry.all() if status.failure} == {
+    assert {status.stored.key: str(status.failure) for status in registry.all() if status.failure} == {
         "a@2": "a@2 is broken"
     }
 
@@ -80,7 +80,7 @@ async def test_a_version_that_failed_is_tried_again_when_its_files_change_or_it_
     await registry.refresh(again=again)
 
     assert await use(registry, "a") == "a@2"
-    assert [status.state for _, status in registry.all()] == ["ready"]
+    assert [status.state for status in registry.all()] == ["ready"]
 
 
 async def test_of_several_new_versions_the_newest_that_can_be_loaded_serves(
@@ -159,7 +159,7 @@ async def test_a_model_that_was_unloaded_meanwhile_does_not_come_back(
 
 
 async def test_a_new_version_without_room_beside_the_old_one_leaves_that_serving(source: FakeSource) -> None:
-    registry = Registry(source, Budget(bytes=3_000_000, patience_seconds=0))
+    registry = Registry(source, source, Budget(bytes=3_000_000, max_wait_seconds=0))
     source.sizes["a"] = 2_000_000
     await use(registry, "a")
     source.versions["a"] = ["2", "1"]
@@ -167,7 +167,7 @@ async def test_a_new_version_without_room_beside_the_old_one_leaves_that_serving
     await registry.refresh()
 
     assert await use(registry, "a") == "a@1"
-    failures = [str(status.failure) for _, status in registry.all() if status.failure]
+    failures = [str(status.failure) for status in registry.all() if status.failure]
     assert len(failures) == 1
     assert failures[0].startswith("a@2 needs 2 MB, PVT_MEMORY_BUDGET_MB allows 3 MB and 2 MB are taken")
     assert "(a@1 2 MB in use)" in failures[0]
@@ -178,7 +178,7 @@ async def test_a_pin_stays_with_the_name(source: FakeSource, registry: Registry[
     source.versions["a"] = ["2", "1"]
     await registry.refresh()
 
-    assert {stored.key: status.pinned for stored, status in registry.all()} == {"a@2": True}
+    assert {status.stored.key: status.pinned for status in registry.all()} == {"a@2": True}
 
 
 async def test_a_request_that_finds_the_newest_version_broken_does_not_try_it_again_while_an_older_one_serves(

@@ -1,4 +1,4 @@
-"""A newest version that turns out to be wrong when it is loaded leaves the one before it serving."""
+"""Where the newest version turns out to be wrong when it is loaded, the version before it serves."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.service.stores import add_model
 TINY = "pvt_v2_b0.tiny"
 
 
-async def test_a_newest_version_that_fails_its_golden_outputs_is_passed_over_and_told_of(tmp_path: Path) -> None:
+async def test_a_newest_version_that_fails_its_golden_outputs_is_passed_over_and_reported(tmp_path: Path) -> None:
     first = add_model(tmp_path, TINY)
     second = first.parent / "2"
     shutil.copytree(first, second)
@@ -33,8 +33,8 @@ async def test_a_newest_version_that_fails_its_golden_outputs_is_passed_over_and
         answered = await engine.predict([png()])
         with pytest.raises(ReferenceInvalid):
             await engine.predict([png()], model=f"{TINY}@2")
-        status = await engine.models.one(TINY)
+        status = await engine.model(TINY)
 
     assert (answered.model, answered.version) == (TINY, "1")
-    assert [(each.stored.version, each.status.state) for each in status.versions] == [("2", "failed"), ("1", "ready")]
-    assert isinstance(status.versions[0].status.failure, ReferenceInvalid)
+    assert [(each.version, each.state) for each in status.versions] == [("2", "failed"), ("1", "ready")]
+    assert isinstance(status.versions[0].failure, ReferenceInvalid)

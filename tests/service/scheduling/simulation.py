@@ -1,14 +1,13 @@
 """A machine in simulated time: the dispatcher with jobs that take what its plans say, and not a real second."""
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from math import inf
 
 from service.execution.plan import BatchPlan
-from service.scheduling.dispatcher import Dispatcher
-from service.scheduling.lanes import Call, Completed, Decoding, Lane, Outcome, Running
+from service.scheduling.dispatcher import Call, Completed, Decoding, Dispatcher, Lane, Outcome, Running
 
 
 class Seen:
@@ -36,7 +35,7 @@ def make_lane(name: str, plan: BatchPlan, capacity: int = 10_000) -> Lane[int, i
 
 @dataclass(eq=False)
 class Sent:
-    """A picture that was sent at a time, and when and how it ended."""
+    """An image that was sent at a time, and when and how it ended."""
 
     at: float
     ended: float = inf
@@ -62,18 +61,21 @@ class Simulation:
         self.dispatcher = Dispatcher[int, int, int](self.instances, self.decoders, Seen())
         self._events: list[tuple[float, int, Decoding[int, int, int] | Running[int, int, int]]] = []
         self._turn = count()
+        self._sent: dict[Call[int, int, int], Sent] = {}
 
     def lane(self, name: str, plan: BatchPlan, capacity: int = 10_000) -> Lane[int, int, int]:
         made = make_lane(name, plan, capacity)
-        self.dispatcher.places.lanes.append(made)
+        self.dispatcher.lanes.append(made)
         return made
 
     def send(self, lane: Lane[int, int, int], images: int = 1, deadline: float = inf) -> list[Sent]:
         """Raises what admission raises."""
-        self.dispatcher.places.take(lane, images, self.now, deadline)
+        self.dispatcher.admit(lane, images, self.now, deadline)
         sent = [Sent(self.now) for _ in range(images)]
         for each in sent:
-            self.dispatcher.add(Call(lane, 1, self._ender(lane, each)), self.now)
+            call = Call(lane, 1)
+            self._sent[call] = each
+            self.dispatcher.add(call, self.now)
         self._begin()
         return sent
 
@@ -86,18 +88,13 @@ class Simulation:
             else:
                 self.dispatcher.ran(job, double(0, job.payloads(), alone=False), self.now)
             for call, outcome in self.dispatcher.take_ended():
-                call.end(outcome)
+                assert isinstance(outcome, Completed)
+                sent = self._sent.pop(call)
+                sent.ended, sent.outcome = self.now, outcome
+                call.lane.admitted -= 1
             self._begin()
         if until < inf:
             self.now = until
-
-    def _ender(self, lane: Lane[int, int, int], sent: Sent) -> Callable[[Outcome[int]], None]:
-        def end(outcome: Outcome[int]) -> None:
-            assert isinstance(outcome, Completed)
-            sent.ended, sent.outcome = self.now, outcome
-            self.dispatcher.places.give_back(lane, 1)
-
-        return end
 
     def _begin(self) -> None:
         while isinstance(job := self.dispatcher.next_job(self.now), Decoding | Running):

@@ -6,9 +6,8 @@ from hypothesis import strategies as st
 
 from service.errors import DeadlineExceeded, InvalidRequest, QueueFull, ShuttingDown
 from service.execution.plan import BatchPlan
-from service.scheduling.admission import Admission
-from service.scheduling.lanes import Lane
-from tests.service.scheduling.simulation import Simulation, make_lane
+from service.scheduling.dispatcher import Dispatcher, Lane
+from tests.service.scheduling.simulation import Seen, Simulation, make_lane
 
 ONE = BatchPlan({1: 1.0})
 PLANS = st.sampled_from(
@@ -16,19 +15,19 @@ PLANS = st.sampled_from(
 )
 
 
-def places(instances: int, *lanes: Lane[int, int, int]) -> Admission:
-    admission = Admission(instances)
-    admission.lanes.extend(lanes)
-    return admission
+def board(instances: int, *lanes: Lane[int, int, int]) -> Dispatcher[int, int, int]:
+    dispatcher = Dispatcher[int, int, int](instances, 1, Seen())
+    dispatcher.lanes.extend(lanes)
+    return dispatcher
 
 
 def test_a_full_lane_refuses_at_once_and_says_when_to_come_back() -> None:
     lane = make_lane("m", BatchPlan({1: 1.0, 8: 1.6}), capacity=8)
-    admission = places(2, lane)
-    admission.take(lane, 6, 0.0)
+    dispatcher = board(2, lane)
+    dispatcher.admit(lane, 6, 0.0)
 
     with pytest.raises(QueueFull, match="6 images wait for 'm' and PVT_QUEUE_SIZE allows 8; 3 more") as refused:
-        admission.take(lane, 3, 0.0)
+        dispatcher.admit(lane, 3, 0.0)
 
     assert refused.value.retry_after_seconds == pytest.approx(6 * (1.6 / 8) / 2)
     assert lane.admitted == 6
@@ -36,11 +35,11 @@ def test_a_full_lane_refuses_at_once_and_says_when_to_come_back() -> None:
 
 def test_places_that_are_given_back_can_be_taken_again() -> None:
     lane = make_lane("m", ONE, capacity=3)
-    admission = places(1, lane)
-    admission.take(lane, 3, 0.0)
+    dispatcher = board(1, lane)
+    dispatcher.admit(lane, 3, 0.0)
 
-    admission.give_back(lane, 2)
-    admission.take(lane, 2, 0.0)
+    lane.admitted -= 2
+    dispatcher.admit(lane, 2, 0.0)
 
     assert lane.admitted == 3
 
@@ -49,25 +48,25 @@ def test_a_request_larger_than_the_queue_is_refused_for_good() -> None:
     lane = make_lane("m", ONE, capacity=4)
 
     with pytest.raises(InvalidRequest, match="5 images in one request; PVT_QUEUE_SIZE allows 4"):
-        places(1, lane).take(lane, 5, 0.0)
+        board(1, lane).admit(lane, 5, 0.0)
 
 
 def test_a_closed_door_takes_nobody() -> None:
     lane = make_lane("m", ONE)
-    admission = places(1, lane)
-    admission.closed = True
+    dispatcher = board(1, lane)
+    dispatcher.close()
 
     with pytest.raises(ShuttingDown):
-        admission.take(lane, 1, 0.0)
+        dispatcher.admit(lane, 1, 0.0)
 
 
 def test_a_deadline_that_the_queue_makes_hopeless_is_refused_with_the_estimate_and_what_to_do() -> None:
     lane = make_lane("m", ONE)
-    admission = places(2, lane)
-    admission.take(lane, 41, 100.0)
+    dispatcher = board(2, lane)
+    dispatcher.admit(lane, 41, 100.0)
 
     with pytest.raises(DeadlineExceeded) as refused:
-        admission.take(lane, 1, 100.0, deadline=105.0)
+        dispatcher.admit(lane, 1, 100.0, deadline=105.0)
 
     assert str(refused.value) == (
         "41 images wait for 'm' already: at the measured speed an answer is 21 s away or more, and 5 s are left; "
@@ -78,10 +77,10 @@ def test_a_deadline_that_the_queue_makes_hopeless_is_refused_with_the_estimate_a
 
 def test_a_deadline_that_only_a_faster_machine_could_meet_is_taken() -> None:
     lane = make_lane("m", ONE)
-    admission = places(2, lane)
-    admission.take(lane, 41, 0.0)
+    dispatcher = board(2, lane)
+    dispatcher.admit(lane, 41, 0.0)
 
-    admission.take(lane, 1, 0.0, deadline=10.5)
+    dispatcher.admit(lane, 1, 0.0, deadline=10.5)
 
     assert lane.admitted == 42
 
@@ -90,19 +89,19 @@ def test_a_deadline_that_only_a_faster_machine_could_meet_is_taken() -> None:
 def test_an_idle_service_refuses_no_deadline(images: int, seconds: float) -> None:
     lane, other = make_lane("m", BatchPlan({1: 10.0})), make_lane("other", ONE)
 
-    places(1, lane, other).take(lane, images, 50.0, deadline=50.0 + seconds)
+    board(1, lane, other).admit(lane, images, 50.0, deadline=50.0 + seconds)
 
     assert lane.admitted == images
 
 
 def test_what_waits_for_another_model_lengthens_retry_after_as_far_as_it_gets_its_turn_first() -> None:
     lane, flood, few = make_lane("m", ONE), make_lane("flood", ONE), make_lane("few", ONE)
-    admission = places(1, lane, flood, few)
-    admission.take(flood, 1000, 0.0)
-    admission.take(few, 2, 0.0)
-    admission.take(lane, 9, 0.0)
+    dispatcher = board(1, lane, flood, few)
+    dispatcher.admit(flood, 1000, 0.0)
+    dispatcher.admit(few, 2, 0.0)
+    dispatcher.admit(lane, 9, 0.0)
 
-    assert admission.seconds_until_empty(lane) == 9 + 9 + 2
+    assert dispatcher.seconds_until_empty(lane) == 9 + 9 + 2
 
 
 @settings(deadline=None)
@@ -125,12 +124,12 @@ def test_what_is_refused_for_its_deadline_would_have_been_late_even_on_a_faster_
     simulation.run(until=after)
     deadline = simulation.now + allowed
     try:
-        simulation.dispatcher.places.take(lanes[0], images, simulation.now, deadline)
+        simulation.dispatcher.admit(lanes[0], images, simulation.now, deadline)
     except DeadlineExceeded:
         refused = True
     else:
         refused = False
-        simulation.dispatcher.places.give_back(lanes[0], images)
+        lanes[0].admitted -= images
 
     sent = simulation.send(lanes[0], images)
     simulation.run()
@@ -147,7 +146,7 @@ def test_who_comes_back_after_retry_after_finds_the_queue_worked_off(
     simulation = Simulation(instances, decoders=4)
     lanes = [simulation.lane(str(i), plan) for i, (plan, _) in enumerate(load)]
     sent = [simulation.send(lane, waiting) for lane, (_, waiting) in zip(lanes, load, strict=True)]
-    promised = simulation.dispatcher.places.seconds_until_empty(lanes[0])
+    promised = simulation.dispatcher.seconds_until_empty(lanes[0])
 
     simulation.run()
 

@@ -5,8 +5,7 @@ import pytest
 
 from service.errors import DeadlineExceeded, OutOfMemory, ShuttingDown
 from service.execution.plan import BatchPlan
-from service.scheduling.dispatcher import Dispatcher
-from service.scheduling.lanes import Call, Completed, Decoding, Lane, Outcome, Running
+from service.scheduling.dispatcher import Call, Completed, Decoding, Dispatcher, Lane, Outcome, Running
 from tests.service.scheduling.simulation import Seen, Simulation, make_lane
 
 PLAN = BatchPlan({1: 1.0, 2: 1.1, 4: 1.2, 8: 1.4})
@@ -16,13 +15,13 @@ Board = Dispatcher[int, int, int]
 def board(instances: int = 1, decoders: int = 1, seen: Seen | None = None, **options: Any) -> tuple[Board, Any]:
     dispatcher = Board(instances, decoders, seen or Seen(), **options)
     lane = make_lane("m", PLAN)
-    dispatcher.places.lanes.append(lane)
+    dispatcher.lanes.append(lane)
     return dispatcher, lane
 
 
 def call(dispatcher: Board, lane: Lane[int, int, int], source: int, now: float = 0.0, **times: float) -> Any:
-    dispatcher.places.take(lane, 1, now)
-    made = Call[int, int, int](lane, source, lambda _: None)
+    dispatcher.admit(lane, 1, now)
+    made = Call[int, int, int](lane, source)
     dispatcher.add(made, now, **times)
     return made
 
@@ -48,7 +47,7 @@ def decoded(dispatcher: Board, *calls: Any) -> None:
 
 
 def busy_board(**options: Any) -> tuple[Board, Any, Running[int, int, int]]:
-    """An instance that runs the picture 0, so that what comes waits."""
+    """An instance that runs the image 0, so that what comes waits."""
     dispatcher, lane = board(**options)
     decoded(dispatcher, call(dispatcher, lane, 0))
     return dispatcher, lane, running(dispatcher)
@@ -58,7 +57,7 @@ def outcomes(dispatcher: Board) -> dict[int, Outcome[int]]:
     return {each.source: outcome for each, outcome in dispatcher.take_ended()}
 
 
-def test_a_picture_is_decoded_and_runs_and_its_end_is_told_once() -> None:
+def test_an_image_is_decoded_and_runs_and_its_end_is_told_once() -> None:
     dispatcher, lane = board()
     call(dispatcher, lane, 3, now=10.0)
 
@@ -93,7 +92,7 @@ def test_no_more_is_decoded_at_once_than_there_are_decoders() -> None:
     assert not dispatcher.has_work()
 
 
-def test_a_lone_picture_runs_alone() -> None:
+def test_a_lone_image_runs_alone() -> None:
     dispatcher, lane = board(instances=2)
     decoded(dispatcher, call(dispatcher, lane, 1))
 
@@ -104,18 +103,18 @@ def test_a_lone_picture_runs_alone() -> None:
 def test_with_another_anywhere_in_the_scheduler_nobody_is_alone(stage: str) -> None:
     dispatcher, lane = board(instances=2, decoders=2)
     other = make_lane("other", PLAN)
-    dispatcher.places.lanes.append(other)
+    dispatcher.lanes.append(other)
     if stage == "running":
         decoded(dispatcher, call(dispatcher, other, 9))
         other_job = running(dispatcher)
         assert other_job.release.alone
         dispatcher.abandon(other_job.part[0])
-        dispatcher.places.give_back(other, 1)  # its caller has gone, and yet it runs
+        other.admitted -= 1  # its caller has gone, and yet it runs
     first = call(dispatcher, lane, 1)
     if stage == "admitted":
-        dispatcher.places.take(other, 1, 0.0)
+        dispatcher.admit(other, 1, 0.0)
     if stage in {"to decode", "decoding"}:
-        dispatcher.add(Call(other, 9, lambda _: None), 0.0)
+        dispatcher.add(Call(other, 9), 0.0)
         first_decode, *_ = [dispatcher.next_job(0.0) for _ in range(1 if stage == "to decode" else 2)]
         assert isinstance(first_decode, Decoding)
         dispatcher.decoded(first_decode, first.source, 0.0)
@@ -130,14 +129,14 @@ def test_a_batch_of_several_is_not_alone() -> None:
     calls = [call(dispatcher, lane, source) for source in (1, 2)]
     decoded(dispatcher, *calls)
     dispatcher.ran(first, [0], 1.0)
-    dispatcher.places.give_back(lane, 2)
+    lane.admitted -= 2
 
     job = running(dispatcher)
     assert (len(job.part), job.release.alone) == (2, False)
 
 
 @pytest.mark.parametrize("when", ["to decode", "decoding", "waiting"])
-def test_a_picture_whose_caller_has_gone_never_runs(when: str) -> None:
+def test_an_image_whose_caller_has_gone_never_runs(when: str) -> None:
     seen = Seen()
     dispatcher, lane, first = busy_board(seen=seen)
     gone = call(dispatcher, lane, 1)
@@ -172,7 +171,7 @@ def test_a_caller_that_goes_while_its_batch_runs_harms_nobody_and_is_counted() -
 
 
 @pytest.mark.parametrize("decoded_before", [False, True])
-def test_a_picture_whose_time_runs_out_while_it_waits_costs_nothing_more(decoded_before: bool) -> None:
+def test_an_image_whose_time_runs_out_while_it_waits_costs_nothing_more(decoded_before: bool) -> None:
     seen = Seen()
     dispatcher, lane, first = busy_board(seen=seen)
     late = call(dispatcher, lane, 1, deadline=5.0)
@@ -186,7 +185,7 @@ def test_a_picture_whose_time_runs_out_while_it_waits_costs_nothing_more(decoded
     assert seen.cancellations == ["queue" if decoded_before else "decode"]
 
 
-def test_a_picture_that_can_not_be_decoded_fails_alone() -> None:
+def test_an_image_that_can_not_be_decoded_fails_alone() -> None:
     dispatcher, lane = board(decoders=2)
     call(dispatcher, lane, 1)
     call(dispatcher, lane, 2)
@@ -194,7 +193,7 @@ def test_a_picture_that_can_not_be_decoded_fails_alone() -> None:
     assert isinstance(bad, Decoding)
     assert isinstance(good, Decoding)
 
-    dispatcher.decoded(bad, ValueError("no picture"), 0.0)
+    dispatcher.decoded(bad, ValueError("no image"), 0.0)
     dispatcher.decoded(good, 2, 0.0)
     dispatcher.ran(running(dispatcher), [4], 0.0)
 
@@ -215,7 +214,7 @@ def bisect(
     return parts
 
 
-def test_a_poisoned_picture_fails_alone() -> None:
+def test_a_poisoned_image_fails_alone() -> None:
     dispatcher, lane, first = busy_board()
     decoded(dispatcher, *(call(dispatcher, lane, source) for source in range(1, 9)))
     dispatcher.ran(first, [0], 1.0)
@@ -271,7 +270,7 @@ def test_giving_up_ends_whatever_is_there() -> None:
     assert isinstance(job, Decoding)
     assert job.call is decoding
 
-    dispatcher.give_up()
+    dispatcher.end_all()
     ended = outcomes(dispatcher)
     dispatcher.decoded(job, 2, 1.0)
     dispatcher.ran(first, [0], 1.0)
@@ -295,7 +294,7 @@ def test_with_a_delay_it_says_when_to_ask_again_and_closing_waits_no_longer() ->
 def test_decoding_is_shared_fairly_among_models_by_what_it_takes() -> None:
     dispatcher, large = board()
     small = make_lane("small", PLAN)
-    dispatcher.places.lanes.append(small)
+    dispatcher.lanes.append(small)
     for source in range(100):
         call(dispatcher, large, source)
         call(dispatcher, small, source)
@@ -328,7 +327,7 @@ def test_a_trickle_beside_a_flood_waits_for_what_has_begun_and_no_longer(decoder
 
     own, begun = 0.3 + 0.5, 0.3 + 3.6
     assert max(each.seconds for each in sent) <= own + begun
-    assert simulation.dispatcher.stats().waiting["flood"] + len(flood.sources.waiting) > 0
+    assert len(flood.payloads.waiting) + len(flood.sources.waiting) > 0
 
 
 def test_what_it_does_can_be_looked_at() -> None:

@@ -10,8 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from service.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, QueueFull
 from service.execution.plan import BatchPlan
-from service.scheduling.dispatcher import Dispatcher
-from service.scheduling.lanes import Call, Completed, Decoding, Lane, Outcome, Running
+from service.scheduling.dispatcher import Call, Completed, Decoding, Dispatcher, Lane, Outcome, Running
 from tests.service.scheduling.simulation import Seen, make_lane
 
 PLANS = st.builds(
@@ -23,7 +22,7 @@ FATES = st.sampled_from(["good", "good", "good", "undecodable", "poisoned"])
 
 
 @dataclass(eq=False)
-class Picture:
+class TrackedImage:
     """What is known of one call from outside."""
 
     call: Call[Any, Any, Any]
@@ -43,13 +42,13 @@ class Picture:
 @dataclass(eq=False)
 class Request:
     lane: Lane[Any, Any, Any]
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[TrackedImage] = field(default_factory=list)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests come, callers go, jobs end, in any order; whatever changes, the dispatcher is asked for jobs."""
 
-    pictures = Bundle("pictures")
+    images = Bundle("images")
 
     @initialize(
         instances=st.integers(1, 3),
@@ -62,26 +61,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.instances, self.decoders, self.memory = instances, decoders, memory
         self.seen = Seen()
-        self.dispatcher = Dispatcher[Picture, Picture, Picture](instances, decoders, self.seen)
+        self.dispatcher = Dispatcher[Any, Any, Any](instances, decoders, self.seen)
         self.lanes = [make_lane(str(i), plan, capacity) for i, plan in enumerate(plans)]
-        self.dispatcher.places.lanes.extend(self.lanes)
+        self.dispatcher.lanes.extend(self.lanes)
         self.longest = max(plan.time(size) for plan in plans for size in plan.sizes)
         self.open: list[Request] = []
         self.decoding: list[Decoding[Any, Any, Any]] = []
         self.running: dict[int, Running[Any, Any, Any]] = {}
-        self.decoded: dict[Any, list[Picture]] = {lane: [] for lane in self.lanes}
+        self.decoded: dict[Any, list[TrackedImage]] = {lane: [] for lane in self.lanes}
 
     @rule(
-        target=pictures,
+        target=images,
         which=st.integers(0, 2),
         fates=st.lists(FATES, min_size=1, max_size=6),
         allowed=st.floats(0.1, 20.0) | st.just(inf),
     )
     def request(self, which: int, fates: list[str], allowed: float) -> Any:
         lane, deadline = self.lanes[which % len(self.lanes)], self.now + allowed
-        before, idle = lane.admitted, not self.dispatcher.places.admitted
+        before, idle = lane.admitted, not self.dispatcher.admitted
         try:
-            self.dispatcher.places.take(lane, len(fates), self.now, deadline)
+            self.dispatcher.admit(lane, len(fates), self.now, deadline)
         except InvalidRequest:
             assert len(fates) > lane.capacity
             return multiple()
@@ -93,25 +92,25 @@ class SchedulerMachine(RuleBasedStateMachine):
             return multiple()
         made = Request(lane)
         for fate in fates:
-            call = Call[Any, Any, Any](lane, None, lambda _: None)
-            picture = Picture(call, made, fate, deadline)
-            call.source = picture
-            made.pictures.append(picture)
+            call = Call[Any, Any, Any](lane, None)
+            image = TrackedImage(call, made, fate, deadline)
+            call.source = image
+            made.images.append(image)
             self.dispatcher.add(call, self.now, deadline)
         self.open.append(made)
         self.changed()
-        return multiple(*made.pictures)
+        return multiple(*made.images)
 
-    @rule(picture=consumes(pictures))
-    def caller_goes(self, picture: Picture) -> None:
+    @rule(image=consumes(images))
+    def caller_goes(self, image: TrackedImage) -> None:
         counted = len(self.seen.cancellations)
-        if picture.over:
-            self.dispatcher.abandon(picture.call)
+        if image.over:
+            self.dispatcher.abandon(image.call)
             assert len(self.seen.cancellations) == counted
             return
-        self.dispatcher.abandon(picture.call)
+        self.dispatcher.abandon(image.call)
         assert len(self.seen.cancellations) == counted + 1
-        picture.gone = True
+        image.gone = True
         self.changed()
 
     @rule(seconds=st.floats(0.01, 5.0))
@@ -128,11 +127,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def end(self, job: Any) -> None:
         if isinstance(job, Decoding):
             self.decoding.remove(job)
-            picture = job.call.source
-            bad = picture.fate == "undecodable"
-            if not bad and not picture.over:
-                self.decoded[job.call.lane].append(picture)
-            self.dispatcher.decoded(job, ValueError("undecodable") if bad else picture, self.now)
+            image = job.call.source
+            bad = image.fate == "undecodable"
+            if not bad and not image.over:
+                self.decoded[job.call.lane].append(image)
+            self.dispatcher.decoded(job, ValueError("undecodable") if bad else image, self.now)
         else:
             self.dispatcher.ran(job, self.results(job), self.now)
             if job.part:
@@ -145,7 +144,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         part = job.payloads()
         if len(part) > self.memory:
             return OutOfMemory("too many")
-        if any(picture.fate == "poisoned" for picture in part):
+        if any(image.fate == "poisoned" for image in part):
             return ValueError("poisoned")
         return part
 
@@ -155,21 +154,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             call.source.runs += 1
 
     def changed(self) -> None:
-        """What the threads do: take every job there is, and tell what ended."""
+        """What the threads do: take every job there is, and settle what ended."""
         while isinstance(job := self.dispatcher.next_job(self.now), Decoding | Running):
             if isinstance(job, Decoding):
                 self.begin_decoding(job)
             else:
                 self.begin_running(job)
         assert job is None, "without a delay nothing is held back"
-        self.tell()
+        self.settle()
 
     def begin_decoding(self, job: Decoding[Any, Any, Any]) -> None:
-        picture = job.call.source
-        assert not picture.over, "ended or abandoned work was decoded"
-        assert picture.deadline > self.now
-        picture.decodes += 1
-        assert picture.decodes == 1
+        image = job.call.source
+        assert not image.over, "ended or abandoned work was decoded"
+        assert image.deadline > self.now
+        image.decodes += 1
+        assert image.decodes == 1
         self.decoding.append(job)
         assert len(self.decoding) <= self.decoders
 
@@ -178,23 +177,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert instance not in self.running
         assert 0 <= instance < self.instances
         assert 1 <= len(job.part) <= lane.plan.largest
-        there = [picture for request in self.open for picture in request.pictures if not picture.over]
+        there = [image for request in self.open for image in request.images if not image.over]
         assert job.release.alone <= (len(there) == 1 and not self.running and not self.decoding)
-        # Within a model pictures run in the order in which they were decoded; those that ended meanwhile are left out.
-        queue = [picture for picture in self.decoded[lane] if not picture.over and not picture.runs]
+        # Within a model images run in the order in which they were decoded; those that ended meanwhile are left out.
+        queue = [image for image in self.decoded[lane] if not image.over and not image.runs]
         assert [call.source for call in job.part] == queue[: len(job.part)]
         assert all(call.source.deadline > self.now for call in job.part)
         self.running[instance] = job
         self.note_run(job)
 
-    def tell(self) -> None:
+    def settle(self) -> None:
         for call, outcome in self.dispatcher.take_ended():
-            picture = call.source
-            assert not picture.over, "ended twice, or told to a caller that has gone"
-            picture.outcomes.append(outcome)
-        for request in [request for request in self.open if all(picture.over for picture in request.pictures)]:
+            image = call.source
+            assert not image.over, "ended twice, or after its caller had gone"
+            image.outcomes.append(outcome)
+        for request in [request for request in self.open if all(image.over for image in request.images)]:
             self.open.remove(request)
-            self.dispatcher.places.give_back(request.lane, len(request.pictures))
+            request.lane.admitted -= len(request.images)
 
     @invariant()
     def no_slot_is_idle_while_its_work_waits(self) -> None:
@@ -207,7 +206,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def places_are_bounded_and_given_back(self) -> None:
         for lane in self.lanes:
-            taken = sum(len(request.pictures) for request in self.open if request.lane is lane)
+            taken = sum(len(request.images) for request in self.open if request.lane is lane)
             assert lane.admitted == taken <= lane.capacity
 
     @invariant()
@@ -216,10 +215,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not waiting or max(waiting) - min(waiting) <= self.longest + 1e-9
 
     @invariant()
-    def each_outcome_is_its_pictures_own(self) -> None:
+    def each_outcome_is_its_images_own(self) -> None:
         for request in self.open:
-            for picture in request.pictures:
-                check(picture)
+            for image in request.images:
+                check(image)
 
     def teardown(self) -> None:
         if not hasattr(self, "lanes"):
@@ -230,27 +229,27 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.end(next(iter([*self.decoding, *self.running.values()])))
 
         for request in requests:
-            for picture in request.pictures:
-                check(picture)
-                assert picture.gone != (len(picture.outcomes) == 1)
+            for image in request.images:
+                check(image)
+                assert image.gone != (len(image.outcomes) == 1)
         assert not self.open
-        assert self.dispatcher.stats().busy_instances == 0
+        assert not any(each.release for each in self.dispatcher.activity(self.now).instances)
         assert all(lane.admitted == lane.running == lane.decoding == 0 for lane in self.lanes)
 
 
-def check(picture: Picture) -> None:
-    for outcome in picture.outcomes:
+def check(image: TrackedImage) -> None:
+    for outcome in image.outcomes:
         match outcome:
             case Completed():
-                assert picture.fate == "good"
-                assert outcome.result is picture
+                assert image.fate == "good"
+                assert outcome.result is image
             case DeadlineExceeded():
-                assert picture.deadline < inf
-                assert picture.runs == 0
+                assert image.deadline < inf
+                assert image.runs == 0
             case ValueError():
-                assert str(outcome) == picture.fate
+                assert str(outcome) == image.fate
             case OutOfMemory():
-                raise AssertionError("a picture alone always fits")
+                raise AssertionError("an image alone always fits")
             case _:
                 raise AssertionError(outcome)
 

@@ -1,5 +1,7 @@
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -9,7 +11,7 @@ import pytest
 
 from service.errors import DeadlineExceeded, OutOfMemory, QueueFull, ShuttingDown
 from service.execution.plan import BatchPlan
-from service.scheduling.lanes import Completed, Lane
+from service.scheduling.dispatcher import Completed, Lane
 from service.scheduling.scheduler import Scheduler
 from tests.service.scheduling.simulation import Seen
 
@@ -64,7 +66,7 @@ class Machine:
 
 
 class Bench:
-    """A scheduler with one lane on `machine`; `decoded` counts pictures that have reached the queue."""
+    """A scheduler with one lane on `machine`; `decoded` counts images that have reached the queue."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class Bench:
         setattr(dispatcher, "decoded", decoded)  # noqa: B010  the type checker knows no methods that change
 
     async def submit(self, payload: int, **options: float) -> Completed[int]:
-        with self.scheduler.places(self.lane, 1):
+        with self.scheduler.reserve(self.lane, 1):
             return await self.scheduler.submit(self.lane, payload, **options)
 
     async def submit_all(self, payloads: Sequence[int]) -> list[asyncio.Task[Completed[int]]]:
@@ -145,8 +147,9 @@ async def test_all_instances_work_at_the_same_time() -> None:
         await machine.started.reaches(3)
 
         assert sorted(machine.instances) == [0, 1, 2]
-        stats = made.scheduler.stats()
-        assert (stats.busy_instances, stats.instances, stats.waiting) == (3, 3, {"m": 2})
+        activity = made.scheduler.activity()
+        assert sum(each.release is not None for each in activity.instances) == len(activity.instances) == 3
+        assert [queue.waiting for queue in activity.queues] == [2]
         machine.gate.set()
         await asyncio.gather(*tasks)
 
@@ -157,7 +160,7 @@ async def test_decoding_goes_on_while_all_instances_are_busy() -> None:
         await busy(made, machine)
         await made.submit_all(range(4))
 
-        assert made.scheduler.stats().waiting == {"m": 4}
+        assert [queue.waiting for queue in made.scheduler.activity().queues] == [4]
 
 
 async def test_only_an_image_with_nobody_beside_it_runs_alone() -> None:
@@ -239,7 +242,7 @@ async def test_a_poisoned_image_fails_alone() -> None:
 async def test_an_image_that_can_not_be_decoded_fails_alone() -> None:
     def decode(source: int) -> int:
         if source == 2:
-            raise ValueError("no picture")
+            raise ValueError("no image")
         return source
 
     async with bench(Machine(), decode=decode) as made:
@@ -298,7 +301,7 @@ async def test_a_hopeless_deadline_is_refused_before_anything_is_done_and_counte
         decoded = made.decoded.value
 
         with pytest.raises(DeadlineExceeded, match="wait for 'm' already"):
-            made.scheduler.places(made.lane, 2, deadline=monotonic() + 0.5).__enter__()
+            made.scheduler.reserve(made.lane, 2, deadline=monotonic() + 0.5).__enter__()
 
         assert made.seen.cancellations == ["admission", "admission"]
         assert made.decoded.value == decoded
@@ -307,7 +310,7 @@ async def test_a_hopeless_deadline_is_refused_before_anything_is_done_and_counte
 async def test_a_full_lane_refuses_at_once_and_its_places_come_back() -> None:
     async with bench(Machine(), capacity=8) as made:
         scheduler, lane = made.scheduler, made.lane
-        with scheduler.places(lane, 6), pytest.raises(QueueFull), scheduler.places(lane, 3):
+        with scheduler.reserve(lane, 6), pytest.raises(QueueFull), scheduler.reserve(lane, 3):
             pass
 
         assert lane.admitted == 0
@@ -339,7 +342,7 @@ async def test_closing_answers_what_it_holds_and_then_refuses() -> None:
         await made.scheduler.close()
 
         assert [(await task).result for task in (first, *tasks)] == [0, 2, 4, 6, 8]
-        with pytest.raises(ShuttingDown), made.scheduler.places(made.lane, 1):
+        with pytest.raises(ShuttingDown), made.scheduler.reserve(made.lane, 1):
             pass
 
 
@@ -397,7 +400,7 @@ async def test_a_closed_lane_is_waited_for_until_no_thread_uses_it() -> None:
 
     scheduler = Scheduler[int, int, int](1, Seen())
     lane = scheduler.open_lane("a", BatchPlan({1: 0.01}), lambda x: x, run, 8)
-    with scheduler.places(lane, 1):
+    with scheduler.reserve(lane, 1):
         caller = asyncio.create_task(scheduler.submit(lane, 1))
         await running.wait()
         with pytest.raises(RuntimeError, match="still holds 1 images"):
@@ -412,3 +415,77 @@ async def test_a_closed_lane_is_waited_for_until_no_thread_uses_it() -> None:
     await closing
     assert scheduler.activity().queues == []
     await scheduler.close()
+
+
+async def test_a_closed_lane_is_waited_for_until_threads_hold_nothing_of_its_last_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A result is with its caller before the thread that made it has let go of the job."""
+    go = threading.Event()
+    hand_over = Scheduler._hand_over
+
+    def slow(scheduler: Any, loop: Any, ended: Sequence[Any]) -> None:
+        hand_over(scheduler, loop, ended)
+        assert not ended or go.wait(BOUND)
+
+    monkeypatch.setattr(Scheduler, "_hand_over", slow)
+    scheduler = Scheduler[int, int, int](1, Seen())
+    lane = scheduler.open_lane("a", PLAN, int, Machine().run, 8)
+    with scheduler.reserve(lane, 1):
+        assert (await scheduler.submit(lane, 1)).result == 2
+    closing = asyncio.create_task(scheduler.close_lane(lane))
+    await asyncio.sleep(0)
+
+    assert not closing.done()
+    go.set()
+    async with asyncio.timeout(BOUND):
+        await closing
+    await scheduler.close()
+
+
+class Body:
+    """An image that can be watched."""
+
+
+@pytest.mark.parametrize("outcome", ["result", "bad image", "bad batch", "caller gone"])
+async def test_nothing_holds_an_image_once_its_call_has_ended(outcome: str) -> None:
+    """With garbage collection off: no cycle of references leads to it."""
+    running, go = Count(), threading.Event()
+
+    def decode(body: Body) -> list[Body]:
+        if outcome == "bad image":
+            raise ValueError("no image")
+        return [body]
+
+    def run(instance: int, payloads: Sequence[list[Body]], *, alone: bool) -> Sequence[int]:  # noqa: ARG001
+        running.up()
+        assert go.wait(BOUND)
+        if outcome == "bad batch":
+            raise ValueError("poisoned")
+        return [len(each) for each in payloads]
+
+    async def call(scheduler: Scheduler[Body, list[Body], int], lane: Lane[Body, list[Body], int]) -> weakref.ref[Body]:
+        body = Body()
+        with scheduler.reserve(lane, 1):
+            task = asyncio.create_task(scheduler.submit(lane, body))
+            if outcome == "caller gone":
+                await running.reaches(1)
+                task.cancel()
+            else:
+                go.set()
+            await asyncio.wait([task])
+            assert task.cancelled() == (outcome == "caller gone")
+            assert task.cancelled() or (task.exception() is None) == (outcome == "result")
+        return weakref.ref(body)
+
+    scheduler = Scheduler[Body, list[Body], int](1, Seen())
+    lane = scheduler.open_lane("m", PLAN, decode, run, 8)
+    gc.collect()
+    gc.disable()
+    try:
+        reference = await call(scheduler, lane)
+        go.set()
+        await scheduler.close()  # its threads have done
+        assert reference() is None
+    finally:
+        gc.enable()

@@ -13,7 +13,7 @@ from service.errors import (
     WeightsUnavailable,
 )
 from service.options import EngineOptions
-from service.registry.supply import Supply
+from service.registry.catalog import Catalog
 from service.store.urls import RemoteOptions
 from tests.service.remotes import S3, TINY, Site, add_small, bytes_of, fetched, remote, site, weights
 
@@ -84,11 +84,12 @@ async def test_a_caller_who_leaves_while_files_are_fetched_holds_them_no_longer(
         server.handler.status = hang
         store = remote(server.url, tmp_path / "cache")
         options = EngineOptions(model_store=store.root, default_model=TINY, remote_store=_options(server, tmp_path))
-        supply = Supply(options)
-        (stored,) = await supply.candidates(TINY)
+        catalog = Catalog(options)
+        (found,) = await catalog.find(TINY)
+        stored = found.stored
 
         async def load() -> None:
-            async with supply.fetched(stored):
+            async with catalog.fetched(stored):
                 pytest.fail("nobody waits for it any more")
 
         loading = asyncio.create_task(load())
@@ -96,10 +97,10 @@ async def test_a_caller_who_leaves_while_files_are_fetched_holds_them_no_longer(
         loading.cancel()
         await asyncio.wait([loading])
         let_go.set()
-        async with supply.fetched(stored):  # when this one is there, the one before has ended
+        async with catalog.fetched(stored):  # when this one is there, the one before has ended
             pass
         await asyncio.sleep(0)
-        supply.close()
+        catalog.close()
 
     with store._cache._locked(store._cache._key(stored.folder), fcntl.LOCK_EX, wait=False):
         pass

@@ -1,18 +1,18 @@
-"""A model in memory: at its own input size, and at others, and with stage maps, once those are asked for."""
+"""A model in memory: at its own input size, and at others and with stage maps once a request needs them."""
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from copy import copy
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from service.errors import InvalidRequest, QueueFull, ServiceError
+from service.errors import InvalidRequest, QueueFull
 from service.execution.executable import Executable
 from service.pipeline import Pipeline, Sized
+from service.results import Size
+from service.sharing import shared
 
-Size = tuple[int, int]  # height and width
 STRIDE = 32  # of the last stage: sides are multiples of it, so that every stage map fits
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class Compile(Protocol):
 
 @dataclass(eq=False, slots=True)
 class _Other:
-    """An input size that is not the model's own: on its way or there, and how many requests use it."""
+    """An input size that is not the model's own, compiled or being compiled, and how many requests use it."""
 
     task: "asyncio.Task[Sized]"
     users: int = 0
@@ -45,40 +45,36 @@ class Resident:
         self._compile = compile_
         self._max_others = max_others
         self._own = pipeline.open(executable)
-        # Mutable state: the other sizes, least recently used first, those that have made room and are not shut yet, and
-        # what is making stage maps possible.
+        # Mutable state: the other sizes, least recently used first; those that were evicted and are not shut yet; and
+        # the tasks that make stage maps possible.
         self._others: OrderedDict[Size, _Other] = OrderedDict()
-        self._gone: list[Sized] = []
+        self._evicted: list[Sized] = []
         self._staging: dict[Executable, asyncio.Task[None]] = {}
 
     def __repr__(self) -> str:
-        return f"<Resident {self.id} others={list(self._others)}>"
-
-    @property
-    def id(self) -> str:
-        """The model's name."""
-        return self.executable.stored.id
+        return f"<Resident {self.executable.stored.id} others={list(self._others)}>"
 
     @property
     def memory_bytes(self) -> int:
         """Measured memory of the model and of all that was added to it since it was loaded."""
-        added = [self.executable, *(each.executable for each in self._there())]
+        added = [self.executable, *(each.executable for each in self._compiled())]
         return self.executable.report.memory_bytes + sum(each.added_bytes for each in added)
 
     @property
     def notes(self) -> list[str]:
         """What was tried and left out, and why, at any of its sizes."""
-        executables = [self.executable, *(each.executable for each in self._there())]
+        executables = [self.executable, *(each.executable for each in self._compiled())]
         return [note for each in executables for note in each.notes]
 
     @property
     def sizes(self) -> list[Size]:
-        """The input sizes that are there."""
-        return [(each.height, each.width) for each in (self.executable, *(other.executable for other in self._there()))]
+        """The input sizes that are compiled."""
+        executables = [self.executable, *(each.executable for each in self._compiled())]
+        return [(each.height, each.width) for each in executables]
 
     @asynccontextmanager
     async def at(self, size: Size | None = None, *, stages: bool = False) -> AsyncIterator[Sized]:
-        """The model at `size`, its own by default, for as long as the context lasts; compiled first where need be.
+        """The model at `size`, its own by default, for as long as the context lasts; compiled first if need be.
 
         A caller that is cancelled while it waits leaves the compiling to the others.
 
@@ -95,7 +91,7 @@ class Resident:
         other = self._other(size)
         other.users += 1
         try:
-            sized = await _made(other.task)
+            sized = await shared(other.task)
             await self._stage(sized, stages=stages)
             yield sized
         finally:
@@ -103,19 +99,19 @@ class Resident:
 
     def replan(self) -> None:
         """Take over the batch plan of the executable, which has changed."""
-        self._pipeline.replan(self._own)
+        self._pipeline.scheduler.replan(self._own.lane, self.executable.plan)
 
     async def close(self) -> None:
         """Take the model out of the scheduler and give up what is being compiled."""
         tasks = [*self._staging.values(), *(other.task for other in self._others.values())]
-        self._gone += [self._own, *self._there()]
+        self._evicted += [self._own, *self._compiled()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._shut_gone()
+        await self._shut_evicted()
         self._others.clear()
 
-    def _there(self) -> list[Sized]:
+    def _compiled(self) -> list[Sized]:
         tasks = [other.task for other in self._others.values()]
         return [task.result() for task in tasks if task.done() and not _failed(task)]
 
@@ -126,32 +122,32 @@ class Resident:
                 raise InvalidRequest(
                     f"size {size[0]}x{size[1]}: each side must be a multiple of {STRIDE}, up to PVT_MAX_INPUT_SIDE"
                 )
-            self._make_room(size)
+            self._others.pop(size, None)  # it failed
+            self._make_room()
             other = self._others[size] = _Other(asyncio.create_task(self._resize(size)))
-            other.task.add_done_callback(_failed)  # retrieved here, should every caller have gone
+            other.task.add_done_callback(_failed)  # retrieved, should every caller have gone
         self._others.move_to_end(size)
         return other
 
-    def _make_room(self, size: Size) -> None:
-        self._others.pop(size, None)  # it failed
+    def _make_room(self) -> None:
         while len(self._others) >= self._max_others:
             idle = next((each for each, other in self._others.items() if not other.users and other.task.done()), None)
             if idle is None:
                 sizes = ", ".join(f"{height}x{width}" for height, width in self._others)
                 raise QueueFull(
-                    f"{self.id} is in use at {sizes}, and PVT_SIZES_PER_MODEL allows {self._max_others} sizes besides "
-                    "its own",
+                    f"{self.executable.stored.id} is in use at {sizes}, and PVT_SIZES_PER_MODEL allows "
+                    f"{self._max_others} sizes besides its own",
                     retry_after_seconds=1.0,
                 )
             task = self._others.pop(idle).task
-            self._gone += [] if _failed(task) else [task.result()]
+            self._evicted += [] if _failed(task) else [task.result()]
 
-    async def _shut_gone(self) -> None:
-        while self._gone:
-            await self._pipeline.shut(self._gone.pop())
+    async def _shut_evicted(self) -> None:
+        while self._evicted:
+            await self._pipeline.scheduler.close_lane(self._evicted.pop().lane)
 
     async def _resize(self, size: Size) -> Sized:
-        await self._shut_gone()
+        await self._shut_evicted()
         return self._pipeline.open(await self._compile(lambda: self.executable.resized(*size)))
 
     async def _stage(self, sized: Sized, *, stages: bool) -> None:
@@ -162,14 +158,7 @@ class Resident:
         if task is None:
             task = self._staging[executable] = asyncio.create_task(self._compile(executable.add_stages))
             task.add_done_callback(lambda done: (self._staging.pop(executable), _failed(done)))
-        await _made(task)
-
-
-async def _made(task: asyncio.Task[T]) -> T:
-    try:
-        return await asyncio.shield(task)
-    except ServiceError as error:
-        raise copy(error) from None  # the task keeps its own, and on that the frames of all who waited would stay
+        await shared(task)
 
 
 def _failed(task: asyncio.Task[T]) -> bool:

@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.answers.colours import VIRIDIS
-from service.answers.explain import Explanation, maps, overlay
-from service.answers.results import Inferred, Timing
+from service.postprocess.activation_maps import VIRIDIS, Explanation, maps, overlay
+from service.results import ImageResult, Timing
 
 GREY = np.full((64, 96, 3), 128, np.uint8)
 
 
 def explanation(heat: list[list[float]], pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = GREY) -> Explanation:
-    inferred = Inferred(1, 1, None, Timing(0, 0, 0), pixels)  # type: ignore[arg-type]  # outputs are not looked at
+    inferred = ImageResult(1, 1, None, Timing(0, 0, 0), pixels)  # type: ignore[arg-type]  # outputs are not looked at
     return Explanation(inferred, 0, "zero", 0.5, 1.0, 0.5, np.array(heat, np.float32))
 
 
@@ -32,7 +31,7 @@ def test_the_map_goes_from_dark_blue_to_yellow_and_never_beyond() -> None:
     assert greens.min() == VIRIDIS[0, 1]
 
 
-def test_alpha_mixes_picture_and_map() -> None:
+def test_alpha_mixes_image_and_map() -> None:
     heat = [[0.0, 1.0], [2.0, 3.0]]
     none, half, all_ = (shown(overlay(explanation(heat), alpha)) for alpha in (0, 0.5, 1))
 
@@ -55,5 +54,5 @@ def test_the_table_is_viridis() -> None:
     assert (np.diff(luma) > 0).all()
 
 
-def test_maps_of_several_pictures_are_one_array() -> None:
+def test_maps_of_several_images_are_one_array() -> None:
     assert maps([explanation([[0, 1]]), explanation([[2, 3]])]).tolist() == [[[0, 1]], [[2, 3]]]

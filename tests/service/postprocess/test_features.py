@@ -5,16 +5,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.answers.explain import Explanation, explain
-from service.answers.features import Wanted, features, numbers, stacked
-from service.answers.outputs import Outputs
-from service.answers.results import Answered, Inferred, Timing, whole
 from service.architecture.variants import VARIANTS
+from service.arrays import Outputs
 from service.backends.base import Backend
 from service.backends.openvino import OpenVinoBackend
 from service.backends.torch import TorchBackend
 from service.errors import ImageTooLarge, InvalidImage, InvalidRequest
-from tests.service.answers.twins import answer, executable_of, make_twin, theirs
+from service.postprocess.activation_maps import Explanation, explain
+from service.postprocess.features import FeatureOptions, features, numbers, stacked
+from service.results import ImageResult, InferenceResult, Timing, require_all
+from tests.service.postprocess.twins import answer, executable_of, make_twin, theirs
 
 TORCH, OPENVINO = TorchBackend(1), OpenVinoBackend(1)
 CASES: list[tuple[str, Backend, tuple[int, int]]] = [(variant, TORCH, (64, 64)) for variant in VARIANTS]
@@ -36,7 +36,7 @@ def test_features_and_activation_maps_are_those_of_transformers(
     answered = answer(executable_of(twin, variant, backend, size, monkeypatch))
     reference = theirs(twin, answered)
 
-    ours = stacked(answered, Wanted(stages=(1, 2, 3, 4)), [None, None])
+    ours = stacked(answered, FeatureOptions(stages=(1, 2, 3, 4)), [None, None])
     stages = [each.numpy() for each in reference.hidden_states]
     assert tuple(ours) == NAMES
     for mine, true in zip(ours.values(), (stages[3].mean(axis=(2, 3)), *stages), strict=True):
@@ -64,7 +64,7 @@ def outputs(seed: int = 0) -> Outputs:
 
 
 def test_pooling_comes_before_normalising() -> None:
-    given, wanted = outputs(), Wanted(stages=(2,), pool="avg", normalize=True)
+    given, wanted = outputs(), FeatureOptions(stages=(2,), pool="avg", normalize=True)
     pooled = given.stages[1].mean(axis=(1, 2))
 
     np.testing.assert_allclose(features(given, wanted)["stage2"], pooled / np.linalg.norm(pooled), rtol=1e-6)
@@ -72,7 +72,7 @@ def test_pooling_comes_before_normalising() -> None:
 
 def test_each_position_of_a_map_is_normalised_by_itself() -> None:
     given = outputs()
-    normal = features(given, Wanted(stages=(1,), normalize=True))["stage1"]
+    normal = features(given, FeatureOptions(stages=(1,), normalize=True))["stage1"]
 
     np.testing.assert_allclose(np.linalg.norm(normal, axis=0), 1, rtol=1e-6)
     np.testing.assert_allclose(normal[0] / normal[1], given.stages[0][0] / given.stages[0][1], rtol=1e-5)
@@ -81,46 +81,50 @@ def test_each_position_of_a_map_is_normalised_by_itself() -> None:
 def test_a_vector_of_nothing_but_zeros_stays_as_it_is() -> None:
     nothing = Outputs(np.zeros(3, np.float32), np.zeros(5, np.float32))
 
-    assert features(nothing, Wanted(normalize=True))["embedding"].tolist() == [0] * 5
+    assert features(nothing, FeatureOptions(normalize=True))["embedding"].tolist() == [0] * 5
 
 
 def test_arrays_are_contiguous_whatever_the_backend_gives() -> None:
     given = outputs()
     turned = given._replace(stages=tuple(np.asfortranarray(each) for each in given.stages))
 
-    for wanted in (Wanted(stages=(1, 4)), Wanted(stages=(1, 4), dtype="float16"), Wanted(stages=(1,), normalize=True)):
+    for wanted in (
+        FeatureOptions(stages=(1, 4)),
+        FeatureOptions(stages=(1, 4), dtype="float16"),
+        FeatureOptions(stages=(1,), normalize=True),
+    ):
         assert all(each.flags.c_contiguous and each.dtype == wanted.dtype for each in features(turned, wanted).values())
 
 
-def answered(*results: Any) -> Answered:
+def answered(*results: Any) -> InferenceResult:
     inferred = [
-        Inferred(1, 1, each, Timing(0, 0, 0), np.zeros((1, 1, 3), np.uint8)) if isinstance(each, Outputs) else each
+        ImageResult(1, 1, each, Timing(0, 0, 0), np.zeros((1, 1, 3), np.uint8)) if isinstance(each, Outputs) else each
         for each in results
     ]
-    return Answered(None, "1", (32, 32), None, inferred)  # type: ignore[arg-type]  # the card is not looked at
+    return InferenceResult(None, "1", (32, 32), None, inferred)  # type: ignore[arg-type]  # the card is not looked at
 
 
 def test_maps_count_even_where_only_their_means_are_answered() -> None:
     given = answered(InvalidImage("no"), outputs())
 
-    assert numbers(given, Wanted()) == 2 * 5
-    assert numbers(given, Wanted(stages=(1,), pool="avg")) == 2 * (5 + 64)
-    assert numbers(answered(InvalidImage("no")), Wanted()) == 0
+    assert numbers(given, FeatureOptions()) == 2 * 5
+    assert numbers(given, FeatureOptions(stages=(1,), pool="avg")) == 2 * (5 + 64)
+    assert numbers(answered(InvalidImage("no")), FeatureOptions()) == 0
 
 
-def test_what_fails_the_binary_forms_names_every_picture_and_keeps_its_status() -> None:
+def test_what_fails_the_binary_forms_names_every_image_and_keeps_its_status() -> None:
     failed = [ImageTooLarge("large"), InvalidImage("bad"), InvalidImage("bad"), InvalidImage("bad")]
 
     with pytest.raises(ImageTooLarge) as caught:
-        whole([1, *failed], ["a.png", "b.png", None, "d.png", "e.png"], ", ask otherwise")
+        require_all([1, *failed], ["a.png", "b.png", None, "d.png", "e.png"], ", ask otherwise")
     assert str(caught.value) == (
-        "picture 2 ('b.png'): large; picture 3: bad; picture 4 ('d.png'): bad; and 1 more; this form of answer holds "
-        "all pictures or none, ask otherwise"
+        "image 2 ('b.png'): large; image 3: bad; image 4 ('d.png'): bad; and 1 more; this form of answer holds "
+        "all images or none, ask otherwise"
     )
     with pytest.raises(InvalidImage, match=r"^bad$"):
-        whole(failed[1:2], [None])
+        require_all(failed[1:2], [None])
 
 
 def test_nothing_at_all_can_not_be_asked_for() -> None:
     with pytest.raises(InvalidRequest, match="nothing is left to answer with"):
-        Wanted(embedding=False)
+        FeatureOptions(embedding=False)

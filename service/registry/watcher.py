@@ -1,4 +1,4 @@
-"""Notices that the store may have changed: at once where the kernel tells, now and then everywhere."""
+"""Notices that the store may have changed: at once where the kernel reports it, and every few seconds everywhere."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -17,7 +17,7 @@ QUIET_MS = 200  # or until there have been none for so long
 class Watch:
     """Calls `refresh` when something below `folder` has changed, and every `seconds` besides.
 
-    The kernel tells of changes on local disks only, and a folder that was replaced or mounted over is another one.
+    The kernel reports changes on local disks only, and a folder that was replaced or mounted over is another one.
     """
 
     def __init__(self, folder: Path | None, seconds: float, refresh: Callable[[], Awaitable[None]]) -> None:

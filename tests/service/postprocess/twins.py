@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PvtV2ForImageClassification
 
-from service.answers.results import Answered, Inferred, Timing
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.weights import load_into, remap_keys
 from service.backends.base import Backend, Layout
@@ -20,6 +19,7 @@ from service.execution import executable as executable_module
 from service.execution.executable import Executable, LoadReport
 from service.execution.plan import BatchPlan
 from service.execution.tuning import Tuned
+from service.results import ImageResult, InferenceResult, Timing
 from service.store.cards import ModelCard, Preprocessing, WeightsFile
 from service.store.store import StoredModel
 from tests.service.architecture.test_pvt_v2 import randomize, transformers_twin
@@ -65,20 +65,20 @@ def executable_of(
     return Executable(stored, backend, tuned, LoadReport(backend.name, "cpu", "float32", layout, (), False, 0, 0))
 
 
-def answer(executable: Executable) -> Answered:
-    """What two random pictures give, stage maps too."""
+def answer(executable: Executable) -> InferenceResult:
+    """What two random images give, stage maps too."""
     shape = (IMAGES, executable.height, executable.width, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     executable.add_stages()
     outputs = executable.run(0, list(images), stages=True)
-    results = [Inferred(1, 1, each, Timing(0, 0, 0), pixels) for each, pixels in zip(outputs, images, strict=True)]
-    return Answered(executable.card, "1", (executable.height, executable.width), executable.head, [*results])
+    results = [ImageResult(1, 1, each, Timing(0, 0, 0), pixels) for each, pixels in zip(outputs, images, strict=True)]
+    return InferenceResult(executable.card, "1", (executable.height, executable.width), executable.head, [*results])
 
 
 @torch.inference_mode()
-def theirs(twin: Twin, answered: Answered) -> Any:
-    """What transformers' model gives for the same pictures, which are normalised as their preprocessing does it."""
-    pixels = np.stack([each.pixels for each in answered.results if isinstance(each, Inferred)])
+def theirs(twin: Twin, answered: InferenceResult) -> Any:
+    """What transformers' model gives for the same images, which are normalised as their preprocessing does it."""
+    pixels = np.stack([each.pixels for each in answered.results if isinstance(each, ImageResult)])
     mean, std = answered.card.preprocessing.mean, answered.card.preprocessing.std
     x: NDArray[np.float64] = (pixels / 255 - mean) / std
     return twin.theirs(_to_maps(x), output_hidden_states=True)

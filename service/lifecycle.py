@@ -1,4 +1,4 @@
-"""The requests under way: what a shutdown waits for, or gives up."""
+"""The requests under way: what a shutdown waits for, or ends; and the time that each has."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -12,20 +12,14 @@ class Requests:
     """Counts requests in and out. Its methods belong to one event loop."""
 
     def __init__(self) -> None:
-        # Mutable state: requests under way and how long each waits for a model that is not loaded; whether new ones are
-        # refused, and whether those under way are given up.
-        self._under_way: dict[asyncio.Task[object], float | None] = {}
+        # Mutable state: the tasks of the requests under way; whether new ones are refused, and whether those under way
+        # are ended too.
+        self._under_way: set[asyncio.Task[object]] = set()
         self.draining = False
         self.aborted = False
 
     def __repr__(self) -> str:
         return f"<Requests under_way={len(self._under_way)} draining={self.draining}>"
-
-    @property
-    def patience_seconds(self) -> float | None:
-        """How long this request waits for a model that is not loaded."""
-        task = asyncio.current_task()
-        return self._under_way.get(task) if task else None
 
     async def drain(self) -> None:
         """Refuse new requests from now on and wait for those under way."""
@@ -34,17 +28,17 @@ class Requests:
             await asyncio.wait(self._under_way)
 
     def abort(self) -> None:
-        """Refuse those under way too: whoever waits gets `ShuttingDown` at once."""
+        """End those under way too: each raises `ShuttingDown` at once."""
         self.draining = self.aborted = True
         for task in self._under_way:
             task.cancel()
 
     @contextmanager
-    def one(self, patience_seconds: float | None = None) -> Iterator[None]:
-        """Hold a request open while the context lasts; within one that is, it does nothing.
+    def enter(self) -> Iterator[None]:
+        """Count this task as a request while the context lasts; nested contexts count once.
 
         Raises:
-            ShuttingDown: no new ones are taken, or this one has just been given up.
+            ShuttingDown: no new requests are accepted, or this one has just been ended.
         """
         task = asyncio.current_task()
         if task is None or task in self._under_way:
@@ -52,7 +46,7 @@ class Requests:
             return
         if self.draining:
             raise ShuttingDown("the service is shutting down and takes no new work; send the request again")
-        self._under_way[task] = patience_seconds
+        self._under_way.add(task)
         try:
             yield
         except asyncio.CancelledError:
@@ -61,15 +55,15 @@ class Requests:
             task.uncancel()
             raise ShuttingDown("the service stopped before this request was answered; send it again") from None
         finally:
-            del self._under_way[task]
+            self._under_way.discard(task)
 
 
 @asynccontextmanager
 async def time_limit(seconds: float) -> AsyncIterator[float]:
-    """The time one request has; yields when it ends, on `monotonic`.
+    """Limit the time of one request; yields its deadline, on `monotonic`.
 
     Raises:
-        DeadlineExceeded: it ended.
+        DeadlineExceeded: the time is over.
     """
     scope = asyncio.timeout(seconds)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.registry.watching import Watch
+from service.registry.watcher import Watch
 from tests.service.stores import add_model
 
 

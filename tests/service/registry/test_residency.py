@@ -1,41 +1,43 @@
-"""The pure decision: who leaves."""
+"""The pure decision: what is evicted."""
 
 from math import inf
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.eviction import Evict, Full, Held, credit, make_room, used_bytes
+from service.registry.residency import Evict, Full, MemoryUse, credit, make_room, used_bytes
 
 NOW = 100.0
 
 
-def held(key: str, size: int, *, seconds: float = 1.0, used: float = 0.0, ripe: float = 0.0, **hold: str) -> Held:
-    return Held(key, size, credit(0.0, seconds, size), used, ripe, **hold)  # type: ignore[arg-type]
+def held(
+    key: str, size: int, *, seconds: float = 1.0, used: float = 0.0, evictable_at: float = 0.0, **hold: str
+) -> MemoryUse:
+    return MemoryUse(key, key, size, credit(0.0, seconds, size), used, evictable_at, **hold)  # type: ignore[arg-type]
 
 
-def test_nobody_leaves_while_there_is_room() -> None:
+def test_nothing_is_evicted_while_there_is_room() -> None:
     assert make_room([held("a", 5), held("b", 4)], 1, 10, NOW) == Evict((), 0.0)
 
 
-def test_of_equals_the_one_that_was_used_longest_ago_leaves() -> None:
+def test_of_equals_the_one_that_was_used_longest_ago_is_evicted() -> None:
     models = [held("a", 5, used=2), held("b", 5, used=1)]
 
     assert make_room(models, 1, 10, NOW) == Evict(("b",), 0.2)
 
 
-def test_what_gives_most_bytes_for_a_second_of_loading_leaves_first() -> None:
+def test_what_frees_most_bytes_for_a_second_of_loading_is_evicted_first() -> None:
     models = [held("slow", 4, seconds=20, used=1), held("quick", 4, seconds=2, used=2), held("small", 2, used=3)]
 
     assert make_room(models, 1, 10, NOW) == Evict(("quick",), 0.5)
 
 
-def test_what_has_left_raises_the_credit_of_what_is_used_from_then_on() -> None:
-    """So that even what is slow to load leaves once it has not been used for long."""
-    old = Held("slow but old", 5, credit(0.0, 30, 5), 0.0, 0.0)
+def test_an_eviction_raises_the_credit_of_what_is_used_from_then_on() -> None:
+    """So that even what is slow to load is evicted once it has not been used for long."""
+    old = MemoryUse("slow but old", "slow but old", 5, credit(0.0, 30, 5), 0.0, 0.0)
     inflation = 0.0
     for turn in range(20):
-        young = Held(f"quick {turn}", 5, credit(inflation, 5, 5), 1.0 + turn, 0.0)
+        young = MemoryUse(f"quick {turn}", "quick", 5, credit(inflation, 5, 5), 1.0 + turn, 0.0)
         decision = make_room([old, young], 5, 10, NOW, inflation)
         assert isinstance(decision, Evict)
         inflation = decision.inflation
@@ -44,14 +46,14 @@ def test_what_has_left_raises_the_credit_of_what_is_used_from_then_on() -> None:
     assert turn == 5
 
 
-def test_who_would_not_have_had_to_leave_stays() -> None:
+def test_what_need_not_be_evicted_stays() -> None:
     models = [held("small", 1, seconds=0.1), held("large", 8, seconds=8)]
 
     assert make_room(models, 7, 10, NOW) == Evict(("large",), 1.0)
 
 
-def test_what_is_held_never_leaves() -> None:
-    holds = ("pinned", "in use", "loading", "leaving")
+def test_what_is_held_is_never_evicted() -> None:
+    holds = ("pinned", "in use", "loading", "unloading")
     models = [held(hold, 2, hold=hold) for hold in holds]
 
     assert make_room(models, 3, 10, NOW) == Full(NOW)
@@ -59,7 +61,7 @@ def test_what_is_held_never_leaves() -> None:
 
 
 def test_what_was_just_loaded_stays_for_a_while() -> None:
-    models = [held("young", 5, ripe=NOW + 3), held("younger", 5, ripe=NOW + 4)]
+    models = [held("young", 5, evictable_at=NOW + 3), held("younger", 5, evictable_at=NOW + 4)]
 
     assert make_room(models, 1, 10, NOW) == Full(NOW + 3)
     assert make_room(models, 6, 10, NOW) == Full(NOW + 4)
@@ -68,13 +70,14 @@ def test_what_was_just_loaded_stays_for_a_while() -> None:
 
 MODELS = st.lists(
     st.builds(
-        Held,
+        MemoryUse,
         key=st.uuids().map(str),
+        name=st.just(""),
         bytes=st.integers(1, 20),
         credit=st.floats(0, 10),
-        used=st.floats(0, NOW),
-        ripe=st.sampled_from([0.0, NOW - 1, NOW + 1, NOW + 5]),
-        hold=st.sampled_from(["", "", "", "pinned", "in use", "loading", "leaving"]),
+        used_at=st.floats(0, NOW),
+        evictable_at=st.sampled_from([0.0, NOW - 1, NOW + 1, NOW + 5]),
+        hold=st.sampled_from(["", "", "", "pinned", "in use", "loading", "unloading"]),
     ),
     max_size=8,
     unique_by=lambda each: each.key,
@@ -83,9 +86,9 @@ MODELS = st.lists(
 
 @given(models=MODELS, needed=st.integers(0, 40), budget=st.integers(0, 80))
 def test_it_evicts_enough_and_no_more_than_needed_or_says_when_there_may_be_room(
-    models: list[Held], needed: int, budget: int
+    models: list[MemoryUse], needed: int, budget: int
 ) -> None:
-    free = [each for each in models if not each.hold and each.ripe <= NOW]
+    free = [each for each in models if not each.hold and each.evictable_at <= NOW]
     decision = make_room(models, needed, budget, NOW)
 
     if isinstance(decision, Full):
@@ -93,8 +96,8 @@ def test_it_evicts_enough_and_no_more_than_needed_or_says_when_there_may_be_room
         pinned = used_bytes(each for each in models if each.hold == "pinned")
         assert (decision.until == inf) == (pinned + needed > budget)
         return
-    leaving = [each for each in models if each.key in decision.keys]
+    evicted = [each for each in models if each.key in decision.keys]
     assert set(decision.keys) <= {each.key for each in free}
-    left = used_bytes(models) - used_bytes(leaving) + needed
+    left = used_bytes(models) - used_bytes(evicted) + needed
     assert left <= budget
-    assert all(left + each.bytes > budget for each in leaving)
+    assert all(left + each.bytes > budget for each in evicted)

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.answers.results import Inferred
 from service.errors import InvalidImage, InvalidRequest, ModelLoadFailed, QueueFull
+from service.machine.devices import DeviceHealth
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.pipeline import Image, Pipeline, Sized
-from service.registry.residents import Resident
-from tests.service.registry.test_loader import load_tiny, pictures
+from service.pipeline import Pipeline, Sized
+from service.registry.resident import Resident
+from service.results import Image, ImageResult
+from tests.service.registry.test_loader import load_tiny, random_images
 from tests.service.stores import add_model
 
 pytestmark = pytest.mark.anyio
@@ -44,14 +45,14 @@ class Model:
 
     def __init__(self, root: Path, max_others: int = 2) -> None:
         options = EngineOptions(model_store=root, default_model="pvt_v2_b0.tiny", instances=1, cores=1)
-        self.pipeline = Pipeline(options, EngineMetrics(CollectorRegistry()))
+        self.pipeline = Pipeline(options, EngineMetrics(CollectorRegistry()), DeviceHealth())
         self.compiler = Compiler()
         self.resident = Resident(load_tiny(root, 2), self.pipeline, self.compiler, max_others=max_others)
 
-    async def infer(self, sized: Sized, *images: Image, stages: bool = False) -> list[Inferred]:
+    async def infer(self, sized: Sized, *images: Image, stages: bool = False) -> list[ImageResult]:
         results = await self.pipeline.infer(sized, images, monotonic() + 30, stages=stages)
-        assert all(isinstance(each, Inferred) for each in results), results
-        return [each for each in results if isinstance(each, Inferred)]
+        assert all(isinstance(each, ImageResult) for each in results), results
+        return [each for each in results if isinstance(each, ImageResult)]
 
 
 @asynccontextmanager
@@ -60,13 +61,13 @@ async def resident_model(root: Path, max_others: int = 2) -> AsyncIterator[Model
     model = Model(root, max_others)
     yield model
     await model.resident.close()
-    await model.pipeline.close(wait=True)
+    await model.pipeline.scheduler.close(wait=True)
 
 
 async def test_sizes_and_stage_maps_are_made_once_for_all_who_wait(tmp_path: Path) -> None:
     async with resident_model(tmp_path) as model:
 
-        async def ask(size: tuple[int, int] | None) -> Inferred:
+        async def ask(size: tuple[int, int] | None) -> ImageResult:
             async with model.resident.at(size, stages=True) as sized:
                 height, width = size or (32, 32)
                 (inferred,) = await model.infer(sized, np.zeros((height, width, 3), np.uint8), stages=True)
@@ -81,7 +82,7 @@ async def test_sizes_and_stage_maps_are_made_once_for_all_who_wait(tmp_path: Pat
 async def test_only_who_asked_for_stage_maps_gets_them_though_one_batch_holds_all(tmp_path: Path) -> None:
     async with resident_model(tmp_path) as model, model.resident.at(stages=True) as sized:
         plain, staged = await asyncio.gather(
-            model.infer(sized, *pictures(2)), model.infer(sized, *pictures(2), stages=True)
+            model.infer(sized, *random_images(2)), model.infer(sized, *random_images(2), stages=True)
         )
 
     assert [len(each.outputs.stages) for each in (*plain, *staged)] == [0, 0, 4, 4]
@@ -95,7 +96,7 @@ async def test_the_size_used_least_recently_makes_room(tmp_path: Path) -> None:
                 pass
 
         assert model.resident.sizes == [(32, 32), (64, 64), (96, 32)]
-        assert [queue.model for queue in model.pipeline.activity().queues] == [
+        assert [queue.lane for queue in model.pipeline.scheduler.activity().queues] == [
             "pvt_v2_b0.tiny", "pvt_v2_b0.tiny at 64x64", "pvt_v2_b0.tiny at 96x32",
         ]  # fmt: skip
         assert model.resident.memory_bytes > model.resident.executable.report.memory_bytes
@@ -116,7 +117,7 @@ async def test_sides_must_be_multiples_of_32(tmp_path: Path, size: tuple[int, in
                 pass
 
 
-async def test_a_caller_that_leaves_does_not_take_the_compiling_along(tmp_path: Path) -> None:
+async def test_a_caller_that_goes_does_not_stop_the_compiling(tmp_path: Path) -> None:
     async with resident_model(tmp_path) as model:
         model.compiler.go.clear()
 
@@ -150,7 +151,7 @@ async def test_what_failed_to_compile_is_tried_again_by_the_next_who_asks(tmp_pa
 
 async def test_pixels_go_to_the_model_as_they_are_and_must_have_its_size(tmp_path: Path) -> None:
     async with resident_model(tmp_path) as model, model.resident.at() as sized:
-        (image,) = pictures(1)
+        (image,) = random_images(1)
         (inferred,) = await model.infer(sized, image)
         (refused,) = await model.pipeline.infer(sized, [np.zeros((32, 64, 3), np.uint8)], monotonic() + 30)
 
@@ -165,7 +166,7 @@ async def test_closing_takes_every_lane_away(tmp_path: Path) -> None:
     async with resident_model(tmp_path) as model, model.resident.at((64, 64)):
         pass
 
-    assert model.pipeline.activity().queues == []
+    assert model.pipeline.scheduler.activity().queues == []
 
 
 async def test_a_size_that_made_room_goes_though_what_it_made_room_for_is_given_up_at_once(tmp_path: Path) -> None:
@@ -181,4 +182,4 @@ async def test_a_size_that_made_room_goes_though_what_it_made_room_for_is_given_
         await asyncio.sleep(0)  # it has set out, and what it set out has not had a turn
         asking.cancel()
 
-    assert model.pipeline.activity().queues == []
+    assert model.pipeline.scheduler.activity().queues == []

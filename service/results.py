@@ -1,0 +1,97 @@
+"""What the engine takes and returns."""
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from service.arrays import Head, Outputs, Pixels
+from service.errors import ServiceError
+from service.store.cards import ModelCard
+
+T = TypeVar("T")
+# An encoded image; pixels (height, width, 3) in the model's own size; or the error that reading it already met.
+Image = bytes | Pixels | ServiceError
+Size = tuple[int, int]  # height and width
+JSON_INSTEAD = ", application/json answers the others"
+_MOST_LISTED = 3  # of the images that failed
+
+
+class Timing(NamedTuple):
+    """Seconds that one image was decoded (the wait for a thread included), queued, and run in its batch."""
+
+    decode: float
+    queue: float
+    infer: float
+
+
+@dataclass(frozen=True, slots=True)
+class ImageResult:
+    """One image after inference: its own size in pixels, the model's outputs, and the time that they took.
+
+    `pixels` is the image as the model saw it, uint8 (height, width, 3).
+    """
+
+    width: int
+    height: int
+    outputs: Outputs
+    timing: Timing
+    pixels: Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceResult:
+    """One result or error for each image, in the order of the request, and the model that made them.
+
+    `size` is the height and width of the model's input; `head` is its last layer, if stage maps were requested.
+    """
+
+    card: ModelCard
+    version: str
+    size: tuple[int, int]
+    head: Head | None
+    results: list[ImageResult | ServiceError]
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self.card.id
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers there are in all, stage maps included."""
+        outputs = [each.outputs for each in self.results if isinstance(each, ImageResult)]
+        return sum(sum(map(np.size, (each.logits, each.embedding, *each.stages))) for each in outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """`reasons` says what keeps the service from being live or ready; empty when it is both."""
+
+    live: bool
+    ready: bool
+    reasons: list[str]
+
+
+def require_all(results: Sequence[T | ServiceError], names: Sequence[str | None], alternative: str = "") -> list[T]:
+    """The results of all images, whose file names are `names`; `alternative` says which form holds the others.
+
+    Raises:
+        ServiceError: an image failed. The error has the class of the first failure and lists the images.
+    """
+    failed = [(i, each) for i, each in enumerate(results) if isinstance(each, ServiceError)]
+    if failed:
+        _, first = failed[0]
+        if len(results) == 1:
+            raise first
+        listed = [
+            f"image {i + 1}{f' ({name[:100]!r})' if (name := names[i]) else ''}: {each}"
+            for i, each in failed[:_MOST_LISTED]
+        ]
+        more = [f"and {len(failed) - _MOST_LISTED} more"] if len(failed) > _MOST_LISTED else []
+        error = copy(first)
+        error.args = ("; ".join([*listed, *more, f"this form of answer holds all images or none{alternative}"]),)
+        raise error
+    return [result for result in results if not isinstance(result, ServiceError)]
