@@ -1,4 +1,4 @@
-"""HTTP/1.1 on a connection: uvicorn's protocol, with a bound on request heads and deaf to `Upgrade: h2c`."""
+"""HTTP/1.1 on a connection: uvicorn's protocol, with a bound on request heads, without `Upgrade: h2c`."""
 
 import re
 

@@ -6,10 +6,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, IPvAnyNetwork, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app.addresses import HostRule, Reach
+from app.remote_images.addresses import HostRule, Reach
 from service.store.urls import RemoteOptions, is_url, objection
 
 PREFIX = "PVT_"
@@ -18,8 +27,8 @@ _SERVICE_LINK = re.compile(r"PVT_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+
 Names = Annotated[tuple[str, ...], NoDecode]
 
 
-class UnknownSettingError(ValueError):
-    """A `PVT_*` variable that is no setting."""
+class SettingsInvalid(Exception):
+    """A `PVT_*` variable is no setting, or its value is out of bounds; the message says which and why."""
 
 
 class Settings(BaseSettings):
@@ -181,15 +190,17 @@ class Settings(BaseSettings):
         """The settings of this process.
 
         Raises:
-            UnknownSettingError: a `PVT_*` variable that is none, with the nearest one.
-            pydantic.ValidationError: a value out of bounds.
+            SettingsInvalid: a `PVT_*` variable is none, with the nearest one, or a value is out of bounds.
         """
         known = {f"{PREFIX}{name.upper()}" for name in cls.model_fields}
         for name in os.environ:
             if name.upper().startswith(PREFIX) and name.upper() not in known and not _SERVICE_LINK.fullmatch(name):
                 near = get_close_matches(name.upper(), known, n=1, cutoff=0)[0]
-                raise UnknownSettingError(f"{name} is not a setting; the nearest one is {near}")
-        return cls()
+                raise SettingsInvalid(f"{name} is not a setting; the nearest one is {near}")
+        try:
+            return cls()
+        except ValidationError as error:
+            raise SettingsInvalid("; ".join(map(_reason, error.errors()))) from error
 
     @property
     def url_reach(self) -> Reach:
@@ -229,3 +240,13 @@ class Settings(BaseSettings):
     def store_folder(self) -> Path:
         """The model store's folder, or that of its copy."""
         return remote.folder if (remote := self.remote_store) else Path(self.model_store)
+
+
+def _reason(error: ErrorDetails) -> str:
+    """One mistake in words, with the setting's name and, unless it is a key, its value."""
+    reason = error["msg"]
+    if not error["loc"]:  # two settings contradict each other
+        return reason.removeprefix("Value error, ")
+    name = str(error["loc"][0])
+    shown = "" if name.endswith("_keys") else f"={error['input']}"
+    return f"{PREFIX}{name.upper()}{shown}: {reason}"

@@ -4,9 +4,8 @@ import json
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
-from app.settings import Settings, UnknownSettingError
+from app.settings import Settings, SettingsInvalid
 from service.errors import ModelNotFound
 from service.store.remote import open_store
 from service.store.store import Store
@@ -73,6 +72,6 @@ def _table(store: Store) -> str:
 def _store() -> Store:
     try:
         settings = Settings.from_environment()
-    except (UnknownSettingError, ValidationError) as error:
+    except SettingsInvalid as error:
         raise typer.BadParameter(str(error)) from error
     return open_store(settings.store_folder, settings.remote_store)

@@ -13,10 +13,10 @@ import structlog
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 
-from app.engine_options import engine_options
-from app.model_info import model_info
-from app.queries import InferenceQuery
-from app.start import StartRefused, read_settings
+from app.main import engine_options
+from app.routes.inference import InferenceQuery
+from app.routes.model_info import model_info
+from app.settings import Settings, SettingsInvalid
 from cli.asked import Asked, Bad
 from cli.terminal import USAGE, CommandError
 from pvt_client import Explanation, ImageUnreadable, Prediction
@@ -43,8 +43,8 @@ async def engine_here(asked: Asked) -> AsyncIterator["Here"]:
         CommandError: a setting is wrong.
     """
     try:
-        settings = read_settings()
-    except StartRefused as error:
+        settings = Settings.from_environment()
+    except SettingsInvalid as error:
         raise CommandError(str(error), USAGE) from error
     before = structlog.get_config()
     structlog.configure(

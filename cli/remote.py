@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from app.start import StartRefused, read_settings
+from app.settings import Settings, SettingsInvalid
 from cli.terminal import USAGE, CommandError, print_line
 from service.errors import WeightsUnavailable
 from service.store.index import INDEX_FILE, write_index
@@ -38,8 +38,8 @@ def index(
 
 def _folder() -> Path:
     try:
-        settings = read_settings()
-    except StartRefused as error:
+        settings = Settings.from_environment()
+    except SettingsInvalid as error:
         raise CommandError(str(error), USAGE) from error
     if settings.remote_store:
         raise CommandError("PVT_MODEL_STORE is a URL; name the FOLDER that is served there", USAGE)

@@ -10,8 +10,7 @@ from typing import Annotated
 import structlog
 import typer
 
-from app.settings import Settings
-from app.start import StartRefused, read_settings
+from app.settings import Settings, SettingsInvalid
 from cli.terminal import USAGE, CommandError
 
 StoreOption = Annotated[
@@ -26,8 +25,8 @@ def settings() -> Settings:
         CommandError: a setting is wrong.
     """
     try:
-        return read_settings()
-    except StartRefused as error:
+        return Settings.from_environment()
+    except SettingsInvalid as error:
         raise CommandError(str(error), USAGE) from error
 
 

@@ -3,8 +3,8 @@
 from fastapi import APIRouter
 
 from app.dependencies import EngineDep
-from app.model_info import ModelInfo, ModelList, any_model_info, model_info, remote_info
 from app.problems import documented
+from app.routes.model_info import ModelInfo, ModelList, any_model_info, model_info, remote_info
 
 router = APIRouter(prefix="/models", tags=["models"])
 

@@ -1,0 +1,181 @@
+"""What `GET /models` shows."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from service.acquisition.catalogue import CLASSES, LICENCE, SIDE
+from service.acquisition.on_demand import RemoteModel
+from service.registry.entries import Status
+from service.registry.listing import ModelStatus, VersionStatus
+from service.registry.residents import Resident
+from service.store.cards import Accuracy
+
+
+class BatchSize(BaseModel):
+    """A compiled batch size and its measured time, while all instances run."""
+
+    size: int
+    ms: float
+
+
+class CoreLayout(BaseModel):
+    """`streams` batches run at a time, each on `threads` cores."""
+
+    streams: int
+    threads: int
+
+
+class VersionInfo(BaseModel):
+    """A version of a model: in the store, in memory, or both."""
+
+    version: str
+    state: Literal["available", "loading", "ready", "failed"]
+    reason: Annotated[str | None, Field(description="Why it failed.")] = None
+    aliases: Annotated[list[str] | None, Field(description="The aliases that stand for it.")] = None
+    leases: Annotated[int | None, Field(description="Requests that use it, or wait for it.")] = None
+    pinned: bool | None = None
+    idle_seconds: Annotated[float | None, Field(description="Since it was last used.")] = None
+    memory_bytes: Annotated[int | None, Field(description="Resident memory that it takes, as measured.")] = None
+
+
+class PullProgress(BaseModel):
+    """How much of a file that is being fetched has arrived."""
+
+    bytes: int
+    total: int | None = None
+
+
+class ModelInfo(BaseModel):
+    """A model, in the version that its name stands for; the second half is present once that is loaded."""
+
+    id: str
+    variant: str
+    version: str
+    state: Annotated[
+        Literal["available", "remote", "loading", "ready", "failed"],
+        Field(description="`remote` is not in the store, and `pvt-serve pull` or PVT_PULL=on_demand fetches it."),
+    ]
+    default: bool
+    reason: Annotated[str | None, Field(description="Why the model failed.")] = None
+    pull: Annotated[PullProgress | None, Field(description="While it is being fetched into the store.")] = None
+    num_classes: int | None = None
+    input_size: Annotated[tuple[int, int] | None, Field(description="Height and width, in pixels.")] = None
+    parameters: int | None = None
+    accuracy: Accuracy | None = None
+    licence: str | None = None
+    backend: str | None = None
+    device: Annotated[str | None, Field(description="`cpu`, or the GPUs that run it.")] = None
+    precision: str | None = None
+    memory_bytes: Annotated[
+        int | None,
+        Field(
+            description="Memory that it takes, resident or on GPUs, as measured; some of the first one's is libraries'."
+        ),
+    ] = None
+    pinned: Annotated[bool | None, Field(description="Whether it is never evicted.")] = None
+    leases: Annotated[int | None, Field(description="Requests that use it, or wait for it.")] = None
+    idle_seconds: Annotated[float | None, Field(description="Since it was last used.")] = None
+    versions: Annotated[list[VersionInfo] | None, Field(description="All versions, the newest first.")] = None
+    aliases: Annotated[list[str] | None, Field(description="The aliases that stand for it.")] = None
+    batch_plan: list[BatchSize] | None = None
+    alone_ms: Annotated[
+        float | None, Field(description="Measured time of a lone image on all cores, where that pays.")
+    ] = None
+    layout: CoreLayout | None = None
+    plan_cached: Annotated[bool | None, Field(description="Whether plan and graphs came from PVT_CACHE_DIR.")] = None
+    notes: Annotated[list[str] | None, Field(description="What was tried and left out, and why.")] = None
+    load_seconds: float | None = None
+    improving: Annotated[
+        bool | None, Field(description="Whether faster graphs are still being made, while it serves.")
+    ] = None
+
+
+class ModelList(BaseModel):
+    """Every model of the store."""
+
+    models: list[ModelInfo]
+
+
+def model_info(model: ModelStatus) -> ModelInfo:
+    """What is known of `model`: from its card, and from memory once it is there."""
+    stored, status = model.stored, model.status
+    failure = status.failure or stored.failure
+    info = ModelInfo(
+        id=stored.id,
+        variant=stored.variant,
+        version=stored.version,
+        state="failed" if failure else status.state,
+        default=model.default,
+        reason=str(failure) if failure else None,
+        aliases=list(model.aliases) or None,
+        versions=[_version(version) for version in model.versions],
+        **_use(status),
+    )
+    if card := stored.card:
+        size = (card.preprocessing.height, card.preprocessing.width)
+        known = {"num_classes": len(card.labels), "input_size": size, "parameters": card.parameters}
+        info = info.model_copy(update={**known, "accuracy": card.accuracy, "licence": card.licence})
+    return info.model_copy(update=_loaded(status.loaded)) if status.loaded else info
+
+
+def any_model_info(model: ModelStatus | RemoteModel) -> ModelInfo:
+    """What is known of a model, also of one that could only be pulled."""
+    return remote_info(model) if isinstance(model, RemoteModel) else model_info(model)
+
+
+def remote_info(model: RemoteModel) -> ModelInfo:
+    """What is known of published weights that are not in the store."""
+    known = model.published
+    return ModelInfo(
+        id=known.id,
+        variant=known.variant,
+        version="",
+        state=model.state,
+        default=model.default,
+        reason=str(model.failure) if model.failure else None,
+        pull=None if model.done is None else PullProgress(bytes=model.done, total=model.total),
+        num_classes=CLASSES,
+        input_size=(SIDE, SIDE),
+        parameters=known.parameters,
+        accuracy=known.accuracy,
+        licence=LICENCE,
+    )
+
+
+def _version(version: VersionStatus) -> VersionInfo:
+    stored, status = version.stored, version.status
+    return VersionInfo(
+        version=stored.version,
+        state=status.state,
+        reason=str(status.failure) if status.failure else None,
+        aliases=list(version.aliases) or None,
+        memory_bytes=status.memory_bytes,
+        **_use(status),
+    )
+
+
+def _use(status: Status[Resident]) -> dict[str, Any]:
+    """How a model that is in memory, or on its way, is used."""
+    if status.state not in {"ready", "loading"}:
+        return {}
+    idle = None if status.idle_seconds is None else round(status.idle_seconds, 3)
+    return {"leases": status.leases, "pinned": status.pinned, "idle_seconds": idle}
+
+
+def _loaded(resident: Resident) -> dict[str, object]:
+    """What is known of a model once it is in memory."""
+    plan, report = resident.executable.plan, resident.executable.report
+    return {
+        "backend": report.backend,
+        "device": report.device,
+        "precision": report.precision,
+        "memory_bytes": resident.memory_bytes,
+        "batch_plan": [BatchSize(size=n, ms=round(t * 1000, 3)) for n, t in plan.seconds.items()],
+        "alone_ms": None if plan.alone_seconds is None else round(plan.alone_seconds * 1000, 3),
+        "layout": CoreLayout(**report.layout._asdict()),
+        "plan_cached": report.cached,
+        "notes": list(resident.executable.notes),
+        "load_seconds": round(report.load_seconds, 3),
+        "improving": resident.executable.improving is not None or None,
+    }
