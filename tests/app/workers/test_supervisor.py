@@ -84,6 +84,23 @@ def test_a_worker_that_is_killed_is_replaced_and_no_counter_goes_back() -> None:
         assert server.stop() == 0
 
 
+def test_a_worker_that_is_stopped_is_replaced() -> None:
+    with serving(**LIGHT, workers="2", instances="2", stall_seconds="2") as server:
+        victim = psutil.Process(server.process.pid).children()[0]
+
+        victim.suspend()
+        silent = server.event("worker_silent")
+        ended = server.event("worker_ended")
+        while server.event("worker_listening")["worker"] != silent["worker"]:
+            pass
+
+        assert ended["worker"] == silent["worker"]
+        assert victim.pid not in [child.pid for child in psutil.Process(server.process.pid).children()]
+        assert httpx.get(f"{server.url}/health/ready").status_code == 200
+        assert samples(server)["pvt_worker_restarts_total",] == 1
+        assert server.stop() == 0
+
+
 def test_a_model_to_preload_is_loaded_in_every_worker() -> None:
     with serving(**LIGHT, workers="2", preload="pvt_v2_b0.digits") as server:
         # A worker may have loaded its model before the other one listened.
