@@ -89,7 +89,7 @@ async def read_uploads(request: Request) -> list[Upload | Link]:
         BodyTooLarge: more than PVT_MAX_BODY_MB.
         InvalidRequest: the body is not what its content type says, or holds no image or more than PVT_MAX_IMAGES.
     """
-    most = request.state.settings.max_images
+    most: int = request.state.settings.max_images
     content_type, options = parse_options_header(request.headers.get("content-type", ""))
     if content_type == "multipart/form-data":
         return _multipart(await read_body(request), options.get("boundary", ""), most)

@@ -3,6 +3,7 @@
 import os
 import re
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -207,7 +208,7 @@ class Settings(BaseSettings):
         """From where images by URL may come."""
         return Reach([HostRule.parse(entry) for entry in self.url_hosts], self.url_private_networks)
 
-    @property
+    @cached_property
     def max_body_bytes(self) -> int:
         """The limit on a request body, in bytes."""
         return int(self.max_body_mb * 1e6)

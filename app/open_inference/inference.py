@@ -25,7 +25,7 @@ from app.open_inference.models import ModelName, Ready, named
 from app.open_inference.tensors import STAGES, VECTORS, check_outputs, images, output
 from app.openapi import BINARY_CONTENT, json_body
 from app.problems import refusals
-from app.routes.inference import JSON, cancelled_on_disconnect, encoded, note
+from app.routes.inference import JSON, CancelOnDisconnect, encoded, note
 from service.answers.results import Answered
 from service.pipeline import Image
 from service.registry.residents import Size
@@ -100,7 +100,7 @@ async def infer(
     with engine.request(max_wait):
         parsed = await _read(request)
         outputs = [each.name for each in parsed.message.outputs]
-        async with cancelled_on_disconnect(request):
+        async with CancelOnDisconnect(request):
             result = await engine.infer(
                 parsed.images,
                 model=named(name, version),

@@ -193,7 +193,7 @@ async def uploaded(request: Request, query: InferenceQuery) -> AsyncIterator[lis
     with state.engine.request(await max_wait_seconds(request)):
         sent = await read_uploads(request)
         uploads = [each for each in sent if isinstance(each, Upload)]
-        async with cancelled_on_disconnect(request):
+        async with CancelOnDisconnect(request):
             if len(uploads) == len(sent):
                 yield uploads
                 return
@@ -204,34 +204,34 @@ async def uploaded(request: Request, query: InferenceQuery) -> AsyncIterator[lis
                 yield uploads
 
 
-@asynccontextmanager
-async def cancelled_on_disconnect(request: Request) -> AsyncIterator[None]:
-    """Cancel what runs inside when the client disconnects; the request's body must have been read.
+class CancelOnDisconnect:
+    """Cancels what runs inside `async with` when the client disconnects; the request's body must have been read.
 
     Raises:
         ClientDisconnect: the client is gone.
     """
-    task = asyncio.current_task()
-    assert task is not None  # noqa: S101  a coroutine that runs has a task
-    gone = False
 
-    async def watch() -> None:
-        nonlocal gone
-        while (await request.receive())["type"] != "http.disconnect":
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._gone = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101  a coroutine that runs has a task
+        self._task = task
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._watcher.cancel()
+        if kind is asyncio.CancelledError and self._gone:
+            self._task.uncancel()
+            raise ClientDisconnect from None
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
             pass
-        gone = True
-        task.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not gone:
-            raise
-        task.uncancel()
-        raise ClientDisconnect from None
-    finally:
-        watcher.cancel()
+        self._gone = True
+        self._task.cancel()
 
 
 def note(request: Request, result: Result) -> None:
@@ -240,24 +240,25 @@ def note(request: Request, result: Result) -> None:
     Raises:
         ServiceError: there is one image, and it failed.
     """
-    results = result.results
-    request.state.log = {"model": result.model, "images": len(results)}
+    results, state = result.results, request.state
+    state.log = {"model": result.model, "images": len(results)}
     timings = [each.timing for each in results if not isinstance(each, ServiceError)]
     if timings:
-        seconds = getattr(request.state, "fetch_seconds", None)
+        seconds = getattr(state, "fetch_seconds", None)
         fetch = {} if seconds is None else {"fetch": seconds}
-        request.state.timing = {**fetch, **max(timings, key=sum)._asdict()}
+        state.timing = {**fetch, **max(timings, key=sum)._asdict()}
     elif len(results) == 1 and isinstance(error := results[0], ServiceError):
         raise error
 
 
 async def encoded(request: Request, model: str, make: Callable[[], T], numbers: int = 0) -> T:
     """What `make` makes of a result of so many `numbers`, a large one on a thread; measures its time."""
-    engine: Engine = request.state.engine
+    state = request.state
+    engine: Engine = state.engine
     start = perf_counter()
     content = await engine.encode(make) if numbers > LARGE else make()
     seconds = perf_counter() - start
     engine.encoded(model, seconds)
-    if hasattr(request.state, "timing"):  # every image may have failed
-        request.state.timing["encode"] = seconds
+    if hasattr(state, "timing"):  # every image may have failed
+        state.timing["encode"] = seconds
     return content

@@ -15,7 +15,7 @@ from app.dependencies import EngineDep, MaxWaitDep
 from app.encodings import json_array, little_endian
 from app.openapi import json_body
 from app.problems import refusals
-from app.routes.inference import JSON, cancelled_on_disconnect, encoded, note
+from app.routes.inference import JSON, CancelOnDisconnect, encoded, note
 from service.answers.results import Answered, whole
 from service.errors import InvalidRequest
 
@@ -124,7 +124,7 @@ async def embeddings(request: Request, engine: EngineDep, max_wait: MaxWaitDep) 
     """The embedding of each image; one that fails fails the request."""
     with engine.request(max_wait):
         message = await _read(request)
-        async with cancelled_on_disconnect(request):
+        async with CancelOnDisconnect(request):
             result = await engine.infer([from_base64(url) for url in message.urls], model=message.model)
     note(request, result)
     body = await encoded(request, result.model, partial(_body, result, message.encoding_format), result.numbers)
