@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from app.problems import BodyTooLarge, UnsupportedMediaType
+from app.settings import Settings
 from service.errors import InvalidImage, InvalidRequest, ServiceError
 
 FIELD, JSON_FIELD = "image", "images"
@@ -89,14 +90,15 @@ async def read_uploads(request: Request) -> list[Upload | Link]:
         BodyTooLarge: more than PVT_MAX_BODY_MB.
         InvalidRequest: the body is not what its content type says, or holds no image or more than PVT_MAX_IMAGES.
     """
-    most: int = request.state.settings.max_images
+    settings: Settings = request.state.settings
+    max_bytes, most = settings.max_body_bytes, settings.max_images
     content_type, options = parse_options_header(request.headers.get("content-type", ""))
     if content_type == "multipart/form-data":
-        return _multipart(await read_body(request), options.get("boundary", ""), most)
+        return _multipart(await read_body(request, max_bytes), options.get("boundary", ""), most)
     if RAW_TYPES.fullmatch(content_type):
-        return [Upload(None, await read_body(request))]
+        return [Upload(None, await read_body(request, max_bytes))]
     if content_type == "application/json":
-        body = await read_body(request)
+        body = await read_body(request, max_bytes)
         return _json(body, most) if len(body) < LARGE_JSON else await run_in_threadpool(_json, body, most)
     raise UnsupportedMediaType(
         f"content type {content_type or '(none)'!r}; send multipart/form-data with a file field {FIELD!r}, the "
@@ -104,9 +106,8 @@ async def read_uploads(request: Request) -> list[Upload | Link]:
     )
 
 
-async def read_body(request: Request) -> bytes:
-    """The body; refuses one that announces, or turns out, to be larger than PVT_MAX_BODY_MB."""
-    max_bytes = request.state.settings.max_body_bytes
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body; refuses one that announces, or turns out, to be larger than `max_bytes`, which is PVT_MAX_BODY_MB."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
         if "expect" not in request.headers:  # a client that expects 100-continue has not sent anything yet

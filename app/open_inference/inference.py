@@ -115,7 +115,7 @@ async def infer(
 
 async def _read(request: Request) -> ParsedRequest:
     settings, headers = request.state.settings, request.headers
-    raw = await read_body(request)
+    raw = await read_body(request, settings.max_body_bytes)
     length, encoding = headers.get(HEADER_LENGTH), headers.get("content-encoding", "")
     make = partial(_parse, raw, encoding, length, settings.max_body_bytes, settings.max_images)
     # Large JSON, and all that is compressed, on a thread; the bytes of tensors cost nothing.

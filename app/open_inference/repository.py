@@ -111,7 +111,7 @@ def _entry(model: VersionStatus) -> IndexEntry:
 
 async def _read(request: Request, form: type[M]) -> M:
     """The body; an absent one is an empty object."""
-    body = await read_body(request)
+    body = await read_body(request, request.state.settings.max_body_bytes)
     try:
         return form.model_validate(parse_json(body) if body.strip() else {})
     except ValidationError as error:

@@ -25,7 +25,9 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
+from typing_extensions import override
 
 from app.bodies import Upload, read_uploads
 from app.dependencies import bearer, max_wait_seconds, require_key
@@ -62,25 +64,31 @@ class Result(Protocol):
 class InferenceRoute(APIRoute):
     """A route that FastAPI documents and that runs as a plain Starlette endpoint.
 
-    FastAPI's own way to an endpoint, its exit stacks and its dependencies, costs a fifth of what a request costs beside
-    decoding and inference (docs/architecture.md, decision 21). The endpoint takes the request and its `query`.
+    The endpoint takes the request and its `query`. Exit stacks and dependencies, which FastAPI's own route has, would
+    double what HTTP costs (docs/architecture.md, decision 21).
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:  # noqa: ANN401  FastAPI's
         super().__init__(path, endpoint, **options)
         self._query: type[BaseModel] = get_type_hints(endpoint)["query"]
+        self._defaults = self._query()
         self.app = self._run
+
+    @override
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] == self.path:
+            return Match.FULL, {"endpoint": self.endpoint, "path_params": {}, "route": self}
+        return super().matches(scope)  # mounted below another application, or not allowed
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
         if (settings := request.state.settings).api_keys:
             await require_key(await bearer(request), settings)
-        response = await self.endpoint(request, self._parsed(request))
+        query = self._parsed(request) if scope["query_string"] else self._defaults
+        response = await self.endpoint(request, query)
         await response(scope, receive, send)
 
     def _parsed(self, request: Request) -> BaseModel:
-        if not request.scope["query_string"]:
-            return self._query()
         try:
             return self._query.model_validate(dict(request.query_params))
         except ValidationError as error:

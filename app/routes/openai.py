@@ -144,9 +144,10 @@ async def model(engine: EngineDep, name: str) -> OpenAiModel:
 
 
 async def _read(request: Request) -> EmbeddingsRequest:
-    body = await read_body(request)
+    settings = request.state.settings
+    body = await read_body(request, settings.max_body_bytes)
     message = _parse(body) if len(body) < LARGE_JSON else await run_in_threadpool(_parse, body)
-    check_count(len(message.urls), request.state.settings.max_images)
+    check_count(len(message.urls), settings.max_images)
     return message
 
 

@@ -81,8 +81,9 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
     With several, a bad one becomes an `error` in its place and the others have results. With a single image, its error
     is the response.
     """
+    state = request.state
     async with uploaded(request, query) as uploads:
-        predictions = await request.state.engine.predict(
+        predictions = await state.engine.predict(
             [upload.data for upload in uploads],
             model=query.model,
             top_k=query.top_k,
@@ -90,7 +91,7 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
             timeout_seconds=query.timeout_seconds,
         )
     note(request, predictions)
-    body = await encoded(request, predictions.model, lambda: _body(uploads, predictions, request.state.request_id))
+    body = await encoded(request, predictions.model, lambda: _body(uploads, predictions, state.request_id))
     return Response(body, media_type=JSON)
 
 
