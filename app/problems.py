@@ -21,7 +21,7 @@ log = structlog.get_logger(component="http")
 
 _REPORTED = 5  # mistakes of one request
 MEDIA_TYPE = "application/problem+json"
-CLIENT_CLOSED_REQUEST = 499  # nginx's number for a caller that hung up
+CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that disconnected
 
 
 class UnsupportedMediaType(errors.ServiceError):

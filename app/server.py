@@ -56,7 +56,7 @@ class DrainingServer(uvicorn.Server):
         if self._loop is None:
             super().handle_exit(sig, frame)
             return
-        # Nothing more here: whatever the signal interrupted may hold a lock, the log's for one.
+        # Nothing more in this handler: whatever the signal interrupted may hold a lock, the log's for one.
         self._loop.call_soon_threadsafe(self._stop_now if self._stopping else self._begin_drain, sig)
         self._stopping = True
 
@@ -127,7 +127,7 @@ def _accept_all(listener: socket.socket) -> Iterator[socket.socket]:
 
 
 def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = None) -> None:
-    """Serve on `listeners` until a signal asks to stop; as `worker`, if there are several."""
+    """Serve on `listeners` until a signal stops it; as `worker`, if there are several."""
     config = uvicorn.Config(
         create_app(settings, worker),
         loop="uvloop",
@@ -135,7 +135,7 @@ def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = N
         access_log=False,
         log_config=None,
         server_header=False,
-        proxy_headers=False,  # nothing here depends on who the caller is
+        proxy_headers=False,  # nothing depends on who the client is
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
     # Uvicorn raises the signal again once it is done; a requested stop is no failure.

@@ -134,7 +134,7 @@ def check_outputs(names: Sequence[str]) -> None:
     """Raises InvalidRequest when one of `names` is no output, or is repeated."""
     for i, name in enumerate(names):
         if name not in OUTPUTS:
-            raise InvalidRequest(f"output {name[:100]!r}: a model gives {', '.join(OUTPUTS)}")
+            raise InvalidRequest(f"output {name[:100]!r}: the outputs of a model are {', '.join(OUTPUTS)}")
         if name in names[:i]:
             raise InvalidRequest(f"output {name!r} is requested twice")
 

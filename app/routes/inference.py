@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 
 class Result(Protocol):
-    """What a model gave for all images of a request."""
+    """The results of a model for all images of a request."""
 
     @property
     def model(self) -> str: ...  # noqa: D102

@@ -145,7 +145,7 @@ async def aliases(engine: EngineDep) -> AliasList:
 async def set_alias(request: Request, name: str, target: AliasTarget, engine: EngineDep) -> AliasList:
     """Let an alias stand for a model, in the store, so for all who use it.
 
-    Where the alias is in use, its callers pass over once the new model is loaded, and wait for nothing.
+    Where the alias is in use, its clients switch once the new model is loaded, and wait for nothing.
     """
     with audited(request, engine, "set_alias", alias=name, model=target.model):
         await engine.models.set_alias(name, target.model)

@@ -27,7 +27,7 @@ STARTUP_FAILURE = 3  # uvicorn's exit code
 
 
 def run(settings: Settings, listener: socket.socket) -> int:
-    """Serve on `listener` with `settings.workers` processes until a signal asks to stop; gives the exit code."""
+    """Serve on `listener` with `settings.workers` processes until a signal stops it; returns the exit code."""
     with TemporaryDirectory(prefix="pvt-serve-") as name:
         group = WorkerGroup(Path(name), settings.workers)
         group.share_metrics("supervisor")

@@ -177,7 +177,10 @@ def test_what_is_wrong_is_told_in_the_protocols_form(server: Any, files: list[by
     assert "multiple of 32" in refused([pixels(side=50)[0]])[1]
     assert refused([encoded([files[0], b"none"])])[1].startswith("picture 2: not a supported image")
     assert refused([pixels()[0]], outputs=[stage])[1].startswith("output 'stage1' has no classes")
-    assert "a model gives probabilities" in refused([pixels()[0]], outputs=[triton.InferRequestedOutput("x")])[1]
+    assert (
+        "the outputs of a model are probabilities"
+        in refused([pixels()[0]], outputs=[triton.InferRequestedOutput("x")])[1]
+    )
     assert refused([pixels()[0]], model="pvt_v2_b0.none")[0] == "404"
     assert refused([pixels()[0]], model="pvt_v2_b5")[0] == "503"
     assert refused([pixels()[0], pixels()[0]])[1].startswith("inputs: List should have at most 1 item")
