@@ -9,7 +9,7 @@ from app.start import StartRefused, serve
 
 
 def main() -> int:
-    """Serve until told to stop; 2 when a setting is wrong."""
+    """Serve until a signal stops it; 2 when a setting is wrong."""
     parser = ArgumentParser(
         prog="python -m app",
         description="Serve PVT-v2 models over HTTP. Settings are environment variables, such as PVT_PORT: see README.",

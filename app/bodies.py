@@ -1,4 +1,4 @@
-"""Request bodies to image bytes: multipart, raw, or JSON with base64."""
+"""Request bodies: to image bytes from multipart, raw bytes or JSON with base64; and JSON within bounds."""
 
 import asyncio
 import base64
@@ -6,16 +6,17 @@ import binascii
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
+import orjson
 from fastapi import Request
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from app.json_body import loads
 from app.problems import BodyTooLarge, UnsupportedMediaType
+from app.settings import Settings
 from service.errors import InvalidImage, InvalidRequest, ServiceError
 
 FIELD, JSON_FIELD = "image", "images"
@@ -25,11 +26,14 @@ EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAs
 DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 DISCARD_SECONDS = 5.0
 LARGE_JSON = 65_536  # bytes; parsing more would hold up the event loop
+# The JSON parser holds the interpreter's lock, and with it the event loop, even on a thread: 40 ns for each number. No
+# request needs so many values; the tensors of `/v2` are parsed apart, in chunks.
+MAX_COMMAS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One encoded picture, or why it can't be read, and the name its sender gave it."""
+    """One encoded image, or why it can't be read, and the name its sender gave it."""
 
     filename: str | None
     data: bytes | ServiceError
@@ -37,13 +41,13 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Where one picture is; `app.fetching` fetches it."""
+    """An image by its URL; `app.remote_images` fetches it."""
 
     url: str
 
 
 class ImageUrl(BaseModel):
-    """A picture by its address."""
+    """An image by its URL."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -65,7 +69,7 @@ class ImagesBody(BaseModel):
         list[str | ImageUrl],
         Field(
             min_length=1,
-            description="Each picture as base64, as a `data:` URL with base64, or as an object with a URL.",
+            description="Each image as base64, as a `data:` URL with base64, or as an object with a URL.",
         ),
     ]
 
@@ -73,38 +77,40 @@ class ImagesBody(BaseModel):
 BODY_EXAMPLES = {
     "base64": {"images": [EXAMPLE]},
     "data URL": {"images": [f"data:image/png;base64,{EXAMPLE}"]},
-    "several pictures": {"images": [EXAMPLE, EXAMPLE]},
+    "several images": {"images": [EXAMPLE, EXAMPLE]},
     "URL": {"images": [{"url": "https://example.org/cat.jpg"}]},
 }
 
 
-async def read_uploads(request: Request, max_bytes: int, max_images: int) -> list[Upload | Link]:
-    """The pictures of a request, in their order; in JSON some may be links.
+async def read_uploads(request: Request) -> list[Upload | Link]:
+    """The images of a request, in their order; in JSON some may be links.
 
     Raises:
         UnsupportedMediaType: the content type is none of the three forms.
-        BodyTooLarge: more than `max_bytes`.
-        InvalidRequest: the body is not what its content type says, or holds no image or more than `max_images`.
+        BodyTooLarge: more than PVT_MAX_BODY_MB.
+        InvalidRequest: the body is not what its content type says, or holds no image or more than PVT_MAX_IMAGES.
     """
+    settings: Settings = request.state.settings
+    max_bytes, most = settings.max_body_bytes, settings.max_images
     content_type, options = parse_options_header(request.headers.get("content-type", ""))
     if content_type == "multipart/form-data":
-        return _multipart(await read_body(request, max_bytes), options.get("boundary", ""), max_images)
+        return _multipart(await read_body(request, max_bytes), options.get("boundary", ""), most)
     if RAW_TYPES.fullmatch(content_type):
         return [Upload(None, await read_body(request, max_bytes))]
     if content_type == "application/json":
         body = await read_body(request, max_bytes)
-        return _json(body, max_images) if len(body) < LARGE_JSON else await run_in_threadpool(_json, body, max_images)
+        return _json(body, most) if len(body) < LARGE_JSON else await run_in_threadpool(_json, body, most)
     raise UnsupportedMediaType(
         f"content type {content_type or '(none)'!r}; send multipart/form-data with a file field {FIELD!r}, the "
-        "picture's bytes as image/* or application/octet-stream, or application/json"
+        "image's bytes as image/* or application/octet-stream, or application/json"
     )
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body; refuses what announces, or turns out, to be more than `max_bytes`."""
+    """The body; refuses one that announces, or turns out, to be larger than `max_bytes`, which is PVT_MAX_BODY_MB."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
-        if "expect" not in request.headers:  # who asks first is told before it sends anything
+        if "expect" not in request.headers:  # a client that expects 100-continue has not sent anything yet
             await _discard(request)
         raise _too_large(max_bytes)
     chunks, received, more = [], 0, True
@@ -119,20 +125,27 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-async def _receive(request: Request) -> tuple[bytes, bool]:
-    """The next piece of the body, and whether there are more."""
-    message = await request.receive()
-    if message["type"] == "http.disconnect":
-        raise ClientDisconnect
-    return message.get("body", b""), message.get("more_body", False)
+def parse_json(body: bytes) -> Any:  # noqa: ANN401  whatever JSON holds
+    """The value that `body` holds.
+
+    Raises:
+        InvalidRequest: it is no JSON, or holds so many values that parsing it would hold up all other requests.
+    """
+    if len(body) > MAX_COMMAS and (commas := body.count(b",")) > MAX_COMMAS:
+        raise InvalidRequest(f"the body's JSON holds {commas} commas, so many values; {MAX_COMMAS} are allowed")
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is no JSON: {error}") from error
 
 
-async def _discard(request: Request) -> None:
-    """Let a client finish what it is sending, for a while: closing on it would destroy the answer on its way."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(DISCARD_SECONDS):
-            while (await _receive(request))[1]:
-                pass
+def from_base64(text: str) -> bytes | InvalidImage:
+    """The bytes of base64, or of a data: URL with it; or what is wrong with it."""
+    match = DATA_URL.match(text)
+    try:
+        return base64.b64decode(text[match.end() :] if match else text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        return InvalidImage(f'not valid base64, nor a data: URL of it: {error}; an image\'s URL goes in {{"url": ...}}')
 
 
 def check_count(count: int, max_images: int) -> None:
@@ -141,6 +154,22 @@ def check_count(count: int, max_images: int) -> None:
         raise InvalidRequest("the request carries no image")
     if count > max_images:
         raise InvalidRequest(f"more than {max_images} images in one request, which PVT_MAX_IMAGES allows")
+
+
+async def _receive(request: Request) -> tuple[bytes, bool]:
+    """The next chunk of the body, and whether there are more."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message.get("body", b""), message.get("more_body", False)
+
+
+async def _discard(request: Request) -> None:
+    """Let a client finish what it is sending, for a while: closing the connection would destroy the response."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while (await _receive(request))[1]:
+                pass
 
 
 def _too_large(max_bytes: int) -> BodyTooLarge:
@@ -156,10 +185,15 @@ def _multipart(body: bytes, boundary: str, max_images: int) -> list[Upload | Lin
         with PushMultipartParser(boundary) as parser:
             for event in parser.parse(body):
                 if isinstance(event, MultipartSegment):
-                    segment, data = _image_field(event), b""
+                    segment, data = event, b""
+                    if segment.name != FIELD:
+                        name = (segment.name or "")[:100]
+                        raise InvalidRequest(
+                            f"unknown form field {name!r}; files go in {FIELD!r}, parameters in the query"
+                        )
                     check_count(len(uploads) + 1, max_images)
                 elif event is not None:
-                    data += event  # the first one, and there is no other, is not copied
+                    data += event  # the first chunk, and there is no other, is not copied
                 elif segment is not None:
                     uploads.append(Upload(segment.filename, data))
     except MultipartError as error:
@@ -169,17 +203,9 @@ def _multipart(body: bytes, boundary: str, max_images: int) -> list[Upload | Lin
     return uploads
 
 
-def _image_field(segment: MultipartSegment) -> MultipartSegment:
-    if segment.name != FIELD:
-        raise InvalidRequest(
-            f"unknown form field {(segment.name or '')[:100]!r}; files go in {FIELD!r}, parameters in the query"
-        )
-    return segment
-
-
 def _json(body: bytes, max_images: int) -> list[Upload | Link]:
-    """By hand, and up to the first thing wrong: a validator would make a report of a million wrong items."""
-    content = loads(body)
+    """By hand, and up to the first mistake: a validator would list a million wrong items."""
+    content = parse_json(body)
     if not isinstance(content, dict) or not isinstance(content.get(JSON_FIELD), list):
         raise InvalidRequest(
             f'the body must be an object with a list of images: {{"{JSON_FIELD}": ["<base64>", {{"url": "..."}}, ...]}}'
@@ -189,23 +215,9 @@ def _json(body: bytes, max_images: int) -> list[Upload | Link]:
     images = content[JSON_FIELD]
     check_count(len(images), max_images)
     for index, image in enumerate(images):
-        if not isinstance(image, str) and not _is_link(image):
+        is_link = isinstance(image, dict) and image.keys() == {"url"} and isinstance(image["url"], str)
+        if not isinstance(image, str) and not is_link:
             raise InvalidRequest(
                 f'{JSON_FIELD}.{index} is no image; send a string, base64 or a data: URL, or {{"url": "https://..."}}'
             )
     return [Upload(None, from_base64(each)) if isinstance(each, str) else Link(each["url"]) for each in images]
-
-
-def _is_link(image: object) -> bool:
-    return isinstance(image, dict) and image.keys() == {"url"} and isinstance(image["url"], str)
-
-
-def from_base64(text: str) -> bytes | InvalidImage:
-    """The bytes of base64, or of a data: URL with it; or what is wrong with it."""
-    match = DATA_URL.match(text)
-    try:
-        return base64.b64decode(text[match.end() :] if match else text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        return InvalidImage(
-            f'not valid base64, nor a data: URL of it: {error}; a picture\'s URL goes in {{"url": ...}}'
-        )

@@ -1,33 +1,44 @@
-"""What routes ask for, each named once.
+"""What routes depend on, each named once: the process's state, keys, and the audit of management.
 
 All are coroutines, though none awaits: FastAPI runs plain functions on a thread each, which costs more than they do.
 """
 
 import hmac
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import Annotated, TypedDict
 from urllib.parse import urlsplit
 
+import structlog
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
-from app.fetching import Fetcher
-from app.member import Member
 from app.problems import Forbidden, Unauthorized
+from app.remote_images.fetching import Fetcher
 from app.settings import Settings
+from app.workers.worker import Worker
 from service.engine import Engine
 from service.results import Health
 
+log = structlog.get_logger(component="management")
+
+_WAIT = re.compile(r"wait\s*=\s*\"?([0-9]{1,9})\"?")  # of `Prefer`, RFC 7240
+APPLIED = {"Preference-Applied": "respond-async"}
+# Their names in the OpenAPI document.
+API_KEY, MANAGEMENT_KEY = "api_key", "management_key"
+
 
 class State(TypedDict):
-    """What the lifespan yields."""
+    """What the lifespan yields; `worker` where there are several."""
 
     engine: Engine
     settings: Settings
     registry: CollectorRegistry
-    member: Member | None
+    worker: Worker | None
     fetcher: Fetcher
 
 
@@ -44,24 +55,24 @@ async def get_settings(request: Request) -> Settings:
 
 
 async def get_registry(request: Request) -> CollectorRegistry:
-    """The metrics of this process."""
+    """The metrics of this process, or of all workers where there are several."""
     registry: CollectorRegistry = request.state.registry
     return registry
 
 
 async def get_health(request: Request) -> Health:
-    """Liveness and readiness of the service: of this process and of the workers beside it, if there are any."""
-    return _together(request, await request.state.engine.health())
+    """Liveness and readiness of the service: of this process and of the other workers, if there are any."""
+    return _combined(request, await request.state.engine.health())
 
 
 async def get_liveness(request: Request) -> Health:
-    """The same, but asks no disk: only liveness counts."""
-    return _together(request, request.state.engine.live())
+    """The same without a look at the disk: only liveness counts."""
+    return _combined(request, request.state.engine.live())
 
 
-def _together(request: Request, own: Health) -> Health:
-    member: Member | None = request.state.member
-    return own if member is None else member.health(own, request.state.settings.stall_seconds)
+def _combined(request: Request, own: Health) -> Health:
+    worker: Worker | None = request.state.worker
+    return own if worker is None else worker.health(own, request.state.settings.stall_seconds)
 
 
 EngineDep = Annotated[Engine, Depends(get_engine)]
@@ -71,23 +82,35 @@ LivenessDep = Annotated[Health, Depends(get_liveness)]
 RegistryDep = Annotated[CollectorRegistry, Depends(get_registry)]
 
 
-# Their names in the OpenAPI document.
-API_KEY, MANAGEMENT_KEY = "api_key", "management_key"
+async def max_wait_seconds(request: Request) -> float | None:
+    """How long to wait for a model that is not loaded, by `Prefer`: `wait=<seconds>`, 0 with `respond-async` alone.
+
+    None without either. Preferences that are unknown or malformed are ignored, as RFC 7240 demands.
+    """
+    if "prefer" not in request.headers:
+        return None
+    values = ",".join(request.headers.getlist("prefer")).lower().split(",")
+    preferences = [value.partition(";")[0].strip() for value in values]
+    waits = [float(match[1]) for each in preferences if (match := _WAIT.fullmatch(each))]
+    return waits[0] if waits else 0.0 if "respond-async" in preferences else None
+
+
+MaxWaitDep = Annotated[float | None, Depends(max_wait_seconds)]
 
 bearer = HTTPBearer(auto_error=False, scheme_name=API_KEY, description="One of PVT_API_KEYS.")
 CredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
 
 
 async def require_key(credentials: CredentialsDep, settings: SettingsDep) -> None:
-    """Refuse a request without one of PVT_API_KEYS."""
-    if not _is_one_of(settings.api_keys, credentials):
+    """Refuse a request without one of PVT_API_KEYS, if there are any."""
+    if settings.api_keys and not _is_one_of(settings.api_keys, credentials):
         raise Unauthorized("this service requires an API key; send it as 'Authorization: Bearer <key>' (PVT_API_KEYS)")
 
 
 _management = HTTPBearer(
     auto_error=False,
     scheme_name=MANAGEMENT_KEY,
-    description="One of PVT_MANAGEMENT_KEYS, where the service has some; without, only PVT_MANAGEMENT_PORT answers.",
+    description="One of PVT_MANAGEMENT_KEYS, where the service has some; without, only PVT_MANAGEMENT_PORT serves it.",
 )
 ManagementCredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(_management)]
 
@@ -95,11 +118,11 @@ ManagementCredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Securi
 async def require_management(request: Request, credentials: ManagementCredentialsDep, settings: SettingsDep) -> None:
     """Refuse a request without one of PVT_MANAGEMENT_KEYS, or on another port than PVT_MANAGEMENT_PORT if there is one.
 
-    Every request, where there is neither. Who manages is left in `request.state.manager`.
+    Every request, where there is neither. `request.state.manager` says how the request was let in.
     """
     port = settings.management_port
     if port and request.scope["server"][1] != port:
-        raise Forbidden(f"management is answered on port {port} only (PVT_MANAGEMENT_PORT)")
+        raise Forbidden(f"management is served on port {port} only (PVT_MANAGEMENT_PORT)")
     if settings.management_keys:
         if not _is_one_of(settings.management_keys, credentials):
             raise Unauthorized("send a management key as 'Authorization: Bearer <key>' (PVT_MANAGEMENT_KEYS)")
@@ -114,7 +137,7 @@ async def require_management(request: Request, credentials: ManagementCredential
 
 
 async def require_one_process(settings: SettingsDep) -> None:
-    """Refuse, where there are several workers: each has models of its own, and whoever asks reaches any of them."""
+    """Refuse, where there are several workers: each has its own models, and a request reaches any of them."""
     if settings.workers > 1:
         raise Forbidden(
             f"PVT_WORKERS is {settings.workers} and each worker has its own models, so this would change one of them "
@@ -122,8 +145,26 @@ async def require_one_process(settings: SettingsDep) -> None:
         )
 
 
+@contextmanager
+def audited(request: Request, engine: Engine, action: str, **what: str) -> Iterator[None]:
+    """Write a log line about who did what, whether it succeeds or not. A shutdown waits for it."""
+    who = {
+        "by": request.state.manager,
+        "client": request.client.host if request.client else None,
+        "request_id": request.state.request_id,
+    }
+    try:
+        with engine.request():
+            yield
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("management", action=action, **what, **who, outcome="failed", reason=reason)
+        raise
+    log.info("management", action=action, **what, **who, outcome="done")
+
+
 def _refuse_pages(request: Request, settings: Settings) -> None:
-    """A page of another site must not use its reader's browser to get at a port that asks for no key."""
+    """A web page of another site must not use its reader's browser to reach a port that requires no key."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     name = urlsplit(f"//{host}").hostname or ""
     if name not in {"localhost", settings.management_host} and not _is_address(name):
@@ -131,7 +172,7 @@ def _refuse_pages(request: Request, settings: Settings) -> None:
             f"Host {host!r} is no address; reach the management port by its address, or set PVT_MANAGEMENT_KEYS"
         )
     if origin is not None and urlsplit(origin).netloc != host:
-        raise Forbidden(f"a page of {origin!r} may not use the management port, which asks for no key")
+        raise Forbidden(f"a page of {origin!r} may not use the management port, which requires no key")
 
 
 def _is_address(name: str) -> bool:
@@ -143,7 +184,7 @@ def _is_address(name: str) -> bool:
 
 
 def _is_one_of(keys: tuple[SecretStr, ...], credentials: HTTPAuthorizationCredentials | None) -> bool:
-    # Every key is compared, in constant time: how long it takes tells nothing.
+    # Every key is compared, in constant time, so that the time it takes reveals nothing.
     presented = (credentials.credentials if credentials else "").encode("utf-8", "surrogateescape")
     expected = [key.get_secret_value().encode("utf-8", "surrogateescape") for key in keys]
     matches = [hmac.compare_digest(presented, each) for each in expected]

@@ -1,5 +1,6 @@
 """The application, put together."""
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
@@ -8,36 +9,39 @@ from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from app import openapi, problems
+from app import logs, openapi, problems
 from app.dependencies import State, require_key
-from app.direct import Direct
-from app.engine_options import engine_options
-from app.fetching import Fetcher
-from app.member import Member
-from app.metrics import FetchMetrics, HttpMetrics
-from app.middleware import RequestContext
-from app.routes import (
-    debug,
-    explain,
-    features,
-    health,
-    management,
-    models,
-    openai,
-    pages,
-    predict,
-    v2,
-    v2_models,
-    v2_repository,
-)
+from app.middleware import HttpMetrics, RequestContext
+from app.open_inference import inference, repository
+from app.open_inference import models as open_inference_models
+from app.remote_images.fetching import Fetcher
+from app.routes import debug, explain, features, health, management, models, openai, pages, predict
 from app.settings import Settings
+from app.workers.worker import Worker
 from service.engine import Engine
+from service.machine.cores import usable_cores
+from service.machine.devices import choose, visible
 from service.metrics import EngineMetrics
+from service.options import Budget, EngineOptions, default_instances
+
+# Images per batch where no setting says so; the batch plan stops earlier, as soon as more do not pay.
+MAX_BATCH_SIZE = {"cpu": 8, "gpu": 256}
 
 
-def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
-    """The ASGI application for `settings`; its engine lives from startup to shutdown. `member`: one of several."""
-    registry = _registry() if member is None else CollectorRegistry()
+def create_app(settings: Settings | None = None, worker: Worker | None = None) -> FastAPI:
+    """The ASGI application; its engine lives from startup to shutdown.
+
+    Without `settings` they, and the form of log lines, come from the environment. `worker`: one of several.
+
+    Raises:
+        SettingsInvalid: a setting is unknown or out of bounds.
+        BackendUnavailable: the settings name a GPU that does not exist.
+    """
+    if settings is None:
+        settings = Settings.from_environment()
+        logs.configure(settings.log_format)
+    options = engine_options(settings)
+    registry = _registry() if worker is None else CollectorRegistry()
     app = FastAPIOffline(
         title="pvt-serve",
         summary=openapi.SUMMARY,
@@ -48,54 +52,94 @@ def create_app(settings: Settings, member: Member | None = None) -> FastAPI:
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         generate_unique_id_function=openapi.operation_id,
         redoc_url=None,  # one page of documentation is enough, and that one loads a logo from elsewhere
-        lifespan=_lifespan(settings, registry, member),
-    )
-    app.add_middleware(
-        Direct, endpoints={endpoint.path: endpoint for endpoint in (predict.DIRECT, features.DIRECT, explain.DIRECT)}
+        lifespan=_lifespan(settings, options, registry, worker),
+        # First in the table of routes, so that no time is lost on others.
+        routes=[*predict.router.routes, *features.router.routes, *explain.router.routes],
     )
     app.add_middleware(RequestContext, metrics=HttpMetrics(registry))
     problems.install(app)
-    # Only where keys are set: a dependency costs each request, and the docs then ask for a key that nobody has.
+    # Only where keys are set: a dependency costs each request.
     protected = [Depends(require_key)] if settings.api_keys else []
-    for module in (predict, features, explain, models, v2, v2_models, v2_repository, openai):
-        app.include_router(module.router, dependencies=protected)
-    for module in (health, pages, debug, management):
-        app.include_router(module.router)
-    for router in (v2.health, v2_repository.management):
+    for router in (models.router, inference.router, open_inference_models.router, repository.router, openai.router):
+        app.include_router(router, dependencies=protected)
+    for router in (
+        health.router,
+        pages.router,
+        debug.router,
+        management.router,
+        inference.health,
+        repository.management,
+    ):
         app.include_router(router)
     openapi.describe(app, settings)
     return app
 
 
+def engine_options(settings: Settings) -> EngineOptions:
+    """What of `settings` concerns the engine, in its units: bytes, seconds, pixels.
+
+    Raises:
+        BackendUnavailable: the settings name a GPU that does not exist.
+    """
+    devices = () if settings.backend == "openvino" else choose(settings.device, visible())
+    cores = usable_cores()
+    return EngineOptions(
+        model_store=settings.store_folder,
+        remote_store=settings.remote_store,
+        default_model=settings.default_model,
+        pull=settings.pull == "on_demand",
+        mirror=settings.mirror or None,
+        preload=settings.preload,
+        pinned=settings.pinned,
+        budget=Budget(
+            bytes=int(settings.memory_budget_mb * 1e6) or None, min_residency_seconds=settings.min_residency_seconds
+        ),
+        cold=settings.cold,
+        reload_seconds=settings.reload_seconds,
+        backend=settings.backend,
+        cache=settings.cache_folder,
+        precision=None if settings.precision == "auto" else settings.precision,
+        devices=devices,
+        compile=settings.compile,
+        cores=cores,
+        instances=settings.instances or default_instances(devices, cores),
+        max_batch_size=settings.max_batch_size or MAX_BATCH_SIZE["gpu" if devices else "cpu"],
+        max_batch_delay_seconds=settings.max_batch_delay_ms / 1000,
+        queue_size=settings.queue_size,
+        timeout_seconds=settings.timeout_ms / 1000,
+        max_image_pixels=int(settings.max_image_megapixels * 1e6),
+        scaled_jpeg=settings.scaled_jpeg,
+        max_images=settings.max_images,
+        max_input_side=settings.max_input_side,
+        sizes_per_model=settings.sizes_per_model,
+        max_map_bytes=int(settings.max_maps_mb * 1e6),
+        stall_seconds=settings.stall_seconds,
+    )
+
+
 def _lifespan(
-    settings: Settings, registry: CollectorRegistry, member: Member | None
+    settings: Settings, options: EngineOptions, registry: CollectorRegistry, worker: Worker | None
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
-        options = engine_options(settings)
+    async def lifespan(app: FastAPI) -> AsyncIterator[State]:
         async with AsyncExitStack() as stack:
             fetcher = await stack.enter_async_context(_fetcher(settings, registry))
-            if member is None:
-                engine = await stack.enter_async_context(Engine(options, EngineMetrics(registry)))
-                yield State(engine=engine, settings=settings, registry=registry, member=None, fetcher=fetcher)
-            else:
-                engine = Engine(member.share_of(options), EngineMetrics(registry))
-                await stack.enter_async_context(engine)
-                await stack.enter_async_context(member.at_work(engine))
-                yield State(
-                    engine=engine, settings=settings, registry=member.registry(), member=member, fetcher=fetcher
-                )
+            engine = Engine(worker.share_of(options) if worker else options, EngineMetrics(registry))
+            await stack.enter_async_context(engine)
+            if worker:
+                await stack.enter_async_context(worker.reporting(engine))
+            shown = worker.group.registry(os.getppid()) if worker else registry
+            state = State(engine=engine, settings=settings, registry=shown, worker=worker, fetcher=fetcher)
+            for name, value in state.items():  # for hosts without lifespan state
+                setattr(app.state, name, value)
+            yield state
 
     return lifespan
 
 
 def _fetcher(settings: Settings, registry: CollectorRegistry) -> Fetcher:
-    return Fetcher(
-        settings.url_reach,
-        FetchMetrics(registry),
-        max_bytes=settings.max_body_bytes,
-        seconds=settings.url_timeout_ms / 1000,
-    )
+    seconds = settings.url_timeout_ms / 1000
+    return Fetcher(settings.url_reach, registry, max_bytes=settings.max_body_bytes, seconds=seconds)
 
 
 def _registry() -> CollectorRegistry:

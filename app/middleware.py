@@ -3,23 +3,58 @@
 import re
 from random import getrandbits
 from time import perf_counter
+from typing import Any
 
 import structlog
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import problems
-from app.metrics import HttpMetrics
+from app.dependencies import State
 from app.problems import CLIENT_CLOSED_REQUEST
 
 log = structlog.get_logger(component="access")
 
+REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
-_UNTIMED = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics"})
+# Probes and scrapers request these every few seconds.
+_UNLOGGED = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics"})
+
+
+class HttpMetrics:
+    """Requests by route template, never by path, so that no client can make new time series."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "pvt_http_requests", "Requests answered.", ["route", "method", "status"], registry=registry
+        )
+        self.request_seconds = Histogram(
+            "pvt_http_request_seconds",
+            "Seconds from a request's head to its response's end.",
+            ["route"],
+            buckets=REQUEST_BUCKETS,
+            registry=registry,
+        )
+        # Mutable state: the series that were counted before, since finding them costs more than counting.
+        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+
+    def record(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Count one request."""
+        series = self._series.get((route, method, status))
+        if series is None:
+            known = method if method in METHODS else "other"
+            series = self.requests.labels(route, known, str(status)), self.request_seconds.labels(route)
+            if known == method:  # a client can make up any number of others
+                self._series[route, method, status] = series
+        series[0].inc()
+        series[1].observe(seconds)
 
 
 class RequestContext:
-    """Gives each request an id and a log line, and counts it, whatever becomes of it."""
+    """Gives each request an id and a log line, and counts it, whatever its outcome."""
 
     def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
         self._app = app
@@ -28,10 +63,13 @@ class RequestContext:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
         if scope["type"] != "http":
+            scope.setdefault("state", {})  # for a server that has no lifespan state
             await self._app(scope, receive, send)
             return
         start = perf_counter()
         state = scope.setdefault("state", {})
+        if "engine" not in state:  # the server has no lifespan state, or this application is mounted below another one
+            state.update(_started(scope["app"]))
         state["request_id"] = _request_id(scope)
         status = CLIENT_CLOSED_REQUEST
 
@@ -40,14 +78,14 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if state["engine"].draining:
-                    # So that no caller sends its next request into a closing socket.
+                    # So that no client sends its next request into a closing socket.
                     MutableHeaders(scope=message)["Connection"] = "close"
                 headers = message["headers"] = [*message.get("headers", ())]
                 headers.append((b"x-request-id", state["request_id"].encode()))
                 if timing := state.get("timing"):
                     timing["total"] = perf_counter() - start
-                    told = ", ".join(f"{k};dur={v * 1000:.2f}" for k, v in timing.items())
-                    headers.append((b"server-timing", told.encode()))
+                    entries = ", ".join(f"{k};dur={v * 1000:.2f}" for k, v in timing.items())
+                    headers.append((b"server-timing", entries.encode()))
             await send(message)
 
         try:
@@ -56,14 +94,14 @@ class RequestContext:
             if status != CLIENT_CLOSED_REQUEST:  # the response has begun and can't be taken back
                 raise
             # Here, and not in the framework's outermost layer, so that this response too has its headers and its line.
-            await problems.unexpected(error, state["request_id"], scope["path"])(scope, receive, send_with_headers)
+            await problems.unexpected(error, scope)(scope, receive, send_with_headers)
         finally:
             self._record(scope, status, perf_counter() - start)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         self._metrics.record(route, scope["method"], status, seconds)
-        if route in _UNTIMED and status < 400:  # noqa: PLR2004  what probes and scrapers ask every few seconds
+        if route in _UNLOGGED and status < 400:  # noqa: PLR2004  the first status of errors
             return
         log.info(
             "request",
@@ -76,8 +114,19 @@ class RequestContext:
         )
 
 
+def _started(app: FastAPI) -> dict[str, Any]:
+    """The state that the lifespan left at the application.
+
+    Raises:
+        RuntimeError: nobody ran the lifespan.
+    """
+    if not hasattr(app.state, "engine"):
+        raise RuntimeError("the application was not started: its host must run `app.router.lifespan_context(app)`")
+    return {name: getattr(app.state, name) for name in State.__annotations__}
+
+
 def _request_id(scope: Scope) -> str:
-    """The caller's own id where it is fit for a log line, a new one otherwise."""
+    """The client's own id where it is fit for a log line, a new one otherwise."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and (match := _REQUEST_ID.fullmatch(value.decode("latin-1"))):
             return match[0]

@@ -1,10 +1,10 @@
-"""Where HTTP meets errors: their status, their one body (RFC 9457), their one handler."""
+"""Where HTTP meets errors: their status, their body (RFC 9457, or another protocol's form), their one handler."""
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
 from math import ceil
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import structlog
 from fastapi import FastAPI, Request
@@ -13,16 +13,16 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Scope
 
 from app import http_errors
-from app.dialects import translated
 from service import errors
 
 log = structlog.get_logger(component="http")
 
-_TOLD = 5  # of what is wrong with one request
+_REPORTED = 5  # mistakes of one request
 MEDIA_TYPE = "application/problem+json"
-CLIENT_CLOSED_REQUEST = 499  # nginx's number for a caller that hung up
+CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that disconnected
 
 
 class UnsupportedMediaType(errors.ServiceError):
@@ -30,7 +30,7 @@ class UnsupportedMediaType(errors.ServiceError):
 
 
 class NotAcceptable(errors.ServiceError):
-    """The endpoint answers in no form that the caller accepts."""
+    """The endpoint has no form of response that the client accepts."""
 
 
 class BodyTooLarge(errors.ImageTooLarge):
@@ -38,15 +38,15 @@ class BodyTooLarge(errors.ImageTooLarge):
 
 
 class ImageUrlRefused(errors.InvalidRequest):
-    """A picture's URL is one that this service does not fetch; the message says why."""
+    """An image's URL is one that this service does not fetch; the message says why."""
 
 
 class ImageUnreachable(errors.ServiceError):
-    """A picture's URL was asked for and gave no picture; the message says how far that got."""
+    """An image's URL was requested and returned no image; the message says how far that got."""
 
 
 class ImageTimedOut(ImageUnreachable):
-    """A picture's URL did not give it within PVT_URL_TIMEOUT_MS."""
+    """An image's URL did not return it within PVT_URL_TIMEOUT_MS."""
 
 
 class Unauthorized(errors.ServiceError):
@@ -54,7 +54,7 @@ class Unauthorized(errors.ServiceError):
 
 
 class Forbidden(errors.ServiceError):
-    """The service is set not to do this for anyone; the message names the setting."""
+    """The service is configured to refuse this to everyone; the message names the setting."""
 
 
 # The nearest class in an error's ancestry decides.
@@ -101,20 +101,79 @@ MEANING: Mapping[int, str] = {
     401: "A key is required (PVT_API_KEYS, or PVT_MANAGEMENT_KEYS for management).",
     403: "Management is off, or not for this port (PVT_MANAGEMENT_KEYS, PVT_MANAGEMENT_PORT).",
     404: "No such model.",
-    406: "No form of answer that `Accept` takes.",
+    406: "No form of response that `Accept` allows.",
     409: "The model is pinned in memory.",
-    413: "The body or a picture exceeds a limit.",
+    413: "The body or an image exceeds a limit.",
     415: "Unsupported form of body.",
-    422: "A parameter or a picture is wrong.",
-    429: "The model's queue is full; `Retry-After` says when to come back.",
+    422: "A parameter or an image is wrong.",
+    429: "The model's queue is full; `Retry-After` says when to send the request again.",
     500: "Unexpected; the log has it under the request id.",
-    502: "A picture's URL gave no picture.",
-    503: "The model is unavailable, or the service is shutting down; `Retry-After` says when it may be there.",
-    504: "Not answered within `timeout_ms`, or a picture not fetched within PVT_URL_TIMEOUT_MS.",
+    502: "An image's URL returned no image.",
+    503: "The model is unavailable, or the service is shutting down; `Retry-After` says when it may be available.",
+    504: "No result within `timeout_ms`, or an image not fetched within PVT_URL_TIMEOUT_MS.",
 }
 
+_UNPROCESSABLE, _BAD_REQUEST = 422, 400
+_OPENAI_KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+                 404: "not_found_error", 413: "invalid_request_error", 415: "invalid_request_error",
+                 429: "rate_limit_error"}  # fmt: skip
+_OPENAI_PARAMETER = re.compile(r"(input|model|encoding_format|dimensions|user)\b[^:]{0,100}:")
+
+
+class OpenInferenceError(BaseModel):
+    """An error in the form of the Open Inference Protocol."""
+
+    error: str
+
+
+class OpenAiReason(BaseModel):
+    """What went wrong; `param` names the field of the request, where one is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAiError(BaseModel):
+    """An error in OpenAI's form."""
+
+    error: OpenAiReason
+
+
+class Translated(NamedTuple):
+    """An error in another protocol's form."""
+
+    status: int
+    body: dict[str, Any]
+
+
+# The forms that the protocols under these paths give an error.
+DIALECTS: Mapping[str, type[BaseModel]] = {"/v2": OpenInferenceError, "/v1": OpenAiError}
+
+
+def dialect(path: str) -> type[BaseModel] | None:
+    """The form of an error that clients of the protocol under `path` expect; None where it is ours."""
+    return DIALECTS.get("/" + path[1:].partition("/")[0])
+
+
+def translated(path: str, status: int, kind: str, detail: str) -> Translated | None:
+    """The problem of this `kind` in the form of the protocol under `path`; None where it is ours."""
+    form = dialect(path)
+    if form is None:
+        return None
+    status = _BAD_REQUEST if status == _UNPROCESSABLE else status  # neither protocol knows 422
+    if form is OpenInferenceError:
+        return Translated(status, {"error": detail})
+    code = kind.rpartition(":")[2].replace("-", "_")
+    named = _OPENAI_PARAMETER.match(detail)
+    param = "model" if code == "model_not_found" else named and named[1]
+    name = _OPENAI_KINDS.get(status, "server_error")
+    return Translated(status, {"error": {"message": detail, "type": name, "param": param, "code": code}})
+
+
 _SAMPLE_ID = "e0a4aa4ff30f41ab9122180526e30d37"
-# Details as they are told, for the examples of the OpenAPI document; of the others the class says what they are.
+# Details for the examples of the OpenAPI document; the others show the docstring of their class.
 _SAMPLES: Mapping[type[Exception], str] = {
     errors.InvalidRequest: "query top_k: must be from 1 to 1000",
     errors.InvalidImage: "not a supported image (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF)",
@@ -122,26 +181,32 @@ _SAMPLES: Mapping[type[Exception], str] = {
     errors.ShuttingDown: "the service is shutting down and takes no new work; send the request again",
     ImageUrlRefused: "images by URL are off; PVT_URL_HOSTS is to name the hosts that they may come from",
     ImageUnreachable: "the URL's host example.org answered 404",
-    ImageTimedOut: "the URL's host example.org did not give the picture within the 10 s of PVT_URL_TIMEOUT_MS",
+    ImageTimedOut: "the URL's host example.org did not send the image within the 10 s of PVT_URL_TIMEOUT_MS",
     BodyTooLarge: "the request body is larger than 32 MB, which PVT_MAX_BODY_MB allows",
     Forbidden: "management is off; set PVT_MANAGEMENT_KEYS to one or more keys to turn it on",
 }
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that may answer with these problems."""
+    """The `responses` of a route that may return these problems."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"description": MEANING[status], "content": content} for status in statuses}
 
 
+def refusals(prefix: str, *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The same for a route of another protocol, under `prefix`."""
+    meaning = {_BAD_REQUEST: "The request, a parameter or an image is wrong.", **MEANING}
+    return {status: {"model": DIALECTS[prefix], "description": meaning[status]} for status in statuses}
+
+
 def examples(status: int) -> dict[str, dict[str, Any]]:
     """An example of every problem that has this status, for the OpenAPI document; named by the problem's type."""
-    told = [(problem(kind.__new__(kind, _SAMPLES.get(kind, _said(kind))), _SAMPLE_ID), kind) for kind in _kinds()]
+    found = [(problem(kind.__new__(kind, _SAMPLES.get(kind, _summary(kind))), _SAMPLE_ID), kind) for kind in _kinds()]
     if status == problem(Exception()).status:
-        told = [(problem(Exception(), _SAMPLE_ID), Exception)]
+        found = [(problem(Exception(), _SAMPLE_ID), Exception)]
     return {
-        each.type.rpartition(":")[2]: {"summary": _said(kind), "value": each.model_dump()}
-        for each, kind in sorted(told, key=lambda pair: pair[0].type)
+        each.type.rpartition(":")[2]: {"summary": _summary(kind), "value": each.model_dump()}
+        for each, kind in sorted(found, key=lambda pair: pair[0].type)
         if each.status == status
     }
 
@@ -152,14 +217,14 @@ def _kinds(kind: type[Exception] = errors.ServiceError) -> list[type[Exception]]
     return below if kind is errors.ServiceError else [kind, *below]
 
 
-def _said(kind: type[Exception]) -> str:
+def _summary(kind: type[Exception]) -> str:
     if kind is Exception:
         return MEANING[500]
     return (kind.__doc__ or kind.__name__).partition("\n")[0]
 
 
 def problem(error: Exception, request_id: str | None = None) -> Problem:
-    """What a caller is told of `error`: all of one of ours, nothing of any other."""
+    """What a client learns of `error`: everything about one of ours, nothing about any other."""
     for kind in type(error).__mro__:
         if kind in STATUS:
             return _problem(type(error).__name__, STATUS[kind], str(error), request_id)
@@ -167,14 +232,33 @@ def problem(error: Exception, request_id: str | None = None) -> Problem:
 
 
 def install(app: FastAPI) -> None:
-    """Make every foreseen error that leaves a route, and every refusal of the framework, a problem."""
-    for kind, handler in _HANDLERS.items():
-        app.add_exception_handler(kind, handler)
+    """Make a problem of every expected error that leaves a route, and of every refusal of the framework."""
+    for kind in (errors.ServiceError, RequestValidationError, HTTPException, ClientDisconnect):
+        app.add_exception_handler(kind, _respond)
 
 
-async def respond(request: Request, error: Exception) -> Response:
-    """The response to one of the FORESEEN errors."""
-    return await next(handler for kind, handler in _HANDLERS.items() if isinstance(error, kind))(request, error)
+async def _respond(request: Request, error: Exception) -> Response:
+    """The response to an expected error, and a note of it for the request's log line."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # no client reads it; it is for log and metrics
+    headers: Mapping[str, str] | None
+    if isinstance(error, RequestValidationError):
+        body, headers = _problem("InvalidRequest", 422, _reasons(error), request.state.request_id), None
+    elif isinstance(error, HTTPException):
+        name = HTTPStatus(error.status_code).phrase.title().replace(" ", "").replace("-", "")
+        detail = f"{request.method} {request.url.path}: {error.detail}; GET /docs lists what there is"
+        body, headers = _problem(name, error.status_code, detail, request.state.request_id), error.headers
+    else:
+        body, headers = problem(error, request.state.request_id), _headers(error)
+    request.state.log = {"problem": body.title, "detail": body.detail}
+    return _response(request.scope, body, headers)
+
+
+def unexpected(error: Exception, scope: Scope) -> Response:
+    """The response to an unexpected error: the log has everything, the client learns nothing."""
+    request_id = scope["state"]["request_id"]
+    log.error("unexpected_error", request_id=request_id, exc_info=error)
+    return _response(scope, problem(error, request_id))
 
 
 def _problem(name: str, status: int, detail: str, request_id: str | None) -> Problem:
@@ -183,65 +267,27 @@ def _problem(name: str, status: int, detail: str, request_id: str | None) -> Pro
     return Problem(type=kind, title=words.capitalize(), status=status, detail=detail, request_id=request_id)
 
 
-def _response(path: str, body: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    if foreign := translated(path, body.status, body.type, body.detail):
-        return JSONResponse(foreign.body, foreign.status, headers)
-    return JSONResponse(body.model_dump(exclude_none=True), body.status, headers, media_type=MEDIA_TYPE)
+def _reasons(error: RequestValidationError) -> str:
+    found = error.errors()
+    reasons = "; ".join(f"{' '.join(map(str, e['loc']))[:100]}: {e['msg'][:200]}" for e in found[:_REPORTED])
+    return reasons + (f"; and {len(found) - _REPORTED} more" if len(found) > _REPORTED else "")
 
 
-def _request_id(request: Request) -> str | None:
-    return getattr(request.state, "request_id", None)
-
-
-def _told(request: Request, body: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The response, and a note of it for the request's log line."""
-    request.state.log = {"problem": body.title, "detail": body.detail}
-    return _response(request.url.path, body, headers)
-
-
-async def _service_error(request: Request, error: Exception) -> JSONResponse:
+def _headers(error: Exception) -> dict[str, str]:
     headers = {}
     if (seconds := getattr(error, "retry_after_seconds", None)) is not None:
         headers["Retry-After"] = str(max(1, ceil(seconds)))
     if isinstance(error, errors.ShuttingDown):
-        headers["Retry-After"] = "1"  # nothing was done, and whoever comes next takes it
+        headers["Retry-After"] = "1"  # nothing was done, and another instance can take it
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BodyTooLarge):
         headers["Connection"] = "close"  # the rest of the body will not be read
-    return _told(request, problem(error, _request_id(request)), headers)
+    return headers
 
 
-async def _invalid_parameters(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)  # noqa: S101  it is registered for nothing else
-    found = error.errors()
-    reasons = "; ".join(f"{' '.join(map(str, e['loc']))[:100]}: {e['msg'][:200]}" for e in found[:_TOLD])
-    if len(found) > _TOLD:
-        reasons += f"; and {len(found) - _TOLD} more"
-    return _told(request, _problem("InvalidRequest", 422, reasons, _request_id(request)))
-
-
-async def _framework_refusal(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)  # noqa: S101  it is registered for nothing else
-    name = HTTPStatus(error.status_code).phrase.title().replace(" ", "").replace("-", "")
-    detail = f"{request.method} {request.url.path}: {error.detail}; GET /docs lists what there is"
-    return _told(request, _problem(name, error.status_code, detail, _request_id(request)), error.headers)
-
-
-async def _client_gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED_REQUEST)  # nobody reads it; the log and the metrics do
-
-
-_HANDLERS: Mapping[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
-    errors.ServiceError: _service_error,
-    RequestValidationError: _invalid_parameters,
-    HTTPException: _framework_refusal,
-    ClientDisconnect: _client_gone,
-}
-FORESEEN = tuple(_HANDLERS)
-
-
-def unexpected(error: Exception, request_id: str, path: str) -> Response:
-    """The answer to an error that nobody foresaw: the log learns everything, the caller nothing."""
-    log.error("unexpected_error", request_id=request_id, exc_info=error)
-    return _response(path, problem(error, request_id))
+def _response(scope: Scope, body: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    path = scope["path"].removeprefix(scope.get("root_path", ""))  # the application may be mounted below another one
+    if foreign := translated(path, body.status, body.type, body.detail):
+        return JSONResponse(foreign.body, foreign.status, headers)
+    return JSONResponse(body.model_dump(exclude_none=True), body.status, headers, media_type=MEDIA_TYPE)

@@ -3,13 +3,23 @@
 import os
 import re
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, IPvAnyNetwork, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app.addresses import HostRule, Reach
+from app.remote_images.addresses import HostRule, Reach
 from service.store.default import default_store, writable_default_store
 from service.store.urls import RemoteOptions, is_url, objection
 
@@ -19,8 +29,8 @@ _SERVICE_LINK = re.compile(r"PVT_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+
 Names = Annotated[tuple[str, ...], NoDecode]
 
 
-class UnknownSettingError(ValueError):
-    """A `PVT_*` variable that is no setting."""
+class SettingsInvalid(Exception):
+    """A `PVT_*` variable is no setting, or its value is out of bounds; the message says which and why."""
 
 
 class Settings(BaseSettings):
@@ -182,22 +192,24 @@ class Settings(BaseSettings):
         """The settings of this process.
 
         Raises:
-            UnknownSettingError: a `PVT_*` variable that is none, with the nearest one.
-            pydantic.ValidationError: a value out of bounds.
+            SettingsInvalid: a `PVT_*` variable is none, with the nearest one, or a value is out of bounds.
         """
         known = {f"{PREFIX}{name.upper()}" for name in cls.model_fields}
         for name in os.environ:
             if name.upper().startswith(PREFIX) and name.upper() not in known and not _SERVICE_LINK.fullmatch(name):
                 near = get_close_matches(name.upper(), known, n=1, cutoff=0)[0]
-                raise UnknownSettingError(f"{name} is not a setting; the nearest one is {near}")
-        return cls()
+                raise SettingsInvalid(f"{name} is not a setting; the nearest one is {near}")
+        try:
+            return cls()
+        except ValidationError as error:
+            raise SettingsInvalid("; ".join(map(_reason, error.errors()))) from error
 
     @property
     def url_reach(self) -> Reach:
         """From where images by URL may come."""
         return Reach([HostRule.parse(entry) for entry in self.url_hosts], self.url_private_networks)
 
-    @property
+    @cached_property
     def max_body_bytes(self) -> int:
         """The limit on a request body, in bytes."""
         return int(self.max_body_mb * 1e6)
@@ -241,3 +253,13 @@ class Settings(BaseSettings):
         """
         named = "model_store" in self.model_fields_set
         return (self.store_folder, False) if named else writable_default_store()
+
+
+def _reason(error: ErrorDetails) -> str:
+    """One mistake in words, with the setting's name and, unless it is a key, its value."""
+    reason = error["msg"]
+    if not error["loc"]:  # two settings contradict each other
+        return reason.removeprefix("Value error, ")
+    name = str(error["loc"][0])
+    shown = "" if name.endswith("_keys") else f"={error['input']}"
+    return f"{PREFIX}{name.upper()}{shown}: {reason}"

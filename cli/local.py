@@ -11,9 +11,9 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 
-from app.engine_options import engine_options
-from app.model_info import model_info
-from app.queries import ExplainQuery
+from app.main import engine_options
+from app.routes.explain import ExplainQuery
+from app.routes.model_info import model_info
 from cli.options import read_settings
 from cli.terminal import USAGE, CommandError, logs_on_stderr
 from pvt_client import ClassScore, Embedding, Explanation, ImageUnreadable, Model, Prediction, PvtError

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from app import start
-from app.settings import Settings
+from app.settings import Settings, SettingsInvalid
 from cli.terminal import USAGE, CommandError, print_note
 
 Url = Annotated[
@@ -52,8 +51,8 @@ def read_settings() -> Settings:
         CommandError: one is wrong.
     """
     try:
-        return start.read_settings()
-    except start.StartRefused as error:
+        return Settings.from_environment()
+    except SettingsInvalid as error:
         raise CommandError(str(error), USAGE) from error
 
 

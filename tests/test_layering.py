@@ -53,7 +53,6 @@ LAYERS = {
         {"compiling"},
         {"served"},
     ],
-    "answers": [{"tensors"}, {"pixel_lists", "encodings"}],
     "postprocess": [{"features", "activation_maps"}, {"classes"}],
     "store": [
         {"remote", "default"},
@@ -70,7 +69,8 @@ LAYERS = {
     "architecture": [{"weights"}, {"averages", "pvt_v2"}, {"variants"}],
     "machine": [{"devices", "cores", "memory", "workers"}],
 }
-FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino", "numpy", "safetensors"}
+FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino"}
+ARRAYS = {"numpy", "safetensors"}  # known only where arrays become bytes, and bytes arrays
 # Modules of the standard library that are missing on Windows or macOS.
 UNIX_ONLY = {
     "crypt", "curses", "fcntl", "grp", "nis", "ossaudiodev", "posix", "pty", "pwd", "readline", "resource", "spwd",
@@ -149,6 +149,10 @@ def test_the_service_knows_no_http_but_where_it_downloads() -> None:
 def test_the_app_knows_no_tensors() -> None:
     assert {path.name: roots(path) & FOREIGN_TO_APP for path in (ROOT / "app").rglob("*.py")
             if roots(path) & FOREIGN_TO_APP} == {}  # fmt: skip
+    assert {path.name for path in (ROOT / "app").rglob("*.py") if roots(path) & ARRAYS} == {
+        "encodings.py",
+        "tensors.py",
+    }
 
 
 def test_the_client_knows_only_httpx_and_numpy_and_what_every_platform_has() -> None:

@@ -7,8 +7,8 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 
 from app.dependencies import EngineDep, require_management
-from app.model_info import BatchSize
 from app.problems import documented
+from app.routes.model_info import BatchSize
 from service.scheduling.activity import Activity, InstanceActivity, PastRelease, QueueActivity
 
 router = APIRouter(prefix="/debug", tags=["management"], dependencies=[Depends(require_management)])
@@ -22,7 +22,7 @@ class QueueInfo(BaseModel):
     decoding: int
     waiting: int
     running: int
-    admitted: Annotated[int, Field(description="Places taken, from admission to answer; never more than `capacity`.")]
+    admitted: Annotated[int, Field(description="Places taken, from admission to result; never more than `capacity`.")]
     capacity: int
     virtual_seconds: Annotated[
         float, Field(description="Instance time it was given so far; of queues that wait, the least is served first.")

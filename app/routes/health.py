@@ -5,11 +5,20 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
 
 from app.dependencies import EngineDep, HealthDep, LivenessDep, RegistryDep
-from app.schemas import HealthResponse
 
 router = APIRouter(tags=["operations"])
+
+
+class HealthResponse(BaseModel):
+    """`reasons` says what is wrong; empty when nothing is."""
+
+    live: bool
+    ready: bool
+    reasons: list[str]
+
 
 UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": HealthResponse, "description": "Not so; see `reasons`."}}
 

@@ -5,11 +5,17 @@ from typing import Annotated, Any
 from fastapi import APIRouter, BackgroundTasks, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.auditing import audited
-from app.dependencies import EngineDep, SettingsDep, require_management, require_one_process
-from app.model_info import ModelInfo, ModelList, model_info
-from app.preferences import APPLIED, PatienceDep
+from app.dependencies import (
+    APPLIED,
+    EngineDep,
+    MaxWaitDep,
+    SettingsDep,
+    audited,
+    require_management,
+    require_one_process,
+)
 from app.problems import documented
+from app.routes.model_info import ModelInfo, ModelList, model_info
 from service.errors import ModelLoading
 from service.lifecycle import time_limit
 
@@ -51,11 +57,11 @@ async def refresh(
     *,
     engine: EngineDep,
     settings: SettingsDep,
-    patience: PatienceDep,
+    max_wait: MaxWaitDep,
 ) -> ModelList:
-    """Take over what is new in the store now, also what failed before; answers when all that is loaded."""
+    """Take over what is new in the store now, also what failed before; responds when all that is loaded."""
     with audited(request, engine, "refresh"):
-        if patience is None:
+        if max_wait is None:
             async with time_limit(settings.timeout_ms / 1000):
                 await engine.refresh(again=True)
         else:
@@ -77,13 +83,13 @@ async def load(
     *,
     engine: EngineDep,
     settings: SettingsDep,
-    patience: PatienceDep,
+    max_wait: MaxWaitDep,
 ) -> ModelInfo:
-    """Load a model, if it is not in memory; answers when it is, or at once with `Prefer: respond-async`."""
+    """Load a model, if it is not in memory; responds when it is, or at once with `Prefer: respond-async`."""
     with audited(request, engine, "load", model=model_id):
         try:
             async with time_limit(settings.timeout_ms / 1000):
-                await engine.load(model_id, patience)
+                await engine.load(model_id, max_wait)
         except ModelLoading:
             response.status_code = 202
             response.headers.update(APPLIED)
@@ -139,7 +145,7 @@ async def aliases(engine: EngineDep) -> AliasList:
 async def set_alias(request: Request, name: str, target: AliasTarget, engine: EngineDep) -> AliasList:
     """Let an alias stand for a model, in the store, so for all who use it.
 
-    Where the alias is in use, its callers pass over once the new model is loaded, and wait for nothing.
+    Where the alias is in use, its clients switch once the new model is loaded, and wait for nothing.
     """
     with audited(request, engine, "set_alias", alias=name, model=target.model):
         await engine.set_alias(name, target.model)

@@ -3,8 +3,8 @@
 from fastapi import APIRouter
 
 from app.dependencies import EngineDep
-from app.model_info import ModelInfo, ModelList, model_info, remote_info
 from app.problems import documented
+from app.routes.model_info import ModelInfo, ModelList, model_info, remote_info
 from service.errors import WeightsUnavailable
 
 router = APIRouter(prefix="/models", tags=["models"])

@@ -10,15 +10,12 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from app.answer_examples import EMBEDDED
-from app.bodies import DATA_URL, EXAMPLE, LARGE_JSON, check_count, from_base64, read_body
-from app.dependencies import EngineDep
-from app.json_body import loads
+from app.bodies import DATA_URL, EXAMPLE, LARGE_JSON, check_count, from_base64, parse_json, read_body
+from app.dependencies import EngineDep, MaxWaitDep
+from app.encodings import json_array, little_endian
 from app.openapi import json_body
-from app.preferences import patience_seconds
-from app.refusals import refusals
-from app.routes.inference import carried_out, encoded
-from service.answers.encodings import json_array, little_endian
+from app.problems import refusals
+from app.routes.inference import JSON, CancelOnDisconnect, encoded, note
 from service.errors import InvalidRequest
 from service.results import InferenceResult, require_all
 
@@ -26,7 +23,7 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 
 
 class ImageUrl(BaseModel):
-    """Where a picture is."""
+    """The URL of an image."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -35,7 +32,7 @@ class ImageUrl(BaseModel):
 
 
 class ImageInput(BaseModel):
-    """A picture, as OpenAI's other endpoints take it."""
+    """An image, in the form of OpenAI's other endpoints."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -50,22 +47,22 @@ class EmbeddingsRequest(BaseModel):
 
     input: Annotated[
         str | ImageInput | list[str | ImageInput],
-        Field(description="Pictures as data: URLs, one or several.", examples=[f"data:image/png;base64,{EXAMPLE}"]),
+        Field(description="Images as data: URLs, one or several.", examples=[f"data:image/png;base64,{EXAMPLE}"]),
     ]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int | None, Field(description="Refused: an embedding has the size it has.")] = None
+    dimensions: Annotated[int | None, Field(description="Refused: embeddings can't be shortened.")] = None
     user: str | None = None
 
     @property
     def urls(self) -> list[str]:
-        """The data: URLs of all pictures."""
+        """The data: URLs of all images."""
         inputs = self.input if isinstance(self.input, list) else [self.input]
         return [_url(each) for each in inputs]
 
 
 class Embedding(BaseModel):
-    """One picture's embedding; base64 is of little-endian float32."""
+    """One image's embedding; base64 is of little-endian float32."""
 
     object: Literal["embedding"]
     index: int
@@ -73,16 +70,24 @@ class Embedding(BaseModel):
 
 
 class Usage(BaseModel):
-    """Pictures have no tokens."""
+    """Images have no tokens."""
 
     prompt_tokens: int
     total_tokens: int
 
 
-class EmbeddingsResponse(BaseModel):
-    """All embeddings, in the order of the pictures."""
+_EXAMPLE: dict[str, Any] = {
+    "object": "list",
+    "data": [{"object": "embedding", "index": 0, "embedding": [-0.2731, 1.204]}],
+    "model": "pvt_v2_b0.digits",
+    "usage": {"prompt_tokens": 0, "total_tokens": 0},
+}
 
-    model_config = ConfigDict(json_schema_extra={"examples": [EMBEDDED]})
+
+class EmbeddingsResponse(BaseModel):
+    """All embeddings, in the order of the images."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     object: Literal["list"]
     data: list[Embedding]
@@ -108,23 +113,23 @@ class OpenAiModels(BaseModel):
 
 @router.post(
     "/embeddings",
-    summary="Embeddings of pictures",
+    summary="Embeddings of images",
     response_model=EmbeddingsResponse,
     responses=refusals("/v1", 400, 401, 404, 413, 415, 429, 503, 504),
     openapi_extra={
         "requestBody": json_body(EmbeddingsRequest, {"data URL": {"input": f"data:image/png;base64,{EXAMPLE}"}})
     },
 )
-async def embeddings(request: Request, engine: EngineDep) -> Response:
-    """The embedding of each picture; one that fails fails the request."""
-    max_wait = await patience_seconds(request)
-
-    def infer(asked: EmbeddingsRequest) -> Any:  # noqa: ANN401  an awaitable
-        return engine.infer([from_base64(url) for url in asked.urls], model=asked.model, max_wait_seconds=max_wait)
-
-    asked, answered = await carried_out(request, partial(_read, request), infer)
-    body = await encoded(request, answered.model, partial(_body, answered, asked.encoding_format), answered.numbers)
-    return Response(body, media_type="application/json")
+async def embeddings(request: Request, engine: EngineDep, max_wait: MaxWaitDep) -> Response:
+    """The embedding of each image; one that fails fails the request."""
+    with engine.request():
+        message = await _read(request)
+        async with CancelOnDisconnect(request):
+            images = [from_base64(url) for url in message.urls]
+            result = await engine.infer(images, model=message.model, max_wait_seconds=max_wait)
+    note(request, result)
+    body = await encoded(request, result.model, partial(_body, result, message.encoding_format), result.numbers)
+    return Response(body, media_type=JSON)
 
 
 @router.get("/models", summary="The models of the store", responses=refusals("/v1", 401, 503))
@@ -142,25 +147,25 @@ async def model(engine: EngineDep, name: str) -> OpenAiModel:
 async def _read(request: Request) -> EmbeddingsRequest:
     settings = request.state.settings
     body = await read_body(request, settings.max_body_bytes)
-    asked = _parsed(body) if len(body) < LARGE_JSON else await run_in_threadpool(_parsed, body)
-    check_count(len(asked.urls), settings.max_images)
-    return asked
+    message = _parse(body) if len(body) < LARGE_JSON else await run_in_threadpool(_parse, body)
+    check_count(len(message.urls), settings.max_images)
+    return message
 
 
-def _parsed(body: bytes) -> EmbeddingsRequest:
+def _parse(body: bytes) -> EmbeddingsRequest:
     try:
-        asked = EmbeddingsRequest.model_validate(loads(body))
+        message = EmbeddingsRequest.model_validate(parse_json(body))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise InvalidRequest(f"{'.'.join(map(str, first['loc']))[:200] or 'the body'}: {first['msg']}") from error
-    if asked.dimensions is not None:
+    if message.dimensions is not None:
         raise InvalidRequest("dimensions: the models here were not trained for shortened embeddings; leave it out")
-    for i, url in enumerate(asked.urls):
+    for i, url in enumerate(message.urls):
         if not DATA_URL.match(url):
             raise InvalidRequest(
-                f"input {i}: {url[:40]!r} is no data: URL with base64; this service embeds pictures, not text"
+                f"input {i}: {url[:40]!r} is no data: URL with base64; this service embeds images, not text"
             )
-    return asked
+    return message
 
 
 def _url(given: str | ImageInput) -> str:
@@ -169,13 +174,13 @@ def _url(given: str | ImageInput) -> str:
     return given.image_url if isinstance(given.image_url, str) else given.image_url.url
 
 
-def _body(answered: InferenceResult, encoding_format: str) -> bytes:
+def _body(result: InferenceResult, encoding_format: str) -> bytes:
     """An EmbeddingsResponse."""
-    names: Sequence[None] = [None] * len(answered.results)
+    names: Sequence[None] = [None] * len(result.results)
     data: list[dict[str, Any]] = []
-    for i, each in enumerate(require_all(answered.results, names)):
+    for i, each in enumerate(require_all(result.results, names)):
         vector = each.outputs.embedding
-        told = json_array(vector) if encoding_format == "float" else base64.b64encode(little_endian(vector)).decode()
-        data.append({"object": "embedding", "index": i, "embedding": told})
+        content = json_array(vector) if encoding_format == "float" else base64.b64encode(little_endian(vector)).decode()
+        data.append({"object": "embedding", "index": i, "embedding": content})
     usage = {"prompt_tokens": 0, "total_tokens": 0}
-    return orjson.dumps({"object": "list", "data": data, "model": answered.model, "usage": usage})
+    return orjson.dumps({"object": "list", "data": data, "model": result.model, "usage": usage})

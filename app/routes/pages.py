@@ -23,9 +23,9 @@ _PAGE = Template("""<!doctype html>
   a { color: #0b5cad; }
 </style>
 <h1>pvt-serve</h1>
-<p>This service tells what is in a picture, with Pyramid Vision Transformer v2 models. Its default model is
+<p>This service classifies images with Pyramid Vision Transformer v2 models. Its default model is
 <code>$model</code>.</p>
-<pre>curl -F image=@picture.png $url/predict</pre>
+<pre>curl -F image=@image.png $url/predict</pre>
 <ul>
   <li><a href="docs">Every endpoint, to try out</a></li>
   <li><a href="models">The models of the store</a></li>

@@ -129,7 +129,7 @@ def test_a_file_name_that_is_no_unicode_is_said_in_words(client: TestClient) -> 
     assert response.json()["detail"] == "the multipart body is broken: Segment header failed to decode"
 
 
-def test_the_schemas_example_is_a_picture(client: TestClient) -> None:
+def test_the_schemas_example_is_an_image(client: TestClient) -> None:
     response = client.post("/predict", json={"images": [EXAMPLE]})
 
     assert "predictions" in response.json()["results"][0]

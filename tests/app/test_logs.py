@@ -1,9 +1,19 @@
 """Logs are set up once a process, so each case has one of its own."""
 
 import json
+import logging
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import httpx
+import pytest
+
+from app import logs
+from app.logs import LogHandler, LogWriter
+from tests.app.processes import serving
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = """
@@ -41,3 +51,72 @@ def test_people_get_text() -> None:
     assert "number=1" in lines[0]
     assert "hello you" in lines[1]
     assert lines[-1] == "ZeroDivisionError: division by zero"
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    read, write = os.pipe()
+    yield read, write
+    os.close(read)
+    os.close(write)
+
+
+def test_lines_come_out_whole_and_in_order(pipe: tuple[int, int]) -> None:
+    read, write = pipe
+    writer = LogWriter(write)
+    for number in range(100):
+        writer.write(b"%d\n" % number)
+    writer.flush()
+
+    assert os.read(read, 65536).split() == [b"%d" % number for number in range(100)]
+
+
+def test_the_standard_librarys_records_come_out_too(pipe: tuple[int, int]) -> None:
+    read, write = pipe
+    handler = LogHandler(LogWriter(write))
+    handler.handle(logging.makeLogRecord({"msg": "hello %s", "args": ("you",)}))
+    handler.flush()
+
+    assert os.read(read, 65536) == b"hello you\n"
+
+
+def test_a_file_that_takes_nothing_costs_bounded_memory_and_dropped_lines_are_counted(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "MAX_WAITING_BYTES", 200_000)
+    read, write = pipe
+    writer = LogWriter(write)
+    for _ in range(500):
+        writer.write(b"x" * 999 + b"\n")
+
+    written = b""
+    while b"lines_dropped" not in written:
+        written += os.read(read, 65536)
+
+    assert written.count(b"x" * 999 + b"\n") == 200
+    assert b'"lines":300' in written
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(1)", "raise ValueError", "logging.shutdown(); os._exit(0)"])
+def test_no_line_is_lost_at_exit(end: str) -> None:
+    script = f"""
+import logging, os, sys, structlog
+from app import logs
+logs.configure("json")
+for number in range(1000):
+    structlog.get_logger().info("line", number=number)
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.stderr.count('"event":"line"') == 1000
+
+
+def test_requests_are_answered_though_nobody_reads_the_log() -> None:
+    with serving(read_log=False) as server:
+        headers = {"X-Request-ID": "x" * 128}
+        with httpx.Client(timeout=60) as client:
+            statuses = {client.get(f"{server.url}/{'n' * 1000}", headers=headers).status_code for _ in range(200)}
+
+        assert statuses == {404}
+        assert server.stop() == 0

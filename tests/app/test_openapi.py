@@ -5,10 +5,12 @@ from pydantic import BaseModel
 from starlette.testclient import TestClient
 
 from app.bodies import BODY_EXAMPLES
-from app.inference_protocol import InferResponse
+from app.open_inference.messages import InferResponse
 from app.problems import MEANING, Problem
+from app.routes.explain import ExplainResponse
+from app.routes.features import FeaturesResponse
 from app.routes.openai import EmbeddingsResponse
-from app.schemas import ExplainResponse, FeaturesResponse, PredictResponse
+from app.routes.predict import PredictResponse
 from tests.app.conftest import MakeClient
 
 Json = dict[str, Any]
@@ -116,7 +118,7 @@ def test_every_example_of_a_json_body_is_answered(client: TestClient, document: 
 @pytest.mark.parametrize(
     "answer", [PredictResponse, FeaturesResponse, ExplainResponse, EmbeddingsResponse, InferResponse]
 )
-def test_every_answer_about_pictures_has_an_example_that_is_one(document: Json, answer: type[BaseModel]) -> None:
+def test_every_answer_about_images_has_an_example_that_is_one(document: Json, answer: type[BaseModel]) -> None:
     (example,) = document["components"]["schemas"][answer.__name__]["examples"]
 
     assert answer.model_validate(example, extra="forbid").model_dump(mode="json", exclude_unset=True) == example

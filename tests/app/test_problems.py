@@ -1,10 +1,20 @@
+from base64 import b64encode
+from typing import Any
+
 import pytest
 import structlog
 from starlette.testclient import TestClient
 
 from app import problems
 from service import errors
-from tests.app.conftest import MakeClient
+from service.engine import Engine
+from service.errors import QueueFull
+from tests.app.conftest import MakeClient, png
+
+MODEL = "pvt_v2_b0.digits"
+INFER = f"/v2/models/{MODEL}/infer"
+TENSOR = {"name": "images", "datatype": "UINT8", "shape": [1, 64, 64, 3], "data": [0] * 12_288}
+TIMES = ("decode;dur=", "queue;dur=", "infer;dur=", "encode;dur=", "total;dur=")
 
 
 def descendants(kind: type[Exception]) -> list[type[Exception]]:
@@ -75,3 +85,57 @@ def test_a_service_that_shuts_down_says_when_to_come_back(
     response = make_client().post("/predict", content=b"x", headers={"Content-Type": "image/png"})
 
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+
+
+def body(path: str) -> dict[str, Any]:
+    url = "data:image/png;base64," + b64encode(png()).decode()
+    return {"inputs": [TENSOR]} if path == INFER else {"input": url, "model": MODEL}
+
+
+@pytest.mark.parametrize(("path", "status"), [("/v2/x", 400), ("/v1/x", 400), ("/v2", 400), ("/v1", 400)])
+def test_other_protocols_know_no_422(path: str, status: int) -> None:
+    foreign = problems.translated(path, 422, "urn:x:invalid-request", "no")
+
+    assert foreign is not None
+    assert foreign.status == status
+
+
+@pytest.mark.parametrize("path", ["/predict", "/", "/v20", "/v", "/health"])
+def test_our_own_paths_speak_our_own_form(path: str) -> None:
+    assert problems.translated(path, 422, "urn:x:invalid-request", "no") is None
+
+
+@pytest.mark.parametrize("path", [INFER, "/v1/embeddings"])
+def test_answers_have_ids_times_and_metrics_as_predictions_have(client: TestClient, path: str) -> None:
+    response = client.post(path, json=body(path), headers={"X-Request-ID": "mine"})
+
+    assert response.status_code == 200
+    assert response.headers["x-request-id"] == "mine"
+    assert all(each in response.headers["server-timing"] for each in TIMES)
+    route = INFER.replace(MODEL, "{name}") if path == INFER else path
+    assert f'pvt_http_requests_total{{method="POST",route="{route}",status="200"}}' in client.get("/metrics").text
+
+
+@pytest.mark.parametrize("path", [INFER, "/v1/embeddings"])
+def test_a_full_queue_says_when_to_come_back(client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    async def full(*_: object, **__: object) -> None:
+        raise QueueFull("the queue is full", retry_after_seconds=2.5)
+
+    monkeypatch.setattr(Engine, "infer", full)
+    response = client.post(path, json=body(path))
+
+    assert (response.status_code, response.headers["retry-after"]) == (429, "3")
+    error = response.json()["error"]
+    assert (error if path == INFER else error["message"]) == "the queue is full"
+
+
+def test_keys_are_asked_for_where_some_are_set_but_not_of_probes(make_client: MakeClient) -> None:
+    client = make_client(api_keys=("one",))
+    for path in ("/v2", INFER, "/v2/repository/index", "/v1/embeddings", "/v1/models"):
+        method = "GET" if path in {"/v2", "/v1/models"} else "POST"
+        refused = client.request(method, path)
+
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+        assert refused.json()["error"]
+        assert client.request(method, path, headers={"Authorization": "Bearer one"}).status_code != 401
+    assert [client.get(f"/v2/health/{each}").status_code for each in ("live", "ready")] == [200, 200]

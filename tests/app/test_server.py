@@ -26,7 +26,7 @@ def server() -> Iterator[Server]:
 
 
 def begin_upload(connection: socket.socket, server: Server, length: int, first: bytes, *headers: str) -> None:
-    """Send the beginning of a picture of `length` bytes, and wait until the server has read it."""
+    """Send the beginning of an image of `length` bytes, and wait until the server has read it."""
     head = [
         "POST /predict HTTP/1.1",
         "Host: x",
@@ -90,7 +90,7 @@ def test_under_load_no_accepted_request_is_lost_by_sigterm(workers: str) -> None
     assert set(statuses) <= {200, 503}
 
 
-def test_a_caller_that_hangs_up_takes_its_pictures_along(server: Server) -> None:
+def test_a_caller_that_hangs_up_takes_its_images_along(server: Server) -> None:
     assert post(server.url, [("image", png())]).status_code == 200
     request = httpx.Request("POST", f"{server.url}/predict", files=[("image", png(size=(4000, 4000)))] * 40)
     url = httpx.URL(server.url)
@@ -108,14 +108,14 @@ def test_a_caller_that_hangs_up_takes_its_pictures_along(server: Server) -> None
 
 
 def test_an_upload_under_way_is_not_cut_off_by_sigterm(digits: Path) -> None:
-    picture = (digits / "seven.png").read_bytes()
+    image = (digits / "seven.png").read_bytes()
     with serving(**LIGHT) as server:
         url = httpx.URL(server.url)
         with socket.create_connection((url.host, url.port)) as connection:
-            begin_upload(connection, server, len(picture), picture[:100])
+            begin_upload(connection, server, len(image), image[:100])
             server.process.send_signal(signal.SIGTERM)
             server.event("draining")
-            connection.sendall(picture[100:])
+            connection.sendall(image[100:])
             answer = connection.recv(65536)
 
         assert server.process.wait(30) == 0

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from app.engine_options import engine_options
-from app.fleet import Fleet
-from app.member import Member
-from app.settings import Settings, UnknownSettingError
+from app.main import engine_options
+from app.settings import Settings, SettingsInvalid
+from app.workers.group import WorkerGroup
+from app.workers.worker import Worker
 from service.errors import BackendUnavailable
 from service.machine.cores import usable_cores
 from tests.conftest import ROOT
@@ -24,9 +24,7 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_setting_is_refused_with_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PVT_MODELSTORE", "/srv")
 
-    with pytest.raises(
-        UnknownSettingError, match="PVT_MODELSTORE is not a setting; the nearest one is PVT_MODEL_STORE"
-    ):
+    with pytest.raises(SettingsInvalid, match="PVT_MODELSTORE is not a setting; the nearest one is PVT_MODEL_STORE"):
         Settings.from_environment()
 
 
@@ -46,7 +44,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_one(monkeypatch: pytest.
 def test_a_value_out_of_bounds_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
 
-    with pytest.raises(ValidationError):
+    with pytest.raises(SettingsInvalid):
         Settings.from_environment()
 
 
@@ -57,7 +55,7 @@ def test_a_management_port_is_another_one_and_for_one_process(
     monkeypatch.setenv("PVT_MANAGEMENT_PORT", "9001")
     monkeypatch.setenv(name, value)
 
-    with pytest.raises(ValidationError, match=name):
+    with pytest.raises(SettingsInvalid, match=name):
         Settings.from_environment()
 
 
@@ -66,7 +64,7 @@ def test_the_memory_budget_is_in_bytes_for_the_engine_and_shared_out_among_worke
 
     assert options.budget.bytes == 300_000_000
     assert engine_options(Settings()).budget.bytes is None
-    share = Member(Fleet(tmp_path, 3), 0, 0).share_of(options)
+    share = Worker(WorkerGroup(tmp_path, 3), 0, 0).share_of(options)
     assert share.budget.bytes == 100_000_000
 
 
@@ -99,7 +97,7 @@ def test_what_kubernetes_sets_for_a_service_of_that_name_is_no_setting(
 def test_a_list_with_nothing_in_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PVT_API_KEYS", ",")
 
-    with pytest.raises(ValidationError, match="nothing in it"):
+    with pytest.raises(SettingsInvalid, match="nothing in it"):
         Settings.from_environment()
 
 
@@ -107,7 +105,7 @@ def test_a_key_for_predictions_is_none_for_management(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PVT_API_KEYS", "one,two")
     monkeypatch.setenv("PVT_MANAGEMENT_KEYS", "three,two")
 
-    with pytest.raises(ValidationError, match="one of these is in PVT_API_KEYS too"):
+    with pytest.raises(SettingsInvalid, match="one of these is in PVT_API_KEYS too"):
         Settings.from_environment()
 
 
@@ -184,12 +182,12 @@ def test_openvino_on_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PVT_DEVICE", "cuda")
     monkeypatch.setenv("PVT_BACKEND", "openvino")
 
-    with pytest.raises(ValidationError, match="PVT_BACKEND=openvino runs on the CPU, and PVT_DEVICE=cuda asks for"):
+    with pytest.raises(SettingsInvalid, match="PVT_BACKEND=openvino runs on the CPU, and PVT_DEVICE=cuda asks for"):
         Settings.from_environment()
 
 
 def test_a_gpu_gets_larger_batches_and_two_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.engine_options.visible", lambda: ("cuda:0", "cuda:1"))
+    monkeypatch.setattr("app.main.visible", lambda: ("cuda:0", "cuda:1"))
 
     auto, cpu, openvino = map(engine_options, (Settings(), Settings(device="cpu"), Settings(backend="openvino")))
     chosen = engine_options(Settings(device="cuda:1", instances=3, max_batch_size=32))
@@ -201,7 +199,7 @@ def test_a_gpu_gets_larger_batches_and_two_at_a_time(monkeypatch: pytest.MonkeyP
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.engine_options.visible", lambda: ())
+    monkeypatch.setattr("app.main.visible", lambda: ())
 
     assert engine_options(Settings()).devices == ()
     with pytest.raises(BackendUnavailable, match=r"PVT_DEVICE=cuda:1: .*set PVT_DEVICE=cpu"):
@@ -211,10 +209,10 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_each_worker_has_at_least_one_batch_at_a_time_for_each_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.engine_options.visible", lambda: ("cuda:0", "cuda:1"))
+    monkeypatch.setattr("app.main.visible", lambda: ("cuda:0", "cuda:1"))
     options = engine_options(Settings())
 
-    assert [Member(Fleet(tmp_path, 4), i, 0).share_of(options).instances for i in range(4)] == [2, 2, 2, 2]
+    assert [Worker(WorkerGroup(tmp_path, 4), i, 0).share_of(options).instances for i in range(4)] == [2, 2, 2, 2]
 
 
 def test_a_store_that_is_named_is_used_for_reading_and_writing_though_another_is_near(

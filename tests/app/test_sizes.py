@@ -14,7 +14,7 @@ from tests.app.conftest import MakeClient, png
 from tests.service.stores import add_model
 
 SIZES = ("32", "64", "32x96")
-PICTURES = [png(colour) for colour in ("red", "green", "blue", "white")]
+IMAGES = [png(colour) for colour in ("red", "green", "blue", "white")]
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def tiny(make_client: MakeClient, tmp_path: Path) -> TestClient:
     return make_client(model_store=tmp_path, default_model="pvt_v2_b0.tiny", backend="torch", sizes_per_model=2)
 
 
-def ask(client: TestClient, path: str, size: str, picture: bytes) -> Any:
+def ask(client: TestClient, path: str, size: str, image: bytes) -> Any:
     headers = {"Content-Type": "image/png", "Accept": "application/json"}
-    response = client.post(path, params={"size": size}, content=picture, headers=headers)
+    response = client.post(path, params={"size": size}, content=image, headers=headers)
     assert response.status_code == 200, response.text
     return response.json()["results"][0]
 
@@ -43,14 +43,14 @@ def test_batches_never_mix_sizes(tiny: TestClient, monkeypatch: pytest.MonkeyPat
         batches.append({(self.height, self.width, 3), *(each.shape for each in images)})
         return run(self, instance, images, **how)
 
-    questions = [(path, size, picture) for path in ("/predict", "/explain") for size in SIZES for picture in PICTURES]
+    questions = [(path, size, image) for path in ("/predict", "/explain") for size in SIZES for image in IMAGES]
     alone = [score(ask(tiny, *question)) for question in questions]
     monkeypatch.setattr(Executable, "run", noted)
     with ThreadPoolExecutor(len(questions)) as pool:
         together = list(pool.map(lambda question: score(ask(tiny, *question)), questions))
 
     assert together == pytest.approx(alone, abs=1e-5)
-    assert len({round(each, 5) for each in alone}) > len(SIZES)  # sizes and pictures do give different answers
+    assert len({round(each, 5) for each in alone}) > len(SIZES)  # sizes and images do give different answers
     assert {len(shapes) for shapes in batches} == {1}
     assert {shape for shapes in batches for shape in shapes} == {(32, 32, 3), (64, 64, 3), (32, 96, 3)}
 
@@ -67,7 +67,7 @@ def test_a_size_is_made_ready_once_and_the_least_recently_used_goes(
 
     monkeypatch.setattr(Executable, "resized", noted)
     for size in ("32", "64", "96", "64", "64", "128", "64", "96"):
-        ask(tiny, "/predict", size, PICTURES[0])
+        ask(tiny, "/predict", size, IMAGES[0])
 
     # 32 is the model's own; 96 went for 128, as two besides its own are kept.
     assert made == [(64, 64), (96, 96), (128, 128), (96, 96)]

@@ -6,22 +6,22 @@ import numpy as np
 from PIL import Image
 from starlette.testclient import TestClient
 
-from app.schemas import ExplainResponse, ImageExplanation
+from app.routes.explain import ExplainResponse, ImageExplanation
 from tests.app.conftest import MakeClient, png
 
 DIGITS = "0123456789"
 
 
-def post(client: TestClient, *pictures: bytes, accept: str = "application/json", **query: Any) -> Any:
-    files = [("image", (f"{i}.png", each)) for i, each in enumerate(pictures)]
+def post(client: TestClient, *images: bytes, accept: str = "application/json", **query: Any) -> Any:
+    files = [("image", (f"{i}.png", each)) for i, each in enumerate(images)]
     return client.post("/explain", files=files, params=query, headers={"Accept": accept})
 
 
 def test_the_mean_of_the_map_and_the_bias_are_the_logit_at_any_size(make_client: MakeClient, digits: Path) -> None:
     client = make_client(backend="torch", precision="float32")
-    pictures = [(digits / f"{name}.png").read_bytes() for name in ("seven", "two")]
+    images = [(digits / f"{name}.png").read_bytes() for name in ("seven", "two")]
     for size, shape in (("64", (2, 2)), ("96", (3, 3)), ("64x128", (2, 4))):
-        body = ExplainResponse.model_validate(post(client, *pictures, size=size).json())
+        body = ExplainResponse.model_validate(post(client, *images, size=size).json())
 
         assert body.size == tuple(32 * side for side in shape)
         for result in body.results:
@@ -32,9 +32,9 @@ def test_the_mean_of_the_map_and_the_bias_are_the_logit_at_any_size(make_client:
 
 
 def test_the_likeliest_class_is_explained_and_any_other_on_demand(client: TestClient, digits: Path) -> None:
-    picture = (digits / "seven.png").read_bytes()
-    (likeliest,) = post(client, picture).json()["results"]
-    (other,) = post(client, picture, class_id=3).json()["results"]
+    image = (digits / "seven.png").read_bytes()
+    (likeliest,) = post(client, image).json()["results"]
+    (other,) = post(client, image, class_id=3).json()["results"]
 
     assert (likeliest["class_id"], likeliest["label"], likeliest["filename"]) == (7, "7", "0.png")
     assert (other["class_id"], other["label"]) == (3, "3")
@@ -42,29 +42,32 @@ def test_the_likeliest_class_is_explained_and_any_other_on_demand(client: TestCl
     assert likeliest["map"] != other["map"]
 
 
-def test_npy_holds_the_maps_of_all_pictures(client: TestClient, digits: Path) -> None:
-    pictures = [(digits / f"{name}.png").read_bytes() for name in ("one", "two", "three")]
-    given = np.load(BytesIO(post(client, *pictures, accept="application/x-npy").content))
-    told = post(client, *pictures).json()["results"]
+def test_npy_holds_the_maps_of_all_images(client: TestClient, digits: Path) -> None:
+    images = [(digits / f"{name}.png").read_bytes() for name in ("one", "two", "three")]
+    given = np.load(BytesIO(post(client, *images, accept="application/x-npy").content))
+    told = post(client, *images).json()["results"]
 
     assert given.shape == (3, 2, 2)
     np.testing.assert_array_equal(given, np.array([each["map"] for each in told], np.float32))
 
 
-def test_a_png_of_the_picture_as_the_model_saw_it_is_the_default(client: TestClient, digits: Path) -> None:
-    picture = (digits / "seven.png").read_bytes()
-    response = post(client, picture, accept="*/*", alpha=0)
+def test_a_png_of_the_image_as_the_model_saw_it_is_the_default(client: TestClient, digits: Path) -> None:
+    image = (digits / "seven.png").read_bytes()
+    response = post(client, image, accept="*/*", alpha=0)
 
     assert response.headers["content-type"] == "image/png"
     shown = np.asarray(Image.open(BytesIO(response.content)))
-    np.testing.assert_array_equal(shown, np.asarray(Image.open(BytesIO(picture)).convert("RGB")))  # 64 x 64 as it is
+    np.testing.assert_array_equal(shown, np.asarray(Image.open(BytesIO(image)).convert("RGB")))  # 64 x 64 as it is
 
 
-def test_several_pictures_can_not_be_one_png(client: TestClient) -> None:
+def test_several_images_can_not_be_one_png(client: TestClient) -> None:
     response = post(client, png(), b"never looked at", accept="image/png")
 
     assert response.status_code == 422
-    assert "image/png shows one picture and 2 came; send one, or ask for application/json" in response.json()["detail"]
+    assert (
+        "image/png shows one image and the request has 2; send one, or accept application/json"
+        in response.json()["detail"]
+    )
 
 
 def test_a_class_out_of_range_is_told_the_range(client: TestClient) -> None:
@@ -80,7 +83,7 @@ def test_a_class_out_of_range_is_told_the_range(client: TestClient) -> None:
         assert told in detail
 
 
-def test_a_bad_picture_fails_alone_in_json_and_alone_it_is_the_response(client: TestClient) -> None:
+def test_a_bad_image_fails_alone_in_json_and_alone_it_is_the_response(client: TestClient) -> None:
     good, bad = post(client, png(), b"none").json()["results"]
 
     assert "map" in good

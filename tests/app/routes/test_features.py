@@ -6,17 +6,17 @@ import pytest
 import safetensors.numpy
 from starlette.testclient import TestClient
 
-from app.schemas import FeaturesResponse
+from app.routes.features import FeaturesResponse
 from tests.app.conftest import png
 from tests.service.stores import add_model
 
-PICTURES = [("image", ("red.png", png("red"))), ("image", ("blue.png", png("blue", (20, 50))))]
+IMAGES = [("image", ("red.png", png("red"))), ("image", ("blue.png", png("blue", (20, 50))))]
 NPY, NPZ, SAFETENSORS = "application/x-npy", "application/x-npz", "application/vnd.safetensors"
 
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Posts pictures to a service with a small model."""
+    """Posts images to a service with a small model."""
     from app.main import create_app  # noqa: PLC0415
     from app.settings import Settings  # noqa: PLC0415
 
@@ -33,7 +33,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
 
         def post(files: Any = None, *, accept: str = "*/*", **query: Any) -> Any:
-            return client.post("/features", files=files or PICTURES, params=query, headers={"Accept": accept})
+            return client.post("/features", files=files or IMAGES, params=query, headers={"Accept": accept})
 
         yield post
 
@@ -46,7 +46,7 @@ def arrays(response: Any) -> dict[str, Any]:
     return dict(np.load(data)) if kind == NPZ else dict(safetensors.numpy.load(response.content))
 
 
-def test_json_has_the_embedding_of_each_picture(features: Any) -> None:
+def test_json_has_the_embedding_of_each_image(features: Any) -> None:
     response = features()
 
     body = FeaturesResponse.model_validate(response.json())
@@ -113,13 +113,11 @@ def test_npy_holds_one_array_and_says_what_to_ask_for_instead_of_two(features: A
 
     assert alone.shape == (2, 160, 2, 2)
     assert refused.status_code == 422
-    assert (
-        "holds one array, and embedding, stage3 were asked for; ask for application/x-npz" in refused.json()["detail"]
-    )
+    assert "holds one array, and embedding, stage3 were requested; accept application/x-npz" in refused.json()["detail"]
 
 
-def test_a_bad_picture_is_an_error_in_its_place_in_json_and_fails_the_binary_forms(features: Any) -> None:
-    files = [PICTURES[0], ("image", ("none.png", b"none"))]
+def test_a_bad_image_is_an_error_in_its_place_in_json_and_fails_the_binary_forms(features: Any) -> None:
+    files = [IMAGES[0], ("image", ("none.png", b"none"))]
     told, refused = features(files), features(files, accept=NPZ)
 
     good, bad = told.json()["results"]
@@ -158,11 +156,11 @@ def test_a_form_that_there_is_not_is_refused_with_those_that_there_are(features:
 
     assert response.status_code == 406
     assert response.json()["type"] == "urn:pvt-serve:problem:not-acceptable"
-    assert f"answers with application/json, {NPZ}, {SAFETENSORS}, {NPY}" in response.json()["detail"]
+    assert f"responds with application/json, {NPZ}, {SAFETENSORS}, {NPY}" in response.json()["detail"]
 
 
 def test_stage_maps_that_would_take_too_much_memory_are_refused(features: Any) -> None:
-    # A picture's maps at 96x96 hold 32*24*24 + 64*12*12 + 160*6*6 + 256*3*3 numbers, 143 kB: 14 of them fit into 2 MB.
+    # A image's maps at 96x96 hold 32*24*24 + 64*12*12 + 160*6*6 + 256*3*3 numbers, 143 kB: 14 of them fit into 2 MB.
     files = [("image", png())] * 15
     refused, answered = features(files, stages="1", pool="avg", size="96"), features(files[:14], stages="1", size="96")
 

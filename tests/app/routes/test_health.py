@@ -121,7 +121,7 @@ def test_a_preload_that_fails_makes_it_unready(make_client: MakeClient) -> None:
 
 def test_metrics_parse_and_count_what_happened(make_client: MakeClient) -> None:
     client = make_client()
-    client.post("/predict", files=[("image", png()), ("image", b"no picture")])
+    client.post("/predict", files=[("image", png()), ("image", b"no image")])
     client.get("/models/nothing")
     client.get("/no/such/path")
 

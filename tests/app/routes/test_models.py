@@ -99,7 +99,7 @@ def test_on_a_gpu_a_model_tells_where_it_runs_and_whether_it_still_gets_faster(
         def __call__(self, module: nn.Module) -> Function:
             raise NotImplementedError(module)
 
-    monkeypatch.setattr("app.engine_options.visible", lambda: ("cuda:0",))
+    monkeypatch.setattr("app.main.visible", lambda: ("cuda:0",))
     monkeypatch.setattr("service.options.cuda_devices", lambda names: [FakeDevice(name) for name in names])
     monkeypatch.setattr("service.options.TorchCompiler", lambda *_: Compiler())
     add_model(tmp_path)
@@ -126,7 +126,7 @@ def test_a_gpu_that_fails_makes_the_service_unhealthy(
         if broken:
             raise DeviceFailed(f"cuda:0 failed with CUDA error: an illegal address ({size}); restart the service")
 
-    monkeypatch.setattr("app.engine_options.visible", lambda: ("cuda:0",))
+    monkeypatch.setattr("app.main.visible", lambda: ("cuda:0",))
     monkeypatch.setattr("service.options.cuda_devices", lambda names: [FakeDevice(each, on_run=run) for each in names])
     add_model(tmp_path)
     client = make_client(model_store=tmp_path, default_model="pvt_v2_b0.tiny", max_batch_size=1, compile=False)

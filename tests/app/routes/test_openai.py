@@ -64,7 +64,7 @@ def test_models_are_listed(server: openai.OpenAI) -> None:
 
 def test_what_is_wrong_becomes_the_clients_own_exceptions(server: openai.OpenAI, urls: list[str]) -> None:
     create = server.embeddings.create
-    with pytest.raises(openai.BadRequestError, match="embeds pictures, not text"):
+    with pytest.raises(openai.BadRequestError, match="embeds images, not text"):
         create(model=MODEL, input="a cat")
     with pytest.raises(openai.BadRequestError, match="dimensions: the models here were not trained"):
         create(model=MODEL, input=urls, dimensions=64)

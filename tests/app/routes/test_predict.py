@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from app.schemas import PredictResponse
+from app.routes.predict import PredictResponse
 from service.errors import QueueFull
 from tests.app.conftest import MakeClient, png
 from training.digits import render, split
@@ -16,9 +16,9 @@ from training.digits import render, split
 def test_ninety_eight_of_a_hundred_held_out_digits_are_read_through_http(client: TestClient) -> None:
     pixels, labels = split().held_out
 
-    def read(picture: object) -> int:
+    def read(image: object) -> int:
         buffer = BytesIO()
-        render(picture).save(buffer, "png")  # type: ignore[arg-type]  # one picture of `pixels`
+        render(image).save(buffer, "png")  # type: ignore[arg-type]  # one image of `pixels`
         response = client.post("/predict", content=buffer.getvalue(), headers={"Content-Type": "image/png"})
         best: int = response.json()["results"][0]["predictions"][0]["class_id"]
         return best
@@ -71,7 +71,7 @@ def test_a_large_json_body_is_answered_too(client: TestClient, digits: Path) -> 
     assert response.json()["results"][0]["predictions"][0]["label"] == "3"
 
 
-def test_several_pictures_are_answered_in_their_order(client: TestClient, digits: Path) -> None:
+def test_several_images_are_answered_in_their_order(client: TestClient, digits: Path) -> None:
     names = ["nine", "two", "two", "zero", "five"]
 
     response = client.post("/predict", files=[("image", (n, (digits / f"{n}.png").read_bytes())) for n in names])
@@ -81,8 +81,8 @@ def test_several_pictures_are_answered_in_their_order(client: TestClient, digits
     assert [result["predictions"][0]["label"] for result in results] == ["9", "2", "2", "0", "5"]
 
 
-def test_a_bad_picture_among_several_is_an_error_in_its_place(client: TestClient) -> None:
-    files = [("image", ("a.png", png())), ("image", ("b.txt", b"no picture")), ("image", ("c.png", png()))]
+def test_a_bad_image_among_several_is_an_error_in_its_place(client: TestClient) -> None:
+    files = [("image", ("a.png", png())), ("image", ("b.txt", b"no image")), ("image", ("c.png", png()))]
 
     response = client.post("/predict", files=files, headers={"X-Request-ID": "mine"})
 
@@ -95,14 +95,14 @@ def test_a_bad_picture_among_several_is_an_error_in_its_place(client: TestClient
     assert (second["error"]["status"], second["error"]["request_id"]) == (422, "mine")
 
 
-@pytest.mark.parametrize("pictures", [[png()], [png(), b"no picture", png()]])
-def test_the_answer_is_what_the_schema_says(client: TestClient, pictures: list[bytes]) -> None:
-    files = [("image", (f"{number} \N{SNOWMAN}.png", picture)) for number, picture in enumerate(pictures)]
+@pytest.mark.parametrize("images", [[png()], [png(), b"no image", png()]])
+def test_the_answer_is_what_the_schema_says(client: TestClient, images: list[bytes]) -> None:
+    files = [("image", (f"{number} \N{SNOWMAN}.png", image)) for number, image in enumerate(images)]
 
     answer = client.post("/predict", files=files, params={"top_k": 1000})
 
     assert PredictResponse.model_validate_json(answer.content).model_dump(mode="json") == answer.json()
-    assert len(answer.json()["results"]) == len(pictures)
+    assert len(answer.json()["results"]) == len(images)
 
 
 def test_broken_base64_among_several_is_an_error_in_its_place(client: TestClient) -> None:
@@ -118,11 +118,11 @@ def test_broken_base64_among_several_is_an_error_in_its_place(client: TestClient
     ("body", "reason"),
     [
         (b"", "empty"),
-        (b"no picture", "not a supported image"),
+        (b"no image", "not a supported image"),
         (png()[:60], "truncated"),
     ],
 )
-def test_one_bad_picture_is_the_response(client: TestClient, body: bytes, reason: str) -> None:
+def test_one_bad_image_is_the_response(client: TestClient, body: bytes, reason: str) -> None:
     response = client.post("/predict", content=body, headers={"Content-Type": "image/png"})
 
     assert response.status_code == 422
@@ -177,9 +177,9 @@ def test_published_weights_that_are_not_here_are_unavailable(client: TestClient)
 
 
 def test_a_request_that_can_not_be_answered_in_time_is_504(client: TestClient) -> None:
-    pictures = [("image", png(size=(3000, 3000)))] * 20
+    images = [("image", png(size=(3000, 3000)))] * 20
 
-    response = client.post("/predict?timeout_ms=1", files=pictures)
+    response = client.post("/predict?timeout_ms=1", files=images)
 
     assert response.status_code == 504
     assert "no answer within 1 ms" in response.json()["detail"]
@@ -193,7 +193,7 @@ def test_the_answer_says_where_its_time_went(client: TestClient) -> None:
     assert sum(float(parts[name]) for name in ("decode", "queue", "infer", "encode")) <= float(parts["total"])
 
 
-def test_too_many_pictures_name_their_setting(make_client: MakeClient) -> None:
+def test_too_many_images_name_their_setting(make_client: MakeClient) -> None:
     client = make_client(max_images=2)
 
     response = client.post("/predict", files=[("image", png())] * 3)
@@ -202,7 +202,7 @@ def test_too_many_pictures_name_their_setting(make_client: MakeClient) -> None:
     assert "more than 2 images in one request, which PVT_MAX_IMAGES allows" in response.json()["detail"]
 
 
-def test_a_picture_with_too_many_pixels_names_its_setting(make_client: MakeClient) -> None:
+def test_an_image_with_too_many_pixels_names_its_setting(make_client: MakeClient) -> None:
     client = make_client(max_image_megapixels=0.01)
 
     response = client.post("/predict", content=png(size=(200, 100)), headers={"Content-Type": "image/png"})
@@ -223,7 +223,7 @@ def test_a_full_queue_is_429_with_a_time_to_come_back(make_client: MakeClient, m
     assert response.headers["Retry-After"] == "3"
 
 
-def test_more_pictures_than_the_queue_ever_takes_are_refused_for_good(make_client: MakeClient) -> None:
+def test_more_images_than_the_queue_ever_takes_are_refused_for_good(make_client: MakeClient) -> None:
     response = make_client(queue_size=2).post("/predict", files=[("image", png())] * 3)
 
     assert response.status_code == 422

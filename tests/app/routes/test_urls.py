@@ -18,7 +18,7 @@ from tests.service.stores import add_model
 HOLD = Event()
 
 
-class Pictures(BaseHTTPRequestHandler):
+class Images(BaseHTTPRequestHandler):
     """`/seven.png`, `/text`, `/slow`, which never ends, and nothing else."""
 
     digits = Path(__file__).parent.parent.parent.parent / "docs" / "digits"
@@ -41,9 +41,9 @@ class Pictures(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[str]:
-    """A server of pictures on this machine, which is a private network."""
+    """A server of images on this machine, which is a private network."""
     HOLD.clear()
-    with QuietServer(("127.0.0.1", 0), Pictures) as server:
+    with QuietServer(("127.0.0.1", 0), Images) as server:
         server.daemon_threads = True
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -70,7 +70,7 @@ def client(settings: dict[str, Any], store: str) -> Iterator[TestClient]:
         yield client
 
 
-def test_a_picture_by_url_is_answered_with_its_name_and_the_time_that_fetching_took(
+def test_an_image_by_url_is_answered_with_its_name_and_the_time_that_fetching_took(
     client: TestClient, store: str
 ) -> None:
     response = client.post("/predict", json={"images": [{"url": f"http://{store}/seven.png"}]})
@@ -130,7 +130,7 @@ def test_fetching_counts_against_the_requests_own_time(client: TestClient, store
     assert response.json()["detail"] == "no answer within 50 ms; allow more with timeout_ms or PVT_TIMEOUT_MS"
 
 
-def test_a_picture_that_takes_too_long_is_its_own_error(client: TestClient, store: str) -> None:
+def test_an_image_that_takes_too_long_is_its_own_error(client: TestClient, store: str) -> None:
     response = client.post("/predict", json={"images": [{"url": f"http://{store}/{n}"} for n in ("slow", "seven.png")]})
 
     slow, seven = response.json()["results"]

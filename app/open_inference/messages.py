@@ -1,0 +1,250 @@
+"""The Open Inference Protocol's messages: JSON, and after it the bytes of tensors (Triton's binary extension)."""
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from app.bodies import EXAMPLE, parse_json
+from app.open_inference.tensors import OUTPUTS, InputTensor, OutputTensor
+from app.problems import BodyTooLarge, UnsupportedMediaType
+from service.errors import InvalidRequest
+from service.invalid import reasons
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+_WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+_LENGTH = re.compile(r"[0-9]{1,12}", re.ASCII)
+_KEY = b'"data"'
+# Blanks are bounded and nothing is tried twice, so that no body makes it slow.
+_NUMBERS = re.compile(rb'(?<!\\)"data"\s{0,99}+:\s{0,99}+(?=\[[\s\[]{0,9999}+-?\d)')
+_TRIES = 100  # an input has one key of that name
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputParameters(_Message):
+    """Of one input."""
+
+    binary_data_size: Annotated[int | None, Field(ge=0)] = None
+
+
+class Input(_Message):
+    """One input; its data is in `data` or after the JSON."""
+
+    name: str
+    datatype: str
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=8)]
+    parameters: InputParameters = InputParameters()
+    data: Annotated[list[Any] | None, Field(description="Nested lists or one flat list.")] = None
+
+
+class OutputParameters(_Message):
+    """Of one requested output."""
+
+    binary_data: bool | None = None
+    classification: Annotated[int | None, Field(ge=0, le=1000, description="How many classes; 0: the tensor.")] = None
+
+
+class RequestedOutput(_Message):
+    """One requested output."""
+
+    name: str
+    parameters: OutputParameters = OutputParameters()
+
+
+class RequestParameters(_Message):
+    """Of the whole request; `timeout` is in microseconds."""
+
+    timeout: Annotated[int | None, Field(ge=0, le=3_600_000_000)] = None
+    binary_data_output: bool = False
+
+
+class InferRequest(_Message):
+    """The JSON of a request."""
+
+    id: Annotated[str | None, Field(max_length=1000)] = None
+    inputs: Annotated[list[Input], Field(min_length=1, max_length=1)]
+    outputs: Annotated[list[RequestedOutput], Field(max_length=len(OUTPUTS))] = []
+    parameters: RequestParameters = RequestParameters()
+
+    @property
+    def timeout_seconds(self) -> float | None:
+        """The timeout in seconds; None for the service's own."""
+        return self.parameters.timeout / 1e6 if self.parameters.timeout else None
+
+
+class OutputMessage(BaseModel):
+    """One output; its data is in `data` or after the JSON."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: dict[str, int] | None = None
+    data: list[Any] | None = None
+
+
+INFER_EXAMPLES: Mapping[str, object] = {
+    "a file in base64": {
+        "inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [1], "data": [EXAMPLE]}],
+        "outputs": [{"name": "probabilities", "parameters": {"classification": 2}}, {"name": "embedding"}],
+    },
+    "pixels after the JSON": {
+        "inputs": [
+            {
+                "name": "images",
+                "datatype": "UINT8",
+                "shape": [1, 224, 224, 3],
+                "parameters": {"binary_data_size": 150528},
+            }
+        ],
+        "parameters": {"binary_data_output": True},
+    },
+}
+_EXAMPLE_OUTPUT: dict[str, Any] = {
+    "name": "probabilities",
+    "datatype": "BYTES",
+    "shape": [1, 2],
+    "data": ["0.971299:7:7", "0.006864:8:8"],
+}
+
+
+class InferResponse(BaseModel):
+    """The JSON of a response."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"model_name": "pvt_v2_b0.digits", "model_version": "1", "outputs": [_EXAMPLE_OUTPUT]}]
+        }
+    )
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[OutputMessage]
+
+
+class Body(NamedTuple):
+    """A body to send, and the length of the JSON before its tensors, if there are any."""
+
+    content: bytes
+    header_length: int | None
+
+
+def decompressed(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    """`body` without its Content-Encoding.
+
+    Raises:
+        UnsupportedMediaType: it is unknown.
+        BodyTooLarge: it decompresses to more than `max_bytes`.
+        InvalidRequest: it is broken.
+    """
+    if encoding in {"", "identity"}:
+        return body
+    if encoding not in _WINDOW:
+        raise UnsupportedMediaType(f"content encoding {encoding[:100]!r}; send gzip, deflate or none")
+    stream = zlib.decompressobj(_WINDOW[encoding])
+    try:
+        content = stream.decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        raise InvalidRequest(f"the body is no {encoding}: {error}") from error
+    if len(content) > max_bytes:
+        raise BodyTooLarge(f"the body is larger than {max_bytes / 1e6:g} MB, which PVT_MAX_BODY_MB allows")
+    if not stream.eof:
+        raise InvalidRequest(f"the body ends in the middle of its {encoding}")
+    if stream.unused_data:
+        raise InvalidRequest(f"{len(stream.unused_data)} bytes follow the body's {encoding}")
+    return content
+
+
+def compressed(content: bytes, accepted: str) -> tuple[bytes, dict[str, str]]:
+    """`content` in the one coding that is accepted, and the header that says so.
+
+    Triton's client names exactly the one that its user chose. A client that lists several sends its library's default,
+    for which floating point numbers are not worth compressing.
+    """
+    coding = accepted.strip().lower()
+    if coding not in _WINDOW:
+        return content, {}
+    stream = zlib.compressobj(level=1, wbits=_WINDOW[coding])
+    return stream.compress(content) + stream.flush(), {"Content-Encoding": coding}
+
+
+def parse(body: bytes, header_length: str | None) -> tuple[InferRequest, InputTensor]:
+    """The request in `body`, of which `header_length` bytes are JSON, all of them by default, and its one input.
+
+    Raises:
+        InvalidRequest: it is not what the protocol says; the message names what is wrong.
+    """
+    end = len(body)
+    if header_length is not None:
+        if not _LENGTH.fullmatch(header_length) or int(header_length) > len(body):
+            raise InvalidRequest(
+                f"{HEADER_LENGTH} {header_length[:100]!r}: must be a length within the body's {len(body)}"
+            )
+        end = int(header_length)
+    header, numbers = _without_numbers(body[:end])
+    try:
+        request = InferRequest.model_validate(parse_json(header))
+    except ValidationError as error:
+        raise InvalidRequest(reasons(error, "the body")) from error
+    return request, _tensor(request.inputs[0], numbers, memoryview(body)[end:])
+
+
+def serialize(response: Mapping[str, Any], outputs: Sequence[tuple[OutputTensor, bool]]) -> Body:
+    """The body of `response` with `outputs`, each with whether its data follows the JSON."""
+    messages: list[dict[str, Any]] = []
+    tails: list[bytes] = []
+    for tensor, binary in outputs:
+        message: dict[str, Any] = {
+            "name": tensor.spec.name,
+            "datatype": tensor.spec.datatype,
+            "shape": tensor.spec.shape,
+        }
+        if binary:
+            tails.append(tensor.raw())
+            message["parameters"] = {"binary_data_size": len(tails[-1])}
+        else:
+            message["data"] = tensor.json()
+        messages.append(message)
+    header = orjson.dumps({**response, "outputs": messages})
+    return Body(b"".join((header, *tails)), len(header)) if tails else Body(header, None)
+
+
+def _without_numbers(text: bytes) -> tuple[bytes, bytes | None]:
+    """`text` with nothing in the list of numbers that is an input's data, and that list; None where there is none.
+
+    A JSON parser would hold up the event loop over them, also from another thread.
+    """
+    at, found = -1, None
+    for _ in range(_TRIES):
+        at = text.find(_KEY, at + 1)
+        if at < 0 or (found := _NUMBERS.match(text, at)):
+            break
+    if not found:
+        return text, None
+    start = found.end()
+    # After the list comes a key or the end of the object; neither sign is in a list of numbers.
+    end = min(i if i >= 0 else len(text) for i in (text.find(b'"', start), text.find(b"}", start)))
+    end = text.rfind(b"]", start, end) + 1
+    if not end:
+        raise InvalidRequest("the body is no JSON: the input's data has no end")
+    return text[: start + 1] + text[end - 1 :], text[start:end]
+
+
+def _tensor(message: Input, numbers: bytes | None, tail: memoryview) -> InputTensor:
+    size = message.parameters.binary_data_size
+    if (size is None) == (message.data is None):
+        raise InvalidRequest(
+            f"input {message.name[:100]!r} must have either data in JSON, or binary_data_size and as many bytes after"
+        )
+    if numbers is not None and message.data:
+        raise InvalidRequest(f"input {message.name[:100]!r} has data twice")
+    if len(tail) != (size or 0):
+        raise InvalidRequest(f"{len(tail)} bytes follow the JSON, input {message.name[:100]!r} says {size or 0}")
+    raw = tail if size is not None else None
+    return InputTensor(message.name, message.datatype, tuple(message.shape), raw, numbers, message.data or ())

@@ -1,0 +1,272 @@
+"""Tensors of the Open Inference Protocol v2: from bytes or JSON lists to images, and from a model's outputs to both.
+
+Source: the REST part of the protocol (kserve.github.io), and its extensions for binary tensor data and classification
+in Triton's documentation.
+"""
+
+import binascii
+from base64 import b64decode
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from math import prod
+from struct import Struct
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from app.encodings import json_array, little_endian
+from service.architecture.variants import VARIANTS
+from service.errors import InvalidRequest
+from service.postprocess.classes import softmax
+from service.results import ImageResult, InferenceResult, require_all
+from service.store.cards import ModelCard
+
+Datatype = Literal["UINT8", "BYTES", "FP32"]
+_LENGTH = Struct("<I")  # in front of each element of a BYTES tensor
+STAGES = ("stage1", "stage2", "stage3", "stage4")
+VECTORS = ("probabilities", "logits", "embedding")
+OUTPUTS = (*VECTORS, *STAGES)
+# A JSON parser holds the interpreter's lock for a whole call, for the largest body a second in which the event loop
+# stands still, whichever thread calls it. So pixels are parsed in chunks.
+_CHUNK_BYTES = 65_536
+_BLANKS = bytes.maketrans(b"[]", b"  ")
+_DIGITS = b"0123456789-,[] \t\r\n"
+_MOST = 255  # of uint8
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a tensor looks like; -1 stands for any number."""
+
+    name: str
+    datatype: Datatype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InputTensor:
+    """An input: `raw` bytes of the body, or from JSON the text of a list of `numbers`, or any other list as `data`."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    raw: memoryview | None = None
+    numbers: bytes | None = None
+    data: Sequence[Any] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor to send."""
+
+    spec: Spec
+    elements: "NDArray[np.float32] | list[bytes]"
+
+    def raw(self) -> bytes:
+        """Its elements as the binary extension sends them, little-endian."""
+        if isinstance(self.elements, list):
+            return b"".join(chain.from_iterable((_LENGTH.pack(len(each)), each) for each in self.elements))
+        return little_endian(self.elements)
+
+    def json(self) -> orjson.Fragment | list[str]:
+        """Its elements as one flat list for JSON."""
+        if isinstance(self.elements, list):
+            return [each.decode() for each in self.elements]
+        return json_array(self.elements.ravel())
+
+
+def input_specs(card: ModelCard) -> list[Spec]:
+    """The inputs of the model, of which a request has one."""
+    pixels = card.preprocessing
+    return [Spec("images", "UINT8", (-1, pixels.height, pixels.width, 3)), Spec("encoded", "BYTES", (-1,))]
+
+
+def output_specs(card: ModelCard) -> list[Spec]:
+    """The outputs of the model, in the order of OUTPUTS."""
+    channels, classes = VARIANTS[card.variant].embed_dims, len(card.labels)
+    pixels = card.preprocessing
+    vectors = [Spec(name, "FP32", (-1, classes)) for name in VECTORS[:2]]
+    stages = [
+        Spec(name, "FP32", (-1, channels[i], pixels.height >> i + 2, pixels.width >> i + 2))
+        for i, name in enumerate(STAGES)
+    ]
+    return [*vectors, Spec("embedding", "FP32", (-1, channels[-1])), *stages]
+
+
+def images(tensor: InputTensor, most: int) -> tuple[list[bytes | NDArray[np.uint8]], tuple[int, int] | None]:
+    """The images in `tensor`, `most` of them at the most, and their input size: None where they are encoded.
+
+    Raises:
+        InvalidRequest: it is none of a model's inputs; the message says what was expected.
+    """
+    if tensor.name == "images":
+        pixels = _pixels(tensor, most)
+        return list(pixels), (pixels.shape[1], pixels.shape[2])
+    if tensor.name == "encoded":
+        return _encoded(tensor, most), None
+    raise InvalidRequest(f"input {tensor.name[:100]!r}: a model takes 'images' or 'encoded'")
+
+
+def output(result: InferenceResult, name: str, classification: int | None) -> OutputTensor:
+    """The tensor `name` of all images; with `classification`, its so many highest values as `value:index:label`.
+
+    Raises:
+        InvalidRequest: there is no such tensor, or it has no classes.
+        ServiceError: an image failed; the message says which.
+    """
+    results = require_all(result.results, [None] * len(result.results))
+    stack = np.stack([_element(each, name) for each in results])
+    if classification is None:
+        return OutputTensor(Spec(name, "FP32", stack.shape), stack)
+    if name not in VECTORS[:2]:
+        raise InvalidRequest(f"output {name!r} has no classes; classification is for {VECTORS[0]!r} and {VECTORS[1]!r}")
+    count = min(classification, stack.shape[1])
+    best = (-stack).argsort(axis=1, kind="stable")[:, :count]
+    labels = result.card.labels
+    classes = [f"{row[i]:f}:{i}:{labels[i]}".encode() for row, order in zip(stack, best, strict=True) for i in order]
+    return OutputTensor(Spec(name, "BYTES", best.shape), classes)
+
+
+def check_outputs(names: Sequence[str]) -> None:
+    """Raises InvalidRequest when one of `names` is no output, or is repeated."""
+    for i, name in enumerate(names):
+        if name not in OUTPUTS:
+            raise InvalidRequest(f"output {name[:100]!r}: the outputs of a model are {', '.join(OUTPUTS)}")
+        if name in names[:i]:
+            raise InvalidRequest(f"output {name!r} is requested twice")
+
+
+def _element(result: ImageResult, name: str) -> NDArray[np.float32]:
+    if name in STAGES:
+        return result.outputs.stages[STAGES.index(name)]
+    if name == "embedding":
+        return result.outputs.embedding
+    return softmax(result.outputs.logits) if name == "probabilities" else result.outputs.logits
+
+
+def _pixels(tensor: InputTensor, most: int) -> NDArray[np.uint8]:
+    shape = tensor.shape
+    _expect(tensor, "UINT8")
+    if len(shape) != 4 or shape[-1] != 3 or min(shape) < 1:  # noqa: PLR2004  n, height, width, channels
+        raise InvalidRequest(
+            f"input 'images' has the shape {list(shape)}; expected [n, height, width, 3], n at least 1"
+        )
+    _expect_count(tensor, most)
+    if tensor.raw is not None:
+        flat = np.frombuffer(tensor.raw, np.uint8)
+    else:
+        flat = pixel_numbers(tensor.numbers, shape) if tensor.numbers else _no_numbers(tensor.data)
+    if len(flat) != (count := prod(shape)):
+        raise InvalidRequest(f"input 'images' has {len(flat)} elements; its shape {list(shape)} says {count}")
+    return flat.reshape(shape)
+
+
+def _no_numbers(data: Sequence[Any]) -> NDArray[np.uint8]:
+    if data:
+        raise InvalidRequest("input 'images': its data must be whole numbers from 0 to 255")
+    return np.zeros(0, np.uint8)
+
+
+def _encoded(tensor: InputTensor, most: int) -> list[bytes | NDArray[np.uint8]]:
+    shape = tensor.shape
+    _expect(tensor, "BYTES")
+    if not shape or min(shape) < 1 or any(side != 1 for side in shape[1:]):
+        raise InvalidRequest(f"input 'encoded' has the shape {list(shape)}; expected [n], n at least 1")
+    _expect_count(tensor, most)
+    if tensor.numbers:
+        raise _not_base64(0)
+    given = _from_base64(tensor.data) if tensor.raw is None else _elements(tensor.raw)
+    elements: list[bytes | NDArray[np.uint8]] = [*islice(given, shape[0] + 1)]  # not all of a million
+    if len(elements) != shape[0]:
+        found = f"{len(elements)}" if len(elements) < shape[0] else "more"
+        raise InvalidRequest(f"input 'encoded' has {found} elements; its shape {list(shape)} says {shape[0]}")
+    return elements
+
+
+def _elements(raw: memoryview) -> Iterator[bytes]:
+    start = 0
+    while start < len(raw):
+        if start + _LENGTH.size > len(raw):
+            raise InvalidRequest("input 'encoded' ends in the middle of a length")
+        (length,) = _LENGTH.unpack_from(raw, start)
+        start += _LENGTH.size
+        if start + length > len(raw):
+            raise InvalidRequest(f"input 'encoded' ends in the middle of an element of {length} bytes")
+        yield bytes(raw[start : start + length])
+        start += length
+
+
+def _from_base64(data: Sequence[Any]) -> Iterator[bytes]:
+    for i, each in enumerate(data):
+        try:
+            yield b64decode(each, validate=True)
+        except (binascii.Error, TypeError, ValueError) as error:
+            raise _not_base64(i) from error
+
+
+def _not_base64(index: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"input 'encoded', element {index}: in JSON an image is a string of base64; or send it with the binary tensor "
+        "data extension"
+    )
+
+
+def _expect(tensor: InputTensor, datatype: str) -> None:
+    if tensor.datatype != datatype:
+        raise InvalidRequest(f"input {tensor.name!r} is {tensor.datatype[:100]}; expected {datatype}")
+
+
+def _expect_count(tensor: InputTensor, most: int) -> None:
+    if tensor.shape[0] > most:
+        raise InvalidRequest(
+            f"input {tensor.name!r} holds {tensor.shape[0]} images; PVT_MAX_IMAGES allows {most} in one request"
+        )
+
+
+def pixel_numbers(text: bytes, shape: Sequence[int]) -> NDArray[np.uint8]:
+    """The numbers in `text`, a JSON list, flat or nested as `shape` is, of as many numbers as it says; flat.
+
+    Raises:
+        InvalidRequest: it is something else; the message says what was expected.
+    """
+    count, opened = prod(shape), text.count(b"[")
+    nested = sum(prod(shape[:axis]) for axis in range(len(shape)))
+    if opened not in {1, nested} or text.count(b"]") != opened:
+        raise InvalidRequest(
+            f"input 'images': its data must be a flat list, or lists nested as its shape {[*shape]} is"
+        )
+    found = text.count(b",") + 1
+    if found != count:
+        raise InvalidRequest(f"input 'images' has {found} elements; its shape {[*shape]} says {count}")
+    pixels = np.empty(count, np.uint8)
+    filled, start, end = 0, 0, 0
+    while end < len(text):
+        cut = text.find(b",", start + _CHUNK_BYTES)
+        end = cut if cut >= 0 else len(text)
+        chunk = _chunk(text[start:end])
+        pixels[filled : filled + len(chunk)] = chunk
+        filled, start = filled + len(chunk), end + 1
+    return pixels
+
+
+def _chunk(text: bytes) -> NDArray[np.uint8]:
+    if rest := text.translate(None, _DIGITS):
+        raise _wrong(f"{rest[:1].decode(errors='replace')!r} among them")
+    try:
+        # Brackets become blanks, so that numbers between which only brackets stand do not become one.
+        numbers = orjson.loads(b"[" + text.translate(_BLANKS) + b"]")
+    except orjson.JSONDecodeError as error:
+        raise _wrong(str(error)) from error
+    if not numbers:
+        raise _wrong("a comma without a number")
+    least, most = min(numbers), max(numbers)
+    if least < 0 or most > _MOST:
+        raise _wrong(f"values from {least} to {most}")
+    return np.array(numbers, np.uint8)
+
+
+def _wrong(why: str) -> InvalidRequest:
+    return InvalidRequest(f"input 'images': its data must be whole numbers from 0 to 255 ({why})")

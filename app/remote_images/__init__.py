@@ -1,0 +1,1 @@
+"""Images by URL: which addresses may be connected to (SSRF protection), and fetching within limits."""

@@ -1,1 +1,0 @@
-"""Arrays as the protocols write them: tensors, lists of pixels, binary forms."""
