@@ -18,7 +18,6 @@ LAYERS = {
         {"scheduling"},
         {"execution"},
         {"backends"},
-        {"answers"},
         {"postprocess"},
         {"results"},
         {"store"},
