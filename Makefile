@@ -8,7 +8,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check --constrain
 INSTALL_TORCH := $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 PIP := $(BIN)/$(INSTALL)
 
-.PHONY: serve test check format bench bench-quick image lock clean
+.PHONY: serve test check format docs bench bench-quick image lock clean
 
 serve: .venv/.serve
 	$(BIN)/python -m app
@@ -24,6 +24,12 @@ check: .venv/.dev
 format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Pages for a browser, readable offline: build/site/index.html. First the tables that are made from the code.
+docs: .venv/.dev
+	$(BIN)/python -m tests.docs.generated
+	$(BIN)/mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 # Everything, into docs/benchmarks.md: an hour or more. BENCH gives options: make bench BENCH='--rounds 3'.
 bench: .venv-bench/.bench
@@ -41,7 +47,7 @@ lock:
 	grep '^torch==' constraints.txt > .torch.pin
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --requirement .torch.pin
-	.venv-lock/bin/python -m pip install --quiet --constraint .torch.pin .[dev,bench,peers]
+	.venv-lock/bin/python -m pip install --quiet --constraint .torch.pin .[dev,bench,docs,peers]
 	{ echo '# Every dependency, transitive ones too; made by "make lock".'; \
 	  .venv-lock/bin/python -m pip freeze --all --exclude pvt-serve --exclude pip | sed 's/^torch==\([^+ ]*\).*/torch==\1/'; } > constraints.txt
 	rm -rf .venv-lock .torch.pin
@@ -60,7 +66,7 @@ clean:
 	touch $@
 
 .venv/.dev: .venv/.serve
-	$(PIP) --editable .[dev,bench]
+	$(PIP) --editable .[dev,bench,docs]
 	touch $@
 
 # An environment of its own: the peers bring a hundred packages. One that does not install is left out, and said so.
