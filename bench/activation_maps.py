@@ -1,6 +1,6 @@
 """The README's image of class activation maps: `python -m bench.activation_maps`.
 
-Each map is made by `pvt-serve explain`, each caption by `pvt-serve predict`, with the embedded model in its own process.
+Each map is made by `pvt-serve explain`, each caption by `pvt-serve predict`, with the embedded model.
 """
 
 import json
@@ -33,7 +33,7 @@ def main() -> None:
             below.set_xlabel(_caption(file), fontsize=11)
             for axis in (above, below):
                 axis.set(xticks=[], yticks=[])
-                axis.spines[:].set_visible(False)  # noqa: FBT003  matplotlib's signature
+                axis.spines[:].set_visible(False)
     figure.savefig(OUTPUT, dpi=110, metadata={"Software": None})
 
 

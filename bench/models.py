@@ -1,4 +1,4 @@
-"""The README's table of models, measured here: `python -m bench.models [--variants ...] [--rounds 3] [--seconds 3]`.
+"""The table of variants in docs/performance.md: `python -m bench.models [--variants ...] [--rounds 3] [--seconds 3]`.
 
 Each variant is served with seeded random weights of its true shapes at 224x224, as the service starts by itself: a
 first time without a plan, a second time with the plan that the first one left. Both loads are what `GET /models/{id}`

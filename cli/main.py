@@ -23,7 +23,7 @@ from cli.terminal import print_line, short_errors
 
 HELP = """Pyramid Vision Transformer v2 image models: serve them over HTTP, or use them from here.
 
-Settings are the environment variables PVT_* of the README; every command obeys them.
+Settings are the environment variables PVT_* of docs/settings.md; every command obeys them.
 """
 
 

@@ -22,7 +22,7 @@ def serve(
 ) -> None:
     """Serve models over HTTP until Ctrl-C.
 
-    The same as `python -m app`. Every other setting is an environment variable, see the README; an option given here
+    The same as `python -m app`. Every other setting is an environment variable (docs/settings.md); an option given here
     wins over its variable.
     """
     given = {"HOST": host, "PORT": port, "WORKERS": workers, "MODEL_STORE": model_store, "PRELOAD": preload}

@@ -12,12 +12,6 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-@pytest.fixture(scope="session")
-def readme() -> str:
-    """The README's text."""
-    return (ROOT / "README.md").read_text()
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _modules_are_no_garbage() -> None:
     """Every load and unload looks for garbage, as in the service, which leaves out what is there at its start too."""
@@ -56,7 +50,7 @@ def model_store() -> Path:
 
 @pytest.fixture(scope="session")
 def digits() -> Path:
-    """The folder of the README's pictures: zero.png to nine.png."""
+    """The folder of example images: zero.png to nine.png."""
     return ROOT / "docs" / "digits"
 
 

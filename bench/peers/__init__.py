@@ -52,8 +52,8 @@ def _peer(module: str) -> tuple[str, ...]:
 # Where several threads or processes infer at the same time: more threads than cores would wait for each other.
 _ONE_THREAD = (("OMP_NUM_THREADS", "1"),)
 _EAGER = "transformers' model, eager, float32"
-_FORM = "the picture as a multipart form's file"
-_RAW = "the picture as the raw body"
+_FORM = "the image as a file of a multipart form"
+_RAW = "the image as the raw body"
 
 OURS = Contender(
     "ours",
@@ -61,7 +61,7 @@ OURS = Contender(
     ("-m", "app"),
     "multipart",
     ("fastapi", "openvino"),
-    f"as it comes, no setting changed; {_FORM}",
+    f"no setting changed; {_FORM}",
 )
 CONTENDERS: tuple[Contender, ...] = (
     OURS,

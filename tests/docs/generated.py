@@ -84,7 +84,7 @@ def _values(field: FieldInfo) -> str:
     return "folder" if kind is Path else _union(kind)
 
 
-def _union(kind: Any) -> str:  # noqa: ANN401  any annotation
+def _union(kind: Any) -> str:
     return "folder" if get_origin(kind) in (Union, UnionType) and Path in get_args(kind) else "text"
 
 
