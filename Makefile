@@ -28,7 +28,7 @@ format: .venv/.dev
 # Pages for a browser, readable offline: build/site/index.html. First the tables that are made from the code.
 docs: .venv/.dev
 	$(BIN)/python -m tests.docs.generated
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo build/site/index.html
 
 # Everything, into docs/benchmarks.md: an hour or more. BENCH gives options: make bench BENCH='--rounds 3'.
