@@ -121,7 +121,8 @@ def test_every_path_that_the_architecture_names_exists() -> None:
 @pytest.mark.parametrize("page", FRONT, ids=lambda page: page.name)
 def test_links_of_the_pages_at_the_root_lead_somewhere(page: Path) -> None:
     """Those of docs/ are checked by the site's strict build."""
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+    text = page.read_text()
+    for target in [*re.findall(r"\]\((?!https?:)([^)]+)\)", text), *re.findall(r'src="([^"]+)"', text)]:
         path, _, anchor = target.partition("#")
         assert (ROOT / path).exists(), target
         if anchor:
