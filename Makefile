@@ -7,14 +7,20 @@ BIN := .venv/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALL_TORCH := $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 PIP := $(BIN)/$(INSTALL)
+# For tests, without their dependencies: these would bring another torch, with CUDA. What they need is in "dev".
+UNBOUND := timm torchvision
 
-.PHONY: serve test check format docs bench bench-quick image lock clean
+.PHONY: serve test test-isa check format docs bench bench-quick image lock clean
 
 serve: .venv/.serve
 	$(BIN)/python -m app
 
 test: .venv/.dev
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# The service's tests under each instruction set that the processor has, and the routes' in each precision.
+test-isa: .venv/.dev
+	.ci/isa
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -42,14 +48,16 @@ bench-quick: .venv-bench/.bench
 image:
 	docker build --network host --build-arg TORCH_INDEX=$(TORCH_INDEX) --build-arg EXTRAS=$(EXTRAS) --tag pvt-serve .
 
-# The newest versions that pyproject.toml allows, but for torch, whose pin stays: an unpinned one brings CUDA.
+# The newest versions that pyproject.toml allows, but for torch, whose pin stays: an unpinned one brings CUDA. So does
+# torchvision's, which is made for one version of torch.
 lock:
-	grep '^torch==' constraints.txt > .torch.pin
+	grep -E '^torch(vision)?==' constraints.txt > .torch.pin
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --requirement .torch.pin
+	.venv-lock/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --constraint .torch.pin torch
 	.venv-lock/bin/python -m pip install --quiet --constraint .torch.pin .[dev,bench,docs,peers]
+	.venv-lock/bin/python -m pip install --quiet --no-deps --constraint .torch.pin $(UNBOUND)
 	{ echo '# Every dependency, transitive ones too; made by "make lock".'; \
-	  .venv-lock/bin/python -m pip freeze --all --exclude pvt-serve --exclude pip | sed 's/^torch==\([^+ ]*\).*/torch==\1/'; } > constraints.txt
+	  .venv-lock/bin/python -m pip freeze --all --exclude pvt-serve --exclude pip | sed 's/^\(torch\|torchvision\)==\([^+ ]*\).*/\1==\2/'; } > constraints.txt
 	rm -rf .venv-lock .torch.pin
 
 clean:
@@ -67,6 +75,7 @@ clean:
 
 .venv/.dev: .venv/.serve
 	$(PIP) --editable .[dev,bench,docs]
+	$(PIP) --no-deps $(UNBOUND)
 	touch $@
 
 # An environment of its own: the peers bring a hundred packages. One that does not install is left out, and said so.

@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field
 
 from service.acquisition.catalogue import CLASSES, LICENCE, SIDE
 from service.acquisition.on_demand import RemoteModel
+from service.execution.reference import Deviation
 from service.registry.entries import Status
 from service.registry.listing import ModelStatus, VersionStatus
 from service.registry.residents import Resident
@@ -17,6 +18,31 @@ class BatchSize(BaseModel):
 
     size: int
     ms: float
+
+
+class PlannedBatch(BatchSize):
+    """A batch size of a model's plan."""
+
+    precision: Annotated[str | None, Field(description="What it computes in, where not in the model's.")] = None
+
+
+class ReferenceCheck(BaseModel):
+    """How far the logits are from float32's for the model's reference images: the worst of the batch plan's graphs."""
+
+    images: Annotated[int, Field(description="That were tried; from the plan cache as many as time allows.")]
+    cosine: Annotated[float, Field(description="Similarity of all logits as one vector; 16 bits must have 0.999.")]
+    deviation: Annotated[
+        float,
+        Field(description="Largest difference of a logit, as a share of the logits' spread; 16 bits may have 0.03."),
+    ]
+    changed: Annotated[int, Field(description="Images whose top class is another one.")]
+    worst_swap: Annotated[
+        float,
+        Field(
+            description="Greatest distance in float32's logits between a top class and the one in its place, as a "
+            "share of their spread; 0 where none changed. 16 bits may have 0.03."
+        ),
+    ]
 
 
 class CoreLayout(BaseModel):
@@ -66,7 +92,10 @@ class ModelInfo(BaseModel):
     licence: str | None = None
     backend: str | None = None
     device: Annotated[str | None, Field(description="`cpu`, or the GPUs that run it.")] = None
-    precision: str | None = None
+    precision: Annotated[
+        str | None, Field(description="What it computes in; `batch_plan` and `notes` name the graphs that do not.")
+    ] = None
+    reference_check: ReferenceCheck | None = None
     memory_bytes: Annotated[
         int | None,
         Field(
@@ -78,7 +107,7 @@ class ModelInfo(BaseModel):
     idle_seconds: Annotated[float | None, Field(description="Since it was last used.")] = None
     versions: Annotated[list[VersionInfo] | None, Field(description="All versions, the newest first.")] = None
     aliases: Annotated[list[str] | None, Field(description="The aliases that stand for it.")] = None
-    batch_plan: list[BatchSize] | None = None
+    batch_plan: list[PlannedBatch] | None = None
     alone_ms: Annotated[
         float | None, Field(description="Measured time of a lone image on all cores, where that pays.")
     ] = None
@@ -165,17 +194,31 @@ def _use(status: Status[Resident]) -> dict[str, Any]:
 
 def _loaded(resident: Resident) -> dict[str, object]:
     """What is known of a model once it is in memory."""
-    plan, report = resident.executable.plan, resident.executable.report
+    plan, report, precisions = resident.executable.plan, resident.executable.report, resident.executable.precisions
+    other = {size: each for size, each in precisions.items() if each != report.precision}
     return {
         "backend": report.backend,
         "device": report.device,
         "precision": report.precision,
         "memory_bytes": resident.memory_bytes,
-        "batch_plan": [BatchSize(size=n, ms=round(t * 1000, 3)) for n, t in plan.seconds.items()],
+        "reference_check": report.deviation and _reference_check(report.deviation),
+        "batch_plan": [
+            PlannedBatch(size=n, ms=round(t * 1000, 3), precision=other.get(n)) for n, t in plan.seconds.items()
+        ],
         "alone_ms": None if plan.alone_seconds is None else round(plan.alone_seconds * 1000, 3),
         "layout": CoreLayout(**report.layout._asdict()),
         "plan_cached": report.cached,
-        "notes": list(resident.executable.notes),
+        "notes": resident.notes,
         "load_seconds": round(report.load_seconds, 3),
         "improving": resident.executable.improving is not None or None,
     }
+
+
+def _reference_check(found: Deviation) -> ReferenceCheck:
+    return ReferenceCheck(
+        images=found.images,
+        cosine=round(found.cosine, 6),
+        deviation=round(found.share, 6),
+        changed=found.changed,
+        worst_swap=round(found.swap, 6),
+    )

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from app import http_errors
 from app.dialects import translated
 from service import errors
 
@@ -79,6 +80,10 @@ STATUS: Mapping[type[Exception], int] = {
     NotAcceptable: 406,
     Unauthorized: 401,
     Forbidden: 403,
+    http_errors.MalformedRequest: 400,
+    http_errors.HeadTooLarge: 431,
+    http_errors.UnsupportedRequest: 501,
+    http_errors.UnsupportedVersion: 505,
 }
 
 

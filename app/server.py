@@ -132,6 +132,7 @@ def run(settings: Settings, *listeners: socket.socket, member: Member | None = N
         create_app(settings, member),
         loop="uvloop",
         http=BoundedProtocol,
+        ws="none",
         access_log=False,
         log_config=None,
         server_header=False,

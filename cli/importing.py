@@ -1,21 +1,19 @@
 """`pvt-serve import`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
 from cli.stores import StoreOption, store_folder, warnings_aside
-from cli.terminal import USAGE, CommandError, print_line
+from cli.terminal import USAGE, CommandError, print_line, tell
 from service.acquisition.labels import IMAGENET
+from service.acquisition.preprocessing import Given
 from service.architecture.variants import VARIANTS
-from service.invalid import reasons
-from service.store.cards import Preprocessing
+from service.architecture.variants import Weights as Kind
+from service.images.geometry import Interpolation, Resize
 
-_DEFAULT = Preprocessing(height=224, width=224, crop=0.9)
 _Triple = tuple[float, float, float]
-Interpolation = Literal["bicubic", "bilinear"]
 
 
 def register(app: typer.Typer) -> None:
@@ -35,15 +33,29 @@ def import_checkpoint(
             f"'{IMAGENET}' for those of ImageNet-1k. By default 'class 0', 'class 1', ...",
         ),
     ] = None,
-    size: Annotated[str, typer.Option(metavar="PIXELS", help="Input, 224 or 256x384 (height x width).")] = "224",
+    size: Annotated[
+        str | None, typer.Option(metavar="PIXELS", help="Input, 224 or 256x384 (height x width); 224 by default.")
+    ] = None,
+    resize: Annotated[
+        Resize | None,
+        typer.Option(help="How images come to that size. By default as the library does whose names FILE has."),
+    ] = None,
     crop: Annotated[
-        float, typer.Option(help="Share of the shorter side that the centre crop keeps; 1 keeps all.")
-    ] = _DEFAULT.crop,
-    interpolation: Annotated[Interpolation, typer.Option(help="How pictures are resized.")] = "bicubic",
+        float | None, typer.Option(help="Share of the resized shorter side that the centre crop keeps; 1 keeps all.")
+    ] = None,
+    shorter_side: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="In place of --crop: what the shorter side is resized to.")
+    ] = None,
+    interpolation: Annotated[Interpolation | None, typer.Option(help="How images are resized.")] = None,
     mean: Annotated[
-        _Triple, typer.Option(metavar="R G B", help="Mean of each channel in training, of pixels scaled to 0..1.")
-    ] = _DEFAULT.mean,
-    std: Annotated[_Triple, typer.Option(metavar="R G B", help="Standard deviation, likewise.")] = _DEFAULT.std,
+        _Triple | None,
+        typer.Option(metavar="R G B", help="Mean of each channel in training, of pixels from 0 to 1 or from 0 to 255."),
+    ] = None,
+    std: Annotated[_Triple | None, typer.Option(metavar="R G B", help="Standard deviation, in the same scale.")] = None,
+    weights: Annotated[
+        Kind | None,
+        typer.Option(help="Which to take where FILE holds plain weights and EMA ones; EMA by default, as timm does."),
+    ] = None,
     licence: Annotated[str, typer.Option(help="Licence of the weights, for the card.")] = "unknown",
     source: Annotated[
         str | None, typer.Option(help="Where it comes from, for the card; FILE's name by default.")
@@ -55,24 +67,35 @@ def import_checkpoint(
 
     It may have the tensor names of the official repository, timm, Hugging Face transformers or lucid, and any number of
     classes, which is read from its head. Code in a .pth is never run. Geometry and normalisation must be those it was
-    trained with; the defaults are those of the public checkpoints.
+    trained with; the defaults are those of the library whose names it has.
 
     pvt-serve import best.pth --variant b2 --tag birds --labels birds.txt
     """
     from service.acquisition.importing import Import, import_model  # noqa: PLC0415  with it comes torch, which --help does not need
 
+    height, width = _size(size)
     asked = Import(
         file=file,
         variant=variant,
         tag=tag,
         labels=labels,
-        preprocessing=_preprocessing(size, crop, interpolation, mean, std),
+        given=Given(
+            height=height,
+            width=width,
+            resize=resize,
+            crop=crop,
+            shorter_side=shorter_side,
+            interpolation=interpolation,
+            mean=mean,
+            std=std,
+        ),
+        weights=weights,
         licence=licence,
         source=source,
         version=version,
     )
     with warnings_aside():
-        stored = import_model(store_folder(store), asked)
+        stored = import_model(store_folder(store), asked, tell)
     card = stored.require_card()
     print_line(
         f"{stored.key}: {len(card.labels)} classes, {card.parameters:,} parameters, "
@@ -80,18 +103,12 @@ def import_checkpoint(
     )
 
 
-def _preprocessing(size: str, crop: float, interpolation: Interpolation, mean: _Triple, std: _Triple) -> Preprocessing:
+def _size(size: str | None) -> tuple[int | None, int | None]:
+    """Height and width."""
+    if size is None:
+        return None, None
     height, by, width = size.partition("x")
     try:
-        return Preprocessing.model_validate(
-            {
-                "height": height,
-                "width": width if by else height,
-                "crop": crop,
-                "interpolation": interpolation,
-                "mean": mean,
-                "std": std,
-            }
-        )
-    except ValidationError as error:
-        raise CommandError(reasons(error), USAGE) from error
+        return int(height), int(width if by else height)
+    except ValueError as error:
+        raise CommandError(f"--size {size}: it must be a number of pixels, or two such as 256x384", USAGE) from error

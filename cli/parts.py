@@ -150,7 +150,7 @@ class GrowingTable:
         while True:
             self._folder.mkdir(exist_ok=True)
             with suppress(FileNotFoundError):
-                lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+                lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if os.fstat(lock).st_ino == path.stat().st_ino:

@@ -8,7 +8,8 @@ import typer
 from app.start import StartRefused, read_settings
 from cli.terminal import USAGE, CommandError, print_line
 from service.errors import WeightsUnavailable
-from service.store.index import INDEX_FILE, write_index
+from service.store.index import write_index
+from service.store.names import INDEX_FILE
 
 
 def register(app: typer.Typer) -> None:

@@ -11,6 +11,10 @@ ROOT = Path(__file__).parent.parent
 # Threads that wait for one another give their core to the tests beside them; read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from tests.vision import define_operators  # noqa: E402  with it comes torch
+
+define_operators()  # before any test imports what imports torchvision
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _modules_are_no_garbage() -> None:

@@ -40,14 +40,14 @@ LAYERS = {
         {"on_demand"},
         {"pulling", "importing", "verification", "removal"},
         {"publishing"},
-        {"pictures"},
+        {"pictures", "preprocessing"},
         {"catalogue"},
         {"download"},
         {"replies"},
         {"partial", "labels"},
     ],
     "scheduling": [{"scheduler"}, {"dispatcher"}, {"admission"}, {"lanes"}, {"activity"}, {"queues"}, {"requests"}],
-    "execution": [{"executable"}, {"improving"}, {"golden"}, {"tuning"}, {"plan_cache", "reference"}, {"plan"}],
+    "execution": [{"executable"}, {"improving"}, {"tuning"}, {"golden"}, {"plan_cache", "reference"}, {"plan"}],
     "backends": [
         {"cuda", "openvino", "torch"},
         {"device", "convert", "layouts"},
@@ -73,8 +73,8 @@ LAYERS = {
         {"aliases"},
         {"names", "writes", "urls"},
     ],
-    "images": [{"decoding"}, {"limits", "resampling"}, {"visible", "geometry"}],
-    "architecture": [{"weights"}, {"pvt_v2"}, {"variants"}],
+    "images": [{"decoding"}, {"bmp", "tiff"}, {"jpeg"}, {"limits", "resampling"}, {"visible"}, {"geometry"}],
+    "architecture": [{"weights"}, {"averages", "pvt_v2"}, {"variants"}],
     "machine": [{"devices", "cores", "memory", "workers"}],
 }
 FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino", "numpy", "safetensors"}

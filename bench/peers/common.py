@@ -1,10 +1,11 @@
 """What every peer has in common: the model, how a picture is prepared for it, and the form of the answer.
 
 The model is transformers' PVT-v2 with seeded weights, eager, float32. Preparing is that of the published checkpoints:
-shorter side to 249, bicubic, centre crop 224, ImageNet's mean and standard deviation, written with Pillow and numpy.
+shorter side to 248, bicubic, centre crop 224, ImageNet's mean and standard deviation, written with Pillow and numpy.
 """
 
 import argparse
+import sys
 from io import BytesIO
 from typing import Any
 
@@ -12,6 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+
+if "torchvision" not in sys.modules and not hasattr(torch.ops.torchvision, "nms"):
+    # transformers imports torchvision where it finds it, which fails beside a torch that it was not built for.
+    sys.modules["torchvision"] = None  # type: ignore[assignment]  # "not there", to the import system
 from transformers import PvtV2Config, PvtV2ForImageClassification
 
 # transformers' configuration of each variant; its defaults are b0's.
@@ -28,7 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 CLASSES = 1000
 BATCH = 8
 BATCH_WAIT_SECONDS = 0.01
-_SIDE, _CROP = 249, 224
+_SIDE, _CROP = 248, 224
 _MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 _STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 

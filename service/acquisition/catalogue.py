@@ -6,16 +6,25 @@ from types import MappingProxyType
 from typing import Literal, get_args
 from urllib.parse import urlsplit
 
-from service.architecture.variants import VARIANTS
+from service.architecture.variants import VARIANTS, Dialect
 from service.errors import InvalidRequest, ModelNotFound
 from service.store.cards import Accuracy
 from service.store.names import DEFAULT_TAG
 
 SourceName = Literal["timm", "opengvlab", "official", "lucid"]
 SOURCES: tuple[SourceName, ...] = get_args(SourceName)
+LIBRARIES: Mapping[SourceName, Dialect] = MappingProxyType(
+    {
+        "timm": "timm",
+        "opengvlab": "transformers",
+        "official": "official",
+        "lucid": "lucid",
+    }
+)  # whose models they are, and so whose preprocessing they want
 DEFAULT_SOURCE: SourceName = "timm"
 LICENCE = "Apache-2.0"  # of the official release and of timm's copies, as their pages say
-SIDE, CROP, CLASSES = 224, 0.9, 1000
+PREPROCESSOR_FILE = "preprocessor_config.json"  # of transformers' repositories
+SIDE, CLASSES = 224, 1000
 VALIDATION_IMAGES = 50_000
 
 _HUB = "https://huggingface.co/{repository}/resolve/main/{file}"
@@ -24,10 +33,14 @@ _RELEASE = "https://github.com/whai362/PVT/releases/download/v2/{file}"
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A weights file; `urls` are where it may lie, tried in turn, `sha256` is what was published of its bytes."""
+    """A weights file; `urls` are where it may lie, tried in turn, `sha256` is what was published of its bytes.
+
+    `preprocessor` is the URL of what says how images come to the model, where such a file lies beside it.
+    """
 
     urls: tuple[str, ...]
     sha256: str | None = None
+    preprocessor: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +82,10 @@ def _published(variant: str, parameters: int, top1: float, lucid_sha256: str | N
     transformers = "b2_linear" if name == "b2_li" else name
     files: dict[SourceName, RemoteFile] = {
         "timm": RemoteFile(_hub(f"timm/{variant}.in1k", "model.safetensors")),
-        "opengvlab": RemoteFile(_hub(f"OpenGVLab/pvt_v2_{transformers}", "model.safetensors", "pytorch_model.bin")),
+        "opengvlab": RemoteFile(
+            _hub(f"OpenGVLab/pvt_v2_{transformers}", "model.safetensors", "pytorch_model.bin"),
+            preprocessor=_HUB.format(repository=f"OpenGVLab/pvt_v2_{transformers}", file=PREPROCESSOR_FILE),
+        ),
         "official": RemoteFile((_RELEASE.format(file=f"{variant}.pth"),)),
     }
     if lucid_sha256:

@@ -122,10 +122,16 @@ class OnDemand:
         try:
             found = await self._find(name)
         except WeightsUnavailable:
-            if await detached(self._root.is_dir):  # not on the threads that pull, which may all be busy for long
+            if await detached(self._is_root_there):  # not on the threads that pull, which may all be busy for long
                 return False
             raise
         return found[0].version != ""  # a folder without a version is what a pull that was killed may have left
+
+    def _is_root_there(self) -> bool:
+        try:
+            return self._root.is_dir()
+        except OSError:
+            return False
 
     def _begin(self, model: Published) -> _Pull:
         under_way = self._pulls[model.variant] = _Pull(monotonic())

@@ -97,9 +97,15 @@ def _no_empty_folder(model: Path) -> Iterator[None]:
 
 
 def _save(state: State, path: Path) -> None:
-    """Raises an OSError where safetensors tells of one in its own words: it writes without a copy in memory."""
+    """Raises an OSError where safetensors tells of one in its own words: it writes without a copy in memory.
+
+    It also makes a file that only its owner may read, in place of any other; this one gets the mode of its neighbours.
+    """
+    path.touch()
+    mode = path.stat().st_mode
     try:
         safetensors.torch.save_file(dict(state), path)
+        path.chmod(mode)
     except SafetensorError as error:
         found = _OS_ERROR.search(str(error))
         code = int(found[1]) if found else errno.EIO
@@ -124,6 +130,12 @@ def classes(state: State) -> int:
 
 def _labels(state: State, about: Description) -> tuple[str, ...]:
     count = classes(state)
+    if count == 1:
+        raise WeightsMismatch(
+            f"{about.source}: the head has one logit, of which a softmax always makes 1.0; make it two, since the "
+            "softmax of (0, x) is the sigmoid of x: put a row of zeros before its weight and a zero before its bias "
+            "(torch.cat([torch.zeros_like(weight), weight]), likewise bias), then import with two labels, no and yes"
+        )
     if about.labels is None:
         return tuple(f"class {i}" for i in range(count))
     if len(about.labels) != count:

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
+import structlog
 from filelock import FileLock, Timeout
 
 from service.acquisition.catalogue import (
-    CROP,
     DEFAULT_SOURCE,
+    LIBRARIES,
     LICENCE,
+    PREPROCESSOR_FILE,
     SIDE,
     Published,
     RemoteFile,
@@ -21,14 +23,24 @@ from service.acquisition.catalogue import (
 from service.acquisition.download import Fetched, Patience, Progress, Wanted, download
 from service.acquisition.labels import imagenet_labels
 from service.acquisition.partial import Part
+from service.acquisition.preprocessing import MAX_PREPROCESSOR_BYTES, PRESETS, described, of_transformers
 from service.acquisition.publishing import PULL_FOLDER, Description, publish
 from service.acquisition.replies import SourceFileMissing, shown
 from service.architecture.weights import digest, read_checkpoint
-from service.errors import ModelNotFound, PullFailed, ServiceError, WeightsDigestMismatch, WeightsUnavailable
+from service.errors import (
+    InvalidRequest,
+    ModelNotFound,
+    PullFailed,
+    ServiceError,
+    WeightsDigestMismatch,
+    WeightsUnavailable,
+)
 from service.store.cards import Origin, Preprocessing
 from service.store.store import Store
 from service.store.stored import StoredModel
 from service.store.writes import writing
+
+log = structlog.get_logger(component="pull")
 
 LOCK_POLL_SECONDS = 0.2
 _FLOAT32 = 4  # bytes
@@ -77,10 +89,12 @@ def pull(
         if not again and (whole := next((each for each in versions if _is_whole(each)), None)):
             return Pulled(whole, fresh=False)
         url, fetched = _fetched(root, model, options, tell=tell, stop=stop)
+        pixels = _preprocessing(root, model, options, stop=stop)
         try:
             origin = _origin(url, fetched)
             _check_unchanged(origin, remote, versions)
-            stored = publish(root, read_checkpoint(fetched.path), _described(model, remote, origin))
+            about = _described(model, remote, origin, pixels)
+            stored = publish(root, read_checkpoint(fetched.path), about)
         except ServiceError:
             Part(fetched.path).discard()
             raise
@@ -142,6 +156,30 @@ def _fetched(root: Path, model: Published, options: PullOptions, *, tell: Progre
     raise PullFailed(f"{model.id} has no URL at {options.source}")
 
 
+def _preprocessing(root: Path, model: Published, options: PullOptions, *, stop: Event) -> Preprocessing:
+    """What the source's library does to an image, or what the repository itself says of that.
+
+    Raises:
+        PullFailed: what it says can't be fetched, or is what no card can say.
+    """
+    preset = PRESETS[LIBRARIES[options.source]].model_copy(update={"height": SIDE, "width": SIDE})
+    public = model.file(options.source).preprocessor
+    if public is None:
+        return preset
+    wanted = Wanted(url=mirrored(public, options.mirror), max_bytes=MAX_PREPROCESSOR_BYTES)
+    target = root / PULL_FOLDER / f"{model.id}.{options.source}.{PREPROCESSOR_FILE}"
+    try:
+        fetched = download(wanted, target, root=root, stop=stop, patience=options.patience)
+        return of_transformers(fetched.path, shown(wanted.url))
+    except SourceFileMissing:
+        log.warning("preprocessor_missing", url=shown(wanted.url), taken=described(preset))
+        return preset
+    except InvalidRequest as error:
+        raise PullFailed(f"{error}; try another --source") from error
+    finally:
+        Part(target).discard()
+
+
 def _origin(url: str, fetched: Fetched) -> Origin:
     return Origin(
         url=shown(url),
@@ -165,12 +203,12 @@ def _check_unchanged(origin: Origin, remote: RemoteFile, versions: Sequence[Stor
             )
 
 
-def _described(model: Published, remote: RemoteFile, origin: Origin) -> Description:
+def _described(model: Published, remote: RemoteFile, origin: Origin, pixels: Preprocessing) -> Description:
     return Description(
         id=model.id,
         variant=model.variant,
         labels=imagenet_labels(),
-        preprocessing=Preprocessing(height=SIDE, width=SIDE, crop=CROP),
+        preprocessing=pixels,
         licence=LICENCE,
         source=remote.urls[0],
         accuracy=model.accuracy,

@@ -9,6 +9,7 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -16,6 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from service.architecture.averages import chosen
+from service.architecture.variants import Dialect, Weights
 from service.errors import (
     WeightsCorrupt,
     WeightsDigestMismatch,
@@ -28,7 +31,6 @@ from service.errors import (
 State = Mapping[str, Tensor]
 
 LISTED = 8  # names in a message, at most
-WRAPPERS = ("model", "state_dict")  # under which training scripts keep the weights
 PICKLES = {".pth", ".pt", ".bin"}  # suffixes of what torch.save writes
 FETCH_AGAIN = "fetch it again from its source"
 
@@ -131,13 +133,11 @@ def _parse(path: Path, data: bytes) -> object:
 
 
 def _tensors(path: Path, content: object, limit: int) -> dict[str, Tensor]:
-    """The float32 state dict in a file's content, none of whose tensors has more than `limit` elements.
+    """The float32 state dict in `content`, none of whose tensors has more than `limit` elements.
 
     Raises:
-        WeightsCorrupt: there is none, or something beside floating-point tensors in it.
+        WeightsCorrupt: it is none, or has something beside floating-point tensors in it.
     """
-    while isinstance(content, Mapping) and (key := next((k for k in WRAPPERS if k in content), None)):
-        content = content[key]
     if not isinstance(content, Mapping) or not content:
         raise WeightsCorrupt(f"{path}: holds no tensors; save the model's state_dict()")
     for name, tensor in content.items():
@@ -148,19 +148,43 @@ def _tensors(path: Path, content: object, limit: int) -> dict[str, Tensor]:
     return {str(name): tensor.detach().float().contiguous() for name, tensor in content.items()}
 
 
-def read_checkpoint(path: Path, *, sha256: str | None = None) -> dict[str, Tensor]:
-    """The weights in `path`, float32 on the CPU, under official names. The file is read once.
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Weights under official names, and what was found of them.
+
+    `dialect` is whose names the file had, `weights` which of those in the file these are, `note` what there is to say
+    where it held several, else empty.
+    """
+
+    state: dict[str, Tensor]
+    dialect: Dialect
+    weights: Weights = "plain"
+    note: str = ""
+
+
+def _dialect(state: State) -> Dialect:
+    names = [name.removeprefix("module.") for name in state]
+    if any(name.startswith(("pvt_v2.", "encoder.")) for name in names):
+        return "transformers"
+    if not any(name.startswith(("patch_embed.", "stages.")) for name in names):
+        return "official"
+    return "lucid" if any(name.startswith("classifier.") for name in names) else "timm"
+
+
+def open_checkpoint(path: Path, *, sha256: str | None = None, weights: Weights | None = None) -> Checkpoint:
+    """The weights in `path`, float32 on the CPU. The file is read once.
 
     Args:
         path: a .safetensors file, or a .pth file, whose state dict may lie under `model` or `state_dict`.
         sha256: what the file's bytes must hash to, in hexadecimal.
+        weights: which of several to take. None: an exponential moving average (EMA) where there is one, as timm does.
 
     Raises:
         WeightsUnavailable: there is no such file, or no permission to read it.
         WeightsDigestMismatch: the bytes are others than `sha256` says.
         WeightsCorrupt: truncated, of another format, or with more in it than floating-point tensors.
         WeightsUnsafe: a pickle with code in it, which did not run.
-        WeightsMismatch: a mixture of dialects.
+        WeightsMismatch: a mixture of dialects, or not the `weights` that were asked for.
     """
     try:
         data = path.read_bytes()
@@ -171,10 +195,17 @@ def read_checkpoint(path: Path, *, sha256: str | None = None) -> dict[str, Tenso
         raise WeightsDigestMismatch(f"{path}: SHA-256 is {actual}, expected {sha256}; {FETCH_AGAIN}")
     if not data:
         raise WeightsCorrupt(f"{path}: the file is empty; {FETCH_AGAIN}")
+    content, kind, note = chosen(path, _parse(path, data), weights)
+    state = _tensors(path, content, limit=len(data))
     try:
-        return remap_keys(_tensors(path, _parse(path, data), limit=len(data)))
+        return Checkpoint(remap_keys(state), _dialect(state), kind, note)
     except WeightsMismatch as error:
         raise WeightsMismatch(f"{path}: {error}; {FETCH_AGAIN}") from error
+
+
+def read_checkpoint(path: Path, *, sha256: str | None = None, weights: Weights | None = None) -> dict[str, Tensor]:
+    """The weights alone: see `open_checkpoint`."""
+    return open_checkpoint(path, sha256=sha256, weights=weights).state
 
 
 def load_into(model: nn.Module, state: State, *, source: str = "the checkpoint") -> None:
@@ -208,10 +239,10 @@ def load_into(model: nn.Module, state: State, *, source: str = "the checkpoint")
 
 
 def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> None:
-    """Read `path` into `model`.
+    """Read `path` into `model`: the plain weights, for a file that a card names was always read so.
 
     Raises:
         WeightsUnavailable: as `read_checkpoint`.
         WeightsInvalid: as `read_checkpoint` and `load_into`.
     """
-    load_into(model, read_checkpoint(path, sha256=sha256), source=str(path))
+    load_into(model, read_checkpoint(path, sha256=sha256, weights="plain"), source=str(path))

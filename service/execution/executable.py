@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from service.answers.outputs import Head, Outputs
 from service.backends.base import Backend, Batch, Graph, Layout, Precision
 from service.backends.served import build
 from service.errors import ModelLoadFailed
-from service.execution.golden import Golden
+from service.execution.golden import CheckedGraphs
 from service.execution.improving import Better, Improving
 from service.execution.plan import BatchPlan, batch_seconds
 from service.execution.reference import Deviation
@@ -71,12 +72,13 @@ class Executable:
         report: LoadReport,
         size: tuple[int, int] | None = None,
         *,
-        golden: Golden | None = None,
+        checked: CheckedGraphs | None = None,
         improving: Improving | None = None,
     ) -> None:
-        """`size`: height and width of its pictures; the card's by default. `golden` is for pictures of that size.
+        """`size`: height and width of its pictures; the card's by default.
 
-        `improving` makes better graphs for them, where the backend can.
+        `checked` makes more graphs for pictures of that size, by default without a check; `improving` makes better
+        graphs for them, where the backend can.
         """
         self.stored = stored
         self.card = stored.require_card()
@@ -84,10 +86,10 @@ class Executable:
         self.height, self.width = size or (pixels.height, pixels.width)
         self.report = report
         self._backend = backend
-        self._golden = golden
         self._layout = tuned.layout
         self._alone = tuned.alone and tuned.alone.layout
         self._improving = improving
+        self._checked = checked or CheckedGraphs(stored.id, report.precision, None)
         # Mutable state: the batch plan and the graphs, which `adopt` betters; how to get the graph for a lone image,
         # until `widen` has; those that give stage maps too, and the head's weights, once `add_stages` has made them;
         # and the memory that these took.
@@ -114,7 +116,12 @@ class Executable:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was tried and left out, and why."""
-        return (*self.report.notes, *(self._improving.notes if self._improving else ()))
+        return (*self.report.notes, *(self._improving.notes if self._improving else ()), *self._checked.notes)
+
+    @property
+    def precisions(self) -> dict[int, Precision]:
+        """What the graphs of the batch plan compute in, by batch size."""
+        return {size: graph.precision for size, graph in self._plain.graphs.items()}
 
     @property
     def improving(self) -> Improving | None:
@@ -122,10 +129,7 @@ class Executable:
         return self._improving if self._improving and self._improving.size else None
 
     def improve(self) -> Better | None:
-        """Make the next better graph, and run batches of its size in it from now on; None if there is none. Blocking.
-
-        `improving.prepare` comes first.
-        """
+        """Run batches of a size in the better graph that `improving.prepare` led to, if there is one. Blocking."""
         if not (improving := self.improving):
             return None
         before = self._backend.memory_bytes()
@@ -142,14 +146,16 @@ class Executable:
 
     def widen(self) -> None:
         """Make what the model can do without for its first answers: the graph that has all cores for a lone image."""
-        if self._make_alone:
-            before = self._backend.memory_bytes()
-            graph = self._make_alone()
+        if self._make_alone is None:
+            return
+        before = self._backend.memory_bytes()
+        try:
+            graph = self._checked.graph("the lone image's graph", 1, self._lone)
+        finally:
             self._make_alone = None  # it holds every graph that was measured
-            self._warm(1, graph)
-            self._plain = GraphSet(self._plain.graphs, graph)
-            # Less, where graphs that were only measured are dropped.
-            self.added_bytes += self._backend.memory_bytes() - before
+        self._plain = GraphSet(self._plain.graphs, graph)
+        # Less, where graphs that were only measured are dropped.
+        self.added_bytes += self._backend.memory_bytes() - before
 
     def add_stages(self) -> None:
         """Make the graphs that give stage maps, and fetch the head's weights. Blocking; takes as long as compiling.
@@ -163,12 +169,9 @@ class Executable:
         module = build(self.card, self.stored.folder, STAGES)
         program = self._backend.program(module, self.height, self.width)
         sizes = [size for size in self.plan.sizes if size <= MOST_STAGED] or [self.plan.sizes[0]]
-        graphs = {size: program.graph(size, self._layout, self.report.precision) for size in sizes}
-        lone = program.graph(1, self._alone, self.report.precision) if self._alone else None
-        for size, graph in graphs.items():
-            self._warm(size, graph)
-        if lone:
-            self._warm(1, lone)
+        make, layout, alone = self._checked.graph, self._layout, self._alone
+        graphs = {n: make("the graph with stage maps", n, partial(program.graph, n, layout)) for n in sizes}
+        lone = make("the lone image's with stage maps", 1, partial(program.graph, 1, alone)) if alone else None
         self.head = module.head()
         self._staged = GraphSet(graphs, lone)
         self.added_bytes += max(self.card.weights.bytes, self._backend.memory_bytes() - before)
@@ -182,21 +185,23 @@ class Executable:
             ModelLoadFailed: as `add_stages`.
         """
         before = self._backend.memory_bytes()
-        layout, precision = self._layout, self.report.precision
+        layout, report = self._layout, replace(self.report, notes=())
         most = max(1, self.plan.largest * self.height * self.width // (height * width))
-        program = self._backend.program(build(self.card, self.stored.folder), height, width)
+        module = build(self.card, self.stored.folder)
+        checked = self._checked.at(module, height, width)
+        program = self._backend.program(module, height, width)
         graphs: dict[int, Graph] = {}
         seconds: dict[int, float] = {}
         for size in (n for n in self.plan.sizes if n <= most):
-            graph = graphs[size] = program.graph(size, layout, precision)
+            graph = graphs[size] = checked.graph("the graph", size, partial(program.graph, size, layout))
             seconds[size] = _seconds(graph, (size, height, width), layout.streams, self._backend.instances)
         alone = None
         if self._alone:
-            lone = program.graph(1, self._alone, precision)
+            lone = checked.graph("the lone image's graph", 1, partial(program.graph, 1, self._alone))
             alone = Alone(self._alone, _seconds(lone, (1, height, width), 1, 1), lambda: lone)
         plan = BatchPlan(seconds, alone.seconds if alone else None)
-        tuned = Tuned(precision, layout, plan, graphs, alone, ())
-        resized = Executable(self.stored, self._backend, tuned, self.report, (height, width))
+        tuned = Tuned(report.precision, layout, plan, graphs, alone, ())
+        resized = Executable(self.stored, self._backend, tuned, report, (height, width), checked=checked)
         resized.widen()
         resized.added_bytes = max(self.card.weights.bytes, self._backend.memory_bytes() - before)
         return resized
@@ -219,12 +224,12 @@ class Executable:
             outputs += [Outputs(logits[i], embedding[i], tuple(each[i] for each in maps)) for i in range(len(part))]
         return outputs
 
-    def _warm(self, size: int, graph: Graph) -> None:
-        """The first run pays for lazy allocation, and shows that it runs, and gives the logits that it should."""
-        if self._golden:
-            self._golden.check(graph, size)
-        else:
-            graph.run(0, np.zeros((size, self.height, self.width, 3), np.uint8))
+    def _lone(self, precision: Precision) -> Graph:
+        if precision == self.report.precision and self._make_alone:
+            return self._make_alone()
+        assert self._alone  # noqa: S101  else there is nothing to make
+        program = self._backend.program(build(self.card, self.stored.folder), self.height, self.width)
+        return program.graph(1, self._alone, precision)
 
 
 def _seconds(graph: Graph, shape: tuple[int, int, int], streams: int, instances: int) -> float:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from service.backends.base import Graph, Layout, Precision, Program
-from service.errors import DeviceFailed
+from service.errors import DeviceFailed, GoldenMismatch
 from service.execution.plan import WORTHWHILE_GAIN, BatchPlan, batch_seconds, gain
 
 
@@ -31,8 +31,9 @@ class Improving:
     """The improving of one model of `program`: as long as there is a `size`, `prepare` it, then `take` it.
 
     First the sizes of `plan`, the smallest first, then larger ones up to `max_batch_size`, as long as they pay. `check`
-    raises where a graph for batches of a size does not give the logits that it should. `notes` says what failed, and
-    `device_failure` what befell a GPU: then there is nothing more to do, and the graphs that are there stay.
+    raises where a graph for batches of a size does not give the logits that it should; such a size is tried again in
+    float32, unless the precision was `forced`. `notes` says what failed, and `device_failure` what befell a GPU: then
+    there is nothing more to do, and the graphs that are there stay.
     """
 
     program: Program
@@ -42,13 +43,16 @@ class Improving:
     check: Callable[[Graph, int], object]
     plan: BatchPlan
     max_batch_size: int
+    forced: bool = False
     notes: list[str] = field(default_factory=list)
     device_failure: str = ""
     # Mutable state: seconds by size as they are now, the sizes of the plan that are left, the larger size that is next,
-    # by how much what else runs slows a batch down, since `plan` was measured while nothing did, and whether to stop.
+    # the sizes that need float32, by how much what else runs slows a batch down, since `plan` was measured while
+    # nothing did, and whether to stop.
     _seconds: dict[int, float] = field(init=False)
     _left: deque[int] = field(init=False)
     _larger: int = field(init=False)
+    _demoted: set[int] = field(init=False, default_factory=set)
     _drift: float = field(init=False, default=1.0)
     _stopped: Event = field(init=False, default_factory=Event)
 
@@ -68,7 +72,7 @@ class Improving:
         """Do the part of it that takes minutes, and touches nothing that others use; `stop` makes an end of it."""
         if size := self.size:
             try:
-                self.program.prepare(size, self.layout, self.precision, self._stopped)
+                self.program.prepare(size, self.layout, self._precision(size), self._stopped)
             except Exception as error:  # noqa: BLE001  whatever it is, the model goes on as it is
                 self._give_up(size, error)
 
@@ -77,11 +81,21 @@ class Improving:
         self._stopped.set()
 
     def take(self) -> Better | None:
-        """Make the graph and measure it; None if it is not worth taking. No other graph may be made meanwhile."""
+        """Make the graph and measure it; None if it is not worth taking, or has to be prepared again, in float32.
+
+        No other graph may be made meanwhile.
+        """
         if (size := self.size) is None:
             return None
         try:
             better = self._replacing(size) if self._left else self._joining(size)
+        except GoldenMismatch as error:
+            if self.forced or self._precision(size) == "float32":
+                self._give_up(size, error)
+            else:
+                self._demoted.add(size)
+                self.notes.append(f"batches of {size} are compiled in float32, {self.precision} is not used: {error}")
+            return None
         except Exception as error:  # noqa: BLE001  as above
             self._give_up(size, error)
             return None
@@ -107,9 +121,12 @@ class Improving:
         return Better(size, graph, seconds) if pays else None
 
     def _faster(self, size: int) -> Graph:
-        graph = self.program.faster(size, self.layout, self.precision)
+        graph = self.program.faster(size, self.layout, self._precision(size))
         self.check(graph, size)
         return graph
+
+    def _precision(self, size: int) -> Precision:
+        return "float32" if size in self._demoted else self.precision
 
     def _measured(self, graph: Graph, size: int) -> float:
         batch = np.random.default_rng(size).integers(0, 256, (size, *self.shape, 3), dtype=np.uint8)

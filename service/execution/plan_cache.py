@@ -9,6 +9,7 @@ broken or made for another key is ignored, with a log line that says why, and re
 """
 
 import hashlib
+import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -33,9 +34,11 @@ log = structlog.get_logger(component="plan_cache")
 _FILE = "plan.json"
 _SOURCES = (
     "architecture/pvt_v2.py", "backends/base.py", "backends/convert.py", "backends/openvino.py", "backends/served.py",
-    "execution/plan.py", "execution/plan_cache.py", "execution/reference.py", "execution/tuning.py",
+    "execution/golden.py", "execution/plan.py", "execution/plan_cache.py", "execution/reference.py",
+    "execution/tuning.py",
 )  # fmt: skip
 _PIECE = 1 << 24  # bytes
+_INSTRUCTION_SETS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 Key = Mapping[str, str]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -135,13 +138,17 @@ def machine() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's name and a digest of its features, which virtual machines of one name may differ in."""
+    """The processor's name and a digest of its features, which virtual machines of one name may differ in.
+
+    And so may processes: variables keep them from instruction sets that the processor has.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     known = dict(reversed([_pair(line) for line in lines if ":" in line]))
-    features = " ".join(sorted(known.get("flags", known.get("Features", "")).split()))
+    allowed = [f"{name}={os.environ.get(name, '')}" for name in _INSTRUCTION_SETS]
+    features = " ".join([*sorted(known.get("flags", known.get("Features", "")).split()), *allowed])
     return f"{known.get('model name', platform.machine())} {digest(features.encode())[:12]}"
 
 

@@ -5,20 +5,20 @@ left that does.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from time import perf_counter
 
 import numpy as np
 
 from service.backends.base import Backend, Graph, Layout, Precision, Program
-from service.errors import GoldenMismatch
+from service.errors import GoldenMismatch, ReferenceInvalid
+from service.execution.golden import NOT_FINITE, Golden
 from service.execution.plan import WORTHWHILE_GAIN, BatchPlan, Runner, batch_seconds, measure
-from service.execution.reference import Reference
+from service.execution.reference import Deviation
 
 # The graph for a lone image costs its memory again; it must save that share of the image's time.
 ALONE_SAVES = 0.15
-NOT_FINITE = "it gives NaN or infinity; check its weights and the card's mean and std"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,10 @@ class Alone:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """The outcome. `graphs` are by batch size; `alone` runs one image on all cores, where that pays."""
+    """The outcome. `graphs` are by batch size; `alone` runs one image on all cores, where that pays.
+
+    `deviation` is how far all of them are from the reference.
+    """
 
     precision: Precision
     layout: Layout
@@ -49,27 +52,53 @@ class Tuned:
     graphs: dict[int, Graph]
     alone: Alone | None
     notes: tuple[str, ...]
+    deviation: Deviation | None = None
 
 
 @dataclass(slots=True)
 class Tuning:
-    """One tuning of one model on one backend; call `run` once."""
+    """One tuning of one model on one backend; call `run` once.
+
+    A precision below float32 has to give the logits of the model's reference images in every graph of the plan, or it
+    is not used in any.
+    """
 
     backend: Backend
     program: Program
-    reference: Callable[[], Reference]
+    golden: Golden
     shape: tuple[int, int]
     limits: Limits
     started: float = field(default_factory=perf_counter)
-    notes: list[str] = field(default_factory=list)
+    # Mutable state: why precisions are not used, and what else there is to say of the plan that is being made.
+    _refused: dict[Precision, str] = field(init=False, default_factory=dict)
+    _notes: list[str] = field(init=False, default_factory=list)
 
     def run(self) -> Tuned:
         """Measure and choose.
 
         Raises:
-            GoldenMismatch: the model gives no finite numbers.
+            GoldenMismatch: the model gives no finite numbers, or other logits than it should in float32 or in the
+                precision that was asked for.
+            ReferenceInvalid: the reference is not this model's.
             Exception: what the backend raises when nothing at all can be compiled.
         """
+        while (sound := self._sound(self._tuned())) is None:
+            self._notes.clear()
+            self.started = perf_counter()
+        return sound
+
+    def _sound(self, tuned: Tuned) -> Tuned | None:
+        """`tuned`, with how far it is off; None where its precision is given up."""
+        try:
+            deviation = self.golden.check_all(tuned.graphs, tuned.alone.make() if tuned.alone else None)
+        except GoldenMismatch as error:
+            if self.limits.precision or tuned.precision == "float32":
+                raise
+            self._refuse(tuned.precision, str(error))
+            return None
+        return replace(tuned, notes=(*self._refused.values(), *self._notes), deviation=deviation)
+
+    def _tuned(self) -> Tuned:
         base = self.backend.layouts(self.limits.cores)[0]
         precision, first = self._precision(base)
         layout, (first, known), alone = self._layout(base, precision, first)
@@ -83,43 +112,50 @@ class Tuning:
 
         deadline = self.started + self.backend.tuning_seconds
         plan = measure(
-            seconds_of, self.limits.max_batch_size, started=self.started, deadline=deadline, note=self.notes.append
+            seconds_of, self.limits.max_batch_size, started=self.started, deadline=deadline, note=self._notes.append
         )
         # A layout of fewer streams than instances makes instances wait for one another.
         share = self.backend.instances / layout.streams
         seconds = {n: t * share for n, t in plan.seconds.items()}
         kept = {size: graphs[size] for size in plan.sizes}
-        return Tuned(
-            precision, layout, BatchPlan(seconds, alone.seconds if alone else None), kept, alone, tuple(self.notes)
-        )
+        return Tuned(precision, layout, BatchPlan(seconds, alone.seconds if alone else None), kept, alone, ())
 
     def _precision(self, layout: Layout) -> tuple[Precision, Graph]:
         """The fastest precision whose answers are good enough, and its graph for one image."""
         forced = self.limits.precision
         usable: list[tuple[Precision, Graph]] = []
-        for precision in [forced] if forced else self.backend.precisions:
+        for precision in (
+            [forced] if forced else [each for each in self.backend.precisions if each not in self._refused]
+        ):
             if usable and self._spent() > self.backend.tuning_seconds / 4:
                 break  # the more promising one works
             try:
-                graph = self.program.graph(1, layout, precision)
-                self._check_finite(graph)
-                if not forced and graph.precision != "float32" and (why := self._objection(graph)):
-                    self.notes.append(f"{precision} is not used: {why}")
-                    continue
+                if graph := self._good_enough(precision, layout):
+                    usable.append((precision, graph))
+            except ReferenceInvalid:
+                raise
             except Exception as error:
                 if precision == "float32" and not usable:
                     raise
-                self.notes.append(f"{precision} is not used: it failed with {type(error).__name__}: {error}")
-                continue
-            usable.append((precision, graph))
+                wrong = isinstance(error, GoldenMismatch)
+                self._refuse(precision, str(error) if wrong else f"it failed with {_words(error)}")
         if not usable:
             return "float32", self._checked("float32", layout)
         asked, graph = usable[0]
         if len(usable) > 1:
             asked, graph = min(usable, key=lambda each: self._probe(each[0], each[1], layout))
         if graph.precision != asked:
-            self.notes.append(f"{asked} was asked for, this machine computes in {graph.precision}")
+            self._notes.append(f"{asked} was asked for, this machine computes in {graph.precision}")
         return graph.precision, graph
+
+    def _good_enough(self, precision: Precision, layout: Layout) -> Graph | None:
+        """The graph for one image; None where it computes in what was refused already, whatever was asked for."""
+        graph = self._checked(precision, layout)
+        if graph.precision in self._refused:
+            return None
+        if not self.limits.precision and graph.precision != "float32":
+            self.golden.check(graph, 1)
+        return graph
 
     def _probe(self, precision: Precision, graph: Graph, layout: Layout) -> float:
         """The seconds by which precisions are compared; infinite where it can't be run."""
@@ -129,7 +165,7 @@ class Tuning:
         try:
             return batch_seconds(self._runner(self.program.graph(size, layout, precision), size), layout.streams)
         except Exception as error:  # noqa: BLE001  whatever it is, another one may work
-            self.notes.append(f"{precision} in batches of {size} failed with {type(error).__name__}: {error}")
+            self._notes.append(f"{precision} in batches of {size} failed with {_words(error)}")
             return inf
 
     def _checked(self, precision: Precision, layout: Layout) -> Graph:
@@ -137,10 +173,8 @@ class Tuning:
         self._check_finite(graph)
         return graph
 
-    def _objection(self, graph: Graph) -> str | None:
-        reference = self.reference()
-        logits = np.concatenate([graph.run(0, reference.images[i : i + 1])[0] for i in range(len(reference.images))])
-        return reference.deviation(logits).objection(graph.precision)
+    def _refuse(self, precision: Precision, why: str) -> None:
+        self._refused[precision] = f"{precision} is not used: {why}"
 
     def _layout(
         self, base: Layout, precision: Precision, first: Graph
@@ -160,7 +194,7 @@ class Tuning:
             except Exception as error:
                 if layout == base:
                     raise
-                self.notes.append(f"{layout.streams} x {layout.threads} cores failed: {type(error).__name__}: {error}")
+                self._notes.append(f"{layout.streams} x {layout.threads} cores failed: {_words(error)}")
         fastest = max(seconds, key=lambda each: each.streams / seconds[each])
         gain = fastest.streams / seconds[fastest] / (base.streams / seconds[base])
         best = fastest if gain > WORTHWHILE_GAIN else base
@@ -176,6 +210,7 @@ class Tuning:
     def _check_finite(self, graph: Graph) -> None:
         batch = np.random.default_rng(0).integers(0, 256, (1, *self.shape, 3), dtype=np.uint8)
         if not all(np.isfinite(part).all() for part in graph.run(0, batch)):
+            self.golden.require_own_reference()
             raise GoldenMismatch(NOT_FINITE)
 
     def _spent(self) -> float:
@@ -197,3 +232,8 @@ class _Copies:
         if self.blob is None:
             return self.program.graph(1, layout, self.precision)
         return self.backend.restore(np.frombuffer(self.blob, np.uint8), layout, self.precision)
+
+
+def _words(error: Exception) -> str:
+    """In one line: OpenVINO's errors have many."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -12,13 +12,18 @@ from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import AvifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
+from PIL import AvifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from service.errors import InvalidImage
+from service.images.bmp import load_bmp
+from service.images.geometry import Box, crop_box
 from service.images.geometry import Geometry as Geometry  # noqa: PLC0414  part of what `decode` takes
-from service.images.limits import BoundedReader, check_blocks, check_scans, check_size, check_tiles, map_errors, tags
+from service.images.jpeg import check_complete, ended, load_jpeg
+from service.images.limits import BoundedReader, check_blocks, check_scans, check_size, map_errors, tags
 from service.images.resampling import resample
-from service.images.visible import Box, visible
+from service.images.tiff import describe as describe_tiff
+from service.images.tiff import prepare as prepare_tiff
+from service.images.visible import Grey, opaque, visible
 
 FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", *(["AVIF"] if AvifImagePlugin.SUPPORTED else []))
 _ORIENTATION = (0x0112, 3, 1)  # the tag, its type SHORT, one value
@@ -26,6 +31,7 @@ _ORIENTATION = (0x0112, 3, 1)  # the tag, its type SHORT, one value
 _MIRRORED, _UPSIDE_DOWN, _SIDEWAYS = {2, 3, 7, 8}, {3, 4, 6, 7}, {5, 6, 7, 8}
 # Pixels on a side that a JPEG of reduced size must still have for each of the model's input; see decision 28
 _MARGIN = 2
+_SIXTEEN = Grey(65_535)
 # An AVIF may hold a larger frame than its header says, up to libavif's own limit of 268 megapixels, which costs a
 # gigabyte and can't be told beforehand: one at a time, so that it is one gigabyte.
 _ONE_AVIF = threading.Lock()
@@ -62,37 +68,31 @@ def decode(
     name = _format(raw := bytes(data))
     with map_errors(name, max_pixels):
         check_blocks(raw, name)
-        with Image.open(reader := BoundedReader(raw), formats=(name.upper(),)) as image:
-            size, turn, reduction = check_size(image, max_pixels), 1, 1
+        with _open(reader := BoundedReader(raw), raw, name) as image:
+            size, turn, reduction, grey = (
+                check_size(image, max_pixels),
+                1,
+                1,
+                _SIXTEEN if image.mode[0] == "I" else None,
+            )
             if name == "TIFF":
-                check_tiles(image, max_pixels)
-                vars(image)["is_animated"] = True  # keeps Pillow from reading all its EXIF, which may take seconds
+                grey = prepare_tiff(image, raw, max_pixels)
             else:
                 turn = _orientation(image.info.get("exif", b""))
             if name == "JPEG":
                 least = check_scans(image, raw, reader.tell())
+                check_complete(raw)
                 reduction = _reduce(image, turn, geometry, least, 8 if scaled_jpeg else 1)
-            picture = _load(image)
+                picture = load_jpeg(image, ended(raw), reduction)
+            else:
+                picture = _load(image)
             if name == "TIFF":
                 size = picture.size  # Pillow has turned it
             upright = _turned(size, turn)
             left, top, right, bottom = _source_box(crop_box(*upright, geometry), size, turn)
             # Whatever an odd size is rounded up to, a pixel of the reduced picture covers as many source pixels.
             box = left / reduction, top / reduction, right / reduction, bottom / reduction
-            return Decoded(_fit(picture, box, turn, geometry), *upright)
-
-
-def crop_box(width: int, height: int, geometry: Geometry) -> Box:
-    """The region that the published two steps keep, in the picture's own coordinates.
-
-    They are torchvision's: resize the shorter side to `round(size / crop)`, 249 for 224 and 0.9, the longer one to the
-    integer below its share, then crop the centre. A target that isn't square is covered by the resized picture too.
-    """
-    across, down = round(geometry.width / geometry.crop), round(geometry.height / geometry.crop)
-    across, down = max(across, down * width // height), max(down, across * height // width)
-    left, top = round((across - geometry.width) / 2), round((down - geometry.height) / 2)
-    right, bottom, x, y = left + geometry.width, top + geometry.height, width / across, height / down
-    return left * x, top * y, min(right * x, width), min(bottom * y, height)
+            return Decoded(_fit(picture, box, turn, geometry, grey), *upright)
 
 
 def _format(raw: bytes) -> str:
@@ -103,8 +103,21 @@ def _format(raw: bytes) -> str:
     raise InvalidImage(f"not a supported image ({', '.join(FORMATS)})" if raw else "empty: the image has no bytes")
 
 
+def _open(reader: BoundedReader, raw: bytes, name: str) -> Image.Image:
+    try:
+        return Image.open(reader, formats=(name.upper(),))
+    except UnidentifiedImageError:
+        if name == "TIFF":
+            raise InvalidImage(f"not a supported image ({describe_tiff(raw)})") from None
+        raise
+
+
 def _load(image: Image.Image) -> Image.Image:
     """The first frame; of WebP and AVIF without what Pillow holds of it at once, up to five copies."""
+    if image.format == "BMP":
+        return load_bmp(image)
+    if image.format == "GIF":
+        return _load_gif(image)
     if image.format not in {"WEBP", "AVIF"}:
         image.load()
         return image
@@ -119,6 +132,17 @@ def _load(image: Image.Image) -> Image.Image:
     del decoder  # with its canvases
     mode = getattr(image, "rawmode", image.mode)  # a WebP's may be RGBX, then without transparency
     return Image.frombuffer(mode, image.size, frame[0], "raw", mode, 0, 1)
+
+
+def _load_gif(image: Image.Image) -> Image.Image:
+    """The first frame on white where it leaves some of the canvas free, as browsers show it on a white page."""
+    frame = vars(image)["tile"][0].extents
+    image.load()
+    if frame == (0, 0, *image.size):
+        return image
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(opaque(image.crop(frame)), frame[:2])
+    return canvas
 
 
 def _orientation(exif: bytes) -> int:
@@ -160,11 +184,11 @@ def _source_box(box: Box, size: tuple[int, int], turn: int) -> Box:
     return left, top, right, bottom
 
 
-def _fit(picture: Image.Image, box: Box, turn: int, geometry: Geometry) -> NDArray[np.uint8]:
+def _fit(picture: Image.Image, box: Box, turn: int, geometry: Geometry, grey: Grey | None) -> NDArray[np.uint8]:
     """Resizes what `box` holds, and only then turns it and spreads grey to RGB: there are far fewer pixels then."""
     size = _turned((geometry.width, geometry.height), turn)
-    if picture.mode not in {"RGB", "L"} or picture.has_transparency_data:
-        picture, box = visible(picture, box, size, Image.Resampling[geometry.interpolation.upper()])
+    if grey or picture.mode not in {"RGB", "RGBX", "L"} or picture.has_transparency_data:
+        picture, box = visible(picture, box, size, Image.Resampling[geometry.interpolation.upper()], grey)
     pixels = resample(picture, box, size, geometry.interpolation)
     pixels = pixels[:: -1 if turn in _UPSIDE_DOWN else 1, :: -1 if turn in _MIRRORED else 1]
     return np.ascontiguousarray(pixels.swapaxes(0, 1) if turn in _SIDEWAYS else pixels)

@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.images.geometry import Interpolation
-from service.images.visible import Box
+from service.images.geometry import Box, Interpolation
 
 VECTORISED = torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}
 # torch needs the pixels as an array, 3 bytes each and twice for a moment; Pillow needs no copy of a picture.

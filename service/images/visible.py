@@ -1,32 +1,53 @@
 """Pictures of any mode as people see them: transparency on white, deep grey on its scale, colours in RGB."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom; in pixels
+from service.errors import InvalidImage
+from service.images.geometry import Box
 
+Scale = tuple[float, float]  # the numbers that are black and white
+
+_SIXTEEN_BITS = 65_535
+_TOLD_APART = 2**15  # numbers of one magnitude of which float32 holds 256 steps and more
 _STRIP_PIXELS = 2**19  # of a larger picture, what is converted at a time
 _LAB_TO_RGB = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
 
 
+@dataclass(frozen=True, slots=True)
+class Grey:
+    """What the numbers of a deep grey picture mean.
+
+    `white` is their brightest value, None where they decide themselves; `stored` their type where it isn't the mode's;
+    `inverted` tells that the brightest is black, `rounded` that they were float64 and are float32.
+    """
+
+    white: int | None
+    stored: np.dtype[Any] | None = None
+    inverted: bool = False
+    rounded: bool = False
+
+
 def visible(
-    picture: Image.Image, box: Box, size: tuple[int, int], filtered: Image.Resampling
+    picture: Image.Image, box: Box, size: tuple[int, int], filtered: Image.Resampling, grey: Grey | None = None
 ) -> tuple[Image.Image, Box]:
     """The picture as people see it, in mode RGB or L, and where `box` lies in it.
 
     A large one is converted by strips that are at once resized to the target's width, so that there is no second
     picture of its size. Pillow resizes in the same two passes, so nothing else changes.
     """
-    span = _span(picture)
+    scale = _scale(picture, grey) if grey else None
     if picture.width * picture.height <= _STRIP_PIXELS:
-        return _seen(picture, span), box
+        return _seen(picture, grey, scale), box
     left, top, right, bottom = box
     reach = 2 + 2 * max(1, (bottom - top) / size[1])  # of the filters, in rows, rounded up
     above, below = max(0, int(top - reach)), min(picture.height, int(bottom + reach))
-    strips = (_seen(strip, span) for strip in _strips(picture, above, below))
+    strips = (_seen(strip, grey, scale) for strip in _strips(picture, above, below))
     narrow = [strip.resize((size[0], strip.height), filtered, box=(left, 0, right, strip.height)) for strip in strips]
     joined, y = Image.new(narrow[0].mode, (size[0], below - above)), 0
     for strip in narrow:
@@ -41,10 +62,15 @@ def _strips(picture: Image.Image, above: int, below: int) -> Iterator[Image.Imag
         yield picture.crop((0, y, picture.width, min(y + rows, below)))
 
 
-def _seen(strip: Image.Image, span: tuple[float, float]) -> Image.Image:
-    """`strip` in mode RGB or L; `span` is the whole picture's."""
-    if strip.mode[0] in "IF":
-        return Image.fromarray(_eight_bits(strip, *span))
+def _seen(strip: Image.Image, grey: Grey | None, scale: Scale | None) -> Image.Image:
+    """`strip` in mode RGB or L; `scale` is the whole picture's, if it is deep grey."""
+    if grey and scale:
+        return Image.fromarray(_eight_bits(strip, grey, scale))
+    return opaque(strip)
+
+
+def opaque(strip: Image.Image) -> Image.Image:
+    """`strip` in mode RGB or L, with what is transparent on white."""
     if strip.has_transparency_data:
         # On white: the ground of the pages, documents and product photos that most such pictures are made for.
         strip = (strip.convert("LA") if strip.mode == "La" else strip).convert("RGBA")
@@ -55,32 +81,50 @@ def _seen(strip: Image.Image, span: tuple[float, float]) -> Image.Image:
     return strip if strip.mode in {"RGB", "L"} else strip.convert("L" if strip.mode == "1" else "RGB")
 
 
-def _numbers(strip: Image.Image) -> NDArray[np.float64]:
-    numbers = np.asarray(strip).astype(np.float64)
-    return numbers if np.isfinite(numbers).all() else np.nan_to_num(numbers, copy=False)
+def _stored(strip: Image.Image, grey: Grey) -> NDArray[Any]:
+    values = np.asarray(strip)
+    return values.view(grey.stored) if grey.stored else values
 
 
-def _span(picture: Image.Image) -> tuple[float, float]:
-    """The lowest and the highest value of a picture in mode I or F, where they decide on the scale."""
-    if picture.mode not in {"I", "F"}:
-        return 0, 0
-    spans = [(v.min(), v.max()) for v in map(_numbers, _strips(picture, 0, picture.height))]
-    return float(min(low for low, _ in spans)), float(max(high for _, high in spans))
+def _scale(picture: Image.Image, grey: Grey) -> Scale:
+    """The values that become black and white.
 
-
-def _eight_bits(strip: Image.Image, low: float, high: float) -> NDArray[np.uint8]:
-    """Grey of more than 8 bits on 0..255, without clipping.
-
-    Integers within 0..65535 are 16-bit grey; floats are on the smallest of 0..1, 0..255 and 0..65535 that holds them;
-    what no scale holds is stretched from its darkest to its brightest value. NaN is black.
+    Numbers that fill a scale keep it: from 0 to the first of 1 (floats only), 255 and 65535 that they don't exceed, if
+    they exceed half of it. All others are stretched from the lowest to the highest; if these are equal, they are on
+    that first scale, filled or not. NaN and infinities have no say.
     """
-    if strip.mode.startswith("I;16"):
-        values = np.asarray(strip)
-        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        grey[values == strip.info.get("transparency", -1)] = 255  # PNG's transparent value, on white
-        return grey
-    numbers = _numbers(strip)
-    scales = [s for s in ((1, 255, 65535) if strip.mode == "F" else (65535,)) if 0 <= low <= high <= s]
-    if not scales:
-        numbers = (numbers / 2 - low / 2) / (high / 2 - low / 2 or 1.0)
-    return np.rint(numbers * (255 / scales[0] if scales else 255)).astype(np.uint8)
+    if grey.white:
+        return 0, grey.white
+    spans = []
+    for strip in _strips(picture, 0, picture.height):
+        values = _stored(strip, grey)
+        values = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+        if values.size:
+            spans.append((float(values.min()), float(values.max())))
+    low, high = (min(low for low, _ in spans), max(high for _, high in spans)) if spans else (0.0, 0.0)
+    scale = next((s for s in ((1, 255, 65535) if picture.mode == "F" else (255, 65535)) if high <= s), None)
+    if grey.rounded and 0 < high - low < max(abs(low), abs(high)) / _TOLD_APART:
+        raise InvalidImage(
+            f"not a supported image (TIFF of 64-bit numbers from {low:g} to {high:g}, which 32 bits can't tell apart)"
+        )
+    if low == high and low > 0:
+        return 0, scale or high
+    return (0, scale) if scale and low >= 0 and high > scale / 2 else (low, high)
+
+
+def _eight_bits(strip: Image.Image, grey: Grey, scale: Scale) -> NDArray[np.uint8]:
+    """Deep grey on 0..255. NaN is zero, and what lies outside of the scale is black or white."""
+    values = _stored(strip, grey)
+    if grey.white == _SIXTEEN_BITS:
+        seen = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    else:
+        low, high = scale
+        with np.errstate(invalid="ignore"):  # numpy warns of some NaNs
+            numbers = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=np.inf, neginf=-np.inf)
+        # Halved, for a float64 holds no difference of its largest and its lowest value.
+        seen = np.rint(255 * np.clip((numbers / 2 - low / 2) / (high / 2 - low / 2 or 1.0), 0, 1)).astype(np.uint8)
+    if grey.inverted:
+        seen = 255 - seen
+    if "transparency" in strip.info:  # a PNG's transparent value, on white
+        seen[values == strip.info["transparency"]] = 255
+    return seen

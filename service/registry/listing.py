@@ -65,11 +65,11 @@ class Listing:
         """
         named = self._registry.named(name)
         candidates = [named[0]] if named else await self._supply.candidates(name)
+        stored = candidates[0]
         try:
             contents = await self._supply.contents()
-        except WeightsUnavailable:
-            contents = Contents({}, {})
-        stored = candidates[0]
+        except WeightsUnavailable:  # a folder in which what is named can be read, and nothing be listed
+            contents = Contents({stored.id: candidates}, {})
         model = self._model(stored.id, contents, await self._default_id())
         if model.stored.key in {each.key for each in candidates}:
             return model

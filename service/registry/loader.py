@@ -1,22 +1,22 @@
 """From a model in the store to one that can run: module, weights, graphs, batch plan. Blocking; takes seconds."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import numpy as np
 import structlog
 
-from service.backends.base import Backend, Graph, Layout, Program
-from service.backends.served import Served, build, plain_logits
-from service.errors import DeviceFailed, GoldenMismatch, ModelLoadFailed, OutOfMemory, ReferenceInvalid, ServiceError
+from service.backends.base import Backend, Graph, Layout
+from service.backends.served import build, plain_logits
+from service.errors import DeviceFailed, GoldenMismatch, OutOfMemory, ReferenceInvalid, ServiceError
 from service.execution.executable import Executable, LoadReport
-from service.execution.golden import Golden
+from service.execution.golden import CheckedGraphs, Golden, computed_reference
 from service.execution.improving import Improving
 from service.execution.plan import BatchPlan
 from service.execution.plan_cache import CachedPlan, Key, PlanCache, digest, machine
-from service.execution.reference import Deviation, Reference, packed, read_reference, reference_of, synthetic_images
-from service.execution.tuning import NOT_FINITE, Alone, Limits, Tuned, Tuning
+from service.execution.reference import SYNTHETIC, Reference, packed, read_reference, reference_of
+from service.execution.tuning import Alone, Limits, Tuned, Tuning
 from service.store.store import StoredModel
 
 log = structlog.get_logger(component="loader")
@@ -49,20 +49,20 @@ def load(
         cached=ready.cached,
         load_seconds=perf_counter() - start,
         memory_bytes=grown,
-        deviation=ready.deviation,
+        deviation=tuned.deviation,
         device_failure=failed.device,
     )
-    return Executable(stored, backend, tuned, report, golden=ready.golden, improving=ready.improving)
+    checked = CheckedGraphs(stored.id, tuned.precision, ready.golden, forced=limits.precision is not None)
+    return Executable(stored, backend, tuned, report, checked=checked, improving=ready.improving)
 
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """Graphs and plan, whether the cache had them, what was shown of their logits, and how to make better graphs."""
+    """Graphs and plan, whether the cache had them, what their logits are held against, and how to make better ones."""
 
     tuned: Tuned
     cached: bool
     golden: Golden
-    deviation: Deviation
     improving: Improving | None = None
 
 
@@ -103,10 +103,12 @@ def _first_that_can(
 
 
 def _mismatch(stored: StoredModel, failures: Sequence[str], limits: Limits) -> GoldenMismatch:
-    advice = "" if limits.precision in {None, "float32"} else "set PVT_PRECISION=auto; "
+    """Its own module gives the logits, or `Golden` would have found its reference at fault."""
+    forced = limits.precision not in {None, "float32"}
+    advice = "set PVT_PRECISION=auto" if forced else "try another PVT_BACKEND, or other versions of openvino and torch"
     return GoldenMismatch(
         f"{stored.key} does not give the logits of its reference images, so it is not served: {'; '.join(failures)}; "
-        f"{advice}fetch or import the model again"
+        f"its plain float32 module does give them: {advice}"
     )
 
 
@@ -117,17 +119,10 @@ def _tuned(stored: StoredModel, backend: Backend, limits: Limits, cache: PlanCac
     cache = cache if backend.exports else None
     if cache and (restored := _restored(stored, backend, cache, key, own)):
         return restored
-    tuned, reference, program = _measured(stored, backend, limits, own)
-    golden = Golden(reference)
-    deviation = golden.check_all(tuned)
+    ready = _measured(stored, backend, limits, own)
     if cache:
-        _keep(stored, cache, key, tuned, None if own else reference)
-    improving = None
-    if backend.improves:
-        pixels = stored.require_card().preprocessing
-        shape, most = (pixels.height, pixels.width), limits.max_batch_size
-        improving = Improving(program, tuned.layout, tuned.precision, shape, golden.check, tuned.plan, most)
-    return _Ready(tuned, cached=False, golden=golden, deviation=deviation, improving=improving)
+        _keep(stored, cache, key, ready.tuned, None if own else ready.golden.reference)
+    return ready
 
 
 def _keep(stored: StoredModel, cache: PlanCache, key: Key, tuned: Tuned, computed: Reference | None) -> None:
@@ -161,9 +156,9 @@ def _restored(
     try:
         graphs = {size: backend.restore(blob, entry.layout, entry.precision) for size, blob in blobs.items()}
         tuned = _of_entry(entry, graphs, lambda layout: backend.restore(blobs[1], layout, entry.precision))
-        golden = Golden(own or _kept_reference(stored, cache, entry))
-        deviation = golden.check_all(tuned, restored=True)
-        return _Ready(tuned, cached=True, golden=golden, deviation=deviation)
+        golden = _golden(stored, own) if own else Golden(_kept_reference(stored, cache, entry))
+        deviation = golden.check_restored(graphs, tuned.plan.time(1))
+        return _Ready(replace(tuned, deviation=deviation), cached=True, golden=golden)
     except Exception as error:  # noqa: BLE001  whatever is wrong with it, it can be made anew
         log.warning("plan_cache_ignored", model=stored.id, reason=f"{type(error).__name__}: {error}")
         return None
@@ -183,24 +178,28 @@ def _kept_reference(stored: StoredModel, cache: PlanCache, entry: CachedPlan) ->
     return read_reference(stored.require_card(), cache.folder(stored.id, stored.version), entry.reference)
 
 
-def _measured(
-    stored: StoredModel, backend: Backend, limits: Limits, own: Reference | None
-) -> tuple[Tuned, Reference, Program]:
+def _golden(stored: StoredModel, own: Reference) -> Golden:
+    """For the reference that the card names."""
     card = stored.require_card()
-    pixels = card.preprocessing
+    assert card.reference  # noqa: S101  it was read from there
+    source = str(stored.folder / card.reference.file)
+    return Golden(own, source, lambda: plain_logits(build(card, stored.folder), own.images))
+
+
+def _measured(stored: StoredModel, backend: Backend, limits: Limits, own: Reference | None) -> _Ready:
+    card = stored.require_card()
+    shape = card.preprocessing.height, card.preprocessing.width
     module = build(card, stored.folder)
-    reference = own or _computed_reference(module, pixels.height, pixels.width)
-    program = backend.program(module, pixels.height, pixels.width)
-    tuning = Tuning(backend, program, lambda: reference, (pixels.height, pixels.width), limits)
-    return tuning.run(), reference, program
-
-
-def _computed_reference(module: Served, height: int, width: int) -> Reference:
-    images = synthetic_images(height, width)
-    logits = plain_logits(module, images)
-    if not np.isfinite(logits).all():
-        raise ModelLoadFailed(NOT_FINITE)
-    return Reference(images, logits)
+    golden = _golden(stored, own) if own else Golden(computed_reference(module, *shape, SYNTHETIC))
+    program = backend.program(module, *shape)
+    tuned = Tuning(backend, program, golden, shape, limits).run()
+    improving = None
+    if backend.improves:
+        improving = Improving(
+            program, tuned.layout, tuned.precision, shape, golden.check, tuned.plan, limits.max_batch_size,
+            forced=limits.precision is not None,
+        )  # fmt: skip
+    return _Ready(tuned, cached=False, golden=golden, improving=improving)
 
 
 def _key(stored: StoredModel, backend: Backend, limits: Limits) -> dict[str, str]:

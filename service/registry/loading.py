@@ -113,7 +113,9 @@ class Loading:
         this waits for nothing, and what is being compiled then is given up.
         """
         start = perf_counter()
+        notes: list[str] = []
         while improving := executable.improving:
+            notes = improving.notes
             async with self._preparing:
                 try:
                     await detached(improving.prepare)
@@ -126,7 +128,7 @@ class Loading:
                 log.info("model_improved", model=executable.stored.id, batch_size=better.size,
                          ms=round(better.seconds * 1000, 3), seconds=round(perf_counter() - start, 3))  # fmt: skip
             self.failed_device = self.failed_device or improving.device_failure
-        for note in executable.notes[len(executable.report.notes) :]:
+        for note in notes:
             log.warning("plan_note", model=executable.stored.id, note=note)
 
     async def widen(self, executable: Executable) -> None:

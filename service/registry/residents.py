@@ -66,6 +66,12 @@ class Resident:
         return self.executable.report.memory_bytes + sum(each.added_bytes for each in added)
 
     @property
+    def notes(self) -> list[str]:
+        """What was tried and left out, and why, at any of its sizes."""
+        executables = [self.executable, *(each.executable for each in self._there())]
+        return [note for each in executables for note in each.notes]
+
+    @property
     def sizes(self) -> list[Size]:
         """The input sizes that are there."""
         return [(each.height, each.width) for each in (self.executable, *(other.executable for other in self._there()))]

@@ -16,9 +16,8 @@ from pydantic import RootModel, ValidationError
 
 from service.errors import AliasesInvalid, InvalidRequest, ModelNotFound, StoreNotWritable
 from service.invalid import reasons
-from service.store.names import ModelName, alias_name, alias_target
+from service.store.names import ALIASES_FILE, ModelName, alias_name, alias_target
 
-ALIASES_FILE = "aliases.json"
 MAX_BYTES = 1_000_000
 LOCK_SECONDS = 10.0
 _LOCK_FILE = ".aliases.lock"
@@ -47,7 +46,9 @@ def read_aliases(root: Path) -> Aliases:
             raise AliasesInvalid(f"{path}: larger than {MAX_BYTES} bytes, which no list of aliases is")
         entries = _File.model_validate_json(data).root
         return {alias_name(name): alias_target(target) for name, target in sorted(entries.items())}
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise AliasesInvalid(f"{path}: a link to what is not there") from error
         return _NONE
     except OSError as error:
         raise AliasesInvalid(f"{path}: {error.strerror or error}") from error

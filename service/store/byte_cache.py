@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from threading import Event
 from time import time_ns
 from typing import BinaryIO
@@ -130,7 +131,7 @@ class ByteCache:
             raise StoreCacheFailed(
                 f"{file.shown} has {needed} bytes, more than the {self.limit} of PVT_STORE_CACHE_MB; raise it"
             )
-        held = sorted(((path, path.stat()) for path in self._files() if path != part), key=lambda f: f[1].st_atime_ns)
+        held = sorted(((path, there) for path, there in self._files() if path != part), key=lambda f: f[1].st_atime_ns)
         excess = sum(there.st_size for _, there in held) + needed - self.limit
         for path, there in held:
             if excess <= 0:
@@ -145,11 +146,13 @@ class ByteCache:
                 "ask again, or raise PVT_STORE_CACHE_MB"
             )
 
-    def _files(self) -> Iterator[Path]:
-        """What counts: all but cards, aliases and locks."""
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """What counts: all but cards, aliases and locks. What can't be looked at can't be removed either."""
         for path in self.root.glob("*/*/*/*"):
-            if path.name != CARD_FILE and path.is_file():
-                yield path
+            with suppress(OSError):
+                there = path.stat()
+                if path.name != CARD_FILE and S_ISREG(there.st_mode):
+                    yield path, there
 
     def _key(self, folder: Path) -> str:
         return hashlib.sha256(str(folder.relative_to(self.root)).encode()).hexdigest()[:32]
@@ -158,7 +161,7 @@ class ByteCache:
     def _locked(self, name: str, kind: int, *, wait: bool = True) -> Iterator[None]:
         try:
             (self.root / _LOCKS).mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.root / _LOCKS / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = os.open(self.root / _LOCKS / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise self._failed(error) from error
         try:
@@ -187,7 +190,7 @@ def _is_whole(file: Wanted) -> bool:
             return False
         with file.path.open("rb") as opened:
             whole = hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256
-    except FileNotFoundError:
+    except OSError:  # fetching it anew tells what is wrong, if more is than that it is not there
         return False
     with suppress(OSError):  # a folder that can only be read
         os.utime(file.path, ns=(time_ns(), there.st_mtime_ns))

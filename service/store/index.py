@@ -1,18 +1,15 @@
 """The list of a store's files, for servers that have no listing: `index.json` at its root."""
 
-import os
+from collections.abc import Iterator
 from hashlib import file_digest
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.errors import WeightsUnavailable
-from service.store.aliases import ALIASES_FILE
-from service.store.names import MODEL_ID, VERSION
-
-INDEX_FILE = "index.json"
+from service.store.names import ALIASES_FILE, INDEX_FILE, MODEL_ID, VERSION
+from service.store.writes import replacing
 
 
 class IndexedFile(BaseModel):
@@ -42,24 +39,24 @@ def write_index(root: Path) -> StoreIndex:
         OSError: the index can't be written.
     """
     try:
-        paths = [path for path in sorted(root.glob("*/*/*")) if _of_a_model(path)]
-        aliases = root / ALIASES_FILE
-        index = StoreIndex(files=tuple(_indexed(root, path) for path in [*paths, aliases] if path.is_file()))
-        if not root.is_dir():
-            raise NotADirectoryError(20, "no folder")
+        paths = [*_of_models(root), root / ALIASES_FILE]
+        index = StoreIndex(files=tuple(_indexed(root, path) for path in paths if path.is_file()))
     except OSError as error:
-        raise WeightsUnavailable(f"{root}: the model store can't be read ({error.strerror or error})") from error
-    with NamedTemporaryFile("w", dir=root, prefix=".index", delete=False) as file:
-        file.write(index.model_dump_json(indent=1) + "\n")
-    Path(file.name).chmod(0o644)
-    os.replace(file.name, root / INDEX_FILE)  # noqa: PTH105
+        raise WeightsUnavailable(
+            f"{error.filename or root}: the model store can't be read ({error.strerror or error})"
+        ) from error
+    with replacing(root / INDEX_FILE) as file:
+        file.write((index.model_dump_json(indent=1) + "\n").encode())
     return index
 
 
-def _of_a_model(path: Path) -> bool:
-    version = path.parent
-    named = MODEL_ID.fullmatch(version.parent.name) and VERSION.fullmatch(version.name)
-    return bool(named) and not path.name.startswith(".")
+def _of_models(root: Path) -> Iterator[Path]:
+    """What lies in version folders. One that can't be read is told of: left out, it would be gone for all readers."""
+    for model in sorted(root.iterdir()):
+        if MODEL_ID.fullmatch(model.name) and model.is_dir():
+            versions = [path for path in sorted(model.iterdir()) if VERSION.fullmatch(path.name) and path.is_dir()]
+            for version in versions:
+                yield from (path for path in sorted(version.iterdir()) if not path.name.startswith("."))
 
 
 def _indexed(root: Path, path: Path) -> IndexedFile:

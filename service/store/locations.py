@@ -11,10 +11,9 @@ from fsspec.core import url_to_fs
 
 from service.architecture.variants import VARIANTS
 from service.errors import StoreUnreachable
-from service.store.aliases import ALIASES_FILE
 from service.store.cards import CARD_FILE
-from service.store.index import INDEX_FILE, StoreIndex
-from service.store.names import MODEL_ID, VERSION
+from service.store.index import StoreIndex
+from service.store.names import ALIASES_FILE, INDEX_FILE, MODEL_ID, VERSION
 from service.store.urls import without_password
 
 CONNECT_SECONDS = 5.0

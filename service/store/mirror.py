@@ -1,15 +1,15 @@
 """A folder of this machine that holds what a remote store says of its models: cards and aliases, no weights."""
 
-import os
+import errno
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
-from service.store.aliases import ALIASES_FILE
 from service.store.cards import CARD_FILE
 from service.store.locations import Location, reason, root
-from service.store.names import VERSION
+from service.store.names import ALIASES_FILE, VERSION, may_be_model
+from service.store.writes import replacing
 
 _LISTED = ".listed"  # there once the whole store has been listed
 
@@ -27,7 +27,7 @@ class Mirror:
     @property
     def complete(self) -> bool:
         """Whether the store was copied at least once, by this process or an earlier one."""
-        return (self.folder / _LISTED).exists()
+        return is_there(self.folder / _LISTED)
 
     def sync(self) -> None:
         """Make the folder what the store is now. Where that fails, it stays what it was.
@@ -44,19 +44,21 @@ class Mirror:
         if wanted and all(isinstance(content, Exception) and _is_no_answer(content) for content in got.values()):
             raise self.location.unreachable(next(e for e in got.values() if isinstance(e, Exception)))
         self.folder.mkdir(parents=True, exist_ok=True)
-        for folder in folders:
-            (self.folder / folder).mkdir(parents=True, exist_ok=True)
         problems = {path: why for path, why in self.problems.items() if path in small and path not in wanted}
+        for folder in folders:
+            with _telling(problems, f"{folder}/{CARD_FILE}"):
+                (self.folder / folder).mkdir(parents=True, exist_ok=True)
         for path in sorted(got, key=lambda path: path == ALIASES_FILE):  # aliases last: what they name is there then
             content = got[path]
-            if isinstance(content, Exception):
+            self._tags.pop(path, None)
+            with _telling(problems, path):
+                if not isinstance(content, Exception):
+                    self._take(path, content)
+                    self._tags[path] = files[path]
+                    continue
                 problems[path] = reason(content)
-                self._tags.pop(path, None)
                 if not _is_no_answer(content):  # what is known of it stays while it can't be asked about
                     (self.folder / path).unlink(missing_ok=True)
-            else:
-                self._take(path, content)
-                self._tags[path] = files[path]
         self.problems = problems
         self._drop(folders, keep_aliases=ALIASES_FILE in files)
         (self.folder / _LISTED).touch()
@@ -64,28 +66,49 @@ class Mirror:
     def _known(self, path: str) -> str | None:
         """The tag of what is here of `path`; somebody may have emptied the folder."""
         tag = self._tags.get(path)
-        return tag if path in self.problems or (self.folder / path).exists() else None
+        return tag if path in self.problems or is_there(self.folder / path) else None
 
     def _take(self, path: str, content: bytes) -> None:
         target = self.folder / path
-        if target.exists() and target.read_bytes() == content:
-            return
+        with suppress(OSError):  # what can't be read may yet be replaced
+            if target.read_bytes() == content:
+                return
         if target.name == CARD_FILE:  # another card speaks of other weights
             for other in target.parent.iterdir():
                 other.unlink()
-        _replace(target, content)
+        with replacing(target) as file:
+            file.write(content)
 
     def _drop(self, folders: set[str], *, keep_aliases: bool) -> None:
         """Remove what is no longer in the store."""
         if not keep_aliases:
             (self.folder / ALIASES_FILE).unlink(missing_ok=True)
         models = {folder.partition("/")[0] for folder in folders}
-        for model in [path for path in self.folder.iterdir() if path.is_dir()]:
-            for version in model.iterdir():
-                if VERSION.fullmatch(version.name) and f"{model.name}/{version.name}" not in folders:
-                    shutil.rmtree(version, ignore_errors=True)
+        for model in [path for path in self.folder.iterdir() if may_be_model(path)]:
+            with suppress(OSError):  # what can't be looked at is told of when it is read
+                for version in model.iterdir():
+                    if VERSION.fullmatch(version.name) and f"{model.name}/{version.name}" not in folders:
+                        shutil.rmtree(version, ignore_errors=True)
             if model.name not in models:
                 shutil.rmtree(model, ignore_errors=True)
+
+
+@contextmanager
+def _telling(problems: dict[str, str], path: str) -> Iterator[None]:
+    """What keeps one file from being written is a problem of that file; what keeps all is not.
+
+    Raises:
+        OSError: the disk is full, or can only be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
+            raise
+        problems[path] = (
+            f"its copy {error.filename or path} can't be written: {error.strerror or error}; "
+            "PVT_STORE_CACHE_DIR names the folder for copies"
+        )
 
 
 def _is_no_answer(error: Exception) -> bool:
@@ -95,12 +118,9 @@ def _is_no_answer(error: Exception) -> bool:
     return not isinstance(cause, FileNotFoundError | PermissionError) and status not in {401, 403, 404, 410}
 
 
-def _replace(target: Path, content: bytes) -> None:
-    with NamedTemporaryFile(dir=target.parent, prefix=".", suffix=".part", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()  # a full disk is told of here at the latest, and not when the file is closed
-        except OSError:
-            Path(file.name).unlink()
-            raise
-    os.replace(file.name, target)  # noqa: PTH105
+def is_there(path: Path) -> bool:
+    """Whether there is such a file, as far as can be seen."""
+    try:
+        return path.exists()
+    except OSError:
+        return False

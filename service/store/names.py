@@ -6,7 +6,10 @@ pvt_v2_b2           a variant alone: its published weights, or its only model
 production          an alias, which has no dot, so that it is never a model's name
 """
 
+import errno
 import re
+from pathlib import Path
+from stat import S_ISDIR
 from typing import NamedTuple
 
 from service.architecture.variants import VARIANTS
@@ -15,6 +18,7 @@ from service.errors import InvalidRequest, ModelNotFound
 DEFAULT_TAG = "in1k"  # the tag of the published ImageNet-1k weights
 MODEL_ID = re.compile(r"(?P<variant>[a-z0-9_]+)\.(?P<tag>[A-Za-z0-9_-]+)")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
+ALIASES_FILE, INDEX_FILE = "aliases.json", "index.json"  # beside the models, and with the form of their names
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -48,6 +52,22 @@ def parse(name: str) -> ModelName:
     if at and not VERSION.fullmatch(version):
         raise ModelNotFound(f"no model {name!r}: what follows the @ must be a version's number, such as {id_ + '@1'!r}")
     return ModelName(id_, version if at else None)
+
+
+def may_be_model(path: Path) -> bool:
+    """Whether it is a folder with a model's name, or nearly: lost+found and the like are nobody's mistake.
+
+    So is what can't be looked at, or a link that leads nowhere: reading its versions tells what is wrong with it.
+    """
+    name = path.name
+    if (MODEL_ID.fullmatch(name) is None and name not in VARIANTS) or name in {ALIASES_FILE, INDEX_FILE}:
+        return False
+    try:
+        return S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return path.is_symlink()
+        return error.errno not in {errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 def alias_name(name: str) -> str:

@@ -21,7 +21,7 @@ from service.errors import (
 from service.store.byte_cache import ByteCache, SourceFailed, Wanted
 from service.store.cards import CARD_FILE
 from service.store.locations import Location, is_not_there, reason, root
-from service.store.mirror import Mirror
+from service.store.mirror import Mirror, is_there
 from service.store.store import Contents, Store, StoredModel
 from service.store.urls import RemoteOptions
 
@@ -171,7 +171,7 @@ class RemoteStore(Store):
             return model
         card = f"{model.id}/{model.version}/{CARD_FILE}"
         why = self._mirror.problems.get(card)
-        if why or not (self.root / card).exists():
+        if why or not is_there(self.root / card):
             if not why and isinstance(self._failure, StoreCacheFailed):
                 why = str(self._failure)
             failure: ModelLoadFailed = CardInvalid(f"{self.location.shown}/{card}: {why or 'it is not there'}")

@@ -17,9 +17,18 @@ from types import MappingProxyType
 from service.architecture.variants import VARIANTS
 from service.errors import AliasesInvalid, ModelNotFound, WeightsUnavailable
 from service.store.aliases import delete_alias, read_aliases, write_alias
-from service.store.cards import CARD_FILE, ModelCard, WeightsFile
-from service.store.names import DEFAULT_TAG, MODEL_ID, VERSION, ModelName, alias_name, alias_target, may_be_alias, parse
-from service.store.stored import Contents, StoredModel, may_be_model, read_versions, usable
+from service.store.cards import CARD_FILE, ModelCard, WeightsFile, card_json
+from service.store.names import (
+    DEFAULT_TAG,
+    VERSION,
+    ModelName,
+    alias_name,
+    alias_target,
+    may_be_alias,
+    may_be_model,
+    parse,
+)
+from service.store.stored import Contents, StoredModel, read_versions, usable
 from service.store.writes import staging
 
 WEIGHTS_FILE = "model.safetensors"
@@ -65,7 +74,10 @@ class Store:
             ModelNotFound, WeightsUnavailable: the store has no model with this id.
         """
         if folder := self._folder(id_):
-            return self._read(folder)
+            found = self._read(folder)
+            if not found[0].version:
+                self._folders()  # raises where it is not this model alone that can't be read
+            return found
         raise self._missing(id_)
 
     def find(self, name: str) -> StoredModel:
@@ -147,8 +159,7 @@ class Store:
 
     def _folder(self, id_: str) -> Path | None:
         """The model's folder; None where there is none, or `id_` is no name of one."""
-        named = MODEL_ID.fullmatch(id_) is not None or id_ in VARIANTS
-        return self.root / id_ if named and (self.root / id_).is_dir() else None
+        return self.root / id_ if may_be_model(self.root / id_) else None
 
     def _resolved(self, name: str) -> ModelName:
         """Without alias and bare variant."""
@@ -217,7 +228,7 @@ def write_model(
         staged.mkdir()
         for file, content in others.items():
             (staged / file).write_bytes(content)
-        (staged / CARD_FILE).write_text(card.model_dump_json(indent=2, exclude_none=True) + "\n")
+        (staged / CARD_FILE).write_text(card_json(card), encoding="utf-8")
         if isinstance(weights, Path):
             weights.rename(staged / card.weights.file)
         else:

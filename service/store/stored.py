@@ -1,5 +1,7 @@
 """What a store says of its models: every version with its card, or with what is wrong with it."""
 
+import errno
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +60,6 @@ class Contents:
         return [alias for alias, target in self.aliases.items() if target == name]
 
 
-def may_be_model(path: Path) -> bool:
-    """Whether it has a model's name, or nearly: lost+found and the like are nobody's mistake."""
-    return (MODEL_ID.fullmatch(path.name) is not None or path.name in VARIANTS) and path.is_dir()
-
-
 def usable(versions: Sequence[StoredModel]) -> list[StoredModel]:
     """Those of a model's versions that are not broken, or else the first, which tells what is wrong."""
     return [model for model in versions if model.failure is None] or list(versions[:1])
@@ -115,3 +112,5 @@ def _check(name: str, folder: Path, card: ModelCard, *, partial: bool) -> None:
         raise WeightsCorrupt(f"{weights}: no regular file")
     if size != card.weights.bytes:
         raise WeightsCorrupt(f"{weights}: {size} bytes, the card says {card.weights.bytes}; copy the file again")
+    if not partial and not os.access(weights, os.R_OK):
+        raise WeightsCorrupt(f"{weights}: {os.strerror(errno.EACCES)}; let the service's user read it")

@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from tempfile import mkdtemp
+from typing import BinaryIO
 
 from service.errors import StoreNotWritable
 
@@ -33,6 +35,22 @@ def writing(root: Path) -> Iterator[None]:
             ) from error
         advice = _ADVICE if error.errno in _FORBIDDEN else "nothing in it was changed"
         raise StoreNotWritable(f"the model store {str(root)!r} can't be written ({reason}); {advice}") from error
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `target` once the block has written it; its mode is as the umask says.
+
+    Raises:
+        OSError: it can't be written; `target` is as it was.
+    """
+    staged = target.with_name(f".{target.name}.{token_hex(8)}.part")
+    try:
+        with staged.open("xb") as file:
+            yield file
+        staged.replace(target)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 @contextmanager

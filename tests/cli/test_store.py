@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from service.acquisition.labels import imagenet_labels
+from service.acquisition.preprocessing import PRESETS, described
+from service.architecture.variants import Dialect
 from service.architecture.weights import read_checkpoint, remap_keys
+from service.store.cards import ModelCard
 from service.store.store import Store
-from tests.cli.conftest import PvtServe
+from tests.cli.conftest import Done, PvtServe
 from tests.service.architecture.test_weights import in_lucid, in_timm
 from tests.service.checkpoints import checkpoint, official, path_of, pickled, transformers_state
 from tests.service.hub import Fault, Hub, serving_hub
@@ -116,7 +119,7 @@ def test_retries_are_told_on_standard_error(pvt_serve: PvtServe, hub: Hub) -> No
     assert done.lines == ["pvt_v2_b0.in1k@1: 14.7 MB from timm, SHA-256 as the hub gives it"]
 
 
-DIALECTS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
+DIALECTS: dict[Dialect, Callable[[], dict[str, torch.Tensor]]] = {
     "official": lambda: dict(official(3)),
     "timm": lambda: in_timm(dict(official(3))),
     "lucid": lambda: in_lucid(dict(official(3))),
@@ -127,7 +130,7 @@ DIALECTS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_import_reads_every_dialect_in_both_formats(
-    pvt_serve: PvtServe, store: Path, dialect: str, suffix: str
+    pvt_serve: PvtServe, store: Path, dialect: Dialect, suffix: str
 ) -> None:
     state = DIALECTS[dialect]()
     file = store.parent / f"best{suffix}"
@@ -159,8 +162,80 @@ def test_import_takes_geometry_labels_and_provenance(pvt_serve: PvtServe, store:
     card = stored.require_card()
     assert (stored.version, card.labels, card.licence, card.source) == ("7", ("cat", "dog", "bird"), "MIT", "our lab")
     assert card.preprocessing.model_dump() == {
-        "height": 32, "width": 64, "crop": 1.0, "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.25,) * 3,
+        "height": 32, "width": 64, "resize": "shorter_side_crop", "crop": 1.0, "rounding": "floor",
+        "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.25,) * 3,
     }  # fmt: skip
+
+
+def imported(pvt_serve: PvtServe, store: Path, file: Path, *options: str) -> tuple[Done, ModelCard]:
+    done = pvt_serve("import", file, "--variant", "b0", "--tag", "mine", "--size", "64", *options)
+    assert done.code == 0, done.err
+    return done, Store(store).find("pvt_v2_b0.mine").require_card()
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_import_takes_the_preprocessing_of_the_library_whose_names_the_file_has(
+    pvt_serve: PvtServe, store: Path, dialect: Dialect
+) -> None:
+    (file := store.parent / "best.pth").write_bytes(pickled({"state_dict": DIALECTS[dialect]()}))
+
+    done, card = imported(pvt_serve, store, file)
+
+    assert card.preprocessing == PRESETS[dialect].model_copy(update={"height": 64, "width": 64})
+    assert f"tensor names of {dialect}; images: {described(card.preprocessing)}" in done.err
+
+
+def test_import_reads_what_transformers_wrote_beside_the_weights(pvt_serve: PvtServe, store: Path) -> None:
+    said = {"size": {"height": 96, "width": 128}, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (store.parent / "preprocessor_config.json").write_text(json.dumps(said))
+    (file := store.parent / "model.safetensors").write_bytes(safetensors.torch.save(transformers_state(3)))
+
+    done = pvt_serve("import", file, "--variant", "b0", "--tag", "mine")
+
+    assert done.code == 0
+    pixels = Store(store).find("pvt_v2_b0.mine").require_card().preprocessing
+    assert (pixels.height, pixels.width, pixels.resize, pixels.interpolation) == (96, 128, "stretch", "bilinear")
+    assert (pixels.mean, pixels.std) == ((0.5,) * 3, (0.25,) * 3)
+
+
+def test_import_says_which_of_several_weights_it_takes(pvt_serve: PvtServe, store: Path) -> None:
+    plain, ema = dict(official(3)), {name: tensor / 2 for name, tensor in official(3).items()}
+    (file := store.parent / "best.pth").write_bytes(pickled({"state_dict": plain, "state_dict_ema": ema}))
+
+    for options, told, wanted in (
+        ([], "EMA weights ('state_dict_ema'), as timm evaluates; --weights plain takes the others", ema),
+        (["--weights", "plain"], "plain weights, as asked", plain),
+    ):
+        done, card = imported(pvt_serve, store, file, *options)
+        assert told in done.err
+        stored = Store(store).find("pvt_v2_b0.mine")
+        found = read_checkpoint(stored.folder / card.weights.file)
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_mean_and_std_of_0_to_255_are_converted_and_shown(pvt_serve: PvtServe, store: Path, mine: Path) -> None:
+    levels = ["--mean", "123.675", "116.28", "103.53", "--std", "58.395", "57.12", "57.375"]
+
+    done, card = imported(pvt_serve, store, mine, *levels)
+
+    assert card.preprocessing.mean == pytest.approx((0.485, 0.456, 0.406))
+    assert card.preprocessing.std == pytest.approx((0.229, 0.224, 0.225))
+    assert "mean 0.485 0.456 0.406, std 0.229 0.224 0.225" in done.err
+
+
+def test_a_head_of_one_logit_is_refused_and_what_is_advised_works(pvt_serve: PvtServe, store: Path) -> None:
+    state = dict(official(1))
+    (file := store.parent / "one.pth").write_bytes(pickled(state))
+    refused = pvt_serve("import", file, "--variant", "b0", "--tag", "mine", "--size", "32")
+
+    state["head.weight"] = torch.cat([torch.zeros_like(state["head.weight"]), state["head.weight"]])
+    state["head.bias"] = torch.cat([torch.zeros_like(state["head.bias"]), state["head.bias"]])
+    file.write_bytes(pickled(state))
+    _, card = imported(pvt_serve, store, file)
+
+    assert refused.code == 1
+    assert "the head has one logit, of which a softmax always makes 1.0; make it two" in refused.err
+    assert len(card.labels) == 2
 
 
 def test_importing_again_makes_the_next_version(pvt_serve: PvtServe, mine: Path, store: Path) -> None:
@@ -196,6 +271,12 @@ def test_labels_come_in_several_forms(pvt_serve: PvtServe, store: Path, mine: Pa
         (["--version", "0"], "version '0': it is a number from 1"),
         (["--size", "16"], "height: Input should be greater than or equal to 32"),
         (["--std", "0", "1", "1"], "Input should be greater than 0"),
+        (["--std", "nan", "1", "1"], "std nan 1 1: each must be a number"),
+        (["--mean", "123.675", "116.28", "103.53"], "give both in one scale"),
+        (["--size", "big"], "--size big: it must be a number of pixels"),
+        (["--crop", "0.9", "--resize", "stretch"], "there is no crop"),
+        (["--crop", "1.2"], "crop: Input should be less than or equal to 1"),
+        (["--weights", "ema"], "it holds no EMA weights"),
         (["--labels", "imagenet"], "1000 labels for 3 classes"),
         (["--labels", "nowhere.txt"], "labels 'nowhere.txt': No such file"),
     ],

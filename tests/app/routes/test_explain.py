@@ -18,7 +18,7 @@ def post(client: TestClient, *pictures: bytes, accept: str = "application/json",
 
 
 def test_the_mean_of_the_map_and_the_bias_are_the_logit_at_any_size(make_client: MakeClient, digits: Path) -> None:
-    client = make_client(backend="torch")
+    client = make_client(backend="torch", precision="float32")
     pictures = [(digits / f"{name}.png").read_bytes() for name in ("seven", "two")]
     for size, shape in (("64", (2, 2)), ("96", (3, 3)), ("64x128", (2, 4))):
         body = ExplainResponse.model_validate(post(client, *pictures, size=size).json())

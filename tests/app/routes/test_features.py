@@ -23,7 +23,12 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("store")
     add_model(root)
     settings = Settings(
-        model_store=root, default_model="pvt_v2_b0.tiny", backend="torch", max_input_side=96, max_maps_mb=2
+        model_store=root,
+        default_model="pvt_v2_b0.tiny",
+        backend="torch",
+        precision="float32",
+        max_input_side=96,
+        max_maps_mb=2,
     )
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
 

@@ -1,4 +1,8 @@
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -32,6 +36,77 @@ def test_a_broken_default_model_makes_it_unready_with_the_reason(make_client: Ma
 
     assert response.status_code == 503
     assert "card.json" in response.json()["reasons"][0]
+
+
+@pytest.fixture
+def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes a path one that this process may not read, for root too."""
+
+    def forbid(path: Path) -> None:
+        def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
+            def checked(target: Any = ".", *args: Any, **options: Any) -> Any:
+                if isinstance(target, str | Path) and Path(target).is_relative_to(path):
+                    inside = Path(target) != path or call.__name__ == "listdir"
+                    if inside:
+                        raise PermissionError(errno.EACCES, "Permission denied", str(target))
+                return call(target, *args, **options)
+
+            return checked
+
+        for name in ("stat", "lstat", "listdir", "access"):
+            monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+
+    return forbid
+
+
+def test_a_version_that_can_not_be_read_is_failed_and_nothing_else(
+    make_client: MakeClient, tmp_path: Path, forbid: Callable[[Path], None]
+) -> None:
+    add_model(tmp_path)
+    forbid(add_model(tmp_path, version="2"))
+    client = make_client(model_store=tmp_path, default_model="pvt_v2_b0.tiny")
+
+    health = [client.get(f"/health{path}").status_code for path in ("", "/live", "/ready")]
+    model = client.get("/models/pvt_v2_b0.tiny").json()
+
+    assert health == [200, 200, 200]
+    assert client.get("/models").status_code == 200
+    assert (model["version"], model["state"]) == ("1", "available")
+    assert [(each["version"], each["state"]) for each in model["versions"]] == [("2", "failed"), ("1", "available")]
+    assert "Permission denied" in model["versions"][0]["reason"]
+    assert client.post("/predict", files={"image": png()}).json()["version"] == "1"
+
+
+def test_a_store_that_can_not_be_read_is_unready_with_the_reason(
+    make_client: MakeClient, tmp_path: Path, forbid: Callable[[Path], None]
+) -> None:
+    add_model(tmp_path)
+    forbid(tmp_path)
+    client = make_client(model_store=tmp_path, default_model="pvt_v2_b0.tiny")
+
+    assert client.get("/health/live").status_code == 200
+    for path in ("/health", "/health/ready", "/models", "/models/pvt_v2_b0.tiny"):
+        assert client.get(path).status_code == 503
+    assert "Permission denied" in client.get("/health").json()["reasons"][0]
+
+
+def test_a_store_that_can_not_be_listed_still_serves_what_is_named(
+    make_client: MakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_model(tmp_path)
+    listed = os.listdir
+
+    def listdir(path: Any = ".") -> list[str]:
+        if Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    client = make_client(model_store=tmp_path, default_model="pvt_v2_b0.tiny")
+
+    assert client.get("/models").status_code == 503
+    assert client.get("/models/pvt_v2_b0.tiny").json()["state"] == "available"
+    assert client.get("/health/ready").status_code == 200
 
 
 def test_a_preload_that_fails_makes_it_unready(make_client: MakeClient) -> None:

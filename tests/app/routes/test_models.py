@@ -10,6 +10,7 @@ from service.architecture.variants import VARIANTS
 from service.backends.compiling import Function, Job
 from service.errors import DeviceFailed
 from tests.app.conftest import MakeClient, png
+from tests.service.execution.skewed import SkewedTorch, bfloat16_is_faster, rolled_in_bfloat16
 from tests.service.fake_device import FakeDevice
 from tests.service.stores import add_model
 
@@ -38,6 +39,48 @@ def test_a_loaded_model_tells_how_it_runs(client: TestClient) -> None:
     assert all(step["ms"] > 0 for step in model["batch_plan"])
     assert model["load_seconds"] > 0
     assert model["memory_bytes"] > 0
+    found = model["reference_check"]
+    assert found["images"] >= 1
+    assert found["cosine"] > 0.999
+    assert found["deviation"] < 0.03
+    assert (found["changed"], found["worst_swap"]) == (0, 0)
+
+
+def test_a_model_names_the_graphs_that_do_not_compute_in_its_precision(
+    make_client: MakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = SkewedTorch(lambda logits, _: logits)
+    monkeypatch.setattr("service.options.TorchBackend", lambda _: backend)
+    monkeypatch.setattr("service.execution.tuning.Tuning._probe", bfloat16_is_faster)
+    add_model(tmp_path)
+    client = make_client(
+        model_store=tmp_path, default_model="pvt_v2_b0.tiny", backend="torch", precision="auto", max_batch_size=1
+    )
+    assert client.post("/predict", files={"image": png()}).status_code == 200
+    before = client.get("/models/pvt_v2_b0.tiny").json()
+    backend.skew = rolled_in_bfloat16
+
+    answered = client.post("/predict?size=64", files={"image": png()})
+
+    after = client.get("/models/pvt_v2_b0.tiny").json()
+    assert answered.status_code == 200
+    assert (before["precision"], after["precision"]) == ("bfloat16", "bfloat16")
+    assert before["notes"] == []
+    assert after["notes"][0].startswith("64x64: the graph for batches of 1 computes in float32, not bfloat16: logits ")
+
+
+def test_a_batch_size_that_computes_in_another_precision_says_so(
+    make_client: MakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_model(tmp_path)
+    client = make_client(
+        model_store=tmp_path, default_model="pvt_v2_b0.tiny", backend="torch", precision="bfloat16", max_batch_size=1
+    )
+    client.post("/predict", files={"image": png()})
+
+    assert "precision" not in client.get("/models/pvt_v2_b0.tiny").json()["batch_plan"][0]
+    monkeypatch.setattr("service.execution.executable.Executable.precisions", {1: "float32"})
+    assert client.get("/models/pvt_v2_b0.tiny").json()["batch_plan"][0]["precision"] == "float32"
 
 
 def test_on_a_gpu_a_model_tells_where_it_runs_and_whether_it_still_gets_faster(

@@ -24,7 +24,7 @@ AT_ONCE = 8
 @pytest.fixture(scope="module")
 def server() -> Iterator[triton.InferenceServerClient]:
     with (
-        serving(timeout_ms="120000", backend="torch") as process,
+        serving(timeout_ms="120000", backend="torch", precision="float32") as process,
         # A connection for each request that waits: an answer keeps its own until it is read, which may be in any order.
         triton.InferenceServerClient(process.url.removeprefix("http://"), concurrency=AT_ONCE) as client,
     ):

@@ -1,5 +1,6 @@
 """Pulling: from a server like the hub into a store, and what may go wrong on the way."""
 
+import json
 import os
 import resource
 import signal
@@ -20,9 +21,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from service.acquisition.catalogue import DEFAULT_SOURCE, SIDE, Published, RemoteFile, SourceName
+from service.acquisition.catalogue import DEFAULT_SOURCE, LIBRARIES, SIDE, Published, RemoteFile, SourceName
 from service.acquisition.download import Patience
 from service.acquisition.labels import imagenet_labels
+from service.acquisition.preprocessing import PRESETS
 from service.acquisition.publishing import PULL_FOLDER
 from service.acquisition.pulling import Pulled, PullOptions, pull
 from service.acquisition.removal import removable, remove
@@ -107,11 +109,43 @@ def test_each_source_becomes_the_same_kind_of_model(hub: Hub, store: Path, sourc
     assert card.accuracy.top1 == 0.705
     assert card.origin
     assert card.origin.url == hub.url + path_of(source)
+    preset = PRESETS[LIBRARIES[source]]
+    assert card.preprocessing == preset.model_copy(update={"height": 32, "width": 32})
     assert card.origin.digest_from == {"official": "nobody", "lucid": "publisher"}.get(source, "hub")
     wanted = remap_keys(transformers_state() if source == "opengvlab" else official())
     found = read_checkpoint(stored.folder / card.weights.file, sha256=card.weights.sha256)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert unharmed(store)
+
+
+PREPROCESSOR = "/OpenGVLab/pvt_v2_b0/resolve/main/preprocessor_config.json"
+
+
+def test_what_a_repository_of_transformers_says_of_images_is_in_the_card(hub: Hub, store: Path) -> None:
+    said = {"size": {"height": 64, "width": 96}, "resample": 2, "image_processor_type": "PvtImageProcessor"}
+    hub.put(path_of("opengvlab"), checkpoint("opengvlab"))
+    hub.put(PREPROCESSOR, json.dumps(said).encode())
+
+    pixels = fetched(hub, store, "opengvlab").stored.require_card().preprocessing
+
+    assert (pixels.height, pixels.width, pixels.resize, pixels.interpolation) == (64, 96, "stretch", "bilinear")
+    assert unharmed(store)
+    assert {path.name for path in (store / ".pull").iterdir()} == {"pvt_v2_b0.in1k.lock"}
+
+
+def test_a_repository_that_says_what_no_card_can_is_refused_and_its_weights_are_kept(hub: Hub, store: Path) -> None:
+    hub.put(path_of("opengvlab"), checkpoint("opengvlab"))
+    hub.put(PREPROCESSOR, b'{"resample": 0}')
+
+    with pytest.raises(PullFailed, match=r"preprocessor_config\.json: resample: Input should be 2 or 3; try another"):
+        fetched(hub, store, "opengvlab")
+    requests = len(hub.requests)
+    hub.put(PREPROCESSOR, b"{}")
+    stored = fetched(hub, store, "opengvlab").stored
+
+    assert stored.require_card().preprocessing == PRESETS["transformers"]
+    assert len(hub.requests) == requests + 1  # the weights are here already
     assert unharmed(store)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,7 +16,7 @@ from transformers import PvtV2Backbone, PvtV2Config, PvtV2ForImageClassification
 
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.variants import VARIANTS
-from service.architecture.weights import digest, load_into, load_weights, read_checkpoint, remap_keys
+from service.architecture.weights import digest, load_into, load_weights, open_checkpoint, read_checkpoint, remap_keys
 from service.errors import (
     WeightsCorrupt,
     WeightsDigestMismatch,
@@ -307,3 +308,101 @@ def test_half_of_a_split_pair_is_unexpected() -> None:
 def test_every_error_about_a_file_is_one_of_weights() -> None:
     for error in (WeightsCorrupt, WeightsDigestMismatch, WeightsMismatch, WeightsNotFinite, WeightsUnsafe):
         assert issubclass(error, WeightsInvalid)
+
+
+def written(path: Path, content: object) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def named(value: float) -> dict[str, Tensor]:
+    return {"head.weight": torch.full((2, 3), value), "head.bias": torch.full((2,), value)}
+
+
+PLAIN, EMA = named(1.0), named(2.0)
+AVERAGED_MODEL = {"n_averaged": torch.tensor(7), **{f"module.{name}": tensor for name, tensor in EMA.items()}}
+BOTH: dict[str, dict[str, object]] = {
+    "timm": {"state_dict": PLAIN, "state_dict_ema": EMA, "epoch": 3},
+    "the authors' main.py": {"model": PLAIN, "model_ema": EMA, "optimizer": {"state": {}}},
+    "short": {"model": PLAIN, "ema": EMA},
+    "nested": {"model": PLAIN, "ema": {"decay": 0.999, "module": EMA}},
+    "shadow": {"state_dict": PLAIN, "ema": {"shadow": EMA, "num_updates": 3}},
+    "within": {"model": {"state_dict": PLAIN, "state_dict_ema": EMA}},
+    "torch": {"state_dict": PLAIN, "swa_model": AVERAGED_MODEL},
+    "mmengine": {"state_dict": PLAIN, "ema_state_dict": EMA},
+    "by decay": {"state_dict": PLAIN, "EMA-0.9999": EMA},
+}
+
+
+@pytest.mark.parametrize("layout", BOTH)
+def test_ema_weights_are_taken_unless_the_plain_ones_are_asked_for(tmp_path: Path, layout: str) -> None:
+    path = written(tmp_path / "both.pth", BOTH[layout])
+
+    found = open_checkpoint(path)
+
+    assert (found.weights, found.dialect) == ("ema", "official")
+    assert found.note.startswith("EMA weights (")
+    assert "--weights plain" in found.note
+    assert_same(found.state, EMA)
+    assert_same(open_checkpoint(path, weights="ema").state, EMA)
+    plain = open_checkpoint(path, weights="plain")
+    assert_same(plain.state, PLAIN)
+    assert "left aside" in plain.note
+
+
+@pytest.mark.parametrize(
+    "content",
+    [PLAIN, {"model": PLAIN}, {"state_dict": PLAIN, "state_dict_ema": None}, {"model": PLAIN, "model_ema": {}},
+     {"model": PLAIN, "ema_decay": 0.99, "avg_metrics": {"top1": 0.8}}],
+)  # fmt: skip
+def test_plain_weights_alone_are_taken_without_a_word(tmp_path: Path, content: object) -> None:
+    path = written(tmp_path / "plain.pth", content)
+
+    found = open_checkpoint(path)
+
+    assert (found.weights, found.note) == ("plain", "")
+    assert_same(found.state, PLAIN)
+    with pytest.raises(WeightsMismatch, match="no EMA weights"):
+        open_checkpoint(path, weights="ema")
+
+
+def test_ema_weights_alone_are_taken_and_plain_ones_are_not_made_up(tmp_path: Path) -> None:
+    path = written(tmp_path / "ema.pth", {"state_dict_ema": EMA, "epoch": 3})
+
+    assert_same(open_checkpoint(path).state, EMA)
+    assert "plain" not in open_checkpoint(path).note
+    with pytest.raises(WeightsMismatch, match="only EMA weights"):
+        open_checkpoint(path, weights="plain")
+
+
+@pytest.mark.parametrize(
+    ("averages", "told"),
+    [
+        ({"ema_0.99": EMA, "ema_0.9999": EMA}, "several EMA weights .'ema_0.99', 'ema_0.9999'."),
+        ({"ema": {"shadow_params": [*EMA.values()], "decay": 0.9}}, "a list without names"),
+    ],
+)
+def test_ema_weights_that_are_not_clear_are_refused_and_plain_ones_can_be_had(
+    tmp_path: Path, averages: dict[str, object], told: str
+) -> None:
+    path = written(tmp_path / "unclear.pth", {"model": PLAIN, **averages})
+
+    with pytest.raises(WeightsMismatch, match=told):
+        open_checkpoint(path)
+    assert_same(open_checkpoint(path, weights="plain").state, PLAIN)
+
+
+def test_timm_loads_the_same_of_what_it_writes(tmp_path: Path) -> None:
+    path = written(tmp_path / "timm.pth", BOTH["timm"])
+
+    assert_same(open_checkpoint(path).state, timm.models.load_state_dict(str(path), use_ema=True))
+    assert_same(open_checkpoint(path, weights="plain").state, timm.models.load_state_dict(str(path), use_ema=False))
+
+
+@pytest.mark.parametrize("name", ["model", "ema"])
+def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path, name: str) -> None:
+    content: dict[str, object] = {"model": {}}
+    content[name] = {"model": content, "module": content}
+
+    with pytest.raises(WeightsCorrupt):
+        open_checkpoint(written(tmp_path / "loop.pth", content))

@@ -13,6 +13,7 @@ from service.backends.base import Backend, Layout, Precision
 from service.backends.openvino import OpenVinoBackend
 from service.backends.served import Served
 from service.backends.torch import TorchBackend
+from service.execution.reference import Reference
 from service.store.cards import ModelCard, read_card
 from tests.conftest import ROOT
 from training.digits import render, split
@@ -65,7 +66,11 @@ def test_a_backend_answers_as_the_plain_module_does(
     pictures: NDArray[np.uint8],
     truth: tuple[NDArray[np.float32], NDArray[np.float32]],
 ) -> None:
-    graph = backend.program(served, 64, 64).graph(8, Layout(2, 1), precision)
+    try:
+        graph = backend.program(served, 64, 64).graph(8, Layout(2, 1), precision)
+    except RuntimeError as error:  # kept from its instructions by ONEDNN_MAX_CPU_ISA, OpenVINO can't compile for it
+        assert (backend.name, precision) == ("openvino", "bfloat16")
+        pytest.skip(str(error))
     # torch emulates bfloat16 where the processor has none, at 50 ms a picture: not all of them then.
     count = 80 if (backend.name, graph.precision) == ("torch", "bfloat16") else len(pictures)
 
@@ -77,7 +82,9 @@ def test_a_backend_answers_as_the_plain_module_does(
         assert given.dtype == np.float32
         assert np.abs(given - expected).max() <= TOLERANCE[graph.precision] * np.abs(expected).max()
     logits = np.concatenate([batch[0] for batch in batches])
-    np.testing.assert_array_equal(logits.argmax(axis=1), truth[0][:count].argmax(axis=1))
+    deviation = Reference(pictures[:count], truth[0][:count]).deviation(logits)
+    assert deviation.objection(graph.precision) is None
+    assert deviation.changed <= (0 if graph.precision == "float32" else 1)  # a near tie, in emulated bfloat16
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

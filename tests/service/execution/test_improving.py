@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from threading import Event
 
@@ -35,15 +35,20 @@ class FakeGraph:
 
 @dataclass
 class FakeProgram:
-    """Eager batches take `eager` seconds, compiled ones `compiled`; all by `slower`, since others are at work."""
+    """Eager batches take `eager` seconds, compiled ones `compiled`, times `float32_takes` in float32.
+
+    All are `slower`, since others are at work.
+    """
 
     eager: Callable[[int], float]
     compiled: Callable[[int], float]
     slower: float = 1.0
+    float32_takes: float = 1.5
     fits: int = 1024
     uncompilable: frozenset[int] = frozenset()
     now: float = 0.0
     made: list[tuple[str, int]] = field(default_factory=list)
+    precisions: list[Precision] = field(default_factory=list)
 
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
         assert (layout, precision) == (LAYOUT, "bfloat16")
@@ -51,31 +56,39 @@ class FakeProgram:
         return FakeGraph(self, size, self.eager(size))
 
     def prepare(self, size: int, layout: Layout, precision: Precision, stopped: Event) -> None:
-        assert (layout, precision) == (LAYOUT, "bfloat16")
+        assert layout == LAYOUT
+        self.precisions.append(precision)
         if size in self.uncompilable:
             raise RuntimeError("no C compiler")
         assert not stopped.is_set()
         self.made.append(("prepared", size))
 
     def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
-        assert (layout, precision) == (LAYOUT, "bfloat16")
+        assert (layout, precision) == (LAYOUT, self.precisions[-1])
         assert self.made[-1] == ("prepared", size)
         if size > self.fits:
             raise OutOfMemory(f"{size} does not fit")
         self.made.append(("compiled", size))
-        return FakeGraph(self, size, self.compiled(size))
+        seconds = self.compiled(size) * (self.float32_takes if precision == "float32" else 1)
+        return FakeGraph(self, size, seconds, precision)
 
 
 def improve(
-    program: FakeProgram, plan: BatchPlan, monkeypatch: pytest.MonkeyPatch, *, most: int = 8, bad: int = 0
+    program: FakeProgram,
+    plan: BatchPlan,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    most: int = 8,
+    bad: Collection[tuple[int, Precision]] = (),
+    forced: bool = False,
 ) -> tuple[list[Better], list[str]]:
     monkeypatch.setattr("service.execution.plan.perf_counter", lambda: program.now)
 
-    def check(_: Graph, size: int) -> None:
-        if size == bad:
+    def check(graph: Graph, size: int) -> None:
+        if (size, graph.precision) in bad:
             raise GoldenMismatch("off by 0.5")
 
-    improving = Improving(program, LAYOUT, "bfloat16", (32, 32), check, plan, most)
+    improving = Improving(program, LAYOUT, "bfloat16", (32, 32), check, plan, most, forced)
     better = []
     while improving.size:
         improving.prepare()
@@ -140,13 +153,42 @@ def test_what_else_runs_meanwhile_does_not_make_a_graph_slow(monkeypatch: pytest
     assert sizes(better) == {1: 0.5, 2: 0.6, 4: 0.8}
 
 
-def test_a_graph_with_other_answers_ends_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_with_other_answers_is_made_in_float32_and_the_next_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = FakeProgram(eager, {1: 0.5, 2: 0.6, 4: 0.8, 8: 1.6}.__getitem__)
+
+    better, notes = improve(program, PLAN, monkeypatch, bad={(2, "bfloat16")})
+
+    assert sizes(better) == {1: 0.5, 2: 0.9, 4: 0.8}
+    assert [each.graph.precision for each in better] == ["bfloat16", "float32", "bfloat16"]
+    assert notes == ["batches of 2 are compiled in float32, bfloat16 is not used: off by 0.5"]
+
+
+def test_the_graph_that_answers_stays_where_float32_is_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = FakeProgram(eager, lambda size: 0.5 * size, float32_takes=3.0)
+
+    better, _ = improve(program, PLAN, monkeypatch, bad={(1, "bfloat16")}, most=2)
+
+    assert sizes(better) == {2: 1.0}
+
+
+def test_a_larger_batch_may_join_in_float32_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = FakeProgram(eager, {1: 0.5, 2: 0.6, 4: 0.7, 8: 4.0}.__getitem__)
+
+    better, _ = improve(program, PLAN, monkeypatch, bad={(4, "bfloat16")})
+
+    assert sizes(better) == {1: 0.5, 2: 0.6, 4: 1.05}
+
+
+@pytest.mark.parametrize(("bad", "forced"), [([(2, "bfloat16"), (2, "float32")], False), ([(2, "bfloat16")], True)])
+def test_other_answers_in_float32_or_where_the_precision_was_forced_end_it_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, bad: list[tuple[int, Precision]], *, forced: bool
+) -> None:
     program = FakeProgram(eager, lambda size: 0.5 * size)
 
-    better, notes = improve(program, PLAN, monkeypatch, bad=2)
+    better, notes = improve(program, PLAN, monkeypatch, bad=bad, forced=forced)
 
     assert sizes(better) == {1: 0.5}
-    assert notes == ["batches of 2 and more are not compiled: GoldenMismatch: off by 0.5"]
+    assert notes[-1] == "batches of 2 and more are not compiled: GoldenMismatch: off by 0.5"
 
 
 def test_too_little_memory_for_a_larger_batch_ends_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,15 @@ def test_a_folder_that_can_not_be_written_is_told_of_and_no_error(tmp_path: Path
 def test_the_machine_is_named_by_processor_features_and_code() -> None:
     assert set(machine()) == {"cpu", "code"}
     assert all(machine().values())
+
+
+def test_instruction_sets_that_are_not_to_be_used_make_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    for isa in ("AVX2", "AVX512_CORE"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+        machine.cache_clear()
+        found.add(machine()["cpu"])
+    monkeypatch.undo()
+    machine.cache_clear()
+
+    assert len({*found, machine()["cpu"]}) == 3 - (os.environ.get("ONEDNN_MAX_CPU_ISA") in {"AVX2", "AVX512_CORE"})

@@ -1,4 +1,5 @@
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,15 @@ import torch
 
 from service.backends.served import build, plain_logits
 from service.errors import ReferenceInvalid
-from service.execution.reference import Reference, packed, reference_of, synthetic_images
+from service.execution.reference import (
+    MIN_COSINE,
+    TOLERANCE,
+    Reference,
+    packed,
+    reference_of,
+    synthetic_images,
+    worst,
+)
 from service.store.cards import ModelCard, ReferenceFile, read_card
 from tests.conftest import ROOT
 from tests.service.stores import add_model
@@ -95,3 +104,81 @@ def test_the_embedded_models_reference_is_what_plain_float32_gives() -> None:
     assert sorted(read.logits.argmax(axis=1)) == list(range(10))
     torch.set_num_threads(1)
     np.testing.assert_allclose(plain_logits(build(card, DIGITS), read.images), read.logits, atol=1e-3)
+
+
+def of(*logits: Sequence[float]) -> Reference:
+    return Reference(np.zeros((len(logits), 2, 2, 3), np.uint8), np.array(logits, np.float32))
+
+
+def test_an_image_whose_logits_are_near_zero_is_measured_with_the_spread_of_all() -> None:
+    wanted = of([4, 0, -4], [3, 0, -3], [0.01, 0, -0.01])
+    given = wanted.logits + np.array([[0.0], [0.0], [1.0]], np.float32) * np.array([[0.02, -0.02, 0.02]], np.float32)
+
+    deviation = wanted.deviation(given)
+
+    assert deviation.image == 2
+    assert deviation.share == pytest.approx(0.02 / ((8 + 6 + 0.02) / 3))
+    assert deviation.objection("bfloat16") is None  # though the third image's own cosine is 0.41
+
+
+def test_a_deviation_that_the_cosine_of_many_classes_hides_is_refused() -> None:
+    random = np.random.default_rng(0)
+    wanted = of(*random.standard_normal((4, 1000)).tolist())
+    given = wanted.logits.copy()
+    given[1, 500] += 1.02 * TOLERANCE * wanted.spread
+
+    deviation = wanted.deviation(given)
+
+    assert deviation.cosine > MIN_COSINE
+    assert "of their spread, 0.03 is allowed" in (deviation.objection("bfloat16") or "")
+
+
+def test_small_deviations_of_all_of_many_classes_are_refused_by_the_cosine() -> None:
+    random = np.random.default_rng(0)
+    wanted = of(*random.standard_normal((4, 1000)).tolist())
+    signs = random.choice([-1.0, 1.0], (4, 1000)).astype(np.float32)
+    given = wanted.logits + np.float32(0.9 * TOLERANCE * wanted.spread) * signs
+
+    deviation = wanted.deviation(given)
+
+    assert deviation.share < TOLERANCE
+    assert deviation.cosine < MIN_COSINE
+    assert deviation.objection("bfloat16")
+
+
+@pytest.mark.parametrize(("distance", "allowed"), [(0.95, True), (1.05, False)])
+def test_classes_may_change_places_up_to_the_tolerance_between_them(distance: float, allowed: bool) -> None:
+    apart = 10 * TOLERANCE * distance
+    wanted = of([10, 10 - apart, 0], [0, 5, 10])
+    given = wanted.logits.copy()
+    given[0, :2] = 10 - apart / 2, 10 - apart / 2 + 0.01
+
+    deviation = wanted.deviation(given)
+
+    assert (deviation.changed, deviation.images) == (1, 2)
+    assert deviation.swap == pytest.approx(TOLERANCE * distance, rel=1e-4)
+    assert deviation.share < TOLERANCE
+    assert (deviation.objection("bfloat16") is None) == allowed
+    assert f"{deviation.swap:.2g} of the spread apart" in str(deviation)
+
+
+def test_one_class_is_measured_across_images() -> None:
+    wanted = of([5], [-5])
+
+    assert wanted.deviation(np.array([[5.1], [-5.1]], np.float32)).objection("bfloat16") is None
+    assert wanted.deviation(np.array([[5.5], [-5.0]], np.float32)).objection("bfloat16")
+    assert of([5]).deviation(np.array([[5.01]], np.float32)).objection("bfloat16") is None
+    assert of([5]).deviation(np.array([[6.0]], np.float32)).objection("bfloat16")
+
+
+def test_the_worst_of_several_has_each_ones_worst() -> None:
+    wanted = of([10, 9.9, 0], [0, 5, 10])
+    far, swapped = wanted.logits.copy(), wanted.logits.copy()
+    far[1, 0] = 0.2
+    swapped[0, :2] = 9.9, 9.95
+
+    found = worst([wanted.deviation(far), wanted.deviation(swapped)])
+
+    assert found.largest == pytest.approx(0.2)
+    assert found.changed == 1
+    assert found.swap == pytest.approx(0.01, rel=1e-3)

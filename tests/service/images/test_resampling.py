@@ -11,9 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from service.images import resampling
-from service.images.decoding import Geometry, crop_box
+from service.images.geometry import Box, Geometry, crop_box
 from service.images.resampling import VECTORISED, resample
-from service.images.visible import Box
 
 PHOTO = Image.fromarray(load_sample_images().images[0])
 needs_avx2 = pytest.mark.skipif(not VECTORISED, reason="torch's kernel needs AVX2")

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from service.engine import Engine
-from service.errors import GoldenMismatch
+from service.errors import ReferenceInvalid
 from service.execution.reference import Reference, packed, synthetic_images
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
@@ -31,10 +31,10 @@ async def test_a_newest_version_that_fails_its_golden_outputs_is_passed_over_and
 
     async with Engine(options, EngineMetrics(CollectorRegistry())) as engine:
         answered = await engine.predict([png()])
-        with pytest.raises(GoldenMismatch):
+        with pytest.raises(ReferenceInvalid):
             await engine.predict([png()], model=f"{TINY}@2")
         status = await engine.models.one(TINY)
 
     assert (answered.model, answered.version) == (TINY, "1")
     assert [(each.stored.version, each.status.state) for each in status.versions] == [("2", "failed"), ("1", "ready")]
-    assert isinstance(status.versions[0].status.failure, GoldenMismatch)
+    assert isinstance(status.versions[0].status.failure, ReferenceInvalid)

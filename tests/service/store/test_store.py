@@ -99,7 +99,6 @@ def test_other_folders_and_files_are_no_models(store: Store) -> None:
     [
         ({"id": "pvt_v2_b0.other"}, "the card is for 'pvt_v2_b0.other' and lies in the folder of 'pvt_v2_b0.tiny'"),
         ({"variant": "pvt_v2_b1"}, "named <variant>.<tag> with the card's variant 'pvt_v2_b1'"),
-        ({"colour": "red"}, "colour: Extra inputs are not permitted"),
         ({"labels": []}, "labels: Tuple should have at least 1 item"),
         ({"parameters": -1}, "parameters: Input should be greater than 0"),
         ({"preprocessing": {"height": 16, "width": 32}}, "preprocessing.height: Input should be greater than or equal"),

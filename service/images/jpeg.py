@@ -1,0 +1,165 @@
+"""JPEGs, decoded only when all their pixels are there.
+
+libjpeg fills what is missing with grey and only warns, and Pillow drops its warnings. simplejpeg, the same library,
+reports them. A file without an end marker is whole if nothing else is missing, so every file gets one.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from service.errors import InvalidImage
+from service.images.limits import BoundedReader
+
+_END = b"\xff\xd9"
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # within a scan FF 00 is data, and FF D0 to FF D7 restart it
+_MOST_SEGMENTS = 20_000
+_BARE = {0x01, 0xD8, *range(0xD0, 0xD8)}  # markers without a segment
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE, _ARITHMETIC = {0xC2, 0xCA}, range(0xC9, 0xD0)
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+# What libjpeg says; its other warnings are about bytes that no pixel needs, or about the header.
+_MISSING = ("premature end", "Premature end")
+_DAMAGED = ("bad Huffman code", "instead of RST")
+_SMALL_PIXELS = 2**21  # up to here the resampling wants three bytes per pixel, above it would be a copy too many
+# Read in place of an end marker: libjpeg looks 8 bytes ahead, and of these 17 bits make no more than one value.
+_LOOKED_AT = b"\xff\x00" * 8
+_COLOURS = {"L": "GRAY", "CMYK": "CMYK"}
+
+
+class _Scan(NamedTuple):
+    """Which components it holds, which of their 64 coefficients, and down to which bit."""
+
+    components: bytes
+    first: int
+    last: int
+    bit: int
+
+
+class _Pixels(Image.Image):
+    """An RGB image that is an array, and Pillow's own, a copy with four bytes a pixel, only when Pillow works on it."""
+
+    def __init__(self, pixels: NDArray[np.uint8]) -> None:
+        super().__init__()
+        self._mode, self._size, self._pixels = "RGB", (pixels.shape[1], pixels.shape[0]), pixels
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return self._pixels.__array_interface__
+
+    def load(self) -> Any:  # noqa: ANN401  Pillow's, whose name is private
+        """As Pillow's files do: called before anything that needs Pillow's pixels."""
+        if self._im is None:
+            self.im = Image.fromarray(self._pixels).im
+        return super().load()
+
+
+def ended(raw: bytes) -> bytes:
+    """The file with an end marker, which changes nothing where there is one."""
+    return raw if raw.endswith(_END) else raw + _END
+
+
+def check_complete(raw: bytes) -> None:
+    """Refuses a JPEG of which whole scans are missing, or of which it can't be known.
+
+    Raises:
+        InvalidImage: a component has no scan, or of a progressive one not all coefficients came to their last bit; or
+            it is coded arithmetically, where the data that is missing can not be told from zeros.
+    """
+    frame, components, scans = 0, b"", []
+    for marker, body, _ in _segments(raw):
+        if marker in _FRAMES and not frame:
+            frame, components = marker, body[6 : 6 + 3 * body[5] : 3]
+            if frame in _ARITHMETIC:
+                raise InvalidImage("not a supported image (JPEG with arithmetic coding); save it with Huffman coding")
+        elif marker == _START_OF_SCAN and body:
+            ids, (first, last, bits) = body[1 : 1 + 2 * body[0] : 2], body[1 + 2 * body[0] :][:3]
+            scans.append(_Scan(ids, first, last, bits & 15) if frame in _PROGRESSIVE else _Scan(ids, 0, 63, 0))
+            if frame not in _PROGRESSIVE and set(ids) == set(components):
+                return
+    missing = {(component, k) for component in components for k in range(64)}
+    for scan in scans:
+        if scan.bit == 0:
+            missing -= {(component, k) for component in scan.components for k in range(scan.first, scan.last + 1)}
+    if missing:
+        raise InvalidImage("truncated JPEG: its last scans are missing")
+
+
+def load_jpeg(image: Image.Image, raw: bytes, reduction: int) -> Image.Image:
+    """The pixels of an open JPEG, in the size that `image` has been set to: 1/`reduction` of the file's.
+
+    Returns an image of mode L, CMYK, RGB or, where it is large, RGBX.
+
+    Raises:
+        OSError: some of its data is missing or damaged.
+    """
+    large = image.width * image.height > _SMALL_PIXELS
+    colours = _COLOURS.get(image.mode, "RGBX" if large else "RGB")
+    size = {"min_height": image.height, "min_width": image.width, "min_factor": reduction} if reduction > 1 else {}
+    try:
+        if simplejpeg.decode_jpeg_header(raw, **size)[:2] != (image.height, image.width):
+            return _load_tolerantly(image, raw)  # before memory is taken for another size than was checked
+        pixels = simplejpeg.decode_jpeg(raw, colours, **size)
+    except ValueError as error:
+        _refuse(error)
+        return _load_tolerantly(image, raw)
+    if colours == "RGB":
+        return _Pixels(pixels)
+    if colours == "CMYK":  # stored inverted, as Adobe does
+        pixels ^= 255
+    mode = colours if colours != "GRAY" else "L"
+    return Image.frombuffer(mode, image.size, pixels, "raw", mode, 0, 1)  # without a copy
+
+
+def check_pixels(raw: bytes, most: int) -> None:
+    """Refuses a JPEG inside another file that lacks pixels, or has more than `most`."""
+    with suppress(ValueError):  # what simplejpeg can't read is for others to judge
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(raw)
+        if height * width > most:
+            raise InvalidImage("corrupt JPEG: it is larger than its place in the file that it is in")
+        try:
+            simplejpeg.decode_jpeg(raw, "CMYK" if colours in {"CMYK", "YCCK"} else "RGB", min_factor=8)
+        except ValueError as error:
+            _refuse(error)
+
+
+def _refuse(error: ValueError) -> None:
+    """Raises OSError, as Pillow would, if libjpeg's warning means that pixels are not there."""
+    told = str(error).removeprefix("Corrupt JPEG data: ")
+    if any(said in told for said in _MISSING):
+        raise OSError(f"image file is truncated ({told})") from error
+    if any(said in told for said in _DAMAGED):
+        raise OSError(told) from error
+
+
+def _load_tolerantly(image: Image.Image, raw: bytes) -> Image.Image:
+    """By Pillow, where libjpeg has other warnings or simplejpeg can't read how colours are subsampled.
+
+    Without its end marker libjpeg waits for more, and Pillow refuses it, when it has read all of a scan and misses
+    pixels; when it misses none it is content. Of several scans it needs the marker.
+    """
+    starts = [end for marker, _, end in _segments(raw) if marker == _START_OF_SCAN]
+    if len(starts) == 1 and (end := _MARKER.search(raw, starts[0])):
+        raw = raw[: end.start()] + _LOOKED_AT
+    vars(image)["fp"] = BoundedReader(raw)
+    image.load()
+    return image
+
+
+def _segments(raw: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """Marker, body (its length is left out) and end of each segment up to the end of the image."""
+    position = 2
+    for _ in range(_MOST_SEGMENTS):
+        if not (found := _MARKER.search(raw, position)) or (marker := raw[found.end() - 1]) == _END_OF_IMAGE:
+            return
+        start = position = found.end()
+        if marker not in _BARE:
+            position += int.from_bytes(raw[start : start + 2])
+            yield marker, raw[start + 2 : position], position
+    raise InvalidImage("corrupt JPEG: too many segments")

@@ -1,0 +1,95 @@
+"""BMPs look as Windows shows them, whatever header, palette or alpha they have."""
+
+import struct
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from service.images.decoding import Geometry, decode
+from tests.service.images.second_decoder import magick
+
+WIDTH, HEIGHT = 37, 21
+RANDOM = np.random.default_rng(0)
+COLOURS = RANDOM.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+MASKS = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+PALETTES = {
+    "all greys": [(level,) * 3 for level in range(256)],
+    "black and white": [(0, 0, 0), (255, 255, 255)],
+    "white and black": [(255, 255, 255), (0, 0, 0)],
+    "three colours": [(200, 30, 40), (1, 2, 3), (90, 180, 20)],
+}
+
+
+def bmp(bits: int, data: bytes, *, palette: bytes = b"", colours: int = 0, size: int = 40, masks: bytes = b"") -> bytes:
+    """`size` is the header's; `masks` say where the colours lie."""
+    if size == 12:
+        header = struct.pack("<IHHHH", 12, WIDTH, HEIGHT, 1, bits)
+    else:
+        method = 3 if masks else 0
+        header = struct.pack("<IiiHHIIiiII", size, WIDTH, HEIGHT, 1, bits, method, len(data), 2835, 2835, colours, 0)
+        header += masks.ljust(size - 40, b"\0") if size > 40 else masks[:12]
+    start = 14 + len(header) + len(palette)
+    return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + header + palette + data
+
+
+def rows(pixels: NDArray[np.uint8]) -> bytes:
+    """From the bottom up, each filled to four bytes."""
+    return b"".join(row.tobytes() + bytes(-len(row.tobytes()) % 4) for row in pixels[::-1])
+
+
+def packed(indices: NDArray[np.int64], bits: int) -> bytes:
+    binary = (indices[..., np.newaxis] >> np.arange(bits)[::-1] & 1).reshape(HEIGHT, -1)
+    return rows(np.packbits(binary.astype(np.uint8), axis=1))
+
+
+def ours(data: bytes) -> NDArray[np.uint8]:
+    return decode(data, Geometry(HEIGHT, WIDTH, 1.0, "bilinear"), max_pixels=10**4).pixels
+
+
+@pytest.mark.parametrize("size", [12, 40, 124])
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("name", PALETTES)
+def test_indices_are_looked_up_in_the_palette_whatever_its_colours(name: str, bits: int, size: int) -> None:
+    palette = PALETTES[name][: 2**bits]
+    if size == 12:  # a header that can't say how many there are
+        palette += [(0, 0, 0)] * (2**bits - len(palette))
+    indices = RANDOM.integers(0, len(palette), (HEIGHT, WIDTH))
+    entries = b"".join(bytes(colour[::-1]) + b"\0" * (size != 12) for colour in palette)
+    data = bmp(bits, packed(indices, bits), palette=entries, colours=len(palette), size=size)
+
+    seen = ours(data)
+
+    assert np.array_equal(seen, np.array(palette)[indices])
+    assert np.array_equal(seen, magick(data, "bmp"))
+
+
+@pytest.mark.parametrize("size", [56, 108, 124])
+def test_an_alpha_that_is_zero_everywhere_is_none(size: int) -> None:
+    data = bmp(32, rows(np.dstack([COLOURS[..., ::-1], np.zeros((HEIGHT, WIDTH), np.uint8)])), size=size, masks=MASKS)
+
+    seen = ours(data)
+
+    assert np.array_equal(seen, COLOURS)
+    assert np.array_equal(seen, magick(data, "bmp", "-alpha", "off"))
+
+
+@pytest.mark.parametrize("lowest", [0, 1])
+def test_any_other_alpha_lies_on_white(lowest: int) -> None:
+    """One pixel that can be seen, however little, makes it an alpha."""
+    alpha = np.full((HEIGHT, WIDTH), lowest, np.uint8)
+    alpha[0, 0], alpha[:, 9:] = 1, 200
+    data = bmp(32, rows(np.dstack([COLOURS[..., ::-1], alpha])), size=124, masks=MASKS)
+
+    seen = ours(data).astype(int)
+
+    assert np.abs(seen - magick(data, "bmp")).max() <= 1
+    assert (seen[:, :9] >= 254).all()
+
+
+@pytest.mark.parametrize(("size", "masks"), [(40, b""), (124, b""), (40, MASKS)])
+def test_the_fourth_byte_is_no_alpha_where_the_header_does_not_say_so(size: int, masks: bytes) -> None:
+    fourth = np.full((HEIGHT, WIDTH), 7, np.uint8)
+    data = bmp(32, rows(np.dstack([COLOURS[..., ::-1], fourth])), size=size, masks=masks)
+
+    assert np.array_equal(ours(data), COLOURS)
