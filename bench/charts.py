@@ -1,4 +1,4 @@
-"""The report's pictures, as SVG."""
+"""The report's images, as SVG."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ _TITLES = {contender.name: contender.title for contender in CONTENDERS}
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Write the pictures of `results` into `folder`; the same results give the same bytes."""
+    """Write the images of `results` into `folder`; the same results give the same bytes."""
     mpl.use("svg")
     mpl.rcParams.update({"svg.hashsalt": "pvt-serve", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
     folder.mkdir(parents=True, exist_ok=True)

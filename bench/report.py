@@ -1,4 +1,4 @@
-"""Results -> `docs/benchmarks.md`. Pure: the same results give the same text."""
+"""Results -> `docs/benchmarks/<kind of processor>/index.md`. Pure: the same results give the same text."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,6 @@ from bench.ratios import OURS, TARGETS, bound, figure, over, some, spread, throu
 from bench.results import Closed, Results
 from bench.tables import table
 
-CHARTS = "benchmarks"  # the pictures' folder, as the report sees it
 _TITLES = {contender.name: contender.title for contender in CONTENDERS}
 
 
@@ -17,8 +16,6 @@ def report(results: Results) -> str:
     """The whole page."""
     sections = [
         _head(results),
-        _ratios(results),
-        _bound(results),
         _closed(results),
         _open(results),
         _breakdown(results),
@@ -27,23 +24,33 @@ def report(results: Results) -> str:
         _gpu(),
         _starts(results),
         _method(results),
+        _machine(results),
+        _ratios(results),
+        _bound(results),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def summary(results: Results) -> str:
     """What `make bench-quick` prints."""
-    return "\n\n".join(part for part in (_closed(results, charts=False), _ratios(results), _bound(results)) if part)
+    return "\n\n".join(part for part in (_ratios(results), _closed(results), _bound(results)) if part)
 
 
 def _head(results: Results) -> str:
-    machine = table(["machine", ""], results.machine.items())
+    kind = results.kind.replace("-", " ")
+    processor, cores = (results.machine.get(name, "unknown") for name in ("processor", "cores"))
+    return (
+        f"# Benchmarks {kind}\n\n![Throughput by clients](throughput.svg)\n\nProcessor: {processor}, {cores} cores. "
+        "[Both kinds of processor side by side](../../benchmarks.md)."
+    )
+
+
+def _machine(results: Results) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results.versions.items())
     commands = "\n".join(results.commands)
     return (
-        "# Benchmarks\n\nMade by `make bench` from [benchmarks/results.json](benchmarks/results.json); to measure "
-        f"your own machine, call it there. Nothing is cached anywhere.\n\n{machine}\n\nVersions: "
-        f"{versions}.\n\nCommands:\n\n```sh\n{commands}\n```"
+        f"## Machine and commands\n\n{table(['machine', ''], results.machine.items())}\n\nVersions: {versions}. Made "
+        f"by `make bench` from [results.json](results.json); nothing is cached anywhere.\n\n```sh\n{commands}\n```"
     )
 
 
@@ -59,7 +66,7 @@ def _ratios(results: Results) -> str:
         "Each ratio within its round, then the median of the rounds, least and greatest in brackets. Just before a "
         f"round, others had up to {busy:.0%} of the cores in use."
     )
-    return f"## Ratios\n\n{note}\n\n{table(['ratio', 'aim', 'measured', 'rounds', ''], rows)}"
+    return f"## Aims\n\n{note}\n\n{table(['ratio', 'aim', 'measured', 'rounds', ''], rows)}"
 
 
 def _bound(results: Results) -> str:
@@ -70,7 +77,7 @@ def _bound(results: Results) -> str:
     lone = ""
     if limit.lone is not None:
         lone = (
-            f" A lone picture would take {figure(limit.lone_ms)} ms if today's graph lost nothing on being shared out "
+            f" A lone image would take {figure(limit.lone_ms)} ms if today's graph lost nothing on being shared out "
             f"over the cores and HTTP cost nothing: {figure(limit.lone)} of LitServe's p50."
         )
     return (
@@ -82,7 +89,7 @@ def _bound(results: Results) -> str:
     )
 
 
-def _closed(results: Results, *, charts: bool = True) -> str:
+def _closed(results: Results) -> str:
     rows = []
     for name, servers in clients_table(results).items():
         for row in servers:
@@ -93,9 +100,8 @@ def _closed(results: Results, *, charts: bool = True) -> str:
     rows.append(["bare loop, a thread per core, no HTTP", "", bare or "", "", "", "", ""])
     head = ["server", "clients", "images/s", "p50 ms", "p99 ms", "pvt-serve / it", "failed"]
     note = f"`wrk`, each client one request at a time, {results.seconds} s a load, medians (least to greatest)."
-    picture = f"\n\n![Throughput by clients]({CHARTS}/throughput.svg)" if charts else ""
     missing = "".join(f"\n\n{_TITLES.get(n, n)} was not measured: {why}." for n, why in results.skipped.items())
-    return f"## Closed loop\n\n{note}{picture}\n\n{table(head, rows)}{missing}"
+    return f"## Closed loop\n\n{note}\n\n{table(head, rows)}{missing}"
 
 
 def _open(results: Results) -> str:
@@ -116,9 +122,9 @@ def _open(results: Results) -> str:
         "failed. A server that can't keep up with a load is offered no higher one. The generator itself was at most "
         f"{figure(lag)} ms late (p99 of the worst load) and took at most {figure(share * 100)} % of a core."
     )
-    picture = f"![Latency by offered load]({CHARTS}/latency.svg)"
+    image = "![Latency by offered load](latency.svg)"
     head = ["server", "offered images/s", "p50 ms", "p99 ms", "failed", "rounds"]
-    return f"## Open loop\n\n{note}\n\n{picture}\n\n{table(head, rows)}"
+    return f"## Open loop\n\n{note}\n\n{image}\n\n{table(head, rows)}"
 
 
 def _breakdown(results: Results) -> str:
@@ -133,7 +139,7 @@ def _breakdown(results: Results) -> str:
         "were cheaper than alone."
     )
     head = ["server", "decode", "inference", "the rest", "all"]
-    return f"## Core time\n\n{note}\n\n![Core time per image]({CHARTS}/core-time.svg)\n\n{table(head, rows)}"
+    return f"## Core time\n\n{note}\n\n![Core time per image](core-time.svg)\n\n{table(head, rows)}"
 
 
 def _large(results: Results) -> str:
@@ -164,7 +170,7 @@ def _answered(runs: Sequence[Closed]) -> list[object]:
 def _gpu() -> str:
     return (
         "## GPU\n\nNothing here was measured on one. `python -m bench.gpu` does that and writes benchmarks-gpu.md; "
-        "[gpu.md](gpu.md) lists what is open until then."
+        "[gpu.md](../../gpu.md) lists what is open until then."
     )
 
 

@@ -10,7 +10,7 @@ from bench.bodies import Body
 from bench.generator import Call, drive
 from bench.openloop import arrivals, percentile, summary
 
-BODY = Body("image/jpeg", b"picture")
+BODY = Body("image/jpeg", b"image")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 

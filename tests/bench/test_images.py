@@ -4,19 +4,19 @@ from itertools import combinations
 import numpy as np
 from PIL import Image
 
-from bench.pictures import jpegs, large_jpegs
+from bench.images import jpegs, large_jpegs
 
 
-def thumbnail(picture: bytes) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
-    return np.asarray(Image.open(BytesIO(picture)).convert("L").resize((32, 24)), dtype=np.float32)
+def thumbnail(image: bytes) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
+    return np.asarray(Image.open(BytesIO(image)).convert("L").resize((32, 24)), dtype=np.float32)
 
 
 def test_no_two_pictures_are_alike_and_all_are_photos_of_640x427() -> None:
-    pictures = jpegs(64)
+    images = jpegs(64)
 
-    assert len(set(pictures)) == 64
-    assert {Image.open(BytesIO(picture)).size for picture in pictures} == {(640, 427)}
-    assert min(abs(a - b).mean() for a, b in combinations(map(thumbnail, pictures), 2)) > 0.5
+    assert len(set(images)) == 64
+    assert {Image.open(BytesIO(image)).size for image in images} == {(640, 427)}
+    assert min(abs(a - b).mean() for a, b in combinations(map(thumbnail, images), 2)) > 0.5
 
 
 def test_pictures_are_the_same_at_every_call() -> None:
