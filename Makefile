@@ -37,7 +37,7 @@ docs: .venv/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo build/site/index.html
 
-# Everything, into docs/benchmarks.md: an hour or more. BENCH gives options: make bench BENCH='--rounds 3'.
+# Everything, into docs/benchmarks.md and docs/benchmarks/: an hour or more. BENCH gives options: make bench BENCH='--rounds 3'.
 bench: .venv-bench/.bench
 	.venv-bench/bin/python -m bench $(BENCH)
 

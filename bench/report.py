@@ -1,4 +1,4 @@
-"""Results -> `docs/benchmarks.md`. Pure: the same results give the same text."""
+"""Results -> `docs/benchmarks/<kind of processor>/index.md`. Pure: the same results give the same text."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,6 @@ from bench.ratios import CLIENTS, OURS, TARGETS, bound, figure, over, some, spre
 from bench.results import Closed, Results
 from bench.tables import table
 
-CHARTS = "benchmarks"  # the charts' folder, relative to the report
 _TITLES = {contender.name: contender.title for contender in CONTENDERS}
 
 
@@ -34,11 +33,16 @@ def report(results: Results) -> str:
 
 def summary(results: Results) -> str:
     """What `make bench-quick` prints."""
-    return "\n\n".join(part for part in (_closed(results), _ratios(results), _bound(results)) if part)
+    return "\n\n".join(part for part in (_ratios(results), _closed(results), _bound(results)) if part)
 
 
 def _head(results: Results) -> str:
-    return f"# Benchmarks\n\n![Throughput by clients]({CHARTS}/throughput.svg)\n\n{_in_one_sentence(results)}"
+    kind = results.kind.replace("-", " ")
+    processor, cores = (results.machine.get(name, "unknown") for name in ("processor", "cores"))
+    return (
+        f"# Benchmarks {kind}\n\n![Throughput by clients](throughput.svg)\n\n{_in_one_sentence(results)}\n\n"
+        f"Processor: {processor}, {cores} cores. [Both kinds of processor side by side](../../benchmarks.md)."
+    )
 
 
 def _in_one_sentence(results: Results) -> str:
@@ -55,13 +59,12 @@ def _in_one_sentence(results: Results) -> str:
 
 
 def _machine(results: Results) -> str:
-    machine = table(["machine", ""], results.machine.items())
     versions = ", ".join(f"{name} {number}" for name, number in results.versions.items())
     commands = "\n".join(results.commands)
     return (
-        f"## The machine\n\n{machine}\n\nVersions: {versions}.\n\n`make bench` makes this page from "
-        "[results.json](benchmarks/results.json), and measures your machine if you run it there. These figures are "
-        f"from:\n\n```sh\n{commands}\n```"
+        f"## Machine and commands\n\n{table(['machine', ''], results.machine.items())}\n\nVersions: {versions}.\n\n"
+        "`make bench` makes this page from [results.json](results.json), and measures your machine if you run it "
+        f"there. These figures are from:\n\n```sh\n{commands}\n```"
     )
 
 
@@ -77,7 +80,7 @@ def _ratios(results: Results) -> str:
         "Each ratio is computed within its round; then the median of the rounds, with the least and the greatest in "
         f"brackets. Just before a round, others had up to {busy:.0%} of the cores in use."
     )
-    return f"## Aims, reached and not\n\n{note}\n\n{table(['ratio', 'aim', 'measured', 'rounds', ''], rows)}"
+    return f"## Aims\n\n{note}\n\n{table(['ratio', 'aim', 'measured', 'rounds', ''], rows)}"
 
 
 def _bound(results: Results) -> str:
@@ -135,7 +138,7 @@ def _open(results: Results) -> str:
         "far. A server that can't keep up with a load gets no higher one. The generator itself was at most "
         f"{figure(lag)} ms late (p99 of the worst load) and took at most {figure(share * 100)} % of a core."
     )
-    chart = f"![Latency by offered load]({CHARTS}/latency.svg)"
+    chart = "![Latency by offered load](latency.svg)"
     head = ["server", "offered images/s", "p50 ms", "p99 ms", "failed", "rounds"]
     return f"## Open loop\n\n{note}\n\n{chart}\n\n{table(head, rows)}"
 
@@ -151,7 +154,7 @@ def _breakdown(results: Results) -> str:
         "caches costs. A rest below zero means that batches under load were cheaper than alone."
     )
     head = ["server", "decode", "inference", "the rest", "all"]
-    return f"## Core time\n\n{note}\n\n![Core time per image]({CHARTS}/core-time.svg)\n\n{table(head, rows)}"
+    return f"## Core time\n\n{note}\n\n![Core time per image](core-time.svg)\n\n{table(head, rows)}"
 
 
 def _large(results: Results) -> str:
@@ -182,7 +185,7 @@ def _answered(runs: Sequence[Closed]) -> list[object]:
 def _gpu() -> str:
     return (
         "## GPU\n\nNothing was measured on a GPU. `python -m bench.gpu` does that and writes benchmarks-gpu.md; "
-        "[gpu.md](gpu.md#what-is-not-shown) lists what is open until then."
+        "[gpu.md](../../gpu.md#what-is-not-shown) lists what is open until then."
     )
 
 
@@ -217,6 +220,6 @@ def _method(results: Results) -> str:
         "each request. pvt_v2_b0 at 224 with 1000 classes and seeded random weights. Nothing is cached. In each round "
         "the bare loop (decoding and inference, a thread for each core, no HTTP), then each server in turn: started, "
         "warmed up with every number of clients, measured, stopped. The load generators run on the same cores. "
-        "[performance.md](performance.md) says how far to trust figures. Each server runs as its own guides write:"
-        "\n\n" + "\n".join(servers)
+        "[performance.md](../../performance.md) says how far to trust figures. Each server runs as its own "
+        "guides write:\n\n" + "\n".join(servers)
     )

@@ -11,7 +11,7 @@ from bench.bodies import Form
 class Contender:
     """A server that can be started: `command` with `{port}` and `{store}` to fill in, asked by POST to `path`.
 
-    It is ready when it answers a picture with 200. `needs` are the packages that it takes, by distribution name;
+    It is ready when it answers a image with 200. `needs` are the packages that it takes, by distribution name;
     `environment` is added to ours, and
     `configured` says for the report how it is set up.
     """
