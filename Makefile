@@ -10,7 +10,7 @@ PIP := $(BIN)/$(INSTALL)
 # For tests, without their dependencies: these would bring another torch, with CUDA. What they need is in "dev".
 UNBOUND := timm torchvision
 
-.PHONY: serve test test-isa check format bench bench-quick wheels image lock clean
+.PHONY: serve test test-isa check format docs bench bench-quick wheels image lock clean
 
 serve: .venv/.serve
 	$(BIN)/python -m app
@@ -33,7 +33,13 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Everything, into docs/benchmarks.md: an hour or more. BENCH gives options: make bench BENCH='--rounds 3'.
+# Pages for a browser, readable offline: build/site/index.html. First the tables that are made from the code.
+docs: .venv/.dev
+	$(BIN)/python -m tests.docs.generated
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo build/site/index.html
+
+# Everything, into docs/benchmarks.md and docs/benchmarks/: an hour or more. BENCH gives options: make bench BENCH='--rounds 3'.
 bench: .venv-bench/.bench
 	.venv-bench/bin/python -m bench $(BENCH)
 
@@ -56,7 +62,7 @@ lock:
 	grep -E '^torch(vision)?==' constraints.txt > .torch.pin
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --constraint .torch.pin torch
-	.venv-lock/bin/python -m pip install --quiet --constraint .torch.pin .[dev,bench,peers]
+	.venv-lock/bin/python -m pip install --quiet --constraint .torch.pin .[dev,bench,docs,peers]
 	.venv-lock/bin/python -m pip install --quiet --no-deps --constraint .torch.pin $(UNBOUND)
 	{ echo '# Every dependency, transitive ones too; made by "make lock".'; \
 	  .venv-lock/bin/python -m pip freeze --all --exclude pvt-serve --exclude pip | sed 's/^\(torch\|torchvision\)==\([^+ ]*\).*/\1==\2/'; } > constraints.txt
@@ -76,7 +82,7 @@ clean:
 	touch $@
 
 .venv/.dev: .venv/.serve
-	$(PIP) --editable .[dev,bench]
+	$(PIP) --editable .[dev,bench,docs]
 	$(PIP) --no-deps $(UNBOUND)
 	touch $@
 

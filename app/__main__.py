@@ -12,7 +12,7 @@ def main() -> int:
     """Serve until a signal stops it; 2 when a setting is wrong."""
     parser = ArgumentParser(
         prog="python -m app",
-        description="Serve PVT-v2 models over HTTP. Settings are environment variables, such as PVT_PORT: see README.",
+        description="Serve PVT-v2 models over HTTP. Settings are environment variables: docs/settings.md.",
     )
     parser.add_argument("--workers", metavar="N", help="processes that share the port; the same as PVT_WORKERS")
     if (workers := parser.parse_args().workers) is not None:

@@ -34,7 +34,7 @@ class SettingsInvalid(Exception):
 
 
 class Settings(BaseSettings):
-    """Every setting, its default and its bounds; `PVT_PORT` is `port` and so on. Lists are separated by commas."""
+    """Every setting, its default and its bounds; `PVT_PORT` is `port` and so on. Commas separate the items of lists."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -43,87 +43,87 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
-    """Processes that share the port; each has its own models and its part of cores and instances."""
+    """Processes that share the port; each has its own models and its share of cores and instances."""
     model_store: Path | str = Path("model_store")
-    """Model store: a folder, or a URL: s3://, gs://, hf://, https://; for the default see docs/stores.md."""
+    """Where the models are: a folder, or a URL: s3://, gs://, hf://, https:// (docs/stores.md)."""
     store_cache_dir: Path = Path("~/.cache/pvt-serve-stores")
-    """Folder for copies of what is used of a model store that is a URL."""
+    """Folder for local copies from a model store that is a URL."""
     store_cache_mb: Annotated[float, Field(gt=0)] = 10_000
-    """Bytes of weights in `PVT_STORE_CACHE_DIR`, in units of 10^6; the least recently loaded ones go first."""
+    """Size limit of `PVT_STORE_CACHE_DIR`, in units of 10^6 bytes; removes the least recently loaded weights first."""
     store_poll_seconds: Annotated[float, Field(ge=1, le=86_400)] = 30
-    """How often a model store that is a URL is looked at for changes."""
+    """How often to check a model store that is a URL for changes."""
     pull: Literal["off", "on_demand"] = "off"
     """`on_demand`: the first request for published weights that are not in the store fetches them into it."""
     mirror: Annotated[str, Field(pattern=r"^(https?://[^/]+.*)?$")] = ""
-    """Base URL that takes the place of `https://huggingface.co` and `https://github.com` when weights are fetched."""
+    """Base URL that replaces `https://huggingface.co` and `https://github.com` when weights are fetched."""
     default_model: Annotated[str, Field(min_length=1)] = "pvt_v2_b0.digits"
-    """Model that answers when a request names none."""
+    """Model for requests that name none."""
     preload: Names = ()
-    """Models to load at start; the service is ready when they are. Others are loaded by their first request."""
+    """Models to load at start; the service is ready when they are. The first request for another model loads it."""
     pinned: Names = ()
-    """Models to load at start, too, and never to evict."""
+    """Models to load at start and never to evict."""
     memory_budget_mb: Annotated[float, Field(ge=0)] = 0
-    """Memory that loaded models may take, in units of 10^6 bytes; the least valuable leave. 0: no limit."""
+    """Memory limit for all loaded models, in units of 10^6 bytes; others are evicted to make room. 0: no limit."""
     min_residency_seconds: Annotated[float, Field(ge=0)] = 10
-    """How long a model that was loaded stays before it may be evicted."""
+    """How long a model stays in memory after its load before it may be evicted."""
     cold: Literal["wait", "refuse"] = "wait"
-    """What a request for a model that is not loaded does: wait, or be refused with `Retry-After` while it is loaded."""
+    """A request for a model that is not loaded waits, or is refused with 503 and `Retry-After` while it loads."""
     reload_seconds: Annotated[float, Field(ge=0, le=86_400)] = 10
-    """How often to look for new versions and aliases, besides watching a local store; 0: never."""
+    """How often to check for new versions and aliases, besides watching a local store; 0: never."""
     backend: Literal["auto", "openvino", "torch"] = "auto"
-    """What executes the models; auto is openvino, and torch for a model that fails there; on a GPU it is torch."""
+    """What executes the models. auto: openvino, and torch for a model that fails with it; on a GPU torch."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+(,cuda:\d+)*)$")] = "auto"
-    """Where: `cpu`, `cuda` for all GPUs, or some, as `cuda:0,cuda:1`; auto is cuda where torch can use one."""
+    """Where models run: on the CPU, all GPUs, or some GPUs. auto: cuda if torch can use a GPU, else cpu."""
     compile: bool = True
-    """On a GPU: let `torch.compile` make faster graphs in the background; it needs a C compiler and `PVT_CACHE_DIR`."""
+    """On a GPU: `torch.compile` makes faster graphs in the background; needs a C compiler and `PVT_CACHE_DIR`."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic; auto is a 16-bit one where that is faster and its answers are as good, float32 elsewhere."""
+    """Arithmetic. auto: 16 bits if that is faster and keeps the reference logits, else float32."""
     cache_dir: Path | None = Path("~/.cache/pvt-serve")
-    """Folder in which measured batch plans and compiled graphs are kept; empty: nowhere."""
+    """Folder for measured batch plans and compiled graphs; empty: keep none."""
     instances: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Batches that run at the same time; 0: one for each core that affinity and quota allow, or two for each GPU."""
+    """Batches that run at the same time. 0: one for each core that affinity and quota allow, or two for each GPU."""
     max_batch_size: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Images per batch at the most, 0 is 8, and 256 on a GPU; the measured batch plan may stay below."""
+    """Largest batch, in images; the measured batch plan may stay below. 0: 8, and 256 on a GPU."""
     max_batch_delay_ms: Annotated[float, Field(ge=0, le=60_000)] = 0
-    """How long an idle instance may wait for a fuller batch; 0 never waits."""
+    """How long an idle instance waits for a fuller batch; 0: it never waits."""
     queue_size: Annotated[int, Field(ge=1, le=1_000_000)] = 256
-    """Images per model, waiting or running; more are refused with 429."""
+    """Images of each model, waiting or running; more are refused with 429."""
     timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 30_000
-    """Time a request may take when it names no `timeout_ms` of its own."""
+    """Time limit for requests without `timeout_ms`."""
     max_body_mb: Annotated[float, Field(gt=0, le=4096)] = 32
-    """Bytes of a request body, in units of 10^6."""
+    """Size limit of a request body, in units of 10^6 bytes."""
     max_images: Annotated[int, Field(ge=1, le=4096)] = 64
-    """Images in one request."""
+    """Most images in one request."""
     max_image_megapixels: Annotated[float, Field(gt=0, le=178)] = 50
-    """Pixels of one image, in units of 10^6; decoding one may take 9 bytes of memory for each."""
+    """Most pixels of one image, in units of 10^6; decoding may take 9 bytes of memory for each pixel."""
     scaled_jpeg: bool = True
-    """Decode a JPEG four times the model's input or more at 1/2 to 1/8 of its sides; false: every JPEG in full."""
+    """Decode a JPEG that is at least 4 times the model's input at 1/2 to 1/8 of its size; false: always in full."""
     max_input_side: Annotated[int, Field(ge=32, le=4096)] = 1024
-    """Longest side, in pixels, of an input size that a request may ask for with `size`."""
+    """Longest side, in pixels, of the input size that a request sets with `size`."""
     sizes_per_model: Annotated[int, Field(ge=1, le=256)] = 4
-    """Input sizes besides its own for which a model is kept compiled; the least recently used one goes first."""
+    """Input sizes, besides its own, for which each model stays compiled; the least recently used is removed first."""
     max_maps_mb: Annotated[float, Field(gt=0, le=65_536)] = 128
-    """Memory of the stage maps that one request may ask for, in units of 10^6 bytes, four for each number."""
+    """Memory limit for the stage maps of one request, in units of 10^6 bytes; a number takes 4 bytes."""
     stall_seconds: Annotated[float, Field(gt=0)] = 30
-    """A decode or inference thread that is at one job for longer makes the service unhealthy."""
+    """A decode or inference thread that spends longer on one job makes the service unhealthy."""
     shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
-    """How long requests under way may take to finish after SIGTERM."""
+    """How long requests under way may take after SIGTERM."""
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
-    """Keys of which a request for predictions or models must carry one: `Authorization: Bearer <key>`; none: open."""
+    """Requests for predictions or models need one of these keys: `Authorization: Bearer <key>`; empty: no key."""
     management_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
-    """Keys, other than `PVT_API_KEYS`, of which a request for management or `/debug` must carry one."""
+    """Requests for management and `/debug` need one of these keys; none may be in `PVT_API_KEYS`."""
     management_port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port that alone answers these, without a key if none is set; 0: none, and without keys they are off."""
+    """Only this port serves management, without a key if none is set. 0: the public port, and off without keys."""
     management_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address of that port."""
     url_hosts: Names = ()
-    """Hosts from which images may come by URL: `example.org`, `example.org:8443`, `*.example.org`, `*`; none: off."""
+    """Hosts of images by URL: `example.org`, `example.org:8443`, `*.example.org`, `*`; empty: images by URL are off."""
     url_private_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = ()
-    """Networks, such as 10.0.0.0/8, in which a host that `PVT_URL_HOSTS` names may lie; else public addresses only."""
+    """Private networks, such as 10.0.0.0/8, for hosts that `PVT_URL_HOSTS` names; else public addresses only."""
     url_timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 10_000
-    """Time that fetching one image by its URL may take."""
+    """Time limit for fetching one image by its URL."""
     log_format: Literal["json", "console"] = "json"
-    """`json`: one object a line; `console`: text for people."""
+    """`json`: one object on each line; `console`: text for people."""
 
     @field_validator(
         "preload", "pinned", "api_keys", "management_keys", "url_hosts", "url_private_networks", mode="before"

@@ -1,9 +1,10 @@
 """Measures this machine: our server and its peers side by side, and engines alone.
 
-    python -m bench             rounds over all servers, engines, report into docs/benchmarks.md (`make bench`)
+    python -m bench             rounds over all servers, engines, models, report into docs/benchmarks.md (`make bench`)
     python -m bench --quick     ours, LitServe with and without our graph, a table, no report (`make bench-quick`)
 
-Each stage adds to results.json as soon as it is done, so that a run may be made in pieces:
+Results of processors with and without native bfloat16 lie side by side in docs/benchmarks. Each stage adds to
+results.json as soon as it is done, so that a run may be made in pieces:
 `--stages servers --rounds 1 --add`, as often as wanted, then `--stages report`.
 """
 
@@ -18,18 +19,20 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 
 from bench import engines as alone
+from bench.images import jpegs
 from bench.machine import machine, versions
+from bench.models import measure as measure_models
+from bench.overview import overview
 from bench.peers import CONTENDERS, QUICK, chosen
-from bench.pictures import jpegs
 from bench.report import report, summary
 from bench.results import Costs, Engine, Peak, Results, Start, read, write
-from bench.rounds import Course, Plan, add_round
+from bench.rounds import Plan, RoundRunner, add_round
 from bench.server import ROOT, start_figures
 from service.architecture.variants import VARIANTS
 from service.machine.cores import usable_cores
 
 DOCS = ROOT / "docs"
-STAGES = ("starts", "servers", "engines", "report")
+STAGES = ("starts", "servers", "engines", "models", "report")
 STARTS = 5
 QUICK_PLAN = Plan(clients=(1, 8), seconds=4, open=False, large=False)
 QUICK_ROUNDS = 2
@@ -41,10 +44,9 @@ def main() -> None:
     if arguments.quick:
         _quick()
         return
-    path = arguments.out / "benchmarks" / "results.json"
-    results = read(path) if arguments.add or arguments.stages == ["report"] else Results()
-    if arguments.stages != ["report"]:
-        results = _described(results)
+    here = _described(Results())
+    path = arguments.out / "benchmarks" / here.kind / "results.json"
+    results = _described(read(path)) if arguments.add else here
     if "starts" in arguments.stages:
         with TemporaryDirectory() as name:
             figures = start_figures(jpegs(1)[0], Path(name), STARTS)
@@ -55,8 +57,12 @@ def main() -> None:
         results = _servers(results, path, arguments)
     if "engines" in arguments.stages:
         results = _engines(results, path, arguments)
+    if "models" in arguments.stages:
+        models = measure_models(arguments.variants, arguments.rounds, arguments.seconds)
+        results = results.model_copy(update={"models": models})
+        write(path, results)
     if "report" in arguments.stages:
-        _report(results, arguments.out)
+        _report(arguments.out)
 
 
 def _arguments() -> argparse.Namespace:
@@ -80,9 +86,9 @@ def _quick() -> None:
     results = _described(Results()).model_copy(update={"seconds": QUICK_PLAN.seconds})
     skipped: dict[str, str] = {}
     with TemporaryDirectory() as name:
-        course = Course(Path(name), QUICK_PLAN)
+        runner = RoundRunner(Path(name), QUICK_PLAN)
         for number in range(QUICK_ROUNDS):
-            results = add_round(results, course.round(chosen(QUICK), number, skipped), skipped)
+            results = add_round(results, runner.round(chosen(QUICK), number, skipped), skipped)
     print("\n".join(f"{key}: {value}" for key, value in results.machine.items()), end="\n\n")
     print(summary(results))
 
@@ -101,11 +107,11 @@ def _described(results: Results) -> Results:
 def _servers(results: Results, path: Path, arguments: argparse.Namespace) -> Results:
     results = results.model_copy(update={"seconds": arguments.seconds})
     with TemporaryDirectory() as name:
-        course = Course(Path(name), Plan(seconds=arguments.seconds))
+        runner = RoundRunner(Path(name), Plan(seconds=arguments.seconds))
         for number in range(len(results.rounds), len(results.rounds) + arguments.rounds):
             skipped: dict[str, str] = {}
-            results = add_round(results, course.round(chosen(tuple(arguments.servers)), number, skipped), skipped)
-            (line,) = _lines("bench.costs", "--store", str(course.store))
+            results = add_round(results, runner.round(chosen(tuple(arguments.servers)), number, skipped), skipped)
+            (line,) = _lines("bench.costs", "--store", str(runner.store))
             costs = (*results.costs, Costs.model_validate_json(line))
             results = results.model_copy(update={"costs": costs, "peaks": (*results.peaks, *_peaks(results.cores))})
             write(path, results)
@@ -158,11 +164,16 @@ def _lines(module: str, *arguments: str, timeout: int = 600) -> list[str]:
     return [line for line in run.stdout.splitlines() if line.startswith("{")]
 
 
-def _report(results: Results, out: Path) -> None:
+def _report(out: Path) -> None:
+    """A page and charts for each kind of processor that was measured, and one page with all of them side by side."""
     from bench.charts import draw  # noqa: PLC0415  matplotlib, which a quick run does without
 
-    draw(results, out / "benchmarks")
-    (out / "benchmarks.md").write_text(report(results))
+    everything = [read(path) for path in sorted((out / "benchmarks").glob("*/results.json"))]
+    for results in everything:
+        folder = out / "benchmarks" / results.kind
+        draw(results, folder)
+        (folder / "index.md").write_text(report(results))
+    (out / "benchmarks.md").write_text(overview(everything))
     print(f"written: {out / 'benchmarks.md'}")
 
 

@@ -6,15 +6,15 @@ from time import perf_counter
 from bench.ours import Ours
 
 
-def bare_loop(ours: Ours, pictures: Sequence[bytes], seconds: float) -> float:
-    """Images per second of `ours` over `pictures`, in batches of the size that its plan finds best."""
+def bare_loop(ours: Ours, images: Sequence[bytes], seconds: float) -> float:
+    """Images per second of `ours` over `images`, in batches of the size that its plan finds best."""
     counts = [0] * ours.instances
     start = perf_counter()
 
     def work(instance: int) -> None:
         while perf_counter() < start + seconds:
             turn = range(counts[instance], counts[instance] + ours.batch)
-            ours.infer(instance, [ours.decode(pictures[i % len(pictures)]) for i in turn])
+            ours.infer(instance, [ours.decode(images[i % len(images)]) for i in turn])
             counts[instance] += ours.batch
 
     ours.on_all(work)

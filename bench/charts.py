@@ -1,4 +1,4 @@
-"""The report's pictures, as SVG."""
+"""The report's charts, as SVG."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ _TITLES = {contender.name: contender.title for contender in CONTENDERS}
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Write the pictures of `results` into `folder`; the same results give the same bytes."""
+    """Write the charts of `results` into `folder`; the same results give the same bytes."""
     mpl.use("svg")
     mpl.rcParams.update({"svg.hashsalt": "pvt-serve", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,6 +39,7 @@ def _throughput(results: Results, path: Path) -> None:
             [str(row.clients) for row in rows], middle, yerr=error, marker="o", capsize=3, label=_TITLES[name]
         )
     axes.set(xlabel="clients, each with one request under way", ylabel="images/s", title="Throughput by clients")
+    axes.set_ylim(bottom=0)
     _save(figure, axes, path)
 
 
@@ -68,6 +69,6 @@ def _breakdown(results: Results, path: Path) -> None:
 
 
 def _save(figure: Figure, axes: Axes, path: Path) -> None:
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from bench.bare import bare_loop
 from bench.bodies import bodies
+from bench.images import jpegs
 from bench.load import Wrk
 from bench.make_store import make_store
 from bench.ours import Ours
 from bench.peers import OURS
-from bench.pictures import jpegs
 from bench.ratios import some
 from bench.server import ROOT, serving
 from cli.growing_table import GrowingTable
@@ -31,7 +31,7 @@ from cli.rows import FileState, Provenance
 from cli.target import connect
 from pvt_client import AsyncClient, Client, Embedding
 
-CLIENTS, PICTURES = 8, 64
+CLIENTS, IMAGES = 8, 64
 # Images per second of one of the things that are compared.
 Rate = Callable[[], float]
 T = TypeVar("T")
@@ -45,34 +45,34 @@ def main() -> None:
     parser.add_argument("--model", choices=["b0", "digits"], default="b0", help="b0 at 224, or the embedded one at 64")
     parser.add_argument("--only", choices=["client", "embed"], help="one of the two comparisons")
     arguments = parser.parse_args()
-    pictures = jpegs(PICTURES)
+    images = jpegs(IMAGES)
     with TemporaryDirectory() as name:
         folder, store = Path(name), ROOT / "model_store"
         if arguments.model == "b0":
             make_store(store := folder / "store", "pvt_v2_b0")
         print(f"{arguments.model}, JPEG 640x427, {arguments.rounds} rounds of {arguments.seconds} s")
         if arguments.only != "embed":
-            over_http(pictures, folder, store, arguments.seconds, arguments.rounds)
+            over_http(images, folder, store, arguments.seconds, arguments.rounds)
         if arguments.only != "client":
-            asyncio.run(here(pictures, folder, store, arguments.seconds, arguments.rounds))
+            asyncio.run(here(images, folder, store, arguments.seconds, arguments.rounds))
 
 
-def over_http(pictures: Sequence[bytes], folder: Path, store: Path, seconds: int, rounds: int) -> None:
+def over_http(images: Sequence[bytes], folder: Path, store: Path, seconds: int, rounds: int) -> None:
     """The client beside wrk."""
-    wrk = Wrk(folder / "bodies", bodies(pictures, "raw"))
+    wrk = Wrk(folder / "bodies", bodies(images, "raw"))
     model = _only_model(store)
     with serving(OURS, folder, store, {"PVT_DEFAULT_MODEL": model}) as server:
-        server.wait(bodies(pictures, "raw")[0])
+        server.wait(bodies(images, "raw")[0])
         url = server.url.removesuffix(OURS.path)
 
         def with_threads() -> float:
             with Client(url) as client:
-                return _rate(client.predict_many(_until(pictures, seconds), concurrency=CLIENTS))
+                return _rate(client.predict_many(_until(images, seconds), concurrency=CLIENTS))
 
         async def on_a_loop() -> float:
             start, count = perf_counter(), 0
             async with AsyncClient(url) as client:
-                async for _ in client.predict_many(_until(pictures, seconds), concurrency=CLIENTS):
+                async for _ in client.predict_many(_until(images, seconds), concurrency=CLIENTS):
                     count += 1
             return count / (perf_counter() - start)
 
@@ -84,14 +84,14 @@ def over_http(pictures: Sequence[bytes], folder: Path, store: Path, seconds: int
         _report([{name: rate() for name, rate in ways.items()} for _ in tqdm(range(rounds), leave=False)])
 
 
-async def here(pictures: Sequence[bytes], folder: Path, store: Path, seconds: int, rounds: int) -> None:
+async def here(images: Sequence[bytes], folder: Path, store: Path, seconds: int, rounds: int) -> None:
     """Embedding in this process beside the bare loop."""
     model = _only_model(store)
     os.environ |= {"PVT_MODEL_STORE": str(store), "PVT_DEFAULT_MODEL": model, "PVT_CACHE_DIR": str(folder / "plans")}
-    sources = folder / "pictures"
+    sources = folder / "images"
     sources.mkdir()
-    for number, picture in enumerate(pictures):
-        (sources / f"{number}.jpg").write_bytes(picture)
+    for number, image in enumerate(images):
+        (sources / f"{number}.jpg").write_bytes(image)
     paths, bare = sorted(sources.iterdir()), Ours(store)
     async with connect(None, None) as inference:
 
@@ -110,7 +110,7 @@ async def here(pictures: Sequence[bytes], folder: Path, store: Path, seconds: in
         await embed(-1)  # loads the model
         turns = []
         for turn in tqdm(range(rounds), leave=False):
-            bare_rate = await asyncio.to_thread(bare_loop, bare, pictures, seconds)
+            bare_rate = await asyncio.to_thread(bare_loop, bare, images, seconds)
             turns.append({"bare loop": bare_rate, "embed": await embed(turn)})
     _report(turns)
 

@@ -14,30 +14,30 @@ from typing import Any
 
 import torch
 
+from bench.images import jpegs
 from bench.ours import Ours
 from bench.peers.common import BATCH, classify, crop, make_model, prepare
-from bench.pictures import jpegs
 from bench.results import Costs
 
-PICTURES = 16
+IMAGES = 16
 _REPEATS = 5
 
 
 def costs(store: Path) -> Costs:
     """Of our way, with the one model of `store`, and of the eager peers' way."""
-    pictures = jpegs(PICTURES)
+    encoded = jpegs(IMAGES)
     ours = Ours(store, instances=1)
     torch.set_num_threads(1)
     model = make_model()
-    images = [ours.decode(picture) for picture in pictures[: ours.batch]]
-    batch = torch.stack([prepare(picture) for picture in pictures[:BATCH]])
+    images = [ours.decode(image) for image in encoded[: ours.batch]]
+    batch = torch.stack([prepare(image) for image in encoded[:BATCH]])
     return Costs(
         precision=ours.precision,
-        decode_ms=_each(ours.decode, pictures),
-        infer_ms=_each(lambda _: ours.infer(0, images), range(PICTURES)) / len(images),
-        peer_decode_ms=_each(prepare, pictures),
+        decode_ms=_each(ours.decode, encoded),
+        infer_ms=_each(lambda _: ours.infer(0, images), range(IMAGES)) / len(images),
+        peer_decode_ms=_each(prepare, encoded),
         peer_infer_ms=_each(lambda _: classify(model, batch), range(2)) / BATCH,
-        peer_graph_decode_ms=_each(crop, pictures),
+        peer_graph_decode_ms=_each(crop, encoded),
     )
 
 

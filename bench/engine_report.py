@@ -11,18 +11,18 @@ TITLES = {
     "torch": "transformers, eager float32",
     "torch.compile": "torch.compile",
     "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO as it comes",
+    "openvino": "OpenVINO with its defaults",
     "ours": "pvt-serve",
 }
 AIMS = {"pvt_v2_b2": 0.70, "pvt_v2_b0": 0.55}  # of the peak, on one core
 _GIGA = 1e9
 _NOTE = (
     "Wall-clock milliseconds per image at 224, medians, input in memory. transformers' model eager and through "
-    "torch.compile in its default mode (one shape each); ONNX Runtime on an export of our module, whose answers are "
-    "the same; OpenVINO as it comes, converted with a dynamic batch dimension and no setting but the number of "
+    "torch.compile in its default mode (one shape each); ONNX Runtime on an export of our module, whose outputs are "
+    "the same; OpenVINO with its defaults, converted with a dynamic batch dimension and no setting but the number of "
     "threads; pvt-serve as its server loads it, from bytes of pixels, normalisation included, in batches of the "
-    "sizes its plan finds best. On all cores the others split a batch among their threads, while pvt-serve runs one "
-    "batch on each core."
+    "sizes that its plan finds best. On all cores the others split a batch among their threads, while pvt-serve runs "
+    "one batch on each core."
 )
 
 

@@ -1,6 +1,6 @@
 """What a flood on one model does to a trickle on another: `python -m bench.fairness [--seconds 10] [--rounds 3]`.
 
-Two models of the same variant; one picture at a time goes to the one, while wrk floods the other. Rounds with
+Two models of the same variant; one image at a time goes to the one, while wrk floods the other. Rounds with
 and without the flood go in turn; printed are the trickle's p50 and p99 of all rounds.
 """
 
@@ -16,14 +16,14 @@ import httpx
 from tqdm import tqdm
 
 from bench.bodies import bodies
+from bench.images import jpegs
 from bench.load import Wrk
 from bench.make_store import make_store
 from bench.peers import OURS
-from bench.pictures import jpegs
 from bench.server import serving
 from service.store.store import Store, write_model
 
-VARIANT, PICTURES, PAUSE_SECONDS = "pvt_v2_b0", 32, 0.05
+VARIANT, IMAGES, PAUSE_SECONDS = "pvt_v2_b0", 32, 0.05
 TRICKLE, FLOOD = f"{VARIANT}.trickle", f"{VARIANT}.flood"
 HEADERS = {"Content-Type": "image/jpeg"}
 
@@ -56,46 +56,46 @@ def two_models(folder: Path) -> Path:
 
 def measure(url: str, folder: Path, seconds: int, rounds: int, flood: int) -> None:
     """The rounds."""
-    pictures = jpegs(PICTURES)
-    wrk = Wrk(folder / "bodies", bodies(pictures, "raw"))
+    images = jpegs(IMAGES)
+    wrk = Wrk(folder / "bodies", bodies(images, "raw"))
     alone: list[float] = []
     beside: list[float] = []
     flooded: list[float] = []
     with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(1) as pool:
         for model in (TRICKLE, FLOOD):
-            post(client, model, pictures[0])
+            post(client, model, images[0])
         for _ in tqdm(range(rounds), desc="rounds", leave=False):
-            alone += trickle(client, pictures, seconds)
+            alone += trickle(client, images, seconds)
             running = pool.submit(wrk.run, f"{url}/predict?model={FLOOD}", flood, seconds + 2)
             sleep(1)  # until the flood's queue is full
-            beside += trickle(client, pictures, seconds)
+            beside += trickle(client, images, seconds)
             flooded.append(running.result().images_per_second)
     report("trickle alone", alone)
     report(f"beside a flood of {flood} clients, {median(flooded):.1f} images/s", beside)
 
 
-def trickle(client: httpx.Client, pictures: Sequence[bytes], seconds: float) -> list[float]:
-    """Seconds that each answer took, one picture after the other."""
+def trickle(client: httpx.Client, images: Sequence[bytes], seconds: float) -> list[float]:
+    """Seconds that each answer took, one image after the other."""
     took: list[float] = []
     end = perf_counter() + seconds
     while perf_counter() < end:
         start = perf_counter()
-        post(client, TRICKLE, pictures[len(took) % len(pictures)])
+        post(client, TRICKLE, images[len(took) % len(images)])
         took.append(perf_counter() - start)
         sleep(PAUSE_SECONDS)
     return took
 
 
-def post(client: httpx.Client, model: str, picture: bytes) -> None:
+def post(client: httpx.Client, model: str, image: bytes) -> None:
     """Raises httpx.HTTPStatusError when it is not answered."""
-    client.post("/predict", params={"model": model}, content=picture, headers=HEADERS).raise_for_status()
+    client.post("/predict", params={"model": model}, content=image, headers=HEADERS).raise_for_status()
 
 
 def report(name: str, seconds: Sequence[float]) -> None:
     """One line."""
     ordered = sorted(seconds)
     p50, p99 = (ordered[int(share * (len(ordered) - 1))] * 1000 for share in (0.5, 0.99))
-    print(f"  {name}: p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {ordered[-1] * 1000:.1f} ms, {len(ordered)} pictures")
+    print(f"  {name}: p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {ordered[-1] * 1000:.1f} ms, {len(ordered)} images")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python -m bench.features [--variant pvt_v2_b0] [--rounds 5] [--seconds 3] [--clients 8]
 
 One server with random weights at 224 and real JPEGs. wrk asks in turn for predictions and for embeddings in each form,
-then for embeddings and stage maps of several pictures at once; all rounds go over all of them, so that drift hits all
-alike. Of each: the server's processor time per picture beside that of /predict in the same round, which other load on
-the machine harms less than it does pictures a second; the mean time of an answer's encoding and of a picture's
+then for embeddings and stage maps of several images at once; all rounds go over all of them, so that drift hits all
+alike. Of each: the server's processor time per image beside that of /predict in the same round, which other load on
+the machine harms less than it does images a second; the mean time of an answer's encoding and of a image's
 inference (`pvt_stage_seconds`); and what a `GET /health/live` every few milliseconds took meanwhile, which is what the
 event loop makes everyone wait.
 """
@@ -25,11 +25,11 @@ import httpx
 
 from bench.bodies import Body, bodies, form_of
 from bench.http_overhead import ROOT, WHOLE, Server, serving
+from bench.images import jpegs
 from bench.load import Wrk
 from bench.make_store import make_store
-from bench.pictures import jpegs
 
-PICTURES = 32
+IMAGES = 32
 PROBE_SECONDS = 0.02  # between two questions
 _STAGE = re.compile(r'pvt_stage_seconds_(sum|count)\{[^}]*stage="(encode|infer)"[^}]*\} (\S+)')
 JSON, NPY, NPZ = "application/json", "application/x-npy", "application/x-npz"
@@ -37,7 +37,7 @@ JSON, NPY, NPZ = "application/json", "application/x-npy", "application/x-npz"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked: `images` pictures a request."""
+    """What is asked: `images` images a request."""
 
     name: str
     path: str
@@ -91,8 +91,8 @@ def main() -> None:
 
 
 def _bodies(images: int) -> list[Body]:
-    pictures = jpegs(PICTURES)
-    return bodies(pictures, "raw") if images == 1 else [form_of(pictures[:images])]
+    encoded = jpegs(IMAGES)
+    return bodies(encoded, "raw") if images == 1 else [form_of(encoded[:images])]
 
 
 def _measure(
@@ -106,8 +106,8 @@ def _measure(
     after, used = _stages(server.url), server.cpu_seconds() - used
     mine = figures[question]
     # By inferences, since wrk's count leaves out those under way at its end.
-    pictures = after["count", "infer"] - before.get(("count", "infer"), 0)
-    mine.cpu.append(used / pictures * 1000)
+    count = after["count", "infer"] - before.get(("count", "infer"), 0)
+    mine.cpu.append(used / count * 1000)
     mine.ratio.append(mine.cpu[-1] / figures[QUESTIONS[0]].cpu[-1])
     mine.waits += waits
     for stage, times in (("encode", mine.encode), ("infer", mine.infer)):
@@ -144,7 +144,7 @@ def _probing(url: str) -> Iterator[Sequence[float]]:
 
 
 def _print(figures: dict[Question, Figures]) -> None:
-    print(f"{'':22} CPU ms/picture, : predict        encode ms  infer ms  /health/live ms: p50 p99 max")
+    print(f"{'':22} CPU ms/image, : predict        encode ms  infer ms  /health/live ms: p50 p99 max")
     for question, each in figures.items():
         percentiles = quantiles(each.waits, n=100)
         spread = f"{median(each.ratio):.3f} ({min(each.ratio):.3f} to {max(each.ratio):.3f})"

@@ -24,12 +24,12 @@ from bench.bodies import bodies
 from bench.gpu_engines import best, copy_rate, measure, peak_flops
 from bench.gpu_report import report
 from bench.gpu_results import GpuEngine, GpuLimits, GpuPeak, GpuResults, GpuServing
+from bench.images import jpegs
 from bench.load import Wrk
 from bench.machine import machine, versions
 from bench.make_store import TAG, make_store
 from bench.ours import cuda_device
 from bench.peers import OURS
-from bench.pictures import jpegs
 from bench.results import Closed
 from bench.server import ROOT, Server, serving
 from service.architecture.variants import VARIANTS
@@ -43,7 +43,7 @@ VARIANTS_SHOWN = ("pvt_v2_b0", "pvt_v2_b2", "pvt_v2_b2_li", "pvt_v2_b5")
 BATCHES = (1, 8, 64, 256)
 CLIENTS = (1, 8, 64, 256)
 EMBEDDED = "pvt_v2_b0.digits"
-PICTURES = 64
+IMAGES = 64
 # A queue for the most clients, so that none is refused.
 SETTINGS = {"PVT_DEVICE": "cuda", "PVT_QUEUE_SIZE": "1024"}
 IMPROVED_SECONDS = 3600.0  # for compiling every batch size in the background
@@ -125,14 +125,14 @@ def _limits(results: GpuResults, path: Path, arguments: argparse.Namespace) -> G
 
 
 def decode_rate(threads: int, seconds: float) -> float:
-    """Pictures per second that so many threads decode to 224x224, with nothing else to do."""
-    pictures, geometry = jpegs(PICTURES), Geometry(224, 224, 0.9, "bicubic")
+    """Images per second that so many threads decode to 224x224, with nothing else to do."""
+    images, geometry = jpegs(IMAGES), Geometry(224, 224, 0.9, "bicubic")
     counts = [0] * threads
     start = perf_counter()
 
     def work(thread: int) -> None:
         while perf_counter() < start + seconds:
-            decode(pictures[counts[thread] % len(pictures)], geometry, max_pixels=50_000_000)
+            decode(images[counts[thread] % len(images)], geometry, max_pixels=50_000_000)
             counts[thread] += 1
 
     running = [Thread(target=work, args=(i,)) for i in range(threads)]
@@ -150,7 +150,7 @@ def _serving(results: GpuResults, path: Path, arguments: argparse.Namespace) -> 
             make_store(folder / variant, variant)
         stores = {f"{variant}.{TAG}": folder / variant for variant in arguments.variants}
         stores[EMBEDDED] = ROOT / "model_store"
-        wrk = Wrk(folder / "bodies", bodies(jpegs(PICTURES), OURS.form))
+        wrk = Wrk(folder / "bodies", bodies(jpegs(IMAGES), OURS.form))
         for model, store in stores.items():
             for workers in arguments.workers:
                 settings = {"PVT_DEFAULT_MODEL": model, "PVT_PRELOAD": model, "PVT_WORKERS": str(workers)}

@@ -28,7 +28,7 @@ Logits = Callable[[], Floats]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An engine that is ready: `work(seconds)` gives images per second, `logits` what it says of the pictures."""
+    """An engine that is ready: `work(seconds)` gives images per second, `logits` what it says of the images."""
 
     precision: str
     work: Callable[[float], float]
@@ -49,12 +49,12 @@ def measure(
 
     `card` is `device` as ours sees it; `compiler` is what compiles ours.
     """
-    pictures = np.random.default_rng(0).integers(0, 256, (batch, SIDE, SIDE, 3), dtype=np.uint8)
-    truth = _truth(device, variant, pictures)
+    images = np.random.default_rng(0).integers(0, 256, (batch, SIDE, SIDE, 3), dtype=np.uint8)
+    truth = _truth(device, variant, images)
     makers: dict[str, Callable[[], Entry]] = {
-        "transformers": lambda: _theirs(device, variant, pictures, None),
-        "max-autotune": lambda: _theirs(device, variant, pictures, "max-autotune"),
-        "pvt-serve": lambda: _ours(card, variant, pictures, compiler),
+        "transformers": lambda: _theirs(device, variant, images, None),
+        "max-autotune": lambda: _theirs(device, variant, images, "max-autotune"),
+        "pvt-serve": lambda: _ours(card, variant, images, compiler),
     }
     ready: dict[str, Entry] = {}
     notes: dict[str, str] = {}
@@ -97,7 +97,7 @@ def peak_flops(device: torch.device, side: int = 8192, seconds: float = 2.0) -> 
 
 
 def copy_rate(device: torch.device, batch: int = 64, seconds: float = 1.0) -> float:
-    """Pictures per second whose pixels get onto the card from pinned memory, one batch after another."""
+    """Images per second whose pixels get onto the card from pinned memory, one batch after another."""
     here = torch.zeros((batch, SIDE, SIDE, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
     there = torch.empty_like(here, device=device)
 
@@ -108,19 +108,19 @@ def copy_rate(device: torch.device, batch: int = 64, seconds: float = 1.0) -> fl
     return _rate(work, batch, seconds)
 
 
-def _truth(device: torch.device, variant: str, pictures: Batch) -> Tensor:
+def _truth(device: torch.device, variant: str, images: Batch) -> Tensor:
     torch.backends.cudnn.allow_tf32 = False
     model = make_model(variant).to(device)
     with torch.inference_mode():
-        singly = [model(_normalised(device, pictures[i : i + 1])).logits for i in range(len(pictures))]
+        singly = [model(_normalised(device, images[i : i + 1])).logits for i in range(len(images))]
     return torch.cat(singly).float().cpu()
 
 
-def _theirs(device: torch.device, variant: str, pictures: Batch, mode: str | None) -> Entry:
+def _theirs(device: torch.device, variant: str, images: Batch, mode: str | None) -> Entry:
     """Input normalised and on the card beforehand: that is what a user of theirs times."""
     model = make_model(variant).to(device, torch.bfloat16)
     run = torch.compile(model, mode=mode, dynamic=False) if mode else model
-    pixels = _normalised(device, pictures).to(torch.bfloat16)
+    pixels = _normalised(device, images).to(torch.bfloat16)
 
     @torch.inference_mode()
     def logits() -> Tensor:
@@ -137,14 +137,14 @@ def _theirs(device: torch.device, variant: str, pictures: Batch, mode: str | Non
 
     return Entry(
         "bfloat16",
-        lambda seconds: _rate(work, _AT_ONCE * len(pictures), seconds),
+        lambda seconds: _rate(work, _AT_ONCE * len(images), seconds),
         lambda: logits().float().cpu().numpy(),
     )
 
 
-def _ours(card: Device, variant: str, pictures: Batch, compiler: Compiler | None) -> Entry:
+def _ours(card: Device, variant: str, images: Batch, compiler: Compiler | None) -> Entry:
     """As the server runs it, copies to the card and back included, with as many batches on their way as there."""
-    ours = OnDevice(card, (variant, make_model(variant).state_dict()), len(pictures), (_MEAN, _STD), compiler)
+    ours = OnDevice(card, (variant, make_model(variant).state_dict()), len(images), (_MEAN, _STD), compiler)
 
     def work(seconds: float) -> float:
         done = [0] * ours.instances
@@ -152,8 +152,8 @@ def _ours(card: Device, variant: str, pictures: Batch, compiler: Compiler | None
 
         def one(instance: int) -> None:
             while perf_counter() < start + seconds:
-                ours.run(instance, pictures)
-                done[instance] += len(pictures)
+                ours.run(instance, images)
+                done[instance] += len(images)
 
         threads = [threading.Thread(target=one, args=(instance,)) for instance in range(ours.instances)]
         for thread in threads:
@@ -162,11 +162,11 @@ def _ours(card: Device, variant: str, pictures: Batch, compiler: Compiler | None
             thread.join()
         return sum(done) / (perf_counter() - start)
 
-    return Entry(ours.precision, work, lambda: ours.run(0, pictures))
+    return Entry(ours.precision, work, lambda: ours.run(0, images))
 
 
-def _normalised(device: torch.device, pictures: Batch) -> Tensor:
-    pixels = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 255
+def _normalised(device: torch.device, images: Batch) -> Tensor:
+    pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
     shape = (1, 3, 1, 1)
     return (pixels - torch.tensor(_MEAN, device=device).view(shape)) / torch.tensor(_STD, device=device).view(shape)
 

@@ -36,7 +36,7 @@ class GpuPeak(_Record):
 class GpuLimits(_Record):
     """What each station of a request's way could do by itself, in images per second.
 
-    `decode` is of all cores, `copy` of the way of a 224x224 picture's pixels onto the card, `compute` of the engine at
+    `decode` is of all cores, `copy` of the way of a 224x224 image's pixels onto the card, `compute` of the engine at
     its best batch size.
     """
 

@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=40, help="requests a second")
     parser.add_argument("--seconds", type=float, default=20)
     arguments = parser.parse_args()
-    pictures = sorted((ROOT / "docs" / "digits").glob("*.png"))
-    posted = [Body("image/png", path.read_bytes()) for path in pictures]
+    images = sorted((ROOT / "docs" / "digits").glob("*.png"))
+    posted = [Body("image/png", path.read_bytes()) for path in images]
     with TemporaryDirectory() as name:
         folder = Path(name)
         model = folder / "store" / MODEL

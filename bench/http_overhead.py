@@ -27,13 +27,13 @@ import httpx
 import psutil
 
 from bench.bodies import Form, bodies
+from bench.images import jpegs
 from bench.load import Wrk
 from bench.make_store import TAG, make_store
-from bench.pictures import jpegs
 
 ROOT = Path(__file__).parent.parent
 VARIANT = "pvt_v2_b0"
-PICTURES = 32
+IMAGES = 32
 FORMS: tuple[Form, ...] = ("multipart", "raw")
 # What runs in the measured checkout: its own server.
 WHOLE = """
@@ -89,8 +89,8 @@ def main() -> None:
     trees = arguments.tree or [ROOT]
     with TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        pictures = jpegs(PICTURES)
-        loads = {form: Wrk(folder / form, bodies(pictures, form)) for form in FORMS}
+        images = jpegs(IMAGES)
+        loads = {form: Wrk(folder / form, bodies(images, form)) for form in FORMS}
         make_store(folder / "store", VARIANT)
         whole = [stack.enter_context(serving(tree, folder, f"whole{n}", WHOLE)) for n, tree in enumerate(trees)]
         servers = [stack.enter_context(serving(tree, folder, f"bare{n}", TRIVIAL)) for n, tree in enumerate(trees)]

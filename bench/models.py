@@ -1,4 +1,4 @@
-"""The README's table of models, measured here: `python -m bench.models [--variants ...] [--rounds 3] [--seconds 3]`.
+"""Every variant served with its defaults: `python -m bench.models [--variants ...] [--rounds 3] [--seconds 3]`.
 
 Each variant is served with seeded random weights of its true shapes at 224x224, as the service starts by itself: a
 first time without a plan, a second time with the plan that the first one left. Both loads are what `GET /models/{id}`
@@ -6,38 +6,27 @@ says; the images per second are those of wrk with 8 clients and different JPEGs,
 """
 
 import argparse
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import httpx
 from tqdm import tqdm
 
 from bench.bodies import bodies
+from bench.images import jpegs
 from bench.load import Wrk
 from bench.make_store import TAG, make_store
 from bench.peers import OURS
-from bench.pictures import jpegs
-from bench.server import serving
+from bench.ratios import some
+from bench.results import Model
+from bench.server import Server, serving
 from bench.tables import table
 from service.architecture.variants import VARIANTS
 
-PICTURES, CLIENTS = 32, 8
-
-
-@dataclass(slots=True)
-class Row:
-    """What was measured of one variant: its size, seconds of the two loads, memory, and images per second by round."""
-
-    parameters: int
-    weights_bytes: int
-    first_seconds: float = 0.0
-    cached_seconds: float = 0.0
-    memory_bytes: int = 0
-    rates: list[float] = field(default_factory=list)
+IMAGES, CLIENTS = 32, 8
 
 
 def main() -> None:
@@ -47,55 +36,76 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=3, help="of each variant in each round")
     arguments = parser.parse_args()
+    print(report(measure(arguments.variants, arguments.rounds, arguments.seconds)))
+
+
+def measure(variants: Sequence[str], rounds: int, seconds: int) -> dict[str, Model]:
+    """The figures of each of `variants`, loaded twice and then driven for `seconds` in each of `rounds`."""
+    models: dict[str, Model] = {}
     with TemporaryDirectory() as name:
-        rows = measure(Path(name), arguments.variants, arguments.rounds, arguments.seconds)
-    print(report(rows))
+        wrk = Wrk(Path(name) / "bodies", bodies(jpegs(IMAGES), OURS.form))
+        for turn, variant in tqdm([(i, variant) for i in range(rounds) for variant in variants]):
+            folder = Path(name) / variant
+            if turn == 0:
+                models[variant] = _loaded(folder, variant)
+            rate = _rate(folder, variant, wrk, seconds)
+            models[variant] = models[variant].model_copy(update={"rates": (*models[variant].rates, rate)})
+    return models
 
 
-def measure(folder: Path, variants: Sequence[str], rounds: int, seconds: int) -> dict[str, Row]:
-    """A row for each of `variants`."""
-    rows: dict[str, Row] = {}
-    for variant in variants:
-        card = make_store(folder / variant / "store", variant)
-        rows[variant] = Row(card.parameters, card.weights.bytes)
-    wrk = Wrk(folder / "bodies", bodies(jpegs(PICTURES), OURS.form))
-    for turn in tqdm([(i, variant) for i in range(rounds) for variant in variants]):
-        _visit(folder / turn[1], turn[1], rows[turn[1]], wrk, seconds)
-    return rows
-
-
-def report(rows: dict[str, Row]) -> str:
+def report(models: Mapping[str, Model]) -> str:
     """A Markdown table."""
     head = ("variant", "parameters", "weights", "first load", "load from the cache", "memory", "images/s, 8 clients")
-    return table(head, ((f"`{variant}`", *_cells(row)) for variant, row in rows.items()))
+    return table(head, ((f"`{variant}`", *_cells(model)) for variant, model in models.items()))
 
 
-def _visit(folder: Path, variant: str, row: Row, wrk: Wrk, seconds: int) -> None:
-    """Start the service, twice in the first round, and drive it."""
+def _loaded(folder: Path, variant: str) -> Model:
+    """`variant` with seeded weights, loaded without a plan and then with the plan of the first load."""
+    card = make_store(folder / "store", variant)
+    first = _load_report(folder, variant)
+    cached = _load_report(folder, variant)
+    if first["plan_cached"] or not cached["plan_cached"]:
+        raise RuntimeError(f"{variant}: the second load must restore the plan of the first, and only that one")
+    return Model(
+        parameters=card.parameters,
+        weights_bytes=card.weights.bytes,
+        first_load_seconds=first["load_seconds"],
+        cached_load_seconds=cached["load_seconds"],
+        memory_bytes=cached["memory_bytes"],
+        rates=(),
+    )
+
+
+def _load_report(folder: Path, variant: str) -> dict[str, Any]:
+    """What `GET /models/{id}` reports after a start with whatever plan is in `folder`."""
+    with _server(folder, variant) as server:
+        url = f"{server.url.removesuffix(OURS.path)}/models/{variant}"
+        info: dict[str, Any] = httpx.get(url, timeout=60).json()
+        return info
+
+
+def _rate(folder: Path, variant: str, wrk: Wrk, seconds: int) -> float:
+    with _server(folder, variant) as server:
+        return wrk.run(server.url, CLIENTS, seconds).images_per_second
+
+
+@contextmanager
+def _server(folder: Path, variant: str) -> Iterator[Server]:
+    """A server whose model is loaded."""
     settings = {"PVT_DEFAULT_MODEL": f"{variant}.{TAG}", "PVT_TIMEOUT_MS": "120000"}
-    with ExitStack() as stack:
-        for _ in range(1 if row.rates else 2):
-            stack.close()
-            server = stack.enter_context(serving(OURS, folder, folder / "store", settings))
-            server.wait(bodies(jpegs(1), OURS.form)[0])
-            info = httpx.get(f"{server.url.removesuffix(OURS.path)}/models/{variant}", timeout=60).json()
-            if info["plan_cached"]:
-                row.cached_seconds = info["load_seconds"]
-            else:
-                row.first_seconds = info["load_seconds"]
-            row.memory_bytes = info["memory_bytes"]
-        row.rates.append(wrk.run(server.url, CLIENTS, seconds).images_per_second)
+    with serving(OURS, folder, folder / "store", settings) as server:
+        server.wait(bodies(jpegs(1), OURS.form)[0])
+        yield server
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    spread = f"{median(row.rates):.3g} ({min(row.rates):.3g} to {max(row.rates):.3g})"
+def _cells(model: Model) -> tuple[str, ...]:
     return (
-        f"{row.parameters:,}",
-        f"{row.weights_bytes / 1e6:.0f} MB",
-        f"{row.first_seconds:.1f} s",
-        f"{row.cached_seconds:.2f} s",
-        f"{row.memory_bytes / 1e6:.0f} MB",
-        spread,
+        f"{model.parameters:,}",
+        f"{model.weights_bytes / 1e6:.0f} MB",
+        f"{model.first_load_seconds:.1f} s",
+        f"{model.cached_load_seconds:.2f} s",
+        "" if model.memory_bytes is None else f"{model.memory_bytes / 1e6:.0f} MB",
+        str(some(model.rates)),
     )
 
 

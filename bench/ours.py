@@ -44,10 +44,10 @@ class Ours:
         self.precision: str = self._executable.report.precision
         self.batch: int = self._executable.plan.largest
 
-    def decode(self, picture: bytes) -> Pixels:
+    def decode(self, image: bytes) -> Pixels:
         """The model's input."""
         geometry = self._executable.card.preprocessing.geometry
-        return decode(picture, geometry, max_pixels=self._max_pixels).pixels
+        return decode(image, geometry, max_pixels=self._max_pixels).pixels
 
     def infer(self, instance: int, images: Sequence[Pixels]) -> None:
         """Run `images` in batches of the sizes that the plan found best."""

@@ -1,4 +1,4 @@
-"""How far a reduced precision is from float32, by batch size: the table of docs/architecture.md, decision 36.
+"""How far a reduced precision is from float32, by batch size: the table of decision 36 in docs/decisions.
 
     python -m bench.precision [--precision bfloat16] [--backend openvino] [--variants pvt_v2_b0 ...] [--images 16]
 
@@ -64,13 +64,13 @@ def _model(name: str, images: int) -> tuple[Served, Reference]:
         return build(card, stored.folder), reference
     torch.manual_seed(0)
     module = Served(create(name, num_classes=CLASSES), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).eval()
-    pictures = synthetic_images(SIDE, SIDE, images)
+    samples = synthetic_images(SIDE, SIDE, images)
     head = module.model.head
     assert isinstance(head, nn.Linear)  # noqa: S101  it has classes
     with torch.no_grad():
-        head.weight.mul_(TRAINED_LOGITS / float(plain_logits(module, pictures[:1]).std()))
-    logits = np.concatenate([plain_logits(module, pictures[i : i + 1]) for i in range(images)])
-    return module, Reference(pictures, logits)
+        head.weight.mul_(TRAINED_LOGITS / float(plain_logits(module, samples[:1]).std()))
+    logits = np.concatenate([plain_logits(module, samples[i : i + 1]) for i in range(images)])
+    return module, Reference(samples, logits)
 
 
 def deviations(

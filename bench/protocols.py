@@ -1,4 +1,4 @@
-"""What a picture costs through the other protocols, beside `POST /predict`.
+"""What a image costs through the other protocols, beside `POST /predict`.
 
     python -m bench.protocols [--variant pvt_v2_b0] [--rounds 5] [--seconds 3] [--clients 8]
 
@@ -24,11 +24,11 @@ from PIL import Image
 
 from bench.bodies import Body, bodies
 from bench.http_overhead import ROOT, WHOLE, serving
+from bench.images import jpegs
 from bench.load import Wrk
 from bench.make_store import TAG, make_store
-from bench.pictures import jpegs
 
-PICTURES = 32
+IMAGES = 32
 SIDE = 224
 HEADER_BYTES = 300  # what the JSON in front of each binary tensor is padded to, so that one length fits all
 JSON = "application/json"
@@ -36,7 +36,7 @@ JSON = "application/json"
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How a picture is sent; `binary` with a tensor behind JSON."""
+    """How a image is sent; `binary` with a tensor behind JSON."""
 
     name: str
     path: str
@@ -52,12 +52,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=3, help="of each way in each round")
     parser.add_argument("--clients", type=int, default=8)
     arguments = parser.parse_args()
-    ways, pictures = _ways(arguments.variant), jpegs(PICTURES)
+    ways, images = _ways(arguments.variant), jpegs(IMAGES)
     rates: dict[str, list[float]] = {way.name: [] for way in ways}
     with TemporaryDirectory() as name:
         folder = Path(name)
         make_store(folder / "store", arguments.variant)
-        loads = [(way, Wrk(folder / way.name, way.make(pictures), **_headers(way))) for way in ways]
+        loads = [(way, Wrk(folder / way.name, way.make(images), **_headers(way))) for way in ways]
         with serving(ROOT, folder, "server", WHOLE, arguments.variant) as server:
             for _ in range(arguments.rounds):
                 for way, wrk in loads:
@@ -75,12 +75,12 @@ def main() -> None:
 def _ways(variant: str) -> list[Way]:
     infer = f"/v2/models/{variant}.{TAG}/infer"
     return [
-        Way("predict, raw JPEG", "/predict", lambda pictures: bodies(pictures, "raw")),
-        Way("predict, form", "/predict", lambda pictures: bodies(pictures, "multipart")),
-        Way("v2, binary JPEG", infer, lambda pictures: [_encoded(each) for each in pictures], binary=True),
-        Way("v2, binary pixels", infer, lambda pictures: [_pixels(each) for each in pictures], binary=True),
-        Way("v2, pixels in JSON", infer, lambda pictures: [_numbers(each) for each in pictures]),
-        Way("v1 embeddings, data URL", "/v1/embeddings", lambda pictures: [_data_url(each) for each in pictures]),
+        Way("predict, raw JPEG", "/predict", lambda images: bodies(images, "raw")),
+        Way("predict, form", "/predict", lambda images: bodies(images, "multipart")),
+        Way("v2, binary JPEG", infer, lambda images: [_encoded(each) for each in images], binary=True),
+        Way("v2, binary pixels", infer, lambda images: [_pixels(each) for each in images], binary=True),
+        Way("v2, pixels in JSON", infer, lambda images: [_numbers(each) for each in images]),
+        Way("v1 embeddings, data URL", "/v1/embeddings", lambda images: [_data_url(each) for each in images]),
     ]
 
 
@@ -89,8 +89,8 @@ def _headers(way: Way) -> dict[str, str]:
 
 
 def _seen(jpeg: bytes) -> Image.Image:
-    with Image.open(BytesIO(jpeg)) as picture:
-        return picture.convert("RGB").resize((SIDE, SIDE))
+    with Image.open(BytesIO(jpeg)) as image:
+        return image.convert("RGB").resize((SIDE, SIDE))
 
 
 def _encoded(jpeg: bytes) -> Body:

@@ -97,7 +97,7 @@ class Bound:
     """The most that arithmetic allows here, and the ratio of that to each of `peer`'s images per second.
 
     Nothing takes time but decoding, as measured, and the model's operations at the measured peak, on all cores.
-    `lone_ms` is what one picture takes if decoding has a core and today's graph, as measured on one core, all of them,
+    `lone_ms` is what one image takes if decoding has a core and today's graph, as measured on one core, all of them,
     with nothing lost in sharing it out; `lone` the ratio of that to LitServe's p50 with one client.
     """
 

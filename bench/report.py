@@ -1,15 +1,14 @@
-"""Results -> `docs/benchmarks.md`. Pure: the same results give the same text."""
+"""Results -> `docs/benchmarks/<kind of processor>/index.md`. Pure: the same results give the same text."""
 
 from collections.abc import Sequence
 
 from bench.aggregate import breakdown, clients_table, loads_table, names
 from bench.engine_report import engine_section
 from bench.peers import CONTENDERS
-from bench.ratios import OURS, TARGETS, bound, figure, over, some, spread, throughput
+from bench.ratios import CLIENTS, OURS, TARGETS, bound, figure, over, some, spread, throughput
 from bench.results import Closed, Results
 from bench.tables import table
 
-CHARTS = "benchmarks"  # the pictures' folder, as the report sees it
 _TITLES = {contender.name: contender.title for contender in CONTENDERS}
 
 
@@ -17,8 +16,6 @@ def report(results: Results) -> str:
     """The whole page."""
     sections = [
         _head(results),
-        _ratios(results),
-        _bound(results),
         _closed(results),
         _open(results),
         _breakdown(results),
@@ -27,23 +24,47 @@ def report(results: Results) -> str:
         _gpu(),
         _starts(results),
         _method(results),
+        _machine(results),
+        _ratios(results),
+        _bound(results),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def summary(results: Results) -> str:
     """What `make bench-quick` prints."""
-    return "\n\n".join(part for part in (_closed(results, charts=False), _ratios(results), _bound(results)) if part)
+    return "\n\n".join(part for part in (_ratios(results), _closed(results), _bound(results)) if part)
 
 
 def _head(results: Results) -> str:
-    machine = table(["machine", ""], results.machine.items())
+    kind = results.kind.replace("-", " ")
+    processor, cores = (results.machine.get(name, "unknown") for name in ("processor", "cores"))
+    return (
+        f"# Benchmarks {kind}\n\n![Throughput by clients](throughput.svg)\n\n{_in_one_sentence(results)}\n\n"
+        f"Processor: {processor}, {cores} cores. [Both kinds of processor side by side](../../benchmarks.md)."
+    )
+
+
+def _in_one_sentence(results: Results) -> str:
+    rates = {(name, row.clients): row.rate for name, rows in clients_table(results).items() for row in rows}
+    ours = rates.get((OURS, CLIENTS))
+    peers = "; ".join(
+        f"{figure(ratio.median)} times {_TITLES[name]}"
+        for name in names(results)
+        if name != OURS and (ratio := over(results, throughput(name, CLIENTS)))
+    )
+    if not ours or not peers:
+        return "pvt-serve was not measured beside other servers."
+    return f"With {CLIENTS} clients on {results.cores} cores pvt-serve serves {figure(ours.median)} images/s: {peers}."
+
+
+def _machine(results: Results) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results.versions.items())
     commands = "\n".join(results.commands)
     return (
-        "# Benchmarks\n\nMade by `make bench` from [benchmarks/results.json](benchmarks/results.json); to measure "
-        f"your own machine, call it there. Nothing is cached anywhere.\n\n{machine}\n\nVersions: "
-        f"{versions}.\n\nCommands:\n\n```sh\n{commands}\n```"
+        f"## Machine and commands\n\n{table(['machine', ''], results.machine.items())}\n\nVersions: {versions}.\n\n"
+        "`make bench` makes this page from [results.json](results.json), and measures your machine if you run it "
+        f"there. These figures are from:\n\n```sh\n{commands}\n```"
     )
 
 
@@ -56,10 +77,10 @@ def _ratios(results: Results) -> str:
         rows.append([target.name, aim, value or "", value.count if value else 0, verdict])
     busy = max((turn.busy for turn in results.rounds), default=0.0)
     note = (
-        "Each ratio within its round, then the median of the rounds, least and greatest in brackets. Just before a "
-        f"round, others had up to {busy:.0%} of the cores in use."
+        "Each ratio is computed within its round; then the median of the rounds, with the least and the greatest in "
+        f"brackets. Just before a round, others had up to {busy:.0%} of the cores in use."
     )
-    return f"## Ratios\n\n{note}\n\n{table(['ratio', 'aim', 'measured', 'rounds', ''], rows)}"
+    return f"## Aims\n\n{note}\n\n{table(['ratio', 'aim', 'measured', 'rounds', ''], rows)}"
 
 
 def _bound(results: Results) -> str:
@@ -70,7 +91,7 @@ def _bound(results: Results) -> str:
     lone = ""
     if limit.lone is not None:
         lone = (
-            f" A lone picture would take {figure(limit.lone_ms)} ms if today's graph lost nothing on being shared out "
+            f" A lone image would take {figure(limit.lone_ms)} ms if today's graph lost nothing on being shared out "
             f"over the cores and HTTP cost nothing: {figure(limit.lone)} of LitServe's p50."
         )
     return (
@@ -82,7 +103,7 @@ def _bound(results: Results) -> str:
     )
 
 
-def _closed(results: Results, *, charts: bool = True) -> str:
+def _closed(results: Results) -> str:
     rows = []
     for name, servers in clients_table(results).items():
         for row in servers:
@@ -92,10 +113,11 @@ def _closed(results: Results, *, charts: bool = True) -> str:
     bare = spread([turn.bare for turn in results.rounds])
     rows.append(["bare loop, a thread per core, no HTTP", "", bare or "", "", "", "", ""])
     head = ["server", "clients", "images/s", "p50 ms", "p99 ms", "pvt-serve / it", "failed"]
-    note = f"`wrk`, each client one request at a time, {results.seconds} s a load, medians (least to greatest)."
-    picture = f"\n\n![Throughput by clients]({CHARTS}/throughput.svg)" if charts else ""
+    note = (
+        f"`wrk`; each client has one request under way; {results.seconds} s for each load; medians (least to greatest)."
+    )
     missing = "".join(f"\n\n{_TITLES.get(n, n)} was not measured: {why}." for n, why in results.skipped.items())
-    return f"## Closed loop\n\n{note}{picture}\n\n{table(head, rows)}{missing}"
+    return f"## Closed loop\n\n{note}\n\n{table(head, rows)}{missing}"
 
 
 def _open(results: Results) -> str:
@@ -110,15 +132,15 @@ def _open(results: Results) -> str:
     every = [row for loads in servers.values() for row in loads]
     lag, share = max(row.lag_ms for row in every), max(row.generator_cpu for row in every)
     note = (
-        "Requests leave at random times fixed beforehand (Poisson, seeded), whether or not earlier ones were "
-        "answered. Latency counts from the intended time, so a server that stalls is charged for all whom that "
-        "delayed; a request without an answer 10 s after the last one left counts with its wait so far, and as "
-        "failed. A server that can't keep up with a load is offered no higher one. The generator itself was at most "
+        "Requests are sent at random times fixed beforehand (Poisson, seeded), whether or not earlier ones have a "
+        "response. Latency counts from the intended time, so a server that stalls is charged for every request that "
+        "it delayed. A request without a response 10 s after the last one was sent counts as failed, with its wait so "
+        "far. A server that can't keep up with a load gets no higher one. The generator itself was at most "
         f"{figure(lag)} ms late (p99 of the worst load) and took at most {figure(share * 100)} % of a core."
     )
-    picture = f"![Latency by offered load]({CHARTS}/latency.svg)"
+    chart = "![Latency by offered load](latency.svg)"
     head = ["server", "offered images/s", "p50 ms", "p99 ms", "failed", "rounds"]
-    return f"## Open loop\n\n{note}\n\n{picture}\n\n{table(head, rows)}"
+    return f"## Open loop\n\n{note}\n\n{chart}\n\n{table(head, rows)}"
 
 
 def _breakdown(results: Results) -> str:
@@ -127,13 +149,12 @@ def _breakdown(results: Results) -> str:
         return ""
     rows = [[_TITLES[name], *(figure(value) for value in row.values())] for name, row in parts.items()]
     note = (
-        "Processor milliseconds per image with 8 clients, of the server's processes together. Decoding and inference "
-        "are what they cost by themselves on one thread; the rest is all else: HTTP, hand-overs, waiting that spins, "
-        "and what work costs more when cores and caches are shared. A rest below zero means that batches under load "
-        "were cheaper than alone."
+        "Processor milliseconds per image with 8 clients, of all processes of the server. Decoding and inference are "
+        "what they cost alone on one thread. The rest is HTTP, hand-overs, busy waiting, and what sharing cores and "
+        "caches costs. A rest below zero means that batches under load were cheaper than alone."
     )
     head = ["server", "decode", "inference", "the rest", "all"]
-    return f"## Core time\n\n{note}\n\n![Core time per image]({CHARTS}/core-time.svg)\n\n{table(head, rows)}"
+    return f"## Core time\n\n{note}\n\n![Core time per image](core-time.svg)\n\n{table(head, rows)}"
 
 
 def _large(results: Results) -> str:
@@ -163,8 +184,8 @@ def _answered(runs: Sequence[Closed]) -> list[object]:
 
 def _gpu() -> str:
     return (
-        "## GPU\n\nNothing here was measured on one. `python -m bench.gpu` does that and writes benchmarks-gpu.md; "
-        "[gpu.md](gpu.md) lists what is open until then."
+        "## GPU\n\nNothing was measured on a GPU. `python -m bench.gpu` does that and writes benchmarks-gpu.md; "
+        "[gpu.md](../../gpu.md#what-is-not-shown) lists what is open until then."
     )
 
 
@@ -182,8 +203,8 @@ def _starts(results: Results) -> str:
             [_TITLES[name], spread([v.start_seconds for v in visits]), spread([v.resident_mb for v in visits])]
         )
     return (
-        f"## Starting, memory\n\n{table(['pvt-serve with its embedded model', ''], rows)}\n\nEach server with b0 at "
-        "224; memory after the closed loops, summed over its processes, pages that they share counted for "
+        f"## Start and memory\n\n{table(['pvt-serve with its embedded model', ''], rows)}\n\nEach server with b0 at "
+        "224. Memory after the closed loops, summed over its processes; pages that they share count for "
         f"each.\n\n{table(['server', 's to the first answer', 'MB'], memory)}"
     )
 
@@ -195,10 +216,10 @@ def _method(results: Results) -> str:
         if contender.name in names(results)
     ]
     return (
-        "## How it was measured\n\n64 different JPEGs of 640x427, crops of two photos "
-        "compressed anew, one a request. pvt_v2_b0 at 224 with 1000 classes and seeded random "
-        "weights. In each round the bare loop (decoding and inference, a thread for each core, "
-        "no HTTP), then each server in turn: started, warmed up with every number of clients, "
-        "measured, stopped. The load generators run on the same cores. Each server as its own "
-        "guides write it:\n\n" + "\n".join(servers)
+        "## How it was measured\n\n64 different JPEGs of 640x427, crops of two photos, each compressed again; one for "
+        "each request. pvt_v2_b0 at 224 with 1000 classes and seeded random weights. Nothing is cached. In each round "
+        "the bare loop (decoding and inference, a thread for each core, no HTTP), then each server in turn: started, "
+        "warmed up with every number of clients, measured, stopped. The load generators run on the same cores. "
+        "[performance.md](../../performance.md) says how far to trust figures. Each server runs as its own "
+        "guides write:\n\n" + "\n".join(servers)
     )

@@ -49,7 +49,7 @@ class Open(_Record):
 
 
 class Visit(_Record):
-    """One server's turn in a round; `large` is the closed loop over 12-megapixel pictures."""
+    """One server's turn in a round; `large` is the closed loop over 12-megapixel images."""
 
     closed: tuple[Closed, ...] = ()
     open: tuple[Open, ...] = ()
@@ -104,6 +104,20 @@ class Engine(_Record):
     note: str = ""
 
 
+class Model(_Record):
+    """One model as its server loads and runs it: `rates` are images per second with 8 clients, one for each round.
+
+    The first load compiles and measures; the cached one restores what the first one kept.
+    """
+
+    parameters: int
+    weights_bytes: int
+    first_load_seconds: float
+    cached_load_seconds: float
+    memory_bytes: int | None = None
+    rates: tuple[float, ...]
+
+
 class Start(_Record):
     """Of our server with the embedded model: process start to first prediction, and resident memory then."""
 
@@ -112,7 +126,7 @@ class Start(_Record):
 
 
 class Results(_Record):
-    """All of a run; rounds and engine figures grow from call to call."""
+    """All runs on one machine; rounds and engine figures grow from call to call."""
 
     machine: dict[str, str] = {}
     cores: int = 1
@@ -126,6 +140,12 @@ class Results(_Record):
     peaks: tuple[Peak, ...] = ()
     flops: dict[str, int] = {}
     engines: tuple[Engine, ...] = ()
+    models: dict[str, Model] = {}
+
+    @property
+    def kind(self) -> str:
+        """The kind of processor they were measured on, as folders are named."""
+        return "with-bfloat16" if self.machine.get("bfloat16") == "native" else "without-bfloat16"
 
 
 def read(path: Path) -> Results:

@@ -11,23 +11,23 @@ from tqdm import tqdm
 
 from bench.bare import bare_loop
 from bench.bodies import Body, bodies
+from bench.images import jpegs, large_jpegs
 from bench.load import Wrk
 from bench.make_store import TAG, make_store
 from bench.openloop import open_loop
 from bench.ours import Ours
 from bench.peers import Contender
-from bench.pictures import jpegs, large_jpegs
 from bench.results import Closed, Open, Results, Round, Visit
 from bench.server import Server, serving
 
 VARIANT = "pvt_v2_b0"
-PICTURES, LARGE_PICTURES = 64, 4
+IMAGES, LARGE_IMAGES = 64, 4
 LARGE_CLIENTS = 8
 RATES = (0.1, 0.2, 0.4, 0.6, 0.8)  # of the bare loop's images per second
 SATURATED = 0.9  # a server that answers less than this share of an offered load in time is offered no higher one
 _LATE_MS = 2000.0
 _WARM_SECONDS = 2
-LARGE_FACTOR = 4  # times the seconds of other loads: a batch of 12-megapixel pictures takes some itself
+LARGE_FACTOR = 4  # times the seconds of other loads: a batch of 12-megapixel images takes some itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,13 @@ class Plan:
     large: bool = True
 
 
-class Course:
-    """Pictures and a model store in `folder`, and the bare loop."""
+class RoundRunner:
+    """Images and a model store in `folder`, and the bare loop."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self._folder, self._plan = folder, plan
-        self._pictures = jpegs(PICTURES)
-        self._large = large_jpegs(LARGE_PICTURES) if plan.large else []
+        self._images = jpegs(IMAGES)
+        self._large = large_jpegs(LARGE_IMAGES) if plan.large else []
         make_store(folder / "store", VARIANT)
         self._ours = Ours(folder / "store")
 
@@ -58,7 +58,7 @@ class Course:
     def round(self, contenders: Sequence[Contender], number: int, skipped: dict[str, str]) -> Round:
         """Every contender once; why one could not be measured goes into `skipped`."""
         busy = psutil.cpu_percent(interval=1) / 100
-        bare = bare_loop(self._ours, self._pictures, self._plan.seconds)
+        bare = bare_loop(self._ours, self._images, self._plan.seconds)
         visits = {}
         for contender in tqdm(contenders, desc=f"round {number + 1}", leave=False):
             if missing := contender.missing():
@@ -73,7 +73,7 @@ class Course:
         return Round(bare=bare, busy=busy, visits=visits)
 
     def _visit(self, contender: Contender, bare: float, number: int) -> Visit:
-        small = bodies(self._pictures, contender.form)
+        small = bodies(self._images, contender.form)
         wrk = Wrk(self._folder / contender.form, small)
         settings = {"PVT_DEFAULT_MODEL": f"{VARIANT}.{TAG}", "PVT_LOG_FORMAT": "json"}
         with serving(contender, self._folder, self.store, settings) as server:
@@ -90,7 +90,7 @@ class Course:
 
     def _open(self, server: Server, contender: Contender, bare: float, number: int) -> tuple[Open, ...]:
         loops: list[Open] = []
-        (first,) = bodies(self._pictures[:1], contender.form)
+        (first,) = bodies(self._images[:1], contender.form)
         for share in RATES:
             rate = round(bare * share, 1)
             folder, seconds = self._folder / contender.form, self._plan.seconds

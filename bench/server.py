@@ -119,10 +119,10 @@ def serving(
             server.stop()
 
 
-def start_figures(picture: bytes, folder: Path, times: int) -> list[tuple[float, float]]:
+def start_figures(image: bytes, folder: Path, times: int) -> list[tuple[float, float]]:
     """Seconds from process start to the first prediction and megabytes then, of our server with the embedded model."""
     figures = []
-    (body,) = bodies([picture], OURS.form)
+    (body,) = bodies([image], OURS.form)
     for _ in range(times):
         with serving(OURS, folder, ROOT / "model_store") as server:
             figures.append((server.wait(body), server.resident_bytes() / 1e6))

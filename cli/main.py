@@ -16,7 +16,7 @@ from cli.terminal import print_line, short_errors
 
 HELP = """Pyramid Vision Transformer v2 image models: serve them over HTTP, or use them from the command line.
 
-Settings are the environment variables PVT_* of the README; every command obeys them.
+Settings are the environment variables PVT_* of docs/settings.md; every command obeys them.
 """
 # The panels of the help, and their commands in the order of the help.
 _COMMANDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {

@@ -16,12 +16,6 @@ from tests.vision import define_operators  # noqa: E402  with it comes torch
 define_operators()  # before any test imports what imports torchvision
 
 
-@pytest.fixture(scope="session")
-def readme() -> str:
-    """The README's text."""
-    return (ROOT / "README.md").read_text()
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _modules_are_no_garbage() -> None:
     """Every load and unload looks for garbage, as in the service, which leaves out what is there at its start too."""
@@ -60,7 +54,7 @@ def model_store() -> Path:
 
 @pytest.fixture(scope="session")
 def digits() -> Path:
-    """The folder of the README's images: zero.png to nine.png."""
+    """The folder of example images: zero.png to nine.png."""
     return ROOT / "docs" / "digits"
 
 

@@ -11,7 +11,7 @@ from bench.bodies import Form
 class Contender:
     """A server that can be started: `command` with `{port}` and `{store}` to fill in, asked by POST to `path`.
 
-    It is ready when it answers a picture with 200. `needs` are the packages that it takes, by distribution name;
+    It is ready when it answers a image with 200. `needs` are the packages that it takes, by distribution name;
     `environment` is added to ours, and
     `configured` says for the report how it is set up.
     """
@@ -52,8 +52,8 @@ def _peer(module: str) -> tuple[str, ...]:
 # Where several threads or processes infer at the same time: more threads than cores would wait for each other.
 _ONE_THREAD = (("OMP_NUM_THREADS", "1"),)
 _EAGER = "transformers' model, eager, float32"
-_FORM = "the picture as a multipart form's file"
-_RAW = "the picture as the raw body"
+_FORM = "the image as a file of a multipart form"
+_RAW = "the image as the raw body"
 
 OURS = Contender(
     "ours",
@@ -61,7 +61,7 @@ OURS = Contender(
     ("-m", "app"),
     "multipart",
     ("fastapi", "openvino"),
-    f"as it comes, no setting changed; {_FORM}",
+    f"no setting changed; {_FORM}",
 )
 CONTENDERS: tuple[Contender, ...] = (
     OURS,

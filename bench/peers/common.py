@@ -1,4 +1,4 @@
-"""What every peer has in common: the model, how a picture is prepared for it, and the form of the answer.
+"""What every peer has in common: the model, how a image is prepared for it, and the form of the answer.
 
 The model is transformers' PVT-v2 with seeded weights, eager, float32. Preparing is that of the published checkpoints:
 shorter side to 248, bicubic, centre crop 224, ImageNet's mean and standard deviation, written with Pillow and numpy.
@@ -57,7 +57,7 @@ def crop(jpeg: bytes) -> NDArray[np.uint8]:
 
 
 def prepare(jpeg: bytes) -> torch.Tensor:
-    """The model's input of one picture: (3, 224, 224)."""
+    """The model's input of one image: (3, 224, 224)."""
     pixels = (crop(jpeg).astype(np.float32) / 255 - _MEAN) / _STD
     return torch.from_numpy(pixels).permute(2, 0, 1)
 

@@ -14,7 +14,7 @@ model = make_model()
 
 @app.post("/predict")
 def predict(image: UploadFile) -> dict[str, Any]:
-    """The answer to one picture."""
+    """The answer to one image."""
     return classify(model, torch.stack([prepare(image.file.read())]))[0]
 
 

@@ -23,7 +23,7 @@ class Classifier(litserve.LitAPI):
         self.model = make_model().to(device)
 
     def decode_request(self, request: Request) -> torch.Tensor:
-        """One picture's input; what LitServe hands in is the request's form."""
+        """One image's input; what LitServe hands in is the request's form."""
         return prepare(request["image"].file.read())
 
     def predict(self, batch: torch.Tensor) -> list[dict[str, Any]]:

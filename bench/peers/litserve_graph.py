@@ -28,7 +28,7 @@ class Classifier(litserve.LitAPI):
         self.graphs = Graphs(store(), BATCH, threads=max(1, usable_cores() // WORKERS))
 
     def decode_request(self, request: Request) -> NDArray[np.uint8]:
-        """One picture's input, of the request's form; normalisation is part of the graph."""
+        """One image's input, of the request's form; normalisation is part of the graph."""
         return crop(request["image"].file.read())
 
     def batch(self, inputs: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:

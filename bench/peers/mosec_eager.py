@@ -17,11 +17,11 @@ class Prepare(Worker):
     """Takes the raw body."""
 
     def deserialize(self, data: bytes) -> bytes:
-        """The body is the picture."""
+        """The body is the image."""
         return data
 
     def forward(self, data: bytes) -> NDArray[np.float32]:
-        """One picture's input."""
+        """One image's input."""
         pixels: NDArray[np.float32] = prepare(data).numpy()
         return pixels
 

@@ -20,12 +20,12 @@ class Classifier:
         self.model = make_model()
 
     @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=BATCH_WAIT_SECONDS)
-    async def batch(self, pictures: list[bytes]) -> list[dict[str, Any]]:
+    async def batch(self, images: list[bytes]) -> list[dict[str, Any]]:
         """The answers to a batch."""
-        return classify(self.model, torch.stack([prepare(picture) for picture in pictures]))
+        return classify(self.model, torch.stack([prepare(image) for image in images]))
 
     async def __call__(self, request: Request) -> dict[str, Any]:
-        """The body is the picture."""
+        """The body is the image."""
         answer: dict[str, Any] = await self.batch(await request.body())
         return answer
 

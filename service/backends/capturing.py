@@ -1,4 +1,4 @@
-"""What a capture of a CUDA graph needs around it, as torch 2.13's source has it (docs/architecture.md, decision 49)."""
+"""What a capture of a CUDA graph needs around it, as torch 2.13's source has it (decision 49)."""
 
 import gc
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """The OpenVINO backend: one graph of fixed shape per batch size, compiled straight from the torch module.
 
-A dynamic batch dimension costs a factor of two to three on a CPU, hence one graph for each size (docs/architecture.md).
+A dynamic batch dimension costs a factor of two to three on a CPU, hence one graph for each size (decision 1).
 """
 
 from collections.abc import Sequence

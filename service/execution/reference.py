@@ -25,7 +25,7 @@ MAX_RELATIVE = 2e-4  # allowed to float32: 200 times what rounding gives, a tent
 # `spread` is the mean over the reference images of their greatest logit less their least (`Reference.spread`): an image
 # whose logits are all near zero is measured with what the model gives elsewhere, and not with its own noise. What
 # decides of two classes that float32 itself tells apart by less than the precision may move one logit is chance, and no
-# changed answer. docs/architecture.md, decision 36, has the figures behind both bounds.
+# changed answer. docs/decisions/backends-and-precision.md, decision 36, has the figures behind both bounds.
 TOLERANCE = 0.03
 MIN_COSINE = 0.999
 REFERENCE_FILE = "reference.safetensors"

@@ -29,7 +29,7 @@ FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", *(["AVIF"] if AvifImageP
 _ORIENTATION = (0x0112, 3, 1)  # the tag, its type SHORT, one value
 # EXIF orientations by what sets them upright: mirrored left-right, top-bottom, and then width and height swapped
 _MIRRORED, _UPSIDE_DOWN, _SIDEWAYS = {2, 3, 7, 8}, {3, 4, 6, 7}, {5, 6, 7, 8}
-# Pixels on a side that a JPEG of reduced size must still have for each of the model's input; see decision 21
+# Pixels on a side that a JPEG of reduced size must still have for each of the model's input; see decision 28
 _MARGIN = 2
 _SIXTEEN = Grey(65_535)
 # An AVIF may hold a larger frame than its header says, up to libavif's own limit of 268 megapixels, which costs a

@@ -50,6 +50,6 @@ def choose(wanted: str, there: Sequence[str]) -> tuple[str, ...]:
         seen = f"sees {', '.join(there)}" if there else "sees none"
         raise BackendUnavailable(
             f"PVT_DEVICE={wanted}: torch {torch.__version__} {seen}, not {', '.join(missing)}; set PVT_DEVICE=cpu, or "
-            "install a CUDA build of torch (README, GPU) and check the driver with nvidia-smi"
+            "install a CUDA build of torch (docs/gpu.md) and check the driver with nvidia-smi"
         )
     return names

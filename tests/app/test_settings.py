@@ -145,13 +145,6 @@ def test_the_process_says_what_is_wrong_and_exits_with_2(name: str, value: str, 
     assert done.stderr.startswith(message)
 
 
-def test_the_readme_lists_every_setting_with_its_default(readme: str) -> None:
-    for name, field in Settings.model_fields.items():
-        default = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
-        meaning = " ".join((field.description or "").split())
-        assert f"| `PVT_{name.upper()}` | {f'`{default}`' if default else ''} | {meaning} |" in readme, name
-
-
 @pytest.mark.parametrize(
     ("value", "folder"), [("", None), ("/plans", Path("/plans")), ("~/plans", Path("/root/plans"))]
 )

@@ -101,7 +101,7 @@ def test_what_is_measured_again_takes_the_place_of_what_was() -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures of 64 instead of 224, and no compiler."""
+    """Images of 64 instead of 224, and no compiler."""
     monkeypatch.setattr(gpu_engines, "SIDE", 64)
     monkeypatch.setattr("bench.ours.SIDE", 64)
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)

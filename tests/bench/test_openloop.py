@@ -10,7 +10,7 @@ from bench.bodies import Body
 from bench.generator import Call, drive
 from bench.openloop import arrivals, percentile, summary
 
-BODY = Body("image/jpeg", b"picture")
+BODY = Body("image/jpeg", b"image")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 
@@ -74,7 +74,7 @@ async def test_requests_are_whole_and_connections_are_used_again() -> None:
         calls = await drive(url, [BODY], [0.0, 0.2], asyncio.get_running_loop().time())
 
     assert fake.requests[0].startswith(b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:")
-    assert fake.requests[0].endswith(b"Content-Type: image/jpeg\r\nContent-Length: 7\r\n\r\npicture")
+    assert fake.requests[0].endswith(b"Content-Type: image/jpeg\r\nContent-Length: 5\r\n\r\nimage")
     assert [call.status for call in calls] == [200, 200]
     assert fake.connections == 1
 

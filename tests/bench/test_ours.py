@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from bench.bare import bare_loop
+from bench.images import jpegs
 from bench.make_store import make_store
 from bench.ours import Graphs, Ours, module
 from bench.peak import flops
-from bench.pictures import jpegs
 
 
 @pytest.fixture(scope="module")

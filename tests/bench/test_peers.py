@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from bench.bodies import bodies
+from bench.images import jpegs
 from bench.peers import CONTENDERS, OURS, QUICK, chosen
 from bench.peers.common import CONFIGS, answers, crop, make_model, prepare
-from bench.pictures import jpegs
 from service.architecture.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,11 +60,11 @@ def test_the_peers_model_has_the_size_of_each_variant() -> None:
 
 
 def test_the_peers_prepare_a_picture_as_the_published_checkpoints_want_it() -> None:
-    (picture,) = jpegs(1)
+    (image,) = jpegs(1)
 
-    assert crop(picture).shape == (224, 224, 3)
-    assert prepare(picture).shape == (3, 224, 224)
-    assert prepare(picture).mean().abs() < 2
+    assert crop(image).shape == (224, 224, 3)
+    assert prepare(image).shape == (3, 224, 224)
+    assert prepare(image).mean().abs() < 2
 
 
 def test_a_portrait_is_prepared_too() -> None:

@@ -20,6 +20,16 @@ def test_the_report_says_of_each_ratio_whether_it_is_reached() -> None:
     assert "| images/s, 8 clients: pvt-serve / bare loop | at least 0.9 | 0.9 (0.9 to 0.9) | 3 | reached |" in text
 
 
+def test_the_report_begins_with_the_chart_and_one_sentence_and_ends_with_the_aims() -> None:
+    text = report(results())
+
+    assert text.startswith(
+        "# Benchmarks without bfloat16\n\n![Throughput by clients](throughput.svg)\n\nWith 8 clients on 2 cores"
+    )
+    assert "pvt-serve serves 90 images/s: 4.5 times LitServe; 2 times LitServe + our graph." in text
+    assert [line for line in text.splitlines() if line.startswith("## ")][-1] == "## Aims"
+
+
 def test_the_report_says_what_the_processor_allows_at_all() -> None:
     text = report(results())
 
@@ -28,10 +38,10 @@ def test_the_report_says_what_the_processor_allows_at_all() -> None:
     )
 
 
-def test_the_report_says_what_a_lone_picture_takes_at_the_least_today() -> None:
+def test_the_report_says_what_a_lone_image_takes_at_the_least_today() -> None:
     text = " ".join(report(results()).split())
 
-    assert "A lone picture would take 6.5 ms if today's graph lost nothing on being shared out" in text
+    assert "A lone image would take 6.5 ms if today's graph lost nothing on being shared out" in text
     assert "and HTTP cost nothing: 0.13 of LitServe's p50." in text
 
 
@@ -66,7 +76,7 @@ def test_empty_results_make_a_report_that_claims_nothing() -> None:
     assert text.count("| 0 | not measured |") == 5
 
 
-def test_the_summary_is_the_table_and_the_ratios_without_pictures() -> None:
+def test_the_summary_is_the_table_and_the_ratios_without_charts() -> None:
     text = summary(results())
 
     assert "![" not in text
@@ -133,6 +143,6 @@ def test_bars_in_cells_do_not_end_them() -> None:
     assert table(["a"], [["x|y"]]) == "| a |\n| --- |\n| x\\|y |"
 
 
-@pytest.mark.parametrize("name", ["benchmarks/throughput.svg", "benchmarks/latency.svg", "benchmarks/core-time.svg"])
+@pytest.mark.parametrize("name", ["throughput.svg", "latency.svg", "core-time.svg"])
 def test_the_report_shows_every_chart(name: str) -> None:
     assert f"]({name})" in report(results())

@@ -1,4 +1,4 @@
-"""Different real pictures to measure with: crops of scikit-learn's two sample photos, each compressed anew."""
+"""Different real images to measure with: crops of scikit-learn's two sample photos, each compressed anew."""
 
 from io import BytesIO
 
@@ -10,18 +10,18 @@ from sklearn.datasets import load_sample_images
 QUALITY = 90
 USUAL = (640, 427)
 LARGE = (4000, 3000)  # 12 megapixels
-NOISE = 4.0  # of 255, standard deviation: what enlarging takes away of a camera's picture, its noise, and so its bytes
+NOISE = 4.0  # of 255, standard deviation: what enlarging takes away of a camera's image, its noise, and so its bytes
 
 
 def jpegs(count: int, *, seed: int = 0) -> list[bytes]:
     """`count` JPEGs of 640x427, no two alike, so that no cache on the way can help."""
-    return [_jpeg(np.asarray(picture)) for picture in _crops(count, USUAL, seed)]
+    return [_jpeg(np.asarray(image)) for image in _crops(count, USUAL, seed)]
 
 
 def large_jpegs(count: int, *, seed: int = 1) -> list[bytes]:
     """`count` different JPEGs of 12 megapixels, enlarged, with noise as a camera has it."""
     noise = np.random.default_rng(seed)
-    return [_jpeg(_noisy(picture, noise)) for picture in _crops(count, LARGE, seed)]
+    return [_jpeg(_noisy(image, noise)) for image in _crops(count, LARGE, seed)]
 
 
 def _crops(count: int, size: tuple[int, int], seed: int) -> list[Image.Image]:
@@ -39,8 +39,8 @@ def _crops(count: int, size: tuple[int, int], seed: int) -> list[Image.Image]:
     return crops
 
 
-def _noisy(picture: Image.Image, random: np.random.Generator) -> NDArray[np.uint8]:
-    pixels = np.asarray(picture, dtype=np.float32)
+def _noisy(image: Image.Image, random: np.random.Generator) -> NDArray[np.uint8]:
+    pixels = np.asarray(image, dtype=np.float32)
     pixels = pixels + random.standard_normal((*pixels.shape[:2], 1), dtype=np.float32) * NOISE
     return pixels.clip(0, 255).astype(np.uint8)
 
