@@ -15,8 +15,8 @@ from bench.ours import OnDevice
 from bench.peers.common import make_model
 from service.arrays import Floats
 from service.backends.base import Batch
-from service.backends.compiling import Compiler
-from service.backends.device import Device
+from service.backends.cuda.compiling import Compiler
+from service.backends.cuda.device import CudaDevice
 
 SIDE = 224
 ENGINES = ("transformers", "max-autotune", "pvt-serve")
@@ -37,7 +37,7 @@ class Entry:
 
 def measure(
     device: torch.device,
-    card: Device,
+    card: CudaDevice,
     variant: str,
     batch: int,
     *,
@@ -45,7 +45,7 @@ def measure(
     seconds: float,
     compiler: Compiler | None = None,
 ) -> list[GpuEngine]:
-    """All engines with one batch size, in turn, `rounds` times. One that fails is told of, and the others go on.
+    """All engines with one batch size, in turn, `rounds` times. One that fails gets a note, and the others go on.
 
     `card` is `device` as ours sees it; `compiler` is what compiles ours.
     """
@@ -142,7 +142,7 @@ def _theirs(device: torch.device, variant: str, images: Batch, mode: str | None)
     )
 
 
-def _ours(card: Device, variant: str, images: Batch, compiler: Compiler | None) -> Entry:
+def _ours(card: CudaDevice, variant: str, images: Batch, compiler: Compiler | None) -> Entry:
     """As the server runs it, copies to the card and back included, with as many batches on their way as there."""
     ours = OnDevice(card, (variant, make_model(variant).state_dict()), len(images), (_MEAN, _STD), compiler)
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.weights import load_into, remap_keys
 from service.backends.base import Layout
-from service.backends.compiling import Compiler, TorchCompiler
-from service.backends.cuda import IN_FLIGHT, CudaBackend
-from service.backends.device import Device, cuda_devices
+from service.backends.cuda.backend import IN_FLIGHT, CudaBackend
+from service.backends.cuda.compiling import Compiler, TorchCompiler
+from service.backends.cuda.device import CudaDevice, cuda_devices
+from service.backends.module import Served, build
 from service.backends.openvino import OpenVinoBackend
-from service.backends.served import Served, build
 from service.execution.executable import Executable
 from service.execution.tuning import Limits
 from service.images.decoding import decode
@@ -110,7 +110,7 @@ class OnDevice:
 
     def __init__(
         self,
-        device: Device,
+        device: CudaDevice,
         model: tuple[str, Mapping[str, Tensor]],
         batch: int,
         normalisation: tuple[Sequence[float], Sequence[float]],
@@ -127,15 +127,16 @@ class OnDevice:
             made = create(model[0])
         load_into(made, remap_keys(model[1]))
         backend = CudaBackend([device], self.instances, compiler or TorchCompiler(None))
-        program = backend.program(Served(made, *normalisation).eval(), SIDE, SIDE)
+        optimized = backend.program(Served(made, *normalisation).eval(), SIDE, SIDE).optimized
+        assert optimized  # noqa: S101  there is a compiler
         self.precision = backend.precisions[0]
-        self._graph = program.faster(batch, Layout(self.instances, 1), self.precision)
+        self._graph = optimized.graph(batch, self.precision)
 
     def run(self, instance: int, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Logits (n, classes) of a batch (n, 224, 224, 3)."""
         return self._graph.run(instance, batch)[0]
 
 
-def cuda_device(name: str) -> Device:
+def cuda_device(name: str) -> CudaDevice:
     """The card called `name`, as the server uses it."""
     return cuda_devices([name])[0]

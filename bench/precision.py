@@ -22,9 +22,9 @@ from bench.tables import table
 from service.architecture.pvt_v2 import create
 from service.architecture.variants import VARIANTS
 from service.backends.base import Backend, Layout, Precision
+from service.backends.module import Served, build, plain_logits
 from service.backends.openvino import OpenVinoBackend
-from service.backends.served import Served, build, plain_logits
-from service.backends.torch import TorchBackend
+from service.backends.torch_cpu import TorchBackend
 from service.execution.reference import Deviation, Reference, reference_of, synthetic_images, worst
 from service.store.store import Store
 

@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 
 from service.backends.base import Backend, Precision
-from service.backends.compiling import TorchCompiler
-from service.backends.cuda import IN_FLIGHT, CudaBackend
-from service.backends.device import cuda_devices
+from service.backends.cuda.backend import IN_FLIGHT, CudaBackend
+from service.backends.cuda.compiling import TorchCompiler
+from service.backends.cuda.device import cuda_devices
 from service.backends.openvino import OpenVinoBackend
-from service.backends.torch import TorchBackend
+from service.backends.torch_cpu import TorchBackend
 from service.machine.cores import usable_cores
 from service.store.urls import RemoteOptions
 

@@ -44,14 +44,9 @@ LAYERS = {
         {"partial", "labels"},
     ],
     "scheduling": [{"scheduler"}, {"dispatcher"}, {"activity"}, {"queues"}],
-    "execution": [{"executable"}, {"improving"}, {"tuning"}, {"golden"}, {"plan_cache", "reference"}, {"plan"}],
-    "backends": [
-        {"cuda", "openvino", "torch"},
-        {"device", "convert", "layouts"},
-        {"base", "capturing"},
-        {"compiling"},
-        {"served"},
-    ],
+    "execution": [{"executable"}, {"optimizer"}, {"tuning"}, {"plan_cache", "reference"}, {"plan"}],
+    "backends": [{"cuda", "openvino", "torch_cpu"}, {"base"}, {"module"}],
+    "backends/cuda": [{"backend"}, {"device"}, {"compiling"}],
     "postprocess": [{"features", "activation_maps"}, {"classes"}],
     "store": [
         {"remote", "default"},
@@ -112,7 +107,7 @@ def test_every_module_of_the_service_has_its_layer() -> None:
 
 @pytest.mark.parametrize("package", LAYERS)
 def test_service_imports_run_downwards(package: str) -> None:
-    prefix = f"service.{package}." if package else "service."
+    prefix = f"service.{package.replace('/', '.')}." if package else "service."
     level = {part: number for number, layer in enumerate(LAYERS[package]) for part in layer}
     upwards = [
         f"{prefix}{part} -> {name}"

@@ -19,7 +19,7 @@ from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.variants import VARIANTS
 from service.architecture.weights import State, digest, load_into
 from service.arrays import Floats
-from service.backends.served import Served, plain_logits
+from service.backends.module import Served, plain_logits
 from service.errors import WeightsMismatch, WeightsNotFinite
 from service.execution.reference import Reference, packed
 from service.store.cards import Accuracy, ModelCard, Origin, Preprocessing, WeightsFile

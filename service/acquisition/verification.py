@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service.acquisition.publishing import plain_outputs
-from service.backends.served import build
+from service.backends.module import build
 from service.errors import ServiceError
 from service.execution.reference import reference_of
 from service.store.names import alias_target

@@ -1,1 +1,1 @@
-"""A loaded model at one input size: its measured batch plan, its graphs, what they must answer."""
+"""A loaded model at one input size: its measured batch plan, its graphs, the logits that they must give."""

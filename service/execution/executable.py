@@ -1,39 +1,41 @@
-"""A loaded model at one input size: what runs its batches, and what makes more of it when that is first asked for."""
+"""A loaded model at one input size: it runs batches, and makes more graphs when they are first needed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
+import structlog
 
-from service.arrays import Head, Outputs
-from service.backends.base import Backend, Batch, Graph, Layout, Precision
-from service.backends.served import build
-from service.errors import ModelLoadFailed
-from service.execution.golden import CheckedGraphs
-from service.execution.improving import Better, Improving
-from service.execution.plan import BatchPlan, batch_seconds
-from service.execution.reference import Deviation
-from service.execution.tuning import Alone, Tuned
+from service.arrays import Head, Outputs, Pixels
+from service.backends.base import Backend, Batch, Graph, Layout, Precision, Program
+from service.backends.module import Served, build
+from service.errors import GoldenMismatch, ModelLoadFailed
+from service.execution.optimizer import OptimizedGraph, Optimizer
+from service.execution.plan import BatchPlan
+from service.execution.reference import Deviation, ReferenceCheck, computed_reference
+from service.execution.tuning import LatencyGraph, Tuned, graph_seconds
 from service.store.store import StoredModel
 
-Pixels = NDArray[np.uint8]  # (height, width, 3)
+log = structlog.get_logger(component="executable")
+
 STAGES = (1, 2, 3, 4)
-# Images per batch with stage maps at the most: those of one image are 1.6 MB for a b2, and every batch size has its own
-# room for them, twice on a GPU.
-MOST_STAGED = 8
+# The largest batch with stage maps. Those of one image are 1.6 MB for a b2, and each batch size has memory for its own,
+# twice on a GPU.
+MAX_STAGED = 8
+# The plain module computes the reference logits for another input size, and takes its time for each image.
+RESIZED_IMAGES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
     """How a model was loaded.
 
-    `device` is where it runs, `cpu` or names of GPUs. `notes` says what was tried and left out, and why; `cached`
-    whether plan and graphs came from the plan cache. `memory_bytes` is what the memory in use there grew by meanwhile,
-    resident memory of the process or memory of the GPUs, with what had been freed given back before and after; at
-    least the size of the weights. `deviation` is how far its logits are from the reference's. `device_failure` says
-    what befell a GPU meanwhile, after which none is to be expected to work.
+    `device` is `cpu` or names of GPUs. `notes` says what was tried and left out, and why; `cached` whether plan and
+    graphs came from the plan cache. `memory_bytes` is by how much the load raised the memory in use on the device
+    (resident memory of the process, or memory of the GPUs), free memory returned before and after; at least the size
+    of the weights. `deviation` is how far the model's logits are from the reference.
     """
 
     backend: str
@@ -45,24 +47,73 @@ class LoadReport:
     load_seconds: float
     memory_bytes: int
     deviation: Deviation | None = None
-    device_failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class GraphSet:
-    """Graphs by batch size, and the one that has all cores for a lone image, where there is one."""
+    """Graphs by batch size, and the latency graph, where there is one: it runs an image that is alone on all cores."""
 
     graphs: dict[int, Graph]
-    alone: Graph | None = None
+    latency: Graph | None = None
 
-    def of(self, images: int, *, alone: bool) -> tuple[int, Graph]:
-        """The graph that runs so many images, or else the largest, and its batch size."""
+    def choose(self, images: int, *, alone: bool) -> tuple[int, Graph]:
+        """The graph that runs `images` images, else the largest, and its batch size."""
         size = min((size for size in self.graphs if size >= images), default=max(self.graphs))
-        return size, self.alone if alone and self.alone and size == 1 else self.graphs[size]
+        return size, self.latency if alone and self.latency and size == 1 else self.graphs[size]
+
+
+@dataclass(slots=True)
+class CheckedGraphs:
+    """Makes more graphs of a loaded model, in its `precision`, or in float32 where that one's logits are too far off.
+
+    Without a `reference_check` none is checked. A precision that was `forced` is never replaced. `notes` says where
+    float32 replaced it; they begin with `prefix`.
+    """
+
+    model: str
+    precision: Precision
+    reference_check: ReferenceCheck | None
+    forced: bool = False
+    prefix: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def graph(self, name: str, size: int, make: Callable[[Precision], Graph]) -> Graph:
+        """The graph that `make` returns for batches of `size`, checked; `name` is for the note.
+
+        Raises:
+            GoldenMismatch: float32, or the forced precision, is too far off.
+        """
+        graph = make(self.precision)
+        if self.reference_check is None:
+            return graph
+        try:
+            self.reference_check.check(graph, size)
+        except GoldenMismatch as error:
+            if self.forced or graph.precision == "float32":
+                raise
+            note = f"{self.prefix}{name} for batches of {size} computes in float32, not {graph.precision}: {error}"
+        else:
+            return graph
+        if note not in self.notes:
+            self.notes.append(note)
+            log.warning("plan_note", model=self.model, note=note)
+        del graph  # frees its memory first
+        graph = make("float32")
+        self.reference_check.check(graph, size)
+        return graph
+
+    def resized(self, module: Served, height: int, width: int) -> "CheckedGraphs":
+        """The same for images of `height` x `width`; the reference is what `module` computes for a few of them.
+
+        Raises:
+            ModelLoadFailed: as `computed_reference`.
+        """
+        check = ReferenceCheck(computed_reference(module, height, width, RESIZED_IMAGES))
+        return CheckedGraphs(self.model, self.precision, check, self.forced, f"{height}x{width}: ")
 
 
 class Executable:
-    """A loaded model for pictures of one size: runs batches of up to the plan's largest size."""
+    """A loaded model for images of one size: runs batches of up to the plan's largest size."""
 
     def __init__(
         self,
@@ -73,12 +124,12 @@ class Executable:
         size: tuple[int, int] | None = None,
         *,
         checked: CheckedGraphs | None = None,
-        improving: Improving | None = None,
+        optimizer: Optimizer | None = None,
     ) -> None:
-        """`size`: height and width of its pictures; the card's by default.
+        """`size` is the height and width of its images, the card's by default.
 
-        `checked` makes more graphs for pictures of that size, by default without a check; `improving` makes better
-        graphs for them, where the backend can.
+        `checked` makes more graphs for images of that size, by default without a check; `optimizer` makes faster ones,
+        where the backend can.
         """
         self.stored = stored
         self.card = stored.require_card()
@@ -87,14 +138,14 @@ class Executable:
         self.report = report
         self._backend = backend
         self._layout = tuned.layout
-        self._alone = tuned.alone and tuned.alone.layout
-        self._improving = improving
+        self._latency_layout = tuned.latency and tuned.latency.layout
+        self._optimizer = optimizer
         self._checked = checked or CheckedGraphs(stored.id, report.precision, None)
-        # Mutable state: the batch plan and the graphs, which `adopt` betters; how to get the graph for a lone image,
-        # until `widen` has; those that give stage maps too, and the head's weights, once `add_stages` has made them;
-        # and the memory that these took.
+        # Mutable state: the batch plan and its graphs, which `swap_graph` changes; what makes the latency graph, until
+        # `add_latency_graph` has called it; the graphs with stage maps and the head's weights, once `add_stages` has
+        # made them; and the memory that all of these took.
         self.plan = tuned.plan
-        self._make_alone = tuned.alone and tuned.alone.make
+        self._make_latency = tuned.latency and tuned.latency.make
         self._plain = GraphSet(tuned.graphs)
         self._staged: GraphSet | None = None
         self.head: Head | None = None
@@ -105,18 +156,18 @@ class Executable:
 
     @property
     def own_size(self) -> bool:
-        """Whether its pictures have the size that the card says."""
+        """Whether its images have the size that the card names."""
         return (self.height, self.width) == (self.card.preprocessing.height, self.card.preprocessing.width)
 
     @property
     def staged(self) -> bool:
-        """Whether it can give stage maps."""
+        """Whether it can return stage maps."""
         return self._staged is not None
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What was tried and left out, and why."""
-        return (*self.report.notes, *(self._improving.notes if self._improving else ()), *self._checked.notes)
+        return (*self.report.notes, *(self._optimizer.notes if self._optimizer else ()), *self._checked.notes)
 
     @property
     def precisions(self) -> dict[int, Precision]:
@@ -124,127 +175,130 @@ class Executable:
         return {size: graph.precision for size, graph in self._plain.graphs.items()}
 
     @property
-    def improving(self) -> Improving | None:
-        """What makes better graphs, as long as it has something to do."""
-        return self._improving if self._improving and self._improving.size else None
+    def optimizer(self) -> Optimizer | None:
+        """What makes faster graphs, until it has nothing left to do."""
+        return self._optimizer if self._optimizer and self._optimizer.size else None
 
-    def improve(self) -> Better | None:
-        """Run batches of a size in the better graph that `improving.prepare` led to, if there is one. Blocking."""
-        if not (improving := self.improving):
+    def optimize(self) -> OptimizedGraph | None:
+        """Make the graph that `optimizer.prepare` has prepared, and run batches of its size in it if it is faster."""
+        if not (optimizer := self.optimizer):
             return None
-        before = self._backend.memory_bytes()
-        if better := improving.take():
-            self.adopt(better)
-        self.added_bytes += self._backend.memory_bytes() - before
-        return better
+        with self._memory_counted():
+            if optimized := optimizer.make():
+                self.swap_graph(optimized)
+        return optimized
 
-    def adopt(self, better: Better) -> None:
+    def swap_graph(self, optimized: OptimizedGraph) -> None:
         """Run batches of its size in that graph from now on."""
-        size, graph, seconds = better
-        self._plain = GraphSet({**self._plain.graphs, size: graph}, self._plain.alone)
+        size, graph, seconds = optimized
+        self._plain = GraphSet({**self._plain.graphs, size: graph}, self._plain.latency)
         self.plan = replace(self.plan, seconds={**self.plan.seconds, size: seconds})
 
-    def widen(self) -> None:
-        """Make what the model can do without for its first answers: the graph that has all cores for a lone image."""
-        if self._make_alone is None:
+    def add_latency_graph(self) -> None:
+        """Make the latency graph, which the first responses can do without. Blocking."""
+        if self._make_latency is None:
             return
-        before = self._backend.memory_bytes()
-        try:
-            graph = self._checked.graph("the lone image's graph", 1, self._lone)
-        finally:
-            self._make_alone = None  # it holds every graph that was measured
-        self._plain = GraphSet(self._plain.graphs, graph)
-        # Less, where graphs that were only measured are dropped.
-        self.added_bytes += self._backend.memory_bytes() - before
+        with self._memory_counted():  # it may shrink: graphs that were only measured are freed
+            try:
+                graph = self._checked.graph("the latency graph", 1, self._latency_graph)
+            finally:
+                self._make_latency = None  # it refers to every graph that was measured
+            self._plain = GraphSet(self._plain.graphs, graph)
 
     def add_stages(self) -> None:
-        """Make the graphs that give stage maps, and fetch the head's weights. Blocking; takes as long as compiling.
+        """Make the graphs that return stage maps, and fetch the head's weights. Blocking; it compiles.
 
         Raises:
-            ModelLoadFailed: the model's files are gone or changed since it was loaded, or can't be compiled.
+            ModelLoadFailed: the model's files are gone, have changed since the load, or can't be compiled.
         """
         if self._staged:
             return
         before = self._backend.memory_bytes()
         module = build(self.card, self.stored.folder, STAGES)
         program = self._backend.program(module, self.height, self.width)
-        sizes = [size for size in self.plan.sizes if size <= MOST_STAGED] or [self.plan.sizes[0]]
-        make, layout, alone = self._checked.graph, self._layout, self._alone
+        sizes = [size for size in self.plan.sizes if size <= MAX_STAGED] or [self.plan.sizes[0]]
+        make, layout, alone = self._checked.graph, self._layout, self._latency_layout
         graphs = {n: make("the graph with stage maps", n, partial(program.graph, n, layout)) for n in sizes}
-        lone = make("the lone image's with stage maps", 1, partial(program.graph, 1, alone)) if alone else None
+        latency = make("the latency graph with stage maps", 1, partial(program.graph, 1, alone)) if alone else None
         self.head = module.head()
-        self._staged = GraphSet(graphs, lone)
+        self._staged = GraphSet(graphs, latency)
         self.added_bytes += max(self.card.weights.bytes, self._backend.memory_bytes() - before)
 
     def resized(self, height: int, width: int) -> "Executable":
-        """The same model for pictures of `height` x `width`, in the same precision and layout. Blocking.
+        """The same model for images of `height` x `width`, in the same precision and layout. Blocking.
 
-        Batches that would hold more pixels than this one's largest are left out.
+        Batch sizes with more pixels than this one's largest are left out.
 
         Raises:
             ModelLoadFailed: as `add_stages`.
         """
         before = self._backend.memory_bytes()
-        layout, report = self._layout, replace(self.report, notes=())
-        most = max(1, self.plan.largest * self.height * self.width // (height * width))
         module = build(self.card, self.stored.folder)
-        checked = self._checked.at(module, height, width)
-        program = self._backend.program(module, height, width)
-        graphs: dict[int, Graph] = {}
-        seconds: dict[int, float] = {}
-        for size in (n for n in self.plan.sizes if n <= most):
-            graph = graphs[size] = checked.graph("the graph", size, partial(program.graph, size, layout))
-            seconds[size] = _seconds(graph, (size, height, width), layout.streams, self._backend.instances)
-        alone = None
-        if self._alone:
-            lone = checked.graph("the lone image's graph", 1, partial(program.graph, 1, self._alone))
-            alone = Alone(self._alone, _seconds(lone, (1, height, width), 1, 1), lambda: lone)
-        plan = BatchPlan(seconds, alone.seconds if alone else None)
-        tuned = Tuned(report.precision, layout, plan, graphs, alone, ())
+        checked = self._checked.resized(module, height, width)
+        tuned = self._retuned(checked, self._backend.program(module, height, width), (height, width))
+        report = replace(self.report, notes=())
         resized = Executable(self.stored, self._backend, tuned, report, (height, width), checked=checked)
-        resized.widen()
+        resized.add_latency_graph()
         resized.added_bytes = max(self.card.weights.bytes, self._backend.memory_bytes() - before)
         return resized
+
+    def _retuned(self, checked: CheckedGraphs, program: Program, size: tuple[int, int]) -> Tuned:
+        """The graphs of `program` for images of that height and width, and their times."""
+
+        def made(name: str, batch: int, layout: Layout, instances: int) -> tuple[Graph, float]:
+            graph = checked.graph(name, batch, partial(program.graph, batch, layout))
+            # With fewer streams than instances, instances wait for one another.
+            return graph, graph_seconds(graph, batch, size, layout.streams) * instances / layout.streams
+
+        most = max(1, self.plan.largest * self.height * self.width // (size[0] * size[1]))
+        layout, instances = self._layout, self._backend.instances
+        graphs = {n: made("the graph", n, layout, instances) for n in self.plan.sizes if n <= most}
+        latency = None
+        if self._latency_layout:
+            graph, seconds = made("the latency graph", 1, self._latency_layout, 1)
+            latency = LatencyGraph(self._latency_layout, seconds, lambda: graph)
+        plan = BatchPlan({n: seconds for n, (_, seconds) in graphs.items()}, latency.seconds if latency else None)
+        return Tuned(self.report.precision, layout, plan, {n: each for n, (each, _) in graphs.items()}, latency, ())
 
     def run(
         self, instance: int, images: Sequence[Pixels], *, alone: bool = False, stages: bool = False
     ) -> list[Outputs]:
-        """The outputs of `images`, in their order; one call at a time for each `instance`.
+        """The outputs of `images`, in their order. Each `instance` makes one call at a time.
 
-        `alone` says that nothing else runs, so that one image may have all cores. `stages` asks for stage maps.
+        `alone` says that nothing else runs, so that one image may have all cores. `stages` adds stage maps.
         """
-        kept = self._staged if stages else self._plain
-        if kept is None:
-            raise ModelLoadFailed(f"the graphs of {self.stored.id} that give stage maps have not been made")
+        graphs = self._staged if stages else self._plain
+        if graphs is None:
+            raise ModelLoadFailed(f"the graphs of {self.stored.id} with stage maps have not been made")
         outputs: list[Outputs] = []
-        while images:  # more than once where no graph of that size gives stage maps
-            size, graph = kept.of(len(images), alone=alone)
+        while images:  # more than once where no graph with stage maps is that large
+            size, graph = graphs.choose(len(images), alone=alone)
             part, images = images[:size], images[size:]
-            logits, embedding, *maps = graph.run(instance, _stack(part, size, graph.room(instance)))
+            logits, embedding, *maps = graph.run(instance, _stack(part, size, graph.input_buffer(instance)))
             outputs += [Outputs(logits[i], embedding[i], tuple(each[i] for each in maps)) for i in range(len(part))]
         return outputs
 
-    def _lone(self, precision: Precision) -> Graph:
-        if precision == self.report.precision and self._make_alone:
-            return self._make_alone()
-        assert self._alone  # noqa: S101  else there is nothing to make
+    def _latency_graph(self, precision: Precision) -> Graph:
+        if precision == self.report.precision and self._make_latency:
+            return self._make_latency()
+        assert self._latency_layout  # noqa: S101  else there is nothing to make
         program = self._backend.program(build(self.card, self.stored.folder), self.height, self.width)
-        return program.graph(1, self._alone, precision)
+        return program.graph(1, self._latency_layout, precision)
+
+    @contextmanager
+    def _memory_counted(self) -> Iterator[None]:
+        before = self._backend.memory_bytes()
+        yield
+        self.added_bytes += self._backend.memory_bytes() - before
 
 
-def _seconds(graph: Graph, shape: tuple[int, int, int], streams: int, instances: int) -> float:
-    """The time of a batch, as one of `instances` has it: with fewer streams than these, they wait for one another."""
-    batch = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    return batch_seconds(lambda instance: graph.run(instance, batch), streams) * instances / streams
+def _stack(images: Sequence[Pixels], size: int, buffer: Batch | None) -> Batch:
+    """A batch (size, height, width, 3), in `buffer` if there is one; rows after the images are not cleared there.
 
-
-def _stack(images: Sequence[Pixels], size: int, room: Batch | None) -> Batch:
-    """(size, height, width, 3), the places behind the images left black or as they were. In `room`, if there is one.
-
-    One image alone is not copied, unless there is.
+    One image is not copied, unless there is a buffer.
     """
-    if room is None and len(images) == size == 1:
+    if buffer is None and len(images) == size == 1:
         return images[0][np.newaxis]
-    batch = np.zeros((size, *images[0].shape), dtype=np.uint8) if room is None else room
+    batch = np.zeros((size, *images[0].shape), dtype=np.uint8) if buffer is None else buffer
     np.stack(images, out=batch[: len(images)])
     return batch

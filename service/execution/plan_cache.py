@@ -1,11 +1,11 @@
-"""What tuning found, on disk, with the compiled graphs, so that a second start neither compiles nor measures.
+"""The outcome of a tuning on disk, with the compiled graphs, so that a second start neither compiles nor measures.
 
 <root>/<model>/<version>/plan.json
 <root>/<model>/<version>/1.graph      the compiled graph for batches of 1, as the backend exported it
-<root>/<model>/<version>/reference.safetensors      what its logits are held against, where the card names nothing
+<root>/<model>/<version>/reference.safetensors      reference images and logits, where the card names none
 
-There is one entry for each version of a model, which bounds the cache. It holds for exactly one key; an entry that is
-broken or made for another key is ignored, with a log line that says why, and replaced.
+Each version of a model has one entry, which bounds the cache, for exactly one key. An entry that is broken or has
+another key is ignored, with a log line that says why, and replaced.
 """
 
 import hashlib
@@ -32,12 +32,8 @@ from service.store.cards import ReferenceFile
 log = structlog.get_logger(component="plan_cache")
 
 _FILE = "plan.json"
-_SOURCES = (
-    "architecture/pvt_v2.py", "backends/base.py", "backends/convert.py", "backends/openvino.py", "backends/served.py",
-    "execution/golden.py", "execution/plan.py", "execution/plan_cache.py", "execution/reference.py",
-    "execution/tuning.py",
-)  # fmt: skip
-_PIECE = 1 << 24  # bytes
+_PACKAGES = ("architecture", "backends", "execution")  # of this service: all code that plan and graphs depend on
+_CHUNK = 1 << 24  # bytes
 _INSTRUCTION_SETS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 Key = Mapping[str, str]
@@ -45,9 +41,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class CachedPlan(BaseModel):
-    """One entry. `graphs` gives the digest of each size's compiled graph; times are seconds.
+    """One entry. `graphs` has the digest of each size's compiled graph; times are seconds.
 
-    `reference` is the file beside it with reference images and logits, if there is one.
+    `alone_seconds` and `alone_layout` are the latency graph's. `reference` is the file beside it with reference images
+    and logits, if there is one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,13 +61,13 @@ class CachedPlan(BaseModel):
 
 
 class PlanCache:
-    """The cache in the folder `root`, which is made when needed. A folder that can't be written is no error."""
+    """The cache in the folder `root`, which is made when needed. A failure to write it is logged, and no error."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def read(self, model: str, version: str, key: Key) -> tuple[CachedPlan, dict[int, Path]] | None:
-        """The entry for `key` and its verified graph files by batch size; None when there is none that holds."""
+        """The entry for `key` and its verified graph files by batch size; None when there is no valid one."""
         folder = self.folder(model, version)
         try:
             entry = CachedPlan.model_validate_json((folder / _FILE).read_bytes())
@@ -85,7 +82,7 @@ class PlanCache:
         return entry, {size: _graph_path(folder, size) for size in entry.graphs}
 
     def folder(self, model: str, version: str) -> Path:
-        """Where the entry of that model version lies."""
+        """The folder of that model version's entry."""
         return self.root / model / version
 
     def write(
@@ -96,7 +93,7 @@ class PlanCache:
         graphs: Mapping[int, bytes],
         others: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        """Replace that model version's entry by `entry`, `graphs` and other files; it appears whole or not at all."""
+        """Replace that model version's entry by `entry`, `graphs` and other files, all at once."""
         folder = self.folder(model, version)
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -117,11 +114,11 @@ class PlanCache:
 
 
 def digest(data: bytes | NDArray[np.uint8]) -> str:
-    """SHA-256, in hexadecimal, of the SHA-256 digests of the data's pieces, so that every core takes part."""
+    """SHA-256, in hexadecimal, of the SHA-256 digests of the data's chunks, which all cores compute."""
     view = data.data if isinstance(data, np.ndarray) else memoryview(data)
-    pieces = [view[start : start + _PIECE] for start in range(0, len(view), _PIECE)]
+    chunks = [view[start : start + _CHUNK] for start in range(0, len(view), _CHUNK)]
     with ThreadPoolExecutor(usable_cores(), thread_name_prefix="pvt-digest") as pool:
-        return hashlib.sha256(b"".join(pool.map(_sha256, pieces))).hexdigest()
+        return hashlib.sha256(b"".join(pool.map(_sha256, chunks))).hexdigest()
 
 
 def _sha256(data: memoryview) -> bytes:
@@ -130,17 +127,21 @@ def _sha256(data: memoryview) -> bytes:
 
 @cache
 def machine() -> dict[str, str]:
-    """What a measurement depends on beside the model: the processor, and this service's own code."""
-    code = hashlib.sha256()
-    for name in _SOURCES:
-        code.update((Path(__file__).parent.parent / name).read_bytes())
-    return {"cpu": _processor(), "code": code.hexdigest()}
+    """What a plan depends on besides the model and the settings: the processor, and this service's own code."""
+    return {"cpu": _processor(), "code": code_digest(Path(__file__).parent.parent)}
+
+
+def code_digest(service: Path) -> str:
+    """SHA-256 of the names and contents of all modules of the packages in `service` that make plans and graphs."""
+    paths = [path for package in _PACKAGES for path in sorted((service / package).rglob("*.py"))]
+    parts = [(path.relative_to(service).as_posix(), path.read_bytes()) for path in paths]
+    return hashlib.sha256(b"".join(f"{name} {len(data)}\n".encode() + data for name, data in parts)).hexdigest()
 
 
 def _processor() -> str:
-    """The processor's name and a digest of its features, which virtual machines of one name may differ in.
+    """The processor's name and a digest of the instruction sets it may use.
 
-    And so may processes: variables keep them from instruction sets that the processor has.
+    Virtual machines with the same name may differ in these, and so may processes, because of environment variables.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

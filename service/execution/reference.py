@@ -1,8 +1,14 @@
-"""Reference images and the logits that plain float32 gives for them: what every backend is held against."""
+"""Reference images, the logits that plain float32 computes for them, and the check that a graph reproduces these.
 
-from collections.abc import Sequence
+Software tests call such stored correct outputs "golden", hence `GoldenMismatch`. A card names its reference images and
+logits. For a card without them, they are made from synthetic images when the model is first loaded, and kept with its
+batch plan.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -11,25 +17,29 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from service.arrays import Floats
-from service.backends.base import Precision
-from service.errors import ReferenceInvalid
+from service.backends.base import Graph, Precision
+from service.backends.module import Served, plain_logits
+from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid
 from service.store.cards import ModelCard, ReferenceFile
 
 MAX_RELATIVE = 2e-4  # allowed to float32: 200 times what rounding gives, a tenth of what bfloat16 does
-# A precision below float32 is good enough for reference logits r, and logits l that it gives, where
+# A precision below float32, which computes logits l, is good enough for reference logits r where
 #
 #     |l - r| <= TOLERANCE * spread         for every logit of every image,
 #     r[a] - r[b] <= TOLERANCE * spread     for every image whose top class a becomes another one, b, and
 #     cosine(l, r) >= MIN_COSINE            for the logits of all images as one vector;
 #
-# `spread` is the mean over the reference images of their greatest logit less their least (`Reference.spread`): an image
-# whose logits are all near zero is measured with what the model gives elsewhere, and not with its own noise. What
-# decides of two classes that float32 itself tells apart by less than the precision may move one logit is chance, and no
-# changed answer. docs/decisions/backends-and-precision.md, decision 36, has the figures behind both bounds.
+# `spread` is the mean over the reference images of the greatest logit less the least (`Reference.spread`), so that an
+# image whose logits are all near zero is not measured by its own noise. Two classes that float32 itself tells apart by
+# less than the precision may move one logit change places by chance. docs/decisions/backends-and-precision.md, decision
+# 36, has the figures behind both bounds.
 TOLERANCE = 0.03
 MIN_COSINE = 0.999
 REFERENCE_FILE = "reference.safetensors"
-SYNTHETIC = 4  # images; the plain module answers them at 0.3 s each for the largest variant
+SYNTHETIC = 4  # images; the plain module takes 0.3 s for each with the largest variant
+# What checking all images may add to a load from the plan cache; if it would take longer, fewer are checked.
+RESTORED_SECONDS = 0.05
+NOT_FINITE = "it gives NaN or infinity; check its weights and the card's mean and std"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +47,10 @@ class Deviation:
     """How far logits are from the reference.
 
     `largest` is the greatest difference of one logit, in the logits of image number `image` (from 0), `relative` its
-    share of the greatest reference logit, `share` its share of the reference's spread. `cosine` is that of all logits
-    as one vector. `changed` says how many of the `images` have another top class, and `swap` is the greatest distance
-    between an old and a new one in the reference logits, as a share of the spread; 0 where none has.
+    share of the greatest reference logit, `share` its share of the reference's spread. `cosine` is the cosine
+    similarity of all logits as one vector. `changed` is how many of the `images` have another top class. `swap` is the
+    greatest distance between old and new top class in the reference logits, as a share of the spread; 0 if none
+    changed.
     """
 
     largest: float
@@ -59,9 +70,9 @@ class Deviation:
         )
 
     def objection(self, precision: Precision) -> str | None:
-        """Why it is too far for logits computed in `precision`; None when it is not."""
+        """Why it is too far for logits computed in `precision`; None if it is not."""
         if precision == "float32":
-            if self.relative <= MAX_RELATIVE:  # not a number is no agreement either
+            if self.relative <= MAX_RELATIVE:  # false for NaN too
                 return None
             return f"logits are off by {self.relative:.2g} of the greatest, {MAX_RELATIVE:g} is allowed"
         if not self.share <= TOLERANCE:
@@ -72,12 +83,12 @@ class Deviation:
                 f"{self.swap:.2g} of the spread apart, {TOLERANCE:g} is allowed"
             )
         if not self.cosine >= MIN_COSINE:
-            return f"the cosine similarity of logits falls to {self.cosine:.6f}, {MIN_COSINE} is demanded"
+            return f"the cosine similarity of logits falls to {self.cosine:.6f}, {MIN_COSINE} is required"
         return None
 
 
 def worst(deviations: Sequence[Deviation]) -> Deviation:
-    """The furthest off, with the worst of all for what another one is worse in."""
+    """The one that is furthest off, with the worst value of all for everything else."""
     furthest = max(deviations, key=lambda each: each.relative)
     tied = max(deviations, key=lambda each: each.swap)
     return replace(
@@ -95,26 +106,26 @@ class Reference:
 
     @property
     def ranges(self) -> Floats:
-        """(n,) the greatest logit of each image less its least; of all images together where there is one class."""
+        """(n,) the greatest logit of each image less its least; with a single class, of all images together."""
         axis = 1 if self.logits.shape[1] > 1 else None
         ranges = self.logits.max(axis=axis) - self.logits.min(axis=axis)
         return np.broadcast_to(ranges, len(self.logits))
 
     @property
     def spread(self) -> float:
-        """By how much logits differ from one another: the mean of `ranges`."""
+        """How much logits differ from one another: the mean of `ranges`."""
         return float(self.ranges.mean())
 
     def deviation(self, logits: Floats, which: Sequence[int] | None = None) -> Deviation:
-        """How far `logits` are off, a backend's for the images numbered `which`, or for all of them in order."""
+        """How far `logits` are off, which a backend computed for the images numbered `which`, by default for all."""
         numbers = np.arange(len(self.images)) if which is None else np.asarray(which)
-        wanted = self.logits[numbers]
+        expected = self.logits[numbers]
         with np.errstate(all="ignore"):  # logits may be anything
-            off = np.abs(wanted - logits).max(axis=1)
-            cosine = _cosine(wanted, logits)
-        image = int(np.argmax(off))  # the first that is not a number, if there is one
-        rows, old, new = np.arange(len(numbers)), wanted.argmax(axis=1), logits.argmax(axis=1)
-        gaps = wanted[rows, old] - wanted[rows, new]
+            off = np.abs(expected - logits).max(axis=1)
+            cosine = _cosine(expected, logits)
+        image = int(np.argmax(off))  # the first NaN, if there is one
+        rows, old, new = np.arange(len(numbers)), expected.argmax(axis=1), logits.argmax(axis=1)
+        gaps = expected[rows, old] - expected[rows, new]
         greatest = float(np.abs(self.logits).max())
         return Deviation(
             largest=float(off[image]),
@@ -133,7 +144,7 @@ def _over(part: float, whole: float) -> float:
 
 
 def _cosine(a: Floats, b: Floats) -> float:
-    """Of all their numbers as one vector each; of two that are zero 1."""
+    """The cosine similarity of `a` and `b` as vectors; 1 if both are zero."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     if not norms:
@@ -154,7 +165,7 @@ def read_reference(card: ModelCard, folder: Path, file: ReferenceFile) -> Refere
     """The reference in `file`, which lies in `folder`, for the model of `card`.
 
     Raises:
-        ReferenceInvalid: the file is missing, is another than it should be, or does not fit the model.
+        ReferenceInvalid: the file is missing, has another digest, or does not fit the model.
     """
     path = folder / file.file
     try:
@@ -168,10 +179,9 @@ def read_reference(card: ModelCard, folder: Path, file: ReferenceFile) -> Refere
     except (SafetensorError, KeyError) as error:
         raise ReferenceInvalid(f"{path}: no safetensors file with 'images' and 'logits' ({error})") from error
     pixels, n = card.preprocessing, len(images)
-    wanted = ((n, pixels.height, pixels.width, 3), (n, len(card.labels)))
+    shapes = ((n, pixels.height, pixels.width, 3), (n, len(card.labels)))
     types = (images.dtype.name, logits.dtype.name)
-    fits = n and (images.shape, logits.shape) == wanted and types == ("uint8", "float32")
-    if not fits:
+    if not n or (images.shape, logits.shape) != shapes or types != ("uint8", "float32"):
         raise ReferenceInvalid(
             f"{path}: images {images.dtype} {images.shape} and logits {logits.dtype} {logits.shape} must be uint8 "
             f"(n, {pixels.height}, {pixels.width}, 3) and float32 (n, {len(card.labels)})"
@@ -182,13 +192,13 @@ def read_reference(card: ModelCard, folder: Path, file: ReferenceFile) -> Refere
 
 
 def packed(reference: Reference) -> tuple[bytes, ReferenceFile]:
-    """The file for `reference`, and what a card says of it."""
+    """The file for `reference`, and its entry in a card."""
     data = safetensors.numpy.save({"images": reference.images, "logits": reference.logits})
     return data, ReferenceFile(file=REFERENCE_FILE, sha256=sha256(data).hexdigest())
 
 
 def synthetic_images(height: int, width: int, count: int = SYNTHETIC) -> NDArray[np.uint8]:
-    """Seeded pictures (count, height, width, 3) whose spectrum falls with frequency, as that of photos does."""
+    """Seeded images (count, height, width, 3) whose spectrum falls with frequency, as that of photos does."""
     random = np.random.default_rng(0)
     images = np.zeros((count, height, width, 3))
     cell = 1
@@ -198,3 +208,84 @@ def synthetic_images(height: int, width: int, count: int = SYNTHETIC) -> NDArray
         cell *= 2
     low, high = images.min(axis=(1, 2, 3), keepdims=True), images.max(axis=(1, 2, 3), keepdims=True)
     return np.asarray((images - low) / (high - low) * 255, dtype=np.uint8)
+
+
+def computed_reference(module: Served, height: int, width: int, count: int = SYNTHETIC) -> Reference:
+    """`count` synthetic images of `height` x `width` and the logits of `module` for them, one image at a time.
+
+    Raises:
+        ModelLoadFailed: the logits are not finite.
+    """
+    images = synthetic_images(height, width, count)
+    logits = np.concatenate([plain_logits(module, images[i : i + 1]) for i in range(count)])
+    if not np.isfinite(logits).all():
+        raise ModelLoadFailed(NOT_FINITE)
+    return Reference(images, logits)
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceCheck:
+    """Checks that graphs reproduce `reference`.
+
+    For a reference that came with the model, `source` is its file, and `plain` computes the logits of the model itself,
+    in plain float32, for its images: if even those are off, the reference is wrong, not the graph.
+    """
+
+    reference: Reference
+    source: str = ""
+    plain: Callable[[], Floats] | None = None
+
+    def check(self, graph: Graph, size: int, count: int | None = None) -> Deviation:
+        """Run `graph`, made for batches of `size`, on all images, or on `count` and as many as fill its batches.
+
+        Raises:
+            GoldenMismatch: its logits are too far off for the precision it computes in; the message has the figures.
+            ReferenceInvalid: so are those of the plain module: the reference is not this model's.
+        """
+        images = self.reference.images
+        # Images whose logits differ most come first: even a few of them measure the precision, and not its noise.
+        order = np.argsort(-self.reference.ranges, kind="stable").tolist()
+        numbers = [order[i % len(order)] for i in range(ceil((count or len(order)) / size) * size)]
+        batches = [images[numbers[i : i + size]] for i in range(0, len(numbers), size)]
+        logits = np.concatenate([graph.run(0, batch)[0] for batch in batches])
+        deviation = self.reference.deviation(logits, numbers)
+        if objection := deviation.objection(graph.precision):
+            self.require_own_reference()
+            raise GoldenMismatch(f"{objection} ({graph.precision}, batches of {size}: {deviation})")
+        return deviation
+
+    def check_all(self, graphs: Mapping[int, Graph], latency: Graph | None = None) -> Deviation:
+        """Check `graphs`, which are by batch size, and the latency graph, on all images; return the worst deviation.
+
+        Raises:
+            GoldenMismatch, ReferenceInvalid: as `check`.
+        """
+        others = [self.check(latency, 1)] if latency and latency is not graphs.get(1) else []
+        return worst([*(self.check(graph, size) for size, graph in graphs.items()), *others])
+
+    def check_restored(self, graphs: Mapping[int, Graph], image_seconds: float) -> Deviation:
+        """As `check_all`, for graphs from the plan cache, whose bytes are known to be those that were checked before.
+
+        It tries as many images as `RESTORED_SECONDS` allow, and at least one batch in each graph.
+
+        Raises:
+            GoldenMismatch, ReferenceInvalid: as `check`.
+        """
+        few = max(1, min(len(self.reference.images), int(RESTORED_SECONDS / image_seconds)))
+        return worst([self.check(graph, size, few if size == 1 else 1) for size, graph in graphs.items()])
+
+    def require_own_reference(self) -> None:
+        """Find out whether the reference, and not a graph, is at fault.
+
+        Raises:
+            ReferenceInvalid: the plain module does not reproduce it either.
+        """
+        if self.plain is None:
+            return
+        deviation = self.reference.deviation(self.plain())
+        if objection := deviation.objection("float32"):
+            raise ReferenceInvalid(
+                f"{self.source}: the model itself, in plain float32, does not give the logits of its reference images: "
+                f"{objection} ({deviation}); the file and the model's weights, labels or preprocessing do not belong "
+                "together: make the file anew, or fetch or import the model again"
+            )

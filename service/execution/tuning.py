@@ -1,7 +1,6 @@
 """Finds out what runs a model fastest on this machine: the precision, how cores are shared out, the batch sizes.
 
-Everything is measured on the graphs that will run. What does not work is left out and noted, as long as one graph is
-left that does.
+Everything is measured on the graphs that will run. What fails is left out and noted, as long as one graph works.
 """
 
 from collections.abc import Callable
@@ -13,17 +12,16 @@ import numpy as np
 
 from service.backends.base import Backend, Graph, Layout, Precision, Program
 from service.errors import GoldenMismatch, ReferenceInvalid
-from service.execution.golden import NOT_FINITE, Golden
-from service.execution.plan import WORTHWHILE_GAIN, BatchPlan, Runner, batch_seconds, measure
-from service.execution.reference import Deviation
+from service.execution.plan import WORTHWHILE_GAIN, BatchPlan, batch_seconds, gain
+from service.execution.reference import NOT_FINITE, Deviation, ReferenceCheck
 
-# The graph for a lone image costs its memory again; it must save that share of the image's time.
-ALONE_SAVES = 0.15
+# The latency graph takes the memory of the weights once more; it must save this share of an image's time.
+LATENCY_SAVES = 0.15
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a tuning may choose from. `precision` None leaves it to the measurement."""
+    """What a tuning may choose from. `precision` None leaves the choice to the measurement."""
 
     cores: int
     max_batch_size: int = 8
@@ -31,8 +29,8 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Alone:
-    """What runs an image that is alone in the service: the layout, its measured seconds, and how to get the graph."""
+class LatencyGraph:
+    """How to make the graph for an image that is alone in the service, its layout, and the measured seconds."""
 
     layout: Layout
     seconds: float
@@ -41,35 +39,40 @@ class Alone:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """The outcome. `graphs` are by batch size; `alone` runs one image on all cores, where that pays.
+    """The outcome: `graphs` by batch size, and the latency graph, where it pays.
 
-    `deviation` is how far all of them are from the reference.
+    `deviation` is the worst of all graphs from the reference.
     """
 
     precision: Precision
     layout: Layout
     plan: BatchPlan
     graphs: dict[int, Graph]
-    alone: Alone | None
+    latency: LatencyGraph | None
     notes: tuple[str, ...]
     deviation: Deviation | None = None
+
+
+def graph_seconds(graph: Graph, size: int, shape: tuple[int, int], streams: int = 1) -> float:
+    """The seconds of a batch of `size` images of `shape` in `graph`, while `streams` batches run at the same time."""
+    batch = np.random.default_rng(size).integers(0, 256, (size, *shape, 3), dtype=np.uint8)
+    return batch_seconds(lambda instance: graph.run(instance, batch), streams)
 
 
 @dataclass(slots=True)
 class Tuning:
     """One tuning of one model on one backend; call `run` once.
 
-    A precision below float32 has to give the logits of the model's reference images in every graph of the plan, or it
-    is not used in any.
+    A precision below float32 is not used at all if any graph of the plan fails the check in it.
     """
 
     backend: Backend
     program: Program
-    golden: Golden
+    check: ReferenceCheck
     shape: tuple[int, int]
     limits: Limits
     started: float = field(default_factory=perf_counter)
-    # Mutable state: why precisions are not used, and what else there is to say of the plan that is being made.
+    # Mutable state: why precisions are not used, and other notes on the plan that is being made.
     _refused: dict[Precision, str] = field(init=False, default_factory=dict)
     _notes: list[str] = field(init=False, default_factory=list)
 
@@ -77,58 +80,66 @@ class Tuning:
         """Measure and choose.
 
         Raises:
-            GoldenMismatch: the model gives no finite numbers, or other logits than it should in float32 or in the
-                precision that was asked for.
+            GoldenMismatch: the logits are not finite, or are wrong in float32 or in the precision of the limits.
             ReferenceInvalid: the reference is not this model's.
-            Exception: what the backend raises when nothing at all can be compiled.
+            Exception: the backend's own, when it can compile nothing at all.
         """
-        while (sound := self._sound(self._tuned())) is None:
+        while True:
+            tuned = self._tuned()
+            try:
+                deviation = self.check.check_all(tuned.graphs, tuned.latency.make() if tuned.latency else None)
+            except GoldenMismatch as error:
+                if self.limits.precision or tuned.precision == "float32":
+                    raise
+                self._refuse(tuned.precision, str(error))
+            else:
+                return replace(tuned, notes=(*self._refused.values(), *self._notes), deviation=deviation)
+            del tuned  # frees its graphs before others are made
             self._notes.clear()
             self.started = perf_counter()
-        return sound
-
-    def _sound(self, tuned: Tuned) -> Tuned | None:
-        """`tuned`, with how far it is off; None where its precision is given up."""
-        try:
-            deviation = self.golden.check_all(tuned.graphs, tuned.alone.make() if tuned.alone else None)
-        except GoldenMismatch as error:
-            if self.limits.precision or tuned.precision == "float32":
-                raise
-            self._refuse(tuned.precision, str(error))
-            return None
-        return replace(tuned, notes=(*self._refused.values(), *self._notes), deviation=deviation)
 
     def _tuned(self) -> Tuned:
         base = self.backend.layouts(self.limits.cores)[0]
         precision, first = self._precision(base)
-        layout, (first, known), alone = self._layout(base, precision, first)
-        graphs = {1: first}
-
-        def seconds_of(size: int) -> float:
-            if size == 1:
-                return known
-            graphs[size] = self.program.graph(size, layout, precision)
-            return batch_seconds(self._runner(graphs[size], size), layout.streams)
-
-        deadline = self.started + self.backend.tuning_seconds
-        plan = measure(
-            seconds_of, self.limits.max_batch_size, started=self.started, deadline=deadline, note=self._notes.append
-        )
-        # A layout of fewer streams than instances makes instances wait for one another.
+        layout, (first, known), latency = self._layout(base, precision, first)
+        graphs, seconds = {1: first}, {1: known}
+        self._add_larger(layout, precision, graphs, seconds)
+        # With fewer streams than instances, instances wait for one another.
         share = self.backend.instances / layout.streams
-        seconds = {n: t * share for n, t in plan.seconds.items()}
-        kept = {size: graphs[size] for size in plan.sizes}
-        return Tuned(precision, layout, BatchPlan(seconds, alone.seconds if alone else None), kept, alone, ())
+        plan = BatchPlan({n: t * share for n, t in seconds.items()}, latency.seconds if latency else None)
+        return Tuned(precision, layout, plan, graphs, latency, ())
+
+    def _add_larger(
+        self, layout: Layout, precision: Precision, graphs: dict[int, Graph], seconds: dict[int, float]
+    ) -> None:
+        """Add sizes 2, 4, ... to `graphs` and `seconds`, until one is not worth its wait or would take too long."""
+        began, size = self.started, 2
+        while size <= self.limits.max_batch_size:
+            now = perf_counter()
+            if now + 2 * (now - began) > self.started + self.backend.tuning.seconds:
+                self._notes.append(f"batches of {size} and more are left out: measuring them would take too long")
+                return
+            began = now
+            try:
+                graph = self.program.graph(size, layout, precision)
+                t = graph_seconds(graph, size, self.shape, layout.streams)
+            except Exception as error:  # noqa: BLE001  whatever it is, smaller batches work
+                what = f"{type(error).__name__}: {error}"
+                self._notes.append(f"batches of {size} and more are left out, {size} failed: {what}")
+                return
+            if gain(seconds, size, t) < WORTHWHILE_GAIN:
+                return
+            graphs[size], seconds[size] = graph, t
+            size *= 2
 
     def _precision(self, layout: Layout) -> tuple[Precision, Graph]:
-        """The fastest precision whose answers are good enough, and its graph for one image."""
+        """The fastest precision whose logits are good enough, and its graph for one image."""
         forced = self.limits.precision
+        candidates = [forced] if forced else [each for each in self.backend.precisions if each not in self._refused]
         usable: list[tuple[Precision, Graph]] = []
-        for precision in (
-            [forced] if forced else [each for each in self.backend.precisions if each not in self._refused]
-        ):
-            if usable and self._spent() > self.backend.tuning_seconds / 4:
-                break  # the more promising one works
+        for precision in candidates:
+            if usable and perf_counter() - self.started > self.backend.tuning.seconds / 4:
+                break  # a more promising one works
             try:
                 if graph := self._good_enough(precision, layout):
                     usable.append((precision, graph))
@@ -138,102 +149,84 @@ class Tuning:
                 if precision == "float32" and not usable:
                     raise
                 wrong = isinstance(error, GoldenMismatch)
-                self._refuse(precision, str(error) if wrong else f"it failed with {_words(error)}")
+                self._refuse(precision, str(error) if wrong else f"it failed with {_one_line(error)}")
         if not usable:
-            return "float32", self._checked("float32", layout)
-        asked, graph = usable[0]
+            return "float32", self._finite("float32", layout)
+        chosen, graph = usable[0]
         if len(usable) > 1:
-            asked, graph = min(usable, key=lambda each: self._probe(each[0], each[1], layout))
-        if graph.precision != asked:
-            self._notes.append(f"{asked} was asked for, this machine computes in {graph.precision}")
+            chosen, graph = min(usable, key=lambda each: self._probe(each[0], each[1], layout))
+        if graph.precision != chosen:
+            self._notes.append(f"{chosen} was requested, this machine computes in {graph.precision}")
         return graph.precision, graph
 
     def _good_enough(self, precision: Precision, layout: Layout) -> Graph | None:
-        """The graph for one image; None where it computes in what was refused already, whatever was asked for."""
-        graph = self._checked(precision, layout)
+        """The graph for one image; None if it really computes in a precision that was refused before."""
+        graph = self._finite(precision, layout)
         if graph.precision in self._refused:
             return None
         if not self.limits.precision and graph.precision != "float32":
-            self.golden.check(graph, 1)
+            self.check.check(graph, 1)
         return graph
 
     def _probe(self, precision: Precision, graph: Graph, layout: Layout) -> float:
-        """The seconds by which precisions are compared; infinite where it can't be run."""
-        size = self.backend.probe_size
+        """The seconds by which precisions are compared; infinite if the backend can't run that batch size."""
+        size = self.backend.tuning.probe_size
         if size == 1:
-            return batch_seconds(self._runner(graph, 1), layout.streams)
+            return graph_seconds(graph, 1, self.shape, layout.streams)
         try:
-            return batch_seconds(self._runner(self.program.graph(size, layout, precision), size), layout.streams)
-        except Exception as error:  # noqa: BLE001  whatever it is, another one may work
-            self._notes.append(f"{precision} in batches of {size} failed with {_words(error)}")
+            return graph_seconds(self.program.graph(size, layout, precision), size, self.shape, layout.streams)
+        except Exception as error:  # noqa: BLE001  whatever it is, another precision may work
+            self._notes.append(f"{precision} in batches of {size} failed with {_one_line(error)}")
             return inf
 
-    def _checked(self, precision: Precision, layout: Layout) -> Graph:
+    def _finite(self, precision: Precision, layout: Layout) -> Graph:
+        """The graph for one image, whose outputs are finite."""
         graph = self.program.graph(1, layout, precision)
-        self._check_finite(graph)
+        batch = np.random.default_rng(0).integers(0, 256, (1, *self.shape, 3), dtype=np.uint8)
+        if not all(np.isfinite(part).all() for part in graph.run(0, batch)):
+            self.check.require_own_reference()
+            raise GoldenMismatch(NOT_FINITE)
         return graph
 
     def _refuse(self, precision: Precision, why: str) -> None:
         self._refused[precision] = f"{precision} is not used: {why}"
 
+    def _copied(self, blob: bytes | None, layout: Layout, precision: Precision) -> Graph:
+        """The graph for one image in another layout, from its exported form, if it has one: that is faster."""
+        if blob is None or self.backend.restore is None:
+            return self.program.graph(1, layout, precision)
+        return self.backend.restore(np.frombuffer(blob, np.uint8), layout, precision)
+
     def _layout(
         self, base: Layout, precision: Precision, first: Graph
-    ) -> tuple[Layout, tuple[Graph, float], Alone | None]:
-        """The layout with the most images per second, its graph for one image and t(1), and what serves a lone one."""
-        copy = _Copies(self.backend, self.program, first, precision)
-        graphs, seconds, lone_seconds = {base: first}, {}, {}
+    ) -> tuple[Layout, tuple[Graph, float], LatencyGraph | None]:
+        """The layout with the most images per second, its graph for one image and t(1), and the latency graph."""
+        graphs, seconds, alone = {base: first}, {}, {}
+        blob: bytes | None = None
         for layout in self.backend.layouts(self.limits.cores):
             try:
-                graphs[layout] = graphs.get(layout) or copy.make(layout)
-                run = self._runner(graphs[layout], 1)
-                seconds[layout] = batch_seconds(run, layout.streams)
-                if layout.streams == 1:  # which one moment of a neighbour's work on either core spoils: twice
-                    lone_seconds[layout] = min(seconds[layout], batch_seconds(run))
+                if layout != base:
+                    blob = blob or first.export()
+                    graphs[layout] = self._copied(blob, layout, precision)
+                graph = graphs[layout]
+                seconds[layout] = graph_seconds(graph, 1, self.shape, layout.streams)
+                if layout.streams == 1:  # twice, because one disturbance on any core spoils a run on all of them
+                    alone[layout] = min(seconds[layout], graph_seconds(graph, 1, self.shape))
                 elif layout == base:
-                    lone_seconds[layout] = batch_seconds(run)
+                    alone[layout] = graph_seconds(graph, 1, self.shape)
             except Exception as error:
                 if layout == base:
                     raise
-                self._notes.append(f"{layout.streams} x {layout.threads} cores failed: {_words(error)}")
+                self._notes.append(f"{layout.streams} x {layout.threads} cores failed: {_one_line(error)}")
         fastest = max(seconds, key=lambda each: each.streams / seconds[each])
-        gain = fastest.streams / seconds[fastest] / (base.streams / seconds[base])
-        best = fastest if gain > WORTHWHILE_GAIN else base
-        lone = min(lone_seconds, key=lone_seconds.__getitem__)
-        pays = lone != best and lone_seconds[lone] < lone_seconds[base] * (1 - ALONE_SAVES)
-        alone = Alone(lone, lone_seconds[lone], lambda: graphs[lone]) if pays else None
-        return best, (graphs[best], seconds[best]), alone
-
-    def _runner(self, graph: Graph, size: int) -> Runner:
-        batch = np.random.default_rng(size).integers(0, 256, (size, *self.shape, 3), dtype=np.uint8)
-        return lambda instance: graph.run(instance, batch)
-
-    def _check_finite(self, graph: Graph) -> None:
-        batch = np.random.default_rng(0).integers(0, 256, (1, *self.shape, 3), dtype=np.uint8)
-        if not all(np.isfinite(part).all() for part in graph.run(0, batch)):
-            self.golden.require_own_reference()
-            raise GoldenMismatch(NOT_FINITE)
-
-    def _spent(self) -> float:
-        return perf_counter() - self.started
+        more = fastest.streams / seconds[fastest] / (base.streams / seconds[base])
+        best = fastest if more > WORTHWHILE_GAIN else base
+        least = min(alone, key=alone.__getitem__)
+        pays = least != best and alone[least] < alone[base] * (1 - LATENCY_SAVES)
+        latency = LatencyGraph(least, alone[least], lambda: graphs[least]) if pays else None
+        return best, (graphs[best], seconds[best]), latency
 
 
-@dataclass(slots=True)
-class _Copies:
-    """Makes the same graph again in other layouts, from its compiled form where it has one: that is faster."""
-
-    backend: Backend
-    program: Program
-    first: Graph
-    precision: Precision
-    blob: bytes | None = None
-
-    def make(self, layout: Layout) -> Graph:
-        self.blob = self.blob or self.first.export()
-        if self.blob is None:
-            return self.program.graph(1, layout, self.precision)
-        return self.backend.restore(np.frombuffer(self.blob, np.uint8), layout, self.precision)
-
-
-def _words(error: Exception) -> str:
-    """In one line: OpenVINO's errors have many."""
+def _one_line(error: Exception) -> str:
+    """OpenVINO's errors have many lines."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

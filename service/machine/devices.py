@@ -9,23 +9,19 @@ from service.errors import BackendUnavailable, DeviceFailed
 
 
 class DeviceHealth:
-    """The one place that knows of a GPU that failed: from then on none is expected to work. From any thread."""
+    """The one place that knows whether a GPU failed; from then on none is expected to work. From any thread."""
 
     def __init__(self) -> None:
         # Mutable state: the first failure; empty while there is none.
         self.failure = ""
 
-    def report(self, failure: str) -> None:
-        """Keep `failure`, unless it is empty or not the first."""
-        self.failure = self.failure or failure
-
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Report a `DeviceFailed` that the block raises."""
+        """Note a `DeviceFailed` that the block raises, if it is the first."""
         try:
             yield
         except DeviceFailed as error:
-            self.report(str(error))
+            self.failure = self.failure or str(error)
             raise
 
 

@@ -211,7 +211,7 @@ def _loaded(resident: Resident) -> dict[str, Any]:
         "plan_cached": report.cached,
         "notes": resident.notes,
         "load_seconds": report.load_seconds,
-        "optimizing": executable.improving is not None,
+        "optimizing": executable.optimizer is not None,
         "deviation": report.deviation,
         "other_precisions": {n: each for n, each in executable.precisions.items() if each != report.precision},
     }

@@ -1,4 +1,4 @@
-"""Loads models on a thread for that, makes their graphs better while they answer, and frees them again."""
+"""Loads models on a thread for that, optimizes their graphs while they serve, and frees them again."""
 
 import asyncio
 from collections.abc import Callable
@@ -58,7 +58,7 @@ class Loading:
         )
         self._thread = Workers("load", 1)
         self._preparing = asyncio.Lock()
-        # Mutable state: for each model, the task that makes its graphs better.
+        # Mutable state: for each model, the task that optimizes its graphs.
         self._optimizing: dict[Resident, asyncio.Task[None]] = {}
 
     async def load(self, stored: StoredModel) -> Resident:
@@ -70,7 +70,7 @@ class Loading:
         start = perf_counter()
         try:
             async with self._catalog.fetched(stored) as local:
-                blocking = partial(load, local, self._backends, self._limits, self._plans)
+                blocking = partial(load, local, self._backends, self._limits, self._plans, self._devices)
                 executable = await self._on_thread("model_load_failed", "loaded", stored, blocking)
         except ServiceError:
             self._metrics.model_loads.labels(stored.id, "failed").inc()
@@ -78,7 +78,6 @@ class Loading:
         report = executable.report
         self._metrics.model_loads.labels(stored.id, "loaded").inc()
         self._metrics.model_load_seconds.labels(stored.id).observe(perf_counter() - start)
-        self._devices.report(report.device_failure)
         self._remember(executable)
         log.info("model_loaded", model=stored.id, backend=report.backend, precision=report.precision,
                  layout=f"{report.layout.streams}x{report.layout.threads}", batch_sizes=executable.plan.sizes,
@@ -111,7 +110,7 @@ class Loading:
         self._metrics.evictions.labels(reason).inc()
 
     async def stop(self) -> None:
-        """Make no graphs any more."""
+        """Stop optimizing all models."""
         tasks = [*self._optimizing.values()]
         for task in tasks:
             task.cancel()
@@ -152,32 +151,31 @@ class Loading:
             raise ModelLoadFailed(f"{stored.id} could not be {done}: {type(error).__name__}: {error}") from error
 
     async def _optimize(self, resident: Resident) -> None:
-        """Make what a model does not need for its first responses; if that fails, the model serves as it is.
+        """Make the graphs that a model's first responses can do without; if that fails, the model serves as it is.
 
-        What takes minutes is done one model at a time, while others load; the rest in turn with loads. Cancelling this
-        waits for nothing, and gives up what is being compiled.
+        The part that takes minutes runs for one model at a time, while others load; the rest takes turns with loads.
+        Cancelling this waits for nothing, and stops the compiler.
         """
         executable, start = resident.executable, perf_counter()
         notes: list[str] = []
         try:
-            await self._thread.run(executable.widen)
+            await self._thread.run(executable.add_latency_graph)
             self._remember(executable)
         except Exception:
-            log.exception("model_not_widened", model=executable.stored.id)
-        while improving := executable.improving:
-            notes = improving.notes
+            log.exception("latency_graph_failed", model=executable.stored.id)
+        while optimizer := executable.optimizer:
+            notes = optimizer.notes
             async with self._preparing:
                 try:
-                    await detached(improving.prepare)
+                    await detached(optimizer.prepare)
                 except asyncio.CancelledError:
-                    improving.stop()
+                    optimizer.stop()
                     raise
-            if better := await self._thread.run(executable.improve):
+            if optimized := await self._thread.run(executable.optimize):
                 self._remember(executable)
                 resident.replan()
-                log.info("model_improved", model=executable.stored.id, batch_size=better.size,
-                         ms=round(better.seconds * 1000, 3), seconds=round(perf_counter() - start, 3))  # fmt: skip
-            self._devices.report(improving.device_failure)
+                log.info("model_improved", model=executable.stored.id, batch_size=optimized.size,
+                         ms=round(optimized.seconds * 1000, 3), seconds=round(perf_counter() - start, 3))  # fmt: skip
         for note in notes:
             log.warning("plan_note", model=executable.stored.id, note=note)
 

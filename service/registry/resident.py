@@ -1,4 +1,4 @@
-"""A model in memory: at its own input size, and at others and with stage maps once a request needs them."""
+"""A model in memory: at its own input size, at others, and with stage maps once a request needs them."""
 
 import asyncio
 from collections import OrderedDict
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Compile(Protocol):
-    """Calls a blocking function that compiles, on the thread for that.
+    """Calls a blocking function that compiles graphs, on the thread for loads.
 
     Raises:
         ModelLoadFailed, WeightsUnavailable: it failed.
@@ -45,8 +45,8 @@ class Resident:
         self._compile = compile_
         self._max_others = max_others
         self._own = pipeline.open(executable)
-        # Mutable state: the other sizes, least recently used first; those that were evicted and are not shut yet; and
-        # the tasks that make stage maps possible.
+        # Mutable state: the other sizes, least recently used first; evicted sizes whose lanes are still open; and the
+        # tasks that make graphs with stage maps.
         self._others: OrderedDict[Size, _Other] = OrderedDict()
         self._evicted: list[Sized] = []
         self._staging: dict[Executable, asyncio.Task[None]] = {}
@@ -56,7 +56,7 @@ class Resident:
 
     @property
     def memory_bytes(self) -> int:
-        """Measured memory of the model and of all that was added to it since it was loaded."""
+        """Measured memory of the model and of all graphs that were added since the load."""
         added = [self.executable, *(each.executable for each in self._compiled())]
         return self.executable.report.memory_bytes + sum(each.added_bytes for each in added)
 
@@ -74,13 +74,13 @@ class Resident:
 
     @asynccontextmanager
     async def at(self, size: Size | None = None, *, stages: bool = False) -> AsyncIterator[Sized]:
-        """The model at `size`, its own by default, for as long as the context lasts; compiled first if need be.
+        """The model at `size`, its own by default, for as long as the context lasts; it is compiled first if need be.
 
-        A caller that is cancelled while it waits leaves the compiling to the others.
+        If a caller is cancelled while it waits, the compiling goes on.
 
         Raises:
             InvalidRequest: the model can't take that size.
-            QueueFull: as many other sizes as are kept are in use.
+            QueueFull: all other sizes that may be kept are in use.
             ModelLoadFailed: the model's files have changed since it was loaded, or can't be compiled for that.
         """
         if size in {None, (self.executable.height, self.executable.width)}:
@@ -98,17 +98,17 @@ class Resident:
             other.users -= 1
 
     def replan(self) -> None:
-        """Take over the batch plan of the executable, which has changed."""
+        """Give the scheduler the executable's batch plan, which has changed."""
         self._pipeline.scheduler.replan(self._own.lane, self.executable.plan)
 
     async def close(self) -> None:
-        """Take the model out of the scheduler and give up what is being compiled."""
+        """Close the model's lanes in the scheduler and cancel what is being compiled."""
         tasks = [*self._staging.values(), *(other.task for other in self._others.values())]
         self._evicted += [self._own, *self._compiled()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._shut_evicted()
+        await self._close_evicted()
         self._others.clear()
 
     def _compiled(self) -> list[Sized]:
@@ -125,7 +125,7 @@ class Resident:
             self._others.pop(size, None)  # it failed
             self._make_room()
             other = self._others[size] = _Other(asyncio.create_task(self._resize(size)))
-            other.task.add_done_callback(_failed)  # retrieved, should every caller have gone
+            other.task.add_done_callback(_failed)  # retrieves it, if no caller is left
         self._others.move_to_end(size)
         return other
 
@@ -142,12 +142,12 @@ class Resident:
             task = self._others.pop(idle).task
             self._evicted += [] if _failed(task) else [task.result()]
 
-    async def _shut_evicted(self) -> None:
+    async def _close_evicted(self) -> None:
         while self._evicted:
             await self._pipeline.scheduler.close_lane(self._evicted.pop().lane)
 
     async def _resize(self, size: Size) -> Sized:
-        await self._shut_evicted()
+        await self._close_evicted()
         return self._pipeline.open(await self._compile(lambda: self.executable.resized(*size)))
 
     async def _stage(self, sized: Sized, *, stages: bool) -> None:

@@ -35,7 +35,7 @@ class ModelStatus(VersionStatus):
     """A model, in the version that answers to its name, or would; then all versions.
 
     What follows `backend` is None until it is loaded. `device` is `cpu` or names of GPUs; `plan` is t(n) in seconds by
-    batch size, `alone_seconds` the time of one image that has all cores, where there is a graph for that;
+    batch size, `alone_seconds` the time of one image in the latency graph, where there is one;
     `plan_cached` says whether plan and graphs came from the cache, `notes` what was tried and left out, `optimizing`
     whether better graphs are still being made, `deviation` how far its logits are from the reference's.
     `other_precisions` is by batch size, for graphs that do not compute in `precision`.

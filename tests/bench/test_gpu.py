@@ -14,7 +14,7 @@ from bench.gpu_results import GpuEngine, GpuLimits, GpuPeak, GpuResults, GpuServ
 from bench.ours import OnDevice
 from bench.peers.common import make_model
 from bench.results import Closed
-from service.backends.compiling import Function, Job
+from service.backends.cuda.compiling import Function, Job
 from tests.service.fake_device import FakeDevice
 
 CPU = torch.device("cpu")

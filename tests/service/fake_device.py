@@ -10,18 +10,18 @@ from torch import nn
 
 from service.arrays import Floats
 from service.backends.base import Batch
-from service.backends.compiling import Function, Placed
-from service.backends.device import Captured
-from service.backends.served import Served
+from service.backends.cuda.compiling import Function, Placed
+from service.backends.cuda.device import Captured, CudaDevice
+from service.backends.module import Served
 from service.errors import OutOfMemory
 
 
 @dataclass(eq=False)
-class FakeDevice:
+class FakeDevice(CudaDevice):
     """Runs at once, in the caller's thread. Batches of more than `largest` don't fit.
 
-    It computes in float32 unless `emulates`, since 16 bits take a CPU that has not got them a hundred times as long.
-    `on_run` is told of each run: what runs, and its batch size. `placed` and `captured` say what was done to it.
+    It computes in float32 unless `emulates`, because a CPU without 16-bit instructions takes a hundred times as long.
+    `on_run` is called with each run's function and batch size. `placed` and `captured` record the calls.
     """
 
     name: str = "cuda:0"
@@ -51,18 +51,18 @@ class FakeDevice:
 
 
 @dataclass(eq=False)
-class FakeCaptured:
-    device: FakeDevice
+class FakeCaptured(Captured):
+    on: FakeDevice
     function: Function
-    rooms: list[Batch]
+    buffers: list[Batch]
     ran: list[int] = field(default_factory=list)
 
-    def room(self, slot: int) -> Batch:
-        return self.rooms[slot]
+    def input_buffer(self, slot: int) -> Batch:
+        return self.buffers[slot]
 
     def run(self, slot: int) -> tuple[Floats, ...]:
         self.ran.append(slot)
-        self.device.on_run(self.function, len(self.rooms[slot]))
-        torch.set_num_threads(1)  # counts for the calling thread; each new one would start as many as there are cores
+        self.on.on_run(self.function, len(self.buffers[slot]))
+        torch.set_num_threads(1)  # of the calling thread; by default each new thread starts one for each core
         with torch.no_grad():
-            return tuple(each.numpy() for each in self.function(torch.from_numpy(self.rooms[slot].copy())))
+            return tuple(each.numpy() for each in self.function(torch.from_numpy(self.buffers[slot].copy())))

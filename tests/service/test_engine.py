@@ -66,19 +66,19 @@ async def test_an_image_is_answered_by_the_default_model(tmp_path: Path) -> None
     assert all(seconds >= 0 for seconds in result.timing)
 
 
-async def test_a_model_unloaded_while_more_is_made_for_it_is_freed_at_once(
+async def test_a_model_unloaded_while_its_latency_graph_is_made_is_freed_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, gate = threading.Event(), threading.Event()
     freed: list[bool] = []
     executable: list[weakref.ref[Executable]] = []
 
-    def widen(made: Executable) -> None:
+    def add_latency_graph(made: Executable) -> None:
         executable.append(weakref.ref(made))
         begun.set()
         assert gate.wait(30)
 
-    monkeypatch.setattr(Executable, "widen", widen)
+    monkeypatch.setattr(Executable, "add_latency_graph", add_latency_graph)
 
     def give_back() -> None:
         gc.collect()
@@ -223,7 +223,7 @@ async def test_a_stalled_thread_makes_it_neither_live_nor_ready(
     assert health.reasons[0] == "a thread for decode has been at one job for 31 s"
 
 
-async def test_a_model_answers_before_its_graph_for_lone_images_is_there_and_goes_on_without(
+async def test_a_model_serves_before_its_latency_graph_is_made_and_if_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, seen = asyncio.Event(), []
@@ -234,7 +234,7 @@ async def test_a_model_answers_before_its_graph_for_lone_images_is_there_and_goe
         loop.call_soon_threadsafe(begun.set)
         raise RuntimeError("no memory for another graph")
 
-    monkeypatch.setattr(Executable, "widen", failing)
+    monkeypatch.setattr(Executable, "add_latency_graph", failing)
     async with engine(tmp_path) as e:
         first = await e.predict([png()])
         async with asyncio.timeout(30):

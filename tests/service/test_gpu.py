@@ -1,4 +1,4 @@
-"""The engine with GPUs, whose place CPUs take."""
+"""The engine with GPUs, for which CPUs stand in."""
 
 import asyncio
 import threading
@@ -12,8 +12,8 @@ import pytest
 from torch import nn
 
 from service import options as options_module
-from service.backends.compiling import Function, Job
-from service.backends.device import Captured
+from service.backends.cuda.compiling import Function, Job
+from service.backends.cuda.device import Captured
 from service.engine import Engine
 from service.errors import DeviceFailed, OutOfMemory
 from service.options import EngineOptions, default_instances
@@ -33,7 +33,7 @@ class Clock(threading.local):
 
 
 class Compiled(nn.Module):
-    """Gives what the module gives; by its type `Cards.run` knows that it is faster."""
+    """The module itself, but of a type by which `Cards.run` knows that it is faster."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Compiled(nn.Module):
 
 
 class Cards:
-    """The GPUs of a test and their compiler, which waits for its gate; `on_run` is told of every run."""
+    """The GPUs of a test and their compiler, which waits for its gate; `on_run` is called with every run."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clock = Clock()
@@ -113,12 +113,12 @@ def raising(error: Exception) -> Callable[..., Any]:
     return raise_
 
 
-async def improved(e: Engine) -> None:
-    """Return when nothing is being improved any more."""
+async def optimized(e: Engine) -> None:
+    """Return when nothing is left to optimize."""
     await asyncio.gather(*e._loading._optimizing.values())
 
 
-async def test_a_model_answers_before_anything_is_compiled_and_with_better_graphs_afterwards(
+async def test_a_model_serves_before_anything_is_compiled_and_with_optimized_graphs_afterwards(
     tmp_path: Path, cards: Cards
 ) -> None:
     ran: list[bool] = []
@@ -130,7 +130,7 @@ async def test_a_model_answers_before_anything_is_compiled_and_with_better_graph
         before = plan(e)
 
         cards.gate.set()
-        await improved(e)
+        await optimized(e)
         cards.on_run = lambda function, _: ran.append(isinstance(function, Compiled))
         assert await answered(e, 16) == 16
 
@@ -150,7 +150,7 @@ async def test_larger_batches_that_pay_once_compiled_join_the_plan(
         await answered(e, 1)
         before = plan(e)
         cards.gate.set()
-        await improved(e)
+        await optimized(e)
         after = plan(e)
         assert await answered(e, 16) == 16
 
@@ -169,7 +169,7 @@ async def test_running_out_of_memory_halves_the_batch_and_the_model_goes_on(tmp_
         halved = plan(e)
         cards.on_run = lambda *_: None
         cards.gate.set()
-        await improved(e)
+        await optimized(e)
 
         assert halved == [1, 2, 4]
         assert plan(e) == halved  # what was given up stays so, whatever is compiled
@@ -241,7 +241,7 @@ async def test_a_gpu_that_fails_while_graphs_are_made_makes_the_service_not_live
         monkeypatch.setattr(FakeDevice, "capture", raising(DeviceFailed(failure)))
         if compiling:
             cards.gate.set()
-            await improved(e)
+            await optimized(e)
         else:
             with pytest.raises(DeviceFailed):
                 await e.infer([png()], stages=True)
@@ -274,7 +274,7 @@ async def test_graphs_that_join_the_plan_later_count_as_the_models_memory(
         (resident,) = e._registry.loaded()
         before, graphs = resident.memory_bytes, len(alive)
         cards.gate.set()
-        await improved(e)
+        await optimized(e)
 
         assert plan(e) == [1, 2, 4, 8]
         assert len(alive) == 4 * len(TWO)
@@ -294,14 +294,14 @@ async def test_only_one_model_is_prepared_at_a_time_while_others_load(tmp_path: 
         await asyncio.gather(*waiting)
 
 
-async def test_a_compiler_that_fails_leaves_the_model_as_it_is_and_is_told_of(
+async def test_a_compiler_that_fails_leaves_the_model_as_it_is_with_a_note(
     tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cards, "prepare", raising(RuntimeError("no C compiler")))
     async with on_gpus(tmp_path) as e:
         await answered(e, 1)
         before = plan(e)
-        await improved(e)
+        await optimized(e)
         async with e._registry.lease(NAME) as resident:
             notes = resident.executable.notes
         assert await answered(e, 4) == 4
@@ -317,7 +317,7 @@ async def test_without_one_of_these_nothing_is_compiled(
     monkeypatch.setattr(cards, "prepare", lambda *_: pytest.fail("compiled"))
     async with on_gpus(tmp_path, **without) as e:
         await answered(e, 1)
-        await improved(e)
+        await optimized(e)
         assert await answered(e, 1) == 1
 
 

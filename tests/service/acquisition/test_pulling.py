@@ -30,7 +30,7 @@ from service.acquisition.pulling import Pulled, PullOptions, pull
 from service.acquisition.removal import removable, remove
 from service.acquisition.verification import verify
 from service.architecture.weights import digest, read_checkpoint, remap_keys
-from service.backends.served import build, plain_logits
+from service.backends.module import build, plain_logits
 from service.errors import (
     PullFailed,
     ServiceError,

@@ -10,9 +10,9 @@ from service.architecture.pvt_v2 import create
 from service.architecture.variants import VARIANTS
 from service.architecture.weights import load_weights
 from service.backends.base import Backend, Layout, Precision
+from service.backends.module import Served
 from service.backends.openvino import OpenVinoBackend
-from service.backends.served import Served
-from service.backends.torch import TorchBackend
+from service.backends.torch_cpu import TorchBackend
 from service.execution.reference import Reference
 from service.store.cards import ModelCard, read_card
 from tests.conftest import ROOT
@@ -39,16 +39,16 @@ def served(card: ModelCard) -> Served:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> NDArray[np.uint8]:
+def images() -> NDArray[np.uint8]:
     """All held-out digits, (360, 64, 64, 3)."""
     grey = np.stack([np.asarray(render(each)) for each in split().held_out.pixels])
     return np.repeat(grey[..., np.newaxis], 3, axis=3)
 
 
 @pytest.fixture(scope="module")
-def truth(served: Served, pictures: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def truth(served: Served, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     with torch.inference_mode():
-        logits, embedding = served(torch.from_numpy(pictures))
+        logits, embedding = served(torch.from_numpy(images))
     return logits.numpy(), embedding.numpy()
 
 
@@ -59,11 +59,11 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_backend_answers_as_the_plain_module_does(
+def test_a_backend_has_the_outputs_of_the_plain_module(
     backend: Backend,
     precision: Precision,
     served: Served,
-    pictures: NDArray[np.uint8],
+    images: NDArray[np.uint8],
     truth: tuple[NDArray[np.float32], NDArray[np.float32]],
 ) -> None:
     try:
@@ -71,10 +71,10 @@ def test_a_backend_answers_as_the_plain_module_does(
     except RuntimeError as error:  # kept from its instructions by ONEDNN_MAX_CPU_ISA, OpenVINO can't compile for it
         assert (backend.name, precision) == ("openvino", "bfloat16")
         pytest.skip(str(error))
-    # torch emulates bfloat16 where the processor has none, at 50 ms a picture: not all of them then.
-    count = 80 if (backend.name, graph.precision) == ("torch", "bfloat16") else len(pictures)
+    # torch emulates bfloat16 where the processor has none, at 50 ms an image: not all of them then.
+    count = 80 if (backend.name, graph.precision) == ("torch", "bfloat16") else len(images)
 
-    batches = [graph.run(i % 2, pictures[start : start + 8]) for i, start in enumerate(range(0, count, 8))]
+    batches = [graph.run(i % 2, images[start : start + 8]) for i, start in enumerate(range(0, count, 8))]
 
     for part, expected in enumerate(each[:count] for each in truth):
         given = np.concatenate([batch[part] for batch in batches])
@@ -82,51 +82,51 @@ def test_a_backend_answers_as_the_plain_module_does(
         assert given.dtype == np.float32
         assert np.abs(given - expected).max() <= TOLERANCE[graph.precision] * np.abs(expected).max()
     logits = np.concatenate([batch[0] for batch in batches])
-    deviation = Reference(pictures[:count], truth[0][:count]).deviation(logits)
+    deviation = Reference(images[:count], truth[0][:count]).deviation(logits)
     assert deviation.objection(graph.precision) is None
     assert deviation.changed <= (0 if graph.precision == "float32" else 1)  # a near tie, in emulated bfloat16
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_openvino_answers_as_the_plain_module_for_every_variant(variant: str) -> None:
+def test_openvino_has_the_outputs_of_the_plain_module_for_every_variant(variant: str) -> None:
     torch.manual_seed(0)
     served = Served(create(variant, num_classes=7), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).eval()
-    picture = np.random.default_rng(0).integers(0, 256, (1, 96, 64, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (1, 96, 64, 3), dtype=np.uint8)
     with torch.inference_mode():
-        expected = served(torch.from_numpy(picture))
+        expected = served(torch.from_numpy(image))
 
-    given = OpenVinoBackend(1).program(served, 96, 64).graph(1, ONE, "float32").run(0, picture)
+    given = OpenVinoBackend(1).program(served, 96, 64).graph(1, ONE, "float32").run(0, image)
 
     for ours, theirs in zip(given, expected, strict=True):
         np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4 * max(1.0, theirs.abs().max().item()))
 
 
-def test_a_picture_answers_the_same_in_every_batch_size(served: Served, pictures: NDArray[np.uint8]) -> None:
+def test_an_image_has_the_same_outputs_in_every_batch_size(served: Served, images: NDArray[np.uint8]) -> None:
     program = OpenVinoBackend(1).program(served, 64, 64)
 
-    alone, _ = program.graph(1, ONE, "float32").run(0, pictures[:1])
-    together, _ = program.graph(4, ONE, "float32").run(0, pictures[:4])
+    alone, _ = program.graph(1, ONE, "float32").run(0, images[:1])
+    together, _ = program.graph(4, ONE, "float32").run(0, images[:4])
 
     np.testing.assert_allclose(together[:1], alone, atol=1e-4)
 
 
-def test_results_of_one_batch_are_not_overwritten_by_the_next(served: Served, pictures: NDArray[np.uint8]) -> None:
+def test_results_of_one_batch_are_not_overwritten_by_the_next(served: Served, images: NDArray[np.uint8]) -> None:
     graph = OpenVinoBackend(1).program(served, 64, 64).graph(1, ONE, "float32")
-    first, _ = graph.run(0, pictures[:1])
+    first, _ = graph.run(0, images[:1])
     kept = first.copy()
 
-    graph.run(0, pictures[1:2])
+    graph.run(0, images[1:2])
 
     np.testing.assert_array_equal(first, kept)
 
 
-def test_a_restored_graph_can_be_exported_and_restored_once_more(served: Served, pictures: NDArray[np.uint8]) -> None:
+def test_a_restored_graph_can_be_exported_and_restored_once_more(served: Served, images: NDArray[np.uint8]) -> None:
     backend = OpenVinoBackend(1)
     graph = backend.program(served, 64, 64).graph(1, ONE, "float32")
 
     for layout in (Layout(1, 2), ONE):
         restored = backend.restore(np.frombuffer(graph.export() or b"", np.uint8), layout, "float32")
-        np.testing.assert_allclose(restored.run(0, pictures[:1])[0], graph.run(0, pictures[:1])[0], atol=1e-4)
+        np.testing.assert_allclose(restored.run(0, images[:1])[0], graph.run(0, images[:1])[0], atol=1e-4)
         graph = restored
 
 
@@ -139,10 +139,10 @@ def refuse(event, args):
 sys.addaudithook(refuse)
 import torch
 from service.backends.base import Layout
-from service.backends.served import Served
+from service.backends.module import Served
 from service.backends.openvino import OpenVinoBackend
 from service.architecture.pvt_v2 import create
-from service.backends.served import Served
+from service.backends.module import Served
 OpenVinoBackend(1).program(Served(create("pvt_v2_b0"), (0, 0, 0), (1, 1, 1)), 32, 32).graph(1, Layout(1, 1), "float32")
 import threading
 [thread.join() for thread in threading.enumerate() if thread is not threading.main_thread()]

@@ -2,15 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import Event
 from typing import ClassVar
 
 import numpy as np
 
 from service.arrays import Floats
-from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
-from service.backends.served import Served
-from service.backends.torch import TorchBackend
+from service.backends.base import Batch, Blob, Graph, Layout, OptimizedProgram, Precision, Program
+from service.backends.module import Served
+from service.backends.torch_cpu import TorchBackend
 
 Skew = Callable[[Floats, Precision], Floats]
 
@@ -56,26 +55,21 @@ class SkewedGraph:
         logits, *others = self.graph.run(instance, batch)
         return self.skew(logits, self.precision), *others
 
+    def input_buffer(self, instance: int) -> Batch | None:
+        return self.graph.input_buffer(instance)
+
     def export(self) -> bytes | None:
         return self.graph.export()
-
-    def room(self, instance: int) -> Batch | None:
-        return self.graph.room(instance)
 
 
 @dataclass
 class SkewedProgram:
     program: Program
     skew: Skew
+    optimized: OptimizedProgram | None = None
 
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
         return SkewedGraph(self.program.graph(size, layout, precision), self.skew)
-
-    def prepare(self, size: int, layout: Layout, precision: Precision, stopped: Event) -> None:
-        self.program.prepare(size, layout, precision, stopped)
-
-    def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
-        return self.program.faster(size, layout, precision)
 
 
 class AnyTorch(TorchBackend):
@@ -99,7 +93,6 @@ class Exporting(TorchBackend):
     """Its graphs can be kept, in its own memory; those restored give other logits, where `skew` says so."""
 
     version = "exporting"
-    exports = True
     graphs: ClassVar[list[Graph]] = []
 
     def __init__(self, skew: Skew = lambda logits, _: logits) -> None:
@@ -117,15 +110,10 @@ class Exporting(TorchBackend):
 @dataclass
 class ExportingProgram:
     program: Program
+    optimized: OptimizedProgram | None = None
 
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
         return Exported(self.program.graph(size, layout, precision), lambda logits, _: logits)
-
-    def prepare(self, size: int, layout: Layout, precision: Precision, stopped: Event) -> None:
-        self.program.prepare(size, layout, precision, stopped)
-
-    def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
-        return self.program.faster(size, layout, precision)
 
 
 class Exported(SkewedGraph):

@@ -6,21 +6,21 @@ import torch
 
 from service.arrays import Floats
 from service.backends.base import Backend, Batch, Layout, Precision
+from service.backends.module import build
 from service.backends.openvino import OpenVinoBackend
-from service.backends.served import build
-from service.backends.torch import TorchBackend
+from service.backends.torch_cpu import TorchBackend
 from service.errors import ModelLoadFailed
 from service.execution.executable import STAGES, Executable
-from service.execution.improving import Better
+from service.execution.optimizer import OptimizedGraph
 from service.execution.plan import BatchPlan
-from service.execution.tuning import Alone, Tuned
+from service.execution.tuning import LatencyGraph, Tuned
 from tests.service.registry.test_loader import load_tiny, random_images
 from tests.service.stores import add_model
 
 BACKENDS = [TorchBackend(1), OpenVinoBackend(1)]
 
 
-def test_a_lone_image_is_answered_by_the_graph_that_has_all_cores(tmp_path: Path) -> None:
+def test_an_image_that_is_alone_runs_in_the_latency_graph(tmp_path: Path) -> None:
     class Graph:
         precision: Precision = "float32"
 
@@ -30,23 +30,23 @@ def test_a_lone_image_is_answered_by_the_graph_that_has_all_cores(tmp_path: Path
         def run(self, _: int, batch: Batch) -> tuple[Floats, Floats]:
             return np.full((len(batch), 3), self.name, np.float32), np.zeros((len(batch), 2), np.float32)
 
-        def export(self) -> None:
+        def input_buffer(self, _: int) -> None:
             return None
 
-        def room(self, _: int) -> None:
+        def export(self) -> None:
             return None
 
     add_model(tmp_path)
     loaded = load_tiny(tmp_path, 1)
-    alone = Alone(Layout(1, 2), 0.01, lambda: Graph(2))
-    tuned = Tuned("float32", Layout(2, 1), BatchPlan({1: 0.02, 2: 0.03}), {1: Graph(1), 2: Graph(1)}, alone, ())
+    latency = LatencyGraph(Layout(1, 2), 0.01, lambda: Graph(2))
+    tuned = Tuned("float32", Layout(2, 1), BatchPlan({1: 0.02, 2: 0.03}), {1: Graph(1), 2: Graph(1)}, latency, ())
     executable = Executable(loaded.stored, TorchBackend(1), tuned, loaded.report)
 
     def answered(count: int, *, alone: bool) -> float:
         return float(executable.run(0, random_images(count), alone=alone)[0].logits[0])
 
-    assert answered(1, alone=True) == 1  # until it is there
-    executable.widen()
+    assert answered(1, alone=True) == 1  # it is not made yet
+    executable.add_latency_graph()
     assert [answered(1, alone=True), answered(1, alone=False), answered(2, alone=True)] == [2, 1, 1]
 
 
@@ -62,7 +62,7 @@ def test_stage_maps_come_from_the_same_forward_as_logits(tmp_path: Path, backend
     add_model(tmp_path, side=64)
     executable = load_tiny(tmp_path, 2, backends=[backend])
     images = np.random.default_rng(1).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
-    with pytest.raises(ModelLoadFailed, match="stage maps have not been made"):
+    with pytest.raises(ModelLoadFailed, match="with stage maps have not been made"):
         executable.run(0, list(images), stages=True)
 
     executable.add_stages()
@@ -91,7 +91,7 @@ def test_the_head_turns_the_embedding_into_logits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
-def test_another_size_is_answered_as_the_plain_module_does(tmp_path: Path, backend: Backend) -> None:
+def test_another_size_has_the_outputs_of_the_plain_module(tmp_path: Path, backend: Backend) -> None:
     add_model(tmp_path)
     resized = load_tiny(tmp_path, backends=[backend]).resized(64, 96)
     images = np.random.default_rng(1).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
@@ -103,7 +103,7 @@ def test_another_size_is_answered_as_the_plain_module_does(tmp_path: Path, backe
     assert resized.plan.time(1) > 0
 
 
-def test_larger_pictures_come_in_smaller_batches(tmp_path: Path) -> None:
+def test_larger_images_run_in_smaller_batches(tmp_path: Path) -> None:
     add_model(tmp_path)
     loaded = load_tiny(tmp_path, 1)
     tuned = Tuned("float32", Layout(1, 1), BatchPlan({1: 1.0, 2: 1.0, 4: 1.0}), {}, None, ())
@@ -113,7 +113,7 @@ def test_larger_pictures_come_in_smaller_batches(tmp_path: Path) -> None:
     assert executable.resized(96, 96).plan.sizes == (1,)
 
 
-def test_a_model_whose_files_are_gone_says_so_when_more_is_asked_of_it(tmp_path: Path) -> None:
+def test_a_model_whose_files_have_changed_makes_no_more_graphs_and_says_so(tmp_path: Path) -> None:
     folder = add_model(tmp_path)
     executable = load_tiny(tmp_path, 1)
     (folder / "model.safetensors").write_bytes(b"another")
@@ -125,13 +125,13 @@ def test_a_model_whose_files_are_gone_says_so_when_more_is_asked_of_it(tmp_path:
     assert executable.run(0, random_images(1))
 
 
-def test_a_better_graph_takes_over_and_may_be_of_a_new_size(tmp_path: Path) -> None:
+def test_an_optimized_graph_is_swapped_in_and_may_have_a_new_size(tmp_path: Path) -> None:
     add_model(tmp_path)
     executable = load_tiny(tmp_path, 1)
     graph = TorchBackend(1).program(build(executable.card, executable.stored.folder), 32, 32)
     plain = executable.run(0, random_images(3)[:1])
 
-    executable.adopt(Better(4, graph.graph(4, Layout(1, 1), "float32"), 0.25))
+    executable.swap_graph(OptimizedGraph(4, graph.graph(4, Layout(1, 1), "float32"), 0.25))
 
     assert executable.plan.sizes == (1, 4)
     assert executable.plan.time(3) == 0.25
@@ -146,7 +146,7 @@ def test_a_batch_that_is_larger_than_any_graph_with_stage_maps_is_run_in_parts(t
     executable.add_stages()
     images = np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     graph = TorchBackend(1).program(build(executable.card, executable.stored.folder), 64, 64)
-    executable.adopt(Better(4, graph.graph(4, Layout(1, 1), "float32"), 0.25))
+    executable.swap_graph(OptimizedGraph(4, graph.graph(4, Layout(1, 1), "float32"), 0.25))
 
     outputs = executable.run(0, list(images), stages=True)
 
@@ -156,30 +156,30 @@ def test_a_batch_that_is_larger_than_any_graph_with_stage_maps_is_run_in_parts(t
             np.testing.assert_allclose(mine, true[i], atol=1e-4)
 
 
-def test_a_batch_is_put_together_where_the_graph_has_room_for_it(tmp_path: Path) -> None:
+def test_a_batch_is_stacked_in_the_graphs_input_buffer(tmp_path: Path) -> None:
     add_model(tmp_path)
     executable = load_tiny(tmp_path, 1)
-    room = np.zeros((2, 32, 32, 3), np.uint8)
+    buffer = np.zeros((2, 32, 32, 3), np.uint8)
     seen: list[Batch] = []
 
-    class Roomy:
+    class Buffered:
         precision: Precision = "float32"
 
         def run(self, _: int, batch: Batch) -> tuple[Floats, Floats]:
             seen.append(batch)
             return np.zeros((2, 3), np.float32), np.zeros((2, 2), np.float32)
 
+        def input_buffer(self, instance: int) -> Batch:
+            assert instance == 1
+            return buffer
+
         def export(self) -> None:
             return None
 
-        def room(self, instance: int) -> Batch:
-            assert instance == 1
-            return room
-
-    executable.adopt(Better(2, Roomy(), 0.25))
+    executable.swap_graph(OptimizedGraph(2, Buffered(), 0.25))
     images = random_images(2)
 
     executable.run(1, images)
 
-    assert seen[0] is room
-    np.testing.assert_array_equal(room, np.stack(images))
+    assert seen[0] is buffer
+    np.testing.assert_array_equal(buffer, np.stack(images))

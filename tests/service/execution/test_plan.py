@@ -1,8 +1,6 @@
-from collections.abc import Callable
-
 import pytest
 
-from service.execution.plan import BatchPlan, batch_seconds, measure
+from service.execution.plan import BatchPlan, batch_seconds, gain
 
 
 def test_best_never_takes_more_than_the_largest_size() -> None:
@@ -47,41 +45,19 @@ def test_an_empty_plan_is_refused() -> None:
         BatchPlan({})
 
 
-class FakeMachine:
-    """Runs batches of n in `seconds(n)` of a clock of its own."""
+def test_gain_compares_images_per_second_with_those_of_the_best_size() -> None:
+    seconds = {1: 0.0395, 2: 0.0695}  # 25 and 28.6 images a second, hand-overs included
 
-    def __init__(self, seconds: Callable[[int], float], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        self.prepared: list[int] = []
-        self._seconds = seconds
-        monkeypatch.setattr("service.execution.plan.perf_counter", lambda: self.now)
-
-    def seconds_of(self, size: int) -> float:
-        self.prepared.append(size)
-
-        def run(_: int) -> None:
-            self.now += self._seconds(size)
-
-        return batch_seconds(run)
+    assert gain(seconds, 4, 0.0995) == pytest.approx(40 / (2 / 0.07))
 
 
-def test_measuring_stops_at_the_first_size_that_is_not_worth_its_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = FakeMachine(lambda n: 0.04 * n, monkeypatch)
+def test_a_time_is_the_least_of_several_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, times = 0.0, iter([9.0, 0.25, 0.125, 0.25, 0.25])
 
-    plan = measure(machine.seconds_of, 64)
+    def run(_: int) -> None:
+        nonlocal now
+        now += next(times)
 
-    assert plan.sizes == (1,)
-    assert plan.time(1) == pytest.approx(0.04)
-    assert machine.prepared == [1, 2]
+    monkeypatch.setattr("service.execution.plan.perf_counter", lambda: now)
 
-
-def test_a_short_run_is_batched_for_the_hand_overs_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = FakeMachine(lambda n: 0.005 * n, monkeypatch)
-
-    assert measure(machine.seconds_of, 64).sizes == (1, 2)
-
-
-def test_measuring_goes_up_to_the_ceiling_where_batches_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = FakeMachine(lambda n: 0.01 + 0.0001 * n, monkeypatch)
-
-    assert measure(machine.seconds_of, 16).sizes == (1, 2, 4, 8, 16)
+    assert batch_seconds(run) == 0.125

@@ -1,11 +1,13 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
 from service.backends.base import Layout
-from service.execution.plan_cache import CachedPlan, PlanCache, digest, machine
+from service.execution.plan_cache import CachedPlan, PlanCache, code_digest, digest, machine
+from tests.conftest import ROOT
 
 KEY = {"weights": "abc", "cpu": "one", "backend": "openvino 1"}
 GRAPHS = {1: b"graph of one", 4: b"graph of four"}
@@ -107,7 +109,7 @@ def test_a_new_entry_takes_the_place_of_the_old(cache: PlanCache) -> None:
     assert [path.name for path in folder(cache).parent.iterdir()] == ["1"]
 
 
-def test_a_folder_that_can_not_be_written_is_told_of_and_no_error(tmp_path: Path) -> None:
+def test_a_folder_that_can_not_be_written_is_logged_and_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
 
     with capture_logs() as logs:
@@ -119,6 +121,35 @@ def test_a_folder_that_can_not_be_written_is_told_of_and_no_error(tmp_path: Path
 def test_the_machine_is_named_by_processor_features_and_code() -> None:
     assert set(machine()) == {"cpu", "code"}
     assert all(machine().values())
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    """A copy of the service's code."""
+    shutil.copytree(ROOT / "service", tmp_path / "service", ignore=shutil.ignore_patterns("data", "__pycache__"))
+    return tmp_path / "service"
+
+
+def test_a_changed_epsilon_of_a_variant_makes_another_key(code: Path) -> None:
+    before, variants = code_digest(code), code / "architecture" / "variants.py"
+    text = variants.read_text()
+    assert before == machine()["code"]
+
+    variants.write_text(text.replace("norm_eps: float = 1e-6", "norm_eps: float = 1e-5"))
+
+    assert variants.read_text() != text
+    assert code_digest(code) != before
+
+
+@pytest.mark.parametrize("package", ["architecture", "backends", "execution"])
+def test_every_module_that_makes_plans_and_graphs_is_part_of_the_key(code: Path, package: str) -> None:
+    for path in (code / package).rglob("*.py"):
+        before = code_digest(code)
+        path.write_text(path.read_text() + "\n")
+        assert code_digest(code) != before, path
+    before = code_digest(code)
+    (code / package / "more.py").touch()
+    assert code_digest(code) != before
 
 
 def test_instruction_sets_that_are_not_to_be_used_make_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:

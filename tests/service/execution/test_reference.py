@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.backends.served import build, plain_logits
+from service.backends.module import build, plain_logits
 from service.errors import ReferenceInvalid
 from service.execution.reference import (
     MIN_COSINE,

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from service.arrays import Floats
-from service.backends.base import Batch, Blob, Graph, Layout, Precision, Program
-from service.backends.layouts import TUNING_SECONDS, base_layout, layouts
-from service.backends.served import Served
+from service.backends.base import Batch, Blob, CpuBackend, Graph, Layout, Precision, Program, TuningOptions
+from service.backends.module import Served
 from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid
-from service.execution.golden import Golden
-from service.execution.reference import TOLERANCE, Reference
+from service.execution.reference import TOLERANCE, Reference, ReferenceCheck
 from service.execution.tuning import Limits, Tuned, Tuning
 
 SHAPE = (32, 32)
+OPTIONS = TuningOptions()
+TUNING_SECONDS = OPTIONS.seconds
 CLASSES = 4
 REFERENCE = Reference(np.zeros((2, *SHAPE, 3), np.uint8), np.tile(np.arange(CLASSES, dtype=np.float32), (2, 1)))
 
@@ -29,9 +29,9 @@ class Clock(threading.local):
 
 @dataclass
 class FakeBackend:
-    """Runs take `seconds` of the clock; `broken` names what raises.
+    """Runs take `seconds` of the clock; `broken` says which graphs can't be compiled.
 
-    `logits` is what a precision answers instead of the reference's, in graphs that `wrong` names: all by default.
+    `logits` replaces the reference's by precision, in graphs that `wrong` chooses, by default in all.
     """
 
     clock: Clock
@@ -46,26 +46,18 @@ class FakeBackend:
     name: str = "fake"
     version: str = "1"
     device: str = "cpu"
-    probe_size: int = 1
-    tuning_seconds: float = TUNING_SECONDS
-    exports: bool = True
-    improves: bool = False
+    tuning: TuningOptions = OPTIONS
+    optimized: None = None
     made: list[tuple[Layout, int, Precision]] = field(default_factory=list)
 
     def layouts(self, cores: int) -> Sequence[Layout]:
-        return layouts(base_layout(self.instances, cores), cores)
+        return CpuBackend(self.instances).layouts(cores)
 
     def memory_bytes(self) -> int:
         return 0
 
     def program(self, module: Served, height: int, width: int) -> Program:
         raise NotImplementedError(module, height, width)
-
-    def prepare(self, size: int, layout: Layout, precision: Precision, stopped: threading.Event) -> None:
-        raise NotImplementedError(size, layout, precision, stopped)
-
-    def faster(self, size: int, layout: Layout, precision: Precision) -> Graph:
-        raise NotImplementedError(size, layout, precision)
 
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
         self.made.append((layout, size, precision))
@@ -95,11 +87,11 @@ class FakeGraph:
             logits = self.backend.logits.get(self.precision, logits)
         return np.tile(logits, (self.size, 1)), np.ones((self.size, 2), np.float32)
 
+    def input_buffer(self, instance: int) -> None:
+        del instance
+
     def export(self) -> bytes:
         return b"compiled"
-
-    def room(self, instance: int) -> None:
-        del instance
 
 
 @pytest.fixture
@@ -111,14 +103,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def tune(
-    backend: FakeBackend, *, cores: int = 2, precision: Precision | None = None, golden: Golden | None = None
+    backend: FakeBackend, *, cores: int = 2, precision: Precision | None = None, check: ReferenceCheck | None = None
 ) -> Tuned:
     limits = Limits(cores, max_batch_size=4, precision=precision)
-    return Tuning(backend, backend, golden or Golden(REFERENCE), SHAPE, limits, started=backend.clock.now).run()
+    return Tuning(backend, backend, check or ReferenceCheck(REFERENCE), SHAPE, limits, started=backend.clock.now).run()
 
 
 def even(layout: Layout, size: int, precision: Precision) -> float:
-    """Cores that scale perfectly, bfloat16 twice as fast as float32; batches and lone images gain nothing."""
+    """Cores scale perfectly, and bfloat16 is twice as fast as float32; batches and a latency graph gain nothing."""
     del layout
     return size * (0.04 if precision == "bfloat16" else 0.08)
 
@@ -128,7 +120,7 @@ def halving(layout: Layout, size: int, precision: Precision) -> float:
     return even(layout, size, precision) / (1.8 if layout.threads == 2 else 1)
 
 
-def test_the_faster_precision_is_taken_where_its_answers_are_as_good(clock: Clock) -> None:
+def test_the_faster_precision_is_used_where_its_logits_are_as_good(clock: Clock) -> None:
     tuned = tune(FakeBackend(clock, even))
 
     assert tuned.precision == "bfloat16"
@@ -137,25 +129,30 @@ def test_the_faster_precision_is_taken_where_its_answers_are_as_good(clock: Cloc
     assert tuned.notes == ()
 
 
-def test_a_reduced_precision_that_is_slower_is_not_taken(clock: Clock) -> None:
+def test_a_reduced_precision_that_is_slower_is_not_used(clock: Clock) -> None:
     def emulated(layout: Layout, size: int, precision: Precision) -> float:
         return even(layout, size, "float32" if precision == "bfloat16" else "bfloat16")
 
     assert tune(FakeBackend(clock, emulated)).precision == "float32"
 
 
-def test_precisions_are_compared_at_the_batch_size_that_the_backend_says(clock: Clock) -> None:
+def test_precisions_are_compared_at_the_batch_size_of_the_backends_options(clock: Clock) -> None:
     def late(layout: Layout, size: int, precision: Precision) -> float:
         """bfloat16 is faster from batches of 4 on."""
         return even(layout, size, precision) if size >= 4 else 0.05 if precision == "float32" else 0.06
 
     assert tune(FakeBackend(clock, late)).precision == "float32"
-    assert tune(FakeBackend(clock, late, probe_size=4)).precision == "bfloat16"
+    assert tune(FakeBackend(clock, late, tuning=TuningOptions(probe_size=4))).precision == "bfloat16"
 
 
-def test_a_precision_that_can_not_be_run_at_that_size_is_not_taken(clock: Clock) -> None:
+def test_a_precision_that_can_not_be_run_at_that_size_is_not_used(clock: Clock) -> None:
     tuned = tune(
-        FakeBackend(clock, even, probe_size=4, broken=lambda _, size, precision: (size, precision) == (4, "bfloat16"))
+        FakeBackend(
+            clock,
+            even,
+            tuning=TuningOptions(probe_size=4),
+            broken=lambda _, size, precision: (size, precision) == (4, "bfloat16"),
+        )
     )
 
     assert tuned.precision == "float32"
@@ -165,7 +162,7 @@ def test_a_precision_that_can_not_be_run_at_that_size_is_not_taken(clock: Clock)
 WRONG = np.array([0, 1, 2.2, 2.9], np.float32)
 
 
-def test_a_reduced_precision_whose_answers_are_worse_is_refused_with_the_figures(clock: Clock) -> None:
+def test_a_reduced_precision_whose_logits_are_worse_is_refused_with_the_figures(clock: Clock) -> None:
     tuned = tune(FakeBackend(clock, even, logits={"bfloat16": WRONG}))
 
     assert tuned.precision == "float32"
@@ -195,7 +192,7 @@ def test_any_graph_of_the_plan_that_is_worse_makes_the_whole_plan_float32(clock:
     assert "(bfloat16, batches of 4: " in note
 
 
-def test_a_lone_images_graph_that_is_worse_makes_the_plan_float32_too(clock: Clock) -> None:
+def test_a_latency_graph_that_is_worse_makes_the_plan_float32_too(clock: Clock) -> None:
     backend = FakeBackend(
         clock, halving, logits={"bfloat16": WRONG}, wrong=lambda layout, size, _: (layout.streams, size) == (1, 1)
     )
@@ -203,8 +200,8 @@ def test_a_lone_images_graph_that_is_worse_makes_the_plan_float32_too(clock: Clo
     tuned = tune(backend)
 
     assert tuned.precision == "float32"
-    assert tuned.alone is not None
-    assert tuned.alone.make().precision == "float32"
+    assert tuned.latency is not None
+    assert tuned.latency.make().precision == "float32"
     assert tuned.notes[0].startswith("bfloat16 is not used: ")
 
 
@@ -269,13 +266,13 @@ def test_float32_that_is_wrong_in_any_graph_gives_the_backend_up(clock: Clock) -
 
 
 def test_a_reference_that_the_model_itself_misses_is_at_fault_and_no_precision(clock: Clock) -> None:
-    golden = Golden(REFERENCE, "store/reference.safetensors", lambda: REFERENCE.logits[:, ::-1])
+    check = ReferenceCheck(REFERENCE, "store/reference.safetensors", lambda: REFERENCE.logits[:, ::-1])
     backend = FakeBackend(clock, even, logits=dict.fromkeys(("bfloat16", "float32"), REFERENCE.logits[0, ::-1]))
 
     with pytest.raises(
         ReferenceInvalid, match=r"^store/reference\.safetensors: the model itself, in plain float32, "
     ) as it:
-        tune(backend, golden=golden)
+        tune(backend, check=check)
 
     assert "weights, labels or preprocessing do not belong together" in str(it.value)
     assert "bfloat16" not in str(it.value)
@@ -300,7 +297,7 @@ def test_two_classes_may_change_places_where_they_are_nearer_than_the_tolerance(
     reference, swapped = with_top(gap)
     backend = FakeBackend(clock, even, logits={"bfloat16": swapped, "float32": reference.logits[0]})
 
-    tuned = tune(backend, golden=Golden(reference))
+    tuned = tune(backend, check=ReferenceCheck(reference))
 
     assert tuned.precision == precision
     if precision == "float32":
@@ -328,11 +325,11 @@ def test_a_forced_precision_that_is_worse_is_refused_with_the_figures(clock: Clo
     assert tune(backend, precision="float32").precision == "float32"
 
 
-def test_a_forced_precision_that_the_machine_lacks_is_told_of(clock: Clock) -> None:
+def test_a_forced_precision_that_the_machine_lacks_is_noted(clock: Clock) -> None:
     tuned = tune(FakeBackend(clock, even, native=("float32",)), precision="bfloat16")
 
     assert tuned.precision == "float32"
-    assert tuned.notes == ("bfloat16 was asked for, this machine computes in float32",)
+    assert tuned.notes == ("bfloat16 was requested, this machine computes in float32",)
 
 
 @pytest.mark.parametrize("precision", [None, "bfloat16"])
@@ -363,19 +360,19 @@ def test_a_batch_size_that_fails_is_left_out_and_the_model_serves(clock: Clock) 
     assert tuned.notes == ("batches of 4 and more are left out, 4 failed: RuntimeError: no such instruction",)
 
 
-def test_a_lone_image_gets_all_cores_where_that_is_measurably_faster(clock: Clock) -> None:
+def test_there_is_a_latency_graph_where_all_cores_are_measurably_faster(clock: Clock) -> None:
     tuned = tune(FakeBackend(clock, halving))
 
     assert tuned.layout == Layout(2, 1)
-    assert tuned.alone is not None
-    assert tuned.alone.layout == Layout(1, 2)
+    assert tuned.latency is not None
+    assert tuned.latency.layout == Layout(1, 2)
     assert tuned.plan.alone_seconds == pytest.approx(0.04 / 1.8)
 
 
-def test_a_lone_image_keeps_the_common_graph_where_all_cores_gain_little(clock: Clock) -> None:
+def test_there_is_no_latency_graph_where_all_cores_gain_little(clock: Clock) -> None:
     tuned = tune(FakeBackend(clock, even))
 
-    assert tuned.alone is None
+    assert tuned.latency is None
     assert tuned.plan.alone_seconds is None
 
 
@@ -386,7 +383,7 @@ def test_fewer_streams_of_more_cores_run_everything_where_they_give_more_images(
     tuned = tune(FakeBackend(clock, superlinear))
 
     assert tuned.layout == Layout(1, 2)
-    assert tuned.alone is None
+    assert tuned.latency is None
     # The one stream serves both instances in turn, so that a batch takes each of them twice its time.
     assert tuned.plan.time(1) == pytest.approx(2 * 0.04 / 2.5)
 
@@ -396,6 +393,24 @@ def test_a_layout_that_fails_is_left_out(clock: Clock) -> None:
 
     assert tuned.layout == Layout(2, 1)
     assert tuned.notes == ("1 x 2 cores failed: RuntimeError: no such instruction",)
+
+
+def test_measuring_stops_at_the_first_size_that_is_not_worth_its_wait(clock: Clock) -> None:
+    backend = FakeBackend(clock, even, precisions=("float32",))
+
+    assert tune(backend).plan.sizes == (1,)
+    assert {size for _, size, _ in backend.made} == {1, 2}
+
+
+def test_a_short_run_is_batched_for_the_hand_overs_it_saves(clock: Clock) -> None:
+    assert tune(FakeBackend(clock, lambda _, size, __: 0.005 * size)).plan.sizes == (1, 2)
+
+
+def test_measuring_goes_up_to_the_limit_where_batches_pay(clock: Clock) -> None:
+    plan = tune(FakeBackend(clock, lambda _, size, __: 0.01 + 0.0001 * size)).plan
+
+    assert plan.sizes == (1, 2, 4)
+    assert plan.time(4) == pytest.approx(0.0104)
 
 
 def test_what_would_take_longer_than_the_budget_is_left_out(clock: Clock) -> None:
@@ -418,7 +433,7 @@ def test_what_compiling_the_first_graph_took_counts_for_the_next_sizes(clock: Cl
 
 
 def test_layouts_use_all_cores_by_halves_unless_the_number_of_instances_was_chosen() -> None:
-    assert layouts(Layout(8, 1), 8) == (Layout(8, 1), Layout(4, 2), Layout(2, 4), Layout(1, 8))
-    assert layouts(Layout(3, 1), 3) == (Layout(3, 1), Layout(1, 3))
-    assert layouts(Layout(2, 4), 8) == (Layout(2, 4), Layout(1, 8))
-    assert layouts(Layout(1, 1), 1) == (Layout(1, 1),)
+    assert CpuBackend(8).layouts(8) == (Layout(8, 1), Layout(4, 2), Layout(2, 4), Layout(1, 8))
+    assert CpuBackend(3).layouts(3) == (Layout(3, 1), Layout(1, 3))
+    assert CpuBackend(2).layouts(8) == (Layout(2, 4), Layout(1, 8))
+    assert CpuBackend(1).layouts(1) == (Layout(1, 1),)

@@ -9,7 +9,7 @@ from service.architecture.variants import VARIANTS
 from service.arrays import Outputs
 from service.backends.base import Backend
 from service.backends.openvino import OpenVinoBackend
-from service.backends.torch import TorchBackend
+from service.backends.torch_cpu import TorchBackend
 from service.errors import ImageTooLarge, InvalidImage, InvalidRequest
 from service.postprocess.activation_maps import Explanation, explain
 from service.postprocess.features import FeatureOptions, features, numbers, stacked

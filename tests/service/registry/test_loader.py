@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -8,13 +8,14 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.backends.base import Backend, Precision, Program
+from service.backends.module import Served
 from service.backends.openvino import OpenVinoBackend
-from service.backends.served import Served
-from service.backends.torch import TorchBackend
-from service.errors import CardInvalid, ModelLoadFailed, WeightsDigestMismatch, WeightsMismatch
+from service.backends.torch_cpu import TorchBackend
+from service.errors import CardInvalid, DeviceFailed, ModelLoadFailed, WeightsDigestMismatch, WeightsMismatch
 from service.execution.executable import Executable
 from service.execution.plan_cache import PlanCache
 from service.execution.tuning import Limits
+from service.machine.devices import DeviceHealth
 from service.registry.loader import load
 from service.store.store import Store
 from tests.service.store.test_store import edit_card
@@ -34,7 +35,7 @@ def load_tiny(
     cache: Path | None = None,
     precision: Precision | None = "float32",
 ) -> Executable:
-    """In float32 by default: which precision a processor makes the faster one is no matter of these tests."""
+    """In float32 by default: these tests do not depend on the precision that is faster on a processor."""
     makers = [partial(lambda backend: backend, backend) for backend in backends]
     stored = Store(root).find("pvt_v2_b0.tiny")
     return load(stored, makers, Limits(1, max_batch_size, precision), PlanCache(cache) if cache else None)
@@ -44,7 +45,7 @@ def random_images(count: int) -> list[np.ndarray[tuple[int, ...], np.dtype[np.ui
     return list(np.random.default_rng(1).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
 
 
-def test_a_loaded_model_answers_each_image_as_if_it_were_alone(tmp_path: Path) -> None:
+def test_images_of_a_batch_have_the_outputs_they_have_alone(tmp_path: Path) -> None:
     add_model(tmp_path)
     executable = load_tiny(tmp_path)
     images = random_images(executable.plan.largest)
@@ -79,7 +80,7 @@ def test_memory_that_was_freed_before_does_not_make_a_model_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = add_model(tmp_path) / "model.safetensors"
-    monkeypatch.setattr("service.backends.torch.settled_bytes", lambda: 10**9)
+    monkeypatch.setattr("service.backends.base.settled_bytes", lambda: 10**9)
 
     assert load_tiny(tmp_path).report.memory_bytes == path.stat().st_size
 
@@ -108,7 +109,7 @@ def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:
         load_tiny(tmp_path)
 
 
-def test_a_card_that_makes_the_model_answer_nan_is_refused(tmp_path: Path) -> None:
+def test_a_card_that_makes_the_model_compute_nan_is_refused(tmp_path: Path) -> None:
     pixels = {"height": 32, "width": 32, "mean": [0.0, 0.0, 0.0], "std": [1e-320, 1e-320, 1e-320]}
     edit_card(add_model(tmp_path), preprocessing=pixels)
 
@@ -134,7 +135,7 @@ def test_the_last_backends_failure_is_the_models(tmp_path: Path) -> None:
         load_tiny(tmp_path, backends=[Broken(1)])
 
 
-def test_a_second_load_takes_plan_and_graphs_from_the_cache_and_answers_the_same(tmp_path: Path) -> None:
+def test_a_second_load_takes_plan_and_graphs_from_the_cache_and_has_the_same_outputs(tmp_path: Path) -> None:
     add_model(tmp_path / "store")
     images = random_images(1)
     load_once = partial(load_tiny, tmp_path / "store", backends=[OpenVinoBackend(1)], cache=tmp_path / "cache")
@@ -177,7 +178,7 @@ def test_a_cached_graph_that_the_backend_refuses_is_made_anew(tmp_path: Path) ->
     ]
 
 
-def test_what_a_plan_was_not_made_for_is_measured_anew(tmp_path: Path) -> None:
+def test_a_plan_for_other_options_or_another_card_is_measured_anew(tmp_path: Path) -> None:
     folder = add_model(tmp_path / "store")
     load_once = partial(load_tiny, tmp_path / "store", backends=[OpenVinoBackend(1)], cache=tmp_path / "cache")
     load_once(1)
@@ -186,3 +187,18 @@ def test_what_a_plan_was_not_made_for_is_measured_anew(tmp_path: Path) -> None:
     edit_card(folder, preprocessing={"height": 64, "width": 32})
     assert not load_once(2).report.cached
     assert load_once(2).report.cached
+
+
+def test_a_card_that_fails_during_a_load_is_reported_and_the_next_backend_serves(tmp_path: Path) -> None:
+    class FailedCard(TorchBackend):
+        def program(self, module: Served, height: int, width: int) -> Program:
+            raise DeviceFailed(f"cuda:0 failed with {type(module).__name__} for {height}x{width}")
+
+    add_model(tmp_path)
+    devices = DeviceHealth()
+    makers: list[Callable[[], Backend]] = [partial(FailedCard, 1), partial(TorchBackend, 1)]
+
+    loaded = load(Store(tmp_path).find("pvt_v2_b0.tiny"), makers, Limits(1, 1), devices=devices)
+
+    assert devices.failure == "cuda:0 failed with Served for 32x32"
+    assert loaded.report.notes == (f"torch failed: DeviceFailed: {devices.failure}",)

@@ -1,8 +1,8 @@
-"""`torch.compile` for modules on a GPU: first in a process of its own, then here, from what that left on disk.
+"""`torch.compile` for modules on a GPU: first in a helper process, then in this one, from the cache on disk.
 
-Compiling and tuning kernels takes minutes, holds the interpreter's lock, and waits for the whole card again and again,
-which no capture of a CUDA graph survives. So a helper process does it (`python -m service.backends.compiling`, the job
-on its standard input), and what is left to do here is to trace the module and to find its kernels in the cache.
+Compiling and tuning kernels takes minutes, holds the interpreter lock, and synchronises the whole card again and again,
+which no capture of a CUDA graph survives. So a helper process does it: `python -m service.backends.cuda.compiling`,
+with the job on its standard input. This process then traces the module and finds its kernels in the cache.
 """
 
 import os
@@ -25,27 +25,27 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from service.backends.served import Served
+from service.backends.module import Served
 
-# Every batch size is a compiled form of its own, and so is every card, precision, input size and choice of stage maps;
-# torch counts all that there ever were.
+# torch.compile makes one form for each batch size, card, precision, input size and choice of stage maps, and counts all
+# that it ever made.
 COMPILED_FORMS = 1 << 20
 OPTIONS: Mapping[str, Any] = MappingProxyType(
     {"mode": "max-autotune-no-cudagraphs", "dynamic": False, "fullgraph": True}
 )
-HELPER_SECONDS = 1800.0  # for one batch size; what takes longer hangs
+HELPER_SECONDS = 1800.0  # for one batch size; a helper that takes longer hangs
 _THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 _POLL_SECONDS = 0.2
 _NICENESS = 10  # decoding goes first
-_ROOT = Path(__file__).parent.parent.parent
+_ROOT = Path(__file__).parents[3]
 
 Function = Callable[[Tensor], Sequence[Tensor]]
 
 
 class Placed(nn.Module):
-    """A served module that computes in `kind`, channels last: uint8 pixels in, float32 out, as from the module itself.
+    """A served module that computes in `kind`, channels last: uint8 pixels in, float32 out, as the module itself.
 
-    Its tokens lie channels last in any case; with weights of another format, convolutions convert them in every run.
+    Tokens are channels last in any case; with weights of another format, convolutions convert them in every run.
     """
 
     def __init__(self, served: Served, kind: torch.dtype) -> None:
@@ -57,7 +57,7 @@ class Placed(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """As `Served.forward`."""
         images = self.served.normalised(pixels).to(self.kind, memory_format=torch.channels_last)
-        return tuple(each.float() for each in self.served.answers(images))
+        return tuple(each.float() for each in self.served.outputs(images))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,10 @@ class Compiler(Protocol):
     """Makes modules faster."""
 
     def prepare(self, job: Job, stopped: Event) -> None:
-        """Do what takes long, so that the call after it is short. Raises where it can't be done.
+        """Do what takes minutes, so that the call after it is short. Return early if `stopped` is set.
 
-        Returns early once `stopped` is set.
+        Raises:
+            Exception: it can't be done.
         """
         ...
 
@@ -87,10 +88,10 @@ class Compiler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TorchCompiler:
-    """`torch.compile` with all it can do but CUDA graphs, which `service.backends.device` makes.
+    """`torch.compile` with all its optimizations but CUDA graphs, which `service.backends.cuda.device` captures.
 
-    What it compiled is kept in `cache`; without one there is no helper process, since it could not hand anything on.
-    `processes` is how many it may compile with.
+    `cache` keeps what it compiled; without one there is no helper process, which could not pass anything on.
+    `processes` is the number of processes that the helper may compile with.
     """
 
     cache: Path | None
@@ -98,11 +99,11 @@ class TorchCompiler:
     options: Mapping[str, Any] = field(default_factory=lambda: OPTIONS)
 
     def prepare(self, job: Job, stopped: Event) -> None:
-        """See `Compiler.prepare`.
+        """Compile the job in a helper process, if there is a cache.
 
         Raises:
-            RuntimeError: the helper failed; with the last line that it wrote.
-            subprocess.TimeoutExpired: it hung, and was ended.
+            RuntimeError: the helper failed; the message is the last line that it wrote.
+            subprocess.TimeoutExpired: it hung, and was killed.
         """
         if self.cache is None:
             return
@@ -110,35 +111,32 @@ class TorchCompiler:
         paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         environment = {**os.environ, **self._environment(self.cache), "PYTHONPATH": os.pathsep.join(paths)}
-        # What several workers compile they would compile at the same time; the second one finds it done.
+        # Several workers would compile the same at the same time. With the lock, the second finds it in the cache.
         with suppress(Timeout), FileLock(self.cache / "torch.lock").acquire(cancel_check=stopped.is_set):
             _help(blob, environment, stopped)
 
     def __call__(self, module: nn.Module) -> Function:
-        """See `Compiler.__call__`."""
+        """`module` by `torch.compile`, with the helper's kernels."""
         if self.cache:
-            # One thread: what is left to do finds all in the cache, and more would be processes that idle beside us.
+            # One thread: all kernels are in the cache, and more would be idle processes beside this one.
             for name, value in {**self._environment(self.cache), _THREADS: "1"}.items():
                 os.environ.setdefault(name, value)
         return compiled(module, self.options)
 
     def _environment(self, cache: Path) -> dict[str, str]:
-        """What is set already stays. Triton's cache too: by default it is in a home, which a service may not have."""
-        named = {
-            "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
-            "TRITON_CACHE_DIR": str(cache / "torch" / "triton"),
-            _THREADS: str(self.processes),
-        }
-        return {name: os.environ.get(name, value) if name != _THREADS else value for name, value in named.items()}
+        """Keeps what the user has set. Triton's default cache is in a home folder, which a service may not have."""
+        folders = {"TORCHINDUCTOR_CACHE_DIR": cache / "torch", "TRITON_CACHE_DIR": cache / "torch" / "triton"}
+        named = {name: os.environ.get(name, str(folder)) for name, folder in folders.items()}
+        return {**named, _THREADS: str(self.processes)}
 
 
 def _help(blob: bytes, environment: Mapping[str, str], stopped: Event) -> None:
-    """Have a helper process do the job that `blob` is, until it is done or `stopped` is set."""
+    """Run the pickled job `blob` in a helper process, until it is done or `stopped` is set."""
     with TemporaryFile() as job, TemporaryFile() as errors:
         job.write(blob)
         job.seek(0)
         with subprocess.Popen(
-            [sys.executable, "-P", "-m", "service.backends.compiling"],
+            [sys.executable, "-P", "-m", "service.backends.cuda.compiling"],
             stdin=job,
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -160,20 +158,20 @@ def _help(blob: bytes, environment: Mapping[str, str], stopped: Event) -> None:
 
 
 def compiled(module: nn.Module, options: Mapping[str, Any]) -> Function:
-    """`module` by `torch.compile`, with no bound to the number of its forms."""
+    """`module` by `torch.compile`, without a limit to the number of its forms."""
     dynamo = torch._dynamo.config  # noqa: SLF001  the documented place
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = COMPILED_FORMS
     return torch.compile(module, **options)
 
 
 def set_up_cudnn() -> None:
-    """What holds where modules run as where they are compiled, so that the helper times what will run."""
-    torch.backends.cudnn.benchmark = True  # shapes are fixed, and what is chosen before a capture stays
-    torch.backends.cudnn.allow_tf32 = False  # float32 is asked for where less was too far off
+    """Settings of the process that serves and of the helper, so that the helper times what will run."""
+    torch.backends.cudnn.benchmark = True  # shapes are fixed, and a capture keeps the choice
+    torch.backends.cudnn.allow_tf32 = False  # float32 is used where a reduced precision was too far off
 
 
 def main() -> None:
-    """Compile the job on standard input, so that its kernels are in the cache; end when the parent does."""
+    """Compile the job on standard input, which puts its kernels into the cache; end when the parent ends."""
     os.nice(_NICENESS)
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     set_up_cudnn()

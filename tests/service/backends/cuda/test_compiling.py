@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from service.architecture.pvt_v2 import create
-from service.backends import compiling
-from service.backends.compiling import OPTIONS, Job, Placed, TorchCompiler
-from service.backends.served import Served
+from service.backends.cuda import compiling
+from service.backends.cuda.compiling import OPTIONS, Job, Placed, TorchCompiler
+from service.backends.module import Served
 
-QUICK: dict[str, Any] = {"backend": "aot_eager", "dynamic": False, "fullgraph": True}  # traced whole, nothing compiled
+# Traces the whole module and compiles nothing.
+QUICK: dict[str, Any] = {"backend": "aot_eager", "dynamic": False, "fullgraph": True}
 
 
 def served(variant: str = "pvt_v2_b0") -> Served:
@@ -25,7 +26,7 @@ def served(variant: str = "pvt_v2_b0") -> Served:
 
 
 @pytest.mark.parametrize("variant", ["pvt_v2_b0", "pvt_v2_b2_li"])
-def test_the_compiler_takes_a_placed_module_whole(variant: str) -> None:
+def test_the_compiler_traces_a_placed_module_whole(variant: str) -> None:
     placed = Placed(served(variant), torch.float32).eval()
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8))
     compiled = TorchCompiler(None, options=QUICK)(placed)
@@ -36,13 +37,13 @@ def test_the_compiler_takes_a_placed_module_whole(variant: str) -> None:
 
 
 def test_a_module_is_compiled_for_one_shape_and_without_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, object]] = []
-    monkeypatch.setattr(torch, "compile", lambda _, **options: asked.append(options))
+    options_seen: list[dict[str, object]] = []
+    monkeypatch.setattr(torch, "compile", lambda _, **options: options_seen.append(options))
 
     TorchCompiler(None)(nn.Identity())
 
-    assert asked == [{"mode": "max-autotune-no-cudagraphs", "dynamic": False, "fullgraph": True}]
-    assert dict(OPTIONS) == asked[0]
+    assert options_seen == [{"mode": "max-autotune-no-cudagraphs", "dynamic": False, "fullgraph": True}]
+    assert dict(OPTIONS) == options_seen[0]
 
 
 NAMES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
@@ -66,7 +67,7 @@ def test_what_was_compiled_is_kept_in_the_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unset")
-def test_another_place_that_the_user_names_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_the_user_has_set_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
 
     TorchCompiler(tmp_path)(nn.Identity())
@@ -74,7 +75,7 @@ def test_another_place_that_the_user_names_stays(tmp_path: Path, monkeypatch: py
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
 
 
-def test_a_helper_process_does_what_takes_long(tmp_path: Path) -> None:
+def test_a_helper_process_compiles_a_copy(tmp_path: Path) -> None:
     module = served()
 
     TorchCompiler(tmp_path, options=QUICK).prepare(Job(module, torch.float32, (1, 64, 64, 3), "cpu"), Event())
@@ -82,7 +83,7 @@ def test_a_helper_process_does_what_takes_long(tmp_path: Path) -> None:
     assert not next(module.parameters()).is_meta  # it had a copy
 
 
-def test_a_helper_process_that_fails_is_told_of_in_its_own_words(tmp_path: Path) -> None:
+def test_the_error_of_a_helper_process_is_reported_in_its_words(tmp_path: Path) -> None:
     compiler = TorchCompiler(tmp_path, options={**QUICK, "backend": "no_such_backend"})
 
     with pytest.raises(RuntimeError, match="no_such_backend"):
@@ -90,15 +91,15 @@ def test_a_helper_process_that_fails_is_told_of_in_its_own_words(tmp_path: Path)
 
 
 def test_without_a_cache_there_is_no_helper_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.backends.compiling.subprocess.Popen", lambda *_, **__: pytest.fail("a process"))
+    monkeypatch.setattr("service.backends.cuda.compiling.subprocess.Popen", lambda *_, **__: pytest.fail("a process"))
 
     TorchCompiler(None).prepare(Job(served(), torch.float32, (1, 64, 64, 3), "cpu"), Event())
 
 
 def test_a_helper_process_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
-    monkeypatch.setattr("service.backends.compiling.os._exit", ended.append)
-    monkeypatch.setattr("service.backends.compiling.sleep", lambda _: pytest.fail("slept"))
+    monkeypatch.setattr("service.backends.cuda.compiling.os._exit", ended.append)
+    monkeypatch.setattr("service.backends.cuda.compiling.sleep", lambda _: pytest.fail("slept"))
 
     compiling._watch(parent=os.getppid() + 1)
 
@@ -106,7 +107,7 @@ def test_a_helper_process_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_helper_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.backends.compiling.HELPER_SECONDS", 0.01)
+    monkeypatch.setattr("service.backends.cuda.compiling.HELPER_SECONDS", 0.01)
 
     with pytest.raises(subprocess.TimeoutExpired):
         TorchCompiler(tmp_path, options=QUICK).prepare(Job(served(), torch.float32, (1, 64, 64, 3), "cpu"), Event())
@@ -114,7 +115,7 @@ def test_a_helper_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytes
 
 @pytest.fixture
 def helpers(monkeypatch: pytest.MonkeyPatch) -> list["subprocess.Popen[bytes]"]:
-    """The helper processes that there were."""
+    """The helper processes that were started."""
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
@@ -122,13 +123,11 @@ def helpers(monkeypatch: pytest.MonkeyPatch) -> list["subprocess.Popen[bytes]"]:
         started.append(popen(*arguments, **options))
         return started[-1]
 
-    monkeypatch.setattr("service.backends.compiling.subprocess.Popen", start)
+    monkeypatch.setattr("service.backends.cuda.compiling.subprocess.Popen", start)
     return started
 
 
-def test_a_helper_process_ends_when_nobody_wants_what_it_does(
-    tmp_path: Path, helpers: list["subprocess.Popen[bytes]"]
-) -> None:
+def test_a_helper_process_ends_when_it_is_stopped(tmp_path: Path, helpers: list["subprocess.Popen[bytes]"]) -> None:
     stopped = Event()
     stopped.set()
 
@@ -137,7 +136,7 @@ def test_a_helper_process_ends_when_nobody_wants_what_it_does(
     assert [helper.returncode for helper in helpers] == [-signal.SIGKILL]
 
 
-def test_what_nobody_wants_does_not_wait_for_another_process(
+def test_a_stopped_job_does_not_wait_for_another_process(
     tmp_path: Path, helpers: list["subprocess.Popen[bytes]"]
 ) -> None:
     stopped = Event()

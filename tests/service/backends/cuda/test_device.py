@@ -7,45 +7,43 @@ import torch
 from torch import Tensor
 
 from service.architecture.pvt_v2 import create
-from service.backends import capturing
-from service.backends import device as device_module
-from service.backends.device import Captured, CudaDevice
-from service.backends.served import Served
+from service.backends.cuda import device as device_module
+from service.backends.cuda.device import Captured, CudaDevice
+from service.backends.module import Served
 from service.errors import DeviceFailed, OutOfMemory
-from tests.service.backends.simulated_cuda import POOL, SimulatedTorch
+from tests.service.backends.cuda.simulated_cuda import POOL, SimulatedTorch
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SHAPE = (2, 4, 4, 3)
 
 
 def take_torchs_place(simulated: SimulatedTorch, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (device_module, capturing):
-        monkeypatch.setattr(module, "torch", simulated)
+    monkeypatch.setattr(device_module, "torch", simulated)
 
 
 class Sums:
-    """The sum of each picture's pixels, and the picture's first pixel."""
+    """The sum of each image's pixels, and the image's first pixel."""
 
     def __init__(self) -> None:
-        self.pixels, self.answers = torch.zeros(0), self.of(torch.zeros(SHAPE))
+        self.pixels, self.outputs = torch.zeros(0), self.of(torch.zeros(SHAPE))
 
     @staticmethod
     def of(pixels: Tensor) -> tuple[Tensor, Tensor]:
         return pixels.float().sum(dim=(1, 2, 3)), pixels[:, 0, 0].float()
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        self.pixels, self.answers = pixels, self.of(pixels)
-        return self.answers
+        self.pixels, self.outputs = pixels, self.of(pixels)
+        return self.outputs
 
     def again(self) -> None:
-        """What repeating a graph of the last call does."""
-        for answer, new in zip(self.answers, self.of(self.pixels), strict=True):
-            answer.copy_(new)
+        """Repeats the last call, as a graph of it does."""
+        for output, new in zip(self.outputs, self.of(self.pixels), strict=True):
+            output.copy_(new)
 
 
 @pytest.fixture(params=["lazy", "mixed", pytest.param("real", marks=gpu)])
 def torch_or_card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimulatedTorch | None:
-    """The simulation, which has taken torch's place; None where a card is there."""
+    """The simulation, which has taken torch's place; None on a real card."""
     simulated = None if request.param == "real" else SimulatedTorch(mixed=request.param == "mixed")
     if simulated:
         take_torchs_place(simulated, monkeypatch)
@@ -63,24 +61,24 @@ def batch(seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     return np.random.default_rng(seed).integers(0, 256, SHAPE, dtype=np.uint8)
 
 
-def assert_answered(given: tuple[np.ndarray, ...], seed: int) -> None:
+def assert_outputs(given: tuple[np.ndarray, ...], seed: int) -> None:
     for mine, true in zip(given, Sums.of(torch.from_numpy(batch(seed))), strict=True):
         np.testing.assert_array_equal(mine, true.numpy())
 
 
-def test_each_batch_gets_its_own_answers(torch_or_card: SimulatedTorch | None) -> None:
+def test_each_batch_gets_its_own_outputs(torch_or_card: SimulatedTorch | None) -> None:
     run = captured(torch_or_card, 2)
 
     given = []
     for seed in range(6):
-        np.copyto(run.room(seed % 2), batch(seed))
+        np.copyto(run.input_buffer(seed % 2), batch(seed))
         given.append(run.run(seed % 2))
 
     for seed, each in enumerate(given):  # read at the end: a later batch has not overwritten them
-        assert_answered(each, seed)
+        assert_outputs(each, seed)
 
 
-def test_batches_on_their_way_at_the_same_time_do_not_mix(torch_or_card: SimulatedTorch | None) -> None:
+def test_batches_in_flight_at_the_same_time_do_not_mix(torch_or_card: SimulatedTorch | None) -> None:
     slots, rounds = 3, 8
     run = captured(torch_or_card, slots)
     together = threading.Barrier(slots)
@@ -88,7 +86,7 @@ def test_batches_on_their_way_at_the_same_time_do_not_mix(torch_or_card: Simulat
 
     def work(slot: int) -> None:
         for turn in range(rounds):
-            np.copyto(run.room(slot), batch(turn * slots + slot))
+            np.copyto(run.input_buffer(slot), batch(turn * slots + slot))
             together.wait(30)
             given[turn * slots + slot] = run.run(slot)
 
@@ -100,7 +98,7 @@ def test_batches_on_their_way_at_the_same_time_do_not_mix(torch_or_card: Simulat
 
     assert len(given) == slots * rounds
     for seed, each in given.items():
-        assert_answered(each, seed)
+        assert_outputs(each, seed)
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["lazy", "mixed"])
@@ -119,7 +117,7 @@ def test_all_batches_may_be_under_way_before_the_first_is_waited_for(
     given: dict[int, tuple[np.ndarray, ...]] = {}
 
     def work(slot: int) -> None:
-        np.copyto(run.room(slot), batch(slot))
+        np.copyto(run.input_buffer(slot), batch(slot))
         given[slot] = run.run(slot)
 
     threads = [threading.Thread(target=work, args=(slot,)) for slot in range(slots)]
@@ -129,7 +127,7 @@ def test_all_batches_may_be_under_way_before_the_first_is_waited_for(
         thread.join(60)
 
     for slot in range(slots):
-        assert_answered(given[slot], slot)
+        assert_outputs(given[slot], slot)
 
 
 def test_what_the_first_runs_decide_is_not_captured(torch_or_card: SimulatedTorch | None) -> None:
@@ -150,7 +148,7 @@ def test_what_the_first_runs_decide_is_not_captured(torch_or_card: SimulatedTorc
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
-def test_too_little_memory_on_the_card_is_told_as_that(
+def test_too_little_memory_on_the_card_is_reported_as_that(
     torch_or_card: SimulatedTorch | None, kind: type[RuntimeError]
 ) -> None:
     del torch_or_card
@@ -162,7 +160,7 @@ def test_too_little_memory_on_the_card_is_told_as_that(
         CudaDevice(0).capture(greedy, SHAPE, 1)
 
 
-def test_a_card_that_no_longer_works_is_told_as_that(torch_or_card: SimulatedTorch | None) -> None:
+def test_a_card_that_no_longer_works_is_reported_as_that(torch_or_card: SimulatedTorch | None) -> None:
     del torch_or_card
 
     def broken(_: Tensor) -> tuple[Tensor]:
@@ -190,8 +188,8 @@ def test_what_can_not_be_captured_says_why_and_the_card_goes_on(torch_or_card: S
     if torch_or_card:
         torch_or_card.broken = False
     run = card.capture(function, SHAPE, 1)
-    np.copyto(run.room(0), batch(1))
-    assert_answered(run.run(0), 1)
+    np.copyto(run.input_buffer(0), batch(1))
+    assert_outputs(run.run(0), 1)
 
 
 def test_a_capture_that_fails_is_no_failure_of_the_card(torch_or_card: SimulatedTorch | None) -> None:
@@ -211,14 +209,14 @@ def test_many_captures_share_no_stream_with_each_other_but_slots(torch_or_card: 
     card = CudaDevice(0)
 
     runs = [card.capture(function, SHAPE, 2) for _ in range(20)]
-    np.copyto(runs[-1].room(1), batch(3))
+    np.copyto(runs[-1].input_buffer(1), batch(3))
 
-    assert_answered(runs[-1].run(1), 3)
-    streams = {card.computing, card._capturing, *card._copying}
+    assert_outputs(runs[-1].run(1), 3)
+    streams = {card.computing, card.capturing, *card._copying}
     assert len(streams) == 4
 
 
-def test_warming_up_never_takes_a_stream_that_something_else_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warming_up_never_uses_a_stream_that_something_else_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     simulated, function, warmed = SimulatedTorch(), Sums(), list[object]()
     take_torchs_place(simulated, monkeypatch)
     simulated.repeat = function.again
@@ -232,8 +230,8 @@ def test_warming_up_never_takes_a_stream_that_something_else_has(monkeypatch: py
         card.capture(watched, SHAPE, 2)
 
     captured = warmed[device_module.WARM_UPS :: device_module.WARM_UPS + 1]
-    assert captured == [card._capturing] * len(captured)
-    others = [stream for stream in warmed if stream is not card._capturing]
+    assert captured == [card.capturing] * len(captured)
+    others = [stream for stream in warmed if stream is not card.capturing]
     assert len(others) == len(captured) * device_module.WARM_UPS
     assert not {*others} & {card.computing, *card._copying}
 
@@ -305,16 +303,16 @@ def test_a_card_says_what_it_is(torch_or_card: SimulatedTorch | None) -> None:
 
 
 @gpu
-def test_a_captured_model_answers_as_the_plain_one_does_on_a_card() -> None:
+def test_a_captured_model_has_the_outputs_of_the_plain_one_on_a_card() -> None:
     torch.manual_seed(0)
     served = Served(create("pvt_v2_b0", num_classes=5), (0.4, 0.5, 0.6), (0.2, 0.2, 0.2)).eval()
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     with torch.no_grad():
-        expected = served(torch.from_numpy(pictures))
+        expected = served(torch.from_numpy(images))
 
     (card,) = device_module.cuda_devices(["cuda:0"])
-    run = card.capture(card.place(served, torch.float32), pictures.shape, 1)
-    np.copyto(run.room(0), pictures)
+    run = card.capture(card.place(served, torch.float32), images.shape, 1)
+    np.copyto(run.input_buffer(0), images)
 
     for mine, true in zip(run.run(0), expected, strict=True):
         np.testing.assert_allclose(mine, true.numpy(), atol=1e-4 * max(1.0, float(true.abs().max())))

@@ -1,8 +1,8 @@
 """CUDA's streams and events without a GPU, and as unkind as they are allowed to be.
 
-What is put on a stream does not run until somebody waits for an event behind it; then it runs, and before it what it
-was told to wait for. What else there is does not run at all, so whoever reads too early reads what was there before.
-Where streams are `mixed`, a piece of it runs between any two pieces, so memory shared without order shows.
+Work on a stream does not run until a caller waits for a later event on it. Then it runs, after everything that it had
+to wait for. Nothing else runs, so a read that is too early finds old data. Where streams are `mixed`, work of another
+stream runs between any two steps, so memory that is shared without order shows.
 """
 
 from collections import Counter
@@ -49,7 +49,7 @@ class Event:
 
 @dataclass(eq=False)
 class Stream:
-    """Work in its order, and how much of it is done; `others` are those with which it is mixed."""
+    """Work in its order, and how much of it is done; `others` are the streams with which it is mixed."""
 
     others: "list[Stream]" = field(default_factory=list)
     work: list[Callable[[], object]] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Stream:
             self.busy = _inside.stream = False
 
     def wait_event(self, event: Event) -> None:
-        if event.stream:  # an event that was never recorded holds nobody up
+        if event.stream:  # nobody waits for an event that was never recorded
             self.work.append(partial(event.stream.run_to, event.place))
 
     def wait_stream(self, other: "Stream") -> None:
@@ -94,7 +94,7 @@ class CUDAGraph:
 
 
 class Queued(TorchDispatchMode):
-    """Copies between tensors go to the thread's stream; all else is done at once."""
+    """Copies between tensors go to the thread's stream; everything else is done at once."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default and not getattr(_inside, "stream", False):
@@ -104,7 +104,7 @@ class Queued(TorchDispatchMode):
 
 
 class SimulatedTorch:
-    """`torch` as `service.backends.device` uses it, with one card that is none."""
+    """`torch` as `service.backends.cuda.device` uses it, with one simulated card."""
 
     def __init__(self, on_wait: Callable[[], None] = lambda: None, *, mixed: bool = False) -> None:
         self._mixed = mixed
@@ -129,7 +129,7 @@ class SimulatedTorch:
         )
 
     def _stream(self, priority: int = 0) -> Stream:
-        """Of each priority there are no more than POOL, which are handed out in turn."""
+        """Each priority has POOL streams, which are handed out in turn."""
         key = priority, self._taken[priority] % POOL
         self._taken[priority] += 1
         if key not in self._pools:
@@ -174,6 +174,6 @@ class SimulatedTorch:
         return torch.zeros(*args, **kwargs)
 
     def empty(self, *args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
-        """Filled, so that what is read too early is seen to be."""
+        """Filled, so that a read that is too early shows."""
         del pin_memory
         return torch.empty(*args, **kwargs).fill_(float("nan"))

@@ -9,9 +9,9 @@ from torch import nn
 
 from service.architecture.pvt_v2 import create
 from service.backends.base import Batch, Layout, Precision
-from service.backends.compiling import Compiler, Function, Job, Placed
-from service.backends.cuda import CudaBackend
-from service.backends.served import Served
+from service.backends.cuda.backend import CudaBackend
+from service.backends.cuda.compiling import Compiler, Function, Job, Placed
+from service.backends.module import Served
 from service.errors import OutOfMemory
 from tests.service.fake_device import FakeDevice
 
@@ -25,7 +25,7 @@ def served() -> Served:
     return Served(create("pvt_v2_b0", num_classes=5), (0.4, 0.5, 0.6), (0.2, 0.2, 0.2)).eval()
 
 
-def pictures(count: int, seed: int = 0) -> Batch:
+def images(count: int, seed: int = 0) -> Batch:
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
@@ -34,13 +34,13 @@ def backend(devices: Sequence[FakeDevice], instances: int = 2, compiler: Compile
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_graph_answers_as_the_plain_module_does(served: Served, precision: Precision) -> None:
+def test_a_graph_has_the_outputs_of_the_plain_module(served: Served, precision: Precision) -> None:
     graph = backend([FakeDevice(emulates=True)]).program(served, 32, 32).graph(2, LAYOUT, precision)
-    images = pictures(2)
+    batch = images(2)
     with torch.inference_mode():
-        expected = served(torch.tensor(images))
+        expected = served(torch.tensor(batch))
 
-    given = graph.run(0, images)
+    given = graph.run(0, batch)
 
     assert graph.precision == precision
     for mine, true in zip(given, expected, strict=True):
@@ -59,33 +59,31 @@ def test_instances_take_turns_on_the_devices_and_have_a_slot_of_their_own(served
     graph = backend(devices, 5).program(served, 32, 32).graph(1, Layout(5, 1), "float32")
 
     for instance in range(5):
-        graph.run(instance, pictures(1))
+        graph.run(instance, images(1))
 
     first, second = (device.captured[-1] for device in devices)
     assert (first.ran, second.ran) == ([0, 1, 2], [0, 1])
-    assert (len(first.rooms), len(second.rooms)) == (3, 2)
+    assert (len(first.buffers), len(second.buffers)) == (3, 2)
 
 
 def test_fewer_instances_than_devices_leave_some_out(served: Served) -> None:
     devices = [FakeDevice("cuda:0"), FakeDevice("cuda:1")]
     one = backend(devices, 1)
 
-    one.program(served, 32, 32).graph(1, Layout(1, 1), "float32").run(0, pictures(1))
+    one.program(served, 32, 32).graph(1, Layout(1, 1), "float32").run(0, images(1))
 
     assert one.device == "cuda:0"
     assert devices[1].captured == []
 
 
-def test_a_batch_that_was_put_together_in_its_room_is_not_copied(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_is_in_the_input_buffer_is_not_copied(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = backend([FakeDevice()]).program(served, 32, 32).graph(1, LAYOUT, "float32")
-    there, elsewhere = graph.run(1, pictures(1)), graph.room(1)
-    assert elsewhere is not None
-    np.testing.assert_array_equal(elsewhere, pictures(1))
-    monkeypatch.setattr("service.backends.cuda.np.copyto", lambda *_: pytest.fail("copied"))
+    copied, buffer = graph.run(1, images(1)), graph.input_buffer(1)
+    assert buffer is not None
+    np.testing.assert_array_equal(buffer, images(1))
+    monkeypatch.setattr("service.backends.cuda.backend.np.copyto", lambda *_: pytest.fail("copied"))
 
-    np.testing.assert_array_equal(graph.run(1, elsewhere)[0], there[0])
+    np.testing.assert_array_equal(graph.run(1, buffer)[0], copied[0])
 
 
 def test_the_weights_are_on_a_device_once_and_channels_last(served: Served) -> None:
@@ -117,7 +115,7 @@ def test_weights_leave_a_device_with_the_last_graph_that_reads_them(served: Serv
 
 
 class AddsOne:
-    """A compiler whose modules give one more."""
+    """A compiler whose modules add one to every output."""
 
     def __init__(self) -> None:
         self.prepared: list[Job] = []
@@ -132,28 +130,33 @@ class AddsOne:
         return lambda pixels: [each + 1 for each in module(pixels)]
 
 
-def test_a_faster_graph_is_of_the_compiled_module(served: Served) -> None:
+def test_an_optimized_graph_is_of_the_compiled_module(served: Served) -> None:
     compiler = AddsOne()
-    made = backend([FakeDevice()], compiler=compiler)
-    program = made.program(served, 32, 32)
+    program = backend([FakeDevice()], compiler=compiler).program(served, 32, 32)
 
-    plain, faster = (make(1, LAYOUT, "float32").run(0, pictures(1)) for make in (program.graph, program.faster))
+    plain = program.graph(1, LAYOUT, "float32").run(0, images(1))
+    assert program.optimized
+    faster = program.optimized.graph(1, "float32").run(0, images(1))
 
-    assert made.improves
     assert len(compiler.compiled) == 1
     np.testing.assert_allclose(faster[0], plain[0] + 1, atol=1e-5)
 
 
-def test_what_is_compiled_is_prepared_for_each_device(served: Served) -> None:
+def test_without_a_compiler_nothing_is_optimized(served: Served) -> None:
+    assert backend([FakeDevice()]).program(served, 32, 32).optimized is None
+
+
+def test_an_optimized_graph_is_prepared_for_each_device(served: Served) -> None:
     compiler = AddsOne()
     program = backend([FakeDevice("cuda:0"), FakeDevice("cuda:1")], compiler=compiler).program(served, 32, 64)
 
-    program.prepare(4, LAYOUT, "bfloat16", Event())
+    assert program.optimized
+    program.optimized.prepare(4, "bfloat16", Event())
 
     assert compiler.prepared == [Job(served, torch.bfloat16, (4, 32, 64, 3), f"cuda:{i}") for i in range(2)]
 
 
-def test_a_card_computes_one_batch_at_a_time_however_many_are_on_their_way() -> None:
+def test_a_card_computes_one_batch_at_a_time_however_many_are_in_flight() -> None:
     two = backend([FakeDevice("cuda:0"), FakeDevice("cuda:1")], 4)
 
     assert two.layouts(16) == [Layout(2, 1)]
@@ -168,7 +171,7 @@ def test_memory_is_that_of_all_devices() -> None:
     assert backend([FakeDevice(memory=3), FakeDevice(memory=4)]).memory_bytes() == 7
 
 
-def test_what_does_not_fit_is_told_as_that(served: Served) -> None:
+def test_a_batch_that_does_not_fit_is_reported_as_that(served: Served) -> None:
     program = backend([FakeDevice(largest=8)]).program(served, 32, 32)
 
     with pytest.raises(OutOfMemory):
@@ -178,7 +181,5 @@ def test_what_does_not_fit_is_told_as_that(served: Served) -> None:
 def test_nothing_is_kept_on_disk(served: Served) -> None:
     made = backend([FakeDevice()])
 
-    assert not made.exports
+    assert made.restore is None
     assert made.program(served, 32, 32).graph(1, LAYOUT, "float32").export() is None
-    with pytest.raises(NotImplementedError):
-        made.restore(np.zeros(1, np.uint8), LAYOUT, "float32")

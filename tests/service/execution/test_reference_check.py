@@ -1,4 +1,4 @@
-"""What runs a model has to give the logits that its plain float32 module gives for its reference images."""
+"""Whatever runs a model must reproduce the logits of its plain float32 module for its reference images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,14 +12,20 @@ from structlog.testing import capture_logs
 
 from service.arrays import Floats
 from service.backends.base import Batch, Graph, Layout, Precision, Program
+from service.backends.module import Served, build, plain_logits
 from service.backends.openvino import OpenVinoBackend
-from service.backends.served import Served, build, plain_logits
-from service.backends.torch import TorchBackend
+from service.backends.torch_cpu import TorchBackend
 from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid
 from service.execution.executable import Executable
-from service.execution.golden import Golden
 from service.execution.plan_cache import PlanCache
-from service.execution.reference import MAX_RELATIVE, TOLERANCE, Reference, packed, synthetic_images
+from service.execution.reference import (
+    MAX_RELATIVE,
+    TOLERANCE,
+    Reference,
+    ReferenceCheck,
+    packed,
+    synthetic_images,
+)
 from service.execution.tuning import Limits
 from service.registry.loader import load
 from service.store.store import Store
@@ -75,7 +81,7 @@ def load_with(
     return load(Store(store).find(name), makers, limits, PlanCache(cache) if cache else None)
 
 
-def test_float32_that_rounds_otherwise_is_served_and_told_how_far_it_is_off(store: Path) -> None:
+def test_float32_that_rounds_otherwise_is_served_and_its_deviation_reported(store: Path) -> None:
     report = load_with(store, SkewedTorch(off_by(MAX_RELATIVE / 10)), precision="float32").report
 
     assert report.deviation is not None
@@ -133,7 +139,7 @@ def test_a_backend_that_does_not_reproduce_them_gives_way_to_the_next_with_a_not
     )
 
 
-def test_where_no_backend_reproduces_them_each_is_told_of(store: Path) -> None:
+def test_where_no_backend_reproduces_them_each_is_named(store: Path) -> None:
     with pytest.raises(GoldenMismatch, match=r"torch failed: .*; torch failed: .*try another PVT_BACKEND"):
         load_with(store, SkewedTorch(rolled), SkewedTorch(off_by(1.0)), precision="float32")
 
@@ -151,7 +157,7 @@ def test_a_reduced_precision_has_its_own_gate_and_gives_way_to_float32(store: Pa
     assert [(line["event"], line["note"]) for line in logs] == [("plan_note", note)]
 
 
-def test_a_reduced_precision_that_was_asked_for_is_not_served_wrong(store: Path) -> None:
+def test_a_reduced_precision_that_was_requested_is_not_served_wrong(store: Path) -> None:
     assert load_with(store, SkewedTorch(off_by(0.001)), precision="bfloat16").report.precision == "bfloat16"
 
     with pytest.raises(GoldenMismatch, match=r"bfloat16, batches of 1: .*: set PVT_PRECISION=auto$"):
@@ -243,11 +249,11 @@ class Recorder:
         self.batches.append(numbers)
         return (self.reference.logits[numbers] * np.float32(self.factor),)
 
+    def input_buffer(self, instance: int) -> None:
+        del instance
+
     def export(self) -> None:
         return None
-
-    def room(self, instance: int) -> None:
-        del instance
 
 
 @pytest.fixture
@@ -261,7 +267,7 @@ def reference() -> Reference:
 def test_graphs_that_are_new_are_tried_on_every_image_in_full_batches(reference: Reference) -> None:
     graphs = {size: Recorder(reference) for size in (1, 4)}
 
-    Golden(reference).check_all(dict(graphs))
+    ReferenceCheck(reference).check_all(dict(graphs))
 
     assert graphs[1].batches == [[0], [1], [2], [3], [4], [5]]
     assert graphs[4].batches == [[0, 1, 2, 3], [4, 5, 0, 1]]
@@ -271,7 +277,7 @@ def test_graphs_that_are_new_are_tried_on_every_image_in_full_batches(reference:
 def test_graphs_from_the_cache_are_tried_on_what_time_allows(reference: Reference, seconds: float, tried: int) -> None:
     graphs = {size: Recorder(reference) for size in (1, 4)}
 
-    Golden(reference).check_restored(dict(graphs), seconds)
+    ReferenceCheck(reference).check_restored(dict(graphs), seconds)
 
     assert graphs[1].batches == [[i] for i in range(tried)]
     assert graphs[4].batches == [[0, 1, 2, 3]]
@@ -281,27 +287,27 @@ def test_one_graph_of_several_that_is_wrong_is_enough(reference: Reference) -> N
     graphs = {1: Recorder(reference), 4: Recorder(reference, factor=1.01)}
 
     with pytest.raises(GoldenMismatch, match="batches of 4"):
-        Golden(reference).check_all(dict(graphs))
+        ReferenceCheck(reference).check_all(dict(graphs))
     with pytest.raises(GoldenMismatch, match="batches of 1"):
-        Golden(reference).check_all({1: graphs[1]}, Recorder(reference, factor=1.01))
+        ReferenceCheck(reference).check_all({1: graphs[1]}, Recorder(reference, factor=1.01))
 
 
 def test_few_images_are_those_that_measure_best(reference: Reference) -> None:
     reference = Reference(reference.images, reference.logits[::-1])
     graph = Recorder(reference)
 
-    Golden(reference).check_restored({1: graph}, 0.02)
+    ReferenceCheck(reference).check_restored({1: graph}, 0.02)
 
     assert graph.batches == [[5], [4]]
 
 
-def test_the_worst_of_all_graphs_is_told(reference: Reference) -> None:
+def test_the_worst_of_all_graphs_is_reported(reference: Reference) -> None:
     better, worse = Recorder(reference, 1.001, "bfloat16"), Recorder(reference, 1.005, "bfloat16")
 
-    found = Golden(reference).check_all({1: better, 2: worse, 4: better})
+    found = ReferenceCheck(reference).check_all({1: better, 2: worse, 4: better})
 
-    assert found.share == Golden(reference).check(worse, 2).share
-    assert found.share > Golden(reference).check(better, 1).share
+    assert found.share == ReferenceCheck(reference).check(worse, 2).share
+    assert found.share > ReferenceCheck(reference).check(better, 1).share
 
 
 def test_the_first_image_that_is_not_a_number_is_named(reference: Reference) -> None:
@@ -348,8 +354,8 @@ def test_the_embedded_model_is_served_in_bfloat16_or_in_what_the_machine_has(
             assert report.deviation.relative < 1e-5
 
 
-def widened(executable: Executable) -> Executable:
-    executable.widen()
+def with_latency_graph(executable: Executable) -> Executable:
+    executable.add_latency_graph()
     return executable
 
 
@@ -362,20 +368,22 @@ def resized(executable: Executable) -> Executable:
     return executable.resized(64, 32)
 
 
-LATER: tuple[Callable[[Executable], Executable], ...] = (widened, with_stages, resized)
+LATER: tuple[Callable[[Executable], Executable], ...] = (with_latency_graph, with_stages, resized)
 
 
 def loaded_then_skewed(
     store: Path, skew: Skew, precision: Precision | None, monkeypatch: pytest.MonkeyPatch
 ) -> Executable:
-    """A model with a lone image's graph still to be made, whose further graphs answer otherwise."""
+    """A model whose latency graph is still to be made, and whose later graphs have other logits."""
     backend = SkewedTorch(lambda logits, _: logits)
     monkeypatch.setattr("service.execution.tuning.Tuning._probe", bfloat16_is_faster)
     executable = load_with(store, backend, precision=precision)
     monkeypatch.setattr(backend, "skew", skew)
     program = backend.program(build(executable.card, executable.stored.folder), 32, 32)
-    monkeypatch.setattr(executable, "_alone", Layout(1, 1))
-    monkeypatch.setattr(executable, "_make_alone", lambda: program.graph(1, Layout(1, 1), executable.report.precision))
+    monkeypatch.setattr(executable, "_latency_layout", Layout(1, 1))
+    monkeypatch.setattr(
+        executable, "_make_latency", lambda: program.graph(1, Layout(1, 1), executable.report.precision)
+    )
     return executable
 
 
@@ -416,7 +424,7 @@ def test_a_later_graph_that_is_wrong_in_bfloat16_is_made_in_float32_with_a_note(
 
 
 @pytest.mark.parametrize("later", LATER)
-def test_a_later_graph_that_is_wrong_in_the_precision_that_was_asked_for_is_refused(
+def test_a_later_graph_that_is_wrong_in_the_precision_that_was_requested_is_refused(
     store: Path, later: Callable[[Executable], Executable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executable = loaded_then_skewed(store, rolled_in_bfloat16, "bfloat16", monkeypatch)
@@ -436,6 +444,8 @@ def test_a_batch_of_two_that_is_wrong_in_bfloat16_leaves_the_backend_its_model_a
             made, program = self.made, super().program(module, height, width)
 
             class Made:
+                optimized = None
+
                 def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
                     made.append(precision)
                     graph = program.graph(size, layout, precision)
@@ -444,12 +454,10 @@ def test_a_batch_of_two_that_is_wrong_in_bfloat16_leaves_the_backend_its_model_a
                         graph.skew = rolled_in_bfloat16
                     return graph
 
-                prepare, faster = program.prepare, program.faster
-
             return Made()
 
     monkeypatch.setattr("service.execution.tuning.Tuning._probe", bfloat16_is_faster)
-    monkeypatch.setattr("service.execution.plan.gain", lambda *_: 2.0)
+    monkeypatch.setattr("service.execution.tuning.gain", lambda *_: 2.0)
     load_once = partial(load_with, store, WrongInPairs(), TorchBackend(1), cache=tmp_path, max_batch_size=2)
 
     first = load_once()

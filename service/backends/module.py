@@ -18,7 +18,7 @@ from service.store.cards import ModelCard
 class Served(nn.Module):
     """The model as it is served: uint8 pixels (n, height, width, 3) in, logits, embedding and maps of `stages` out.
 
-    Normalisation is part of it, so that a backend compiles it into its graph.
+    It normalises the pixels itself, so that a backend compiles that into its graph.
     """
 
     def __init__(self, model: PVT_V2, mean: Sequence[float], std: Sequence[float], stages: Sequence[int] = ()) -> None:
@@ -30,15 +30,15 @@ class Served(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Logits (n, classes), embedding (n, channels) and stage maps (n, channels, height, width) of `pixels`."""
-        return self.answers(self.normalised(pixels))
+        return self.outputs(self.normalised(pixels))
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """Float32 images (n, 3, height, width) as the model takes them, of `pixels`."""
+        """The model's input for `pixels`: float32 images (n, 3, height, width)."""
         x = (pixels.float() - self.mean) * self.scale
         return x.permute(0, 3, 1, 2)  # (n, height, width, 3) -> (n, 3, height, width)
 
-    def answers(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What `forward` gives, of images that are normalised already."""
+    def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
+        """As `forward`, for images that are normalised already."""
         logits, embedding, maps = self.model.forward_all(images, self.stages)
         return logits, embedding, *maps
 
@@ -50,10 +50,10 @@ class Served(nn.Module):
 
 
 def build(card: ModelCard, folder: Path, stages: Sequence[int] = ()) -> Served:
-    """The module of `card` with the weights beside it, in plain float32, that gives the maps of `stages` too.
+    """The module of `card` with the weights in `folder`, in plain float32; it returns the maps of `stages` too.
 
     Raises:
-        CardInvalid: the card's number of parameters is not the weights'.
+        CardInvalid: the card and the weights differ in the number of parameters.
         WeightsInvalid, WeightsUnavailable: as `load_weights`.
     """
     # On the meta device the module costs no memory and no random numbers: every tensor comes from the file.
@@ -68,6 +68,6 @@ def build(card: ModelCard, folder: Path, stages: Sequence[int] = ()) -> Served:
 
 @torch.inference_mode()
 def plain_logits(module: Served, images: NDArray[np.uint8]) -> Floats:
-    """Logits (n, classes) that the module itself, eager and in float32, gives for `images` (n, height, width, 3)."""
+    """Logits (n, classes) of the module itself, eager and in float32, for `images` (n, height, width, 3)."""
     logits: Floats = module(torch.tensor(images))[0].numpy()
     return logits
