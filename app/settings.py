@@ -20,8 +20,8 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.remote_images.addresses import HostRule, Reach
-from service.store.default import default_store, writable_default_store
-from service.store.urls import RemoteOptions, is_url, objection
+from service.store.folder import default_store, writable_default_store
+from service.store.location import RemoteOptions, is_url, objection
 
 PREFIX = "PVT_"
 # What Kubernetes sets in every pod for a service named pvt-serve, or pvt-anything.

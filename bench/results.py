@@ -4,6 +4,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from service.files import atomic_write
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -156,6 +158,4 @@ def read(path: Path) -> Results:
 def write(path: Path, results: Results) -> None:
     """Put them there, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_suffix(".new")
-    staged.write_text(results.model_dump_json(indent=1) + "\n")
-    staged.replace(path)
+    atomic_write(path, results.model_dump_json(indent=1) + "\n")

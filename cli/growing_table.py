@@ -1,6 +1,5 @@
 """A table of embeddings that grows: parts beside it during a run, then one file. A killed run loses little."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +12,7 @@ from cli.rows import FileState, NewestRows, Provenance, Rows, regrouped
 from cli.table_formats import NPZ, BrokenTable, TableFormat, format_of
 from cli.terminal import USAGE, CommandError
 from pvt_client import Embedding
+from service.files import atomic_path
 
 _LOCK = "lock"
 
@@ -116,11 +116,8 @@ class GrowingTable:
 
     def _write(self, path: Path, form: TableFormat, groups: Callable[[], Iterable[Rows]]) -> None:
         assert self._provenance is not None  # noqa: S101  `check` comes before `add`
-        temporary = self._folder / "new.tmp"
-        form.write(temporary, groups, self._provenance)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with atomic_path(path, temporary=self._folder / "new.tmp", durable=True) as new:
+            form.write(new, groups, self._provenance)
 
     def _acquire(self) -> None:
         while True:

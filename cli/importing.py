@@ -7,8 +7,8 @@ import typer
 
 from cli import options
 from cli.terminal import USAGE, CommandError, logs_on_stderr, print_line, print_note
-from service.acquisition.labels import IMAGENET
-from service.acquisition.preprocessing import Given
+from service.acquisition.catalogue import IMAGENET
+from service.acquisition.preprocessing import PreprocessingOptions
 from service.architecture.variants import VARIANTS
 from service.architecture.variants import Weights as Kind
 from service.images.geometry import Interpolation, Resize
@@ -66,15 +66,15 @@ def import_checkpoint(
 
     pvt-serve import best.pth --variant b2 --tag birds --labels birds.txt
     """
-    from service.acquisition.importing import Import, import_model  # noqa: PLC0415  imports torch, which --help does not need
+    from service.acquisition.importing import ImportOptions, import_model  # noqa: PLC0415  imports torch, which --help does not need
 
     height, width = _size(size)
-    requested = Import(
+    requested = ImportOptions(
         file=file,
         variant=variant,
         tag=tag,
         labels=labels,
-        given=Given(
+        preprocessing=PreprocessingOptions(
             height=height,
             width=width,
             resize=resize,

@@ -70,7 +70,7 @@ def _pulled(root: Path, model: Published, options: "PullOptions", *, again: bool
             model,
             options,
             again=again,
-            tell=lambda done, total: progress.update(bar, completed=done, total=total),
+            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
 
 

@@ -14,13 +14,12 @@ from cli.options import read_settings, store_folder
 from cli.target import Connection, connect
 from cli.terminal import FAILED, USAGE, CommandError, print_line, print_note, print_table, thousands
 from service.acquisition.catalogue import CATALOGUE
-from service.acquisition.removal import removable, remove
 from service.errors import ModelNotFound, WeightsUnavailable
-from service.store.index import write_index
+from service.store.changes import removable, remove
+from service.store.location import write_index
 from service.store.names import INDEX_FILE
 from service.store.remote import open_store
-from service.store.store import Store
-from service.store.stored import StoredModel
+from service.store.store import Store, StoredModel
 
 _MODEL_COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "model": lambda model: model["id"] + (" (default)" if model["default"] else ""),
@@ -136,7 +135,7 @@ def verify(store: options.Store = None, as_json: options.Json = False) -> None:
 
     Exits with 1 if anything is wrong.
     """
-    from service.acquisition.verification import verify as verify_store  # noqa: PLC0415  imports torch, which --help does not need
+    from service.acquisition.publishing import verify as verify_store  # noqa: PLC0415  imports torch, which --help does not need
 
     verdicts = []
     for verdict in verify_store(store_folder(store)):

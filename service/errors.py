@@ -32,6 +32,11 @@
   - ShuttingDown            the service takes no new work
 """
 
+from pydantic import ValidationError
+
+_MOST_REASONS = 5  # of what is wrong with one object
+_LONGEST_PLACE = 200  # characters of a place, which may be the sender's own words
+
 
 class ServiceError(Exception):
     """Base of all errors that a caller may be told of; `str()` is the sentence to show.
@@ -175,3 +180,14 @@ class DeadlineExceeded(ServiceError):
 
 class ShuttingDown(ServiceError):
     """The service is draining and takes no new work."""
+
+
+def reasons(error: ValidationError, whole: str = "the file") -> str:
+    """What pydantic found wrong, as one sentence: up to five places, each with its reason.
+
+    `whole` names what is wrong as a whole.
+    """
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    places = [f"{'.'.join(map(str, each['loc']))[:_LONGEST_PLACE] or whole}: {each['msg']}" for each in found]
+    more = [f"and {len(found) - _MOST_REASONS} more"] if len(found) > _MOST_REASONS else []
+    return "; ".join([*places[:_MOST_REASONS], *more])

@@ -15,7 +15,7 @@ from service.backends.cuda.device import cuda_devices
 from service.backends.openvino import OpenVinoBackend
 from service.backends.torch_cpu import TorchBackend
 from service.machine.cores import usable_cores
-from service.store.urls import RemoteOptions
+from service.store.location import RemoteOptions
 
 BackendName = Literal["auto", "openvino", "torch"]
 MakeBackend = Callable[[], Backend]

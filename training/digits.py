@@ -2,8 +2,8 @@
 
     python -m training.digits [--out model_store] [--epochs 25] [--seed 0] [--samples docs/digits]
 
-The data are 1,797 pictures of 8 x 8 pixels (the test part of UCI's "Optical Recognition of Handwritten Digits"). A
-fixed, stratified fifth is held out; the card's accuracy is measured on it, through pictures rendered as a caller would
+The data are 1,797 images of 8 x 8 pixels (the test part of UCI's "Optical Recognition of Handwritten Digits"). A
+fixed, stratified fifth is held out; the card's accuracy is measured on it, through images rendered as a caller would
 post them. Runs with the same seed on the same machine give the same bytes.
 """
 
@@ -28,7 +28,7 @@ from service.architecture.pvt_v2 import PVT_V2, create
 from service.backends.module import Served, plain_logits
 from service.execution.reference import Reference, packed
 from service.store.cards import Accuracy, ModelCard, Preprocessing
-from service.store.store import weights_file, write_model
+from service.store.changes import weights_file, write_model
 
 SIDE = 64
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -40,7 +40,7 @@ BATCH, PEAK_RATE, WEIGHT_DECAY, SMOOTHING = 64, 1e-3, 0.05, 0.05
 
 
 class Digits(NamedTuple):
-    """Pictures (N, 8, 8) with ink from 0 to 16, and their labels (N,)."""
+    """Images (N, 8, 8) with ink from 0 to 16, and their labels (N,)."""
 
     pixels: NDArray[np.float64]
     labels: NDArray[np.int64]
@@ -62,13 +62,13 @@ def split() -> Split:
 
 
 def render(pixels: NDArray[np.float64]) -> Image.Image:
-    """Ink (8, 8) from 0 to 16 -> a grey picture of 64 x 64, white ink on black, as a caller would post it."""
+    """Ink (8, 8) from 0 to 16 -> a grey image of 64 x 64, white ink on black, as a caller would post it."""
     grey = np.round(pixels * (255 / 16)).astype(np.uint8)
     return Image.fromarray(grey, mode="L").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
 def rendered(digits: Digits) -> Tensor:
-    """All pictures as the decoder would hand them over: uint8 (N, 1, 64, 64), its three channels being equal."""
+    """All images as the decoder would hand them over: uint8 (N, 1, 64, 64), its three channels being equal."""
     return torch.from_numpy(np.stack([np.asarray(render(pixels)) for pixels in digits.pixels])).unsqueeze(1)
 
 
@@ -79,7 +79,7 @@ def normalised(grey: Tensor) -> Tensor:
 
 
 def augmented(grey: Tensor, generator: torch.Generator) -> Tensor:
-    """Each picture (N, 1, H, W) turned, scaled and shifted a little, and every other one inverted: dark on light."""
+    """Each image (N, 1, H, W) turned, scaled and shifted a little, and every other one inverted: dark on light."""
     turn, scale, across, down = (2 * torch.rand(4, len(grey), generator=generator) - 1).unbind()
     turn, scale = torch.deg2rad(turn * MAX_DEGREES), 1 + scale * MAX_SCALE
     cos, sin = turn.cos() * scale, turn.sin() * scale
@@ -133,7 +133,7 @@ def train(model: nn.Module, grey: Tensor, labels: Tensor, *, epochs: int, seed: 
 
 @torch.inference_mode()
 def predicted(model: nn.Module, grey: Tensor) -> Tensor:
-    """The top class (N,) of uint8 pictures (N, 1, H, W)."""
+    """The top class (N,) of uint8 images (N, 1, H, W)."""
     model.eval()
     return torch.cat([model(normalised(part / 255)).argmax(1) for part in torch.split(grey, BATCH)])
 
@@ -181,12 +181,12 @@ def publish(model: PVT_V2, store: Path, held_out: Digits, how: str) -> ModelCard
 
 
 def firsts(digits: Digits) -> list[int]:
-    """Where the first picture of each class is."""
+    """Where the first image of each class is."""
     return [int(np.argmax(digits.labels == digit)) for digit in range(len(NAMES))]
 
 
 def reference_of(model: PVT_V2, held_out: Digits) -> Reference:
-    """The first held-out picture of each class, and what the plain module answers."""
+    """The first held-out image of each class, and what the plain module answers."""
     grey = rendered(held_out)[firsts(held_out)]
     images = grey.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy()  # (N, 1, H, W) -> (N, H, W, 3)
     served = Served(model, PREPROCESSING.mean, PREPROCESSING.std).eval()
@@ -194,7 +194,7 @@ def reference_of(model: PVT_V2, held_out: Digits) -> Reference:
 
 
 def write_samples(folder: Path, held_out: Digits) -> None:
-    """The first held-out picture of each class, right or wrong, as `zero.png` to `nine.png`."""
+    """The first held-out image of each class, right or wrong, as `zero.png` to `nine.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     for first, name in zip(firsts(held_out), NAMES, strict=True):
         render(held_out.pixels[first]).save(folder / f"{name}.png")
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("model_store"), help="the model store to write to")
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=Path, help="folder for one held-out picture of each digit")
+    parser.add_argument("--samples", type=Path, help="folder for one held-out image of each digit")
     options = parser.parse_args()
 
     torch.use_deterministic_algorithms(mode=True)

@@ -11,8 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from app.bodies import EXAMPLE, parse_json
 from app.open_inference.tensors import OUTPUTS, InputTensor, OutputTensor
 from app.problems import BodyTooLarge, UnsupportedMediaType
-from service.errors import InvalidRequest
-from service.invalid import reasons
+from service.errors import InvalidRequest, reasons
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}

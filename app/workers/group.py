@@ -17,6 +17,8 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, ValidationError
 
+from service.files import atomic_write
+
 REPORT_SECONDS = 1.0
 
 
@@ -47,9 +49,7 @@ class WorkerGroup:
     def report(self, worker: int, *, live: bool, ready: bool, reasons: list[str], instances: int = 0) -> None:
         """Publish the health of `worker`; call it every REPORT_SECONDS."""
         report = Report(live=live, ready=ready, reasons=reasons, at=monotonic(), instances=instances)
-        draft = self._file(worker).with_suffix(".draft")
-        draft.write_text(report.model_dump_json())
-        draft.replace(self._file(worker))
+        atomic_write(self._file(worker), report.model_dump_json())
 
     def last_report(self, worker: int) -> Report | None:
         """The last report of `worker`; None when its process has written none since it started."""

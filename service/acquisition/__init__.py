@@ -1,1 +1,1 @@
-"""Models into the store: from the catalogue, from files, on demand, checked on the way."""
+"""Models into the store: pulled from public files or imported, checked, and published with their cards."""

@@ -1,7 +1,9 @@
-"""The published ImageNet-1k weights as data: for each variant, where its file lies in public."""
+"""The published ImageNet-1k weights as data: for each variant, the public URLs of its file; and the classes' names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from types import MappingProxyType
 from typing import Literal, get_args
 from urllib.parse import urlsplit
@@ -20,8 +22,9 @@ LIBRARIES: Mapping[SourceName, Dialect] = MappingProxyType(
         "official": "official",
         "lucid": "lucid",
     }
-)  # whose models they are, and so whose preprocessing they want
+)  # whose models they are, and so whose preprocessing they need
 DEFAULT_SOURCE: SourceName = "timm"
+IMAGENET = "imagenet"  # on a command line: the labels of ImageNet-1k
 LICENCE = "Apache-2.0"  # of the official release and of timm's copies, as their pages say
 PREPROCESSOR_FILE = "preprocessor_config.json"  # of transformers' repositories
 SIDE, CLASSES = 224, 1000
@@ -29,13 +32,14 @@ VALIDATION_IMAGES = 50_000
 
 _HUB = "https://huggingface.co/{repository}/resolve/main/{file}"
 _RELEASE = "https://github.com/whai362/PVT/releases/download/v2/{file}"
+_CLASSES_FILE = "data/imagenet1k.tsv"
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A weights file; `urls` are where it may lie, tried in turn, `sha256` is what was published of its bytes.
+    """A weights file: its possible URLs, which are tried in turn, and its SHA-256, if that was published.
 
-    `preprocessor` is the URL of what says how images come to the model, where such a file lies beside it.
+    `preprocessor` is the URL of the file beside it that describes the preprocessing, if there is one.
     """
 
     urls: tuple[str, ...]
@@ -54,19 +58,19 @@ class Published:
 
     @property
     def id(self) -> str:
-        """What it is called in a store."""
+        """Its name in a store."""
         return f"{self.variant}.{DEFAULT_TAG}"
 
     @property
     def accuracy(self) -> Accuracy:
-        """The accuracy, as a card has it."""
+        """The accuracy, for a card."""
         return Accuracy(dataset="ImageNet-1k validation, as published", top1=self.top1, images=VALIDATION_IMAGES)
 
     def file(self, source: SourceName) -> RemoteFile:
         """Its file at `source`.
 
         Raises:
-            InvalidRequest: that source has none.
+            InvalidRequest: `source` has none.
         """
         if source not in self.files:
             raise InvalidRequest(f"{source} has no {self.variant}; these have: {', '.join(self.files)}")
@@ -106,10 +110,10 @@ CATALOGUE: Mapping[str, Published] = MappingProxyType({row[0]: _published(*row) 
 
 
 def published(name: str) -> Published:
-    """What the catalogue has under a variant's name, its short form (`b2`) or a model's id.
+    """The entry for a variant's name, its short form (`b2`) or a model's id.
 
     Raises:
-        ModelNotFound: nothing.
+        ModelNotFound: there is none.
     """
     variant = variant_named(name.removesuffix(f".{DEFAULT_TAG}"))
     if variant not in CATALOGUE:
@@ -125,3 +129,16 @@ def variant_named(name: str) -> str:
 def mirrored(url: str, mirror: str | None) -> str:
     """`url` with `mirror`, a base URL, in place of its scheme and host."""
     return mirror.rstrip("/") + urlsplit(url).path if mirror else url
+
+
+@cache
+def imagenet_classes() -> tuple[tuple[str, str], ...]:
+    """WordNet synset and name of each class of ImageNet-1k, in the order of the checkpoints' heads."""
+    lines = files("service").joinpath(_CLASSES_FILE).read_text(encoding="utf-8").splitlines()
+    rows = (line.split("\t") for line in lines if not line.startswith("#"))
+    return tuple((synset, name) for synset, name in rows)
+
+
+def imagenet_labels() -> tuple[str, ...]:
+    """The name of each class of ImageNet-1k."""
+    return tuple(name for _, name in imagenet_classes())

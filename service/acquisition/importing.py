@@ -8,25 +8,24 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from service.acquisition.catalogue import PREPROCESSOR_FILE, variant_named
-from service.acquisition.labels import IMAGENET, imagenet_labels
-from service.acquisition.preprocessing import PRESETS, Given, described, of_transformers, preprocessing
+from service.acquisition.catalogue import IMAGENET, PREPROCESSOR_FILE, imagenet_labels, variant_named
+from service.acquisition.preprocessing import PRESETS, PreprocessingOptions, describe, preprocessing, read_preprocessor
 from service.acquisition.publishing import Description, publish
 from service.architecture.variants import VARIANTS, Weights
 from service.architecture.weights import PICKLES, Checkpoint, open_checkpoint
 from service.errors import InvalidRequest, WeightsCorrupt
 from service.store.cards import Preprocessing
+from service.store.folder import writing
 from service.store.names import MODEL_ID, VERSION
-from service.store.stored import StoredModel
-from service.store.writes import writing
+from service.store.store import StoredModel
 
 _LIST = TypeAdapter(tuple[str, ...])
 _BY_NUMBER = TypeAdapter(dict[int, str])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Import:
-    """What is said of the checkpoint `file`; `labels` is a file of them, or "imagenet", or None to number them.
+class ImportOptions:
+    """The checkpoint `file` and its description; `labels` is a file of them, or "imagenet", or None to number them.
 
     `weights` says which of several in it to take: see `service.architecture.weights.open_checkpoint`.
     """
@@ -34,7 +33,7 @@ class Import:
     file: Path
     variant: str
     tag: str
-    given: Given = field(default_factory=Given)
+    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
     weights: Weights | None = None
     labels: str | None = None
     licence: str = "unknown"
@@ -42,35 +41,34 @@ class Import:
     version: str | None = None
 
 
-def import_model(root: Path, asked: Import, tell: Callable[[str], None] = lambda _: None) -> StoredModel:
-    """Put a checkpoint in any of the four dialects into the store at `root`, with a card and golden outputs.
+def import_model(root: Path, options: ImportOptions, on_choice: Callable[[str], None] = lambda _: None) -> StoredModel:
+    """Put a checkpoint in any of the four dialects into the store at `root`, with a card and reference outputs.
 
-    `tell` is called with what was chosen: which of several weights, whose preprocessing.
+    `on_choice` is called with each choice that was made: which of several weights, whose preprocessing.
 
     Raises:
-        InvalidRequest: variant, tag, version, labels or preprocessing are none; the message says which.
+        InvalidRequest: variant, tag, version, labels or preprocessing are wrong; the message says which.
         WeightsInvalid, WeightsUnavailable: the file is not a model of that variant; the message says why.
         StoreNotWritable: the store can't be written.
     """
-    about = _described(asked)
+    about = _description(options)
     with writing(root):
-        taken = asked.version is not None and os.path.lexists(root / about.id / asked.version)
+        taken = options.version is not None and os.path.lexists(root / about.id / options.version)
     if taken:
-        raise InvalidRequest(f"{about.id}@{asked.version} is there already; leave --version out for the next one")
-    checkpoint = open_checkpoint(asked.file, weights=asked.weights)
+        raise InvalidRequest(f"{about.id}@{options.version} is there already; leave --version out for the next one")
+    checkpoint = open_checkpoint(options.file, weights=options.weights)
     if checkpoint.note:
-        tell(checkpoint.note)
-    pixels = preprocessing(asked.given, _preset(asked.file, checkpoint))
-    tell(f"tensor names of {checkpoint.dialect}; images: {described(pixels)}")
-    about = replace(about, preprocessing=pixels)
-    return publish(root, checkpoint.state, about, asked.version)
+        on_choice(checkpoint.note)
+    pixels = preprocessing(options.preprocessing, _preset(options.file, checkpoint))
+    on_choice(f"tensor names of {checkpoint.dialect}; images: {describe(pixels)}")
+    return publish(root, checkpoint.state, replace(about, preprocessing=pixels), options.version)
 
 
 def _preset(file: Path, checkpoint: Checkpoint) -> Preprocessing:
-    """What the library does whose names the checkpoint has; of transformers' models a file beside them tells more."""
-    beside = file.parent / PREPROCESSOR_FILE
-    if checkpoint.dialect == "transformers" and os.path.lexists(beside):
-        return of_transformers(beside)
+    """The preprocessing of the library whose names the checkpoint has, or that in transformers' file beside it."""
+    preprocessor = file.parent / PREPROCESSOR_FILE
+    if checkpoint.dialect == "transformers" and os.path.lexists(preprocessor):
+        return read_preprocessor(preprocessor)
     return PRESETS[checkpoint.dialect]
 
 
@@ -100,22 +98,22 @@ def read_labels(name: str) -> tuple[str, ...]:
         ) from error
 
 
-def _described(asked: Import) -> Description:
-    variant = variant_named(asked.variant)
+def _description(options: ImportOptions) -> Description:
+    variant = variant_named(options.variant)
     if variant not in VARIANTS:
-        raise InvalidRequest(f"variant {asked.variant!r}: it must be one of {', '.join(VARIANTS)}, or b0, b1, ...")
-    id_ = f"{variant}.{asked.tag}"
+        raise InvalidRequest(f"variant {options.variant!r}: it must be one of {', '.join(VARIANTS)}, or b0, b1, ...")
+    id_ = f"{variant}.{options.tag}"
     if not MODEL_ID.fullmatch(id_):
-        raise InvalidRequest(f"tag {asked.tag!r}: it has letters, digits, '-' and '_'")
-    if asked.version is not None and not VERSION.fullmatch(asked.version):
-        raise InvalidRequest(f"version {asked.version!r}: it is a number from 1")
-    if asked.file.suffix not in {".safetensors", *PICKLES}:
-        raise WeightsCorrupt(f"{asked.file}: unknown format; it must end in .safetensors or .pth")
+        raise InvalidRequest(f"tag {options.tag!r}: it has letters, digits, '-' and '_'")
+    if options.version is not None and not VERSION.fullmatch(options.version):
+        raise InvalidRequest(f"version {options.version!r}: it is a number from 1")
+    if options.file.suffix not in {".safetensors", *PICKLES}:
+        raise WeightsCorrupt(f"{options.file}: unknown format; it must end in .safetensors or .pth")
     return Description(
         id=id_,
         variant=variant,
-        labels=None if asked.labels is None else read_labels(asked.labels),
+        labels=None if options.labels is None else read_labels(options.labels),
         preprocessing=PRESETS["timm"],  # until it is known whose names the file has
-        licence=asked.licence,
-        source=asked.source or asked.file.name,
+        licence=options.licence,
+        source=options.source or options.file.name,
     )

@@ -1,4 +1,4 @@
-"""What each library does to an image before its models see it, as cards say it, and what people say of their own."""
+"""Preprocessing for cards: that of each library, that of transformers' own file, and the options of an import."""
 
 import json
 from collections.abc import Mapping
@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.acquisition.catalogue import SIDE
 from service.architecture.variants import Dialect
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, reasons
 from service.images.geometry import Interpolation, Resize
-from service.invalid import reasons
 from service.store.cards import Preprocessing
 
 MAX_PREPROCESSOR_BYTES = 1_000_000
@@ -38,8 +37,8 @@ PRESETS: Mapping[Dialect, Preprocessing] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
-    """What is said of a checkpoint's preprocessing; None: as its library does. `mean` and `std` are in either scale."""
+class PreprocessingOptions:
+    """What differs from the preprocessing of the library. `mean` and `std` are of pixels from 0 to 1 or 0 to 255."""
 
     height: int | None = None
     width: int | None = None
@@ -51,23 +50,23 @@ class Given:
     std: Triple | None = None
 
 
-def preprocessing(given: Given, preset: Preprocessing) -> Preprocessing:
-    """`preset`, but for what is `given`.
+def preprocessing(options: PreprocessingOptions, preset: Preprocessing) -> Preprocessing:
+    """`preset`, changed by `options`.
 
     Raises:
         InvalidRequest: the two do not go together, or are no preprocessing; the message says what.
     """
-    known = {
+    changes = {
         name: value
         for name in ("height", "width", "resize", "interpolation")
-        if (value := getattr(given, name)) is not None
+        if (value := getattr(options, name)) is not None
     }
-    mean, std = _unit_scale(given.mean or preset.mean, given.std or preset.std)
-    crop = _crop(given, known.get("height", preset.height), known.get("width", preset.width))
+    mean, std = _unit_scale(options.mean or preset.mean, options.std or preset.std)
+    crop = _crop(options, changes.get("height", preset.height), changes.get("width", preset.width))
     resize = "shorter_side_crop" if crop is not None else preset.resize
-    if crop is not None and given.resize == "stretch":
+    if crop is not None and options.resize == "stretch":
         raise InvalidRequest("a stretch takes the whole image, so there is no crop; leave one of the two out")
-    fields = preset.model_dump() | {"resize": resize, "mean": mean, "std": std} | known
+    fields = preset.model_dump() | {"resize": resize, "mean": mean, "std": std} | changes
     if crop is not None:
         fields |= {"crop": crop, "rounding": "floor"}
     elif fields["resize"] == "stretch":
@@ -78,9 +77,9 @@ def preprocessing(given: Given, preset: Preprocessing) -> Preprocessing:
         raise InvalidRequest(reasons(error, "preprocessing")) from error
 
 
-def described(pixels: Preprocessing) -> str:
-    """In words, for people: what becomes of an image."""
-    size, scale = f"{pixels.height}x{pixels.width}", f"mean {_shown(pixels.mean)}, std {_shown(pixels.std)}"
+def describe(pixels: Preprocessing) -> str:
+    """The preprocessing in words."""
+    size, scale = f"{pixels.height}x{pixels.width}", f"mean {_text(pixels.mean)}, std {_text(pixels.std)}"
     if pixels.resize == "stretch":
         return f"stretched to {size}, {pixels.interpolation}, {scale}"
     down, across = (pixels.geometry.resized(side) for side in (pixels.height, pixels.width))
@@ -88,27 +87,27 @@ def described(pixels: Preprocessing) -> str:
     return f"{covered}, {pixels.interpolation}, centre crop {size}, {scale}"
 
 
-def _crop(given: Given, height: int, width: int) -> float | None:
-    """The share of the resized shorter side that is kept, as given itself or by what the image is resized to."""
-    if given.shorter_side is None:
-        return given.crop
-    if given.crop is not None:
+def _crop(options: PreprocessingOptions, height: int, width: int) -> float | None:
+    """The share of the resized shorter side that is kept: the option itself, or from the resized side in pixels."""
+    if options.shorter_side is None:
+        return options.crop
+    if options.crop is not None:
         raise InvalidRequest("the shorter side in pixels and a crop say the same thing; leave one of the two out")
-    if height != width or given.shorter_side < height:
+    if height != width or options.shorter_side < height:
         raise InvalidRequest(
-            f"shorter side {given.shorter_side}: it is for square input, and of at least its {height} pixels; "
+            f"shorter side {options.shorter_side}: it is for square input, and of at least its {height} pixels; "
             "give a crop instead"
         )
-    crop = height / given.shorter_side
-    while floor(height / crop) < given.shorter_side:  # the quotient of doubles may fall just short
+    crop = height / options.shorter_side
+    while floor(height / crop) < options.shorter_side:  # the quotient of doubles may fall just short
         crop = nextafter(crop, 0)
     return crop
 
 
 def _unit_scale(mean: Triple, std: Triple) -> tuple[Triple, Triple]:
-    """Both in units of a pixel scaled to 0..1, of which those of 0..255 are converted.
+    """Both for pixels from 0 to 1; values for pixels from 0 to 255 are converted.
 
-    Zeros fit either scale, and so does a `std` of ones: beside a `mean` of 0..255 it means no scaling, as Caffe has it.
+    Zeros fit both scales, and so does a `std` of ones: beside a `mean` of 0..255 it means no scaling, as in Caffe.
 
     Raises:
         InvalidRequest: they are of two scales, or of neither; the message says which.
@@ -119,8 +118,8 @@ def _unit_scale(mean: Triple, std: Triple) -> tuple[Triple, Triple]:
     if not any(mean):
         of_mean = of_std
     if of_mean != of_std:
-        shown = f"mean {_shown(mean)} is of pixels from 0 to {of_mean}, std {_shown(std)} of pixels from 0 to {of_std}"
-        raise InvalidRequest(f"{shown}; give both in one scale, such as 0.485 0.456 0.406 and 0.229 0.224 0.225")
+        both = f"mean {_text(mean)} is of pixels from 0 to {of_mean}, std {_text(std)} of pixels from 0 to {of_std}"
+        raise InvalidRequest(f"{both}; give both in one scale, such as 0.485 0.456 0.406 and 0.229 0.224 0.225")
     if of_mean == 1:
         return mean, std
     return _divided(mean), _divided(std)
@@ -132,17 +131,17 @@ def _divided(values: Triple) -> Triple:
 
 
 def _scale(name: str, values: Triple) -> int:
-    """The greatest value that a pixel has in the scale of `values`."""
+    """The greatest value of a pixel in the scale of `values`."""
     if not all(map(isfinite, values)) or max(values) > _LEVELS:
-        raise InvalidRequest(f"{name} {_shown(values)}: each must be a number, of pixels from 0 to 1 or from 0 to 255")
+        raise InvalidRequest(f"{name} {_text(values)}: each must be a number, of pixels from 0 to 1 or from 0 to 255")
     if max(values) <= 1:
         return 1
     if any(0 < value < 1 for value in values):
-        raise InvalidRequest(f"{name} {_shown(values)}: some are of pixels from 0 to 1, some from 0 to 255; use one")
+        raise InvalidRequest(f"{name} {_text(values)}: some are of pixels from 0 to 1, some from 0 to 255; use one")
     return 255
 
 
-def _shown(values: Triple) -> str:
+def _text(values: Triple) -> str:
     return " ".join(f"{value:g}" for value in values)
 
 
@@ -154,7 +153,7 @@ class _Size(BaseModel):
 
 
 class _Processor(BaseModel):
-    """What an image processor of transformers is made from; what it does not say is as in `PvtImageProcessor`."""
+    """The file of an image processor of transformers; the defaults are those of `PvtImageProcessor`."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -169,13 +168,13 @@ class _Processor(BaseModel):
     image_std: Triple = (0.229, 0.224, 0.225)
 
 
-def of_transformers(path: Path, shown: str | None = None) -> Preprocessing:
-    """What the image processor does that the file `path` is saved from; `shown` is what messages call it.
+def read_preprocessor(path: Path, name: str | None = None) -> Preprocessing:
+    """The preprocessing of the transformers image processor in the file `path`; messages call it `name`.
 
     Raises:
-        InvalidRequest: it can't be read, or does what cards can't say.
+        InvalidRequest: it can't be read, or a card can't express it.
     """
-    name = shown or str(path)
+    name = name or str(path)
     try:
         with path.open("rb") as file:
             content = json.loads(file.read(MAX_PREPROCESSOR_BYTES))
@@ -190,27 +189,28 @@ def of_transformers(path: Path, shown: str | None = None) -> Preprocessing:
         raise InvalidRequest(f"{name}: {error}") from error
 
 
-def _as_card(said: _Processor) -> Preprocessing:
-    if not said.do_resize:
+def _as_card(processor: _Processor) -> Preprocessing:
+    if not processor.do_resize:
         raise InvalidRequest("do_resize is false, and images come in any size; say how with --resize and --crop")
-    sized = _sized(said)
-    if said.do_rescale and abs(said.rescale_factor * _LEVELS - 1) > _SAME_FACTOR:
-        raise InvalidRequest(f"rescale_factor {said.rescale_factor}: it must be 1/255; give --mean and --std")
-    if not said.do_normalize:
-        low, one = (0.0, 0.0, 0.0), 1.0 if said.do_rescale else 1 / _LEVELS
-        return sized.model_copy(update={"mean": low, "std": (one, one, one)})
-    scaled = (said.image_mean, said.image_std)
-    mean, std = scaled if said.do_rescale else (_divided(said.image_mean), _divided(said.image_std))
+    sized = _sized(processor)
+    if processor.do_rescale and abs(processor.rescale_factor * _LEVELS - 1) > _SAME_FACTOR:
+        raise InvalidRequest(f"rescale_factor {processor.rescale_factor}: it must be 1/255; give --mean and --std")
+    if not processor.do_normalize:
+        one = 1.0 if processor.do_rescale else 1 / _LEVELS
+        return sized.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (one, one, one)})
+    mean, std = processor.image_mean, processor.image_std
+    if not processor.do_rescale:
+        mean, std = _divided(mean), _divided(std)
     return Preprocessing.model_validate(sized.model_dump() | {"mean": mean, "std": std})
 
 
-def _sized(said: _Processor) -> Preprocessing:
-    """Only a stretch: where transformers crops, it begins half a pixel beside where torchvision and cards do."""
-    size = said.size if isinstance(said.size, _Size) else _Size(height=said.size, width=said.size)
-    if said.do_center_crop or not (size.height and size.width):
+def _sized(processor: _Processor) -> Preprocessing:
+    """Only a stretch: the crop of transformers begins half a pixel beside that of torchvision and of cards."""
+    size = processor.size if isinstance(processor.size, _Size) else _Size(height=processor.size, width=processor.size)
+    if processor.do_center_crop or not (size.height and size.width):
         raise InvalidRequest(
             "it does not resize to one height and width, but crops or keeps the aspect ratio, which is not read; "
             "import without this file, and say how with --size, --resize and --crop"
         )
-    interpolation = INTERPOLATIONS[said.resample]
+    interpolation = INTERPOLATIONS[processor.resample]
     return Preprocessing(height=size.height, width=size.width, resize="stretch", interpolation=interpolation)

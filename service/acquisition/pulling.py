@@ -1,4 +1,4 @@
-"""Published weights into the store: fetched once, whoever asks, checked, converted."""
+"""Published weights into the store: downloaded by one process at a time, checked, and converted."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,15 +18,22 @@ from service.acquisition.catalogue import (
     Published,
     RemoteFile,
     SourceName,
+    imagenet_labels,
     mirrored,
 )
-from service.acquisition.download import Fetched, Patience, Progress, Wanted, download
-from service.acquisition.labels import imagenet_labels
-from service.acquisition.partial import Part
-from service.acquisition.preprocessing import MAX_PREPROCESSOR_BYTES, PRESETS, described, of_transformers
+from service.acquisition.download import (
+    DownloadedFile,
+    FileRequest,
+    Progress,
+    RetryPolicy,
+    SourceFileMissing,
+    discard,
+    download,
+    without_secrets,
+)
+from service.acquisition.preprocessing import MAX_PREPROCESSOR_BYTES, PRESETS, describe, read_preprocessor
 from service.acquisition.publishing import PULL_FOLDER, Description, publish
-from service.acquisition.replies import SourceFileMissing, shown
-from service.architecture.weights import digest, read_checkpoint
+from service.architecture.weights import read_checkpoint
 from service.errors import (
     InvalidRequest,
     ModelNotFound,
@@ -35,30 +42,30 @@ from service.errors import (
     WeightsDigestMismatch,
     WeightsUnavailable,
 )
+from service.files import file_sha256
 from service.store.cards import Origin, Preprocessing
-from service.store.store import Store
-from service.store.stored import StoredModel
-from service.store.writes import writing
+from service.store.folder import writing
+from service.store.store import Store, StoredModel
 
 log = structlog.get_logger(component="pull")
 
 LOCK_POLL_SECONDS = 0.2
 _FLOAT32 = 4  # bytes
-_EXTRA_BYTES = 16_000_000  # that a file may have beside its tensors, and golden outputs
+_EXTRA_BYTES = 16_000_000  # besides the tensors: of the file, and of reference images and logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullOptions:
-    """`source` is which of the public files to fetch, `mirror` a base URL in place of their hosts."""
+    """`source` says which of the public files to download, `mirror` is a base URL in place of their hosts."""
 
     source: SourceName = DEFAULT_SOURCE
     mirror: str | None = None
-    patience: Patience = field(default_factory=Patience)
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A model of the store; `fresh` says that it was not there before."""
+    """A model of the store; `fresh` says that it is new there."""
 
     stored: StoredModel
     fresh: bool
@@ -70,35 +77,35 @@ def pull(
     options: PullOptions = PullOptions(),
     *,
     again: bool = False,
-    tell: Progress = lambda _done, _total: None,
+    on_progress: Progress = lambda _done, _total: None,
     stop: Event | None = None,
 ) -> Pulled:
-    """Put `model` into the store at `root`, unless a whole version of it is there; `again` fetches it all the same.
+    """Put `model` into the store at `root`, unless a whole version of it is there; `again` pulls it all the same.
 
-    Whoever pulls the same model meanwhile, in any process, waits for the first and finds it done.
+    Others that pull the same model meanwhile, in any process, wait for the first, and then have its version.
 
     Raises:
-        PullFailed: it can't be fetched; what is here of it is kept for the next time.
-        WeightsInvalid: what was fetched is not the model; nothing is kept.
+        PullFailed: it can't be downloaded; the bytes so far are kept for the next time.
+        WeightsInvalid: the file is not the model; nothing is kept.
         StoreNotWritable: the store can't be written.
     """
     stop = stop or Event()
     remote = model.file(options.source)
-    with _alone(root, model.id, stop):
+    with _locked(root, model.id, stop):
         versions = _versions(root, model.id)
         if not again and (whole := next((each for each in versions if _is_whole(each)), None)):
             return Pulled(whole, fresh=False)
-        url, fetched = _fetched(root, model, options, tell=tell, stop=stop)
+        url, file = _download_weights(root, model, options, on_progress=on_progress, stop=stop)
         pixels = _preprocessing(root, model, options, stop=stop)
         try:
-            origin = _origin(url, fetched)
+            origin = _origin(url, file)
             _check_unchanged(origin, remote, versions)
-            about = _described(model, remote, origin, pixels)
-            stored = publish(root, read_checkpoint(fetched.path), about)
+            about = _description(model, remote, origin, pixels)
+            stored = publish(root, read_checkpoint(file.path), about)
         except ServiceError:
-            Part(fetched.path).discard()
+            discard(file.path)
             raise
-        Part(fetched.path).discard()
+        discard(file.path)
         return Pulled(stored, fresh=True)
 
 
@@ -110,18 +117,18 @@ def _versions(root: Path, id_: str) -> list[StoredModel]:
 
 
 def _is_whole(stored: StoredModel) -> bool:
-    """Whether its weights are those that its card speaks of; the damaged are fetched anew."""
+    """Whether its weights have the digest in its card; damaged ones are downloaded again."""
     if stored.card is None:
         return False
     try:
-        return digest(stored.folder / stored.card.weights.file) == stored.card.weights.sha256
+        return file_sha256(stored.folder / stored.card.weights.file) == stored.card.weights.sha256
     except OSError:
         return False
 
 
 @contextmanager
-def _alone(root: Path, name: str, stop: Event) -> Iterator[None]:
-    """While it lasts nobody else, in this process or another, pulls `name` into the store at `root`."""
+def _locked(root: Path, name: str, stop: Event) -> Iterator[None]:
+    """Keep all others, in this process and in others, from pulling `name` into the store at `root`."""
     with writing(root):
         (root / PULL_FOLDER).mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / PULL_FOLDER / f"{name}.lock", timeout=LOCK_POLL_SECONDS)
@@ -138,60 +145,64 @@ def _alone(root: Path, name: str, stop: Event) -> Iterator[None]:
         lock.release()
 
 
-def _fetched(root: Path, model: Published, options: PullOptions, *, tell: Progress, stop: Event) -> tuple[str, Fetched]:
-    """The first of the file's URLs that has it, and the file."""
+def _download_weights(
+    root: Path, model: Published, options: PullOptions, *, on_progress: Progress, stop: Event
+) -> tuple[str, DownloadedFile]:
+    """Download the weights from the first of their URLs that has them; that URL, and the file."""
     remote, tensors = model.file(options.source), _FLOAT32 * model.parameters
     for i, public in enumerate(remote.urls):
         url = mirrored(public, options.mirror)
         suffix = ".safetensors" if public.endswith(".safetensors") else ".pth"
-        wanted = Wanted(url=url, sha256=remote.sha256, max_bytes=tensors + _EXTRA_BYTES, room=tensors + _EXTRA_BYTES)
+        most = tensors + _EXTRA_BYTES
+        request = FileRequest(url=url, sha256=remote.sha256, max_bytes=most, room_bytes=most)
         target = root / PULL_FOLDER / f"{model.id}.{options.source}{suffix}"
         try:
-            fetched = download(wanted, target, root=root, tell=tell, stop=stop, patience=options.patience)
+            file = download(request, target, root=root, on_progress=on_progress, stop=stop, policy=options.policy)
         except SourceFileMissing:
             if i == len(remote.urls) - 1:
                 raise
         else:
-            return url, fetched
+            return url, file
     raise PullFailed(f"{model.id} has no URL at {options.source}")
 
 
 def _preprocessing(root: Path, model: Published, options: PullOptions, *, stop: Event) -> Preprocessing:
-    """What the source's library does to an image, or what the repository itself says of that.
+    """The preprocessing of the source's library, or that which the repository itself describes.
 
     Raises:
-        PullFailed: what it says can't be fetched, or is what no card can say.
+        PullFailed: the description can't be downloaded, or a card can't express it.
     """
     preset = PRESETS[LIBRARIES[options.source]].model_copy(update={"height": SIDE, "width": SIDE})
     public = model.file(options.source).preprocessor
     if public is None:
         return preset
-    wanted = Wanted(url=mirrored(public, options.mirror), max_bytes=MAX_PREPROCESSOR_BYTES)
+    url = mirrored(public, options.mirror)
+    request = FileRequest(url=url, max_bytes=MAX_PREPROCESSOR_BYTES)
     target = root / PULL_FOLDER / f"{model.id}.{options.source}.{PREPROCESSOR_FILE}"
     try:
-        fetched = download(wanted, target, root=root, stop=stop, patience=options.patience)
-        return of_transformers(fetched.path, shown(wanted.url))
+        file = download(request, target, root=root, stop=stop, policy=options.policy)
+        return read_preprocessor(file.path, without_secrets(url))
     except SourceFileMissing:
-        log.warning("preprocessor_missing", url=shown(wanted.url), taken=described(preset))
+        log.warning("preprocessor_missing", url=without_secrets(url), taken=describe(preset))
         return preset
     except InvalidRequest as error:
         raise PullFailed(f"{error}; try another --source") from error
     finally:
-        Part(target).discard()
+        discard(target)
 
 
-def _origin(url: str, fetched: Fetched) -> Origin:
+def _origin(url: str, file: DownloadedFile) -> Origin:
     return Origin(
-        url=shown(url),
-        sha256=fetched.sha256,
-        bytes=fetched.bytes,
-        digest_from=fetched.digest_from or "nobody",
-        revision=fetched.revision,
+        url=without_secrets(url),
+        sha256=file.sha256,
+        bytes=file.bytes,
+        digest_from=file.digest_from or "nobody",
+        revision=file.revision,
     )
 
 
 def _check_unchanged(origin: Origin, remote: RemoteFile, versions: Sequence[StoredModel]) -> None:
-    """Where nobody publishes a digest, the file must be the one that was trusted first."""
+    """Where nobody publishes a digest, refuse any other file than the one that was trusted first."""
     if origin.digest_from != "nobody":
         return
     for stored in versions:
@@ -199,11 +210,11 @@ def _check_unchanged(origin: Origin, remote: RemoteFile, versions: Sequence[Stor
         if first and first.sha256 != origin.sha256:
             raise WeightsDigestMismatch(
                 f"{origin.url} has changed: SHA-256 is {origin.sha256}, and was {first.sha256} when {stored.key} was "
-                f"pulled; if that is as it should be, remove that version first (pvt-serve rm {stored.key})"
+                f"pulled; if the change is right, remove that version first (pvt-serve rm {stored.key})"
             )
 
 
-def _described(model: Published, remote: RemoteFile, origin: Origin, pixels: Preprocessing) -> Description:
+def _description(model: Published, remote: RemoteFile, origin: Origin, pixels: Preprocessing) -> Description:
     return Description(
         id=model.id,
         variant=model.variant,

@@ -1,13 +1,14 @@
 """Pyramid Vision Transformer v2 (https://arxiv.org/abs/2106.13797).
 
-Names, initialisation and arithmetic are of the authors' `classification/pvt_v2.py` (github.com/whai362/PVT). Different
-on purpose: `patch_size` is obeyed (theirs always takes 7), attention is one fused call, one forward can also return the
-embedding and stage maps. Odd on purpose, as theirs: `norm_layer` makes block and stage norms only, which the variants
-build with epsilon 1e-6; the norms behind a patch embedding or a spatial reduction are `LayerNorm`s with 1e-5.
+Names, initialisation and arithmetic are those of the authors' `classification/pvt_v2.py` (github.com/whai362/PVT).
+Different on purpose: `patch_size` is obeyed (theirs always takes 7), attention is one fused call, and one forward can
+also return the embedding and stage maps. Odd on purpose, as theirs: `norm_layer` makes only the norms of blocks and
+stages, which the variants build with epsilon 1e-6; the norms after a patch embedding or a spatial reduction are
+`LayerNorm`s with 1e-5.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - its customary name
 from service.architecture.variants import VARIANTS
 
 Size = tuple[int, int]  # (H, W) of a map; as tokens it is N = H * W long
+STRIDES = (4, 2, 2, 2)  # of the patch embeddings
 
 
 class Shared(NamedTuple):
@@ -40,7 +42,7 @@ def _to_tokens(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys and values come from a coarser grid than its queries."""
+    """Multi-head attention whose keys and values are computed on a coarser grid than its queries."""
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int, shared: Shared) -> None:
         super().__init__()
@@ -75,7 +77,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around a depthwise convolution, whose zero padding tells the tokens where they are."""
+    """Two linear layers around a depthwise convolution, whose zero padding encodes the tokens' positions."""
 
     def __init__(self, dim: int, hidden: int, shared: Shared) -> None:
         super().__init__()
@@ -127,17 +129,40 @@ class PatchEmbed(nn.Module):
 
 
 class Outputs(NamedTuple):
-    """Of one forward: logits (B, classes), embedding (B, C), and the stage maps (B, C, H, W) that were asked for."""
+    """Of one forward: logits (B, classes), embedding (B, C), and the requested stage maps (B, C, H, W)."""
 
     logits: Tensor
     embedding: Tensor
     stages: tuple[Tensor, ...]
 
 
-def _check(wanted: str, ok: Callable[[Any], bool], **arguments: object) -> None:
+def _check(bounds: str, ok: Callable[[Any], bool], **arguments: object) -> None:
     for name, value in arguments.items():
         if not ok(value):
-            raise ValueError(f"{name} must be {wanted}, not {value!r}")
+            raise ValueError(f"{name} must be {bounds}, not {value!r}")
+
+
+def _check_arguments(
+    num_stages: int, rates: Mapping[str, float], lists: Mapping[str, Sequence[float]], **sizes: int
+) -> None:
+    """Check the arguments of `PVT_V2`: drop rates, the lists with a value for each stage, and the other sizes."""
+    _check("1, 2, 3 or 4", lambda n: n in range(1, 5), num_stages=num_stages)
+    num_classes = sizes.pop("num_classes")
+    _check("at least 1", lambda n: n >= 1, **sizes)
+    _check("at least 0", lambda n: n >= 0, num_classes=num_classes)
+    _check("from 0 to 1", lambda rate: 0 <= rate <= 1, **rates)
+    _check(f"{num_stages} positive numbers", lambda v: len(v) in {num_stages, 4} and min(v) > 0, **lists)
+    dims, heads = lists["embed_dims"], lists["num_heads"]
+    undivided = any(dim % count for dim, count in zip(dims[:num_stages], heads[:num_stages], strict=True))
+    _check(f"divisible by num_heads {heads}", lambda _: not undivided, embed_dims=dims)
+
+
+def _min_side(kernels: Sequence[int], sides: Sequence[int]) -> int:
+    """The least H and W of an input from which each stage gets a map of at least its side in `sides`."""
+    side = 1
+    for kernel, stride, least in reversed(list(zip(kernels, STRIDES, sides, strict=False))):
+        side = max(1, (max(side, least) - 1) * stride + kernel % 2)
+    return side
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -173,34 +198,28 @@ class PVT_V2(nn.Module):
         sr_ratios: Sequence[int] = [8, 4, 2, 1], num_stages: int = 4, linear: bool = False,  # noqa: FBT001, FBT002
     ) -> None:  # fmt: skip
         super().__init__()
-        _check("1, 2, 3 or 4", lambda n: n in range(1, 5), num_stages=num_stages)
-        _check("at least 1", lambda n: n >= 1, patch_size=patch_size, in_channels=in_channels)
-        _check("at least 0", lambda n: n >= 0, num_classes=num_classes)
         rates = {"drop_rate": drop_rate, "attn_drop_rate": attn_drop_rate, "drop_path_rate": drop_path_rate}
-        _check("from 0 to 1", lambda rate: 0 <= rate <= 1, **rates)
-        lists = {"embed_dims": embed_dims, "num_heads": num_heads, "mlp_ratios": mlp_ratios, "sr_ratios": sr_ratios}
-        lists["depths"] = depths
-        _check(f"{num_stages} positive numbers", lambda v: len(v) in {num_stages, 4} and min(v) > 0, **lists)
-        rows = list(zip(*lists.values(), strict=False))[:num_stages]
-        undivided = any(dim % heads for dim, heads, *_ in rows)
-        _check(f"divisible by num_heads {num_heads}", lambda _: not undivided, embed_dims=embed_dims)
-        self.in_channels, self.num_stages, self.min_side = in_channels, num_stages, 1
-        kernels, strides = (patch_size, 3, 3, 3), (4, 2, 2, 2)
-        for i in reversed(range(num_stages)):
-            side = max(self.min_side, 1 if linear else sr_ratios[i])
-            self.min_side = max(1, (side - 1) * strides[i] + kernels[i] % 2)
+        lists = {"embed_dims": embed_dims, "num_heads": num_heads, "mlp_ratios": mlp_ratios, "sr_ratios": sr_ratios,
+                 "depths": depths}  # fmt: skip
+        _check_arguments(
+            num_stages, rates, lists, patch_size=patch_size, in_channels=in_channels, num_classes=num_classes
+        )
+        kernels = (patch_size, 3, 3, 3)[:num_stages]
+        self.in_channels, self.num_stages = in_channels, num_stages
+        self.min_side = _min_side(kernels, [1] * num_stages if linear else sr_ratios)
         _check(f"at least {self.min_side}", lambda n: n >= self.min_side, img_size=img_size)
 
         shared = Shared(qkv_bias, qk_scale, drop_rate, attn_drop_rate, norm_layer, linear)
         ramp = iter(torch.linspace(0, drop_path_rate, sum(depths[:num_stages]), device="cpu").tolist())
-        for i, (dim, heads, ratio, sr, depth) in enumerate(rows):
-            blocks = [Block(dim, heads, ratio, sr, drop_path_rate=next(ramp), shared=shared) for _ in range(depth)]
-            self.add_module(f"patch_embed{i + 1}", PatchEmbed(in_channels, dim, kernels[i], strides[i]))
+        for i, kernel in enumerate(kernels):
+            dim, stage = embed_dims[i], (num_heads[i], mlp_ratios[i], sr_ratios[i])
+            blocks = [Block(dim, *stage, drop_path_rate=next(ramp), shared=shared) for _ in range(depths[i])]
+            self.add_module(f"patch_embed{i + 1}", PatchEmbed(in_channels, dim, kernel, STRIDES[i]))
             self.add_module(f"block{i + 1}", nn.ModuleList(blocks))
             self.add_module(f"norm{i + 1}", norm_layer(dim))
             in_channels = dim
         self.head = nn.Linear(in_channels, num_classes) if num_classes else nn.Identity()
-        if not next(self.parameters()).is_meta:  # there a checkpoint follows, and drawing numbers takes a second
+        if not next(self.parameters()).is_meta:  # a checkpoint is loaded next, and drawing numbers takes a second
             self.apply(_init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,15 +229,15 @@ class PVT_V2(nn.Module):
     def forward_all(self, x: Tensor, stages: Sequence[int] = ()) -> Outputs:
         """All that one pass over images (B, in_channels, H, W) yields, with the maps of `stages`, counted from 1.
 
-        Maps are behind their stage's norm and have strides 4, 8, 16, 32; the embedding is the mean of the last one.
+        Maps are outputs of their stage's norm and have strides 4, 8, 16, 32; the embedding is the mean of the last one.
 
         Raises:
             ValueError: the input's shape or a stage's number is wrong; inputs are not checked while tracing.
         """
         if not (torch.jit.is_tracing() or torch.compiler.is_compiling()):  # type: ignore[attr-defined, no-untyped-call]
-            wanted = f"(B, {self.in_channels}, H, W) with H and W at least {self.min_side}"
+            bounds = f"(B, {self.in_channels}, H, W) with H and W at least {self.min_side}"
             ok = x.shape[1:-2] == (self.in_channels,) and min(x.shape[2:]) >= self.min_side
-            _check(wanted, lambda _: ok, input_shape=tuple(x.shape))
+            _check(bounds, lambda _: ok, input_shape=tuple(x.shape))
         _check(f"from 1 to {self.num_stages}", lambda v: set(v) <= {*range(1, self.num_stages + 1)}, stages=stages)
         maps = []
         for i in range(1, self.num_stages + 1):

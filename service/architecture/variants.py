@@ -23,7 +23,7 @@ class Variant:
     linear: bool = False
 
     def map_numbers(self, height: int, width: int) -> int:
-        """How many numbers the four stage maps of a picture of `height` x `width` hold."""
+        """How many numbers the four stage maps of an image of `height` x `width` hold."""
         strides = (4, 8, 16, 32)
         return sum(dim * (height // s) * (width // s) for dim, s in zip(self.embed_dims, strides, strict=True))
 

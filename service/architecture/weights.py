@@ -3,12 +3,14 @@
 The model speaks the official repository's names. The other dialects are timm's (its `models/pvt_v2.py`), lucid's (its
 `models/vision/pvt/_model.py`: timm's names, with `classifier` for `head`) and Hugging Face transformers' (its
 `models/pvt_v2/modeling_pvt_v2.py`), which also splits `kv` into a key and a value.
+
+A training checkpoint may hold the trained weights and a running average of them, which training scripts evaluate.
 """
 
 import hashlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,7 +19,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from service.architecture.averages import chosen
 from service.architecture.variants import Dialect, Weights
 from service.errors import (
     WeightsCorrupt,
@@ -33,6 +34,11 @@ State = Mapping[str, Tensor]
 LISTED = 8  # names in a message, at most
 PICKLES = {".pth", ".pt", ".bin"}  # suffixes of what torch.save writes
 FETCH_AGAIN = "fetch it again from its source"
+WRAPPERS = ("model", "state_dict")  # names under which training scripts keep the weights
+# Names under which they keep a running average beside them, such as timm's `state_dict_ema`, and names inside that.
+AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|avg|averaged?)([^a-z]|$)")
+AVERAGE_WRAPPERS = (*WRAPPERS, "module", "shadow")
+MAX_DEPTH = 8  # of wrappers in one another; a pickle may hold itself
 
 FOREIGN = re.compile(r"^(patch_embed|stages|classifier|pvt_v2|encoder)\.")
 STAGE_PART = re.compile(r"^(?:pvt_v2\.)?(?:stages|encoder\.layers)\.(\d+)\.([a-z_]+)\.")
@@ -79,7 +85,7 @@ def _joined_keys_and_values(state: State) -> dict[str, Tensor]:
 
 
 def remap_keys(state: State) -> dict[str, Tensor]:
-    """The same tensors under official names; as they are where no name is foreign.
+    """The same tensors under official names; unchanged where no name is foreign.
 
     Raises:
         WeightsMismatch: two tensors end up with one name.
@@ -93,16 +99,6 @@ def remap_keys(state: State) -> dict[str, Tensor]:
         twice = sorted(name for name in official if sum(_official(other) == name for other in state) > 1)
         raise WeightsMismatch(f"dialects are mixed: more than one tensor would be {_listed(twice)}")
     return _joined_keys_and_values(official)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal.
-
-    Raises:
-        OSError: the file can't be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _listed(names: list[str]) -> str:
@@ -132,6 +128,71 @@ def _parse(path: Path, data: bytes) -> object:
     raise WeightsCorrupt(f"{path}: unknown format; it must end in .safetensors or .pth")
 
 
+def _unwrapped(content: object) -> object:
+    """The trained weights, without the names under which training scripts keep them."""
+    for _ in range(MAX_DEPTH):
+        if not isinstance(content, Mapping) or not (key := next((k for k in WRAPPERS if k in content), None)):
+            break
+        content = content[key]
+    return content
+
+
+def _holds_tensors(content: object) -> bool:
+    return isinstance(content, Mapping) and any(isinstance(tensor, Tensor) for tensor in content.values())
+
+
+def _averages(content: object, where: str = "") -> Iterator[tuple[str, Mapping[object, object]]]:
+    """Each running average of the weights in `content`, with its name, which says where it lies."""
+    if not isinstance(content, Mapping) or where.count(".") > MAX_DEPTH:
+        return
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Mapping):
+            continue
+        if key in WRAPPERS:
+            yield from _averages(value, f"{where}{key}.")
+        elif AVERAGED.search(key.lower()):
+            found = _average(value)
+            # Metrics may be called averages, too; a list of tensors is an average whose tensors have no names.
+            if _holds_tensors(found) or any(isinstance(part, list | tuple) for part in found.values()):
+                yield f"{where}{key}", found
+
+
+def _average(content: Mapping[object, object]) -> Mapping[object, object]:
+    """The state dict in it, without the counter that torch's `AveragedModel` keeps beside."""
+    for _ in range(MAX_DEPTH):
+        content = next((i for k in AVERAGE_WRAPPERS if isinstance(i := content.get(k), Mapping)), content)
+    return {name: tensor for name, tensor in content.items() if name != "n_averaged"}
+
+
+def _choose(path: Path, content: object, requested: Weights | None) -> tuple[object, Weights, str]:
+    """The plain weights in `content` or their average, which of the two, and an explanation of the choice.
+
+    Raises:
+        WeightsMismatch: the `requested` ones are missing, or there are several averages.
+    """
+    plain, averages = _unwrapped(content), dict(_averages(content))
+    names = ", ".join(map(repr, averages))
+    bare = not _holds_tensors(plain)
+    if requested == "plain" or not averages:
+        if requested == "ema":
+            raise WeightsMismatch(f"{path}: it holds no EMA weights; leave --weights out for those it has")
+        if averages and bare:
+            raise WeightsMismatch(f"{path}: it holds only EMA weights ({names}); leave --weights out for those")
+        return plain, "plain", f"plain weights, as requested; EMA ones ({names}) are left aside" if averages else ""
+    if len(averages) > 1:
+        raise WeightsMismatch(
+            f"{path}: it holds several EMA weights ({names}); save the ones that are meant alone, or take the plain "
+            "ones with --weights plain"
+        )
+    beside = "" if bare else "; --weights plain takes the others"
+    average = averages.popitem()[1]
+    if not _holds_tensors(average):
+        raise WeightsMismatch(
+            f"{path}: its EMA weights ({names}) are a list without names, which fits no model{beside}"
+        )
+    return average, "ema", f"EMA weights ({names}), as timm evaluates{beside}"
+
+
 def _tensors(path: Path, content: object, limit: int) -> dict[str, Tensor]:
     """The float32 state dict in `content`, none of whose tensors has more than `limit` elements.
 
@@ -150,10 +211,10 @@ def _tensors(path: Path, content: object, limit: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Weights under official names, and what was found of them.
+    """Weights under official names.
 
-    `dialect` is whose names the file had, `weights` which of those in the file these are, `note` what there is to say
-    where it held several, else empty.
+    `dialect` is whose names the file had, `weights` which of the weights in the file these are, `note` an explanation
+    of that choice where there was one.
     """
 
     state: dict[str, Tensor]
@@ -184,7 +245,7 @@ def open_checkpoint(path: Path, *, sha256: str | None = None, weights: Weights |
         WeightsDigestMismatch: the bytes are others than `sha256` says.
         WeightsCorrupt: truncated, of another format, or with more in it than floating-point tensors.
         WeightsUnsafe: a pickle with code in it, which did not run.
-        WeightsMismatch: a mixture of dialects, or not the `weights` that were asked for.
+        WeightsMismatch: a mixture of dialects, or not the requested `weights`.
     """
     try:
         data = path.read_bytes()
@@ -195,7 +256,7 @@ def open_checkpoint(path: Path, *, sha256: str | None = None, weights: Weights |
         raise WeightsDigestMismatch(f"{path}: SHA-256 is {actual}, expected {sha256}; {FETCH_AGAIN}")
     if not data:
         raise WeightsCorrupt(f"{path}: the file is empty; {FETCH_AGAIN}")
-    content, kind, note = chosen(path, _parse(path, data), weights)
+    content, kind, note = _choose(path, _parse(path, data), weights)
     state = _tensors(path, content, limit=len(data))
     try:
         return Checkpoint(remap_keys(state), _dialect(state), kind, note)
@@ -214,18 +275,18 @@ def load_into(model: nn.Module, state: State, *, source: str = "the checkpoint")
     Args:
         model: built for exactly these tensors.
         state: official names.
-        source: what messages call it.
+        source: its name in messages.
 
     Raises:
         WeightsMismatch: tensors are missing, unexpected or misshapen; the model is left as it was.
         WeightsNotFinite: a tensor holds NaN or infinity; likewise.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    misshapen = [f"{n} {found[n]} for {wanted[n]}" for n in wanted if n in found and found[n] != wanted[n]]
+    misshapen = [f"{n} {found[n]} for {expected[n]}" for n in expected if n in found and found[n] != expected[n]]
     kinds = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted],
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
         "misshapen": misshapen,
     }
     problems = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
@@ -239,7 +300,7 @@ def load_into(model: nn.Module, state: State, *, source: str = "the checkpoint")
 
 
 def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> None:
-    """Read `path` into `model`: the plain weights, for a file that a card names was always read so.
+    """Read `path` into `model`: the plain weights, since a file that a card names has always been read so.
 
     Raises:
         WeightsUnavailable: as `read_checkpoint`.

@@ -1,7 +1,8 @@
-"""Bytes of a picture -> the model's uint8 input, as people see the picture.
+"""Bytes of an image -> the model's uint8 input, which shows the image as people see it.
 
 EXIF orientation is applied, transparency lies on white, of several frames the first counts, deep grey keeps its range;
-ICC profiles and gamma are ignored, as in the models' training. Formats are few, headers bounded, errors our own.
+ICC profiles and gamma are ignored, as in the models' training. Only some formats are read, headers are bounded, and
+all errors are the service's own.
 """
 
 import struct
@@ -9,15 +10,23 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import AvifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import (
+    AvifImagePlugin,
+    Image,
+    ImagePalette,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 from service.errors import InvalidImage
-from service.images.bmp import load_bmp
 from service.images.geometry import Box, crop_box
-from service.images.geometry import Geometry as Geometry  # noqa: PLC0414  part of what `decode` takes
+from service.images.geometry import Geometry as Geometry  # noqa: PLC0414  a parameter of `decode`
 from service.images.jpeg import check_complete, ended, load_jpeg
 from service.images.limits import BoundedReader, check_blocks, check_scans, check_size, map_errors, tags
 from service.images.resampling import resample
@@ -32,33 +41,48 @@ _MIRRORED, _UPSIDE_DOWN, _SIDEWAYS = {2, 3, 7, 8}, {3, 4, 6, 7}, {5, 6, 7, 8}
 # Pixels on a side that a JPEG of reduced size must still have for each of the model's input; see decision 28
 _MARGIN = 2
 _SIXTEEN = Grey(65_535)
+_BMP_CORE = 12  # bytes of the oldest header of a BMP, whose palette has three bytes a colour
+_BMP_INDEXED = {1: "P;1", 4: "P;4", 8: "P"}  # bits per pixel: Pillow's raw mode
 # An AVIF may hold a larger frame than its header says, up to libavif's own limit of 268 megapixels, which costs a
-# gigabyte and can't be told beforehand: one at a time, so that it is one gigabyte.
+# gigabyte and can't be known beforehand: one at a time, so that it is one gigabyte.
 _ONE_AVIF = threading.Lock()
 
 Image.init()  # all plugins now, not in the first request's thread
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the thread pool already has one thread per core
-# Pillow tells of odd metadata by `warnings`, which nobody would read here, and `catch_warnings` is not thread-safe.
+# Pillow reports odd metadata by `warnings`, which nobody would read here, and `catch_warnings` is not thread-safe.
 for _module in (Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin):
     vars(_module)["warnings"] = SimpleNamespace(warn=lambda *_args, **_kwargs: None)
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The model's input, C-contiguous (height, width, 3), and the size of the upright source picture."""
+    """The model's input, C-contiguous (height, width, 3), and the size of the upright source image."""
 
     pixels: NDArray[np.uint8]
     width: int
     height: int
 
 
+class _Source(NamedTuple):
+    """An image as its file stores it, at 1/`reduction` of its sides, and the size of the whole of it.
+
+    `orientation` is EXIF's, `grey` the meaning of deep grey values.
+    """
+
+    image: Image.Image
+    size: tuple[int, int]
+    orientation: int = 1
+    reduction: int = 1
+    grey: Grey | None = None
+
+
 def decode(
     data: bytes | bytearray | memoryview, geometry: Geometry, *, max_pixels: int, scaled_jpeg: bool = True
 ) -> Decoded:
-    """The picture in `data`, upright, in RGB, resized and centre-cropped to `geometry`.
+    """The image in `data`, upright, in RGB, resized and centre-cropped to `geometry`.
 
     A JPEG that is far larger than the model's input is decoded at a half, a quarter or an eighth of its sides, unless
-    `scaled_jpeg` is off. The size in the answer is the whole picture's.
+    `scaled_jpeg` is off. The size in the result is that of the whole image.
 
     Raises:
         InvalidImage: it is empty, in no supported format, truncated or corrupt.
@@ -68,31 +92,16 @@ def decode(
     name = _format(raw := bytes(data))
     with map_errors(name, max_pixels):
         check_blocks(raw, name)
-        with _open(reader := BoundedReader(raw), raw, name) as image:
-            size, turn, reduction, grey = (
-                check_size(image, max_pixels),
-                1,
-                1,
-                _SIXTEEN if image.mode[0] == "I" else None,
-            )
+        with _open(reader := BoundedReader(raw), raw, name) as file:
+            size = check_size(file, max_pixels)
             if name == "TIFF":
-                grey = prepare_tiff(image, raw, max_pixels)
+                source = _load_tiff(file, raw, max_pixels)
+            elif name == "JPEG":
+                source = _load_jpeg(file, raw, reader.tell(), geometry, 8 if scaled_jpeg else 1)
             else:
-                turn = _orientation(image.info.get("exif", b""))
-            if name == "JPEG":
-                least = check_scans(image, raw, reader.tell())
-                check_complete(raw)
-                reduction = _reduce(image, turn, geometry, least, 8 if scaled_jpeg else 1)
-                picture = load_jpeg(image, ended(raw), reduction)
-            else:
-                picture = _load(image)
-            if name == "TIFF":
-                size = picture.size  # Pillow has turned it
-            upright = _turned(size, turn)
-            left, top, right, bottom = _source_box(crop_box(*upright, geometry), size, turn)
-            # Whatever an odd size is rounded up to, a pixel of the reduced picture covers as many source pixels.
-            box = left / reduction, top / reduction, right / reduction, bottom / reduction
-            return Decoded(_fit(picture, box, turn, geometry, grey), *upright)
+                grey, orientation = _SIXTEEN if file.mode[0] == "I" else None, _orientation(file)
+                source = _Source(_load(file), size, orientation, grey=grey)
+            return Decoded(_fit(source, geometry), *_turned(source.size, source.orientation))
 
 
 def _format(raw: bytes) -> str:
@@ -112,17 +121,52 @@ def _open(reader: BoundedReader, raw: bytes, name: str) -> Image.Image:
         raise
 
 
-def _load(image: Image.Image) -> Image.Image:
-    """The first frame; of WebP and AVIF without what Pillow holds of it at once, up to five copies."""
-    if image.format == "BMP":
-        return load_bmp(image)
-    if image.format == "GIF":
-        return _load_gif(image)
-    if image.format not in {"WEBP", "AVIF"}:
-        image.load()
-        return image
-    decoder = vars(image).pop("_decoder")
-    if image.format == "AVIF":
+def _orientation(file: Image.Image) -> int:
+    """1 to 8, from EXIF; 1 where there is none or the block is broken, as in browsers."""
+    exif = file.info.get("exif", b"")
+    with suppress(struct.error, TypeError, InvalidImage):  # TypeError: a PNG's text chunk named "exif" is no bytes
+        tiff = exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
+        for *entry, value in tags(tiff):
+            if tuple(entry) == _ORIENTATION:
+                orientation = int.from_bytes(value[:2], "little" if tiff[:2] == b"II" else "big")
+                return orientation if orientation in range(1, 9) else 1
+    return 1
+
+
+def _load_tiff(file: Image.Image, raw: bytes, max_pixels: int) -> _Source:
+    grey = prepare_tiff(file, raw, max_pixels)
+    file.load()  # which turns it upright
+    return _Source(file, file.size, grey=grey)
+
+
+def _load_jpeg(file: Image.Image, raw: bytes, header_bytes: int, geometry: Geometry, most: int) -> _Source:
+    """A JPEG reduced to 1/1, 1/2, 1/4 or 1/8 of its sides: by `most` at the most, by as much as the crop allows.
+
+    libjpeg computes means of so many pixels squared straight from the coefficients. They are resampled as the pixels
+    would be, so the crop must still hold enough of them for the filter.
+    """
+    size, orientation = file.size, _orientation(file)
+    reduction = check_scans(file, raw, header_bytes)
+    check_complete(raw)
+    left, top, right, bottom = crop_box(*_turned(size, orientation), geometry)
+    pixels = min((right - left) / geometry.width, (bottom - top) / geometry.height)
+    reduction = max(reduction, next((r for r in (8, 4, 2) if r <= most and pixels >= _MARGIN * r), 1))
+    if reduction > 1:
+        file.draft(None, (file.width // reduction, file.height // reduction))
+    return _Source(load_jpeg(file, ended(raw), reduction), size, orientation, reduction)
+
+
+def _load(file: Image.Image) -> Image.Image:
+    """The first frame; of WebP and AVIF without the copies that Pillow keeps, up to five."""
+    if file.format == "BMP":
+        return _load_bmp(file)
+    if file.format == "GIF":
+        return _load_gif(file)
+    if file.format not in {"WEBP", "AVIF"}:
+        file.load()
+        return file
+    decoder = vars(file).pop("_decoder")
+    if file.format == "AVIF":
         with _ONE_AVIF:
             frame = decoder.get_frame(0)
     else:
@@ -130,65 +174,67 @@ def _load(image: Image.Image) -> Image.Image:
     if frame is None:
         raise InvalidImage("corrupt WebP: its first frame can not be decoded")
     del decoder  # with its canvases
-    mode = getattr(image, "rawmode", image.mode)  # a WebP's may be RGBX, then without transparency
-    return Image.frombuffer(mode, image.size, frame[0], "raw", mode, 0, 1)
+    mode = getattr(file, "rawmode", file.mode)  # a WebP's may be RGBX, then without transparency
+    return Image.frombuffer(mode, file.size, frame[0], "raw", mode, 0, 1)
 
 
-def _load_gif(image: Image.Image) -> Image.Image:
-    """The first frame on white where it leaves some of the canvas free, as browsers show it on a white page."""
-    frame = vars(image)["tile"][0].extents
-    image.load()
-    if frame == (0, 0, *image.size):
-        return image
-    canvas = Image.new("RGB", image.size, "white")
-    canvas.paste(opaque(image.crop(frame)), frame[:2])
+def _load_gif(file: Image.Image) -> Image.Image:
+    """The first frame, on white where it does not cover the canvas, as browsers show it on a white page."""
+    frame = vars(file)["tile"][0].extents
+    file.load()
+    if frame == (0, 0, *file.size):
+        return file
+    canvas = Image.new("RGB", file.size, "white")
+    canvas.paste(opaque(file.crop(frame)), frame[:2])
     return canvas
 
 
-def _orientation(exif: bytes) -> int:
-    """1 to 8; 1 where there is none or the block is broken, as browsers do."""
-    with suppress(struct.error, TypeError, InvalidImage):  # TypeError: a PNG's text chunk named "exif" is no bytes
-        tiff = exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
-        for *entry, value in tags(tiff):
-            if tuple(entry) == _ORIENTATION:
-                turn = int.from_bytes(value[:2], "little" if tiff[:2] == b"II" else "big")
-                return turn if turn in range(1, 9) else 1
-    return 1
+def _load_bmp(file: Image.Image) -> Image.Image:
+    """As Windows shows it: opaque where the file has an alpha that is zero everywhere, as most writers leave it."""
+    _keep_bmp_palette(file)
+    file.load()
+    if file.mode == "RGBA" and file.getchannel("A").getextrema() == (0, 0):
+        return file.convert("RGB")
+    return file
 
 
-def _turned(size: tuple[int, int], turn: int) -> tuple[int, int]:
-    return size[::-1] if turn in _SIDEWAYS else size
+def _keep_bmp_palette(file: Image.Image) -> None:
+    """Pillow drops a palette that is grey, and then takes the indices for that grey whatever their bits."""
+    opened: dict[str, Any] = vars(file)
+    raw, tile = opened["fp"].getvalue(), opened["tile"][0]
+    header = raw[14:54]
+    core = int.from_bytes(header[:4], "little") == _BMP_CORE
+    bits = int.from_bytes(header[10:12] if core else header[14:16], "little")
+    if file.mode not in {"1", "L"} or (file.mode, bits) in {("1", 1), ("L", 8)}:
+        return
+    entry, colours = 3 if core else 4, 0 if core else int.from_bytes(header[32:36], "little")
+    start = 14 + int.from_bytes(header[:4], "little")
+    palette = raw[start : start + entry * (colours or 1 << bits)]
+    opened["_mode"] = "P"
+    file.palette = ImagePalette.raw("BGR" if core else "BGRX", palette)
+    raw_mode = _BMP_INDEXED[bits] if tile.codec_name == "raw" else tile.args[0]
+    opened["tile"] = [tile._replace(args=(raw_mode, *tile.args[1:]))]
 
 
-def _reduce(image: Image.Image, turn: int, geometry: Geometry, least: int, most: int) -> int:
-    """Has a JPEG decoded at 1/1, 1/2, 1/4 or 1/8 of its sides, at least and at most so much; returns which.
-
-    libjpeg then computes means of so many pixels squared straight from the coefficients. They are resampled as the
-    pixels would be, so the crop must still hold enough of them for the filter.
-    """
-    left, top, right, bottom = crop_box(*_turned(image.size, turn), geometry)
-    held = min((right - left) / geometry.width, (bottom - top) / geometry.height)
-    reduction = max(least, next((r for r in (8, 4, 2) if r <= most and held >= _MARGIN * r), 1))
-    if reduction > 1:
-        image.draft(None, (image.width // reduction, image.height // reduction))
-    return reduction
-
-
-def _source_box(box: Box, size: tuple[int, int], turn: int) -> Box:
-    """Where `box` of the upright picture lies in the picture as it is stored."""
-    left, top, right, bottom = (box[1], box[0], box[3], box[2]) if turn in _SIDEWAYS else box
-    if turn in _MIRRORED:
-        left, right = size[0] - right, size[0] - left
-    if turn in _UPSIDE_DOWN:
-        top, bottom = size[1] - bottom, size[1] - top
-    return left, top, right, bottom
+def _fit(source: _Source, geometry: Geometry) -> NDArray[np.uint8]:
+    """Resize the source's crop, and only then turn it and spread grey to RGB: by then there are far fewer pixels."""
+    image, (width, height), orientation, reduction, grey = source
+    left, top, right, bottom = crop_box(*_turned(source.size, orientation), geometry)
+    if orientation in _SIDEWAYS:
+        left, top, right, bottom = top, left, bottom, right
+    if orientation in _MIRRORED:
+        left, right = width - right, width - left
+    if orientation in _UPSIDE_DOWN:
+        top, bottom = height - bottom, height - top
+    # However odd sizes are rounded up, a pixel of the reduced image covers as many source pixels.
+    box: Box = (left / reduction, top / reduction, right / reduction, bottom / reduction)
+    size = _turned((geometry.width, geometry.height), orientation)
+    if grey or image.mode not in {"RGB", "RGBX", "L"} or image.has_transparency_data:
+        image, box = visible(image, box, size, Image.Resampling[geometry.interpolation.upper()], grey)
+    pixels = resample(image, box, size, geometry.interpolation)
+    pixels = pixels[:: -1 if orientation in _UPSIDE_DOWN else 1, :: -1 if orientation in _MIRRORED else 1]
+    return np.ascontiguousarray(pixels.swapaxes(0, 1) if orientation in _SIDEWAYS else pixels)
 
 
-def _fit(picture: Image.Image, box: Box, turn: int, geometry: Geometry, grey: Grey | None) -> NDArray[np.uint8]:
-    """Resizes what `box` holds, and only then turns it and spreads grey to RGB: there are far fewer pixels then."""
-    size = _turned((geometry.width, geometry.height), turn)
-    if grey or picture.mode not in {"RGB", "RGBX", "L"} or picture.has_transparency_data:
-        picture, box = visible(picture, box, size, Image.Resampling[geometry.interpolation.upper()], grey)
-    pixels = resample(picture, box, size, geometry.interpolation)
-    pixels = pixels[:: -1 if turn in _UPSIDE_DOWN else 1, :: -1 if turn in _MIRRORED else 1]
-    return np.ascontiguousarray(pixels.swapaxes(0, 1) if turn in _SIDEWAYS else pixels)
+def _turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    return size[::-1] if orientation in _SIDEWAYS else size

@@ -1,4 +1,4 @@
-"""What preprocessing makes of an image, and where. Cards have it, and reading cards must not take torch."""
+"""How an image is resized and cropped to the model's input. Cards need it, so it must not import torch."""
 
 from dataclasses import dataclass
 from math import floor
@@ -12,7 +12,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom; in pixels
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The model's input size, and how an image comes to it.
+    """The model's input size, and how an image is brought to it.
 
     `shorter_side_crop` resizes the image, its aspect ratio kept, until it covers `resized(height)` x `resized(width)`,
     and crops the centre. `stretch` resizes it to height x width, whatever its aspect ratio; `crop` is 1 then.
@@ -26,7 +26,7 @@ class Geometry:
     rounding: Rounding = "floor"
 
     def resized(self, side: int) -> int:
-        """Pixels of which the centre crop keeps `side`: side / crop in double precision, rounded as `rounding` says.
+        """The side of which the centre crop keeps `side` pixels: side / crop in double precision, then rounded.
 
         `floor` is the rule of timm (`timm.data.transforms_factory`) and, with a crop of 0.875, of the authors' release
         (`int(256 / 224 * side)`); `nearest` is lucid's, and that of cards without `format`. Both in Python's sense.
@@ -45,7 +45,7 @@ def crop_box(width: int, height: int, geometry: Geometry) -> Box:
 
 
 def _resized(width: int, height: int, geometry: Geometry) -> tuple[int, int]:
-    """What the image measures once it is resized and not yet cropped: (width, height).
+    """The size of the resized image before it is cropped: (width, height).
 
     A square is covered as by torchvision's `Resize(side)`, which rounds the longer side down; another rectangle as by
     timm's `ResizeKeepRatio`, which rounds both to the nearest, or as older cards did, which rounded down.

@@ -1,6 +1,6 @@
 """JPEGs, decoded only when all their pixels are there.
 
-libjpeg fills what is missing with grey and only warns, and Pillow drops its warnings. simplejpeg, the same library,
+libjpeg fills missing pixels with grey and only warns, and Pillow drops its warnings. simplejpeg, with the same library,
 reports them. A file without an end marker is whole if nothing else is missing, so every file gets one.
 """
 
@@ -24,7 +24,7 @@ _BARE = {0x01, 0xD8, *range(0xD0, 0xD8)}  # markers without a segment
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE, _ARITHMETIC = {0xC2, 0xCA}, range(0xC9, 0xD0)
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
-# What libjpeg says; its other warnings are about bytes that no pixel needs, or about the header.
+# Words of libjpeg's warnings; its other warnings are about bytes that no pixel needs, or about the header.
 _MISSING = ("premature end", "Premature end")
 _DAMAGED = ("bad Huffman code", "instead of RST")
 _SMALL_PIXELS = 2**21  # up to here the resampling wants three bytes per pixel, above it would be a copy too many
@@ -34,7 +34,7 @@ _COLOURS = {"L": "GRAY", "CMYK": "CMYK"}
 
 
 class _Scan(NamedTuple):
-    """Which components it holds, which of their 64 coefficients, and down to which bit."""
+    """The components of a scan, the first and last of their 64 coefficients in it, and the lowest bit."""
 
     components: bytes
     first: int
@@ -43,7 +43,7 @@ class _Scan(NamedTuple):
 
 
 class _Pixels(Image.Image):
-    """An RGB image that is an array, and Pillow's own, a copy with four bytes a pixel, only when Pillow works on it."""
+    """An RGB image that is an array; Pillow's own copy, with four bytes a pixel, is made only when Pillow needs it."""
 
     def __init__(self, pixels: NDArray[np.uint8]) -> None:
         super().__init__()
@@ -54,23 +54,23 @@ class _Pixels(Image.Image):
         return self._pixels.__array_interface__
 
     def load(self) -> Any:  # noqa: ANN401  Pillow's, whose name is private
-        """As Pillow's files do: called before anything that needs Pillow's pixels."""
+        """Called by Pillow before everything that needs its own pixels."""
         if self._im is None:
             self.im = Image.fromarray(self._pixels).im
         return super().load()
 
 
 def ended(raw: bytes) -> bytes:
-    """The file with an end marker, which changes nothing where there is one."""
+    """The file with an end marker; unchanged where it has one."""
     return raw if raw.endswith(_END) else raw + _END
 
 
 def check_complete(raw: bytes) -> None:
-    """Refuses a JPEG of which whole scans are missing, or of which it can't be known.
+    """Refuse a JPEG of which whole scans are missing, or may be missing.
 
     Raises:
-        InvalidImage: a component has no scan, or of a progressive one not all coefficients came to their last bit; or
-            it is coded arithmetically, where the data that is missing can not be told from zeros.
+        InvalidImage: a component has no scan, or a progressive one lacks the last bits of some coefficients; or it is
+            coded arithmetically, where missing data looks like zeros.
     """
     frame, components, scans = 0, b"", []
     for marker, body, _ in _segments(raw):
@@ -118,8 +118,8 @@ def load_jpeg(image: Image.Image, raw: bytes, reduction: int) -> Image.Image:
 
 
 def check_pixels(raw: bytes, most: int) -> None:
-    """Refuses a JPEG inside another file that lacks pixels, or has more than `most`."""
-    with suppress(ValueError):  # what simplejpeg can't read is for others to judge
+    """Refuse a JPEG inside another file that lacks pixels, or has more than `most`."""
+    with suppress(ValueError):  # a file that simplejpeg can't read is checked by its decoder
         height, width, colours, _ = simplejpeg.decode_jpeg_header(raw)
         if height * width > most:
             raise InvalidImage("corrupt JPEG: it is larger than its place in the file that it is in")
@@ -130,19 +130,19 @@ def check_pixels(raw: bytes, most: int) -> None:
 
 
 def _refuse(error: ValueError) -> None:
-    """Raises OSError, as Pillow would, if libjpeg's warning means that pixels are not there."""
-    told = str(error).removeprefix("Corrupt JPEG data: ")
-    if any(said in told for said in _MISSING):
-        raise OSError(f"image file is truncated ({told})") from error
-    if any(said in told for said in _DAMAGED):
-        raise OSError(told) from error
+    """Raise OSError, as Pillow would, if libjpeg's warning means that pixels are missing."""
+    warning = str(error).removeprefix("Corrupt JPEG data: ")
+    if any(words in warning for words in _MISSING):
+        raise OSError(f"image file is truncated ({warning})") from error
+    if any(words in warning for words in _DAMAGED):
+        raise OSError(warning) from error
 
 
 def _load_tolerantly(image: Image.Image, raw: bytes) -> Image.Image:
-    """By Pillow, where libjpeg has other warnings or simplejpeg can't read how colours are subsampled.
+    """Load with Pillow, where libjpeg has other warnings or simplejpeg does not support the subsampling of colours.
 
-    Without its end marker libjpeg waits for more, and Pillow refuses it, when it has read all of a scan and misses
-    pixels; when it misses none it is content. Of several scans it needs the marker.
+    Without an end marker, libjpeg waits for more data when it has read all of a scan and misses pixels, and Pillow
+    refuses the file; when it misses none it ends. For several scans it needs the marker.
     """
     starts = [end for marker, _, end in _segments(raw) if marker == _START_OF_SCAN]
     if len(starts) == 1 and (end := _MARKER.search(raw, starts[0])):
@@ -153,7 +153,7 @@ def _load_tolerantly(image: Image.Image, raw: bytes) -> Image.Image:
 
 
 def _segments(raw: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """Marker, body (its length is left out) and end of each segment up to the end of the image."""
+    """Marker, body (without its length) and end of each segment up to the end of the image."""
     position = 2
     for _ in range(_MOST_SEGMENTS):
         if not (found := _MARKER.search(raw, position)) or (marker := raw[found.end() - 1]) == _END_OF_IMAGE:

@@ -1,4 +1,4 @@
-"""What a picture may cost to decode, checked before it is: pixels, memory, the many small things of a hostile file."""
+"""Limits on the cost of decoding an image, checked before it is decoded: pixels, memory, parts of a hostile file."""
 
 import io
 import re
@@ -14,12 +14,12 @@ from PIL import ExifTags, Image, TiffImagePlugin
 
 from service.errors import ImageTooLarge, InvalidImage
 
-# What a hostile file may cost beyond its bytes and pixels; real pictures stay far below each.
+# Limits on a hostile file beyond its bytes and pixels; real images stay far below each.
 _MAX_SIDE = 65_535  # JPEG's own; costs per row and Pillow's float32 boxes are fine up to there
 _MAX_READS = 100_000  # by Pillow in Python, for it walks markers, chunks and blocks there: 0.1 s
 _MAX_SCANNED_PIXELS = 2_000_000_000  # passes over the pixels of a JPEG, 0.3 s per billion; real ones make 10
 _MAX_TIFF_VALUES = 65_536  # of one TIFF tag: Pillow makes a Python object of each
-_MAX_BYTES = 9  # of memory per pixel of the limit: 4 of the picture, as much in the decoder, and what is small
+_MAX_BYTES = 9  # of memory per pixel of the limit: 4 of the image, as much in the decoder, and small parts
 _HELD_BYTES = {  # per pixel: libwebp's two canvases, libavif's planes of 16 bits and its RGB, and Pillow's copy of it
     ("WEBP", "RGB"): 12,
     ("WEBP", "RGBA"): 12,
@@ -28,7 +28,7 @@ _HELD_BYTES = {  # per pixel: libwebp's two canvases, libavif's planes of 16 bit
 }
 # Above this a JPEG of several scans is read at half its sides: libjpeg keeps 8 bytes per pixel of it.
 _HALVED_PIXELS = 2**24
-_MOST_PIXELS = 178_956_970  # Pillow's own limit on all it opens, whatever the setting
+_MOST_PIXELS = 178_956_970  # Pillow's own limit on every file, whatever the setting
 _MAX_REPEATS = 16  # of these blocks, whose handling adds up; there should be one
 _ONCE: Mapping[str, bytes] = {"JPEG": rb"Exif\0\0", "PNG": b"iCCP"}
 _BYTES = {1, 2, 7}  # TIFF types that Pillow keeps as they are: BYTE, ASCII, UNDEFINED
@@ -38,12 +38,12 @@ _FOREIGN = (OSError, EOFError, SyntaxError, struct.error, zlib.error, *_LOGIC_ER
 
 
 class BoundedReader(io.BytesIO):
-    """A file in memory that ends too long a walk; it has no descriptor that libtiff could read from."""
+    """A file in memory that limits the number of reads; it has no descriptor that libtiff could read from."""
 
     reads = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As any file's; raises InvalidImage when there were too many."""
+        """As of any file; raises InvalidImage after too many calls."""
         self.reads += 1
         if self.reads > _MAX_READS:
             raise InvalidImage("corrupt image: too many segments")
@@ -52,23 +52,23 @@ class BoundedReader(io.BytesIO):
 
 @contextmanager
 def map_errors(name: str, max_pixels: int) -> Iterator[None]:
-    """Turns all that Pillow may raise on a file into our own errors."""
+    """Turn all errors that Pillow may raise for a file into our own."""
     try:
         yield
     except Image.DecompressionBombError as error:
         raise too_large(f"over {_MOST_PIXELS / 1e6:.4g}", min(max_pixels, _MOST_PIXELS)) from error
     except MemoryError as error:
-        raise ImageTooLarge(f"the {name} picture does not fit into memory") from error
+        raise ImageTooLarge(f"the {name} image does not fit into memory") from error
     except _FOREIGN as error:
         state = "truncated" if isinstance(error, EOFError) or "truncated" in str(error).lower() else "corrupt"
-        told = not isinstance(error, PIL.UnidentifiedImageError) and str(error)
-        raise InvalidImage(f"{state} {name}: {told or 'its header can not be read'}") from error
+        reason = not isinstance(error, PIL.UnidentifiedImageError) and str(error)
+        raise InvalidImage(f"{state} {name}: {reason or 'its header can not be read'}") from error
 
 
 def too_large(size: str, limit: int) -> ImageTooLarge:
-    """The error for a picture of `size` megapixels where `limit` pixels are allowed."""
+    """The error for an image of `size` megapixels where `limit` pixels are allowed."""
     limits = f"the limit is {limit / 1e6:.4g} (PVT_MAX_IMAGE_MEGAPIXELS)"
-    return ImageTooLarge(f"the picture has {size} megapixels, {limits}")
+    return ImageTooLarge(f"the image has {size} megapixels, {limits}")
 
 
 def _more_than(limit: int, pattern: bytes, raw: bytes) -> bool:
@@ -76,11 +76,11 @@ def _more_than(limit: int, pattern: bytes, raw: bytes) -> bool:
 
 
 def check_size(image: Image.Image, max_pixels: int) -> tuple[int, int]:
-    """The picture's width and height; raises ImageTooLarge when they, or what decoding holds of them, are too much."""
+    """The image's width and height; raises ImageTooLarge when they, or the memory for decoding, are too large."""
     if image.width * image.height > max_pixels:
         raise too_large(f"{image.width * image.height / 1e6:.4g}", max_pixels)
     if max(image.size) > _MAX_SIDE:
-        raise ImageTooLarge(f"the picture has {max(image.size)} pixels on a side, the limit is {_MAX_SIDE}")
+        raise ImageTooLarge(f"the image has {max(image.size)} pixels on a side, the limit is {_MAX_SIDE}")
     _check_memory(_HELD_BYTES.get((image.format or "", image.mode), 0) * image.width * image.height, max_pixels)
     return image.size
 
@@ -88,11 +88,11 @@ def check_size(image: Image.Image, max_pixels: int) -> tuple[int, int]:
 def _check_memory(size: float, max_pixels: int) -> None:
     if size > _MAX_BYTES * max_pixels:
         limits = f"{_MAX_BYTES * max_pixels / 1e6:.4g} ({_MAX_BYTES} for each of PVT_MAX_IMAGE_MEGAPIXELS)"
-        raise ImageTooLarge(f"decoding the picture takes {size / 1e6:.4g} megabytes, the limit is {limits}")
+        raise ImageTooLarge(f"decoding the image takes {size / 1e6:.4g} megabytes, the limit is {limits}")
 
 
 def check_tiles(image: Image.Image, max_pixels: int) -> None:
-    """Refuses a TIFF whose tiles or strips take more memory or time than its pixels; libtiff decodes them whole."""
+    """Refuse a TIFF whose tiles or strips take more memory or time than its pixels; libtiff decodes them whole."""
     if vars(image)["tile"][0][0] != "libtiff":
         return  # Pillow reads uncompressed ones row by row
     read: Mapping[int, Any] = vars(image)["tag_v2"]
@@ -105,12 +105,14 @@ def check_tiles(image: Image.Image, max_pixels: int) -> None:
     bits = read.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
     pixel = 1 if image.mode in {"1", "L", "P"} else 4
     block = across * down * max(pixel, max(bits) * max(len(bits), read.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)) / 8)
-    turns = read.get(ExifTags.Base.Orientation, 1) != 1 or TiffImagePlugin.XMP in read  # XMP may tell it too
-    _check_memory(block + pixel * (1 + turns) * width * height, max_pixels)  # turned by Pillow while libtiff holds on
+    turns = read.get(ExifTags.Base.Orientation, 1) != 1 or TiffImagePlugin.XMP in read  # XMP may have it too
+    _check_memory(
+        block + pixel * (1 + turns) * width * height, max_pixels
+    )  # turned by Pillow while libtiff keeps its copy
 
 
 def check_blocks(raw: bytes, name: str) -> None:
-    """Refuses what would cost Pillow too much as soon as it opens the file."""
+    """Refuse a file that would cost Pillow too much as soon as it opens it."""
     if name in _ONCE and _more_than(_MAX_REPEATS, _ONCE[name], raw):
         raise InvalidImage(f"corrupt {name}: too many EXIF or colour profile blocks")
     for tag, kind, count, _ in tags(raw) if name == "TIFF" else ():
@@ -119,9 +121,9 @@ def check_blocks(raw: bytes, name: str) -> None:
 
 
 def check_scans(image: Image.Image, raw: bytes, start: int) -> int:
-    """Refuses a JPEG that makes libjpeg pass over the pixels very often; its first scan's data begins at `start`.
+    """Refuse a JPEG that makes libjpeg pass over the pixels very often; its first scan's data begins at `start`.
 
-    Returns by how much its sides must be reduced at least to be held in memory: 1 or 2.
+    Returns by how much its sides must be reduced at least, so that it fits into memory: 1 or 2.
     """
     layers = len(image.getbands())
     complete = raw.startswith(bytes((0xFF, 0xDA, 0, 6 + 2 * layers, layers)), max(0, start - 2 * layers - 8))

@@ -1,7 +1,7 @@
-"""What of a TIFF is read, and how its samples are to be understood.
+"""Which TIFFs are read, and the meaning of their samples.
 
-Pillow's table of what it reads lacks some of what it can read, and is wrong for some of what it claims to; both are
-set right here. What is left is refused with what it is.
+Pillow's table of TIFFs lacks some kinds that it can read, and is wrong for some that it lists; both are corrected here.
+All other kinds are refused with a description.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ _DEEP = {  # sample format and bits: Pillow's mode, and its raw mode by byte ord
     (_FLOAT, 32): ("F", {b"II": "F;32F", b"MM": "F;32BF"}),
     (_FLOAT, 64): ("F", {b"II": "F;64F", b"MM": "F;64BF"}),
 }
-_NATIVE = {  # what Pillow must take the samples for that libtiff hands on, which are in the machine's byte order
+_NATIVE = {  # Pillow's raw modes for samples that libtiff has decoded, which are in the machine's byte order
     "I;16": "I;16N",
     "I;16B": "I;16N",
     "I;16BS": "I;16NS",
@@ -53,7 +53,7 @@ _FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 4: "untyped", 5: "c
 
 
 def _complete_table() -> None:
-    """Adds deep grey to Pillow's table of what it reads, in both byte orders and directions."""
+    """Add deep grey to Pillow's table, in both byte orders and directions."""
     table = TiffImagePlugin.OPEN_INFO
     for order, photometric in product((b"II", b"MM"), (_WHITE_IS_ZERO, _BLACK_IS_ZERO)):
         for (form, bits), (mode, raw_modes) in _DEEP.items():
@@ -66,7 +66,7 @@ _complete_table()
 
 
 class _Layout(NamedTuple):
-    """The tags that say what the samples are; where one is missing, TIFF's default."""
+    """The tags that describe the samples; where one is missing, TIFF's default."""
 
     photometric: int
     form: int
@@ -76,7 +76,7 @@ class _Layout(NamedTuple):
 
     @property
     def described(self) -> str:
-        """For people."""
+        """In words."""
         kind = _PHOTOMETRICS.get(self.photometric, f"photometric {self.photometric}")
         bits = ", ".join(map(str, sorted(set(self.bits))))
         planes = ", in separate planes" if self.planar == _SEPARATE and self.samples > 1 else ""
@@ -96,7 +96,7 @@ def _layout(tags: Mapping[int, Any]) -> _Layout:
 
 
 def describe(raw: bytes) -> str:
-    """What is in a TIFF that Pillow does not know, for people.
+    """The kind of a TIFF that Pillow does not read, in words.
 
     Raises:
         Exception: whatever Pillow raises on tags that it can't read.
@@ -111,7 +111,7 @@ def describe(raw: bytes) -> str:
 
 
 def prepare(image: Image.Image, raw: bytes, max_pixels: int) -> Grey | None:
-    """Checks an open TIFF before it is decoded; returns how its samples are to be understood, if they are deep grey.
+    """Check an open TIFF before it is decoded; returns the meaning of its samples, if they are deep grey.
 
     Raises:
         InvalidImage: Pillow would decode it wrongly, or pixels of a JPEG inside are missing.
@@ -136,7 +136,7 @@ def prepare(image: Image.Image, raw: bytes, max_pixels: int) -> Grey | None:
 
 
 def _choose_decoder(image: Image.Image, layout: _Layout) -> None:
-    """Has libtiff decode what Pillow would decode wrongly, and Pillow take libtiff's samples for what they are."""
+    """Make libtiff decode files that Pillow would decode wrongly, and Pillow interpret libtiff's samples correctly."""
     opened = vars(image)
     codec, _, _, (raw_mode, *_) = opened["tile"][0]
     separate = layout.planar == _SEPARATE and layout.samples > 1
@@ -156,7 +156,7 @@ def _choose_decoder(image: Image.Image, layout: _Layout) -> None:
 
 
 def _check_jpegs(tags: Mapping[int, Any], raw: bytes) -> None:
-    """Refuses a TIFF whose strips or tiles are JPEGs that lack pixels: libtiff would make them grey."""
+    """Refuse a TIFF whose strips or tiles are JPEGs that lack pixels: libtiff would make them grey."""
     offsets = tags.get(TiffImagePlugin.STRIPOFFSETS) or tags.get(TiffImagePlugin.TILEOFFSETS) or ()
     counts = tags.get(TiffImagePlugin.STRIPBYTECOUNTS) or tags.get(TiffImagePlugin.TILEBYTECOUNTS) or ()
     width, height = (tags[side] for side in (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH))

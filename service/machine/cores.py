@@ -22,14 +22,14 @@ def usable_cores() -> int:
     """Cores by scheduling affinity and by the CPU quotas of the cgroup and those around it; at least 1.
 
     A quota is rounded down: two threads on a quota of 1.5 cores use it up in three quarters of each period and then
-    stand still, both, for the rest, while one leaves half a core to whatever else the process does.
+    both stand still for the rest, while one leaves half a core to the rest of the process.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([affinity, *map(floor, _quotas())]))
 
 
 def share(total: int, index: int, parts: int) -> int:
-    """What the `index`th of `parts` gets of `total`, as even as whole numbers allow; at least 1."""
+    """The share of part `index` of `parts` in `total`, as even as whole numbers allow; at least 1."""
     return max(1, total // parts + (index < total % parts))
 
 
@@ -74,7 +74,7 @@ def _cgroup(version: int) -> PurePosixPath:
 
 
 def _below(mount: _Mount, cgroup: PurePosixPath) -> Path:
-    """The folder of `cgroup`; in a container that shows only a part of the hierarchy, what it shows."""
+    """The folder of `cgroup`; in a container that shows only a part of the hierarchy, the root of that part."""
     if ".." in cgroup.parts or not cgroup.is_relative_to(mount.root):
         return mount.point
     return mount.point / cgroup.relative_to(mount.root)
@@ -92,7 +92,7 @@ def _v1(folder: Path) -> float | None:
 
 
 def _cores(quota: str = "max", period: str = "100000", *_: str) -> float | None:
-    """A quota in cores; None for no limit, and for what is no number."""
+    """A quota in cores; None for no limit, and for what is not a number."""
     try:
         return int(quota) / int(period) if int(quota) > 0 else None
     except (ValueError, ZeroDivisionError):

@@ -30,22 +30,22 @@ def visible() -> tuple[str, ...]:
     return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) if torch.cuda.is_available() else ()
 
 
-def choose(wanted: str, there: Sequence[str]) -> tuple[str, ...]:
-    """The GPUs of those `there` that `wanted` means; empty for the CPU.
+def choose(setting: str, present: Sequence[str]) -> tuple[str, ...]:
+    """The GPUs of those `present` that the setting selects; empty for the CPU.
 
-    `wanted` is `cpu`, `cuda` for every GPU, `auto` for every GPU if there are any, or names separated by commas.
+    `setting` is `cpu`, `cuda` for every GPU, `auto` for every GPU if there are any, or names separated by commas.
 
     Raises:
-        BackendUnavailable: a GPU is asked for that is not there; the message says what to do.
+        BackendUnavailable: it names a GPU that is missing; the message says what to do.
     """
-    if wanted in {"auto", "cpu"}:
-        return tuple(there) if wanted == "auto" else ()
-    names = tuple(there) or ("cuda:0",) if wanted == "cuda" else tuple(dict.fromkeys(wanted.split(",")))
-    missing = [name for name in names if name not in there]
+    if setting in {"auto", "cpu"}:
+        return tuple(present) if setting == "auto" else ()
+    names = tuple(present) or ("cuda:0",) if setting == "cuda" else tuple(dict.fromkeys(setting.split(",")))
+    missing = [name for name in names if name not in present]
     if missing:
-        seen = f"sees {', '.join(there)}" if there else "sees none"
+        seen = f"sees {', '.join(present)}" if present else "sees none"
         raise BackendUnavailable(
-            f"PVT_DEVICE={wanted}: torch {torch.__version__} {seen}, not {', '.join(missing)}; set PVT_DEVICE=cpu, or "
+            f"PVT_DEVICE={setting}: torch {torch.__version__} {seen}, not {', '.join(missing)}; set PVT_DEVICE=cpu, or "
             "install a CUDA build of torch (docs/gpu.md) and check the driver with nvidia-smi"
         )
     return names

@@ -13,16 +13,16 @@ T = TypeVar("T")
 
 
 async def detached(function: Callable[[], T], name: str = "pvt-detached") -> T:
-    """What `function` gives, called on a thread of its own, which does not keep the process from ending.
+    """The result of `function`, called on a new daemon thread, which does not keep the process from ending.
 
-    For what takes minutes and may be lost. A caller that is cancelled leaves it to end by itself.
+    For calls that take minutes and may be lost. When the caller is cancelled, the call goes on.
     """
     future: Future[T] = Future()
 
     def call() -> None:
         try:
             result = function()
-        except BaseException as error:  # noqa: BLE001  whoever waits has it
+        except BaseException as error:  # noqa: BLE001  the caller raises it
             future.set_exception(error)
         else:
             future.set_result(result)
@@ -41,7 +41,7 @@ class Workers:
         self._since: dict[int, float] = {}
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function` on one of the threads. A caller that is cancelled while the job waits takes it along."""
+        """Call `function` on one of the threads. When the caller is cancelled, a call that still waits is dropped."""
         job = partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed, job)
 
@@ -51,7 +51,7 @@ class Workers:
         return now - min(self._since.copy().values(), default=now)
 
     def close(self, *, wait: bool = True) -> None:
-        """Drop the jobs that wait and end the threads; without `wait`, each in its own time."""
+        """Drop the jobs that wait, and end the threads; without `wait`, return before they have ended."""
         self._pool.shutdown(wait=wait, cancel_futures=True)
 
     def _timed(self, job: Callable[[], T]) -> T:

@@ -17,7 +17,7 @@ from service.registry.resident import Resident
 from service.registry.status import ModelStatus, VersionStatus
 from service.sharing import fresh
 from service.store.remote import open_store
-from service.store.stored import Contents, StoredModel
+from service.store.store import Contents, StoredModel
 
 FETCHES = 4  # at a time; they wait for one another's room in the cache, but not for one that has its files
 

@@ -7,7 +7,7 @@ from math import inf
 from typing import Generic, Literal, Protocol, TypeVar
 
 from service.registry.residency import Footprint
-from service.store.stored import StoredModel
+from service.store.store import StoredModel
 
 M = TypeVar("M")
 

@@ -23,7 +23,7 @@ from service.registry.entries import UnloadReason
 from service.registry.loader import load
 from service.registry.residency import Footprint, Footprints
 from service.registry.resident import Resident
-from service.store.stored import StoredModel
+from service.store.store import StoredModel
 
 T = TypeVar("T")
 

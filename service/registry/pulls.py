@@ -100,7 +100,7 @@ class Pulls:
 
     def _begin(self, model: Published) -> _Pull:
         under_way = self._under_way[model.variant] = _Pull(monotonic())
-        blocking = partial(pull, self._root, model, self._options, tell=under_way.progress, stop=self._stop)
+        blocking = partial(pull, self._root, model, self._options, on_progress=under_way.progress, stop=self._stop)
         under_way.task = asyncio.create_task(self._thread.run(blocking))
         under_way.task.add_done_callback(partial(self._ended, model))
         log.info("pull_begun", model=model.id)

@@ -18,7 +18,8 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import MemoryBudgetExceeded
-from service.store.stored import StoredModel
+from service.files import atomic_write
+from service.store.store import StoredModel
 
 log = structlog.get_logger(component="residency")
 
@@ -171,9 +172,7 @@ class Footprints:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            draft = path.with_suffix(".draft")
-            draft.write_text(footprint.model_dump_json() + "\n")
-            draft.replace(path)
+            atomic_write(path, footprint.model_dump_json() + "\n")
         except OSError as error:
             log.warning("footprint_not_written", model=stored.id, file=str(path), reason=str(error))
 

@@ -1,1 +1,1 @@
-"""Where models lie, here or by URL: cards, versions, aliases, bytes."""
+"""Model stores, in a folder or by URL: cards, versions, aliases, bytes."""

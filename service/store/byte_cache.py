@@ -1,6 +1,6 @@
-"""Files brought here from elsewhere, within a number of bytes, by several threads and processes.
+"""Copies of remote files in a folder of limited size, which several threads and processes share.
 
-Locks are the kernel's (`flock`), since they are shared by readers and end with their process, whatever ends it.
+Locks are the kernel's (`flock`): readers can share them, and they end with their process, whatever ends it.
 """
 
 import errno
@@ -19,19 +19,20 @@ from typing import BinaryIO
 import structlog
 
 from service.errors import ServiceError, ShuttingDown, StoreCacheFailed, WeightsCorrupt, WeightsDigestMismatch
+from service.files import file_sha256
 from service.store.cards import CARD_FILE
 
 log = structlog.get_logger(component="store")
 
-PIECE_BYTES = 1 << 20
-LOCK_SECONDS = 0.05  # between two looks at a lock that another holds
-MAX_UNKNOWN_BYTES = 256_000_000  # of a file whose size nobody said: reference pictures
+CHUNK_BYTES = 1 << 20
+LOCK_SECONDS = 0.05  # between two attempts to take a lock that another holds
+MAX_UNKNOWN_BYTES = 256_000_000  # of a file whose size is not known: reference images
 _LOCKS = ".locks"
 _PART = ".part"
 
 
 class SourceFailed(Exception):
-    """A file could not be read where it comes from; the cause is why."""
+    """A file could not be read from its source; the cause is why."""
 
 
 class _WriteFailed(Exception):
@@ -41,21 +42,21 @@ class _WriteFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """A file: where it is to lie, its SHA-256, what messages call it, and how to read it.
+class CachedFile:
+    """A file: the path of its copy, its SHA-256, its name in messages, and how to open its source.
 
-    `bytes` is its size, None where nobody said.
+    `bytes` is its size, None if that is not known.
     """
 
     path: Path
     sha256: str
     bytes: int | None
-    shown: str
+    name: str
     open: Callable[[], BinaryIO]
 
 
 class ByteCache:
-    """The files under `root`, `limit` bytes at the most; those in use are never removed."""
+    """The copies under `root`, `limit` bytes at the most; those in use are never removed."""
 
     def __init__(self, root: Path, limit: int) -> None:
         self.root = root
@@ -63,29 +64,29 @@ class ByteCache:
         self._closed = Event()
 
     def close(self) -> None:
-        """Give up what is under way; what came already is kept for the next time."""
+        """Stop downloads under way; their bytes are kept for the next attempt."""
         self._closed.set()
 
     @contextmanager
-    def holding(self, folder: Path, files: list[Wanted]) -> Iterator[None]:
-        """All `files`, which lie in `folder`, are there and whole, for as long as the context lasts.
+    def holding(self, folder: Path, files: list[CachedFile]) -> Iterator[None]:
+        """All `files`, which lie in `folder`, are present and whole for as long as the context lasts.
 
         Raises:
-            WeightsCorrupt, WeightsDigestMismatch: what came is not what was wanted.
+            WeightsCorrupt, WeightsDigestMismatch: the source has other bytes than it should.
             StoreCacheFailed: no room, or the folder can't be written.
             ShuttingDown: `close` was called meanwhile.
-            SourceFailed: what `open` gave could not be read.
+            SourceFailed: a source could not be read.
         """
         with self._locked(self._key(folder), fcntl.LOCK_SH):
             if not all(_is_whole(file) for file in files):
-                with self._locked("cache", fcntl.LOCK_EX):  # one at a time, so that nobody counts on another's room
+                with self._locked("cache", fcntl.LOCK_EX):  # one at a time, since they need the same room
                     for file in files:
                         if not _is_whole(file):
-                            self._bring(file)
+                            self._fetch(file)
             yield
 
-    def _bring(self, file: Wanted) -> None:
-        """Download `file`; what an earlier attempt left is gone on from."""
+    def _fetch(self, file: CachedFile) -> None:
+        """Download `file`, from where an earlier attempt ended."""
         part = file.path.with_name(f".{file.sha256[:16]}{_PART}")
         try:
             file.path.unlink(missing_ok=True)
@@ -97,62 +98,62 @@ class ByteCache:
                 part.unlink(missing_ok=True)
             raise self._failed(error) from error
 
-    def _download(self, file: Wanted, part: Path) -> None:
+    def _download(self, file: CachedFile, part: Path) -> None:
         limit = MAX_UNKNOWN_BYTES if file.bytes is None else file.bytes
-        with part.open("ab+") as to:
-            with _source(file) as source:
-                sha256, done = _resumed(source, to, limit)
-                while done <= limit and (piece := source.read(PIECE_BYTES)):
+        with part.open("ab+") as copy:
+            with _opened(file) as source:
+                sha256, size = _resume(source, copy, limit)
+                while size <= limit and (chunk := source.read(CHUNK_BYTES)):
                     if self._closed.is_set():
                         raise ShuttingDown("the service is shutting down")
-                    _written(to, piece)
-                    sha256.update(piece)
-                    done += len(piece)
-            to.flush()
-            os.fsync(to.fileno())
+                    _write(copy, chunk)
+                    sha256.update(chunk)
+                    size += len(chunk)
+            copy.flush()
+            os.fsync(copy.fileno())
         if sha256.hexdigest() == file.sha256:
             part.replace(file.path)
-            log.info("weights_fetched", file=file.shown, bytes=done)
+            log.info("weights_fetched", file=file.name, bytes=size)
             return
         part.unlink()
-        if file.bytes is not None and done != file.bytes:
-            said = f"truncated: {done}" if done < file.bytes else "too long: more than"
-            raise WeightsCorrupt(f"{file.shown}: {said} bytes, the card says {file.bytes}; copy the file again")
-        raise WeightsDigestMismatch(f"{file.shown}: SHA-256 is {sha256.hexdigest()}, the card says {file.sha256}")
+        if file.bytes is not None and size != file.bytes:
+            fault = f"truncated: {size}" if size < file.bytes else "too long: more than"
+            raise WeightsCorrupt(f"{file.name}: {fault} bytes, the card says {file.bytes}; copy the file again")
+        raise WeightsDigestMismatch(f"{file.name}: SHA-256 is {sha256.hexdigest()}, the card says {file.sha256}")
 
-    def _make_room(self, file: Wanted, part: Path) -> None:
-        """Remove the files longest unused, until `file` fits.
+    def _make_room(self, file: CachedFile, part: Path) -> None:
+        """Remove the least recently used files until `file` fits.
 
         Raises:
-            StoreCacheFailed: it never does, or not while others are in use.
+            StoreCacheFailed: it never fits, or not while others are in use.
         """
         needed = file.bytes or 0
         if needed > self.limit:
             raise StoreCacheFailed(
-                f"{file.shown} has {needed} bytes, more than the {self.limit} of PVT_STORE_CACHE_MB; raise it"
+                f"{file.name} has {needed} bytes, more than the {self.limit} of PVT_STORE_CACHE_MB; raise it"
             )
-        held = sorted(((path, there) for path, there in self._files() if path != part), key=lambda f: f[1].st_atime_ns)
-        excess = sum(there.st_size for _, there in held) + needed - self.limit
-        for path, there in held:
+        files = sorted((each for each in self._files() if each[0] != part), key=lambda each: each[1].st_atime_ns)
+        excess = sum(stat.st_size for _, stat in files) + needed - self.limit
+        for path, stat in files:
             if excess <= 0:
                 return
             with suppress(BlockingIOError), self._locked(self._key(path.parent), fcntl.LOCK_EX, wait=False):
                 path.unlink(missing_ok=True)
-                log.info("weights_evicted", file=str(path.relative_to(self.root)), bytes=there.st_size)
-                excess -= there.st_size
+                log.info("weights_evicted", file=str(path.relative_to(self.root)), bytes=stat.st_size)
+                excess -= stat.st_size
         if excess > 0:
             raise StoreCacheFailed(
-                f"no room for {file.shown}: {excess} bytes too many while models are being loaded; "
+                f"no room for {file.name}: {excess} bytes too many while models are being loaded; "
                 "ask again, or raise PVT_STORE_CACHE_MB"
             )
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """What counts: all but cards, aliases and locks. What can't be looked at can't be removed either."""
+        """The files that count: all but cards, aliases and locks. What can't be looked at can't be removed either."""
         for path in self.root.glob("*/*/*/*"):
             with suppress(OSError):
-                there = path.stat()
-                if path.name != CARD_FILE and S_ISREG(there.st_mode):
-                    yield path, there
+                stat = path.stat()
+                if path.name != CARD_FILE and S_ISREG(stat.st_mode):
+                    yield path, stat
 
     def _key(self, folder: Path) -> str:
         return hashlib.sha256(str(folder.relative_to(self.root)).encode()).hexdigest()[:32]
@@ -182,52 +183,50 @@ class ByteCache:
         return StoreCacheFailed(f"{self.root}: {error.strerror or error}; PVT_STORE_CACHE_DIR names the folder")
 
 
-def _is_whole(file: Wanted) -> bool:
-    """Whether it is there with the right bytes; if so, it counts as used now."""
+def _is_whole(file: CachedFile) -> bool:
+    """Whether the copy has the right bytes; if so, it counts as used now."""
     try:
-        there = file.path.stat()
-        if file.bytes not in {None, there.st_size}:
-            return False
-        with file.path.open("rb") as opened:
-            whole = hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256
-    except OSError:  # fetching it anew tells what is wrong, if more is than that it is not there
+        stat = file.path.stat()
+        whole = file.bytes in {None, stat.st_size} and file_sha256(file.path) == file.sha256
+    except OSError:  # fetching the file again shows what is wrong, if more is than that it is missing
         return False
-    with suppress(OSError):  # a folder that can only be read
-        os.utime(file.path, ns=(time_ns(), there.st_mtime_ns))
+    if whole:
+        with suppress(OSError):  # a folder that can only be read
+            os.utime(file.path, ns=(time_ns(), stat.st_mtime_ns))
     return whole
 
 
 @contextmanager
-def _source(file: Wanted) -> Iterator[BinaryIO]:
-    """The file elsewhere; what goes wrong with it is `SourceFailed`, what goes wrong here is not."""
+def _opened(file: CachedFile) -> Iterator[BinaryIO]:
+    """The source of `file`. Its errors become `SourceFailed`; errors of the copy stay what they are."""
     try:
         with file.open() as source:
             yield source
     except (ServiceError, _WriteFailed) as error:
         raise (error.reason if isinstance(error, _WriteFailed) else error) from error.__cause__
     except Exception as error:
-        raise SourceFailed(file.shown) from error
+        raise SourceFailed(file.name) from error
 
 
-def _written(to: BinaryIO, piece: bytes) -> None:
+def _write(copy: BinaryIO, chunk: bytes) -> None:
     try:
-        to.write(piece)
+        copy.write(chunk)
     except OSError as error:
         raise _WriteFailed(error) from error
 
 
-def _resumed(source: BinaryIO, to: BinaryIO, limit: int) -> tuple["hashlib._Hash", int]:
-    """Go to where the part ends, or to the start of both; the digest and the number of the bytes that are there."""
-    to.seek(0)
-    sha256, done = hashlib.sha256(), 0
-    while piece := to.read(PIECE_BYTES):
-        sha256.update(piece)
-        done += len(piece)
+def _resume(source: BinaryIO, copy: BinaryIO, limit: int) -> tuple["hashlib._Hash", int]:
+    """Go to where the copy ends, or to the start of both; digest and number of the bytes that the copy has then."""
+    copy.seek(0)
+    sha256, size = hashlib.sha256(), 0
+    while chunk := copy.read(CHUNK_BYTES):
+        sha256.update(chunk)
+        size += len(chunk)
     try:
-        if 0 < done <= limit:
-            source.seek(done)
-            return sha256, done
+        if 0 < size <= limit:
+            source.seek(size)
+            return sha256, size
     except (ValueError, NotImplementedError, OSError):
         pass  # a server without ranges
-    to.truncate(0)
+    copy.truncate(0)
     return hashlib.sha256(), 0

@@ -1,11 +1,11 @@
-"""Model cards: what lies beside a model's weights and says how to use them.
+"""Model cards: the file beside a model's weights that says how to use them.
 
-A card says by which `format` it is written. 1, of cards that say none: `crop` is rounded to the nearest pixel.
-2: `preprocessing` says how it rounds, and may say `stretch`.
+`format` is the version of the form. 1, of cards without `format`: `crop` is rounded to the nearest pixel.
+2: `preprocessing` says how to round, and may say `stretch`.
 
-A card that needs nothing of a format is written in the one before, which older releases read, too.
-A release that adds a field without which an older one would answer wrongly raises the format: an older release refuses
-such a card. Any other field that it does not know it ignores, with a warning.
+A card that needs nothing new of a format is written in the previous one, which older releases can read. A release that
+adds a field raises the format if older releases would give wrong results without the field: they refuse such a card.
+They ignore any other field that they do not know, with a warning.
 """
 
 import json
@@ -17,26 +17,28 @@ from typing import Annotated, Any, Literal, Self
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from service.errors import CardInvalid
+from service.errors import CardInvalid, reasons
 from service.images.geometry import Geometry, Interpolation, Resize, Rounding
-from service.invalid import reasons
 
 log = structlog.get_logger(component="store")
 
 CARD_FILE = "card.json"
 FORMAT = 2
 MAX_BYTES = 16_000_000  # the names of 21,000 classes take one
-MAX_NAME = 100  # of a field that is not known, in a message
+MAX_NAME = 100  # characters of an unknown field, in a message
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Mean = Annotated[float, Field(ge=0)]
 _Std = Annotated[float, Field(gt=0)]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """Base of what is stored as JSON: immutable, and without unknown fields."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Preprocessing(_Record):
+class Preprocessing(Record):
     """How pixels become the model's input.
 
     `resize`, `crop` and `rounding` are those of `service.images.geometry.Geometry`; `mean` and `std` are per RGB
@@ -65,48 +67,48 @@ class Preprocessing(_Record):
 
     @property
     def geometry(self) -> Geometry:
-        """The part of it that concerns `service.images.decoding`."""
+        """The part of it that `service.images.decoding` needs."""
         return Geometry(self.height, self.width, self.crop, self.interpolation, self.resize, self.rounding)
 
 
-class WeightsFile(_Record):
+class WeightsFile(Record):
     """The file beside the card that holds the weights."""
 
     file: Annotated[str, Field(pattern=r"^[\w.-]+\.(safetensors|pth)$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     bytes: Annotated[int, Field(gt=0)]
 
 
-class ReferenceFile(_Record):
+class ReferenceFile(Record):
     """The file beside the card with reference images and their float32 logits: see `service.execution.reference`."""
 
     file: Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
 
 
-class Accuracy(_Record):
-    """A measured top-1 accuracy: share of `images` of `dataset` that were right."""
+class Accuracy(Record):
+    """A measured top-1 accuracy: the share of `images` of `dataset` that were classified correctly."""
 
     dataset: str
     top1: Annotated[float, Field(ge=0, le=1)]
     images: Annotated[int, Field(gt=0)]
 
 
-class Origin(_Record):
-    """Where a pulled model's weights were fetched, and what their bytes there were held against.
+class Origin(Record):
+    """Where a pulled model's weights were fetched, and what their bytes were checked against.
 
-    `digest_from` is who gave the SHA-256: whoever published the weights, or the hub that they came from. With `nobody`
-    the first file fetched was trusted, and its digest is what a later one is held against.
+    `digest_from` is who gave the SHA-256: the publisher of the weights, or the hub that serves them. With `nobody` the
+    first file was trusted, and later ones must have the same digest.
     """
 
     url: str
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     bytes: Annotated[int, Field(gt=0)]
     digest_from: Literal["publisher", "hub", "nobody"]
     revision: str | None = None
 
 
-class ModelCard(_Record):
+class ModelCard(Record):
     """A model's own metadata. `labels[i]` is the name of class i."""
 
     format: Annotated[int, Field(ge=1, le=FORMAT)] = FORMAT
@@ -133,7 +135,7 @@ def card_json(card: ModelCard) -> str:
 
 
 def read_card(folder: Path) -> ModelCard:
-    """The card in `folder`; one of an older format means what it meant, in the terms of today's.
+    """The card in `folder`; one of an older format is converted to today's, and keeps its meaning.
 
     Raises:
         CardInvalid: it is missing, can't be read, is no JSON, of a newer format, or a field is wrong; each is named.
@@ -153,7 +155,7 @@ def read_card(folder: Path) -> ModelCard:
         raise CardInvalid(f"{path}: no card, but JSON of another kind; a card is an object")
     _check_format(path, content)
     try:
-        card = ModelCard.model_validate(_older(path, content), extra="ignore")
+        card = ModelCard.model_validate(_converted(path, content), extra="ignore")
     except ValidationError as error:
         raise CardInvalid(f"{path}: {reasons(error)}") from error
     if unknown := sorted(_unknown(content, ModelCard)):
@@ -166,16 +168,16 @@ def read_card(folder: Path) -> ModelCard:
 
 
 def _check_format(path: Path, content: dict[str, Any]) -> None:
-    said = content.get("format", 1)
-    if isinstance(said, int) and said > FORMAT:
+    version = content.get("format", 1)
+    if isinstance(version, int) and version > FORMAT:
         raise CardInvalid(
-            f"{path}: the card has format {said}, and this release reads up to {FORMAT}; serve it with a newer "
+            f"{path}: the card has format {version}, and this release reads up to {FORMAT}; serve it with a newer "
             "release, or keep an older version of the model beside it"
         )
 
 
-def _older(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a card without `format` in the terms of format 2. It rounded the resized side to the nearest."""
+def _converted(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a card in format 2; format 1 rounded the resized side to the nearest pixel."""
     pixels = content.get("preprocessing")
     if content.get("format", 1) != 1 or not isinstance(pixels, dict):
         return content
@@ -196,7 +198,7 @@ def _older(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(content: object, model: type[BaseModel], where: str = "") -> Iterator[str]:
-    """The places of all fields that `model`, or a record inside it, has not."""
+    """The places of all fields that neither `model` nor a record inside it has."""
     if not isinstance(content, dict):
         return
     for name, value in content.items():
@@ -211,5 +213,5 @@ def _unknown(content: object, model: type[BaseModel], where: str = "") -> Iterat
 
 @cache
 def _warn_once(event: str, card: str, what: str, hint: str) -> None:
-    """Cards are read at every look at the store, and so would be told of at each."""
+    """Once, since cards are read whenever the store is."""
     log.warning(event, card=card, what=what, hint=hint)

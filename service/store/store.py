@@ -6,41 +6,91 @@
 """
 
 import errno
-import shutil
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
-from hashlib import sha256
 from pathlib import Path
-from types import MappingProxyType
 
 from service.architecture.variants import VARIANTS
-from service.errors import AliasesInvalid, ModelNotFound, WeightsUnavailable
-from service.store.aliases import delete_alias, read_aliases, write_alias
-from service.store.cards import CARD_FILE, ModelCard, WeightsFile, card_json
+from service.errors import (
+    AliasesInvalid,
+    CardInvalid,
+    ModelLoadFailed,
+    ModelNotFound,
+    WeightsCorrupt,
+    WeightsUnavailable,
+)
+from service.store.cards import ModelCard, read_card
 from service.store.names import (
     DEFAULT_TAG,
+    MODEL_ID,
     VERSION,
     ModelName,
     alias_name,
     alias_target,
+    delete_alias,
     may_be_alias,
     may_be_model,
     parse,
+    read_aliases,
+    write_alias,
 )
-from service.store.stored import Contents, StoredModel, read_versions, usable
-from service.store.writes import staging
-
-WEIGHTS_FILE = "model.safetensors"
 
 
-__all__ = ["WEIGHTS_FILE", "Contents", "Store", "StoredModel", "weights_file", "write_model"]
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A version of a model in the store: with its card, or with the reason why it can't be used.
+
+    `version` is empty for a model that has none.
+    """
+
+    id: str
+    version: str
+    folder: Path
+    card: ModelCard | None
+    failure: ModelLoadFailed | None = None
+
+    @property
+    def key(self) -> str:
+        """`<id>@<version>`: what names this version and no other."""
+        return f"{self.id}@{self.version}"
+
+    @property
+    def variant(self) -> str:
+        """The architecture's name, from the model's id."""
+        return self.id.partition(".")[0]
+
+    def require_card(self) -> ModelCard:
+        """The card; raises the model's failure when there is none."""
+        if self.card is None:
+            raise self.failure or CardInvalid(f"{self.id} has no card")
+        return self.card
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A whole store at one moment: each model's versions, newest first, and the aliases or what is wrong with them."""
+
+    versions: Mapping[str, Sequence[StoredModel]]
+    aliases: Mapping[str, str]
+    aliases_failure: AliasesInvalid | None = None
+
+    @property
+    def models(self) -> list[StoredModel]:
+        """For each model, the version that its name alone stands for."""
+        return [_usable(versions)[0] for versions in self.versions.values()]
+
+    def aliases_of(self, name: str) -> list[str]:
+        """The aliases that stand for exactly this: a model's id, or a version's key."""
+        return [alias for alias, target in self.aliases.items() if target == name]
 
 
 class Store:
-    """Reads a store's folders afresh at each call, so that what was added is found and nothing is cached wrongly.
+    """Reads a store's folders at each call, so that new models are found and nothing is cached wrongly.
 
-    `partial` says that weights may lie elsewhere: a version without its weights file is none the worse for it.
+    `partial` says that weights may lie elsewhere: a version without its weights file is then no failure.
     """
 
     def __init__(self, root: Path, *, partial: bool = False) -> None:
@@ -53,7 +103,7 @@ class Store:
         Raises:
             WeightsUnavailable: the store's folder can't be read.
         """
-        return [usable(self._read(folder))[0] for folder in self._folders()]
+        return self.contents().models
 
     def contents(self) -> Contents:
         """Everything in the store.
@@ -61,6 +111,7 @@ class Store:
         Raises:
             WeightsUnavailable: the store's folder can't be read.
         """
+        self._refresh()
         versions = {folder.name: self._read(folder) for folder in self._folders()}
         try:
             return Contents(versions, self.aliases())
@@ -68,15 +119,16 @@ class Store:
             return Contents(versions, {}, failure)
 
     def versions(self, id_: str) -> list[StoredModel]:
-        """Every version of a model, newest first; a broken one carries its failure.
+        """Every version of a model, newest first; a broken one has its failure.
 
         Raises:
             ModelNotFound, WeightsUnavailable: the store has no model with this id.
         """
+        self._refresh()
         if folder := self._folder(id_):
             found = self._read(folder)
             if not found[0].version:
-                self._folders()  # raises where it is not this model alone that can't be read
+                self._folders()  # raises if the whole store can't be read, not this model alone
             return found
         raise self._missing(id_)
 
@@ -87,27 +139,28 @@ class Store:
 
         Raises:
             ModelNotFound: no such model or version, or several that a bare variant could mean.
-            WeightsUnavailable: a published model whose weights are not here.
+            WeightsUnavailable: a published model whose weights are not in the store.
             AliasesInvalid: it could be an alias, and the aliases can't be read.
         """
         return self.candidates(name)[0]
 
     def candidates(self, name: str) -> list[StoredModel]:
-        """What may answer to `name`, best first: the version it names, or all that are not broken, newest first.
+        """The versions that `name` may stand for, best first: the one it names, or all that are not broken.
 
-        Where all are broken, the newest with its failure.
+        The newest come first. Where all are broken, the newest with its failure.
 
         Raises:
             ModelNotFound, WeightsUnavailable, AliasesInvalid: as `find`.
         """
-        wanted = self._resolved(name)
-        versions = self.versions(wanted.id)
-        if wanted.version is None:
-            return usable(versions)
-        if named := [model for model in versions if model.version == wanted.version]:
+        self._refresh()
+        requested = self._resolved(name)
+        versions = self.versions(requested.id)
+        if requested.version is None:
+            return _usable(versions)
+        if named := [model for model in versions if model.version == requested.version]:
             return named
-        there = ", ".join(model.version for model in versions if model.version) or "none"
-        raise ModelNotFound(f"{wanted.id!r} has no version {wanted.version!r}; there are: {there}")
+        present = ", ".join(model.version for model in versions if model.version) or "none"
+        raise ModelNotFound(f"{requested.id!r} has no version {requested.version!r}; there are: {present}")
 
     def aliases(self) -> dict[str, str]:
         """Every alias, and the model or the version of one that it stands for.
@@ -115,10 +168,11 @@ class Store:
         Raises:
             AliasesInvalid: the aliases can't be read.
         """
+        self._refresh()
         return {name: str(target) for name, target in read_aliases(self.root).items()}
 
     def set_alias(self, name: str, target: str) -> None:
-        """Let `name` stand for `target`, `<id>` or `<id>@<version>`, from now on and for all who use this store.
+        """Make `name` stand for `target`, `<id>` or `<id>@<version>`, for everyone who uses this store.
 
         Raises:
             InvalidRequest: one of the two is not of its form.
@@ -130,7 +184,7 @@ class Store:
         write_alias(self.root, name, target)
 
     def remove_alias(self, name: str) -> None:
-        """Let `name` stand for nothing.
+        """Remove the alias `name`.
 
         Raises:
             ModelNotFound: there is no such alias.
@@ -140,14 +194,17 @@ class Store:
 
     @contextmanager
     def holding(self, stored: StoredModel) -> Iterator[StoredModel]:
-        """All files of `stored` are in its folder for as long as the context lasts; here they always are."""
+        """All files of `stored` are local for as long as the context lasts; in a local store they always are."""
         yield stored
 
     def close(self) -> None:
-        """Give up what is under way."""
+        """Stop what is under way."""
+
+    def _refresh(self) -> None:
+        """Bring the folder up to date before it is read; a local store always is."""
 
     def _read(self, folder: Path) -> list[StoredModel]:
-        return read_versions(folder, partial=self._partial)
+        return _read_versions(folder, partial=self._partial)
 
     def _folders(self) -> list[Path]:
         try:
@@ -158,19 +215,19 @@ class Store:
             ) from error
 
     def _folder(self, id_: str) -> Path | None:
-        """The model's folder; None where there is none, or `id_` is no name of one."""
+        """The model's folder; None where there is none, or `id_` is no model's name."""
         return self.root / id_ if may_be_model(self.root / id_) else None
 
     def _resolved(self, name: str) -> ModelName:
-        """Without alias and bare variant."""
+        """The model that an alias or a bare variant stands for; any other name, parsed."""
         if may_be_alias(name):
             if target := read_aliases(self.root).get(name):
                 if self._folder(target.id):
                     return target
                 raise ModelNotFound(f"alias {name!r} stands for {str(target)!r}, which is not in the store")
             raise self._missing(name)
-        wanted = parse(name)
-        return wanted._replace(id=self._of_variant(wanted.id)) if wanted.is_variant else wanted
+        requested = parse(name)
+        return requested._replace(id=self._of_variant(requested.id)) if requested.id in VARIANTS else requested
 
     def _of_variant(self, variant: str) -> str:
         default = f"{variant}.{DEFAULT_TAG}"
@@ -193,64 +250,64 @@ class Store:
                 f"the weights of {name!r} are not in the store; fetch them with 'pvt-serve pull {variant}', or let the "
                 "first request do so with PVT_PULL=on_demand"
             )
-        with suppress(AliasesInvalid):  # it is said to those who ask for an alias
+        with suppress(AliasesInvalid):  # raised for requests that name an alias
             known.extend(read_aliases(self.root))
         near = get_close_matches(name, [*known, *VARIANTS], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return ModelNotFound(f"no model {name!r} in the store; {hint}GET /models and 'pvt-serve ls' list what there is")
 
 
-def weights_file(weights: bytes) -> WeightsFile:
-    """What a card says of the safetensors file with these bytes."""
-    return WeightsFile(file=WEIGHTS_FILE, sha256=sha256(weights).hexdigest(), bytes=len(weights))
+def _usable(versions: Sequence[StoredModel]) -> list[StoredModel]:
+    """Those of a model's versions that are not broken, or else the first, with its failure."""
+    return [model for model in versions if model.failure is None] or list(versions[:1])
 
 
-def write_model(
-    root: Path,
-    version: str | None,
-    card: ModelCard,
-    weights: bytes | Path,
-    others: Mapping[str, bytes] = MappingProxyType({}),
-) -> Path:
-    """Put a model into the store at `root` and return its folder, which appears whole or not at all.
-
-    `weights` are the file's bytes, or a file on the same file system, which is moved. `others` are the files beside
-    card and weights, by name. `version` None is the next one that is free; a folder of another that is there already
-    is replaced.
-
-    Raises:
-        OSError: the folder can't be written.
-    """
-    model = root / card.id
-    root.mkdir(parents=True, exist_ok=True)
-    with staging(root, ".new-") as folder:
-        staged = folder / "staged"
-        staged.mkdir()
-        for file, content in others.items():
-            (staged / file).write_bytes(content)
-        (staged / CARD_FILE).write_text(card_json(card), encoding="utf-8")
-        if isinstance(weights, Path):
-            weights.rename(staged / card.weights.file)
-        else:
-            (staged / card.weights.file).write_bytes(weights)
-        model.mkdir(exist_ok=True)  # only now: whoever is killed before leaves no model without a version
-        if version is None:
-            return _placed(staged, model)
-        target, replaced = model / version, model / f".{version}.replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():
-            target.rename(replaced)
-        staged.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
-        return target
+def _read_versions(folder: Path, *, partial: bool) -> list[StoredModel]:
+    """Every version of the model in `folder`, newest first; at least one, which has a failure if there is none."""
+    try:
+        numbered = [path for path in folder.iterdir() if VERSION.fullmatch(path.name)]
+    except OSError as error:
+        return [StoredModel(folder.name, "", folder, None, CardInvalid(f"{folder}: {error.strerror or error}"))]
+    if not numbered:
+        failure = CardInvalid(f"{folder}: no version folder (1, 2, ...) in it")
+        return [StoredModel(folder.name, "", folder, None, failure)]
+    newest_first = sorted(numbered, key=lambda path: int(path.name), reverse=True)
+    return [_read_version(folder.name, version, partial=partial) for version in newest_first]
 
 
-def _placed(staged: Path, model: Path) -> Path:
-    """`staged` as the next version; another process may take that number at the same moment."""
-    while True:
-        taken = [int(path.name) for path in model.iterdir() if VERSION.fullmatch(path.name)]
-        try:
-            return staged.rename(model / str(max(taken, default=0) + 1))
-        except OSError as error:
-            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
-                raise
+def _read_version(id_: str, folder: Path, *, partial: bool) -> StoredModel:
+    try:
+        card = read_card(folder)
+        _check_name(id_, folder, card)
+        _check_weights(folder / card.weights.file, card.weights.bytes, partial=partial)
+    except ModelLoadFailed as failure:
+        return StoredModel(id_, folder.name, folder, None, failure)
+    return StoredModel(id_, folder.name, folder, card)
+
+
+def _check_name(name: str, folder: Path, card: ModelCard) -> None:
+    match = MODEL_ID.fullmatch(name)
+    if card.id != name:
+        raise CardInvalid(f"{folder}: the card is for {card.id!r} and lies in the folder of {name!r}")
+    if not match or match["variant"] != card.variant or card.variant not in VARIANTS:
+        raise CardInvalid(
+            f"{folder}: a model is named <variant>.<tag> with the card's variant {card.variant!r}, one of: "
+            + ", ".join(VARIANTS)
+        )
+
+
+def _check_weights(weights: Path, size: int, *, partial: bool) -> None:
+    """Check the weights file as far as that needs no reading."""
+    try:
+        actual = weights.stat().st_size
+        regular = weights.is_file()
+    except OSError as error:
+        if partial and isinstance(error, FileNotFoundError):
+            return
+        raise WeightsCorrupt(f"{weights}: {error.strerror}; put the file that the card names there") from error
+    if not regular:
+        raise WeightsCorrupt(f"{weights}: no regular file")
+    if actual != size:
+        raise WeightsCorrupt(f"{weights}: {actual} bytes, the card says {size}; copy the file again")
+    if not partial and not os.access(weights, os.R_OK):
+        raise WeightsCorrupt(f"{weights}: {os.strerror(errno.EACCES)}; let the service's user read it")

@@ -173,16 +173,16 @@ def test_a_request_head_without_end_is_refused(server: Server) -> None:
 def test_an_offer_of_http2_whose_body_comes_later_is_ignored_and_the_next_head_bounded(
     server: Server, digits: Path
 ) -> None:
-    picture = (digits / "seven.png").read_bytes()
+    image = (digits / "seven.png").read_bytes()
     offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAAAAMAAAAA")
     url = httpx.URL(server.url)
     with socket.create_connection((url.host, url.port)) as connection:
-        begin_upload(connection, server, len(picture), b"", *offer)
-        connection.sendall(picture)
+        begin_upload(connection, server, len(image), b"", *offer)
+        connection.sendall(image)
         with HTTPResponse(connection) as answer:
             answer.begin()
             label = json.load(answer)["results"][0]["predictions"][0]["label"]
-        begin_upload(connection, server, len(picture), b"", *offer, "X: " + "a" * 2_000_000)
+        begin_upload(connection, server, len(image), b"", *offer, "X: " + "a" * 2_000_000)
 
         assert (answer.status, label) == (200, "7")
         assert read_all(connection).startswith(b"HTTP/1.1 431")

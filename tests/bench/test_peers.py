@@ -59,7 +59,7 @@ def test_the_peers_model_has_the_size_of_each_variant() -> None:
     assert sum(parameter.numel() for parameter in make_model("pvt_v2_b0").parameters()) == 3_666_760
 
 
-def test_the_peers_prepare_a_picture_as_the_published_checkpoints_want_it() -> None:
+def test_the_peers_prepare_an_image_as_the_published_checkpoints_want_it() -> None:
     (image,) = jpegs(1)
 
     assert crop(image).shape == (224, 224, 3)
@@ -80,7 +80,7 @@ def test_answers_are_the_five_best_classes() -> None:
     assert [each["class_id"] for each in answer["predictions"]] == [9, 8, 7, 6, 5]
 
 
-def test_a_picture_is_sent_raw_or_as_a_form() -> None:
+def test_an_image_is_sent_raw_or_as_a_form() -> None:
     raw, form = bodies([b"jpeg"], "raw")[0], bodies([b"jpeg"], "multipart")[0]
 
     assert (raw.content_type, raw.data) == ("image/jpeg", b"jpeg")

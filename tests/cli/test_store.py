@@ -9,12 +9,12 @@ import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
-from service.acquisition.labels import imagenet_labels
-from service.acquisition.preprocessing import PRESETS, described
+from service.acquisition.catalogue import imagenet_labels
+from service.acquisition.preprocessing import PRESETS, describe
 from service.architecture.variants import Dialect
 from service.architecture.weights import read_checkpoint, remap_keys
 from service.store.cards import ModelCard
-from service.store.index import StoreIndex
+from service.store.location import StoreIndex
 from service.store.store import Store
 from tests.cli.conftest import Done, PvtServe
 from tests.service.architecture.test_weights import in_lucid, in_timm
@@ -184,7 +184,7 @@ def test_import_takes_the_preprocessing_of_the_library_whose_names_the_file_has(
     done, card = imported(pvt_serve, store, file)
 
     assert card.preprocessing == PRESETS[dialect].model_copy(update={"height": 64, "width": 64})
-    assert f"tensor names of {dialect}; images: {described(card.preprocessing)}" in done.err
+    assert f"tensor names of {dialect}; images: {describe(card.preprocessing)}" in done.err
 
 
 def test_import_reads_what_transformers_wrote_beside_the_weights(pvt_serve: PvtServe, store: Path) -> None:
@@ -206,7 +206,7 @@ def test_import_says_which_of_several_weights_it_takes(pvt_serve: PvtServe, stor
 
     for options, told, wanted in (
         ([], "EMA weights ('state_dict_ema'), as timm evaluates; --weights plain takes the others", ema),
-        (["--weights", "plain"], "plain weights, as asked", plain),
+        (["--weights", "plain"], "plain weights, as requested", plain),
     ):
         done, card = imported(pvt_serve, store, file, *options)
         assert told in done.err

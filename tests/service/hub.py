@@ -112,9 +112,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         etag = fault.etag or f'"{hashlib.md5(content, usedforsecurity=False).hexdigest()}"'
         start, status, headers = 0, 200, {"ETag": etag}
-        asked = self.headers.get("Range", "")
-        if asked and not fault.whole and self.headers.get("If-Range", etag) == etag:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        requested = self.headers.get("Range", "")
+        if requested and not fault.whole and self.headers.get("If-Range", etag) == etag:
+            start = int(requested.removeprefix("bytes=").removesuffix("-"))
             if start >= len(content):
                 self._answer(416, {"Content-Range": f"bytes */{len(content)}"})
                 return

@@ -1,4 +1,4 @@
-"""Stores elsewhere, for tests: a server of the S3 protocol, and one of plain HTTP that can be told to fail."""
+"""Remote stores, for tests: a server of the S3 protocol, and one of plain HTTP that can be made to fail."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,9 +9,10 @@ from threading import Thread
 from typing import Any
 
 from service.store.cards import ModelCard, Preprocessing
+from service.store.changes import weights_file, write_model
+from service.store.location import RemoteOptions
 from service.store.remote import RemoteStore
-from service.store.store import StoredModel, weights_file, write_model
-from service.store.urls import RemoteOptions
+from service.store.store import StoredModel
 from tests.service.hub import QuietServer
 
 TINY = "pvt_v2_b0.tiny"
@@ -70,10 +71,10 @@ class Folder(SimpleHTTPRequestHandler):
 
     status: Callable[[str], int | None]
     listing = True
-    asked: list[str]
+    requested: list[str]
 
     def do_GET(self) -> None:
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         if status := type(self).status(self.path):
             self.send_error(status)
         elif not self.listing and self.path.endswith("/"):
@@ -112,7 +113,7 @@ def site(root: Path, *, listing: bool = True) -> Iterator[Site]:
 
     Handler.status = ordinary
     Handler.listing = listing
-    Handler.asked = []
+    Handler.requested = []
     served = Site(root, Handler)
     try:
         yield served

@@ -9,7 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from service.architecture.pvt_v2 import PVT_V2, create
-from service.architecture.weights import digest, load_weights
+from service.architecture.weights import load_weights
+from service.files import file_sha256
 from service.store.cards import read_card
 from training.digits import NAMES, Digits, augmented, normalised, predicted, publish, render, rendered, split, train
 
@@ -46,8 +47,8 @@ def test_split_holds_out_a_stratified_fifth_and_loses_nothing() -> None:
     assert np.abs(counts - np.bincount(data.target) / 5).max() < 1
 
 
-def test_no_picture_is_in_both_parts() -> None:
-    train_part, held_out = ({picture.tobytes() for picture in part.pixels} for part in split())
+def test_no_image_is_in_both_parts() -> None:
+    train_part, held_out = ({image.tobytes() for image in part.pixels} for part in split())
 
     assert not train_part & held_out
 
@@ -60,15 +61,15 @@ def test_render_gives_64_by_64_grey_from_black_to_white() -> None:
     pixels = np.zeros((8, 8))
     pixels[2:6, 2:6] = 16
 
-    picture = render(pixels)
+    image = render(pixels)
 
-    assert picture.mode == "L"
-    assert picture.size == (64, 64)
-    assert picture.getpixel((0, 0)) == 0
-    assert picture.getpixel((32, 32)) == 255
+    assert image.mode == "L"
+    assert image.size == (64, 64)
+    assert image.getpixel((0, 0)) == 0
+    assert image.getpixel((32, 32)) == 255
 
 
-def test_plain_pictures_are_normalised_as_in_serving() -> None:
+def test_plain_images_are_normalised_as_in_serving() -> None:
     grey = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
 
     inputs = normalised(grey)
@@ -112,7 +113,7 @@ def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     assert cards[0] == cards[1]
     folder = tmp_path / "first" / "pvt_v2_b0.digits" / "1"
     assert read_card(folder) == cards[0]
-    assert digest(folder / "model.safetensors") == cards[1].weights.sha256
+    assert file_sha256(folder / "model.safetensors") == cards[1].weights.sha256
 
 
 def test_committed_card_agrees_with_its_file() -> None:
@@ -120,7 +121,7 @@ def test_committed_card_agrees_with_its_file() -> None:
     path = FOLDER / card.weights.file
 
     assert card.id == FOLDER.parent.name == "pvt_v2_b0.digits"
-    assert card.weights.sha256 == digest(path)
+    assert card.weights.sha256 == file_sha256(path)
     assert card.weights.bytes == path.stat().st_size
     assert card.labels == tuple("0123456789")
     assert (card.preprocessing.height, card.preprocessing.width, card.preprocessing.crop) == (64, 64, 1.0)
@@ -133,15 +134,15 @@ def test_committed_card_tells_the_models_size_and_accuracy(committed: PVT_V2) ->
     assert card.parameters == sum(parameter.numel() for parameter in committed.parameters())
     assert card.accuracy is not None
     assert card.accuracy.images == len(right) == 360
-    assert card.accuracy.top1 == pytest.approx(right.double().mean().item(), abs=0.006)  # two pictures: other kernels
+    assert card.accuracy.top1 == pytest.approx(right.double().mean().item(), abs=0.006)  # two images: other kernels
     assert card.accuracy.top1 >= 0.98
 
 
-def test_samples_are_the_first_held_out_picture_of_each_class() -> None:
+def test_samples_are_the_first_held_out_image_of_each_class() -> None:
     held_out = split().held_out
 
     for digit, name in enumerate(NAMES):
         first = held_out.pixels[np.flatnonzero(held_out.labels == digit)[0]]
-        with Image.open(ROOT / "docs" / "digits" / f"{name}.png") as picture:
-            assert picture.mode == "L"
-            assert np.array_equal(np.asarray(picture), np.asarray(render(first)))
+        with Image.open(ROOT / "docs" / "digits" / f"{name}.png") as image:
+            assert image.mode == "L"
+            assert np.array_equal(np.asarray(image), np.asarray(render(first)))

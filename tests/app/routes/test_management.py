@@ -8,7 +8,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from service.store.aliases import read_aliases
+from service.store.names import read_aliases
 from tests.app.conftest import MakeClient, png
 from tests.app.processes import serving
 from tests.service.stores import add_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from service.acquisition.download import Patience
+from service.acquisition.download import RetryPolicy
 from service.registry.pulls import PULLS
 from service.store.store import Store
 from tests.app.conftest import MakeClient, png
@@ -31,7 +31,7 @@ def _quick_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def _impatient(mirror: str | None) -> Any:
     from service.acquisition.pulling import PullOptions  # noqa: PLC0415  not the one that is replaced
 
-    return PullOptions(mirror=mirror, patience=Patience(attempts=1))
+    return PullOptions(mirror=mirror, policy=RetryPolicy(attempts=1))
 
 
 @pytest.fixture

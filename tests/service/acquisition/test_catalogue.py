@@ -5,8 +5,15 @@ import re
 import pytest
 import torch
 
-from service.acquisition.catalogue import CATALOGUE, CLASSES, SOURCES, mirrored, published
-from service.acquisition.labels import imagenet_classes, imagenet_labels
+from service.acquisition.catalogue import (
+    CATALOGUE,
+    CLASSES,
+    SOURCES,
+    imagenet_classes,
+    imagenet_labels,
+    mirrored,
+    published,
+)
 from service.architecture.pvt_v2 import create
 from service.architecture.variants import VARIANTS
 from service.errors import InvalidRequest, ModelNotFound
@@ -52,12 +59,12 @@ def test_a_published_model_has_three_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["b7", "pvt_v2_b2.mine", "", "../b2"])
-def test_what_is_not_published_is_not_found_and_what_is_told(name: str) -> None:
+def test_what_is_not_published_is_not_found_and_what_is_is_named(name: str) -> None:
     with pytest.raises(ModelNotFound, match=r"there are: pvt_v2_b0, .*pvt_v2_b5"):
         published(name)
 
 
-def test_a_source_without_the_variant_says_who_has_it() -> None:
+def test_a_source_without_the_variant_names_those_that_have_it() -> None:
     with pytest.raises(InvalidRequest, match="lucid has no pvt_v2_b2_li; these have: timm, opengvlab, official"):
         CATALOGUE["pvt_v2_b2_li"].file("lucid")
 

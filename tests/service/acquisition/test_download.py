@@ -1,4 +1,4 @@
-"""Downloads from a real server over real sockets, and all that can befall them."""
+"""Downloads from a real server over real sockets, and their faults."""
 
 import errno
 import hashlib
@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from service.acquisition.download import Fetched, Patience, Wanted, _secure, download
+from service.acquisition.download import DownloadedFile, FileRequest, RetryPolicy, _refuse_unencrypted, download
 from service.errors import PullFailed, StoreNotWritable, WeightsDigestMismatch
 from tests.service.hub import Fault, Hub, serving_hub
 
@@ -19,7 +19,7 @@ CONTENT = np.random.default_rng(0).bytes(1_000_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 HUB = "/timm/pvt_v2_b0.in1k/resolve/main/model.safetensors"
 RELEASE = "/whai362/PVT/releases/download/v2/pvt_v2_b0.pth"
-QUICK = Patience(attempts=3, timeout_seconds=5, backoff_seconds=0.001)
+QUICK = RetryPolicy(attempts=3, timeout_seconds=5, backoff_seconds=0.001)
 HALF = len(CONTENT) // 2
 
 
@@ -31,13 +31,13 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-def fetch(hub: Hub, folder: Path, path: str = HUB, *, patience: Patience = QUICK, **wanted: object) -> Fetched:
-    options = {"max_bytes": 2_000_000, **wanted}
+def fetch(hub: Hub, folder: Path, path: str = HUB, *, policy: RetryPolicy = QUICK, **request: object) -> DownloadedFile:
+    options = {"max_bytes": 2_000_000, **request}
     return download(
-        Wanted(url=hub.url + path, **options),  # type: ignore[arg-type]
+        FileRequest(url=hub.url + path, **options),  # type: ignore[arg-type]
         folder / "weights.safetensors",
         root=folder,
-        patience=patience,
+        policy=policy,
     )
 
 
@@ -53,7 +53,7 @@ def test_a_file_of_the_hub_is_held_against_the_digest_that_its_redirect_names(hu
     assert fetched.revision == "c0ffee"
 
 
-def test_a_release_has_no_digest_and_nobody_is_said_to_have_given_one(hub: Hub, tmp_path: Path) -> None:
+def test_a_release_has_no_digest_and_nobody_has_given_one(hub: Hub, tmp_path: Path) -> None:
     fetched = fetch(hub, tmp_path, RELEASE)
 
     assert (fetched.sha256, fetched.digest_from) == (SHA256, None)
@@ -63,16 +63,16 @@ def test_a_published_digest_counts(hub: Hub, tmp_path: Path) -> None:
     assert fetch(hub, tmp_path, RELEASE, sha256=SHA256).digest_from == "publisher"
 
 
-def test_progress_is_told_up_to_the_whole(hub: Hub, tmp_path: Path) -> None:
-    told: list[tuple[int, int | None]] = []
-    wanted = Wanted(url=hub.url + HUB, max_bytes=2_000_000)
-    download(wanted, tmp_path / "x.pth", root=tmp_path, tell=lambda done, total: told.append((done, total)))
+def test_progress_is_reported_up_to_the_whole(hub: Hub, tmp_path: Path) -> None:
+    reports: list[tuple[int, int | None]] = []
+    request = FileRequest(url=hub.url + HUB, max_bytes=2_000_000)
+    download(request, tmp_path / "x.pth", root=tmp_path, on_progress=lambda done, total: reports.append((done, total)))
 
-    assert told == sorted(told)
-    assert told[-1] == (len(CONTENT), len(CONTENT))
+    assert reports == sorted(reports)
+    assert reports[-1] == (len(CONTENT), len(CONTENT))
 
 
-def test_what_is_cut_off_goes_on_where_it_ended(hub: Hub, tmp_path: Path) -> None:
+def test_a_download_that_is_cut_off_resumes_where_it_ended(hub: Hub, tmp_path: Path) -> None:
     hub.faults = [Fault(cut=HALF), Fault(cut=1000)]
 
     assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
@@ -83,7 +83,7 @@ def test_what_is_cut_off_goes_on_where_it_ended(hub: Hub, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("path", [HUB, RELEASE])
-def test_another_process_goes_on_where_one_gave_up(hub: Hub, tmp_path: Path, path: str) -> None:
+def test_another_process_resumes_where_one_gave_up(hub: Hub, tmp_path: Path, path: str) -> None:
     hub.faults = [Fault(cut=HALF), Fault(status=503), Fault(status=503), Fault(status=503)]
     with pytest.raises(PullFailed, match=r"503 Service Unavailable, 3 times in a row; 0.5 MB are kept"):
         fetch(hub, tmp_path, path)
@@ -145,7 +145,7 @@ def test_bytes_that_stay_wrong_are_refused_and_not_kept(hub: Hub, tmp_path: Path
     assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
 
 
-def test_a_hub_that_has_another_file_than_was_published_is_not_asked_for_it(hub: Hub, tmp_path: Path) -> None:
+def test_a_hub_that_has_another_file_than_was_published_is_not_used(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(WeightsDigestMismatch, match="was published; nothing was fetched"):
         fetch(hub, tmp_path, sha256="0" * 64)
 
@@ -156,33 +156,33 @@ def test_a_hub_that_has_another_file_than_was_published_is_not_asked_for_it(hub:
 def test_retry_after_is_waited_for(hub: Hub, tmp_path: Path, status: int) -> None:
     hub.faults = [Fault(status=status, headers={"Retry-After": "0"})]
 
-    assert fetch(hub, tmp_path, patience=Patience(backoff_seconds=100)).sha256 == SHA256
+    assert fetch(hub, tmp_path, policy=RetryPolicy(backoff_seconds=100)).sha256 == SHA256
 
 
 def test_retry_after_may_be_a_date(hub: Hub, tmp_path: Path) -> None:
     hub.faults = [Fault(status=429, headers={"Retry-After": formatdate(0, usegmt=True)})]
 
-    assert fetch(hub, tmp_path, patience=Patience(backoff_seconds=100)).sha256 == SHA256
+    assert fetch(hub, tmp_path, policy=RetryPolicy(backoff_seconds=100)).sha256 == SHA256
 
 
-def test_a_retry_after_that_is_too_long_is_told_instead(hub: Hub, tmp_path: Path) -> None:
+def test_a_retry_after_that_is_too_long_is_reported_instead(hub: Hub, tmp_path: Path) -> None:
     hub.faults = [Fault(status=429, headers={"Retry-After": "3600"})]
 
     with pytest.raises(PullFailed, match=r"429 Too Many Requests, and asks to come back in 3600 s"):
         fetch(hub, tmp_path)
 
 
-def test_a_server_that_falls_silent_is_asked_again(hub: Hub, tmp_path: Path) -> None:
+def test_a_server_that_falls_silent_is_tried_again(hub: Hub, tmp_path: Path) -> None:
     released = threading.Event()
     hub.faults = [Fault(hold=released)]
-    fetched = fetch(hub, tmp_path, patience=Patience(timeout_seconds=0.2, backoff_seconds=0.001))
+    fetched = fetch(hub, tmp_path, policy=RetryPolicy(timeout_seconds=0.2, backoff_seconds=0.001))
     released.set()
 
     assert fetched.path.read_bytes() == CONTENT
     assert hub.requests[1]["Range"] == f"bytes={HALF}-"
 
 
-def test_a_server_that_is_not_there_is_told_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_server_that_is_gone_is_reported_and_nothing_is_left(tmp_path: Path) -> None:
     with serving_hub() as gone:
         pass
 
@@ -190,7 +190,7 @@ def test_a_server_that_is_not_there_is_told_and_nothing_is_left(tmp_path: Path) 
         fetch(gone, tmp_path)
 
 
-def test_a_file_that_is_not_there_is_told_at_once(hub: Hub, tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_at_once(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(PullFailed, match="answers 404: there is no such file; try another --source"):
         fetch(hub, tmp_path, "/timm/none/resolve/main/model.safetensors")
 
@@ -214,20 +214,20 @@ def test_a_file_of_unknown_length_ends_where_the_server_ends(hub: Hub, tmp_path:
     assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
 
 
-def test_what_is_asked_for_over_tls_is_not_fetched_without(hub: Hub) -> None:
+def test_a_redirect_from_tls_to_plain_http_is_refused(hub: Hub) -> None:
     with pytest.raises(PullFailed, match="which is not encrypted; refused"):
-        _secure("https://hub.example/x")(httpx.Request("GET", hub.url))
+        _refuse_unencrypted("https://hub.example/x")(httpx.Request("GET", hub.url))
 
 
-def test_stopping_ends_it_soon_and_keeps_what_is_here(hub: Hub, tmp_path: Path) -> None:
-    stop, wanted = threading.Event(), Wanted(url=hub.url + HUB, max_bytes=2_000_000)
+def test_stopping_ends_it_soon_and_keeps_the_bytes_so_far(hub: Hub, tmp_path: Path) -> None:
+    stop, request = threading.Event(), FileRequest(url=hub.url + HUB, max_bytes=2_000_000)
     with pytest.raises(PullFailed, match=r"stopped; .* MB are kept"):
-        download(wanted, tmp_path / "x.pth", root=tmp_path, tell=lambda *_: stop.set(), stop=stop)
+        download(request, tmp_path / "x.pth", root=tmp_path, on_progress=lambda *_: stop.set(), stop=stop)
 
     assert names(tmp_path) == {"x.pth.part", "x.pth.json"}
 
 
-def test_a_whole_file_that_nobody_took_needs_no_network(hub: Hub, tmp_path: Path) -> None:
+def test_a_complete_file_that_nobody_took_needs_no_network(hub: Hub, tmp_path: Path) -> None:
     fetch(hub, tmp_path)
     hub.requests.clear()
 
@@ -235,25 +235,25 @@ def test_a_whole_file_that_nobody_took_needs_no_network(hub: Hub, tmp_path: Path
     assert hub.requests == []
 
 
-def test_a_part_without_its_note_counts_for_nothing(hub: Hub, tmp_path: Path) -> None:
+def test_a_partial_file_without_its_metadata_is_ignored(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors.part").write_bytes(b"something else")
 
     assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
 
 
-def test_too_little_room_is_told_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
+def test_too_little_room_is_reported_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(StoreNotWritable, match=r"MB left, .* MB are needed; make room"):
-        fetch(hub, tmp_path, room=10**18)
+        fetch(hub, tmp_path, room_bytes=10**18)
 
 
-def test_a_disk_that_fills_up_is_told_and_what_was_fetched_makes_room(
+def test_a_disk_that_fills_up_is_reported_and_the_partial_file_is_deleted(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("service.acquisition.partial.Part.add", full)
+        patched.setattr("service.acquisition.download._Partial.append", full)
         with pytest.raises(StoreNotWritable, match=r"is full \(No space left on device, .* MB left\); make room"):
             fetch(hub, tmp_path)
 
@@ -261,10 +261,10 @@ def test_a_disk_that_fills_up_is_told_and_what_was_fetched_makes_room(
     assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
 
 
-def test_secrets_in_a_url_are_not_told(hub: Hub, tmp_path: Path) -> None:
+def test_secrets_in_a_url_are_not_in_messages(hub: Hub, tmp_path: Path) -> None:
     hub.faults = [Fault(status=418)]
     secret = hub.url.replace("://", "://user:secret@")
     with pytest.raises(PullFailed, match="418") as caught:
-        download(Wanted(url=secret + HUB, max_bytes=2_000_000), tmp_path / "x", root=tmp_path, patience=QUICK)
+        download(FileRequest(url=secret + HUB, max_bytes=2_000_000), tmp_path / "x", root=tmp_path, policy=QUICK)
 
     assert "secret" not in str(caught.value)

@@ -20,7 +20,7 @@ from torchvision import transforms
 from transformers import PvtImageProcessor
 from transformers.models.pvt.image_processing_pil_pvt import PvtImageProcessorPil
 
-from service.acquisition.preprocessing import PRESETS, Given, described, of_transformers, preprocessing
+from service.acquisition.preprocessing import PRESETS, PreprocessingOptions, describe, preprocessing, read_preprocessor
 from service.architecture.variants import VARIANTS, Dialect
 from service.errors import InvalidRequest
 from service.images.decoding import decode
@@ -114,7 +114,7 @@ def test_timm_wants_the_same_of_all_variants(variant: str) -> None:
 
 @pytest.mark.parametrize("size", [(256, 256), (320, 320), (288, 288), (256, 384), (96, 64)])
 def test_another_input_size_is_what_timm_makes_of_it(size: tuple[int, int]) -> None:
-    pixels = preprocessing(Given(height=size[0], width=size[1]), PRESETS["timm"])
+    pixels = preprocessing(PreprocessingOptions(height=size[0], width=size[1]), PRESETS["timm"])
 
     for difference in apart(of_timm(input_size=(3, *size)), pixels.geometry):
         assert difference.mean() < 0.25
@@ -149,7 +149,7 @@ def test_transformers_processor_has_the_presets_numbers() -> None:
 )
 def test_a_repositorys_processor_is_read_as_transformers_reads_it(tmp_path: Path, changes: dict[str, Any]) -> None:
     PvtImageProcessorPil(**changes).save_pretrained(tmp_path)
-    pixels = of_transformers(tmp_path / "preprocessor_config.json")
+    pixels = read_preprocessor(tmp_path / "preprocessor_config.json")
     theirs = channels_last(
         lambda image: PvtImageProcessorPil.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"][0]
     )
@@ -160,7 +160,7 @@ def test_a_repositorys_processor_is_read_as_transformers_reads_it(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("content", "message"),
     [
         ({"do_resize": False}, "do_resize is false"),
         ({"resample": 0}, "resample: Input should be 2 or 3"),
@@ -172,24 +172,24 @@ def test_a_repositorys_processor_is_read_as_transformers_reads_it(tmp_path: Path
     ],
     ids=str,
 )
-def test_a_processor_that_no_card_can_express_is_refused_by_name(tmp_path: Path, said: object, told: str) -> None:
-    (path := tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+def test_a_processor_that_no_card_can_express_is_refused_by_name(tmp_path: Path, content: object, message: str) -> None:
+    (path := tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
 
-    with pytest.raises(InvalidRequest, match=told):
-        of_transformers(path)
+    with pytest.raises(InvalidRequest, match=message):
+        read_preprocessor(path)
 
 
-def test_a_broken_processor_is_told(tmp_path: Path) -> None:
+def test_a_broken_processor_is_reported(tmp_path: Path) -> None:
     (path := tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(InvalidRequest, match="no JSON"):
-        of_transformers(path)
+        read_preprocessor(path)
 
 
 def test_a_processor_that_does_not_rescale_has_its_numbers_in_levels(tmp_path: Path) -> None:
-    said = {"do_rescale": False, "image_mean": [123.675, 116.28, 103.53], "image_std": [58.395, 57.12, 57.375]}
-    (path := tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    content = {"do_rescale": False, "image_mean": [123.675, 116.28, 103.53], "image_std": [58.395, 57.12, 57.375]}
+    (path := tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
 
-    pixels = of_transformers(path)
+    pixels = read_preprocessor(path)
 
     assert pixels.mean == pytest.approx((0.485, 0.456, 0.406))
     assert pixels.std == pytest.approx((0.229, 0.224, 0.225))
@@ -198,7 +198,7 @@ def test_a_processor_that_does_not_rescale_has_its_numbers_in_levels(tmp_path: P
 @settings(max_examples=200, deadline=None)
 @given(side=st.integers(32, 512), more=st.integers(0, 300))
 def test_a_shorter_side_in_pixels_is_kept_to_the_pixel(side: int, more: int) -> None:
-    pixels = preprocessing(Given(height=side, width=side, shorter_side=side + more), PRESETS["timm"])
+    pixels = preprocessing(PreprocessingOptions(height=side, width=side, shorter_side=side + more), PRESETS["timm"])
 
     assert pixels.geometry.resized(side) == side + more
 
@@ -206,13 +206,13 @@ def test_a_shorter_side_in_pixels_is_kept_to_the_pixel(side: int, more: int) -> 
 def test_what_is_given_takes_the_place_of_the_presets() -> None:
     hub, timms = PRESETS["transformers"], PRESETS["timm"]
 
-    assert preprocessing(Given(), hub) == hub
-    assert preprocessing(Given(crop=0.9), hub) == timms
-    assert preprocessing(Given(resize="stretch"), timms) == hub
-    assert preprocessing(Given(crop=0.9), PRESETS["lucid"]) == timms
-    assert preprocessing(Given(shorter_side=232), timms).geometry.resized(224) == 232
-    assert described(timms).startswith("shorter side to 248, bicubic, centre crop 224x224")
-    assert described(hub).startswith("stretched to 224x224")
+    assert preprocessing(PreprocessingOptions(), hub) == hub
+    assert preprocessing(PreprocessingOptions(crop=0.9), hub) == timms
+    assert preprocessing(PreprocessingOptions(resize="stretch"), timms) == hub
+    assert preprocessing(PreprocessingOptions(crop=0.9), PRESETS["lucid"]) == timms
+    assert preprocessing(PreprocessingOptions(shorter_side=232), timms).geometry.resized(224) == 232
+    assert describe(timms).startswith("shorter side to 248, bicubic, centre crop 224x224")
+    assert describe(hub).startswith("stretched to 224x224")
 
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -231,14 +231,14 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     ],
 )
 def test_mean_and_std_of_either_scale_come_out_in_one(mean: Any, std: Any, kept: Any) -> None:
-    pixels = preprocessing(Given(mean=mean, std=std), PRESETS["timm"])
+    pixels = preprocessing(PreprocessingOptions(mean=mean, std=std), PRESETS["timm"])
 
     assert pixels.mean == pytest.approx(kept[0])
     assert pixels.std == pytest.approx(kept[1])
 
 
 @pytest.mark.parametrize(
-    ("mean", "std", "told"),
+    ("mean", "std", "message"),
     [
         ((123.675, 116.28, 103.53), None, "mean 123.675 116.28 103.53 is of pixels from 0 to 255, std"),
         (None, (58.395, 57.12, 57.375), "std 58.395 57.12 57.375 of pixels from 0 to 255"),
@@ -252,25 +252,25 @@ def test_mean_and_std_of_either_scale_come_out_in_one(mean: Any, std: Any, kept:
         (None, (0.0,) * 3, "std.0: Input should be greater than 0"),
     ],
 )
-def test_mean_and_std_that_can_not_both_be_meant_are_refused_by_name(mean: Any, std: Any, told: str) -> None:
-    with pytest.raises(InvalidRequest, match=told):
-        preprocessing(Given(mean=mean, std=std), PRESETS["timm"])
+def test_mean_and_std_that_can_not_both_be_meant_are_refused_by_name(mean: Any, std: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        preprocessing(PreprocessingOptions(mean=mean, std=std), PRESETS["timm"])
 
 
 @pytest.mark.parametrize(
-    ("given_", "told"),
+    ("options", "message"),
     [
-        (Given(resize="stretch", crop=0.9), "there is no crop"),
-        (Given(shorter_side=256, crop=0.9), "say the same thing"),
-        (Given(shorter_side=200), "at least its 224 pixels"),
-        (Given(height=256, width=384, shorter_side=400), "square input"),
-        (Given(crop=0.0), "crop: Input should be greater than 0"),
-        (Given(crop=1.5), "crop: Input should be less than or equal to 1"),
+        (PreprocessingOptions(resize="stretch", crop=0.9), "there is no crop"),
+        (PreprocessingOptions(shorter_side=256, crop=0.9), "say the same thing"),
+        (PreprocessingOptions(shorter_side=200), "at least its 224 pixels"),
+        (PreprocessingOptions(height=256, width=384, shorter_side=400), "square input"),
+        (PreprocessingOptions(crop=0.0), "crop: Input should be greater than 0"),
+        (PreprocessingOptions(crop=1.5), "crop: Input should be less than or equal to 1"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(given_: Given, told: str) -> None:
-    with pytest.raises(InvalidRequest, match=told):
-        preprocessing(given_, PRESETS["timm"])
+def test_options_that_do_not_go_together_are_refused(options: PreprocessingOptions, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        preprocessing(options, PRESETS["timm"])
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

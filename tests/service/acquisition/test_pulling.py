@@ -21,15 +21,20 @@ import pytest
 import safetensors.torch
 import torch
 
-from service.acquisition.catalogue import DEFAULT_SOURCE, LIBRARIES, SIDE, Published, RemoteFile, SourceName
-from service.acquisition.download import Patience
-from service.acquisition.labels import imagenet_labels
+from service.acquisition.catalogue import (
+    DEFAULT_SOURCE,
+    LIBRARIES,
+    SIDE,
+    Published,
+    RemoteFile,
+    SourceName,
+    imagenet_labels,
+)
+from service.acquisition.download import RetryPolicy
 from service.acquisition.preprocessing import PRESETS
-from service.acquisition.publishing import PULL_FOLDER
+from service.acquisition.publishing import PULL_FOLDER, verify
 from service.acquisition.pulling import Pulled, PullOptions, pull
-from service.acquisition.removal import removable, remove
-from service.acquisition.verification import verify
-from service.architecture.weights import digest, read_checkpoint, remap_keys
+from service.architecture.weights import read_checkpoint, remap_keys
 from service.backends.module import build, plain_logits
 from service.errors import (
     PullFailed,
@@ -42,7 +47,9 @@ from service.errors import (
     WeightsUnsafe,
 )
 from service.execution.reference import reference_of
+from service.files import file_sha256
 from service.store.cards import Preprocessing
+from service.store.changes import removable, remove
 from service.store.store import Store
 from tests.conftest import ROOT
 from tests.service.checkpoints import B0, checkpoint, official, path_of, pickled, transformers_state
@@ -50,7 +57,7 @@ from tests.service.hub import Fault, Hub, serving_hub
 from tests.service.stores import add_model
 
 NOBODY = 65534
-QUICK = Patience(attempts=2, timeout_seconds=30, backoff_seconds=0.001)
+QUICK = RetryPolicy(attempts=2, timeout_seconds=30, backoff_seconds=0.001)
 
 
 @pytest.fixture
@@ -81,7 +88,7 @@ def fetched(
     model: Published = B0,
     again: bool = False,
 ) -> Pulled:
-    return pull(store, model, PullOptions(source=source, mirror=hub.url, patience=QUICK), again=again)
+    return pull(store, model, PullOptions(source=source, mirror=hub.url, policy=QUICK), again=again)
 
 
 def unharmed(store: Path) -> bool:
@@ -123,9 +130,9 @@ PREPROCESSOR = "/OpenGVLab/pvt_v2_b0/resolve/main/preprocessor_config.json"
 
 
 def test_what_a_repository_of_transformers_says_of_images_is_in_the_card(hub: Hub, store: Path) -> None:
-    said = {"size": {"height": 64, "width": 96}, "resample": 2, "image_processor_type": "PvtImageProcessor"}
+    content = {"size": {"height": 64, "width": 96}, "resample": 2, "image_processor_type": "PvtImageProcessor"}
     hub.put(path_of("opengvlab"), checkpoint("opengvlab"))
-    hub.put(PREPROCESSOR, json.dumps(said).encode())
+    hub.put(PREPROCESSOR, json.dumps(content).encode())
 
     pixels = fetched(hub, store, "opengvlab").stored.require_card().preprocessing
 
@@ -145,7 +152,7 @@ def test_a_repository_that_says_what_no_card_can_is_refused_and_its_weights_are_
     stored = fetched(hub, store, "opengvlab").stored
 
     assert stored.require_card().preprocessing == PRESETS["transformers"]
-    assert len(hub.requests) == requests + 1  # the weights are here already
+    assert len(hub.requests) == requests + 1  # the weights are stored already
     assert unharmed(store)
 
 
@@ -165,7 +172,7 @@ def test_golden_outputs_are_those_of_the_plain_module(hub: Hub, store: Path, mon
     )
 
 
-def test_what_is_in_the_store_is_not_fetched_again_unless_asked(hub: Hub, store: Path) -> None:
+def test_what_is_in_the_store_is_not_fetched_again_unless_requested(hub: Hub, store: Path) -> None:
     hub.put(path_of("timm"), checkpoint("timm"))
     first = fetched(hub, store)
     second = fetched(hub, store)
@@ -177,7 +184,7 @@ def test_what_is_in_the_store_is_not_fetched_again_unless_asked(hub: Hub, store:
     assert not [path for path in (store / PULL_FOLDER).iterdir() if path.suffix != ".lock"]
 
 
-def test_a_version_whose_weights_were_damaged_is_fetched_anew(hub: Hub, store: Path) -> None:
+def test_a_version_whose_weights_were_damaged_is_fetched_again(hub: Hub, store: Path) -> None:
     hub.put(path_of("timm"), checkpoint("timm"))
     weights = fetched(hub, store).stored.folder / "model.safetensors"
     flipped = bytearray(weights.read_bytes())
@@ -286,16 +293,16 @@ def test_two_processes_that_pull_at_once_fetch_it_once(hub: Hub, store: Path) ->
         assert begun.wait(60)
         both = [pool.submit(fetched, hub, store) for _ in range(2)]
         released.set()
-        told, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=60)
         results = [each.result(60) for each in both]
 
-    assert told.split() == ["pvt_v2_b0.in1k@1", "True"]
+    assert output.split() == ["pvt_v2_b0.in1k@1", "True"]
     assert [(each.stored.version, each.fresh) for each in results] == [("1", False)] * 2
     assert len(hub.requests) == 1
     assert unharmed(store)
 
 
-def test_a_process_that_is_killed_in_the_middle_leaves_a_part_from_which_the_next_goes_on(
+def test_a_process_that_is_killed_in_the_middle_leaves_a_part_from_which_the_next_resumes(
     hub: Hub, store: Path
 ) -> None:
     hub.put(path_of("timm"), content := checkpoint("timm"))
@@ -331,7 +338,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_takes_no_more_while_fetching_is_told_and_nothing_is_left_on_it(hub: Hub, store: Path) -> None:
+def test_a_disk_that_takes_no_more_while_fetching_is_reported_and_left_empty(hub: Hub, store: Path) -> None:
     hub.put(path_of("timm"), checkpoint("timm"))
     with files_of_at_most(5_000_000), pytest.raises(StoreNotWritable, match=r"can't be written .*File too large"):
         fetched(hub, store)
@@ -341,7 +348,7 @@ def test_a_disk_that_takes_no_more_while_fetching_is_told_and_nothing_is_left_on
     assert fetched(hub, store).fresh
 
 
-def test_a_disk_that_takes_no_more_while_converting_is_told_and_nothing_is_left_on_it(hub: Hub, store: Path) -> None:
+def test_a_disk_that_takes_no_more_while_converting_is_reported_and_left_empty(hub: Hub, store: Path) -> None:
     small = {name: tensor.half() for name, tensor in official().items()}
     hub.put(path_of("official"), pickled(small))
     with files_of_at_most(10_000_000), pytest.raises(StoreNotWritable, match="File too large"):
@@ -364,7 +371,7 @@ def without_rights() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_a_read_only_store_is_told_and_goes_on_serving(hub: Hub) -> None:
+def test_a_read_only_store_is_reported_and_goes_on_serving(hub: Hub) -> None:
     hub.put(path_of("timm"), checkpoint("timm"))
     with TemporaryDirectory() as name:  # whose parents every user may enter
         store = Path(name)
@@ -382,7 +389,7 @@ def test_a_read_only_store_is_told_and_goes_on_serving(hub: Hub) -> None:
         assert fetched(hub, store).fresh
 
 
-def test_whoever_waits_for_another_can_be_stopped(hub: Hub, store: Path) -> None:
+def test_a_pull_that_waits_for_another_can_be_stopped(hub: Hub, store: Path) -> None:
     hub.put(path_of("timm"), checkpoint("timm"))
     released, begun, stop = threading.Event(), threading.Event(), threading.Event()
     hub.faults = [Fault(hold=released, begun=begun)]
@@ -402,6 +409,6 @@ def test_the_file_of_a_model_is_what_its_card_says(hub: Hub, store: Path) -> Non
     stored = fetched(hub, store).stored
 
     card = stored.require_card()
-    assert digest(stored.folder / "model.safetensors") == card.weights.sha256
+    assert file_sha256(stored.folder / "model.safetensors") == card.weights.sha256
     assert len(safetensors.torch.load_file(stored.folder / "model.safetensors")) == len(official())
     assert RemoteFile(B0.file("timm").urls).sha256 is None

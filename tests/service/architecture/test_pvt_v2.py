@@ -45,7 +45,7 @@ def part(model: PVT_V2, name: str) -> Any:
     return model.get_submodule(name)
 
 
-def pictures(*shape: int) -> Tensor:
+def images(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -109,7 +109,7 @@ def test_logits_and_maps_are_those_of_transformers(
     twins: tuple[PVT_V2, PvtV2ForImageClassification], size: tuple[int, int]
 ) -> None:
     model, reference = twins
-    x = pictures(1, 3, *size)
+    x = images(1, 3, *size)
 
     ours, theirs = model.forward_all(x, stages=(1, 2, 3, 4)), reference(x, output_hidden_states=True)
 
@@ -153,7 +153,7 @@ def test_instances_share_no_default() -> None:
 @settings(max_examples=15, deadline=None)
 @torch.inference_mode()
 def test_any_size_works_and_halves_from_stage_to_stage(height: int, width: int) -> None:
-    outputs = tiny().eval().forward_all(pictures(2, 3, height, width), stages=(1, 2, 3, 4))
+    outputs = tiny().eval().forward_all(images(2, 3, height, width), stages=(1, 2, 3, 4))
 
     assert outputs.logits.shape == (2, 5)
     assert outputs.embedding.shape == (2, 32)
@@ -166,7 +166,7 @@ def test_any_size_works_and_halves_from_stage_to_stage(height: int, width: int) 
 @torch.inference_mode()
 def test_embedding_is_the_mean_of_the_last_map_and_the_input_of_the_head() -> None:
     model = tiny().eval()
-    x = pictures(2, 3, 64, 96)
+    x = images(2, 3, 64, 96)
 
     outputs = model.forward_all(x, stages=(4, 1))
 
@@ -177,14 +177,14 @@ def test_embedding_is_the_mean_of_the_last_map_and_the_input_of_the_head() -> No
 
 
 @torch.inference_mode()
-def test_pictures_of_a_batch_do_not_see_each_other() -> None:
-    model, x = tiny().eval(), pictures(3, 3, 64, 64)
+def test_images_of_a_batch_do_not_see_each_other() -> None:
+    model, x = tiny().eval(), images(3, 3, 64, 64)
 
     torch.testing.assert_close(model(x), torch.cat([model(one) for one in torch.split(x, 1)]), atol=1e-6, rtol=1e-5)
 
 
 def test_img_size_must_be_enough_for_all_stages_and_binds_no_input() -> None:
-    assert tiny(img_size=64)(pictures(1, 3, 96, 32)).shape == (1, 5)
+    assert tiny(img_size=64)(images(1, 3, 96, 32)).shape == (1, 5)
     with pytest.raises(ValueError, match="img_size must be at least 29, not 28"):
         tiny(img_size=28)
 
@@ -195,19 +195,19 @@ def test_patch_size_is_the_first_kernel_and_keeps_stride_4(patch_size: int) -> N
 
     kernels = [part(model, f"patch_embed{i}.proj").weight.shape[-1] for i in (1, 2, 3, 4)]
     assert kernels == [patch_size, 3, 3, 3]
-    x = pictures(1, 3, model.min_side, model.min_side)
+    x = images(1, 3, model.min_side, model.min_side)
     assert model(x).isfinite().all()
-    assert model.forward_all(pictures(1, 3, 64, 64), stages=[1]).stages[0].shape[2] in {16, 17}
+    assert model.forward_all(images(1, 3, 64, 64), stages=[1]).stages[0].shape[2] in {16, 17}
     with pytest.raises(ValueError, match="input_shape"):
         model(x[:, :, 1:])
 
 
 def test_in_channels_and_num_classes_shape_input_and_output() -> None:
-    assert tiny(in_channels=1, num_classes=7)(pictures(2, 1, 32, 32)).shape == (2, 7)
+    assert tiny(in_channels=1, num_classes=7)(images(2, 1, 32, 32)).shape == (2, 7)
 
 
 def test_no_classes_leave_the_embedding_as_logits() -> None:
-    outputs = tiny(num_classes=0).forward_all(pictures(2, 3, 32, 32))
+    outputs = tiny(num_classes=0).forward_all(images(2, 3, 32, 32))
 
     assert torch.equal(outputs.logits, outputs.embedding)
 
@@ -215,7 +215,7 @@ def test_no_classes_leave_the_embedding_as_logits() -> None:
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
 def test_fewer_stages_are_the_first_ones_of_the_whole(num_stages: int) -> None:
     whole, part = tiny().eval(), tiny(num_stages=num_stages).eval()
-    x = pictures(1, 3, 64, 64)
+    x = images(1, 3, 64, 64)
     head_apart = {name: value for name, value in whole.state_dict().items() if not name.startswith("head")}
 
     missing = part.load_state_dict(head_apart, strict=False).missing_keys
@@ -231,14 +231,14 @@ def test_lists_may_be_as_long_as_there_are_stages() -> None:
         num_stages=2, embed_dims=(8, 12), num_heads=(2, 3), mlp_ratios=(1.5, 2), depths=(1, 2), sr_ratios=(2, 1)
     )
 
-    assert model.forward_all(pictures(1, 3, 16, 16), [2]).stages[0].shape == (1, 12, 2, 2)
+    assert model.forward_all(images(1, 3, 16, 16), [2]).stages[0].shape == (1, 12, 2, 2)
     assert len(part(model, "block2")) == 2
     assert part(model, "block1.0.mlp.fc1").weight.shape == (12, 8)
     assert part(model, "block1.0.attn.sr").weight.shape == (8, 8, 2, 2)
     assert not hasattr(part(model, "block2.0.attn"), "sr")
 
 
-def test_qkv_bias_is_there_only_when_asked_for() -> None:
+def test_qkv_bias_exists_only_on_request() -> None:
     biases = {"block1.0.attn.q.bias", "block1.0.attn.kv.bias"}
 
     assert not biases & tiny().state_dict().keys()
@@ -247,7 +247,7 @@ def test_qkv_bias_is_there_only_when_asked_for() -> None:
 
 @torch.inference_mode()
 def test_qk_scale_replaces_the_inverse_root_of_a_heads_channels() -> None:
-    x = pictures(1, 3, 64, 64)
+    x = images(1, 3, 64, 64)
     by_default = tiny().eval()(x)
 
     assert torch.equal(tiny(qk_scale=8**-0.5).eval()(x), by_default)  # each head of TINY has 8 channels
@@ -274,7 +274,7 @@ def test_variants_block_and_stage_norms_have_epsilon_1e_6(variant: str) -> None:
 
 @torch.inference_mode()
 def test_linear_reads_keys_and_values_from_7_by_7_whatever_the_ratios() -> None:
-    x = pictures(1, 3, 64, 64)
+    x = images(1, 3, 64, 64)
     coarse, fine = (tiny(linear=True, sr_ratios=[ratio] * 4).eval() for ratio in (16, 1))
 
     assert part(coarse, "block4.0.attn.sr").weight.shape == (32, 32, 1, 1)
@@ -284,7 +284,7 @@ def test_linear_reads_keys_and_values_from_7_by_7_whatever_the_ratios() -> None:
 
 @pytest.mark.parametrize("rate", ["drop_rate", "attn_drop_rate", "drop_path_rate"])
 def test_drop_rates_act_in_training_and_vanish_in_eval(rate: str) -> None:
-    dropping, x = tiny(**{rate: 0.5}), pictures(4, 3, 64, 64)
+    dropping, x = tiny(**{rate: 0.5}), images(4, 3, 64, 64)
 
     assert not torch.equal(dropping(x), dropping(x))
     assert torch.equal(dropping.eval()(x), tiny().eval()(x))
@@ -292,7 +292,7 @@ def test_drop_rates_act_in_training_and_vanish_in_eval(rate: str) -> None:
 
 def test_drop_rate_1_silences_both_branches() -> None:
     block = part(tiny(drop_rate=1), "block1.0")
-    x = pictures(2, 256, 8)
+    x = images(2, 256, 8)
 
     assert torch.equal(block(x, (16, 16)), x)
 
@@ -302,13 +302,13 @@ def test_attn_drop_rate_1_leaves_only_the_projections_bias() -> None:
     assert isinstance(attention, Attention)
     nn.init.ones_(attention.proj.bias)
 
-    assert torch.equal(attention(pictures(2, 256, 8), (16, 16)), torch.ones(2, 256, 8))
+    assert torch.equal(attention(images(2, 256, 8), (16, 16)), torch.ones(2, 256, 8))
 
 
-def test_stochastic_depth_rises_linearly_and_drops_whole_pictures() -> None:
+def test_stochastic_depth_rises_linearly_and_drops_whole_images() -> None:
     model = tiny(drop_path_rate=0.8)
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    x = pictures(64, 4, 32)
+    x = images(64, 4, 32)
 
     rates = [block.drop_path_rate for block in blocks]
     assert rates == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
@@ -334,7 +334,7 @@ def test_weights_start_as_the_official_ones() -> None:
 @pytest.mark.parametrize("linear", [False, True])
 @torch.no_grad()
 def test_model_traces_and_exports_without_warnings(linear: bool) -> None:
-    model, x = tiny(linear=linear).eval(), pictures(2, 3, 64, 96)
+    model, x = tiny(linear=linear).eval(), images(2, 3, 64, 96)
 
     traced = torch.jit.trace(model, x)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     torch.testing.assert_close(traced(x), model(x))

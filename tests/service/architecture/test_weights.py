@@ -16,7 +16,7 @@ from transformers import PvtV2Backbone, PvtV2Config, PvtV2ForImageClassification
 
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.variants import VARIANTS
-from service.architecture.weights import digest, load_into, load_weights, open_checkpoint, read_checkpoint, remap_keys
+from service.architecture.weights import load_into, load_weights, open_checkpoint, read_checkpoint, remap_keys
 from service.errors import (
     WeightsCorrupt,
     WeightsDigestMismatch,
@@ -26,6 +26,7 @@ from service.errors import (
     WeightsUnavailable,
     WeightsUnsafe,
 )
+from service.files import file_sha256
 
 State = dict[str, Tensor]
 
@@ -85,7 +86,7 @@ def test_dialect_round_trip(tmp_path: Path, variant: str, dialect: Callable[[Sta
     (save_file if suffix == ".safetensors" else torch.save)(dialect(model.state_dict()), path)
     fresh = create(variant, num_classes=10, depths=(1, 2, 1, 1), embed_dims=(8, 16, 40, 64))
 
-    load_weights(fresh, path, digest(path))
+    load_weights(fresh, path, file_sha256(path))
 
     assert_same(dict(fresh.state_dict()), dict(model.state_dict()))
 
@@ -206,15 +207,8 @@ def test_wrong_digest_gives_both_before_anything_is_parsed(tmp_path: Path) -> No
     path = tmp_path / "any.pth"
     path.write_bytes(b"not even a checkpoint")
 
-    with pytest.raises(WeightsDigestMismatch, match=f"{digest(path)}.*{'0' * 64}"):
+    with pytest.raises(WeightsDigestMismatch, match=f"{file_sha256(path)}.*{'0' * 64}"):
         read_checkpoint(path, sha256="0" * 64)
-
-
-def test_digest_is_sha256_of_the_bytes(tmp_path: Path) -> None:
-    path = tmp_path / "abc"
-    path.write_bytes(b"abc")
-
-    assert digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 class Malicious:
@@ -335,7 +329,7 @@ BOTH: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("layout", BOTH)
-def test_ema_weights_are_taken_unless_the_plain_ones_are_asked_for(tmp_path: Path, layout: str) -> None:
+def test_ema_weights_are_taken_unless_the_plain_ones_are_requested(tmp_path: Path, layout: str) -> None:
     path = written(tmp_path / "both.pth", BOTH[layout])
 
     found = open_checkpoint(path)
@@ -376,18 +370,18 @@ def test_ema_weights_alone_are_taken_and_plain_ones_are_not_made_up(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("averages", "told"),
+    ("averages", "message"),
     [
         ({"ema_0.99": EMA, "ema_0.9999": EMA}, "several EMA weights .'ema_0.99', 'ema_0.9999'."),
         ({"ema": {"shadow_params": [*EMA.values()], "decay": 0.9}}, "a list without names"),
     ],
 )
 def test_ema_weights_that_are_not_clear_are_refused_and_plain_ones_can_be_had(
-    tmp_path: Path, averages: dict[str, object], told: str
+    tmp_path: Path, averages: dict[str, object], message: str
 ) -> None:
     path = written(tmp_path / "unclear.pth", {"model": PLAIN, **averages})
 
-    with pytest.raises(WeightsMismatch, match=told):
+    with pytest.raises(WeightsMismatch, match=message):
         open_checkpoint(path)
     assert_same(open_checkpoint(path, weights="plain").state, PLAIN)
 

@@ -1,6 +1,6 @@
-"""`python -m tests.service.images.peaks`: by how many bytes decoding a picture raises the peak of a process.
+"""`python -m tests.service.images.peaks`: by how many bytes decoding an image raises the peak of a process.
 
-A line with a picture's path is answered by a line with the bytes, measured in a fork of this process: each picture
+A line with an image's path is answered by a line with the bytes, measured in a fork of this process: each image
 meets the same memory, and torch is imported only once.
 """
 
@@ -29,23 +29,23 @@ def small(kind: str) -> bytes:
 
 
 def measure(path: Path, warm: Sequence[bytes]) -> None:
-    # A fork counts pages of libraries only once it touches them; without this they would seem to be the picture's.
-    for picture in warm:
-        decode(picture, GEOMETRY, max_pixels=50_000_000)
+    # A fork counts pages of libraries only once it touches them; without this they would seem to be the image's.
+    for image in warm:
+        decode(image, GEOMETRY, max_pixels=50_000_000)
     data, before = path.read_bytes(), peak()
     decode(data, GEOMETRY, max_pixels=50_000_000, scaled_jpeg=False)
     print(peak() - before, flush=True)  # noqa: T201  it is what it is for
 
 
 if __name__ == "__main__":
-    pictures = [small(kind) for kind in FORMATS]
+    images = [small(kind) for kind in FORMATS]
     for line in sys.stdin:
         if (child := os.fork()) == 0:
             status = 1
             try:
-                measure(Path(line.rstrip("\n")), pictures)
+                measure(Path(line.rstrip("\n")), images)
                 status = 0
             finally:
                 os._exit(status)
         if os.waitpid(child, 0)[1]:
-            sys.exit("the picture was not decoded")
+            sys.exit("the image was not decoded")

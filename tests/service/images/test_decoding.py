@@ -1,4 +1,4 @@
-"""Pictures come out as people see them, where the published two-step pipeline would put them."""
+"""Images come out as people see them, where the published two-step pipeline would put them."""
 
 import io
 import math
@@ -116,7 +116,7 @@ def test_one_call_is_near_resize_then_crop_on_any_size_of_noise(
 
 
 @given(width=st.integers(1, 65535), height=st.integers(1, 65535), tall=st.integers(32, 512), wide=st.integers(32, 512))
-def test_the_crop_lies_inside_the_picture_in_the_targets_proportions(
+def test_the_crop_lies_inside_the_image_in_the_targets_proportions(
     width: int, height: int, tall: int, wide: int
 ) -> None:
     left, top, right, bottom = crop_box(width, height, Geometry(tall, wide, 0.9, "bicubic"))
@@ -126,7 +126,7 @@ def test_the_crop_lies_inside_the_picture_in_the_targets_proportions(
     assert (right - left) / (bottom - top) == pytest.approx(wide / tall, rel=0.05)
 
 
-def test_a_picture_of_the_models_size_stays_as_it_is() -> None:
+def test_an_image_of_the_models_size_stays_as_it_is() -> None:
     assert np.array_equal(whole(encode(PHOTO, "PNG"), 640, 427), PHOTOS[0])
 
 

@@ -48,9 +48,9 @@ def gif(screen: int, frame: int) -> bytes:
 
 
 def scans(count: int) -> bytes:
-    picture = encode("JPEG", Image.new("RGB", (4000, 4000)), progressive=True)
-    last = picture.rfind(b"\xff\xda")
-    return picture[:-2] + picture[last:-2] * count + b"\xff\xd9"
+    image = encode("JPEG", Image.new("RGB", (4000, 4000)), progressive=True)
+    last = image.rfind(b"\xff\xda")
+    return image[:-2] + image[last:-2] * count + b"\xff\xd9"
 
 
 VALID = {
@@ -68,7 +68,7 @@ BOMB = zlib.compress(bytes(10**8), 9)
 
 
 def outcome(data: bytes) -> str:
-    """What `decode` makes of `data`: "" for a picture, or the sentence of one of our errors."""
+    """What `decode` makes of `data`: "" for an image, or the sentence of one of our errors."""
     started, sentence = time.process_time(), ""
     try:
         decode(data, GEOMETRY, max_pixels=PIXELS)
@@ -81,7 +81,7 @@ def outcome(data: bytes) -> str:
 
 
 @pytest.mark.parametrize("kind", VALID)
-def test_a_file_cut_anywhere_is_a_picture_or_invalid(kind: str) -> None:
+def test_a_file_cut_anywhere_is_an_image_or_invalid(kind: str) -> None:
     data = VALID[kind]
 
     sentences = [outcome(data[:end]) for end in {*range(64), *range(0, len(data), len(data) // 40)}]
@@ -90,7 +90,7 @@ def test_a_file_cut_anywhere_is_a_picture_or_invalid(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", VALID)
-def test_a_file_with_changed_bytes_is_a_picture_or_one_of_our_errors(kind: str) -> None:
+def test_a_file_with_changed_bytes_is_an_image_or_one_of_our_errors(kind: str) -> None:
     rng = random.Random(kind)  # noqa: S311 - the same mutations in each run
     for _ in range(150):
         data = bytearray(VALID[kind])
@@ -128,7 +128,7 @@ def test_a_truncated_jpeg_says_so() -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_too_many_pixels_are_named_with_their_setting(kind: str) -> None:
-    sentence = "the picture has 0.003072 megapixels, the limit is 0.003071 (PVT_MAX_IMAGE_MEGAPIXELS)"
+    sentence = "the image has 0.003072 megapixels, the limit is 0.003071 (PVT_MAX_IMAGE_MEGAPIXELS)"
 
     with pytest.raises(ImageTooLarge) as caught:
         decode(VALID[kind], GEOMETRY, max_pixels=64 * 48 - 1)
@@ -157,7 +157,7 @@ def test_absurd_sizes_are_refused_by_the_header(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("data", [png(size=(0, 5)), png(size=(5, 0)), gif(0, 0), tiff((273, 4, 1, 8), width=0)])
-def test_pictures_without_pixels_are_invalid(data: bytes) -> None:
+def test_images_without_pixels_are_invalid(data: bytes) -> None:
     assert outcome(data)
 
 
@@ -202,11 +202,11 @@ def test_loops_and_crowds_behind_the_first_frame_do_not_matter(data: bytes) -> N
 
 @pytest.mark.parametrize("exif", [b"", b"II*\0", b"MM\0*\xff\xff\xff\xff", b"II" * 40, b"II*\0\x08\0\0\0\xff\xff"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WebP"])
-def test_a_broken_exif_block_fails_no_picture(kind: str, exif: bytes) -> None:
+def test_a_broken_exif_block_fails_no_image(kind: str, exif: bytes) -> None:
     assert not outcome(encode(kind, exif=b"Exif\0\0" + exif))
 
 
-def test_memory_that_is_not_there_is_the_pictures_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_memory_is_reported_as_the_images_size(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 

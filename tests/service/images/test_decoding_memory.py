@@ -1,4 +1,4 @@
-"""A picture costs its own decoded size and little more, whatever its mode; what would cost more is refused."""
+"""An image costs its own decoded size and little more, whatever its mode; what would cost more is refused."""
 
 import io
 import struct
@@ -28,7 +28,7 @@ OVERHEAD = 24_000_000  # bytes: one strip's conversion, the intermediate of the 
 
 @pytest.fixture(scope="module")
 def grown() -> Iterator[Callable[[bytes], int]]:
-    """By how many bytes decoding a picture raises the peak of a process that does nothing else."""
+    """By how many bytes decoding an image raises the peak of a process that does nothing else."""
     command = [sys.executable, "-m", "tests.service.images.peaks"]
     with (
         TemporaryDirectory() as folder,
@@ -38,7 +38,7 @@ def grown() -> Iterator[Callable[[bytes], int]]:
         def measure(data: bytes) -> int:
             assert process.stdin
             assert process.stdout
-            (file := Path(folder) / "picture").write_bytes(data)
+            (file := Path(folder) / "image").write_bytes(data)
             print(file, file=process.stdin, flush=True)
             return int(process.stdout.readline())
 
@@ -78,7 +78,7 @@ def of_mode(mode: str, size: tuple[int, int] = SIZE) -> Image.Image:
         ("AVIF", "RGBA", {"speed": 10, "subsampling": "4:4:4"}, 16),
     ],
 )
-def test_the_peak_is_the_decoded_picture_and_little_more(
+def test_the_peak_is_the_decoded_image_and_little_more(
     kind: str, mode: str, options: dict[str, Any], bytes_per_pixel: int, grown: Callable[[bytes], int]
 ) -> None:
     if kind not in FORMATS:
@@ -93,7 +93,7 @@ def test_the_peak_is_the_decoded_picture_and_little_more(
 def test_a_large_jpeg_of_many_scans_is_read_at_half_its_sides_at_most(
     mode: str, bytes_per_pixel: int, grown: Callable[[bytes], int]
 ) -> None:
-    """libjpeg holds two bytes for each value of it, and the picture itself is then a quarter."""
+    """libjpeg holds two bytes for each value of it, and the image itself is then a quarter."""
     size = (4600, 4000)
     data = encode(of_mode(mode, size), "JPEG", progressive=True, subsampling=0)
 
@@ -123,9 +123,9 @@ def test_half_of_a_large_jpeg_is_within_two_levels_of_all_of_it() -> None:
 @pytest.mark.parametrize("size", [(1500, 1000), (1000, 1500), (6000, 300), (300, 6000)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_strips_join_without_a_seam(size: tuple[int, int], interpolation: Any) -> None:
-    """Composited on white by strips, it is the picture composited as a whole, which a BMP takes past the strips.
+    """Composited on white by strips, it is the image composited as a whole, which a BMP takes past the strips.
 
-    Rounding of the strips' boxes is worth one level; of a tall picture Pillow may filter columns before rows, and the
+    Rounding of the strips' boxes is worth one level; of a tall image Pillow may filter columns before rows, and the
     clipping between the passes then differs, as in the published two steps.
     """
     image = photo(*size)
@@ -143,7 +143,7 @@ def test_strips_join_without_a_seam(size: tuple[int, int], interpolation: Any) -
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_strips_are_turned_as_a_whole_picture_is(orientation: int) -> None:
+def test_strips_are_turned_as_a_whole_image_is(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = photo(1200, 800)
@@ -154,7 +154,7 @@ def test_strips_are_turned_as_a_whole_picture_is(orientation: int) -> None:
     assert difference.mean() < 0.05
 
 
-def test_the_range_of_a_large_picture_is_that_of_all_its_strips() -> None:
+def test_the_range_of_a_large_image_is_that_of_all_its_strips() -> None:
     values = np.zeros((1200, 1200), np.float32)
     values[0, 0], values[-1, -1], values[600, :10] = -100_000, 100_000, np.nan
 
@@ -172,12 +172,12 @@ def tiled(side: int, tile: int, bits: int = 8) -> bytes:
 
 
 @pytest.mark.parametrize(("tile", "bits"), [(40_000, 8), (40_000, 1), (2**31, 8), (2**32 - 16, 8)])
-def test_a_tile_larger_than_the_limit_is_refused_whatever_the_picture(tile: int, bits: int) -> None:
+def test_a_tile_larger_than_the_limit_is_refused_whatever_the_image(tile: int, bits: int) -> None:
     with pytest.raises(ImageTooLarge, match=r"megapixels, the limit is 50 \(PVT_MAX_IMAGE_MEGAPIXELS\)"):
         decode(tiled(1, tile, bits), GEOMETRY, max_pixels=50_000_000)
 
 
-def test_a_strip_as_large_as_the_picture_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strip_as_large_as_the_image_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TiffImagePlugin, "STRIP_SIZE", 10**9)
     image = Image.new("RGBA", (1000, 1000))
 

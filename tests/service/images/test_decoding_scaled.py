@@ -50,7 +50,7 @@ def apart(data: bytes, geometry: Geometry) -> NDArray[np.int16]:
 
 @pytest.fixture
 def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """What libjpeg was asked to decode at another size than the file's."""
+    """What libjpeg had to decode at another size than the file's."""
     sizes, draft = [], JpegImageFile.draft
 
     def seen(self: JpegImageFile, *args: Any) -> Any:

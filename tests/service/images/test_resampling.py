@@ -18,14 +18,14 @@ PHOTO = Image.fromarray(load_sample_images().images[0])
 needs_avx2 = pytest.mark.skipif(not VECTORISED, reason="torch's kernel needs AVX2")
 
 
-def by_pillow(picture: Image.Image, box: Box, size: tuple[int, int], interpolation: str) -> NDArray[np.uint8]:
-    return np.asarray(picture.resize(size, Image.Resampling[interpolation.upper()], box=box).convert("RGB"))
+def by_pillow(image: Image.Image, box: Box, size: tuple[int, int], interpolation: str) -> NDArray[np.uint8]:
+    return np.asarray(image.resize(size, Image.Resampling[interpolation.upper()], box=box).convert("RGB"))
 
 
-def apart(picture: Image.Image, box: Box, size: tuple[int, int], interpolation: Any) -> NDArray[np.int16]:
-    pixels = resample(picture, box, size, interpolation)
+def apart(image: Image.Image, box: Box, size: tuple[int, int], interpolation: Any) -> NDArray[np.int16]:
+    pixels = resample(image, box, size, interpolation)
     assert pixels.shape == (size[1], size[0], 3)
-    difference: NDArray[np.int16] = np.abs(pixels.astype(np.int16) - by_pillow(picture, box, size, interpolation))
+    difference: NDArray[np.int16] = np.abs(pixels.astype(np.int16) - by_pillow(image, box, size, interpolation))
     return difference
 
 
@@ -38,9 +38,9 @@ def test_photos_are_within_two_levels_of_pillow(
     interpolation: Literal["bilinear", "bicubic"], crop: float, side: int, scale: int
 ) -> None:
     box = crop_box(*PHOTO.size, Geometry(side, side, crop, interpolation))
-    picture = PHOTO.resize((-(-640 // scale), -(-427 // scale)))  # as a JPEG of reduced size, which is rounded up
+    image = PHOTO.resize((-(-640 // scale), -(-427 // scale)))  # as a JPEG of reduced size, which is rounded up
 
-    difference = apart(picture, tuple(v / scale for v in box), (side, side), interpolation)  # type: ignore[arg-type]
+    difference = apart(image, tuple(v / scale for v in box), (side, side), interpolation)  # type: ignore[arg-type]
 
     assert difference.mean() < 0.02
     assert difference.max() <= 2
@@ -67,18 +67,18 @@ def test_noise_of_any_size_is_within_two_levels_of_pillow(
 
 
 @pytest.mark.parametrize(
-    ("picture", "box"),
+    ("image", "box"),
     [
         (PHOTO.convert("L"), (128, 21.5, 512, 405.5)),
-        (PHOTO, (100.3, 20.7, 484.3, 404.7)),  # begins between two pixels of the picture scaled as a whole
+        (PHOTO, (100.3, 20.7, 484.3, 404.7)),  # begins between two pixels of the image scaled as a whole
         (PHOTO.resize((2100, 1000)), (500, 0, 1500, 1000)),
         (PHOTO.resize((200, 150)), (25, 0, 175, 150)),
         (PHOTO.resize((40_000, 10)), (20_000, 0, 20_010, 10)),
     ],
     ids=["grey", "off the grid", "large", "small", "flat"],
 )
-def test_what_is_not_for_torch_is_pillows_to_the_bit(picture: Image.Image, box: Box) -> None:
-    assert not apart(picture, box, (224, 224), "bicubic").any()
+def test_what_is_not_for_torch_is_pillows_to_the_bit(image: Image.Image, box: Box) -> None:
+    assert not apart(image, box, (224, 224), "bicubic").any()
 
 
 def test_a_processor_without_avx2_has_pillows_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_a_processor_without_avx2_has_pillows_to_the_bit(monkeypatch: pytest.Mon
     assert not apart(PHOTO, crop_box(640, 427, Geometry(224, 224, 0.9, "bicubic")), (224, 224), "bicubic").any()
 
 
-def test_a_picture_of_the_models_size_is_not_resampled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_the_models_size_is_not_resampled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image.Image, "resize", None)
     monkeypatch.setattr(resampling, "_by_torch", None)
 

@@ -7,7 +7,7 @@ TWO = ("cuda:0", "cuda:1")
 
 
 @pytest.mark.parametrize(
-    ("wanted", "there", "chosen"),
+    ("setting", "present", "chosen"),
     [
         ("auto", (), ()),
         ("auto", TWO, TWO),
@@ -18,22 +18,22 @@ TWO = ("cuda:0", "cuda:1")
     ],
 )
 def test_the_setting_chooses_among_the_gpus_that_are_there(
-    wanted: str, there: tuple[str, ...], chosen: tuple[str, ...]
+    setting: str, present: tuple[str, ...], chosen: tuple[str, ...]
 ) -> None:
-    assert choose(wanted, there) == chosen
+    assert choose(setting, present) == chosen
 
 
 @pytest.mark.parametrize(
-    ("wanted", "there", "reason"),
+    ("setting", "present", "reason"),
     [
         ("cuda", (), r"PVT_DEVICE=cuda: torch \S+ sees none, not cuda:0; set PVT_DEVICE=cpu"),
         ("cuda:2", TWO, "PVT_DEVICE=cuda:2: .* sees cuda:0, cuda:1, not cuda:2"),
         ("cuda:0,cuda:3", TWO, "not cuda:3;"),
     ],
 )
-def test_a_gpu_that_is_not_there_is_refused_with_what_to_do(wanted: str, there: tuple[str, ...], reason: str) -> None:
+def test_a_missing_gpu_is_refused_with_what_to_do(setting: str, present: tuple[str, ...], reason: str) -> None:
     with pytest.raises(BackendUnavailable, match=reason):
-        choose(wanted, there)
+        choose(setting, present)
 
 
 def test_a_torch_without_cuda_sees_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_a_torch_without_cuda_sees_no_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     assert visible() == ()
 
 
-def test_every_gpu_that_torch_sees_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_gpu_that_torch_sees_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert visible() == TWO

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from service.errors import ModelLoadFailed, ModelNotFound, WeightsUnavailable
 from service.registry.entries import Candidate, UnloadReason
 from service.registry.residency import Footprint
-from service.store.stored import StoredModel
+from service.store.store import StoredModel
 
 T = TypeVar("T")
 

@@ -3,8 +3,7 @@ from pathlib import Path
 import pytest
 
 from service.registry.residency import Footprint, Footprints
-from service.store.store import Store
-from service.store.stored import StoredModel
+from service.store.store import Store, StoredModel
 from tests.service.stores import add_model
 
 MEASURED = Footprint(bytes=123, seconds=4.5)

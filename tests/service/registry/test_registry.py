@@ -6,7 +6,7 @@ import pytest
 
 from service.errors import ModelLoadFailed, ModelLoading, ModelNotFound, ModelPinned, WeightsUnavailable
 from service.registry.registry import Registry
-from service.store.stored import StoredModel
+from service.store.store import StoredModel
 from tests.service.registry.fakes import FakeSource
 
 

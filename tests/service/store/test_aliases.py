@@ -96,7 +96,7 @@ def test_an_alias_stands_for_a_model_or_a_version_only(store: Store, target: str
         store.set_alias("production", target)
 
 
-def test_an_alias_is_not_set_to_what_is_not_there(store: Store) -> None:
+def test_an_alias_is_not_set_to_a_missing_model(store: Store) -> None:
     with pytest.raises(ModelNotFound, match="has no version '9'; there are: 2, 1"):
         store.set_alias("production", f"{TINY}@9")
     with pytest.raises(WeightsUnavailable):
@@ -107,14 +107,14 @@ def test_an_alias_is_not_set_to_what_is_not_there(store: Store) -> None:
     assert store.aliases() == {}
 
 
-def test_an_alias_is_not_set_to_what_is_broken(store: Store) -> None:
+def test_an_alias_is_not_set_to_a_broken_model(store: Store) -> None:
     (store.root / TINY / "2" / "model.safetensors").unlink()
 
     with pytest.raises(WeightsCorrupt):
         store.set_alias("production", f"{TINY}@2")
 
 
-def test_removing_an_alias_that_is_not_there_names_those_that_are(store: Store) -> None:
+def test_removing_a_missing_alias_names_the_others(store: Store) -> None:
     store.set_alias("production", TINY)
 
     with pytest.raises(ModelNotFound, match="no alias 'prod'; there are: 'production'"):
@@ -151,7 +151,7 @@ def test_an_unknown_alias_is_not_found_and_the_nearest_one_named(store: Store) -
         (b"\xff\xfe", "Invalid JSON"),
     ],
 )
-def test_broken_aliases_are_told_to_those_who_ask_for_one_and_to_no_other(
+def test_broken_aliases_are_reported_to_requests_for_one_and_to_no_other(
     store: Store, content: str | bytes, reason: str
 ) -> None:
     path = store.root / "aliases.json"
@@ -187,7 +187,7 @@ def test_changes_at_the_same_time_are_all_kept(store: Store) -> None:
 
 
 def test_changes_of_several_processes_are_all_kept(store: Store) -> None:
-    code = "import sys; from service.store.aliases import write_alias; from pathlib import Path\n"
+    code = "import sys; from service.store.names import write_alias; from pathlib import Path\n"
     code += f"for i in range(20): write_alias(Path(sys.argv[1]), f'{{sys.argv[2]}}{{i}}', {TINY!r})"
     children = [subprocess.Popen([sys.executable, "-c", code, store.root, name], cwd=ROOT) for name in "abc"]
 
@@ -197,9 +197,9 @@ def test_changes_of_several_processes_are_all_kept(store: Store) -> None:
 
 def test_a_writer_that_is_killed_in_the_middle_leaves_the_old_aliases_and_no_lock(store: Store) -> None:
     store.set_alias("production", f"{TINY}@1")
-    code = "import os, signal, sys; from service.store import aliases; from pathlib import Path\n"
-    code += "aliases.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
-    code += f"aliases.write_alias(Path(sys.argv[1]), 'production', '{TINY}@2')"
+    code = "import os, signal, sys; from service.store.names import write_alias; from pathlib import Path\n"
+    code += "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+    code += f"write_alias(Path(sys.argv[1]), 'production', '{TINY}@2')"
 
     killed = subprocess.run([sys.executable, "-c", code, store.root], cwd=ROOT, check=False)
 
@@ -216,7 +216,7 @@ def test_a_full_disk_leaves_the_aliases_as_they_were(store: Store, monkeypatch: 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("service.store.aliases.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
 
     with pytest.raises(
         StoreNotWritable, match=r"can't be written \(No space left on device\) and its aliases are as they"
@@ -228,16 +228,16 @@ def test_a_full_disk_leaves_the_aliases_as_they_were(store: Store, monkeypatch: 
 
 
 def test_a_lock_that_is_held_is_not_waited_for_without_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.store.aliases.LOCK_SECONDS", 0.0)
+    monkeypatch.setattr("service.store.names.LOCK_SECONDS", 0.0)
 
     with FileLock(store.root / ".aliases.lock"), pytest.raises(StoreNotWritable, match="held by another process"):
         store.set_alias("production", TINY)
 
 
-def test_a_read_only_store_says_so_and_goes_on_telling_its_aliases(weights: Path) -> None:
+def test_a_read_only_store_says_so_and_goes_on_reading_its_aliases(weights: Path) -> None:
     """In a process without root's rights, which no permission stops."""
     code = "import os, sys; from pathlib import Path; from service.errors import StoreNotWritable\n"
-    code += "from service.store.aliases import read_aliases, write_alias\n"
+    code += "from service.store.names import read_aliases, write_alias\n"
     code += f"os.getuid() or os.setuid({NOBODY})\n"
     code += "root = Path(sys.argv[1]); print(read_aliases(root)['production'])\n"
     code += f"try: write_alias(root, 'production', '{TINY}@2')\n"
@@ -249,10 +249,10 @@ def test_a_read_only_store_says_so_and_goes_on_telling_its_aliases(weights: Path
         Store(root).set_alias("production", f"{TINY}@1")
         root.chmod(0o555)
 
-        told = subprocess.run([sys.executable, "-c", code, root], cwd=ROOT, check=True, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, root], cwd=ROOT, check=True, capture_output=True, text=True)
 
         root.chmod(0o755)
-        found, refused = told.stdout.splitlines()
+        found, refused = done.stdout.splitlines()
         assert found == f"{TINY}@1"
         assert (
             f"the model store '{root}' can't be written (Permission denied) and its aliases are as they were" in refused

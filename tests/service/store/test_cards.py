@@ -111,7 +111,7 @@ def test_a_card_of_a_newer_format_fails_its_version_alone(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("pixels", "told"),
+    ("pixels", "message"),
     [
         ({"resize": "letterbox"}, "preprocessing.resize: Input should be 'shorter_side_crop' or 'stretch'"),
         ({"resize": "stretch", "crop": 0.9}, "a stretch has no crop"),
@@ -127,7 +127,7 @@ def test_a_card_of_a_newer_format_fails_its_version_alone(tmp_path: Path) -> Non
 )
 @pytest.mark.parametrize("older", [True, False])
 def test_preprocessing_that_can_not_be_meant_fails_with_its_field(
-    tmp_path: Path, pixels: dict[str, Any], told: str, older: bool
+    tmp_path: Path, pixels: dict[str, Any], message: str, older: bool
 ) -> None:
     folder = add_small(tmp_path)
     if older:
@@ -137,7 +137,7 @@ def test_preprocessing_that_can_not_be_meant_fails_with_its_field(
     with pytest.raises(CardInvalid, match=r"card\.json") as failed:
         read_card(folder)
 
-    assert told in str(failed.value)
+    assert message in str(failed.value)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from service.errors import (
     WeightsCorrupt,
     WeightsUnavailable,
 )
-from service.store.index import write_index
+from service.store.location import write_index
 from service.store.store import Store
 from tests.service.remotes import TINY, add_small, remote, site
 from tests.unprivileged import as_nobody, open_folder
@@ -77,10 +77,10 @@ try:
 except Exception as error:
     print(json.dumps([type(error).__name__, str(error)]))
 """
-    name, told = as_nobody(READ, body, open_folder)
+    name, message = as_nobody(READ, body, open_folder)
 
     assert name == WeightsUnavailable.__name__
-    assert f"{str(store)!r} can't be read (Permission denied)" in told
+    assert f"{str(store)!r} can't be read (Permission denied)" in message
 
 
 REMOTE = """
@@ -98,7 +98,11 @@ except Exception as error:
     found = f"{type(error).__name__}: {error}"
 print(json.dumps([found, failures]))
 """
-OPEN = "from service.store.remote import RemoteOptions, RemoteStore\nimport aiohttp, fsspec.implementations.http"
+OPEN = """
+from service.store.location import RemoteOptions
+from service.store.remote import RemoteStore
+import aiohttp, fsspec.implementations.http
+"""
 
 
 @pytest.mark.parametrize("locked", ["2", "2/card.json", "2/model.safetensors"])
@@ -128,7 +132,7 @@ def test_a_part_of_the_copy_that_can_not_be_used_fails_alone(folder: Path, open_
         assert failures[1] is None
 
 
-def test_a_cache_folder_that_can_not_be_written_is_told_as_such(folder: Path, open_folder: Path) -> None:
+def test_a_cache_folder_that_can_not_be_written_is_reported_as_such(folder: Path, open_folder: Path) -> None:
     write_index(folder)
     (open_folder / "cache").mkdir(mode=0o755)
     with site(folder) as server:
@@ -210,15 +214,16 @@ import os, sys, threading
 from pathlib import Path
 os.umask(int(sys.argv[2], 8))
 import torch
-from service.acquisition.importing import Import, import_model
-from service.acquisition.preprocessing import Given
+from service.acquisition.importing import ImportOptions, import_model
+from service.acquisition.preprocessing import PreprocessingOptions
 from service.architecture.pvt_v2 import create
-from service.store.index import write_index
-from service.store.aliases import write_alias
+from service.store.location import write_index
+from service.store.names import write_alias
 from service.store.remote import RemoteOptions, RemoteStore
 root = Path(sys.argv[1])
 torch.save(create("pvt_v2_b0", num_classes=2).state_dict(), root / "mine.pth")
-import_model(root / "store", Import(file=root / "mine.pth", variant="b0", tag="mine", given=Given(height=32, width=32)))
+size = PreprocessingOptions(height=32, width=32)
+import_model(root / "store", ImportOptions(file=root / "mine.pth", variant="b0", tag="mine", preprocessing=size))
 write_alias(root / "store", "production", "pvt_v2_b0.mine@1")
 write_index(root / "store")
 remote = RemoteStore(RemoteOptions(url=f"file://{root / 'store'}", cache=root / "cache", cache_bytes=10**9))
@@ -251,10 +256,10 @@ try:
 except Exception as error:
     print(json.dumps([type(error).__name__, str(error)]))
 """
-    name, told = as_nobody("from service.store.index import write_index", body, open_folder)
+    name, message = as_nobody("from service.store.location import write_index", body, open_folder)
 
     assert name == WeightsUnavailable.__name__
-    assert f"{TINY}/2" in told
+    assert f"{TINY}/2" in message
     assert not (open_folder / "index.json").exists()
 
 

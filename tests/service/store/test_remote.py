@@ -9,7 +9,7 @@ from service.errors import (
     StoreUnreachable,
 )
 from service.store.cards import read_card
-from service.store.index import write_index
+from service.store.location import write_index
 from tests.service.remotes import S3, TINY, add_small, fetched, remote, site, weights
 
 
@@ -36,7 +36,7 @@ def test_a_model_behind_http_is_found_by_listing_or_by_index(folder: Path, tmp_p
         assert (fetched(store).folder / "model.safetensors").read_bytes() == weights(folder).read_bytes()
 
 
-def test_a_server_with_neither_listing_nor_index_is_told_how_to_make_one(folder: Path, tmp_path: Path) -> None:
+def test_a_server_with_neither_listing_nor_index_reports_how_to_make_one(folder: Path, tmp_path: Path) -> None:
     with site(folder, listing=False) as server:
         store = remote(server.url, tmp_path / "cache")
 
@@ -90,15 +90,15 @@ def test_answers_between_two_looks_ask_the_store_nothing(folder: Path, tmp_path:
     with site(folder) as server:
         store = remote(server.url, tmp_path / "cache")
         store.models()
-        asked = len(server.handler.asked)
+        requested = len(server.handler.requested)
 
         for _ in range(20):
             store.models()
 
-        assert len(server.handler.asked) == asked
+        assert len(server.handler.requested) == requested
 
 
-def test_a_fetch_goes_on_from_where_an_earlier_one_ended(s3: S3, folder: Path, tmp_path: Path) -> None:
+def test_a_fetch_resumes_where_an_earlier_one_ended(s3: S3, folder: Path, tmp_path: Path) -> None:
     store = remote(s3.upload(folder, "resumed"), tmp_path / "cache")
     stored = store.find(TINY)
     content, digest = weights(folder).read_bytes(), stored.require_card().weights.sha256
@@ -113,7 +113,7 @@ def test_a_fetch_goes_on_from_where_an_earlier_one_ended(s3: S3, folder: Path, t
     assert weights(store.root).read_bytes() == content
 
 
-def test_where_ranges_are_not_served_a_fetch_begins_anew(folder: Path, tmp_path: Path) -> None:
+def test_where_ranges_are_not_served_a_fetch_begins_again(folder: Path, tmp_path: Path) -> None:
     with site(folder) as server:  # which knows no ranges
         store = remote(server.url, tmp_path / "cache")
         stored = store.find(TINY)

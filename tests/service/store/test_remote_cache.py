@@ -12,8 +12,7 @@ from service.errors import (
     StoreUnreachable,
 )
 from service.store.cards import ModelCard
-from service.store.index import write_index
-from service.store.urls import RemoteOptions, objection
+from service.store.location import RemoteOptions, objection, write_index
 from tests.conftest import ROOT
 from tests.service.remotes import S3, TINY, add_small, bytes_of, fetched, remote, site, weights
 
@@ -57,21 +56,21 @@ def test_what_is_being_loaded_is_not_evicted(s3: S3, folder: Path, tmp_path: Pat
     assert not weights(stored.folder.parent.parent).exists()
 
 
-def test_a_model_larger_than_the_cache_is_told_so(s3: S3, folder: Path, tmp_path: Path) -> None:
+def test_a_model_larger_than_the_cache_is_reported(s3: S3, folder: Path, tmp_path: Path) -> None:
     store = remote(s3.upload(folder, "large"), tmp_path / "cache", cache_bytes=50_000)
 
     with pytest.raises(StoreCacheFailed, match=r"has \d+ bytes, more than the 50000 of PVT_STORE_CACHE_MB"):
         fetched(store)
 
 
-def test_a_cache_that_can_not_be_written_is_said(s3: S3, folder: Path, tmp_path: Path) -> None:
+def test_a_cache_that_can_not_be_written_is_reported(s3: S3, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
 
     with pytest.raises(StoreCacheFailed, match="PVT_STORE_CACHE_DIR"):
         remote(s3.upload(folder, "unwritten"), tmp_path / "cache").models()
 
 
-def test_a_full_disk_is_said_and_leaves_the_store_usable(s3: S3, folder: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_the_store_usable(s3: S3, folder: Path, tmp_path: Path) -> None:
     store = remote(s3.upload(folder, "full"), tmp_path / "cache")
     store.models()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -99,7 +98,7 @@ def test_a_cache_that_somebody_emptied_is_filled_again(s3: S3, folder: Path, tmp
     assert [model.failure for model in store.models()] == [None]
 
 
-def test_a_small_file_that_does_not_fit_leaves_nothing_and_is_said(s3: S3, folder: Path, tmp_path: Path) -> None:
+def test_a_small_file_that_does_not_fit_leaves_nothing_and_is_reported(s3: S3, folder: Path, tmp_path: Path) -> None:
     store = remote(s3.upload(folder, "small"), tmp_path / "cache")
     store.models()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -121,7 +120,7 @@ def test_two_processes_fetch_a_model_once(folder: Path, tmp_path: Path) -> None:
         code = f"""
 from pathlib import Path
 from service.store.remote import RemoteStore
-from service.store.urls import RemoteOptions
+from service.store.location import RemoteOptions
 store = RemoteStore(RemoteOptions(url={server.url!r}, cache=Path({str(tmp_path / "cache")!r}), cache_bytes=10**9))
 stored = store.find({TINY!r})
 print("ready", flush=True); input()
@@ -136,7 +135,7 @@ with store.holding(stored): print((stored.folder / "model.safetensors").stat().s
             assert process.stdout
             assert process.stdout.readline() == "ready\n"
         outputs = [process.communicate("\n", timeout=60)[0] for process in both]
-        gets = [path for path in server.handler.asked if path.endswith("model.safetensors")]
+        gets = [path for path in server.handler.requested if path.endswith("model.safetensors")]
 
     assert [output.split()[-1] for output in outputs] == ["100000"] * 2
     assert len(gets) == 1
@@ -149,9 +148,9 @@ import os
 from pathlib import Path
 from service.store import byte_cache
 from service.store.remote import RemoteStore
-from service.store.urls import RemoteOptions
+from service.store.location import RemoteOptions
 store = RemoteStore(RemoteOptions(url={url!r}, cache=Path({str(tmp_path / "cache")!r}), cache_bytes=10**9))
-byte_cache._written = lambda to, piece: (to.write(piece), to.flush(), os.kill(os.getpid(), 9))
+byte_cache._write = lambda copy, chunk: (copy.write(chunk), copy.flush(), os.kill(os.getpid(), 9))
 with store.holding(store.find({TINY!r})): pass
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
@@ -160,7 +159,7 @@ with store.holding(store.find({TINY!r})): pass
     assert fetched(remote(url, tmp_path / "cache")).id == TINY
 
 
-def test_names_that_would_leave_the_copy_are_not_there(folder: Path, tmp_path: Path) -> None:
+def test_names_that_would_leave_the_copy_are_ignored(folder: Path, tmp_path: Path) -> None:
     index = write_index(folder).model_dump()
     index["files"] += ({"path": f"../../{TINY}/1/card.json", "bytes": 1, "sha256": "0" * 64},)
     (folder / "index.json").write_text(json.dumps(index))
@@ -187,7 +186,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     assert "none of s3://" in str(objection("ftp://host"))
 
 
-def test_reference_pictures_come_along(s3: S3, model_store: Path, tmp_path: Path) -> None:
+def test_reference_images_are_fetched_too(s3: S3, model_store: Path, tmp_path: Path) -> None:
     store = remote(s3.upload(model_store, "embedded"), tmp_path / "cache")
     stored = fetched(store, "pvt_v2_b0.digits")
 

@@ -14,7 +14,7 @@ from service.errors import (
 )
 from service.options import EngineOptions
 from service.registry.catalog import Catalog
-from service.store.urls import RemoteOptions
+from service.store.location import RemoteOptions
 from tests.service.remotes import S3, TINY, Site, add_small, bytes_of, fetched, remote, site, weights
 
 
@@ -35,11 +35,11 @@ def test_a_store_that_vanishes_leaves_its_listing_and_what_was_fetched(folder: P
 
 
 def test_a_store_that_hangs_delays_nobody_who_has_its_listing(folder: Path, tmp_path: Path) -> None:
-    hanging, let_go = Event(), Event()
+    hanging, released = Event(), Event()
 
     def hang(_: str) -> None:
         hanging.set()
-        let_go.wait(60)
+        released.wait(60)
 
     with site(folder) as server:
         store = remote(server.url, tmp_path / "cache", poll_seconds=0)
@@ -49,7 +49,7 @@ def test_a_store_that_hangs_delays_nobody_who_has_its_listing(folder: Path, tmp_
         assert hanging.wait(30)
 
         listed = store.models()  # while the look at the store hangs
-        let_go.set()
+        released.set()
 
     assert [model.id for model in listed] == [TINY]
 
@@ -58,27 +58,27 @@ def test_a_service_that_starts_while_the_store_hangs_answers_from_its_copy(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.store.remote.FIRST_SECONDS", 0.1)
-    let_go = Event()
+    released = Event()
     with site(folder) as server:
         remote(server.url, tmp_path / "cache").models()
-        server.handler.status = lambda _: let_go.wait(60) and None
+        server.handler.status = lambda _: released.wait(60) and None
 
         store = remote(server.url, tmp_path / "cache")
         listed = [store.models(), store.models()]
-        assert not let_go.is_set()
-        let_go.set()
+        assert not released.is_set()
+        released.set()
 
     assert [[model.id for model in models] for models in listed] == [[TINY], [TINY]]
 
 
 @pytest.mark.anyio
 async def test_a_caller_who_leaves_while_files_are_fetched_holds_them_no_longer(folder: Path, tmp_path: Path) -> None:
-    asked, let_go = Event(), Event()
+    requested, released = Event(), Event()
 
     def hang(path: str) -> None:
         if path.endswith("safetensors"):
-            asked.set()
-            let_go.wait(60)
+            requested.set()
+            released.wait(60)
 
     with site(folder) as server:
         server.handler.status = hang
@@ -93,10 +93,10 @@ async def test_a_caller_who_leaves_while_files_are_fetched_holds_them_no_longer(
                 pytest.fail("nobody waits for it any more")
 
         loading = asyncio.create_task(load())
-        assert await asyncio.to_thread(asked.wait, 30)
+        assert await asyncio.to_thread(requested.wait, 30)
         loading.cancel()
         await asyncio.wait([loading])
-        let_go.set()
+        released.set()
         async with catalog.fetched(stored):  # when this one is there, the one before has ended
             pass
         await asyncio.sleep(0)
@@ -115,7 +115,7 @@ def test_what_was_not_fetched_before_the_store_vanished_says_so(folder: Path, tm
         fetched(store)
 
 
-def test_a_store_that_never_answered_is_said_to_be_away(tmp_path: Path) -> None:
+def test_a_store_that_never_answered_is_reported_as_unreachable(tmp_path: Path) -> None:
     with site(tmp_path) as server:
         pass
 
@@ -124,7 +124,7 @@ def test_a_store_that_never_answered_is_said_to_be_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("s3")
-def test_a_bucket_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_bucket_is_reported(tmp_path: Path) -> None:
     with pytest.raises(StoreUnreachable, match=r"s3://nowhere.*it is not there"):
         remote("s3://nowhere", tmp_path / "cache").models()
 
@@ -146,7 +146,7 @@ def test_a_truncated_object_is_refused(s3: S3, folder: Path, tmp_path: Path) -> 
         fetched(remote(s3.upload(folder, "truncated"), tmp_path / "cache"))
 
 
-def test_weights_that_are_not_there_are_said_to_be_missing(s3: S3, folder: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_reported(s3: S3, folder: Path, tmp_path: Path) -> None:
     weights(folder).unlink()
 
     with pytest.raises(WeightsUnavailable, match="it is not there, though the card names it"):
@@ -167,7 +167,7 @@ def test_a_model_without_a_card_harms_no_other(s3: S3, folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_card_that_may_not_be_read_is_said_and_harms_no_other(folder: Path, tmp_path: Path, status: int) -> None:
+def test_a_card_that_may_not_be_read_is_reported_and_harms_no_other(folder: Path, tmp_path: Path, status: int) -> None:
     add_small(folder, "pvt_v2_b0.secret")
     with site(folder) as server:
         server.handler.status = lambda path: status if "secret" in path and "card" in path else None
@@ -177,7 +177,7 @@ def test_a_card_that_may_not_be_read_is_said_and_harms_no_other(folder: Path, tm
     assert "permission denied; credentials" in str(failures["pvt_v2_b0.secret"])
 
 
-def test_weights_that_may_not_be_read_are_said(folder: Path, tmp_path: Path) -> None:
+def test_weights_that_may_not_be_read_are_reported(folder: Path, tmp_path: Path) -> None:
     with site(folder) as server:
         server.handler.status = lambda path: 403 if "model" in path.rpartition("/")[2] else None
         with pytest.raises(StoreUnreachable, match="permission denied"):
@@ -186,7 +186,7 @@ def test_weights_that_may_not_be_read_are_said(folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("s3")
 @pytest.mark.parametrize("scheme", ["http", "s3"])
-def test_a_store_that_may_not_be_listed_is_said(
+def test_a_store_that_may_not_be_listed_is_reported(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     with site(folder) as server:

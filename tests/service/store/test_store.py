@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from service.errors import CardInvalid, ModelNotFound, WeightsCorrupt, WeightsUnavailable
-from service.store.store import Store, write_model
+from service.store.changes import write_model
+from service.store.store import Store
 from tests.service.stores import add_model
 
 
@@ -81,7 +82,7 @@ def test_a_name_is_never_a_path(store: Store, name: str) -> None:
         store.find(name)
 
 
-def test_a_store_that_is_not_there_says_which_setting_names_it(tmp_path: Path) -> None:
+def test_a_missing_store_says_which_setting_names_it(tmp_path: Path) -> None:
     with pytest.raises(WeightsUnavailable, match="PVT_MODEL_STORE"):
         Store(tmp_path / "nowhere").models()
 
@@ -126,7 +127,7 @@ def test_a_card_that_is_no_json_fails_its_model(store: Store) -> None:
     assert "Invalid JSON" in str(store.models()[0].failure)
 
 
-def test_a_variant_without_a_tag_is_a_mistake_and_said(store: Store) -> None:
+def test_a_variant_without_a_tag_is_a_mistake_and_reported(store: Store) -> None:
     (store.root / "pvt_v2_b0").mkdir()
 
     assert "no version folder" in str(store.models()[0].failure)
@@ -218,7 +219,7 @@ def test_a_broken_newest_version_is_passed_over_and_stays_visible(store: Store) 
     assert oldest.failure is None
 
 
-def test_where_every_version_is_broken_the_newest_tells_why(store: Store) -> None:
+def test_where_every_version_is_broken_the_newest_reports_why(store: Store) -> None:
     truncate(add_model(store.root, version="2"))
     (store.root / "pvt_v2_b0.tiny" / "1" / "card.json").unlink()
 
@@ -244,7 +245,7 @@ def test_a_named_version_that_is_broken_says_so_and_no_other_stands_in(store: St
     assert isinstance(model.failure, WeightsCorrupt)
 
 
-def test_a_version_that_is_not_there_is_not_found_and_those_that_are_named(store: Store) -> None:
+def test_a_version_that_is_missing_is_not_found_and_the_others_are_named(store: Store) -> None:
     with pytest.raises(ModelNotFound, match=r"'pvt_v2_b0.tiny' has no version '7'; there are: 1"):
         store.find("pvt_v2_b0.tiny@7")
 

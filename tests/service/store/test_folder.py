@@ -3,11 +3,10 @@ from pathlib import Path
 import pytest
 
 from service.errors import StoreNotWritable
-from service.store.aliases import write_alias
-from service.store.default import default_store, writable_default_store
-from service.store.index import write_index
+from service.store.folder import EMBEDDED_STORE, default_store, writable_default_store, writing
+from service.store.location import write_index
+from service.store.names import write_alias
 from service.store.store import Store
-from service.store.writes import EMBEDDED_STORE, writing
 
 DIGITS = "pvt_v2_b0.digits"
 
