@@ -1,12 +1,13 @@
 """What each library does to an image before its models see it, as cards say it, and what people say of their own."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import floor, isfinite, nextafter
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,7 +21,6 @@ from service.store.cards import Preprocessing
 MAX_PREPROCESSOR_BYTES = 1_000_000
 INTERPOLATIONS: Mapping[int, Interpolation] = MappingProxyType({2: "bilinear", 3: "bicubic"})  # by Pillow's numbers
 _LEVELS = 255
-_SAME_FACTOR = 1e-3
 
 Triple = tuple[float, float, float]
 
@@ -94,7 +94,7 @@ def _crop(given: Given, height: int, width: int) -> float | None:
         return given.crop
     if given.crop is not None:
         raise InvalidRequest("the shorter side in pixels and a crop say the same thing; leave one of the two out")
-    if height != width or given.shorter_side < height:
+    if height != width or not 0 < height <= given.shorter_side:
         raise InvalidRequest(
             f"shorter side {given.shorter_side}: it is for square input, and of at least its {height} pixels; "
             "give a crop instead"
@@ -123,12 +123,13 @@ def _unit_scale(mean: Triple, std: Triple) -> tuple[Triple, Triple]:
         raise InvalidRequest(f"{shown}; give both in one scale, such as 0.485 0.456 0.406 and 0.229 0.224 0.225")
     if of_mean == 1:
         return mean, std
-    return _divided(mean), _divided(std)
+    return _divided(mean, _LEVELS), _divided(std, _LEVELS)
 
 
-def _divided(values: Triple) -> Triple:
-    red, green, blue = values
-    return red / _LEVELS, green / _LEVELS, blue / _LEVELS
+def _divided(values: Triple | float, by: float) -> Triple:
+    """`values` / `by`, where one value is that of all channels."""
+    red, green, blue = values if isinstance(values, tuple) else (values,) * 3
+    return red / by, green / by, blue / by
 
 
 def _scale(name: str, values: Triple) -> int:
@@ -153,20 +154,33 @@ class _Size(BaseModel):
     width: int | None = None
 
 
+_Side = Annotated[int, Field(gt=0)]
+_EACH = "import without this file, and say how with --size, --resize, --crop, --mean and --std"
+# What image processors of transformers do where their file does not say it. Others do more than resize and normalise,
+# or mean something else by the same fields: ConvNeXT's crops, and a `size` of one number is CLIP's shortest edge.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "Pvt": {"resample": 3, "image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)},
+        "ViT": {"resample": 2, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)},
+    }
+)
+_TYPE = re.compile(r"(?P<model>\w+?)(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
+
+
 class _Processor(BaseModel):
-    """What an image processor of transformers is made from; what it does not say is as in `PvtImageProcessor`."""
+    """What an image processor of transformers is made from, once `_DEFAULTS` has what its file does not say."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     do_resize: bool = True
-    size: _Size | Annotated[int, Field(gt=0)] = _Size(height=SIDE, width=SIDE)
-    resample: Literal[2, 3] = 3
-    do_center_crop: bool | None = None
+    size: _Size | _Side | tuple[_Side, _Side] = _Size(height=SIDE, width=SIDE)
+    resample: Literal[2, 3]
+    do_center_crop: bool = False
     do_rescale: bool = True
-    rescale_factor: float = 1 / _LEVELS
+    rescale_factor: Annotated[float, Field(gt=0)] = 1 / _LEVELS
     do_normalize: bool = True
-    image_mean: Triple = (0.485, 0.456, 0.406)
-    image_std: Triple = (0.229, 0.224, 0.225)
+    image_mean: Triple | float
+    image_std: Triple | float
 
 
 def of_transformers(path: Path, shown: str | None = None) -> Preprocessing:
@@ -179,7 +193,7 @@ def of_transformers(path: Path, shown: str | None = None) -> Preprocessing:
     try:
         with path.open("rb") as file:
             content = json.loads(file.read(MAX_PREPROCESSOR_BYTES))
-        return _as_card(_Processor.model_validate(content))
+        return _as_card(_Processor.model_validate(_whole(content)))
     except OSError as error:
         raise InvalidRequest(f"{name}: {error.strerror or error}") from error
     except ValidationError as error:
@@ -190,27 +204,40 @@ def of_transformers(path: Path, shown: str | None = None) -> Preprocessing:
         raise InvalidRequest(f"{name}: {error}") from error
 
 
+def _whole(content: object) -> object:
+    """What the file says, null being nothing said, and the rest as its image processor has it."""
+    if not isinstance(content, dict):
+        return content
+    said = {field: value for field, value in content.items() if value is not None}
+    kind = str(said.get("image_processor_type", said.get("feature_extractor_type", "PvtImageProcessor")))
+    match = _TYPE.fullmatch(kind)
+    if match is None or match["model"] not in _DEFAULTS:
+        raise InvalidRequest(f"{kind[:100]} is another image processor than PVT's and is not read; {_EACH}")
+    return {**_DEFAULTS[match["model"]], **said}
+
+
 def _as_card(said: _Processor) -> Preprocessing:
+    """The pixels p of 0..255 become (p * factor - mean) / std, for which cards have no factor but 1 / 255."""
     if not said.do_resize:
-        raise InvalidRequest("do_resize is false, and images come in any size; say how with --resize and --crop")
+        raise InvalidRequest(f"do_resize is false, and images come in any size; {_EACH}")
     sized = _sized(said)
-    if said.do_rescale and abs(said.rescale_factor * _LEVELS - 1) > _SAME_FACTOR:
-        raise InvalidRequest(f"rescale_factor {said.rescale_factor}: it must be 1/255; give --mean and --std")
-    if not said.do_normalize:
-        low, one = (0.0, 0.0, 0.0), 1.0 if said.do_rescale else 1 / _LEVELS
-        return sized.model_copy(update={"mean": low, "std": (one, one, one)})
-    scaled = (said.image_mean, said.image_std)
-    mean, std = scaled if said.do_rescale else (_divided(said.image_mean), _divided(said.image_std))
-    return Preprocessing.model_validate(sized.model_dump() | {"mean": mean, "std": std})
+    mean, std = (said.image_mean, said.image_std) if said.do_normalize else (0.0, 1.0)
+    scale = said.rescale_factor / (1 / _LEVELS) if said.do_rescale else _LEVELS
+    return Preprocessing.model_validate(
+        sized.model_dump() | {"mean": _divided(mean, scale), "std": _divided(std, scale)}
+    )
 
 
 def _sized(said: _Processor) -> Preprocessing:
     """Only a stretch: where transformers crops, it begins half a pixel beside where torchvision and cards do."""
-    size = said.size if isinstance(said.size, _Size) else _Size(height=said.size, width=said.size)
-    if said.do_center_crop or not (size.height and size.width):
+    if isinstance(said.size, _Size):
+        height, width = said.size.height, said.size.width
+    else:
+        height, width = said.size if isinstance(said.size, tuple) else (said.size, said.size)
+    if said.do_center_crop or not (height and width):
         raise InvalidRequest(
             "it does not resize to one height and width, but crops or keeps the aspect ratio, which is not read; "
-            "import without this file, and say how with --size, --resize and --crop"
+            f"{_EACH}"
         )
     interpolation = INTERPOLATIONS[said.resample]
-    return Preprocessing(height=size.height, width=size.width, resize="stretch", interpolation=interpolation)
+    return Preprocessing(height=height, width=width, resize="stretch", interpolation=interpolation)

@@ -14,7 +14,7 @@ import structlog
 from service.arrays import Floats
 from service.backends.base import Graph, Precision
 from service.backends.served import Served, plain_logits
-from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid
+from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid, ServiceError
 from service.execution.reference import Deviation, Reference, synthetic_images, worst
 
 log = structlog.get_logger(component="golden")
@@ -114,22 +114,21 @@ class CheckedGraphs:
 
         Raises:
             GoldenMismatch: float32, or the precision that was forced, is too far off.
+            Exception: what `make` raises in float32, or in the precision that was forced.
         """
-        graph = make(self.precision)
         try:
-            if self.golden:
-                self.golden.check(graph, size)
-        except GoldenMismatch as error:
-            if self.forced or graph.precision == "float32":
+            return self._checked(make(self.precision), size)
+        except Exception as error:
+            if self.forced or self.precision == "float32" or is_of_all_precisions(error):
                 raise
-            self._note(f"{self.where}{what} for batches of {size} computes in float32, not {graph.precision}: {error}")
-        else:
-            return graph
-        del graph  # its memory first
-        again = make("float32")
-        assert self.golden  # noqa: S101  it objected
-        self.golden.check(again, size)
-        return again
+            begin = f"{self.where}{what} for batches of {size} computes in float32, not {self.precision}"
+            self._note(f"{begin}: {told(error)}")
+        return self._checked(make("float32"), size)  # here the first graph's memory is free
+
+    def _checked(self, graph: Graph, size: int) -> Graph:
+        if self.golden:
+            self.golden.check(graph, size)
+        return graph
 
     def at(self, module: Served, height: int, width: int) -> "CheckedGraphs":
         """The same for images of `height` x `width`, checked with what `module` gives for a few of those.
@@ -157,3 +156,18 @@ def computed_reference(module: Served, height: int, width: int, count: int) -> R
     if not np.isfinite(logits).all():
         raise ModelLoadFailed(NOT_FINITE)
     return Reference(images, logits)
+
+
+def is_of_all_precisions(error: Exception) -> bool:
+    """Whether it says what is wrong with the model's files, with memory or with a GPU, and not with a precision."""
+    return isinstance(error, ServiceError) and not isinstance(error, GoldenMismatch)
+
+
+def told(error: Exception) -> str:
+    """Why a precision is given up."""
+    return str(error) if isinstance(error, GoldenMismatch) else f"it failed with {in_words(error)}"
+
+
+def in_words(error: Exception) -> str:
+    """`error` in one line: OpenVINO's have many."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

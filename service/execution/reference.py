@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 import safetensors.numpy
@@ -158,6 +159,8 @@ def read_reference(card: ModelCard, folder: Path, file: ReferenceFile) -> Refere
     """
     path = folder / file.file
     try:
+        if not S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise ReferenceInvalid(f"{path}: no regular file; put the file that the card names there")
         data = path.read_bytes()
         if (actual := sha256(data).hexdigest()) != file.sha256:
             raise ReferenceInvalid(f"{path}: SHA-256 is {actual}, expected {file.sha256}; copy the file again")
@@ -167,7 +170,7 @@ def read_reference(card: ModelCard, folder: Path, file: ReferenceFile) -> Refere
         raise ReferenceInvalid(f"{path}: {error.strerror or error}; put the file that the card names there") from error
     except (SafetensorError, KeyError) as error:
         raise ReferenceInvalid(f"{path}: no safetensors file with 'images' and 'logits' ({error})") from error
-    pixels, n = card.preprocessing, len(images)
+    pixels, n = card.preprocessing, images.shape[0] if images.ndim else 0
     wanted = ((n, pixels.height, pixels.width, 3), (n, len(card.labels)))
     types = (images.dtype.name, logits.dtype.name)
     fits = n and (images.shape, logits.shape) == wanted and types == ("uint8", "float32")

@@ -13,7 +13,7 @@ import numpy as np
 
 from service.backends.base import Backend, Graph, Layout, Precision, Program
 from service.errors import GoldenMismatch, ReferenceInvalid
-from service.execution.golden import NOT_FINITE, Golden
+from service.execution.golden import NOT_FINITE, Golden, in_words, is_of_all_precisions, told
 from service.execution.plan import WORTHWHILE_GAIN, BatchPlan, Runner, batch_seconds, measure
 from service.execution.reference import Deviation
 
@@ -82,25 +82,26 @@ class Tuning:
             ReferenceInvalid: the reference is not this model's.
             Exception: what the backend raises when nothing at all can be compiled.
         """
-        while (sound := self._sound(self._tuned())) is None:
+        while (sound := self._sound()) is None:
             self._notes.clear()
             self.started = perf_counter()
         return sound
 
-    def _sound(self, tuned: Tuned) -> Tuned | None:
-        """`tuned`, with how far it is off; None where its precision is given up."""
+    def _sound(self) -> Tuned | None:
+        """What was chosen, with how far it is off; None where its precision is given up."""
+        base = self.backend.layouts(self.limits.cores)[0]
+        precision, first = self._precision(base)
         try:
+            tuned = self._tuned(base, precision, first)
             deviation = self.golden.check_all(tuned.graphs, tuned.alone.make() if tuned.alone else None)
-        except GoldenMismatch as error:
-            if self.limits.precision or tuned.precision == "float32":
+        except Exception as error:
+            if self.limits.precision or precision == "float32" or is_of_all_precisions(error):
                 raise
-            self._refuse(tuned.precision, str(error))
+            self._refuse(precision, told(error))
             return None
         return replace(tuned, notes=(*self._refused.values(), *self._notes), deviation=deviation)
 
-    def _tuned(self) -> Tuned:
-        base = self.backend.layouts(self.limits.cores)[0]
-        precision, first = self._precision(base)
+    def _tuned(self, base: Layout, precision: Precision, first: Graph) -> Tuned:
         layout, (first, known), alone = self._layout(base, precision, first)
         graphs = {1: first}
 
@@ -135,10 +136,10 @@ class Tuning:
             except ReferenceInvalid:
                 raise
             except Exception as error:
-                if precision == "float32" and not usable:
+                # What was asked for and can't be compiled here gives way, but no wrong answers do in silence.
+                if (precision == "float32" and not usable) or (forced and isinstance(error, GoldenMismatch)):
                     raise
-                wrong = isinstance(error, GoldenMismatch)
-                self._refuse(precision, str(error) if wrong else f"it failed with {_words(error)}")
+                self._refuse(precision, told(error))
         if not usable:
             return "float32", self._checked("float32", layout)
         asked, graph = usable[0]
@@ -160,12 +161,11 @@ class Tuning:
     def _probe(self, precision: Precision, graph: Graph, layout: Layout) -> float:
         """The seconds by which precisions are compared; infinite where it can't be run."""
         size = self.backend.probe_size
-        if size == 1:
-            return batch_seconds(self._runner(graph, 1), layout.streams)
         try:
-            return batch_seconds(self._runner(self.program.graph(size, layout, precision), size), layout.streams)
+            probed = graph if size == 1 else self.program.graph(size, layout, precision)
+            return batch_seconds(self._runner(probed, size), layout.streams)
         except Exception as error:  # noqa: BLE001  whatever it is, another one may work
-            self._notes.append(f"{precision} in batches of {size} failed with {_words(error)}")
+            self._notes.append(f"{precision} in batches of {size} failed with {in_words(error)}")
             return inf
 
     def _checked(self, precision: Precision, layout: Layout) -> Graph:
@@ -194,7 +194,7 @@ class Tuning:
             except Exception as error:
                 if layout == base:
                     raise
-                self._notes.append(f"{layout.streams} x {layout.threads} cores failed: {_words(error)}")
+                self._notes.append(f"{layout.streams} x {layout.threads} cores failed: {in_words(error)}")
         fastest = max(seconds, key=lambda each: each.streams / seconds[each])
         gain = fastest.streams / seconds[fastest] / (base.streams / seconds[base])
         best = fastest if gain > WORTHWHILE_GAIN else base
@@ -232,8 +232,3 @@ class _Copies:
         if self.blob is None:
             return self.program.graph(1, layout, self.precision)
         return self.backend.restore(np.frombuffer(self.blob, np.uint8), layout, self.precision)
-
-
-def _words(error: Exception) -> str:
-    """In one line: OpenVINO's errors have many."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -12,7 +12,7 @@ _USERS = Path("~/.local/share/pvt-serve/model_store")
 def default_store() -> Path:
     """`model_store` in the current folder, else the user's own store, else the read-only one of the package."""
     stores = (_CURRENT, _users_store(), EMBEDDED_STORE)
-    return next((each for each in stores if each and each.is_dir()), _CURRENT)
+    return next((each for each in stores if each and _is_folder(each)), _CURRENT)
 
 
 def writable_default_store() -> tuple[Path, bool]:
@@ -29,11 +29,30 @@ def writable_default_store() -> tuple[Path, bool]:
     with writing(users):
         users.parent.mkdir(parents=True, exist_ok=True)
         with staging(users.parent, ".new-") as folder:
-            made = shutil.copytree(EMBEDDED_STORE, folder / users.name)
+            made = _copied(EMBEDDED_STORE, folder / users.name)
             if users.is_dir():  # another process has made it meanwhile
                 return users, False
             made.rename(users)
     return users, True
+
+
+def _copied(source: Path, target: Path) -> Path:
+    """`target`, with the modes that the umask says: those of a package may be read only."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_dir():
+            _copied(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+    return target
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is one, as far as this user can see: neither the current folder nor HOME need be one's own."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _users_store() -> Path | None:

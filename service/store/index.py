@@ -15,7 +15,7 @@ from service.store.writes import check_writable, replacing
 class IndexedFile(BaseModel):
     """A file by its path below the store's root."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")  # a newer release may write more
 
     path: str
     bytes: Annotated[int, Field(ge=0)]
@@ -25,7 +25,7 @@ class IndexedFile(BaseModel):
 class StoreIndex(BaseModel):
     """Every file of a store, weights too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     format: Literal[1] = 1
     files: tuple[IndexedFile, ...]

@@ -42,13 +42,17 @@ def is_not_there(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError) or getattr(error, "status", None) == HTTPStatus.NOT_FOUND
 
 
+def _is_refused(error: BaseException) -> bool:
+    status = getattr(error, "status", None)
+    return isinstance(error, PermissionError) or status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+
+
 def reason(error: BaseException) -> str:
     """What went wrong, in words of ours where there are some."""
     error = root(error)
-    status = getattr(error, "status", None)
     if isinstance(error, _NoListing):
         return str(error)
-    if isinstance(error, PermissionError) or status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+    if _is_refused(error):
         return "permission denied; credentials come from the environment, as its own tools read them"
     if is_not_there(error):
         return "it is not there"
@@ -68,17 +72,23 @@ class Location:
     def files(self) -> Mapping[str, str]:
         """The paths of all files that a store may have, each with what changes when it does, or "" if unknown.
 
+        A folder in it that may not be listed has a card, which can't be read: that tells why.
+
         Raises:
             StoreUnreachable: they can't be listed.
         """
         try:
             if self.scheme in {"http", "https"}:
                 return self._indexed()
-            found = self._fs.find(self._root, detail=True)
+            if self.scheme == "file":  # of which a search leaves out what it may not list
+                self._fs.ls(self._root)
+            found = self._fs.find(self._root, withdirs=self.scheme == "file", detail=True)
             if not found and not self._fs.exists(self._root):
                 raise FileNotFoundError(self._root)  # noqa: TRY301  told as all others are
             named = {name.removeprefix(self._root).lstrip("/"): info for name, info in found.items()}
-            return {path: _tag(info) for path, info in named.items() if _may_be_ours(path)}
+            folders = [path for path, info in named.items() if info.get("type") == "directory"]
+            files = {path: _tag(info) for path, info in named.items() if _may_be_ours(path)}
+            return _cards_of(folders) | files
         except Exception as error:  # its clients raise almost anything
             raise self.unreachable(error) from error
 
@@ -149,14 +159,23 @@ class Location:
 
     def _linked(self) -> Mapping[str, str]:
         top = self._links("")
-        if not (models := [name for name in top if MODEL_ID.fullmatch(name) or name in VARIANTS]):
+        if not (models := [name for name in top if _may_be_model(name)]):
             raise _NoListing(
                 f"neither {INDEX_FILE} nor a page of links to models; make the index with `pvt-serve index`"
             )
-        versions = [f"{model}/{name}" for model in models for name in self._links(model) if VERSION.fullmatch(name)]
+        versions = [version for model in models for version in self._versions(model)]
         return {f"{version}/{CARD_FILE}": "" for version in versions} | (
             {ALIASES_FILE: ""} if ALIASES_FILE in top else {}
         )
+
+    def _versions(self, model: str) -> list[str]:
+        """The folders of a model's versions, or its own where that may not be listed."""
+        try:
+            return [f"{model}/{name}" for name in self._links(model) if VERSION.fullmatch(name)]
+        except Exception as error:
+            if not _is_refused(root(error)):
+                raise
+            return [model]
 
     def _links(self, folder: str) -> list[str]:
         with suppress(FileNotFoundError):
@@ -172,7 +191,19 @@ def _may_be_ours(path: str) -> bool:
     match = _FILE.fullmatch(path)
     if not match or not VERSION.fullmatch(match["version"]) or path.rpartition("/")[2].startswith("."):
         return False
-    return MODEL_ID.fullmatch(match["model"]) is not None or match["model"] in VARIANTS
+    return _may_be_model(match["model"])
+
+
+def _cards_of(folders: Sequence[str]) -> dict[str, str]:
+    """The cards of versions, and those of models that seem to have none."""
+    versions = [path for path in folders if _may_be_ours(f"{path}/{CARD_FILE}")]
+    whole = {path.partition("/")[0] for path in versions}
+    empty = [path for path in folders if _may_be_model(path) and path not in whole]
+    return {f"{path}/{CARD_FILE}": "" for path in (*versions, *empty)}
+
+
+def _may_be_model(name: str) -> bool:
+    return MODEL_ID.fullmatch(name) is not None or name in VARIANTS
 
 
 def _tag(info: Mapping[str, Any]) -> str:

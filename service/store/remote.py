@@ -169,7 +169,7 @@ class RemoteStore(Store):
         """What is wrong with it, in terms of the store and not of the copy."""
         if model.failure is None:
             return model
-        card = f"{model.id}/{model.version}/{CARD_FILE}"
+        card = "/".join(filter(None, (model.id, model.version, CARD_FILE)))
         why = self._mirror.problems.get(card)
         if why or not is_there(self.root / card):
             if not why and isinstance(self._failure, StoreCacheFailed):
