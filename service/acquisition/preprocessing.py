@@ -1,12 +1,13 @@
 """Preprocessing for cards: that of each library, that of transformers' own file, and the options of an import."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import floor, isfinite, nextafter
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,7 +20,6 @@ from service.store.cards import Preprocessing
 MAX_PREPROCESSOR_BYTES = 1_000_000
 INTERPOLATIONS: Mapping[int, Interpolation] = MappingProxyType({2: "bilinear", 3: "bicubic"})  # by Pillow's numbers
 _LEVELS = 255
-_SAME_FACTOR = 1e-3
 
 Triple = tuple[float, float, float]
 
@@ -93,7 +93,7 @@ def _crop(options: PreprocessingOptions, height: int, width: int) -> float | Non
         return options.crop
     if options.crop is not None:
         raise InvalidRequest("the shorter side in pixels and a crop say the same thing; leave one of the two out")
-    if height != width or options.shorter_side < height:
+    if height != width or not 0 < height <= options.shorter_side:
         raise InvalidRequest(
             f"shorter side {options.shorter_side}: it is for square input, and of at least its {height} pixels; "
             "give a crop instead"
@@ -122,12 +122,13 @@ def _unit_scale(mean: Triple, std: Triple) -> tuple[Triple, Triple]:
         raise InvalidRequest(f"{both}; give both in one scale, such as 0.485 0.456 0.406 and 0.229 0.224 0.225")
     if of_mean == 1:
         return mean, std
-    return _divided(mean), _divided(std)
+    return _divided(mean, _LEVELS), _divided(std, _LEVELS)
 
 
-def _divided(values: Triple) -> Triple:
-    red, green, blue = values
-    return red / _LEVELS, green / _LEVELS, blue / _LEVELS
+def _divided(values: Triple | float, by: float) -> Triple:
+    """`values` / `by`, where a single value is for all channels."""
+    red, green, blue = values if isinstance(values, tuple) else (values,) * 3
+    return red / by, green / by, blue / by
 
 
 def _scale(name: str, values: Triple) -> int:
@@ -152,20 +153,33 @@ class _Size(BaseModel):
     width: int | None = None
 
 
+_Side = Annotated[int, Field(gt=0)]
+_ADVICE = "import without this file, and say how with --size, --resize, --crop, --mean and --std"
+# The defaults of the image processors of transformers that are read. Others do more than resize and normalise, or
+# use the same fields for something else: ConvNeXT's crops, and to CLIP's a `size` of one number is the shortest edge.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "Pvt": {"resample": 3, "image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)},
+        "ViT": {"resample": 2, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)},
+    }
+)
+_TYPE = re.compile(r"(?P<model>\w+?)(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
+
+
 class _Processor(BaseModel):
-    """The file of an image processor of transformers; the defaults are those of `PvtImageProcessor`."""
+    """The file of an image processor of transformers, completed from `_DEFAULTS`."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     do_resize: bool = True
-    size: _Size | Annotated[int, Field(gt=0)] = _Size(height=SIDE, width=SIDE)
-    resample: Literal[2, 3] = 3
-    do_center_crop: bool | None = None
+    size: _Size | _Side | tuple[_Side, _Side] = _Size(height=SIDE, width=SIDE)
+    resample: Literal[2, 3]
+    do_center_crop: bool = False
     do_rescale: bool = True
-    rescale_factor: float = 1 / _LEVELS
+    rescale_factor: Annotated[float, Field(gt=0)] = 1 / _LEVELS
     do_normalize: bool = True
-    image_mean: Triple = (0.485, 0.456, 0.406)
-    image_std: Triple = (0.229, 0.224, 0.225)
+    image_mean: Triple | float
+    image_std: Triple | float
 
 
 def read_preprocessor(path: Path, name: str | None = None) -> Preprocessing:
@@ -178,7 +192,7 @@ def read_preprocessor(path: Path, name: str | None = None) -> Preprocessing:
     try:
         with path.open("rb") as file:
             content = json.loads(file.read(MAX_PREPROCESSOR_BYTES))
-        return _as_card(_Processor.model_validate(content))
+        return _as_card(_Processor.model_validate(_with_defaults(content)))
     except OSError as error:
         raise InvalidRequest(f"{name}: {error.strerror or error}") from error
     except ValidationError as error:
@@ -189,28 +203,45 @@ def read_preprocessor(path: Path, name: str | None = None) -> Preprocessing:
         raise InvalidRequest(f"{name}: {error}") from error
 
 
+def _with_defaults(content: object) -> object:
+    """The file's fields, and for those that are missing or null the defaults of its image processor.
+
+    Raises:
+        InvalidRequest: it is of another image processor.
+    """
+    if not isinstance(content, dict):
+        return content
+    fields = {name: value for name, value in content.items() if value is not None}
+    kind = str(fields.get("image_processor_type", fields.get("feature_extractor_type", "PvtImageProcessor")))
+    match = _TYPE.fullmatch(kind)
+    if match is None or match["model"] not in _DEFAULTS:
+        raise InvalidRequest(f"{kind[:100]} is another image processor than PVT's and is not read; {_ADVICE}")
+    return {**_DEFAULTS[match["model"]], **fields}
+
+
 def _as_card(processor: _Processor) -> Preprocessing:
+    """The processor makes (p * factor - mean) / std of pixels p of 0..255; the factor of a card is always 1 / 255."""
     if not processor.do_resize:
-        raise InvalidRequest("do_resize is false, and images come in any size; say how with --resize and --crop")
+        raise InvalidRequest(f"do_resize is false, and images come in any size; {_ADVICE}")
     sized = _sized(processor)
-    if processor.do_rescale and abs(processor.rescale_factor * _LEVELS - 1) > _SAME_FACTOR:
-        raise InvalidRequest(f"rescale_factor {processor.rescale_factor}: it must be 1/255; give --mean and --std")
-    if not processor.do_normalize:
-        one = 1.0 if processor.do_rescale else 1 / _LEVELS
-        return sized.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (one, one, one)})
-    mean, std = processor.image_mean, processor.image_std
-    if not processor.do_rescale:
-        mean, std = _divided(mean), _divided(std)
-    return Preprocessing.model_validate(sized.model_dump() | {"mean": mean, "std": std})
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+    scale = processor.rescale_factor / (1 / _LEVELS) if processor.do_rescale else _LEVELS
+    return Preprocessing.model_validate(
+        sized.model_dump() | {"mean": _divided(mean, scale), "std": _divided(std, scale)}
+    )
 
 
 def _sized(processor: _Processor) -> Preprocessing:
     """Only a stretch: the crop of transformers begins half a pixel beside that of torchvision and of cards."""
-    size = processor.size if isinstance(processor.size, _Size) else _Size(height=processor.size, width=processor.size)
-    if processor.do_center_crop or not (size.height and size.width):
+    size = processor.size
+    if isinstance(size, _Size):
+        height, width = size.height, size.width
+    else:
+        height, width = size if isinstance(size, tuple) else (size, size)
+    if processor.do_center_crop or not (height and width):
         raise InvalidRequest(
             "it does not resize to one height and width, but crops or keeps the aspect ratio, which is not read; "
-            "import without this file, and say how with --size, --resize and --crop"
+            f"{_ADVICE}"
         )
     interpolation = INTERPOLATIONS[processor.resample]
-    return Preprocessing(height=size.height, width=size.width, resize="stretch", interpolation=interpolation)
+    return Preprocessing(height=height, width=width, resize="stretch", interpolation=interpolation)

@@ -136,6 +136,8 @@ def classes(state: State) -> int:
 
 def _labels(state: State, about: Description) -> tuple[str, ...]:
     count = classes(state)
+    if count == 0:
+        raise WeightsMismatch(f"{about.source}: the head has no classes, so there is nothing that it could name")
     if count == 1:
         raise WeightsMismatch(
             f"{about.source}: the head has one logit, of which a softmax always makes 1.0; make it two, since the "

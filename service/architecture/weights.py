@@ -10,7 +10,7 @@ A training checkpoint may hold the trained weights and a running average of them
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -36,7 +36,8 @@ PICKLES = {".pth", ".pt", ".bin"}  # suffixes of what torch.save writes
 FETCH_AGAIN = "fetch it again from its source"
 WRAPPERS = ("model", "state_dict")  # names under which training scripts keep the weights
 # Names under which they keep a running average beside them, such as timm's `state_dict_ema`, and names inside that.
-AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|avg|averaged?)([^a-z]|$)")
+AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|avg|averag(e|ed|es|ing)|polyak|shadow)([^a-z]|$)")
+_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # in modelEMA, emaModel and EMAModel
 AVERAGE_WRAPPERS = (*WRAPPERS, "module", "shadow")
 MAX_DEPTH = 8  # of wrappers in one another; a pickle may hold itself
 
@@ -134,11 +135,21 @@ def _unwrapped(content: object) -> object:
         if not isinstance(content, Mapping) or not (key := next((k for k in WRAPPERS if k in content), None)):
             break
         content = content[key]
-    return content
+    return _without_counter(content) if isinstance(content, Mapping) else content
 
 
 def _holds_tensors(content: object) -> bool:
-    return isinstance(content, Mapping) and any(isinstance(tensor, Tensor) for tensor in content.values())
+    return isinstance(content, Mapping) and _are_weights(content.values())
+
+
+def _are_weights(values: Iterable[object]) -> bool:
+    """Whether there are tensors among them other than single numbers: metrics may be tensors, too."""
+    return any(isinstance(value, Tensor) and value.ndim for value in values)
+
+
+def _holds_lists(content: Mapping[object, object]) -> bool:
+    """Whether it holds an average whose tensors have no names."""
+    return any(isinstance(value, list | tuple) and _are_weights(value) for value in content.values())
 
 
 def _averages(content: object, where: str = "") -> Iterator[tuple[str, Mapping[object, object]]]:
@@ -146,14 +157,11 @@ def _averages(content: object, where: str = "") -> Iterator[tuple[str, Mapping[o
     if not isinstance(content, Mapping) or where.count(".") > MAX_DEPTH:
         return
     for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Mapping):
-            continue
         if key in WRAPPERS:
             yield from _averages(value, f"{where}{key}.")
-        elif AVERAGED.search(key.lower()):
-            found = _average(value)
-            # Metrics may be called averages, too; a list of tensors is an average whose tensors have no names.
-            if _holds_tensors(found) or any(isinstance(part, list | tuple) for part in found.values()):
+        elif isinstance(key, str) and AVERAGED.search(_HUMP.sub("_", key).lower()):
+            found: Mapping[object, object] = _average(value) if isinstance(value, Mapping) else {key: value}
+            if _holds_lists(found) or (isinstance(value, Mapping) and _holds_tensors(found)):
                 yield f"{where}{key}", found
 
 
@@ -161,7 +169,23 @@ def _average(content: Mapping[object, object]) -> Mapping[object, object]:
     """The state dict in it, without the counter that torch's `AveragedModel` keeps beside."""
     for _ in range(MAX_DEPTH):
         content = next((i for k in AVERAGE_WRAPPERS if isinstance(i := content.get(k), Mapping)), content)
+    return _without_counter(content)
+
+
+def _without_counter(content: Mapping[object, object]) -> Mapping[object, object]:
     return {name: tensor for name, tensor in content.items() if name != "n_averaged"}
+
+
+def _unswapped(content: object) -> object:
+    """`content` with the average under the average's name: `EMAHook` of mmengine swaps it and the trained weights.
+
+    A counter beside the weights under `ema_state_dict` shows that it did.
+    """
+    if isinstance(content, Mapping) and isinstance(trained := content.get("ema_state_dict"), Mapping):
+        without_steps = {name: tensor for name, tensor in trained.items() if name != "steps"}
+        if len(without_steps) < len(trained):
+            return {**content, "state_dict": without_steps, "ema_state_dict": content.get("state_dict")}
+    return content
 
 
 def _choose(path: Path, content: object, requested: Weights | None) -> tuple[object, Weights, str]:
@@ -170,6 +194,7 @@ def _choose(path: Path, content: object, requested: Weights | None) -> tuple[obj
     Raises:
         WeightsMismatch: the `requested` ones are missing, or there are several averages.
     """
+    content = _unswapped(content)
     plain, averages = _unwrapped(content), dict(_averages(content))
     names = ", ".join(map(repr, averages))
     bare = not _holds_tensors(plain)

@@ -11,10 +11,10 @@ import structlog
 from service.arrays import Head, Outputs, Pixels
 from service.backends.base import Backend, Batch, Graph, Layout, Precision, Program
 from service.backends.module import Served, build
-from service.errors import GoldenMismatch, ModelLoadFailed
+from service.errors import ModelLoadFailed
 from service.execution.optimizer import OptimizedGraph, Optimizer
 from service.execution.plan import BatchPlan
-from service.execution.reference import Deviation, ReferenceCheck, computed_reference
+from service.execution.reference import Deviation, ReferenceCheck, computed_reference, is_of_all_precisions, reason
 from service.execution.tuning import LatencyGraph, Tuned, graph_seconds
 from service.store.store import StoredModel
 
@@ -82,24 +82,23 @@ class CheckedGraphs:
 
         Raises:
             GoldenMismatch: float32, or the forced precision, is too far off.
+            Exception: what `make` raises in float32, or in the forced precision.
         """
-        graph = make(self.precision)
-        if self.reference_check is None:
-            return graph
         try:
-            self.reference_check.check(graph, size)
-        except GoldenMismatch as error:
-            if self.forced or graph.precision == "float32":
+            return self._check(make(self.precision), size)
+        except Exception as error:
+            if self.forced or self.precision == "float32" or is_of_all_precisions(error):
                 raise
-            note = f"{self.prefix}{name} for batches of {size} computes in float32, not {graph.precision}: {error}"
-        else:
-            return graph
+            changed = f"{name} for batches of {size} computes in float32, not {self.precision}"
+            note = f"{self.prefix}{changed}: {reason(error)}"
         if note not in self.notes:
             self.notes.append(note)
             log.warning("plan_note", model=self.model, note=note)
-        del graph  # frees its memory first
-        graph = make("float32")
-        self.reference_check.check(graph, size)
+        return self._check(make("float32"), size)  # by here the first graph's memory is free
+
+    def _check(self, graph: Graph, size: int) -> Graph:
+        if self.reference_check:
+            self.reference_check.check(graph, size)
         return graph
 
     def resized(self, module: Served, height: int, width: int) -> "CheckedGraphs":

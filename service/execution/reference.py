@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 import safetensors.numpy
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from service.arrays import Floats
 from service.backends.base import Graph, Precision
 from service.backends.module import Served, plain_logits
-from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid
+from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid, ServiceError
 from service.store.cards import ModelCard, ReferenceFile
 
 MAX_RELATIVE = 2e-4  # allowed to float32: 200 times what rounding gives, a tenth of what bfloat16 does
@@ -169,6 +170,8 @@ def read_reference(card: ModelCard, folder: Path, file: ReferenceFile) -> Refere
     """
     path = folder / file.file
     try:
+        if not S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise ReferenceInvalid(f"{path}: no regular file; put the file that the card names there")
         data = path.read_bytes()
         if (actual := sha256(data).hexdigest()) != file.sha256:
             raise ReferenceInvalid(f"{path}: SHA-256 is {actual}, expected {file.sha256}; copy the file again")
@@ -178,7 +181,7 @@ def read_reference(card: ModelCard, folder: Path, file: ReferenceFile) -> Refere
         raise ReferenceInvalid(f"{path}: {error.strerror or error}; put the file that the card names there") from error
     except (SafetensorError, KeyError) as error:
         raise ReferenceInvalid(f"{path}: no safetensors file with 'images' and 'logits' ({error})") from error
-    pixels, n = card.preprocessing, len(images)
+    pixels, n = card.preprocessing, images.shape[0] if images.ndim else 0
     shapes = ((n, pixels.height, pixels.width, 3), (n, len(card.labels)))
     types = (images.dtype.name, logits.dtype.name)
     if not n or (images.shape, logits.shape) != shapes or types != ("uint8", "float32"):
@@ -289,3 +292,18 @@ class ReferenceCheck:
                 f"{objection} ({deviation}); the file and the model's weights, labels or preprocessing do not belong "
                 "together: make the file anew, or fetch or import the model again"
             )
+
+
+def is_of_all_precisions(error: Exception) -> bool:
+    """Whether the fault is that of the model's files, of memory or of a GPU, and not of a precision."""
+    return isinstance(error, ServiceError) and not isinstance(error, GoldenMismatch)
+
+
+def reason(error: Exception) -> str:
+    """Why a precision is given up."""
+    return str(error) if isinstance(error, GoldenMismatch) else f"it failed with {one_line(error)}"
+
+
+def one_line(error: Exception) -> str:
+    """The class and message of `error`; OpenVINO's messages have many lines."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

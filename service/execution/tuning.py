@@ -13,7 +13,7 @@ import numpy as np
 from service.backends.base import Backend, Graph, Layout, Precision, Program
 from service.errors import GoldenMismatch, ReferenceInvalid
 from service.execution.plan import WORTHWHILE_GAIN, BatchPlan, batch_seconds, gain
-from service.execution.reference import NOT_FINITE, Deviation, ReferenceCheck
+from service.execution.reference import NOT_FINITE, Deviation, ReferenceCheck, is_of_all_precisions, one_line, reason
 
 # The latency graph takes the memory of the weights once more; it must save this share of an image's time.
 LATENCY_SAVES = 0.15
@@ -84,23 +84,26 @@ class Tuning:
             ReferenceInvalid: the reference is not this model's.
             Exception: the backend's own, when it can compile nothing at all.
         """
-        while True:
-            tuned = self._tuned()
-            try:
-                deviation = self.check.check_all(tuned.graphs, tuned.latency.make() if tuned.latency else None)
-            except GoldenMismatch as error:
-                if self.limits.precision or tuned.precision == "float32":
-                    raise
-                self._refuse(tuned.precision, str(error))
-            else:
-                return replace(tuned, notes=(*self._refused.values(), *self._notes), deviation=deviation)
-            del tuned  # frees its graphs before others are made
+        while (tuned := self._attempt()) is None:
             self._notes.clear()
             self.started = perf_counter()
+        return tuned
 
-    def _tuned(self) -> Tuned:
+    def _attempt(self) -> Tuned | None:
+        """Tune with the best precision that is left; None if it has to be given up."""
         base = self.backend.layouts(self.limits.cores)[0]
         precision, first = self._precision(base)
+        try:
+            tuned = self._tuned(base, precision, first)
+            deviation = self.check.check_all(tuned.graphs, tuned.latency.make() if tuned.latency else None)
+        except Exception as error:
+            if self.limits.precision or precision == "float32" or is_of_all_precisions(error):
+                raise
+            self._refuse(precision, reason(error))
+            return None
+        return replace(tuned, notes=(*self._refused.values(), *self._notes), deviation=deviation)
+
+    def _tuned(self, base: Layout, precision: Precision, first: Graph) -> Tuned:
         layout, (first, known), latency = self._layout(base, precision, first)
         graphs, seconds = {1: first}, {1: known}
         self._add_larger(layout, precision, graphs, seconds)
@@ -146,10 +149,10 @@ class Tuning:
             except ReferenceInvalid:
                 raise
             except Exception as error:
-                if precision == "float32" and not usable:
+                # What was requested and can't be compiled here gives way, but no wrong answers do in silence.
+                if (precision == "float32" and not usable) or (forced and isinstance(error, GoldenMismatch)):
                     raise
-                wrong = isinstance(error, GoldenMismatch)
-                self._refuse(precision, str(error) if wrong else f"it failed with {_one_line(error)}")
+                self._refuse(precision, reason(error))
         if not usable:
             return "float32", self._finite("float32", layout)
         chosen, graph = usable[0]
@@ -171,12 +174,11 @@ class Tuning:
     def _probe(self, precision: Precision, graph: Graph, layout: Layout) -> float:
         """The seconds by which precisions are compared; infinite if the backend can't run that batch size."""
         size = self.backend.tuning.probe_size
-        if size == 1:
-            return graph_seconds(graph, 1, self.shape, layout.streams)
         try:
-            return graph_seconds(self.program.graph(size, layout, precision), size, self.shape, layout.streams)
+            probed = graph if size == 1 else self.program.graph(size, layout, precision)
+            return graph_seconds(probed, size, self.shape, layout.streams)
         except Exception as error:  # noqa: BLE001  whatever it is, another precision may work
-            self._notes.append(f"{precision} in batches of {size} failed with {_one_line(error)}")
+            self._notes.append(f"{precision} in batches of {size} failed with {one_line(error)}")
             return inf
 
     def _finite(self, precision: Precision, layout: Layout) -> Graph:
@@ -217,7 +219,7 @@ class Tuning:
             except Exception as error:
                 if layout == base:
                     raise
-                self._notes.append(f"{layout.streams} x {layout.threads} cores failed: {_one_line(error)}")
+                self._notes.append(f"{layout.streams} x {layout.threads} cores failed: {one_line(error)}")
         fastest = max(seconds, key=lambda each: each.streams / seconds[each])
         more = fastest.streams / seconds[fastest] / (base.streams / seconds[base])
         best = fastest if more > WORTHWHILE_GAIN else base
@@ -225,8 +227,3 @@ class Tuning:
         pays = least != best and alone[least] < alone[base] * (1 - LATENCY_SAVES)
         latency = LatencyGraph(least, alone[least], lambda: graphs[least]) if pays else None
         return best, (graphs[best], seconds[best]), latency
-
-
-def _one_line(error: Exception) -> str:
-    """OpenVINO's errors have many lines."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -21,7 +21,7 @@ _ADVICE = "write to a store where that is allowed (--store, PVT_MODEL_STORE)"
 def default_store() -> Path:
     """`model_store` in the current folder, else the user's own store, else the read-only one of the package."""
     stores = (_CURRENT, _users_store(), EMBEDDED_STORE)
-    return next((each for each in stores if each and each.is_dir()), _CURRENT)
+    return next((each for each in stores if each and _is_folder(each)), _CURRENT)
 
 
 def writable_default_store() -> tuple[Path, bool]:
@@ -38,11 +38,30 @@ def writable_default_store() -> tuple[Path, bool]:
     with writing(users):
         users.parent.mkdir(parents=True, exist_ok=True)
         with staging_folder(users.parent, ".new-") as folder:
-            copy = shutil.copytree(EMBEDDED_STORE, folder / users.name)
+            copy = _copied(EMBEDDED_STORE, folder / users.name)
             if users.is_dir():  # another process made it meanwhile
                 return users, False
             copy.rename(users)
     return users, True
+
+
+def _copied(source: Path, target: Path) -> Path:
+    """A copy of the folder `source`, at `target`, with the umask's modes: those of a package may be read only."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_dir():
+            _copied(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+    return target
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is a folder, as far as this user can see: the current folder and HOME may be another user's."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _users_store() -> Path | None:

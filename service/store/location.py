@@ -16,7 +16,7 @@ from typing import Annotated, Any, BinaryIO, Literal, cast
 from urllib.parse import urlsplit
 
 from fsspec.core import url_to_fs
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from service.architecture.variants import VARIANTS
 from service.errors import StoreUnreachable, WeightsUnavailable
@@ -87,6 +87,8 @@ def objection(url: str) -> str | None:
 class IndexedFile(Record):
     """A file by its path below the store's root."""
 
+    model_config = ConfigDict(extra="ignore")  # a newer release may write more
+
     path: str
     bytes: Annotated[int, Field(ge=0)]
     sha256: Sha256
@@ -94,6 +96,8 @@ class IndexedFile(Record):
 
 class StoreIndex(Record):
     """Every file of a store, weights too."""
+
+    model_config = ConfigDict(extra="ignore")
 
     format: Literal[1] = 1
     files: tuple[IndexedFile, ...]
@@ -149,13 +153,17 @@ def is_missing(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError) or getattr(error, "status", None) == HTTPStatus.NOT_FOUND
 
 
+def _is_forbidden(error: BaseException) -> bool:
+    status = getattr(error, "status", None)
+    return isinstance(error, PermissionError) or status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
+
+
 def reason(error: BaseException) -> str:
     """What went wrong, for messages."""
     error = root_cause(error)
-    status = getattr(error, "status", None)
     if isinstance(error, _NoListing):
         return str(error)
-    if isinstance(error, PermissionError) or status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+    if _is_forbidden(error):
         return "permission denied; credentials come from the environment, as its own tools read them"
     if is_missing(error):
         return "it is not there"
@@ -176,17 +184,24 @@ class Location:
     def files(self) -> Mapping[str, str]:
         """The paths of all files that a store may have, each with a tag that changes when the file does, or "".
 
+        A folder that may not be listed gets a card, so that the attempt to read that reports why.
+
         Raises:
             StoreUnreachable: they can't be listed.
         """
         try:
             if self._is_web:
                 return self._indexed()
-            found = self._fs.find(self._root, detail=True)
+            local = self._scheme == "file"
+            if local:  # `find` silently leaves out what may not be listed
+                self._fs.ls(self._root)
+            found = self._fs.find(self._root, withdirs=local, detail=True)
             if not found and not self._fs.exists(self._root):
                 raise FileNotFoundError(self._root)  # noqa: TRY301  becomes the same error as all others
             by_path = {name.removeprefix(self._root).lstrip("/"): info for name, info in found.items()}
-            return {path: _tag(info) for path, info in by_path.items() if _is_store_file(path)}
+            folders = [path for path, info in by_path.items() if info.get("type") == "directory"]
+            files = {path: _tag(info) for path, info in by_path.items() if _is_store_file(path)}
+            return _cards_of(folders) | files
         except Exception as error:  # the clients of fsspec raise almost anything
             raise self.unreachable(error) from error
 
@@ -251,13 +266,22 @@ class Location:
 
     def _linked(self) -> Mapping[str, str]:
         top = self._links("")
-        if not (models := [name for name in top if MODEL_ID.fullmatch(name) or name in VARIANTS]):
+        if not (models := [name for name in top if _is_model_name(name)]):
             raise _NoListing(
                 f"neither {INDEX_FILE} nor a page of links to models; make the index with `pvt-serve index`"
             )
-        versions = [f"{model}/{name}" for model in models for name in self._links(model) if VERSION.fullmatch(name)]
+        versions = [version for model in models for version in self._versions(model)]
         aliases = {ALIASES_FILE: ""} if ALIASES_FILE in top else {}
         return {f"{version}/{CARD_FILE}": "" for version in versions} | aliases
+
+    def _versions(self, model: str) -> list[str]:
+        """The folders of a model's versions, or the model's own where that may not be listed."""
+        try:
+            return [f"{model}/{name}" for name in self._links(model) if VERSION.fullmatch(name)]
+        except Exception as error:
+            if not _is_forbidden(root_cause(error)):
+                raise
+            return [model]
 
     def _links(self, folder: str) -> list[str]:
         with suppress(FileNotFoundError):
@@ -273,7 +297,19 @@ def _is_store_file(path: str) -> bool:
     match = _FILE.fullmatch(path)
     if not match or not VERSION.fullmatch(match["version"]) or path.rpartition("/")[2].startswith("."):
         return False
-    return MODEL_ID.fullmatch(match["model"]) is not None or match["model"] in VARIANTS
+    return _is_model_name(match["model"])
+
+
+def _cards_of(folders: Sequence[str]) -> dict[str, str]:
+    """The cards of versions, and one for each model in which no version is found."""
+    versions = [path for path in folders if _is_store_file(f"{path}/{CARD_FILE}")]
+    models = {path.partition("/")[0] for path in versions}
+    empty = [path for path in folders if _is_model_name(path) and path not in models]
+    return {f"{path}/{CARD_FILE}": "" for path in (*versions, *empty)}
+
+
+def _is_model_name(name: str) -> bool:
+    return MODEL_ID.fullmatch(name) is not None or name in VARIANTS
 
 
 def _tag(info: Mapping[str, Any]) -> str:

@@ -151,7 +151,7 @@ class RemoteStore(Store):
         """`model` with a failure that speaks of the store instead of its copy."""
         if model.failure is None:
             return model
-        card = f"{model.id}/{model.version}/{CARD_FILE}"
+        card = "/".join(filter(None, (model.id, model.version, CARD_FILE)))
         why = self._mirror.problems.get(card)
         if why or not _exists(self.root / card):
             if not why and isinstance(self._failure, StoreCacheFailed):

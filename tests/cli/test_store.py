@@ -240,6 +240,16 @@ def test_a_head_of_one_logit_is_refused_and_what_is_advised_works(pvt_serve: Pvt
     assert len(card.labels) == 2
 
 
+def test_a_head_without_classes_is_refused(pvt_serve: PvtServe, store: Path) -> None:
+    state = {name: tensor[:0] if name.startswith("head.") else tensor for name, tensor in official(1).items()}
+    (file := store.parent / "none.pth").write_bytes(pickled(state))
+
+    refused = pvt_serve("import", file, "--variant", "b0", "--tag", "mine", "--size", "32")
+
+    assert refused.code == 1
+    assert "the head has no classes" in refused.err
+
+
 def test_importing_again_makes_the_next_version(pvt_serve: PvtServe, mine: Path, store: Path) -> None:
     for version in ("1", "2"):
         done = pvt_serve("import", mine, "--variant", "b0", "--tag", "mine", "--size", "32")

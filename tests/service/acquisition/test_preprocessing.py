@@ -19,6 +19,7 @@ from sklearn.datasets import load_sample_images
 from torchvision import transforms
 from transformers import PvtImageProcessor
 from transformers.models.pvt.image_processing_pil_pvt import PvtImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from service.acquisition.preprocessing import PRESETS, PreprocessingOptions, describe, preprocessing, read_preprocessor
 from service.architecture.variants import VARIANTS, Dialect
@@ -166,7 +167,11 @@ def test_a_repositorys_processor_is_read_as_transformers_reads_it(tmp_path: Path
         ({"resample": 0}, "resample: Input should be 2 or 3"),
         ({"size": {"shortest_edge": 224}}, "it does not resize to one height and width"),
         ({"size": 256, "do_center_crop": True, "crop_size": 224}, "it does not resize to one height and width"),
-        ({"rescale_factor": 0.1}, "rescale_factor 0.1"),
+        ({"rescale_factor": 1e-4}, "must be of pixels scaled to 0..1"),
+        ({"rescale_factor": 0}, "rescale_factor: Input should be greater than 0"),
+        ({"image_processor_type": "ConvNextImageProcessor", "size": 224}, "ConvNextImageProcessor is another"),
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "size": 224}, "CLIPFeatureExtractor is another"),
+        ({"image_processor_type": 7}, "7 is another image processor"),
         ({"image_std": [0, 0, 0]}, "std.0: Input should be greater than 0"),
         ([], "valid dictionary"),
     ],
@@ -183,6 +188,43 @@ def test_a_broken_processor_is_reported(tmp_path: Path) -> None:
     (path := tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(InvalidRequest, match="no JSON"):
         read_preprocessor(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"size": 128},
+        {"size": [96, 128]},
+        {"size": {"height": 96, "width": 128}, "image_mean": None, "do_normalize": False, "do_center_crop": None},
+        {"do_normalize": False},
+        {"do_normalize": False, "do_rescale": False},
+        {"do_rescale": False, "image_mean": [123.675, 116.28, 103.53], "image_std": [58.395, 57.12, 57.375]},
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0, 1.0, 1.0], "image_std": [1.0, 1.0, 1.0]},
+        {"rescale_factor": 1 / 256},
+        {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_processor_type": "PvtImageProcessorFast"},
+    ],
+    ids=str,
+)
+def test_each_form_that_transformers_knows_is_read_as_it_reads_it(tmp_path: Path, content: dict[str, Any]) -> None:
+    (path := tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    pixels = read_preprocessor(path)
+    processor = PvtImageProcessorPil.from_pretrained(tmp_path)
+    theirs = channels_last(lambda image: processor(image, return_tensors="pt")["pixel_values"][0].double())
+
+    for image in images()[:4]:
+        mine = (ours(image, pixels.geometry) / 255 - np.array(pixels.mean)) / np.array(pixels.std)
+        assert np.abs(theirs(image) - mine).mean() * 255 * min(pixels.std) < 0.3
+
+
+def test_a_vit_processor_is_read_with_its_own_defaults(tmp_path: Path) -> None:
+    (path := tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"feature_extractor_type": "ViTFeatureExtractor"})
+    )
+    pixels, processor = read_preprocessor(path), ViTImageProcessorPil()
+
+    assert (tuple(processor.image_mean), tuple(processor.image_std)) == (pixels.mean, pixels.std)
+    assert (processor.size["height"], processor.size["width"]) == (pixels.height, pixels.width)
+    assert processor.resample == Image.Resampling[pixels.interpolation.upper()]
 
 
 def test_a_processor_that_does_not_rescale_has_its_numbers_in_levels(tmp_path: Path) -> None:
@@ -264,6 +306,8 @@ def test_mean_and_std_that_can_not_both_be_meant_are_refused_by_name(mean: Any, 
         (PreprocessingOptions(shorter_side=256, crop=0.9), "say the same thing"),
         (PreprocessingOptions(shorter_side=200), "at least its 224 pixels"),
         (PreprocessingOptions(height=256, width=384, shorter_side=400), "square input"),
+        (PreprocessingOptions(height=0, width=0, shorter_side=256), "square input, and of at least"),
+        (PreprocessingOptions(height=-1, width=-1, shorter_side=0), "square input, and of at least"),
         (PreprocessingOptions(crop=0.0), "crop: Input should be greater than 0"),
         (PreprocessingOptions(crop=1.5), "crop: Input should be less than or equal to 1"),
     ],

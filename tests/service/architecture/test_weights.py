@@ -323,7 +323,15 @@ BOTH: dict[str, dict[str, object]] = {
     "shadow": {"state_dict": PLAIN, "ema": {"shadow": EMA, "num_updates": 3}},
     "within": {"model": {"state_dict": PLAIN, "state_dict_ema": EMA}},
     "torch": {"state_dict": PLAIN, "swa_model": AVERAGED_MODEL},
-    "mmengine": {"state_dict": PLAIN, "ema_state_dict": EMA},
+    "beside": {"state_dict": PLAIN, "ema_state_dict": EMA},
+    "mmengine, which swaps them": {
+        "state_dict": EMA,
+        "ema_state_dict": {"steps": torch.tensor(3), **{f"module.{n}": t for n, t in PLAIN.items()}},
+    },
+    "camel case": {"model": PLAIN, "modelEMA": EMA},
+    "camel case, turned": {"model": PLAIN, "emaModel": EMA},
+    "plural": {"model": PLAIN, "moving_averages": EMA},
+    "shadow beside": {"model": PLAIN, "shadow": EMA},
     "by decay": {"state_dict": PLAIN, "EMA-0.9999": EMA},
 }
 
@@ -347,7 +355,9 @@ def test_ema_weights_are_taken_unless_the_plain_ones_are_requested(tmp_path: Pat
 @pytest.mark.parametrize(
     "content",
     [PLAIN, {"model": PLAIN}, {"state_dict": PLAIN, "state_dict_ema": None}, {"model": PLAIN, "model_ema": {}},
-     {"model": PLAIN, "ema_decay": 0.99, "avg_metrics": {"top1": 0.8}}],
+     {"model": PLAIN, "ema_decay": 0.99, "avg_metrics": {"top1": 0.8}},
+     {"model": PLAIN, "avg_metrics": {"loss": torch.tensor(0.1)}, "ema_losses": [torch.tensor(0.1), 0.2]},
+     {"model": PLAIN, "ema": {"losses": [0.1, 0.2]}}, {**PLAIN, "n_averaged": torch.tensor(7)}],
 )  # fmt: skip
 def test_plain_weights_alone_are_taken_without_a_word(tmp_path: Path, content: object) -> None:
     path = written(tmp_path / "plain.pth", content)
@@ -374,6 +384,8 @@ def test_ema_weights_alone_are_taken_and_plain_ones_are_not_made_up(tmp_path: Pa
     [
         ({"ema_0.99": EMA, "ema_0.9999": EMA}, "several EMA weights .'ema_0.99', 'ema_0.9999'."),
         ({"ema": {"shadow_params": [*EMA.values()], "decay": 0.9}}, "a list without names"),
+        ({"shadow_params": [*EMA.values()]}, "a list without names"),
+        ({"ema_params": tuple(EMA.values())}, "a list without names"),
     ],
 )
 def test_ema_weights_that_are_not_clear_are_refused_and_plain_ones_can_be_had(

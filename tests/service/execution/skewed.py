@@ -24,6 +24,12 @@ def rolled_in_bfloat16(logits: Floats, precision: Precision) -> Floats:
     return rolled(logits, precision) if precision == "bfloat16" else logits
 
 
+def failing_in_bfloat16(logits: Floats, precision: Precision) -> Floats:
+    if precision == "bfloat16":
+        raise RuntimeError("no kernel\nfor it")
+    return logits
+
+
 def off_by(share: float) -> Skew:
     return lambda logits, _: logits + np.float32(share * np.abs(logits).max())
 

@@ -1,4 +1,5 @@
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +70,19 @@ def test_a_reference_file_that_was_changed_is_refused(tmp_path: Path) -> None:
         reference_of(card, folder)
 
 
-@pytest.mark.parametrize("wrong", [reference(classes=4), reference(side=64)])
+def test_a_pipe_in_place_of_a_reference_file_is_not_waited_for(tmp_path: Path) -> None:
+    card, folder = stored(tmp_path, reference())
+    (folder / "reference.safetensors").unlink()
+    os.mkfifo(folder / "reference.safetensors")
+
+    with pytest.raises(ReferenceInvalid, match=r"reference\.safetensors: no regular file"):
+        reference_of(card, folder)
+
+
+NUMBERS = Reference(np.array(7, np.uint8), np.array(0.5, np.float32))
+
+
+@pytest.mark.parametrize("wrong", [reference(classes=4), reference(side=64), NUMBERS])
 def test_a_reference_that_does_not_fit_the_model_is_refused(tmp_path: Path, wrong: Reference) -> None:
     with pytest.raises(ReferenceInvalid, match="must be uint8"):
         reference_of(*stored(tmp_path, wrong))

@@ -37,6 +37,7 @@ from tests.service.execution.skewed import (
     SkewedGraph,
     SkewedTorch,
     bfloat16_is_faster,
+    failing_in_bfloat16,
     not_a_number,
     off_by,
     rolled,
@@ -421,6 +422,27 @@ def test_a_later_graph_that_is_wrong_in_bfloat16_is_made_in_float32_with_a_note(
         assert "largest difference" in note
     assert executable.precisions == {1: "bfloat16"}
     assert further.precisions == {1: "float32" if later is resized else "bfloat16"}
+
+
+@pytest.mark.parametrize("later", LATER)
+def test_a_later_graph_that_fails_in_bfloat16_is_made_in_float32_unless_that_was_requested(
+    store: Path, later: Callable[[Executable], Executable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executable = loaded_then_skewed(store, failing_in_bfloat16, None, monkeypatch)
+
+    further = later(executable)
+
+    images = synthetic_images(further.height, further.width, 1)
+    (answered,) = further.run(0, list(images), alone=True, stages=further.staged)
+    wanted = plain_logits(build(executable.card, executable.stored.folder), images)[0]
+    np.testing.assert_allclose(answered.logits, wanted, atol=1e-4)
+    assert further.notes
+    for note in further.notes:
+        assert note.endswith("computes in float32, not bfloat16: it failed with RuntimeError: no kernel for it")
+
+    forced = loaded_then_skewed(store, failing_in_bfloat16, "bfloat16", monkeypatch)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        later(forced)
 
 
 @pytest.mark.parametrize("later", LATER)

@@ -311,6 +311,35 @@ def test_a_precision_that_gives_not_a_number_is_refused(clock: Clock) -> None:
     backend = FakeBackend(clock, even, logits={"bfloat16": np.full(CLASSES, np.nan, np.float32)})
 
     assert tune(backend).precision == "float32"
+    with pytest.raises(GoldenMismatch, match="gives NaN or infinity"):
+        tune(backend, precision="bfloat16")
+
+
+def under_load(size: int) -> bool:
+    return size == 1 and threading.current_thread().name.startswith("pvt-measure")
+
+
+def when_checked(size: int) -> bool:
+    return size == 2 and threading.current_thread() is threading.main_thread()
+
+
+@pytest.mark.parametrize("when", [under_load, when_checked])
+@pytest.mark.parametrize("precisions", [("bfloat16", "float32"), ("bfloat16",)])
+def test_a_precision_whose_graphs_fail_as_they_run_gives_way_to_float32(
+    clock: Clock, when: Callable[[int], bool], precisions: tuple[Precision, ...]
+) -> None:
+    def failing(_: Layout, size: int, precision: Precision) -> float:
+        if precision == "bfloat16" and when(size):
+            raise RuntimeError("no room")
+        return (0.04 + 0.01 * size) * (1 if precision == "bfloat16" else 2)
+
+    tuned = tune(FakeBackend(clock, failing, precisions=precisions))
+
+    assert (tuned.precision, tuned.plan.sizes) == ("float32", (1, 2, 4))
+    assert tuned.notes[0].startswith("bfloat16 ")
+    assert "failed with RuntimeError: no room" in tuned.notes[0]
+    with pytest.raises(RuntimeError, match="no room"):
+        tune(FakeBackend(clock, failing, precisions=precisions), precision="bfloat16")
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -1,3 +1,5 @@
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,9 @@ from service.store.folder import EMBEDDED_STORE, default_store, writable_default
 from service.store.location import write_index
 from service.store.names import write_alias
 from service.store.store import Store
+from tests.unprivileged import as_nobody, open_folder
+
+__all__ = ["open_folder"]
 
 DIGITS = "pvt_v2_b0.digits"
 
@@ -43,6 +48,41 @@ def test_the_user_s_store_is_made_once_with_a_copy_of_the_embedded_model(users: 
     assert copied.id == DIGITS
     assert not copied.folder.is_symlink()
     assert [each.name for each in users.parent.iterdir()] == ["model_store"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_copy_has_the_modes_that_the_umask_gives(
+    users: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
+    package = shutil.copytree(EMBEDDED_STORE, tmp_path / "package")
+    for path in [*package.rglob("*"), package]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    monkeypatch.setattr("service.store.folder.EMBEDDED_STORE", package)
+
+    before = os.umask(umask)
+    try:
+        writable_default_store()
+    finally:
+        os.umask(before)
+
+    for path in [users, *users.rglob("*")]:
+        wanted = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert (path.name, oct(path.stat().st_mode & 0o777)) == (path.name, oct(wanted))
+
+
+def test_a_folder_or_a_home_of_another_user_leaves_the_package_s_store(open_folder: Path) -> None:
+    (open_folder / "private" / ".local").mkdir(parents=True)
+    (open_folder / "private").chmod(0o700)
+    os.chown(open_folder / "private", 0, 0) if os.geteuid() == 0 else (open_folder / "private").chmod(0o000)
+    body = """
+os.environ["HOME"] = str(root / "private")
+print(json.dumps(str(default_store())))
+"""
+    work = f"import os; os.chdir({str(open_folder / 'private')!r})" if os.geteuid() == 0 else ""
+
+    found = as_nobody(f"from service.store.folder import default_store; {work}", body, open_folder)
+
+    assert found == str(EMBEDDED_STORE)
 
 
 def test_a_home_that_can_not_be_written_is_an_error_that_says_what_to_do(users: Path) -> None:

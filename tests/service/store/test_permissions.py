@@ -132,6 +132,41 @@ def test_a_part_of_the_copy_that_can_not_be_used_fails_alone(folder: Path, open_
         assert failures[1] is None
 
 
+LISTED = """
+store = RemoteStore(RemoteOptions(url=f"file://{root / 'store'}", cache=root / "cache", cache_bytes=10**9))
+try:
+    result = [[m.id, m.version, m.failure and str(m.failure)] for ms in store.contents().versions.values() for m in ms]
+except Exception as error:
+    result = f"{type(error).__name__}: {error}"
+print(json.dumps(result))
+"""
+
+
+@pytest.mark.parametrize("locked", ["1", "2", "pvt_v2_b0.other", "lost+found", "."])
+def test_what_may_not_be_listed_of_a_store_by_url_fails_alone(open_folder: Path, locked: str) -> None:
+    store = open_folder / "store"
+    for model, version in [(TINY, "1"), (TINY, "2"), ("pvt_v2_b0.other", "1")]:
+        add_small(store, model, version)
+    (store / "lost+found").mkdir()
+    (store / (f"{TINY}/{locked}" if locked.isdigit() else locked)).chmod(0o000)
+
+    result = as_nobody(OPEN, LISTED, open_folder)
+
+    whole = [["pvt_v2_b0.other", "1", None], [TINY, "2", None], [TINY, "1", None]]
+    if locked == ".":
+        assert result.startswith("StoreUnreachable")
+        assert "permission denied" in result
+    elif locked == "pvt_v2_b0.other":
+        assert [each[:2] for each in result] == [["pvt_v2_b0.other", ""], [TINY, "2"], [TINY, "1"]]
+        assert "pvt_v2_b0.other/card.json: permission denied" in result[0][2]
+        assert result[1:] == whole[1:]
+    else:
+        failed = [each for each in result if each[2]]
+        assert [each[:2] for each in result] == [each[:2] for each in whole]
+        assert [each[:2] for each in failed] == ([[TINY, locked]] if locked.isdigit() else [])
+        assert all("permission denied" in each[2] for each in failed)
+
+
 def test_a_cache_folder_that_can_not_be_written_is_reported_as_such(folder: Path, open_folder: Path) -> None:
     write_index(folder)
     (open_folder / "cache").mkdir(mode=0o755)

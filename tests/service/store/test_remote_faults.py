@@ -1,5 +1,6 @@
 import asyncio
 import fcntl
+import json
 from pathlib import Path
 from threading import Event
 
@@ -14,7 +15,7 @@ from service.errors import (
 )
 from service.options import EngineOptions
 from service.registry.catalog import Catalog
-from service.store.location import RemoteOptions
+from service.store.location import RemoteOptions, write_index
 from tests.service.remotes import S3, TINY, Site, add_small, bytes_of, fetched, remote, site, weights
 
 
@@ -175,6 +176,32 @@ def test_a_card_that_may_not_be_read_is_reported_and_harms_no_other(folder: Path
 
     assert failures[TINY] is None
     assert "permission denied; credentials" in str(failures["pvt_v2_b0.secret"])
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_model_that_may_not_be_listed_is_reported_and_harms_none(folder: Path, tmp_path: Path, status: int) -> None:
+    add_small(folder, "pvt_v2_b0.secret")
+    with site(folder) as server:
+        server.handler.status = lambda path: status if "secret" in path else None
+        store = remote(server.url, tmp_path / "cache")
+        failures = {model.id: model.failure for model in store.models()}
+        server.handler.status = lambda _: None
+        store.sync()
+
+    assert failures[TINY] is None
+    assert f"{server.url}/pvt_v2_b0.secret/card.json: permission denied" in str(failures["pvt_v2_b0.secret"])
+    assert [model.failure for model in store.models()] == [None, None]
+
+
+def test_an_index_of_a_newer_release_is_read(folder: Path, tmp_path: Path) -> None:
+    write_index(folder)
+    content = json.loads((folder / "index.json").read_text())
+    content["made_by"] = "a newer release"
+    for file in content["files"]:
+        file["modified"] = 7
+    (folder / "index.json").write_text(json.dumps(content))
+    with site(folder, listing=False) as server:
+        assert fetched(remote(server.url, tmp_path / "cache")).id == TINY
 
 
 def test_weights_that_may_not_be_read_are_reported(folder: Path, tmp_path: Path) -> None:
