@@ -27,8 +27,9 @@ def atomic_path(target: Path, *, temporary: Path | None = None, durable: bool = 
         if durable:
             sync(new)
         new.replace(target)
-    finally:
+    except BaseException:
         new.unlink(missing_ok=True)
+        raise
     if durable:
         sync(target.parent)
 
