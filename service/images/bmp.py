@@ -5,16 +5,30 @@ from typing import Any
 from PIL import Image, ImagePalette
 
 _CORE = 12  # bytes of the oldest header, whose palette has three bytes a colour
+_WITH_ALPHA = 56  # bytes of the first header that has a mask for alpha, its last field
+_BITFIELDS = 3  # the compression of which masks say where the colours lie
+_HIGHEST_OF_16 = 0x8000
 _INDEXED = {1: "P;1", 4: "P;4", 8: "P"}  # bits per pixel: Pillow's raw mode
 
 
 def load_bmp(image: Image.Image) -> Image.Image:
     """The pixels; opaque where the file has an alpha that is zero everywhere, which most writers mean nothing by."""
     _keep_palette(image)
+    _keep_alpha(image)
     image.load()
     if image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
         return image.convert("RGB")
     return image
+
+
+def _keep_alpha(image: Image.Image) -> None:
+    """Pillow drops the alpha of one bit that a header of 56 bytes and more may give to a pixel of 16."""
+    opened: dict[str, Any] = vars(image)
+    header, tile = opened["fp"].getvalue()[14 : 14 + _WITH_ALPHA], opened["tile"][0]
+    size, mask = int.from_bytes(header[:4], "little"), int.from_bytes(header[-4:], "little")
+    masked = size >= _WITH_ALPHA and image.info["compression"] == _BITFIELDS
+    if masked and mask == _HIGHEST_OF_16 and tile.args[0] == "BGR;15":
+        opened["_mode"], opened["tile"] = "RGBA", [tile._replace(args=("BGRA;15", *tile.args[1:]))]
 
 
 def _keep_palette(image: Image.Image) -> None:

@@ -20,10 +20,12 @@ from service.images.geometry import Box, crop_box
 from service.images.geometry import Geometry as Geometry  # noqa: PLC0414  part of what `decode` takes
 from service.images.jpeg import check_complete, ended, load_jpeg
 from service.images.limits import BoundedReader, check_blocks, check_scans, check_size, map_errors, tags
+from service.images.png import load_png
 from service.images.resampling import resample
 from service.images.tiff import describe as describe_tiff
 from service.images.tiff import prepare as prepare_tiff
 from service.images.visible import Grey, opaque, visible
+from service.images.webp import is_animated, without_cut_chunk
 
 FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", *(["AVIF"] if AvifImagePlugin.SUPPORTED else []))
 _ORIENTATION = (0x0112, 3, 1)  # the tag, its type SHORT, one value
@@ -32,6 +34,7 @@ _MIRRORED, _UPSIDE_DOWN, _SIDEWAYS = {2, 3, 7, 8}, {3, 4, 6, 7}, {5, 6, 7, 8}
 # Pixels on a side that a JPEG of reduced size must still have for each of the model's input; see decision 28
 _MARGIN = 2
 _SIXTEEN = Grey(65_535)
+_MOST_GIF_BLOCKS = 2**19  # of up to 255 bytes, in the first frame: walking them takes 0.04 s
 # An AVIF may hold a larger frame than its header says, up to libavif's own limit of 268 megapixels, which costs a
 # gigabyte and can't be told beforehand: one at a time, so that it is one gigabyte.
 _ONE_AVIF = threading.Lock()
@@ -68,6 +71,7 @@ def decode(
     name = _format(raw := bytes(data))
     with map_errors(name, max_pixels):
         check_blocks(raw, name)
+        raw = without_cut_chunk(raw) if name == "WebP" else raw
         with _open(reader := BoundedReader(raw), raw, name) as image:
             size, turn, reduction, grey = (
                 check_size(image, max_pixels),
@@ -85,7 +89,7 @@ def decode(
                 reduction = _reduce(image, turn, geometry, least, 8 if scaled_jpeg else 1)
                 picture = load_jpeg(image, ended(raw), reduction)
             else:
-                picture = _load(image)
+                picture = _load(image, raw)
             if name == "TIFF":
                 size = picture.size  # Pillow has turned it
             upright = _turned(size, turn)
@@ -112,12 +116,14 @@ def _open(reader: BoundedReader, raw: bytes, name: str) -> Image.Image:
         raise
 
 
-def _load(image: Image.Image) -> Image.Image:
+def _load(image: Image.Image, raw: bytes) -> Image.Image:
     """The first frame; of WebP and AVIF without what Pillow holds of it at once, up to five copies."""
     if image.format == "BMP":
         return load_bmp(image)
+    if image.format == "PNG":
+        return load_png(image, raw)
     if image.format == "GIF":
-        return _load_gif(image)
+        return _load_gif(image, raw)
     if image.format not in {"WEBP", "AVIF"}:
         image.load()
         return image
@@ -131,12 +137,22 @@ def _load(image: Image.Image) -> Image.Image:
         raise InvalidImage("corrupt WebP: its first frame can not be decoded")
     del decoder  # with its canvases
     mode = getattr(image, "rawmode", image.mode)  # a WebP's may be RGBX, then without transparency
+    if image.format == "WEBP" and is_animated(raw):
+        mode = "RGBA"  # its first frame may leave some of the canvas free
     return Image.frombuffer(mode, image.size, frame[0], "raw", mode, 0, 1)
 
 
-def _load_gif(image: Image.Image) -> Image.Image:
+def _load_gif(image: Image.Image, raw: bytes) -> Image.Image:
     """The first frame on white where it leaves some of the canvas free, as browsers show it on a white page."""
-    frame = vars(image)["tile"][0].extents
+    opened = vars(image)
+    frame, end = opened["tile"][0].extents, opened["tile"][0].offset
+    for _ in range(_MOST_GIF_BLOCKS):
+        if end >= len(raw) or not raw[end]:
+            break
+        end += 1 + raw[end]
+    else:
+        raise InvalidImage("corrupt GIF: too many blocks")
+    opened["fp"] = BoundedReader(raw[:end])  # else Pillow takes the next frame for pixels that this one lacks
     image.load()
     if frame == (0, 0, *image.size):
         return image

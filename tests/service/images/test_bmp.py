@@ -33,7 +33,7 @@ def bmp(bits: int, data: bytes, *, palette: bytes = b"", colours: int = 0, size:
     return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + header + palette + data
 
 
-def rows(pixels: NDArray[np.uint8]) -> bytes:
+def rows(pixels: NDArray[np.uint8 | np.uint16]) -> bytes:
     """From the bottom up, each filled to four bytes."""
     return b"".join(row.tobytes() + bytes(-len(row.tobytes()) % 4) for row in pixels[::-1])
 
@@ -93,3 +93,16 @@ def test_the_fourth_byte_is_no_alpha_where_the_header_does_not_say_so(size: int,
     data = bmp(32, rows(np.dstack([COLOURS[..., ::-1], fourth])), size=size, masks=masks)
 
     assert np.array_equal(ours(data), COLOURS)
+
+
+@pytest.mark.parametrize("size", [40, 56, 124])
+def test_an_alpha_of_one_bit_is_one_where_the_header_has_a_mask_for_it(size: int) -> None:
+    """ImageMagick reads the colours, and takes a set bit for half of alpha: the truth is the bit."""
+    pixels = RANDOM.integers(0, 2**16, (HEIGHT, WIDTH), dtype=np.uint16)
+    data = bmp(16, rows(pixels), size=size, masks=struct.pack("<4I", 0x7C00, 0x3E0, 0x1F, 0x8000))
+
+    colours = magick(data, "bmp", "-alpha", "off").astype(int)
+    if size > 40:
+        colours[pixels < 2**15] = 255
+
+    assert np.abs(ours(data) - colours).max() <= 1
