@@ -130,6 +130,8 @@ class BoundedProtocol(HttpToolsProtocol):
             raise UnsupportedRequest("of transfer codings, only `Transfer-Encoding: chunked` is known here")
         if hosts > 1:
             raise MalformedRequest("more than one `Host`")
+        if version == "1.0":
+            self.expect_100_continue = False  # it knows no such answer (RFC 9110, 10.1.1)
         super().on_headers_complete()
         self.headers = []  # for what comes behind a chunked body, lest it pass for the head (RFC 9110, 6.5.1)
         self._in_head, self._framing_bytes, self._body_left, self._chunked = False, 0, length, bool(codings)
@@ -148,6 +150,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._chunked:
             self._check_chunks()
+            # This one takes `Connection: close` in a trailer for the request's and drops what comes next.
+            self.parser = httptools.HttpRequestParser(self)
         self._in_head, self._chunked, self._framing_bytes = True, False, 0
         self._ignoring = not self.cycle.keep_alive
         super().on_message_complete()

@@ -10,29 +10,24 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import (
-    AvifImagePlugin,
-    Image,
-    ImagePalette,
-    JpegImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-)
+from PIL import AvifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from service.errors import InvalidImage
+from service.images.bmp import load_bmp
 from service.images.geometry import Box, crop_box
 from service.images.geometry import Geometry as Geometry  # noqa: PLC0414  a parameter of `decode`
 from service.images.jpeg import check_complete, ended, load_jpeg
 from service.images.limits import BoundedReader, check_blocks, check_scans, check_size, map_errors, tags
+from service.images.png import load_png
 from service.images.resampling import resample
 from service.images.tiff import describe as describe_tiff
 from service.images.tiff import prepare as prepare_tiff
 from service.images.visible import Grey, opaque, visible
+from service.images.webp import is_animated, without_cut_chunk
 
 FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", *(["AVIF"] if AvifImagePlugin.SUPPORTED else []))
 _ORIENTATION = (0x0112, 3, 1)  # the tag, its type SHORT, one value
@@ -41,8 +36,7 @@ _MIRRORED, _UPSIDE_DOWN, _SIDEWAYS = {2, 3, 7, 8}, {3, 4, 6, 7}, {5, 6, 7, 8}
 # Pixels on a side that a JPEG of reduced size must still have for each of the model's input; see decision 28
 _MARGIN = 2
 _SIXTEEN = Grey(65_535)
-_BMP_CORE = 12  # bytes of the oldest header of a BMP, whose palette has three bytes a colour
-_BMP_INDEXED = {1: "P;1", 4: "P;4", 8: "P"}  # bits per pixel: Pillow's raw mode
+_MOST_GIF_BLOCKS = 2**19  # of up to 255 bytes, in the first frame: walking them takes 0.04 s
 # An AVIF may hold a larger frame than its header says, up to libavif's own limit of 268 megapixels, which costs a
 # gigabyte and can't be known beforehand: one at a time, so that it is one gigabyte.
 _ONE_AVIF = threading.Lock()
@@ -92,6 +86,7 @@ def decode(
     name = _format(raw := bytes(data))
     with map_errors(name, max_pixels):
         check_blocks(raw, name)
+        raw = without_cut_chunk(raw) if name == "WebP" else raw
         with _open(reader := BoundedReader(raw), raw, name) as file:
             size = check_size(file, max_pixels)
             if name == "TIFF":
@@ -100,7 +95,7 @@ def decode(
                 source = _load_jpeg(file, raw, reader.tell(), geometry, 8 if scaled_jpeg else 1)
             else:
                 grey, orientation = _SIXTEEN if file.mode[0] == "I" else None, _orientation(file)
-                source = _Source(_load(file), size, orientation, grey=grey)
+                source = _Source(_load(file, raw), size, orientation, grey=grey)
             return Decoded(_fit(source, geometry), *_turned(source.size, source.orientation))
 
 
@@ -156,12 +151,14 @@ def _load_jpeg(file: Image.Image, raw: bytes, header_bytes: int, geometry: Geome
     return _Source(load_jpeg(file, ended(raw), reduction), size, orientation, reduction)
 
 
-def _load(file: Image.Image) -> Image.Image:
+def _load(file: Image.Image, raw: bytes) -> Image.Image:
     """The first frame; of WebP and AVIF without the copies that Pillow keeps, up to five."""
     if file.format == "BMP":
-        return _load_bmp(file)
+        return load_bmp(file)
+    if file.format == "PNG":
+        return load_png(file, raw)
     if file.format == "GIF":
-        return _load_gif(file)
+        return _load_gif(file, raw)
     if file.format not in {"WEBP", "AVIF"}:
         file.load()
         return file
@@ -175,45 +172,28 @@ def _load(file: Image.Image) -> Image.Image:
         raise InvalidImage("corrupt WebP: its first frame can not be decoded")
     del decoder  # with its canvases
     mode = getattr(file, "rawmode", file.mode)  # a WebP's may be RGBX, then without transparency
+    if file.format == "WEBP" and is_animated(raw):
+        mode = "RGBA"  # its first frame may not cover the canvas
     return Image.frombuffer(mode, file.size, frame[0], "raw", mode, 0, 1)
 
 
-def _load_gif(file: Image.Image) -> Image.Image:
+def _load_gif(file: Image.Image, raw: bytes) -> Image.Image:
     """The first frame, on white where it does not cover the canvas, as browsers show it on a white page."""
-    frame = vars(file)["tile"][0].extents
+    opened = vars(file)
+    frame, end = opened["tile"][0].extents, opened["tile"][0].offset
+    for _ in range(_MOST_GIF_BLOCKS):
+        if end >= len(raw) or not raw[end]:
+            break
+        end += 1 + raw[end]
+    else:
+        raise InvalidImage("corrupt GIF: too many blocks")
+    opened["fp"] = BoundedReader(raw[:end])  # else Pillow takes the next frame for pixels that this one lacks
     file.load()
     if frame == (0, 0, *file.size):
         return file
     canvas = Image.new("RGB", file.size, "white")
     canvas.paste(opaque(file.crop(frame)), frame[:2])
     return canvas
-
-
-def _load_bmp(file: Image.Image) -> Image.Image:
-    """As Windows shows it: opaque where the file has an alpha that is zero everywhere, as most writers leave it."""
-    _keep_bmp_palette(file)
-    file.load()
-    if file.mode == "RGBA" and file.getchannel("A").getextrema() == (0, 0):
-        return file.convert("RGB")
-    return file
-
-
-def _keep_bmp_palette(file: Image.Image) -> None:
-    """Pillow drops a palette that is grey, and then takes the indices for that grey whatever their bits."""
-    opened: dict[str, Any] = vars(file)
-    raw, tile = opened["fp"].getvalue(), opened["tile"][0]
-    header = raw[14:54]
-    core = int.from_bytes(header[:4], "little") == _BMP_CORE
-    bits = int.from_bytes(header[10:12] if core else header[14:16], "little")
-    if file.mode not in {"1", "L"} or (file.mode, bits) in {("1", 1), ("L", 8)}:
-        return
-    entry, colours = 3 if core else 4, 0 if core else int.from_bytes(header[32:36], "little")
-    start = 14 + int.from_bytes(header[:4], "little")
-    palette = raw[start : start + entry * (colours or 1 << bits)]
-    opened["_mode"] = "P"
-    file.palette = ImagePalette.raw("BGR" if core else "BGRX", palette)
-    raw_mode = _BMP_INDEXED[bits] if tile.codec_name == "raw" else tile.args[0]
-    opened["tile"] = [tile._replace(args=(raw_mode, *tile.args[1:]))]
 
 
 def _fit(source: _Source, geometry: Geometry) -> NDArray[np.uint8]:

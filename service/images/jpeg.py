@@ -106,7 +106,7 @@ def load_jpeg(image: Image.Image, raw: bytes, reduction: int) -> Image.Image:
         if simplejpeg.decode_jpeg_header(raw, **size)[:2] != (image.height, image.width):
             return _load_tolerantly(image, raw)  # before memory is taken for another size than was checked
         pixels = simplejpeg.decode_jpeg(raw, colours, **size)
-    except ValueError as error:
+    except (ValueError, KeyError) as error:  # KeyError: a subsampling that it has no name for, such as 4:4:1
         _refuse(error)
         return _load_tolerantly(image, raw)
     if colours == "RGB":
@@ -119,7 +119,7 @@ def load_jpeg(image: Image.Image, raw: bytes, reduction: int) -> Image.Image:
 
 def check_pixels(raw: bytes, most: int) -> None:
     """Refuse a JPEG inside another file that lacks pixels, or has more than `most`."""
-    with suppress(ValueError):  # a file that simplejpeg can't read is checked by its decoder
+    with suppress(ValueError, KeyError):  # a file that simplejpeg can't read is checked by its decoder
         height, width, colours, _ = simplejpeg.decode_jpeg_header(raw)
         if height * width > most:
             raise InvalidImage("corrupt JPEG: it is larger than its place in the file that it is in")
@@ -129,7 +129,7 @@ def check_pixels(raw: bytes, most: int) -> None:
             _refuse(error)
 
 
-def _refuse(error: ValueError) -> None:
+def _refuse(error: Exception) -> None:
     """Raise OSError, as Pillow would, if libjpeg's warning means that pixels are missing."""
     warning = str(error).removeprefix("Corrupt JPEG data: ")
     if any(words in warning for words in _MISSING):

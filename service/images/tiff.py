@@ -121,6 +121,8 @@ def prepare(image: Image.Image, raw: bytes, max_pixels: int) -> Grey | None:
     layout = _layout(tags)
     if layout.planar == _SEPARATE and image.mode in {"LA", "La", "PA", "LAB"}:
         raise InvalidImage(f"not a supported image (TIFF of {layout.described})")
+    if vars(image)["tile"][0].codec_name == "raw":
+        _check_offsets(tags, layout)
     _choose_decoder(image, layout)
     check_tiles(image, max_pixels)
     if tags.get(TiffImagePlugin.COMPRESSION) == _JPEG:
@@ -153,6 +155,20 @@ def _choose_decoder(image: Image.Image, layout: _Layout) -> None:
         return
     opened["use_load_libtiff"] = True
     opened["tile"] = [_Tile("libtiff", (0, 0, *opened["_tile_size"]), 0, (raw_mode, False, opened["tag_v2"].offset))]
+
+
+def _check_offsets(tags: Mapping[int, Any], layout: _Layout) -> None:
+    """Refuses an uncompressed TIFF that lacks strips or tiles: Pillow makes them black, or takes the header for one."""
+    width, height = (tags[side] for side in (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH))
+    if offsets := tags.get(TiffImagePlugin.STRIPOFFSETS, ()):
+        across, down = width, min(height, tags.get(TiffImagePlugin.ROWSPERSTRIP, height))
+    else:
+        offsets = tags.get(TiffImagePlugin.TILEOFFSETS, ())
+        across, down = tags.get(TiffImagePlugin.TILEWIDTH, width), tags.get(TiffImagePlugin.TILELENGTH, height)
+    planes = layout.samples if layout.planar == _SEPARATE else 1
+    needed = -(-width // across) * -(-height // down) * planes
+    if missing := needed - sum(offset > 0 for offset in offsets[:needed]):
+        raise InvalidImage(f"truncated TIFF: {missing} of its {needed} strips or tiles are missing")
 
 
 def _check_jpegs(tags: Mapping[int, Any], raw: bytes) -> None:

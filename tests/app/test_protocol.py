@@ -1,8 +1,11 @@
 """What comes over a connection is read in one way, and as uvicorn's other protocol, h11, reads it."""
 
+from typing import Any
+
 import pytest
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from app.protocol import BoundedProtocol
 from tests.app.wire import (
     BODIES,
     CHUNKED,
@@ -142,6 +145,29 @@ def test_headers_behind_a_body_are_none_of_the_requests() -> None:
     (_, answer), = exchange(CHUNKED + b"0\r\nAuthorization: Bearer key\r\n\r\n").answers()  # fmt: skip
 
     assert answer["headers"] == 2
+
+
+@pytest.mark.parametrize("first", [CHUNKED, POST + OFFERS["TLS"] + b"Transfer-Encoding: chunked\r\n\r\n"])
+def test_a_trailer_closes_no_connection(first: bytes) -> None:
+    raw = first + b"3\r\nabc\r\n0\r\nConnection: close\r\n\r\n"
+    expected = [["POST", "/a", "abc"], ["GET", "/next", ""]]
+
+    assert asked(exchange(raw, NEXT, protocol=H11Protocol, in_turn=True)) == expected
+    for pieces in ([raw, NEXT], [raw + NEXT], singly(raw + NEXT)):
+        assert asked(exchange(*pieces)) == expected
+
+
+@pytest.mark.parametrize("protocol", [BoundedProtocol, H11Protocol])
+def test_a_client_of_http_1_0_is_not_told_to_go_on(protocol: type[Any]) -> None:
+    wire = exchange(
+        b"POST /a HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n",
+        b"abc",
+        protocol=protocol,
+        in_turn=True,
+    )
+
+    assert asked(wire) == [["POST", "/a", "abc"]]
+    assert b" 100 " not in wire.written
 
 
 def test_a_request_behind_others_whose_body_is_broken_is_not_begun() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from service.errors import InvalidImage
 from service.images.decoding import Geometry, decode
 from tests.service.images.second_decoder import magick
 
@@ -21,19 +22,28 @@ PALETTES = {
 }
 
 
-def bmp(bits: int, data: bytes, *, palette: bytes = b"", colours: int = 0, size: int = 40, masks: bytes = b"") -> bytes:
-    """`size` is the header's; `masks` say where the colours lie."""
+def bmp(
+    bits: int,
+    data: bytes,
+    *,
+    palette: bytes = b"",
+    colours: int = 0,
+    size: int = 40,
+    masks: bytes = b"",
+    method: int = 0,
+) -> bytes:
+    """`size` is the header's; `masks` say where the colours lie; `method` is the compression."""
     if size == 12:
         header = struct.pack("<IHHHH", 12, WIDTH, HEIGHT, 1, bits)
     else:
-        method = 3 if masks else 0
+        method = 3 if masks else method
         header = struct.pack("<IiiHHIIiiII", size, WIDTH, HEIGHT, 1, bits, method, len(data), 2835, 2835, colours, 0)
         header += masks.ljust(size - 40, b"\0") if size > 40 else masks[:12]
     start = 14 + len(header) + len(palette)
     return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + header + palette + data
 
 
-def rows(pixels: NDArray[np.uint8]) -> bytes:
+def rows(pixels: NDArray[np.uint8 | np.uint16]) -> bytes:
     """From the bottom up, each filled to four bytes."""
     return b"".join(row.tobytes() + bytes(-len(row.tobytes()) % 4) for row in pixels[::-1])
 
@@ -93,3 +103,78 @@ def test_the_fourth_byte_is_no_alpha_where_the_header_does_not_say_so(size: int,
     data = bmp(32, rows(np.dstack([COLOURS[..., ::-1], fourth])), size=size, masks=masks)
 
     assert np.array_equal(ours(data), COLOURS)
+
+
+@pytest.mark.parametrize("size", [40, 56, 124])
+def test_an_alpha_of_one_bit_is_one_where_the_header_has_a_mask_for_it(size: int) -> None:
+    """ImageMagick reads the colours, and takes a set bit for half of alpha: the truth is the bit."""
+    pixels = RANDOM.integers(0, 2**16, (HEIGHT, WIDTH), dtype=np.uint16)
+    data = bmp(16, rows(pixels), size=size, masks=struct.pack("<4I", 0x7C00, 0x3E0, 0x1F, 0x8000))
+
+    colours = magick(data, "bmp", "-alpha", "off").astype(int)
+    if size > 40:
+        colours[pixels < 2**15] = 255
+
+    assert np.abs(ours(data) - colours).max() <= 1
+
+
+INDICES = RANDOM.integers(0, 5, (HEIGHT, WIDTH))
+INDICES[3:5] = INDICES[10, 20:] = INDICES[15:19] = 0
+GREYS_AND_MORE = RANDOM.integers(0, 256, (16, 3), dtype=np.uint8)
+
+
+def runs(bits: int, row: NDArray[np.int64], plain: bool) -> bytes:
+    """Six pixels at a time, or each by itself."""
+    packed = b""
+    for x in range(0, len(row), 6 if plain else 1):
+        piece = row[x : x + (6 if plain else 1)].tolist()
+        if len(piece) < 3:  # too few to be plain
+            packed += b"".join(bytes((1, value if bits == 8 else value << 4)) for value in piece)
+            continue
+        halves = [*piece, 0][: len(piece) + len(piece) % 2]
+        data = bytes(piece) if bits == 8 else bytes(a << 4 | b for a, b in zip(halves[::2], halves[1::2], strict=True))
+        packed += bytes((0, len(piece))) + data + bytes(len(data) % 2)
+    return packed
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("how", ["whole rows", "short and empty rows", "jumps"])
+def test_run_lengths_are_what_imagemagick_reads(how: str, bits: int, plain: bool) -> None:
+    packed = b""
+    for y in range(HEIGHT)[::-1]:
+        row, end = INDICES[y], b"\0\0"
+        if how != "whole rows":
+            row = row[:20] if y == 10 else row[: WIDTH * bool(row.any())]
+        if how == "jumps" and y in range(15, 19):
+            row, end = row[:0], b"\0\2\0\4" if y == 18 else b""
+        packed += runs(bits, row, plain) + end
+    palette = b"".join(bytes(colour) + b"\0" for colour in GREYS_AND_MORE)
+    data = bmp(bits, packed + b"\0\1", palette=palette, colours=16, method=1 if bits == 8 else 2)
+
+    assert np.array_equal(ours(data), GREYS_AND_MORE[:, ::-1][INDICES])
+    assert np.array_equal(ours(data), magick(data, "bmp"))
+    assert np.array_equal(ours(data[:-4]), ours(data))
+    for missing in (5, 50, len(packed) // 2):
+        for end in (b"", b"\0\1"):
+            with pytest.raises(InvalidImage, match="truncated BMP"):
+                ours(data[: -missing - missing % 2] + end)
+
+
+def test_an_image_of_many_runs_is_read() -> None:
+    side = 300
+    row = b"\1\1\1\2" * (side // 2) + b"\0\0"
+    header = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, 0, 0, 0, 3, 0)
+    data = b"BM" + struct.pack("<IHHI", 0, 0, 0, 66) + header + bytes((0, 0, 0, 0, 10, 20, 30, 0, 40, 50, 60, 0))
+
+    seen = decode(data + row * side + b"\0\1", Geometry(side, side, 1.0, "bilinear"), max_pixels=10**5).pixels
+
+    assert (seen[:, ::2] == (30, 20, 10)).all()
+    assert (seen[:, 1::2] == (60, 50, 40)).all()
+
+
+def test_run_lengths_that_lead_nowhere_are_given_up() -> None:
+    data = bmp(8, b"\0\2\0\0" * 2**19, palette=bytes(12), colours=3, method=1)
+
+    with pytest.raises(InvalidImage, match="too many runs"):
+        ours(data)

@@ -1,6 +1,8 @@
 """What we decode is what libvips or ImageMagick decode of the same file, within a stated number of levels of 255."""
 
 import io
+import struct
+import zlib
 from typing import Any, Literal
 
 import numpy as np
@@ -192,6 +194,7 @@ BMPS = [
 JPEGS = [
     ("-sampling-factor", "4:2:0"),
     ("-sampling-factor", "4:4:4", "-interlace", "Line"),
+    ("-sampling-factor", "1x4"),
     ("-colorspace", "Gray"),
     ("-colorspace", "CMYK"),
 ]
@@ -279,3 +282,63 @@ def test_a_transparent_gif_lies_on_white(options: tuple[str, ...]) -> None:
     alpha = read[..., 3:] / 255
 
     assert apart(ours(data), read[..., :3] * alpha + 255 * (1 - alpha)) == 0
+
+
+def png(pixels: NDArray[Any], bits: int, key: tuple[int, ...]) -> bytes:
+    """Grey or coloured, with one value or colour transparent."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    height, width, bands = pixels.shape
+    binary = (pixels.reshape(height, -1, 1) >> np.arange(bits)[::-1] & 1).reshape(height, -1)
+    packed = b"".join(b"\0" + row.tobytes() for row in np.packbits(binary.astype(np.uint8), axis=1))
+    header = struct.pack(">IIBBBBB", width, height, bits, 0 if bands == 1 else 2, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"tRNS", struct.pack(f">{bands}H", *key)), (b"IDAT", zlib.compress(packed))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("bands", [1, 3])
+def test_a_pngs_transparent_colour_is_compared_with_what_the_file_holds(bands: int, bits: int) -> None:
+    """Of 16 bits also where others differ from it in the low ones only."""
+    if bands == 3 and bits < 8:
+        bits = 8
+    key = tuple(0xB6D1 & 2**bits - 1 for _ in range(bands))
+    pixels = np.random.default_rng(0).integers(0, 2**bits, (30, 40, bands))
+    pixels[:10], pixels[10:20] = key, np.array(key) ^ 1
+    data = png(pixels, bits, key)
+
+    read = vips(data) / (65535 if bits == 16 else 255)
+
+    seen = (read[..., :-1] * read[..., -1:] + 1 - read[..., -1:]) * 255
+    assert apart(ours(data), seen) <= 1
+    assert (ours(data)[:10] == 255).all()
+    assert (ours(data)[10:20] < 255).any() or bits == 1
+
+
+def animation(*frames: tuple[int, int, Image.Image], width: int, height: int) -> bytes:
+    """A WebP of frames at (x, y), which says that it has no alpha."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return kind + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
+
+    def three(*values: int) -> bytes:
+        return b"".join(struct.pack("<I", value)[:3] for value in values)
+
+    body = chunk(b"VP8X", b"\2\0\0\0" + three(width - 1, height - 1)) + chunk(b"ANIM", b"\x10\x20\x30\xff\0\0")
+    for x, y, frame in frames:
+        place = three(x // 2, y // 2, frame.width - 1, frame.height - 1, 100) + b"\0"
+        body += chunk(b"ANMF", place + saved(frame, "WebP")[12:])
+    return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
+
+
+@pytest.mark.parametrize("later", [(), ((0, 0, PHOTO),)])
+def test_a_webps_frame_smaller_than_its_canvas_lies_on_white(later: tuple[tuple[int, int, Image.Image], ...]) -> None:
+    data = animation((10, 20, PHOTO.resize((40, 30))), *later, width=PHOTO.width, height=PHOTO.height)
+
+    read = vips(data)
+    alpha = read[..., 3:] / 255
+
+    assert (ours(data)[:20] == 255).all()
+    assert apart(ours(data), read[..., :3] * alpha + 255 * (1 - alpha)) <= 2

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, TiffImagePlugin
 from sklearn.datasets import load_sample_images
 
@@ -203,6 +204,50 @@ def test_a_gif_needs_its_pixels_and_not_its_end() -> None:
         assert "truncated GIF" in fault(gif(packed[:-missing]))
 
 
+def test_a_pngs_chunks_behind_its_pixels_may_be_cut() -> None:
+    data = png(zlib.compress(ROWS))
+    data = data[:-12] + chunk(b"tEXt", b"Comment\0" + b"x" * 50) + chunk(b"zzZz", b"y" * 50) + data[-12:]
+
+    for missing in range(1, 150):
+        assert not fault(data[:-missing])
+
+
+def test_an_animated_gif_needs_the_pixels_of_its_first_frame_and_no_others() -> None:
+    """Whose next frame Pillow would take for them."""
+    first, second = PHOTO.quantize(64), PHOTO.rotate(180).quantize(64)
+    data = saved(first, "GIF", save_all=True, append_images=[second, first])
+    with Image.open(io.BytesIO(data)) as image:
+        start = end = image.tile[0].offset
+    blocks = []
+    while data[end]:
+        blocks.append(data[end + 1 : end + 1 + data[end]])
+        end += 1 + data[end]
+    for missing in (3, 10, 100):
+        packed = b"".join(blocks)[:-missing]
+        cut = b"".join(
+            bytes([len(block)]) + block for block in (packed[i : i + 255] for i in range(0, len(packed), 255))
+        )
+        assert "truncated GIF" in fault(data[:start] + cut + data[end:])
+    for missing in (0, 100, len(data) - end):
+        assert not fault(data[: len(data) - missing])
+
+
+def test_a_webp_needs_no_chunks_behind_its_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "a description" * 9
+    still = saved(PHOTO, "WebP", exif=exif)
+    moving = saved(PHOTO, "WebP", save_all=True, append_images=[PHOTO.rotate(180)])
+    second = moving.rindex(b"ANMF")
+
+    for missing in (1, 9, 70):
+        assert np.array_equal(pixels(still[:-missing]), pixels(still))
+    for end in (second, second + 5, (second + len(moving)) // 2, len(moving) - 1):
+        assert np.array_equal(pixels(moving[:end]), pixels(moving))
+    for data, end in ((still, still.rindex(b"EXIF")), (moving, second)):
+        for missing in (2, 20, end // 2, end - 31):
+            assert "WebP" in fault(data[: end - missing])
+
+
 @pytest.mark.parametrize("options", [{}, {"lossless": True}])
 def test_a_webp_needs_its_pixels(options: dict[str, Any]) -> None:
     data = saved(PHOTO, "WebP", **options)
@@ -248,6 +293,29 @@ def test_a_tiff_needs_its_strips(method: str) -> None:
         sized = data[:entry] + struct.pack("<I", count - missing) + data[entry + 4 :]
         blank = sized[: start + count - missing] + bytes(missing) + sized[start + count :]
         assert method == "raw" or "TIFF" in fault(blank)
+
+
+@pytest.mark.parametrize("layout", ["strips", "tiles", "planes"])
+def test_an_uncompressed_tiff_needs_all_its_strips_and_tiles(layout: str) -> None:
+    layouts: dict[str, dict[str, Any]] = {
+        "strips": {"rowsperstrip": 10},
+        "tiles": {"tile": (32, 32)},
+        "planes": {"planarconfig": "separate"},
+    }
+    rgb = np.asarray(PHOTO)
+    rgb = rgb if layout != "planes" else np.ascontiguousarray(rgb.transpose(2, 0, 1))
+    tifffile.imwrite(buffer := io.BytesIO(), rgb, photometric="rgb", **layouts[layout])
+    data, tag = buffer.getvalue(), 324 if layout == "tiles" else 273
+    with tifffile.TiffFile(io.BytesIO(data)) as read:
+        offsets = read.pages[0].tags[tag]  # type: ignore[union-attr]
+    count, size = offsets.offset + 4, {3: 2, 4: 4}[offsets.dtype]
+
+    assert not fault(data)
+    fewer = data[:count] + struct.pack("<I", offsets.count - 1) + data[count + 4 :]
+    last = offsets.valueoffset + size * (offsets.count - 1)
+    none = data[:last] + bytes(size) + data[last + size :]
+    for cut in (fewer, none):
+        assert fault(cut).startswith(f"truncated TIFF: 1 of its {offsets.count} ")
 
 
 def test_a_tiff_of_jpegs_with_end_markers_too_early_is_refused() -> None:
