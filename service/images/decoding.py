@@ -36,7 +36,7 @@ _MIRRORED, _UPSIDE_DOWN, _SIDEWAYS = {2, 3, 7, 8}, {3, 4, 6, 7}, {5, 6, 7, 8}
 # Pixels on a side that a JPEG of reduced size must still have for each of the model's input; see decision 28
 _MARGIN = 2
 _SIXTEEN = Grey(65_535)
-_MOST_GIF_BLOCKS = 2**19  # of up to 255 bytes, in the first frame: walking them takes 0.04 s
+_MOST_GIF_BLOCKS = 2**17  # of up to 255 bytes, in the first frame: 33 MB; walking them takes 0.06 s
 # An AVIF may hold a larger frame than its header says, up to libavif's own limit of 268 megapixels, which costs a
 # gigabyte and can't be known beforehand: one at a time, so that it is one gigabyte.
 _ONE_AVIF = threading.Lock()
