@@ -29,6 +29,7 @@ CONNECT_SECONDS = 5.0
 READ_SECONDS = 20.0  # without a byte; a request that needs the model waits meanwhile
 MAX_SMALL_BYTES = 4_000_000  # of a card or the aliases; what is cut off there is no longer JSON
 BLOCK_BYTES = 8 << 20  # in one request
+_NOT_REGULAR = "no regular file"
 _ATTEMPTS = 2  # ours; s3fs alone makes five, which takes half a minute when the store is gone
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://.+")
 _FILE = re.compile(r"(?P<model>[\w-]+(\.[\w-]+)?)/(?P<version>[^/]+)/[\w.-]+")
@@ -210,12 +211,16 @@ class Location:
         if not paths:
             return {}
         names = {self._path(path): path for path in paths}
-        contents = self._fs.cat(list(names), on_error="return", start=0, end=MAX_SMALL_BYTES)
-        return {names[name]: content for name, content in contents.items()}
+        pipes = {name: OSError(_NOT_REGULAR) for name in names if self._is_pipe(name)}
+        readable = [name for name in names if name not in pipes]
+        contents = self._fs.cat(readable, on_error="return", start=0, end=MAX_SMALL_BYTES) if readable else {}
+        return {names[name]: content for name, content in (contents | pipes).items()}
 
     def open(self, path: str) -> BinaryIO:
         """A file to be read in large blocks from its start, or from elsewhere if it can `seek`."""
         name = self._path(path)
+        if self._is_pipe(name):
+            raise OSError(_NOT_REGULAR)
         # A server without ranges sends the whole file; without block 0 fsspec requests ranges all the same.
         block = 0 if self._is_web and not self._fs.info(name).get("partial") else BLOCK_BYTES
         return cast("BinaryIO", self._fs.open(name, "rb", block_size=block, cache_type="readahead"))
@@ -239,6 +244,10 @@ class Location:
     @property
     def _root(self) -> str:
         return self._opened[1]
+
+    def _is_pipe(self, name: str) -> bool:
+        """Whether reading could wait for ever, as that of a pipe or a device in a local folder does."""
+        return self._scheme == "file" and self._fs.exists(name) and self._fs.info(name)["type"] == "other"
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}"

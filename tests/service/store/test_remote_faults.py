@@ -1,6 +1,7 @@
 import asyncio
 import fcntl
 import json
+import os
 from pathlib import Path
 from threading import Event
 
@@ -8,6 +9,7 @@ import pytest
 
 from service.errors import (
     CardInvalid,
+    ServiceError,
     StoreUnreachable,
     WeightsCorrupt,
     WeightsDigestMismatch,
@@ -202,6 +204,24 @@ def test_an_index_of_a_newer_release_is_read(folder: Path, tmp_path: Path) -> No
     (folder / "index.json").write_text(json.dumps(content))
     with site(folder, listing=False) as server:
         assert fetched(remote(server.url, tmp_path / "cache")).id == TINY
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder: Path, tmp_path: Path, *, linked: bool) -> None:
+    card = add_small(folder, "pvt_v2_b0.other") / "card.json"
+    for path in (card, folder / "aliases.json", weights(folder)):
+        path.unlink(missing_ok=True)
+        os.mkfifo(pipe := path.with_suffix(".pipe") if linked else path)
+        if linked:
+            path.symlink_to(pipe)
+    store = remote(f"file://{folder}", tmp_path / "cache")
+
+    failures = {model.id: model.failure for model in store.models()}
+
+    assert failures[TINY] is None
+    assert f"{card}: OSError: no regular file" in str(failures["pvt_v2_b0.other"])
+    with pytest.raises(ServiceError, match="no regular file"):
+        fetched(store)
 
 
 def test_weights_that_may_not_be_read_are_reported(folder: Path, tmp_path: Path) -> None:
