@@ -60,7 +60,10 @@ def map_errors(name: str, max_pixels: int) -> Iterator[None]:
     except MemoryError as error:
         raise ImageTooLarge(f"the {name} image does not fit into memory") from error
     except _FOREIGN as error:
-        state = "truncated" if isinstance(error, EOFError) or "truncated" in str(error).lower() else "corrupt"
+        told = str(error).lower()
+        if told.startswith("unsupported"):  # Pillow's word for a form that it can't read
+            raise InvalidImage(f"not a supported image ({name}: {told}); save it in its usual form") from error
+        state = "truncated" if isinstance(error, EOFError) or "truncated" in told else "corrupt"
         reason = not isinstance(error, PIL.UnidentifiedImageError) and str(error)
         raise InvalidImage(f"{state} {name}: {reason or 'its header can not be read'}") from error
 

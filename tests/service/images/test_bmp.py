@@ -178,3 +178,18 @@ def test_run_lengths_that_lead_nowhere_are_given_up() -> None:
 
     with pytest.raises(InvalidImage, match="too many runs"):
         ours(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        bmp(16, rows(COLOURS[..., :1].astype(np.uint16)), masks=struct.pack("<3I", 0xF00, 0xF0, 0xF)),
+        bmp(32, bytes(4 * WIDTH * HEIGHT), masks=struct.pack("<3I", 0x3FF << 20, 0x3FF << 10, 0x3FF)),
+        bmp(24, rows(COLOURS), method=4),
+        bmp(5, rows(COLOURS)),
+    ],
+    ids=["masks of 4 bits", "masks of 10 bits", "a JPEG inside", "5 bits"],
+)
+def test_a_form_that_is_not_read_is_no_fault_of_the_file(data: bytes) -> None:
+    with pytest.raises(InvalidImage, match=r"not a supported image \(BMP: unsupported bmp .*\); save it in its usual"):
+        ours(data)
