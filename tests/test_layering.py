@@ -50,7 +50,14 @@ LAYERS = {
         {"cards", "names"},
         {"folder"},
     ],
-    "images": [{"decoding"}, {"tiff"}, {"jpeg"}, {"limits", "resampling"}, {"visible"}, {"geometry"}],
+    "images": [
+        {"decoding"},
+        {"tiff"},
+        {"bmp", "jpeg", "png"},
+        {"limits", "resampling"},
+        {"visible"},
+        {"geometry", "webp"},
+    ],
     "architecture": [{"weights", "pvt_v2"}, {"variants"}],
     "machine": [{"devices", "cores", "memory", "workers"}],
 }
