@@ -47,13 +47,17 @@ def serving(
     environment: Mapping[str, str] | None = None,
     read_log: bool = True,
     command: Sequence[str] = ("-m", "app"),
+    prefix: Sequence[str] = (),
     **settings: str,
 ) -> Iterator[Server]:
-    """A server on a free port, with `settings` as in `PVT_*`; without `read_log`, its log is read until it listens."""
+    """A server on a free port, with `settings` as in `PVT_*`; without `read_log`, its log is read until it listens.
+
+    `prefix` is a command that becomes the server, such as one that enters a cgroup first.
+    """
     variables = {"PVT_PORT": "0", **{f"PVT_{name.upper()}": value for name, value in settings.items()}}
     environment = {**os.environ, **variables, **(environment or {})}
     with subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        [*prefix, sys.executable, *command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:
         server = Server(process)
 
