@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from app.problems import Forbidden, Unauthorized
 from app.remote_images.fetching import Fetcher
 from app.settings import Settings
-from app.workers.worker import Worker
+from app.workers import Worker
 from service.engine import Engine
 from service.results import Health
 

@@ -17,7 +17,7 @@ from app.open_inference import models as open_inference_models
 from app.remote_images.fetching import Fetcher
 from app.routes import debug, explain, features, health, management, models, openai, pages, predict
 from app.settings import Settings
-from app.workers.worker import Worker
+from app.workers import Worker
 from service.engine import Engine
 from service.machine.cores import usable_cores
 from service.machine.devices import choose, visible

@@ -9,8 +9,8 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from types import FrameType
-from typing import Any, cast
 
 import structlog
 import uvicorn
@@ -18,12 +18,42 @@ import uvicorn
 from app.main import create_app
 from app.protocol import BoundedProtocol
 from app.settings import Settings
-from app.workers.worker import Worker
+from app.workers import Worker
 
 log = structlog.get_logger(component="server")
 
 # How long clients may take to send another request on an open connection and get a response that closes it.
 LINGER_SECONDS = 0.5
+
+
+def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = None) -> None:
+    """Serve on `listeners` until a signal stops it; as `worker`, if there are several.
+
+    Raises:
+        BackendUnavailable: the settings name a GPU that does not exist.
+    """
+    config = uvicorn.Config(
+        create_app(settings, worker),
+        loop="uvloop",
+        http=BoundedProtocol,
+        ws="none",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,  # nothing depends on who the client is
+        timeout_graceful_shutdown=settings.shutdown_seconds,
+    )
+    # Uvicorn raises the signal again once it is done; a requested stop is no failure.
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sig, lambda *_: None)
+    # What libraries made is never garbage: measuring a model's memory then looks through the rest only, and holds up
+    # requests for some milliseconds instead of a hundred.
+    gc.freeze()
+    DrainingServer(config, "listening" if worker is None else "worker_listening").run(sockets=list(listeners))
+    if any(thread.name.startswith("pvt-") for thread in threading.enumerate()):
+        # A load that was abandoned, or a thread that is stuck: the interpreter would wait for it.
+        logging.shutdown()
+        os._exit(0)
 
 
 class DrainingServer(uvicorn.Server):
@@ -36,20 +66,20 @@ class DrainingServer(uvicorn.Server):
         """`started_event` is the name of the log line when it listens."""
         super().__init__(config)
         self._started_event = started_event
-        # Mutable state: the loop once it listens, whether a signal came, and what that set going.
+        # Mutable state: the loop once it listens, whether a signal came, and the drain that it began.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then say where."""
+        """Listen, then log where."""
         await super().startup(sockets)
         if self.started:
             self._loop = asyncio.get_running_loop()
-            url, *management = [_url(server.sockets[0]) for server in self.servers]
+            addresses = [server.sockets[0].getsockname()[:2] for server in self.servers]
+            urls = dict(zip(("url", "management"), (f"http://{host}:{port}" for host, port in addresses), strict=False))
             options = self.lifespan.state["engine"].options
-            more = {"management": management[0]} if management else {}
-            log.info(self._started_event, url=url, **more, instances=options.instances, cores=options.cores)
+            log.info(self._started_event, **urls, instances=options.instances, cores=options.cores)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal; stop at once at the second."""
@@ -84,38 +114,23 @@ class DrainingServer(uvicorn.Server):
             log.warning("drain_timeout", seconds=self.config.timeout_graceful_shutdown)
             engine.abort()
         await self._accept_the_last()
-        await self._last_responses()
+        # Each remaining connection is closed by the response to the last request of its client.
+        loop = asyncio.get_running_loop()
+        end = loop.time() + LINGER_SECONDS
+        while self.server_state.connections and loop.time() < end:  # noqa: ASYNC110  uvicorn has no event for it
+            await asyncio.sleep(LINGER_SECONDS / 50)
         self._end(sig)
 
     async def _accept_the_last(self) -> None:
         """Stop listening, but take every connection that the kernel has accepted: closing the socket resets those."""
         loop = asyncio.get_running_loop()
+        protocol = partial(BoundedProtocol, self.config, self.server_state, self.lifespan.state)
         for server in self.servers:
             listeners = [socket.socket(fileno=os.dup(each.fileno())) for each in server.sockets]
             server.close()
             accepted = [connection for listener in listeners for connection in _accept_all(listener)]
             for connection in accepted:
-                await loop.connect_accepted_socket(self._protocol, connection)
-
-    def _protocol(self) -> asyncio.Protocol:
-        """The protocol that uvicorn makes for each connection."""
-        make = cast("type[Any]", self.config.http_protocol_class)
-        protocol: asyncio.Protocol = make(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
-        return protocol
-
-    async def _last_responses(self) -> None:
-        """Wait until the remaining connections are closed, each by the response to the last request of its client."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + LINGER_SECONDS
-        while self.server_state.connections and loop.time() < end:  # noqa: ASYNC110  uvicorn has no event for it
-            await asyncio.sleep(LINGER_SECONDS / 50)
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://{host}:{port}"
+                await loop.connect_accepted_socket(protocol, connection)
 
 
 def _accept_all(listener: socket.socket) -> Iterator[socket.socket]:
@@ -124,29 +139,3 @@ def _accept_all(listener: socket.socket) -> Iterator[socket.socket]:
         listener.setblocking(False)  # noqa: FBT003  the standard library's own signature
         while True:
             yield listener.accept()[0]
-
-
-def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = None) -> None:
-    """Serve on `listeners` until a signal stops it; as `worker`, if there are several."""
-    config = uvicorn.Config(
-        create_app(settings, worker),
-        loop="uvloop",
-        http=BoundedProtocol,
-        ws="none",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        proxy_headers=False,  # nothing depends on who the client is
-        timeout_graceful_shutdown=settings.shutdown_seconds,
-    )
-    # Uvicorn raises the signal again once it is done; a requested stop is no failure.
-    for sig in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sig, lambda *_: None)
-    # What libraries made is never garbage: measuring a model's memory then looks through the rest only, and holds up
-    # requests for some milliseconds instead of a hundred.
-    gc.freeze()
-    DrainingServer(config, "listening" if worker is None else "worker_listening").run(sockets=list(listeners))
-    if any(thread.name.startswith("pvt-") for thread in threading.enumerate()):
-        # A load that was abandoned, or a thread that is stuck: the interpreter would wait for it.
-        logging.shutdown()
-        os._exit(0)

@@ -15,7 +15,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter
 
 from app.settings import Settings
-from app.workers.group import REPORT_SECONDS, WorkerGroup
+from app.workers import REPORT_SECONDS, WorkerGroup
 from service.machine.cores import usable_cores
 
 log = structlog.get_logger(component="supervisor")
@@ -24,7 +24,7 @@ FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.5, 30.0
 STEADY_SECONDS = 60.0  # a worker that ran for longer ended for a new reason
 OVERTIME_SECONDS = 10.0  # beyond PVT_SHUTDOWN_SECONDS, for a worker that does not end
 STARTUP_FAILURE = 3  # uvicorn's exit code
-_ROOT = Path(__file__).parent.parent.parent
+_ROOT = Path(__file__).parent.parent
 
 
 def run(settings: Settings, listener: socket.socket) -> int:
@@ -71,11 +71,11 @@ class Supervisor:
         return self._code
 
     def _on_signal(self, sig: int) -> None:
-        if not self._stopping.is_set():
+        if self._stopping.is_set():
+            self._send(signal.SIGTERM)  # a worker that drains stops at once
+        else:
             log.info("draining", signal=signal.Signals(sig).name)
             self._stop()
-            return
-        self._send(signal.SIGTERM)  # a worker that drains stops at once
 
     def _stop(self) -> None:
         if self._stopping.is_set():
@@ -119,6 +119,7 @@ class Supervisor:
                     process.kill()
 
     async def _keep(self, worker: int) -> None:
+        """Start the process of `worker`, and another when it ends, until all are to stop."""
         delay = FIRST_DELAY_SECONDS
         while not self._stopping.is_set():
             started = monotonic()
@@ -141,16 +142,13 @@ class Supervisor:
             delay = min(2 * delay, LONGEST_DELAY_SECONDS)
 
     async def _start(self, worker: int) -> Process:
-        listener, folder = self._listener.fileno(), str(self._group.folder)
-        arguments = [worker, self._group.size, folder, listener, self._stop_pipe]
-        paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        listener = self._listener.fileno()
+        arguments = map(str, (worker, self._group.size, self._group.folder, listener, self._stop_pipe))
+        path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # -P: a module `app` in the current folder is another application.
         return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",  # a module `app` in the current folder is another application
-            "-m",
-            "app.workers",
-            *map(str, arguments),
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            *(sys.executable, "-P", "-m", "app", "--as-worker", *arguments),
+            env=os.environ | {"PYTHONPATH": path},
             pass_fds=(listener, self._stop_pipe),
             start_new_session=True,  # else Ctrl-C would reach it twice, from the terminal and from here
         )

@@ -1,38 +1,45 @@
-"""What several worker processes share: a private folder with their reports and their metrics.
+"""One of several worker processes, and what all of them share: a private folder with their reports and metrics.
 
 A worker is known by its number, not by its process: the one that replaces a dead one goes on with its counters, so that
 no sum ever goes backwards.
 """
 
+import asyncio
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import signal
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
+from typing import TYPE_CHECKING
 
 import psutil
 from prometheus_client import CollectorRegistry, Metric, PlatformCollector, values
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from service.files import atomic_write
+from service.machine.cores import share
+
+if TYPE_CHECKING:  # they import torch, which the supervisor does not need
+    from service.engine import Engine
+    from service.options import EngineOptions
+    from service.results import Health
 
 REPORT_SECONDS = 1.0
 
 
 class Report(BaseModel):
-    """A worker's own report of its health; `at` is its time on the machine's monotonic clock.
-
-    `instances` is how many batches it runs at a time.
-    """
+    """A worker's health, how many batches it runs at a time, and when it wrote so, on the machine's monotonic clock."""
 
     live: bool
     ready: bool
     reasons: list[str]
-    at: float
     instances: int = 0
+    at: float = Field(default_factory=monotonic)
 
     def silent_seconds(self) -> float:
         """How long ago it was written, beyond the time in which the next one was due."""
@@ -46,34 +53,20 @@ class WorkerGroup:
     folder: Path
     size: int
 
-    def report(self, worker: int, *, live: bool, ready: bool, reasons: list[str], instances: int = 0) -> None:
-        """Publish the health of `worker`; call it every REPORT_SECONDS."""
-        report = Report(live=live, ready=ready, reasons=reasons, at=monotonic(), instances=instances)
-        atomic_write(self._file(worker), report.model_dump_json())
+    def report_file(self, worker: int) -> Path:
+        """Where `worker` writes its reports."""
+        return self.folder / f"worker{worker}.json"
 
     def last_report(self, worker: int) -> Report | None:
         """The last report of `worker`; None when its process has written none since it started."""
         try:
-            return Report.model_validate_json(self._file(worker).read_bytes())
+            return Report.model_validate_json(self.report_file(worker).read_bytes())
         except (OSError, ValidationError):
             return None
 
-    def others(self, worker: int, stall_seconds: float) -> Iterator[tuple[int, Report]]:
-        """The reports of the other workers; one that is silent for `stall_seconds` is neither live nor ready."""
-        for other in range(self.size):
-            if other == worker:
-                continue
-            report = self.last_report(other)
-            if report is None:
-                report = Report(live=True, ready=False, reasons=["starting"], at=monotonic())
-            elif report.silent_seconds() > stall_seconds:
-                reason = f"has not reported for {monotonic() - report.at:.0f} s"
-                report = Report(live=False, ready=False, reasons=[reason], at=report.at)
-            yield other, report
-
     def forget(self, worker: int) -> None:
         """Call it when the process of `worker` has ended, before another replaces it."""
-        self._file(worker).unlink(missing_ok=True)
+        self.report_file(worker).unlink(missing_ok=True)
         mark_process_dead(worker, str(self.folder))  # type: ignore[no-untyped-call]  # drops its gauges; its counters stay
 
     def share_metrics(self, identifier: str) -> None:
@@ -89,8 +82,67 @@ class WorkerGroup:
         PlatformCollector(registry=registry)
         return registry
 
-    def _file(self, worker: int) -> Path:
-        return self.folder / f"worker{worker}.json"
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """Worker number `index` of `group`; the end of the pipe `stop_pipe` is its signal to stop."""
+
+    group: WorkerGroup
+    index: int
+    stop_pipe: int
+
+    def share_of(self, options: "EngineOptions") -> "EngineOptions":
+        """`options` with this worker's share of instances, cores and memory."""
+        instances, cores = (share(total, self.index, self.group.size) for total in (options.instances, options.cores))
+        bound = options.budget.bytes
+        budget = replace(options.budget, bytes=None if bound is None else bound // self.group.size)
+        # A process that runs fewer batches at a time than there are GPUs would leave some of them unused.
+        return replace(options, instances=max(instances, len(options.devices)), cores=cores, budget=budget)
+
+    def health(self, own: "Health", stall_seconds: float) -> "Health":
+        """`own` and that of the other workers combined: a client reaches any of them, and means the service.
+
+        A worker that is silent for `stall_seconds` is neither live nor ready.
+        """
+        live, ready, reasons = own.live, own.ready, [*own.reasons]
+        for other in range(self.group.size):
+            if other == self.index:
+                continue
+            report = self.group.last_report(other) or Report(live=True, ready=False, reasons=["starting"])
+            if report.silent_seconds() > stall_seconds:
+                reason = f"has not reported for {monotonic() - report.at:.0f} s"
+                report = Report(live=False, ready=False, reasons=[reason])
+            live, ready = live and report.live, ready and report.ready
+            reasons.extend(f"worker {other}: {reason}" for reason in report.reasons)
+        return replace(own, live=live, ready=ready, reasons=reasons)
+
+    @asynccontextmanager
+    async def reporting(self, engine: "Engine") -> AsyncIterator[None]:
+        """Report, keep the gauges of `engine` up to date, and stop when the supervisor closes the pipe."""
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            loop.remove_reader(self.stop_pipe)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        async def keep_reporting() -> None:
+            while True:
+                await asyncio.sleep(REPORT_SECONDS)
+                await self._report(engine)
+
+        loop.add_reader(self.stop_pipe, stop)
+        await self._report(engine)
+        task = asyncio.create_task(keep_reporting())
+        try:
+            yield
+        finally:
+            task.cancel()
+            loop.remove_reader(self.stop_pipe)
+
+    async def _report(self, engine: "Engine") -> None:
+        engine.collect_metrics()
+        report = Report(**asdict(await engine.health()), instances=engine.options.instances)
+        atomic_write(self.group.report_file(self.index), report.model_dump_json())
 
 
 class _ProcessesCollector(Collector):
