@@ -3,7 +3,6 @@
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
@@ -26,6 +25,9 @@ from service.options import Budget, EngineOptions, default_instances
 
 # Images per batch where no setting says so; the batch plan stops earlier, as soon as more do not pay.
 MAX_BATCH_SIZE = {"cpu": 8, "gpu": 256}
+# The endpoints behind PVT_API_KEYS; the others have keys of their own, or none.
+PROTECTED = models.router, inference.router, open_inference_models.router, repository.router, openai.router
+OTHERS = health.router, inference.health, pages.router, debug.router, management.router, repository.management
 
 
 def create_app(settings: Settings | None = None, worker: Worker | None = None) -> FastAPI:
@@ -40,36 +42,20 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     if settings is None:
         settings = Settings.from_environment()
         logs.configure(settings.log_format)
-    options = engine_options(settings)
-    registry = _registry() if worker is None else CollectorRegistry()
+    registry = CollectorRegistry()  # of this application's own, so that several can live in one process
     app = FastAPIOffline(
-        title="pvt-serve",
-        summary=openapi.SUMMARY,
-        description=openapi.DESCRIPTION,
-        version=version("pvt-serve"),
-        openapi_tags=openapi.TAGS,
-        servers=openapi.SERVERS,
-        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        generate_unique_id_function=openapi.operation_id,
-        redoc_url=None,  # one page of documentation is enough, and that one loads a logo from elsewhere
-        lifespan=_lifespan(settings, options, registry, worker),
+        **openapi.INFO,
+        lifespan=_lifespan(settings, engine_options(settings), registry, worker),
+        exception_handlers=dict.fromkeys(problems.EXPECTED, problems.expected),
         # First in the table of routes, so that no time is lost on others.
         routes=[*predict.router.routes, *features.router.routes, *explain.router.routes],
     )
     app.add_middleware(RequestContext, metrics=HttpMetrics(registry))
-    problems.install(app)
     # Only where keys are set: a dependency costs each request.
     protected = [Depends(require_key)] if settings.api_keys else []
-    for router in (models.router, inference.router, open_inference_models.router, repository.router, openai.router):
+    for router in PROTECTED:
         app.include_router(router, dependencies=protected)
-    for router in (
-        health.router,
-        pages.router,
-        debug.router,
-        management.router,
-        inference.health,
-        repository.management,
-    ):
+    for router in OTHERS:
         app.include_router(router)
     openapi.describe(app, settings)
     return app
@@ -123,28 +109,20 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[State]:
         async with AsyncExitStack() as stack:
-            fetcher = await stack.enter_async_context(_fetcher(settings, registry))
+            seconds = settings.url_timeout_ms / 1000
+            fetcher = Fetcher(settings.url_reach, registry, max_bytes=settings.max_body_bytes, seconds=seconds)
+            await stack.enter_async_context(fetcher)
             engine = Engine(worker.share_of(options) if worker else options, EngineMetrics(registry))
             await stack.enter_async_context(engine)
             if worker:
                 await stack.enter_async_context(worker.reporting(engine))
-            shown = worker.group.registry(os.getppid()) if worker else registry
+                shown = worker.group.registry(os.getppid())
+            else:
+                shown = registry
+                for collector in (ProcessCollector, PlatformCollector, GCCollector):
+                    collector(registry=registry)
             state = State(engine=engine, settings=settings, registry=shown, worker=worker, fetcher=fetcher)
-            for name, value in state.items():  # for hosts without lifespan state
-                setattr(app.state, name, value)
+            app.state.started = state  # for hosts without lifespan state
             yield state
 
     return lifespan
-
-
-def _fetcher(settings: Settings, registry: CollectorRegistry) -> Fetcher:
-    seconds = settings.url_timeout_ms / 1000
-    return Fetcher(settings.url_reach, registry, max_bytes=settings.max_body_bytes, seconds=seconds)
-
-
-def _registry() -> CollectorRegistry:
-    """A registry of this application's own, so that several can live in one process."""
-    registry = CollectorRegistry()
-    for collector in (ProcessCollector, PlatformCollector, GCCollector):
-        collector(registry=registry)
-    return registry

@@ -6,6 +6,7 @@ A route sets `openapi_extra={"requestBody": IMAGES}` or `json_body(...)` for a b
 
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,17 +20,15 @@ from app.settings import Settings
 
 Json = dict[str, Any]
 
-SUMMARY = "Pyramid Vision Transformer v2 image models behind HTTP."
-DESCRIPTION = """\
+_DESCRIPTION = """\
 Classes, embeddings and explanations of images. Send an image as a file in a form, as the raw body, or in JSON.
 
 Every error is an RFC 9457 problem (`application/problem+json`); its `type` is stable, its `detail` says what was wrong
 and what to do. Every response carries `X-Request-ID`: yours, where the request has one of up to 128 letters, digits and
 `. : / + = @ _ -`. Unknown query parameters, form fields and JSON fields are refused by name.
 """
-SERVERS = [{"url": "/", "description": "The server that this document comes from."}]
 INFERENCE = "inference"
-TAGS = [
+_TAGS = [
     {"name": INFERENCE, "description": "Images in, what a model computes of them out."},
     {"name": "open inference protocol", "description": "The same for clients of KServe and Triton."},
     {"name": "openai", "description": "Embeddings for clients of OpenAI."},
@@ -63,6 +62,20 @@ def operation_id(route: APIRoute) -> str:
     """The name of an operation that sets none itself: its function's, and what its path adds to that."""
     prefix = match[1] + "_" if (match := re.match("/(v[0-9]+)(/|$)", route.path)) else ""
     return f"{prefix}{route.name}{'_of_version' if '/versions/{' in route.path else ''}"
+
+
+# What the application says of itself.
+INFO: Json = {
+    "title": "pvt-serve",
+    "version": version("pvt-serve"),
+    "summary": "Pyramid Vision Transformer v2 image models behind HTTP.",
+    "description": _DESCRIPTION,
+    "openapi_tags": _TAGS,
+    "servers": [{"url": "/", "description": "The server that this document comes from."}],
+    "license_info": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+    "generate_unique_id_function": operation_id,
+    "redoc_url": None,  # one page of documentation is enough, and that one loads a logo from elsewhere
+}
 
 
 def schema_of(model: type[BaseModel]) -> Json:

@@ -7,7 +7,7 @@ from math import ceil
 from typing import Annotated, Any
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
@@ -20,6 +20,8 @@ from service import errors
 log = structlog.get_logger(component="http")
 
 MEDIA_TYPE = "application/problem+json"
+# The errors of this service, and the refusals of the framework.
+EXPECTED = (errors.ServiceError, RequestValidationError, HTTPException, ClientDisconnect)
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that disconnected
 _MOST_REASONS = 5  # of what is wrong with one request
 
@@ -72,32 +74,27 @@ class UnsupportedVersion(errors.ServiceError):
     """The request is of a version of HTTP other than 1.0 and 1.1."""
 
 
+_UNAVAILABLE = (errors.WeightsUnavailable, errors.AliasesInvalid, errors.StoreNotWritable, errors.ModelLoadFailed,
+                errors.ModelLoading, errors.MemoryBudgetExceeded, errors.OutOfMemory, errors.DeviceFailed,
+                errors.ShuttingDown)  # fmt: skip
 # The nearest class in an error's ancestry decides.
 STATUS: Mapping[type[Exception], int] = {
-    errors.InvalidRequest: 422,
-    errors.ImageTooLarge: 413,
-    errors.ModelNotFound: 404,
-    errors.WeightsUnavailable: 503,
-    errors.AliasesInvalid: 503,
-    errors.StoreNotWritable: 503,
-    errors.ModelLoadFailed: 503,
-    errors.ModelLoading: 503,
-    errors.MemoryBudgetExceeded: 503,
-    errors.ModelPinned: 409,
-    errors.OutOfMemory: 503,
-    errors.DeviceFailed: 503,
-    errors.QueueFull: 429,
-    errors.DeadlineExceeded: 504,
-    errors.ShuttingDown: 503,
-    UnsupportedMediaType: 415,
-    ImageUnreachable: 502,
-    ImageTimedOut: 504,
-    NotAcceptable: 406,
+    MalformedRequest: 400,
     Unauthorized: 401,
     Forbidden: 403,
-    MalformedRequest: 400,
+    errors.ModelNotFound: 404,
+    NotAcceptable: 406,
+    errors.ModelPinned: 409,
+    errors.ImageTooLarge: 413,
+    UnsupportedMediaType: 415,
+    errors.InvalidRequest: 422,
+    errors.QueueFull: 429,
     HeadTooLarge: 431,
     UnsupportedRequest: 501,
+    ImageUnreachable: 502,
+    **dict.fromkeys(_UNAVAILABLE, 503),
+    errors.DeadlineExceeded: 504,
+    ImageTimedOut: 504,
     UnsupportedVersion: 505,
 }
 
@@ -174,13 +171,9 @@ def translated(path: str, problem: Problem) -> tuple[int, BaseModel] | None:
         return status, OpenInferenceError(error=problem.detail)
     code = problem.type.rpartition(":")[2].replace("-", "_")
     named = _OPENAI_PARAMETER.match(problem.detail)
-    reason = OpenAiReason(
-        message=problem.detail,
-        type=_OPENAI_TYPES.get(status, "server_error"),
-        param="model" if code == "model_not_found" else named and named[1],
-        code=code,
-    )
-    return status, OpenAiError(error=reason)
+    param = "model" if code == "model_not_found" else named and named[1]
+    kind = _OPENAI_TYPES.get(status, "server_error")
+    return status, OpenAiError(error=OpenAiReason(message=problem.detail, type=kind, param=param, code=code))
 
 
 _SAMPLE_ID = "e0a4aa4ff30f41ab9122180526e30d37"
@@ -211,10 +204,11 @@ def refusals(prefix: str, *statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def examples(status: int) -> dict[str, dict[str, Any]]:
     """An example of every problem that has this status, for the OpenAPI document; named by the problem's type."""
+    if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        return {"internal-error": {"summary": MEANING[500], "value": problem(Exception(), _SAMPLE_ID).model_dump()}}
     found = {}
-    every: list[type[Exception]] = [Exception, *kinds()]
-    for kind in every:
-        summary = MEANING[500] if kind is Exception else (kind.__doc__ or "").partition("\n")[0]
+    for kind in kinds():
+        summary = (kind.__doc__ or "").partition("\n")[0]
         sample = problem(kind.__new__(kind, _SAMPLES.get(kind, summary)), _SAMPLE_ID)
         if sample.status == status:
             found[sample.type.rpartition(":")[2]] = {"summary": summary, "value": sample.model_dump()}
@@ -234,23 +228,16 @@ def problem(error: Exception, request_id: str | None = None) -> Problem:
     return _problem("InternalError", 500, "an unexpected error; the log has it under this request id", request_id)
 
 
-def install(app: FastAPI) -> None:
-    """Make a problem of every expected error that leaves a route, and of every refusal of the framework."""
-    for kind in (errors.ServiceError, RequestValidationError, HTTPException, ClientDisconnect):
-        app.add_exception_handler(kind, _respond)
-
-
-async def _respond(request: Request, error: Exception) -> Response:
-    """The response to an expected error, and a note of it for the request's log line."""
+async def expected(request: Request, error: Exception) -> Response:
+    """The response to one of EXPECTED, and a note of it for the request's log line."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_CLOSED_REQUEST)  # no client reads it; it is for log and metrics
     request_id = request.state.request_id
     if isinstance(error, RequestValidationError):
         body = problem(errors.InvalidRequest(_reasons(error)), request_id)
     elif isinstance(error, HTTPException):
-        name = HTTPStatus(error.status_code).phrase.title().replace(" ", "").replace("-", "")
         detail = f"{request.method} {request.url.path}: {error.detail}; GET /docs lists what there is"
-        body = _problem(name, error.status_code, detail, request_id)
+        body = _problem(HTTPStatus(error.status_code).phrase, error.status_code, detail, request_id)
     else:
         body = problem(error, request_id)
     request.state.log = {"problem": body.title, "detail": body.detail}
@@ -258,14 +245,14 @@ async def _respond(request: Request, error: Exception) -> Response:
 
 
 def unexpected(error: Exception, scope: Scope) -> Response:
-    """The response to an unexpected error: the log has everything, the client learns nothing."""
+    """The response to any other error: the log has everything, the client learns nothing."""
     request_id = scope["state"]["request_id"]
     log.error("unexpected_error", request_id=request_id, exc_info=error)
     return _response(scope, problem(error, request_id))
 
 
 def _problem(name: str, status: int, detail: str, request_id: str | None) -> Problem:
-    words = re.sub(r"(?<!^)(?=[A-Z])", " ", name)
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     kind = f"urn:pvt-serve:problem:{words.replace(' ', '-').lower()}"
     return Problem(type=kind, title=words.capitalize(), status=status, detail=detail, request_id=request_id)
 

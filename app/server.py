@@ -41,15 +41,16 @@ def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = N
         log_config=None,
         server_header=False,
         proxy_headers=False,  # nothing depends on who the client is
-        timeout_graceful_shutdown=settings.shutdown_seconds,
+        timeout_graceful_shutdown=1,  # after a drain
     )
-    # Uvicorn raises the signal again once it is done; a requested stop is no failure.
+    # Uvicorn raises a signal that came while it started again once it is done; a requested stop is no failure.
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, lambda *_: None)
     # What libraries made is never garbage: measuring a model's memory then looks through the rest only, and holds up
     # requests for some milliseconds instead of a hundred.
     gc.freeze()
-    DrainingServer(config, "listening" if worker is None else "worker_listening").run(sockets=list(listeners))
+    started_event = "listening" if worker is None else "worker_listening"
+    DrainingServer(config, started_event, settings.shutdown_seconds).run(sockets=list(listeners))
     if any(thread.name.startswith("pvt-") for thread in threading.enumerate()):
         # A load that was abandoned, or a thread that is stuck: the interpreter would wait for it.
         logging.shutdown()
@@ -62,56 +63,51 @@ class DrainingServer(uvicorn.Server):
     Uvicorn alone closes its socket and every idle connection at once, on which a client may just have sent something.
     """
 
-    def __init__(self, config: uvicorn.Config, started_event: str) -> None:
+    def __init__(self, config: uvicorn.Config, started_event: str, drain_seconds: float) -> None:
         """`started_event` is the name of the log line when it listens."""
         super().__init__(config)
         self._started_event = started_event
-        # Mutable state: the loop once it listens, whether a signal came, and the drain that it began.
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping = False
+        self._drain_seconds = drain_seconds
+        # Mutable state: the signals that came since it listens, and the drain that the first one began.
+        self._signals: list[int] = []
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then log where."""
         await super().startup(sockets)
         if self.started:
-            self._loop = asyncio.get_running_loop()
             addresses = [server.sockets[0].getsockname()[:2] for server in self.servers]
             urls = dict(zip(("url", "management"), (f"http://{host}:{port}" for host, port in addresses), strict=False))
             options = self.lifespan.state["engine"].options
             log.info(self._started_event, **urls, instances=options.instances, cores=options.cores)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain at the first signal; stop at once at the second."""
-        if self._loop is None:
+        """Note the signal, nothing more: whatever it interrupted may hold a lock, the log's for one."""
+        if self.started:
+            self._signals.append(sig)
+        else:
             super().handle_exit(sig, frame)
-            return
-        # Nothing more in this handler: whatever the signal interrupted may hold a lock, the log's for one.
-        self._loop.call_soon_threadsafe(self._stop_now if self._stopping else self._begin_drain, sig)
-        self._stopping = True
 
-    def _begin_drain(self, sig: int) -> None:
-        self._draining = asyncio.create_task(self._drain(sig))
-
-    def _stop_now(self, sig: int) -> None:
-        if self._draining:
+    async def on_tick(self, counter: int) -> bool:
+        """Begin to drain at the first signal; True, which ends the server, when that is done or at the second."""
+        await super().on_tick(counter)
+        if self._signals and self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        if self._draining and len(self._signals) > 1:
             self._draining.cancel()
-        self.lifespan.state["engine"].abort()
-        self._end(sig)
+            self.lifespan.state["engine"].abort()
+            return True
+        return self._draining is not None and self._draining.done()
 
-    def _end(self, sig: int) -> None:
-        self.config.timeout_graceful_shutdown = 1  # all requests have had their time
-        super().handle_exit(sig, None)
-
-    async def _drain(self, sig: int) -> None:
-        log.info("draining", signal=signal.Signals(sig).name)
+    async def _drain(self) -> None:
+        log.info("draining", signal=signal.Signals(self._signals[0]).name)
         engine = self.lifespan.state["engine"]
         try:
-            async with asyncio.timeout(self.config.timeout_graceful_shutdown):
+            async with asyncio.timeout(self._drain_seconds):
                 await engine.drain()
                 await asyncio.sleep(LINGER_SECONDS)
         except TimeoutError:
-            log.warning("drain_timeout", seconds=self.config.timeout_graceful_shutdown)
+            log.warning("drain_timeout", seconds=self._drain_seconds)
             engine.abort()
         await self._accept_the_last()
         # Each remaining connection is closed by the response to the last request of its client.
@@ -119,7 +115,6 @@ class DrainingServer(uvicorn.Server):
         end = loop.time() + LINGER_SECONDS
         while self.server_state.connections and loop.time() < end:  # noqa: ASYNC110  uvicorn has no event for it
             await asyncio.sleep(LINGER_SECONDS / 50)
-        self._end(sig)
 
     async def _accept_the_last(self) -> None:
         """Stop listening, but take every connection that the kernel has accepted: closing the socket resets those."""
