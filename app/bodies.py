@@ -19,7 +19,7 @@ from app.problems import BodyTooLarge, UnsupportedMediaType
 from app.settings import Settings
 from service.errors import InvalidImage, InvalidRequest, ServiceError
 
-FIELD, JSON_FIELD = "image", "images"
+FIELD = "image"  # of a form
 RAW_TYPES = re.compile(r"image/[\w.+-]+|application/octet-stream")
 # One white pixel as a PNG.
 EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
@@ -49,29 +49,19 @@ class Link:
 class ImageUrl(BaseModel):
     """An image by its URL."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    url: Annotated[
-        str,
-        Field(
-            max_length=65_536,
-            description="`http` or `https`, on one of PVT_URL_HOSTS; refused where that is empty, as it is by default.",
-        ),
-    ]
+    url: Annotated[str, Field(max_length=65_536)]
+    """`http` or `https`, on one of PVT_URL_HOSTS; refused where that is empty, as it is by default."""
 
 
 class ImagesBody(BaseModel):
     """The JSON form, for the schema."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    images: Annotated[
-        list[str | ImageUrl],
-        Field(
-            min_length=1,
-            description="Each image as base64, as a `data:` URL with base64, or as an object with a URL.",
-        ),
-    ]
+    images: Annotated[list[str | ImageUrl], Field(min_length=1)]
+    """Each image as base64, as a `data:` URL with base64, or as an object with a URL."""
 
 
 BODY_EXAMPLES = {
@@ -177,10 +167,9 @@ def _multipart(body: bytes, boundary: str, max_images: int) -> list[Upload | Lin
             for event in parser.parse(body):
                 if isinstance(event, MultipartSegment):
                     segment, data = event, b""
-                    if segment.name != FIELD:
-                        name = (segment.name or "")[:100]
+                    if (name := segment.name or "") != FIELD:
                         raise InvalidRequest(
-                            f"unknown form field {name!r}; files go in {FIELD!r}, parameters in the query"
+                            f"unknown form field {name[:100]!r}; files go in {FIELD!r}, parameters in the query"
                         )
                     check_count(len(uploads) + 1, max_images)
                 elif event is not None:
@@ -196,19 +185,24 @@ def _multipart(body: bytes, boundary: str, max_images: int) -> list[Upload | Lin
 
 def _json(body: bytes, max_images: int) -> list[Upload | Link]:
     """By hand, and up to the first mistake: a validator would list a million wrong items."""
-    content = parse_json(body)
-    if not isinstance(content, dict) or not isinstance(content.get(JSON_FIELD), list):
-        raise InvalidRequest(
-            f'the body must be an object with a list of images: {{"{JSON_FIELD}": ["<base64>", {{"url": "..."}}, ...]}}'
-        )
-    if unknown := next((name for name in content if name != JSON_FIELD), None):
-        raise InvalidRequest(f"unknown field {unknown[:100]!r}; parameters go in the query")
-    images = content[JSON_FIELD]
-    check_count(len(images), max_images)
-    for index, image in enumerate(images):
-        is_link = isinstance(image, dict) and image.keys() == {"url"} and isinstance(image["url"], str)
-        if not isinstance(image, str) and not is_link:
+    match parse_json(body):
+        case {"images": list(images), **others}:
+            if others:
+                raise InvalidRequest(f"unknown field {str(next(iter(others)))[:100]!r}; parameters go in the query")
+        case _:
             raise InvalidRequest(
-                f'{JSON_FIELD}.{index} is no image; send a string, base64 or a data: URL, or {{"url": "https://..."}}'
+                'the body must be an object with a list of images: {"images": ["<base64>", {"url": "..."}, ...]}'
             )
-    return [Upload(None, from_base64(each)) if isinstance(each, str) else Link(each["url"]) for each in images]
+    check_count(len(images), max_images)
+    uploads: list[Upload | Link] = []
+    for index, image in enumerate(images):
+        match image:
+            case str():
+                uploads.append(Upload(None, from_base64(image)))
+            case {"url": str(url), **others} if not others:
+                uploads.append(Link(url))
+            case _:
+                raise InvalidRequest(
+                    f'images.{index} is no image; send a string, base64 or a data: URL, or {{"url": "https://..."}}'
+                )
+    return uploads

@@ -3,6 +3,8 @@
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import fields
+from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
@@ -69,38 +71,25 @@ def engine_options(settings: Settings) -> EngineOptions:
     """
     devices = () if settings.backend == "openvino" else choose(settings.device, visible())
     cores = usable_cores()
-    return EngineOptions(
-        model_store=settings.store_folder,
-        remote_store=settings.remote_store,
-        default_model=settings.default_model,
-        pull=settings.pull == "on_demand",
-        mirror=settings.mirror or None,
-        preload=settings.preload,
-        pinned=settings.pinned,
-        budget=Budget(
-            bytes=int(settings.memory_budget_mb * 1e6) or None, min_residency_seconds=settings.min_residency_seconds
-        ),
-        cold=settings.cold,
-        reload_seconds=settings.reload_seconds,
-        backend=settings.backend,
-        cache=settings.cache_folder,
-        precision=None if settings.precision == "auto" else settings.precision,
-        devices=devices,
-        compile=settings.compile,
-        cores=cores,
-        instances=settings.instances or default_instances(devices, cores),
-        max_batch_size=settings.max_batch_size or MAX_BATCH_SIZE["gpu" if devices else "cpu"],
-        max_batch_delay_seconds=settings.max_batch_delay_ms / 1000,
-        queue_size=settings.queue_size,
-        timeout_seconds=settings.timeout_ms / 1000,
-        max_image_pixels=int(settings.max_image_megapixels * 1e6),
-        scaled_jpeg=settings.scaled_jpeg,
-        max_images=settings.max_images,
-        max_input_side=settings.max_input_side,
-        sizes_per_model=settings.sizes_per_model,
-        max_map_bytes=int(settings.max_maps_mb * 1e6),
-        stall_seconds=settings.stall_seconds,
-    )
+    same = {field.name for field in fields(EngineOptions)} & {*Settings.model_fields}  # in name; those below differ
+    options: dict[str, Any] = {name: getattr(settings, name) for name in same} | {
+        "model_store": settings.store_folder,
+        "remote_store": settings.remote_store,
+        "pull": settings.pull == "on_demand",
+        "mirror": settings.mirror or None,
+        "budget": Budget(int(settings.memory_budget_mb * 1e6) or None, settings.min_residency_seconds),
+        "cache": settings.cache_folder,
+        "precision": None if settings.precision == "auto" else settings.precision,
+        "devices": devices,
+        "cores": cores,
+        "instances": settings.instances or default_instances(devices, cores),
+        "max_batch_size": settings.max_batch_size or MAX_BATCH_SIZE["gpu" if devices else "cpu"],
+        "max_batch_delay_seconds": settings.max_batch_delay_ms / 1000,
+        "timeout_seconds": settings.timeout_ms / 1000,
+        "max_image_pixels": int(settings.max_image_megapixels * 1e6),
+        "max_map_bytes": int(settings.max_maps_mb * 1e6),
+    }
+    return EngineOptions(**options)
 
 
 def _lifespan(

@@ -87,32 +87,22 @@ def schema_of(model: type[BaseModel]) -> Json:
 
 def json_body(model: type[BaseModel], examples: Mapping[str, object]) -> Json:
     """A request body in JSON that the route reads by hand; `examples` are named."""
-    return {"required": True, "content": {"application/json": _json_content(model, examples)}}
-
-
-def _json_content(model: type[BaseModel], examples: Mapping[str, object]) -> Json:
-    return {
-        "schema": schema_of(model),
-        "examples": {name.replace(" ", "-"): {"summary": name, "value": value} for name, value in examples.items()},
-    }
+    named = {name.replace(" ", "-"): {"summary": name, "value": value} for name, value in examples.items()}
+    return {"required": True, "content": {"application/json": {"schema": schema_of(model), "examples": named}}}
 
 
 # The body that `app.bodies.read_uploads` reads, in all its forms.
-IMAGES: Json = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": [FIELD],
-                "properties": {FIELD: {"type": "array", "minItems": 1, "items": BINARY}},
-                "additionalProperties": False,
-            },
-            "encoding": {FIELD: {"contentType": "image/*, application/octet-stream"}},
-        },
-        **dict.fromkeys(("image/png", "image/jpeg", "application/octet-stream"), BINARY_CONTENT),
-        "application/json": _json_content(ImagesBody, BODY_EXAMPLES),
-    },
+IMAGES = json_body(ImagesBody, BODY_EXAMPLES)
+_FORM: Json = {
+    "type": "object",
+    "required": [FIELD],
+    "properties": {FIELD: {"type": "array", "minItems": 1, "items": BINARY}},
+    "additionalProperties": False,
+}
+IMAGES["content"] = {
+    "multipart/form-data": {"schema": _FORM, "encoding": {FIELD: {"contentType": "image/*, application/octet-stream"}}},
+    **dict.fromkeys(("image/png", "image/jpeg", "application/octet-stream"), BINARY_CONTENT),
+    **IMAGES["content"],
 }
 
 

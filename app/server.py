@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from types import FrameType
@@ -118,19 +117,15 @@ class DrainingServer(uvicorn.Server):
 
     async def _accept_the_last(self) -> None:
         """Stop listening, but take every connection that the kernel has accepted: closing the socket resets those."""
-        loop = asyncio.get_running_loop()
-        protocol = partial(BoundedProtocol, self.config, self.server_state, self.lifespan.state)
+        accepted: list[socket.socket] = []
         for server in self.servers:
             listeners = [socket.socket(fileno=os.dup(each.fileno())) for each in server.sockets]
             server.close()
-            accepted = [connection for listener in listeners for connection in _accept_all(listener)]
-            for connection in accepted:
-                await loop.connect_accepted_socket(protocol, connection)
-
-
-def _accept_all(listener: socket.socket) -> Iterator[socket.socket]:
-    """The connections that wait for `listener`, which is closed after the last of them."""
-    with listener, suppress(BlockingIOError):
-        listener.setblocking(False)  # noqa: FBT003  the standard library's own signature
-        while True:
-            yield listener.accept()[0]
+            for listener in listeners:
+                with listener, suppress(BlockingIOError):
+                    listener.setblocking(False)  # noqa: FBT003  the standard library's own signature
+                    while True:
+                        accepted.append(listener.accept()[0])
+        protocol = partial(BoundedProtocol, self.config, self.server_state, self.lifespan.state)
+        for connection in accepted:
+            await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)

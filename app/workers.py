@@ -8,7 +8,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -118,7 +118,7 @@ class Worker:
 
     @asynccontextmanager
     async def reporting(self, engine: "Engine") -> AsyncIterator[None]:
-        """Report, keep the gauges of `engine` up to date, and stop when the supervisor closes the pipe."""
+        """Report each second, keep the gauges of `engine` up to date, stop when the supervisor closes the pipe."""
         loop = asyncio.get_running_loop()
 
         def stop() -> None:
@@ -153,16 +153,14 @@ class _ProcessesCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """See `Collector.collect`; nothing while the parent is gone."""
-        try:
+        with suppress(psutil.NoSuchProcess):
             cpu, resident, files = self._sums()
             started = self._parent.create_time()
-        except psutil.NoSuchProcess:
-            return
-        yield CounterMetricFamily("process_cpu_seconds", "Processor time of all processes of the service.", cpu)
-        shared = "Their resident memory; pages that several share count for each."
-        yield GaugeMetricFamily("process_resident_memory_bytes", shared, resident)
-        yield GaugeMetricFamily("process_open_fds", "Their open file descriptors.", files)
-        yield GaugeMetricFamily("process_start_time_seconds", "When the service started, since the epoch.", started)
+            yield CounterMetricFamily("process_cpu_seconds", "Processor time of all processes of the service.", cpu)
+            shared = "Their resident memory; pages that several share count for each."
+            yield GaugeMetricFamily("process_resident_memory_bytes", shared, resident)
+            yield GaugeMetricFamily("process_open_fds", "Their open file descriptors.", files)
+            yield GaugeMetricFamily("process_start_time_seconds", "When the service started, since the epoch.", started)
 
     def _sums(self) -> tuple[float, int, int]:
         """Processor seconds, bytes and descriptors; those of children that ended earlier count as their parent's."""
@@ -170,11 +168,11 @@ class _ProcessesCollector(Collector):
             children = self._parent.children()
             try:
                 cpu = sum(sum(child.cpu_times()[:2]) for child in children) + sum(self._parent.cpu_times()[:4])
-                memory = [each.memory_info().rss for each in (self._parent, *children)]
-                files = [each.num_fds() for each in (self._parent, *children)]
+                resident = sum(each.memory_info().rss for each in (self._parent, *children))
+                files = sum(each.num_fds() for each in (self._parent, *children))
             except psutil.NoSuchProcess:
                 if not self._parent.is_running():
                     raise
-                continue
-            if self._parent.children() == children:  # else one may have been counted twice or not at all
-                return cpu, sum(memory), sum(files)
+            else:
+                if self._parent.children() == children:  # else one may have been counted twice or not at all
+                    return cpu, resident, files
