@@ -5,11 +5,12 @@ import os
 import sys
 import threading
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Literal
 
 import orjson
 import structlog
-from structlog.typing import EventDict, Processor, WrappedLogger
+from structlog.typing import Processor
 
 GATHER_SECONDS = 0.02
 MAX_WAITING_BYTES = 4_000_000
@@ -27,13 +28,17 @@ def configure(log_format: Literal["json", "console"], worker: int | None = None)
     if log_format == "json":
         # Without the frames' variables: keys and images are among them.
         tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        last: list[Processor] = [structlog.processors.ExceptionRenderer(tracebacks), _json]
+        last: list[Processor] = [
+            structlog.processors.ExceptionRenderer(tracebacks),
+            lambda _, __, event: orjson.dumps(event, default=str).decode(),
+        ]
     else:
         last = [structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)]
     writer = LogWriter(sys.stderr.fileno())
+    logger = SimpleNamespace(**dict.fromkeys(("debug", "info", "warning", "error", "critical"), writer.write))
     structlog.configure(
         processors=[*shared, *last],
-        logger_factory=lambda *_: _Logger(writer),
+        logger_factory=lambda *_: logger,
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )
@@ -114,14 +119,3 @@ class LogWriter(logging.Handler):
                     self._lines.append(note)
                     self._bytes += len(note)
                 self._changed.notify_all()
-
-
-class _Logger:
-    """Passes structlog's finished lines to a LogWriter."""
-
-    def __init__(self, writer: LogWriter) -> None:
-        self.debug = self.info = self.warning = self.error = self.critical = writer.write
-
-
-def _json(_: WrappedLogger, __: str, event: EventDict) -> str:
-    return orjson.dumps(event, default=str).decode()

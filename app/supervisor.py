@@ -95,15 +95,13 @@ class Supervisor:
 
     async def _announce(self) -> None:
         """Log where it listens once every worker is up."""
-        workers = range(self._group.size)
-        while not all(reports := [self._group.last_report(worker) for worker in workers]):  # noqa: ASYNC110
+        size = self._group.size
+        while not all(reports := [self._group.last_report(worker) for worker in range(size)]):  # noqa: ASYNC110
             await asyncio.sleep(REPORT_SECONDS / 20)
         self._all_up = True
-        host, port = self._listener.getsockname()[:2]
+        url = "http://{}:{}".format(*self._listener.getsockname())
         instances = sum(report.instances for report in reports if report)
-        log.info(
-            "listening", url=f"http://{host}:{port}", workers=len(workers), instances=instances, cores=usable_cores()
-        )
+        log.info("listening", url=url, workers=size, instances=instances, cores=usable_cores())
 
     async def _kill_silent(self) -> None:
         """Kill each worker that has not reported for PVT_STALL_SECONDS: one that is stopped, or whose loop hangs."""
