@@ -8,9 +8,9 @@ from pathlib import Path
 
 import structlog
 
-from app import logs, supervisor
+from app import logs
 from app.settings import PREFIX, Settings, SettingsInvalid
-from app.workers import Worker, WorkerGroup
+from app.workers import STARTUP_FAILURE, Worker, WorkerGroup, supervise
 from service.errors import BackendUnavailable, StoreNotWritable
 
 
@@ -51,7 +51,7 @@ def serve() -> int:
             settings.writable_store()
         listeners = [_listen(settings.host, settings.port, "PVT_HOST and PVT_PORT")]
         if settings.workers > 1:
-            return supervisor.run(settings, listeners[0])
+            return supervise(settings, listeners[0])
         if port := settings.management_port:
             names = "PVT_MANAGEMENT_HOST and PVT_MANAGEMENT_PORT"
             listeners.append(_listen(settings.management_host, port, names))
@@ -76,7 +76,7 @@ def _work(index: str, size: str, folder: str, listener: str, stop_pipe: str) -> 
         server.run(settings, socket.socket(fileno=int(listener)), worker=worker)
     except BackendUnavailable as error:
         structlog.get_logger(component="worker").error("start_refused", reason=str(error))
-        return supervisor.STARTUP_FAILURE
+        return STARTUP_FAILURE
     return 0
 
 

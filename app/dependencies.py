@@ -102,10 +102,10 @@ _management = HTTPBearer(
     scheme_name=MANAGEMENT_KEY,
     description="One of PVT_MANAGEMENT_KEYS, where the service has some; without, only PVT_MANAGEMENT_PORT serves it.",
 )
-ManagementCredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(_management)]
+ManagerDep = Annotated[HTTPAuthorizationCredentials | None, Security(_management)]
 
 
-async def require_management(request: Request, credentials: ManagementCredentialsDep, settings: SettingsDep) -> None:
+async def require_management(request: Request, credentials: ManagerDep, settings: SettingsDep) -> None:
     """Refuse a request on another port than PVT_MANAGEMENT_PORT, or without one of PVT_MANAGEMENT_KEYS, if set.
 
     Refuse every request if neither is set. `request.state.manager` says how the request was let in.

@@ -1,9 +1,10 @@
 """The application, put together."""
 
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -47,7 +48,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     registry = CollectorRegistry()  # of this application's own, so that several can live in one process
     app = FastAPIOffline(
         **openapi.INFO,
-        lifespan=_lifespan(settings, engine_options(settings), registry, worker),
+        lifespan=partial(_lifespan, settings, engine_options(settings), registry, worker),
         exception_handlers=dict.fromkeys(problems.EXPECTED, problems.expected),
         # First in the table of routes, so that no time is lost on others.
         routes=[*predict.router.routes, *features.router.routes, *explain.router.routes],
@@ -92,26 +93,23 @@ def engine_options(settings: Settings) -> EngineOptions:
     return EngineOptions(**options)
 
 
-def _lifespan(
-    settings: Settings, options: EngineOptions, registry: CollectorRegistry, worker: Worker | None
-) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[State]:
-        async with AsyncExitStack() as stack:
-            seconds = settings.url_timeout_ms / 1000
-            fetcher = Fetcher(settings.url_reach, registry, max_bytes=settings.max_body_bytes, seconds=seconds)
-            await stack.enter_async_context(fetcher)
-            engine = Engine(worker.share_of(options) if worker else options, EngineMetrics(registry))
-            await stack.enter_async_context(engine)
-            if worker:
-                await stack.enter_async_context(worker.reporting(engine))
-                shown = worker.group.registry(os.getppid())
-            else:
-                shown = registry
-                for collector in (ProcessCollector, PlatformCollector, GCCollector):
-                    collector(registry=registry)
-            state = State(engine=engine, settings=settings, registry=shown, worker=worker, fetcher=fetcher)
-            app.state.started = state  # for hosts without lifespan state
-            yield state
-
-    return lifespan
+@asynccontextmanager
+async def _lifespan(
+    settings: Settings, options: EngineOptions, registry: CollectorRegistry, worker: Worker | None, app: FastAPI
+) -> AsyncIterator[State]:
+    async with AsyncExitStack() as stack:
+        seconds = settings.url_timeout_ms / 1000
+        fetcher = Fetcher(settings.url_reach, registry, max_bytes=settings.max_body_bytes, seconds=seconds)
+        await stack.enter_async_context(fetcher)
+        engine = Engine(worker.share_of(options) if worker else options, EngineMetrics(registry))
+        await stack.enter_async_context(engine)
+        if worker:
+            await stack.enter_async_context(worker.reporting(engine))
+            shown = worker.group.registry(os.getppid())
+        else:
+            shown = registry
+            for collector in (ProcessCollector, PlatformCollector, GCCollector):
+                collector(registry=registry)
+        state = State(engine=engine, settings=settings, registry=shown, worker=worker, fetcher=fetcher)
+        app.state.started = state  # for hosts without lifespan state
+        yield state

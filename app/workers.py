@@ -1,35 +1,48 @@
-"""One of several worker processes, and what all of them share: a private folder with their reports and metrics.
+"""Several worker processes on one socket: the supervisor that keeps them running, one worker, and what all share.
 
-A worker is known by its number, not by its process: the one that replaces a dead one goes on with its counters, so that
-no sum ever goes backwards.
+They share a private folder with their reports and metrics. A worker is known by its number, not by its process: the one
+that replaces a dead one goes on with its counters, so that no sum ever goes backwards.
 """
 
 import asyncio
 import os
 import signal
+import socket
+import sys
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import TYPE_CHECKING
 
 import psutil
-from prometheus_client import CollectorRegistry, Metric, PlatformCollector, values
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Metric, PlatformCollector, values
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, Field, ValidationError
 
+from app.settings import Settings
 from service.files import atomic_write
-from service.machine.cores import share
+from service.machine.cores import share, usable_cores
 
 if TYPE_CHECKING:  # they import torch, which the supervisor does not need
     from service.engine import Engine
     from service.options import EngineOptions
     from service.results import Health
 
+log = structlog.get_logger(component="supervisor")
+
 REPORT_SECONDS = 1.0
+FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.5, 30.0
+STEADY_SECONDS = 60.0  # a worker that ran for longer ended for a new reason
+OVERTIME_SECONDS = 10.0  # beyond PVT_SHUTDOWN_SECONDS, for a worker that does not end
+STARTUP_FAILURE = 3  # uvicorn's exit code
+_ROOT = Path(__file__).parent.parent
 
 
 class Report(BaseModel):
@@ -143,6 +156,131 @@ class Worker:
         engine.collect_metrics()
         report = Report(**asdict(await engine.health()), instances=engine.options.instances)
         atomic_write(self.group.report_file(self.index), report.model_dump_json())
+
+
+def supervise(settings: Settings, listener: socket.socket) -> int:
+    """Serve on `listener` with `settings.workers` processes until a signal stops it; returns the exit code."""
+    with TemporaryDirectory(prefix="pvt-serve-") as name:
+        group = WorkerGroup(Path(name), settings.workers)
+        group.share_metrics("supervisor")
+        return asyncio.run(Supervisor(settings, listener, group).run())
+
+
+class Supervisor:
+    """Keeps one process running for each number of `group`.
+
+    All share the listening socket, so a connection waits for any worker that is free, and one that waits when a worker
+    dies is taken by another. The write end of a pipe that each worker watches is held open by this process: its end,
+    because this process closes it or dies, makes them finish what is under way and stop.
+    """
+
+    def __init__(self, settings: Settings, listener: socket.socket, group: WorkerGroup) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._group = group
+        self._restarts = Counter(
+            "pvt_worker_restarts", "Worker processes that ended and were replaced.", registry=CollectorRegistry()
+        )
+        self._stop_pipe, self._held = os.pipe()
+        # Mutable state: the processes by number, whether all were up once, whether they are to stop, and the exit code.
+        self._processes: dict[int, Process] = {}
+        self._all_up = False
+        self._stopping = asyncio.Event()
+        self._code = 0
+
+    async def run(self) -> int:
+        """Start the workers and return when the last has ended."""
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(sig, self._on_signal, sig)
+        tasks = asyncio.create_task(self._announce()), asyncio.create_task(self._kill_silent())
+        try:
+            await asyncio.gather(*(self._keep(worker) for worker in range(self._group.size)))
+        finally:
+            for task in tasks:
+                task.cancel()
+            os.close(self._stop_pipe)
+        return self._code
+
+    def _on_signal(self, sig: int) -> None:
+        if self._stopping.is_set():
+            self._send(signal.SIGTERM)  # a worker that drains stops at once
+        else:
+            log.info("draining", signal=signal.Signals(sig).name)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        self._listener.close()  # the last worker to close its own must find nobody else holding it
+        os.close(self._held)
+        wait = self._settings.shutdown_seconds + OVERTIME_SECONDS
+        asyncio.get_running_loop().call_later(wait, self._send, signal.SIGKILL)
+
+    def _send(self, sig: signal.Signals) -> None:
+        for worker, process in self._processes.items():
+            if sig == signal.SIGKILL:
+                log.error("worker_killed", worker=worker)
+            with suppress(ProcessLookupError):
+                process.send_signal(sig)
+
+    async def _announce(self) -> None:
+        """Log where it listens once every worker is up."""
+        size = self._group.size
+        while not all(reports := [self._group.last_report(worker) for worker in range(size)]):  # noqa: ASYNC110
+            await asyncio.sleep(REPORT_SECONDS / 20)
+        self._all_up = True
+        url = "http://{}:{}".format(*self._listener.getsockname())
+        instances = sum(report.instances for report in reports if report)
+        log.info("listening", url=url, workers=size, instances=instances, cores=usable_cores())
+
+    async def _kill_silent(self) -> None:
+        """Kill each worker that has not reported for PVT_STALL_SECONDS: one that is stopped, or whose loop hangs."""
+        while not self._stopping.is_set():
+            looked = monotonic()
+            await asyncio.sleep(REPORT_SECONDS)
+            if monotonic() - looked > 2 * REPORT_SECONDS:
+                continue  # this process was stopped too, a container that was paused for one: the workers report next
+            for worker, process in self._processes.items():
+                report = self._group.last_report(worker)
+                if report and report.silent_seconds() > self._settings.stall_seconds and process.returncode is None:
+                    log.error("worker_silent", worker=worker, seconds=round(monotonic() - report.at))
+                    process.kill()
+
+    async def _keep(self, worker: int) -> None:
+        """Start the process of `worker`, and another when it ends, until all are to stop."""
+        delay = FIRST_DELAY_SECONDS
+        while not self._stopping.is_set():
+            started = monotonic()
+            process = self._processes[worker] = await self._start(worker)
+            code = await process.wait()
+            del self._processes[worker]
+            self._group.forget(worker)
+            if self._stopping.is_set():
+                return
+            if code == STARTUP_FAILURE and not self._all_up:
+                self._code = code
+                self._stop()
+                return
+            if monotonic() - started > STEADY_SECONDS:
+                delay = FIRST_DELAY_SECONDS
+            self._restarts.inc()
+            log.error("worker_ended", worker=worker, exit_code=code, again_in_seconds=delay)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), delay)
+            delay = min(2 * delay, LONGEST_DELAY_SECONDS)
+
+    async def _start(self, worker: int) -> Process:
+        listener = self._listener.fileno()
+        arguments = map(str, (worker, self._group.size, self._group.folder, listener, self._stop_pipe))
+        path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # -P: a module `app` in the current folder is another application.
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "app", "--as-worker", *arguments),
+            env=os.environ | {"PYTHONPATH": path},
+            pass_fds=(listener, self._stop_pipe),
+            start_new_session=True,  # else Ctrl-C would reach it twice, from the terminal and from here
+        )
 
 
 class _ProcessesCollector(Collector):
