@@ -6,8 +6,7 @@ import binascii
 import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import orjson
 from fastapi import Request
@@ -31,16 +30,14 @@ LARGE_JSON = 65_536  # bytes; parsing more would hold up the event loop
 MAX_COMMAS = 20_000
 
 
-@dataclass(frozen=True, slots=True)
-class Upload:
+class Upload(NamedTuple):
     """One encoded image, or why it can't be read, and the name its sender gave it."""
 
     filename: str | None
     data: bytes | ServiceError
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(NamedTuple):
     """An image by its URL; `app.remote_images` fetches it."""
 
     url: str
@@ -76,8 +73,7 @@ async def read_uploads(request: Request) -> list[Upload | Link]:
     """The images of a request, in their order; in JSON some may be links.
 
     Raises:
-        UnsupportedMediaType: the content type is none of the three forms.
-        BodyTooLarge: more than PVT_MAX_BODY_MB.
+        UnsupportedMediaType, BodyTooLarge: the body has none of the three forms, or more than PVT_MAX_BODY_MB.
         InvalidRequest: the body is not what its content type says, or holds no image or more than PVT_MAX_IMAGES.
     """
     settings: Settings = request.state.settings
@@ -160,22 +156,21 @@ def check_count(count: int, max_images: int) -> None:
 def _multipart(body: bytes, boundary: str, max_images: int) -> list[Upload | Link]:
     """Parsed at once: each part is cut out of the body whole, and that is its only copy."""
     uploads: list[Upload | Link] = []
-    data = b""
-    segment: MultipartSegment | None = None
+    filename, data = None, b""
     try:
         with PushMultipartParser(boundary) as parser:
             for event in parser.parse(body):
                 if isinstance(event, MultipartSegment):
-                    segment, data = event, b""
-                    if (name := segment.name or "") != FIELD:
+                    filename, data = event.filename, b""
+                    if (name := event.name or "") != FIELD:
                         raise InvalidRequest(
                             f"unknown form field {name[:100]!r}; files go in {FIELD!r}, parameters in the query"
                         )
                     check_count(len(uploads) + 1, max_images)
                 elif event is not None:
                     data += event  # the first chunk, and there is no other, is not copied
-                elif segment is not None:
-                    uploads.append(Upload(segment.filename, data))
+                else:
+                    uploads.append(Upload(filename, data))
     except MultipartError as error:
         raise InvalidRequest(f"the multipart body is broken: {error.args[0]}") from error
     if not uploads:

@@ -61,7 +61,7 @@ async def get_liveness(request: Request) -> Health:
 
 def _combined(request: Request, own: Health) -> Health:
     worker: Worker | None = request.state.worker
-    return own if worker is None else worker.health(own, request.state.settings.stall_seconds)
+    return worker.health(own, request.state.settings.stall_seconds) if worker else own
 
 
 EngineDep = Annotated[Engine, Depends(_from_state("engine"))]

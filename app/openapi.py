@@ -125,7 +125,15 @@ def _completed(document: Json, used_keys: set[str]) -> Json:
     for path, operations in document["paths"].items():
         for operation in operations.values():
             _complete(operation, dialect(path), used_keys)
-    components["responses"] = {f"problem_{status}": _problem_response(status) for status in MEANING}
+    schema = schema_of(Problem)
+    components["responses"] = {
+        f"problem_{status}": {
+            "description": meaning,
+            "headers": _headers(str(status)),
+            "content": {MEDIA_TYPE: {"schema": schema, "examples": examples(status)}},
+        }
+        for status, meaning in MEANING.items()
+    }
     components["headers"] = _HEADERS
     for name in ("HTTPValidationError", "ValidationError"):  # the framework's own form of a 422 is never sent
         components["schemas"].pop(name, None)
@@ -163,11 +171,6 @@ def _complete(operation: Json, form: type[BaseModel] | None, used_keys: set[str]
             more = ["Server-Timing"] if timed and status == "200" else []
             response.setdefault("headers", {}).update(_headers(status, *more))
     operation["responses"] = dict(sorted(responses.items()))
-
-
-def _problem_response(status: int) -> Json:
-    content = {"schema": schema_of(Problem), "examples": examples(status)}
-    return {"description": MEANING[status], "headers": _headers(str(status)), "content": {MEDIA_TYPE: content}}
 
 
 def _refusal(status: str, form: type[BaseModel]) -> Json:

@@ -43,10 +43,8 @@ def _split(value: object) -> object:
 
 
 def _folder_or_url(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    if not is_url(value):
-        return Path(value)
+    if not isinstance(value, str) or not is_url(value):
+        return Path(value) if isinstance(value, str) else value
     if reason := objection(value):
         raise ValueError(reason)
     return value
