@@ -4,7 +4,6 @@ import asyncio
 import base64
 import binascii
 import re
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Annotated, Any, NamedTuple
 
@@ -13,6 +12,7 @@ from fastapi import Request
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
 from app.problems import BodyTooLarge, UnsupportedMediaType
 from app.settings import Settings
@@ -94,32 +94,41 @@ async def read_uploads(request: Request) -> list[Upload | Link]:
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """The body; refuses one that announces, or turns out, to be larger than `max_bytes`, which is PVT_MAX_BODY_MB."""
-    stream = request.stream()
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
         if "expect" not in request.headers:  # a client that expects 100-continue has not sent anything yet
-            await _discard(stream)
+            await _discard(request)
         raise _too_large(max_bytes)
-    chunks, received = [], 0
-    async for chunk in stream:
+    chunks, received, more = [], 0, True
+    while more:
+        chunk, more = await _receive(request)
         received += len(chunk)
         if received > max_bytes:
-            await _discard(stream)
+            if more:
+                await _discard(request)
             raise _too_large(max_bytes)
         chunks.append(chunk)
     return b"".join(chunks)
 
 
-def _too_large(max_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the request body is larger than {max_bytes / 1e6:g} MB, which PVT_MAX_BODY_MB allows")
+async def _receive(request: Request) -> tuple[bytes, bool]:
+    """The next chunk of the body, and whether there are more; Starlette's stream takes twice as long."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message.get("body", b""), message.get("more_body", False)
 
 
-async def _discard(stream: AsyncIterator[bytes]) -> None:
+async def _discard(request: Request) -> None:
     """Let a client finish what it is sending, for a while: closing the connection would destroy the response."""
     with suppress(TimeoutError):
         async with asyncio.timeout(DISCARD_SECONDS):
-            async for _ in stream:
+            while (await _receive(request))[1]:
                 pass
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the request body is larger than {max_bytes / 1e6:g} MB, which PVT_MAX_BODY_MB allows")
 
 
 def parse_json(body: bytes) -> Any:  # noqa: ANN401  whatever JSON holds
