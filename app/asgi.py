@@ -1,7 +1,4 @@
-"""The application as an object, for servers that take one: `fastapi run app/asgi.py`, `gunicorn app.asgi:app`.
-
-Settings come from the environment, but for the address: that is the server's.
-"""
+"""The application as an object, for servers that take one, such as `gunicorn app.asgi:app`; the address is theirs."""
 
 from app.main import create_app
 

@@ -5,8 +5,7 @@ import base64
 import binascii
 import re
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import orjson
 from fastapi import Request
@@ -19,7 +18,7 @@ from app.problems import BodyTooLarge, UnsupportedMediaType
 from app.settings import Settings
 from service.errors import InvalidImage, InvalidRequest, ServiceError
 
-FIELD, JSON_FIELD = "image", "images"
+FIELD = "image"  # of a form
 RAW_TYPES = re.compile(r"image/[\w.+-]+|application/octet-stream")
 # One white pixel as a PNG.
 EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
@@ -31,16 +30,14 @@ LARGE_JSON = 65_536  # bytes; parsing more would hold up the event loop
 MAX_COMMAS = 20_000
 
 
-@dataclass(frozen=True, slots=True)
-class Upload:
+class Upload(NamedTuple):
     """One encoded image, or why it can't be read, and the name its sender gave it."""
 
     filename: str | None
     data: bytes | ServiceError
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(NamedTuple):
     """An image by its URL; `app.remote_images` fetches it."""
 
     url: str
@@ -49,29 +46,19 @@ class Link:
 class ImageUrl(BaseModel):
     """An image by its URL."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    url: Annotated[
-        str,
-        Field(
-            max_length=65_536,
-            description="`http` or `https`, on one of PVT_URL_HOSTS; refused where that is empty, as it is by default.",
-        ),
-    ]
+    url: Annotated[str, Field(max_length=65_536)]
+    """`http` or `https`, on one of PVT_URL_HOSTS; refused where that is empty, as it is by default."""
 
 
 class ImagesBody(BaseModel):
     """The JSON form, for the schema."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    images: Annotated[
-        list[str | ImageUrl],
-        Field(
-            min_length=1,
-            description="Each image as base64, as a `data:` URL with base64, or as an object with a URL.",
-        ),
-    ]
+    images: Annotated[list[str | ImageUrl], Field(min_length=1)]
+    """Each image as base64, as a `data:` URL with base64, or as an object with a URL."""
 
 
 BODY_EXAMPLES = {
@@ -86,8 +73,7 @@ async def read_uploads(request: Request) -> list[Upload | Link]:
     """The images of a request, in their order; in JSON some may be links.
 
     Raises:
-        UnsupportedMediaType: the content type is none of the three forms.
-        BodyTooLarge: more than PVT_MAX_BODY_MB.
+        UnsupportedMediaType, BodyTooLarge: the body has none of the three forms, or more than PVT_MAX_BODY_MB.
         InvalidRequest: the body is not what its content type says, or holds no image or more than PVT_MAX_IMAGES.
     """
     settings: Settings = request.state.settings
@@ -125,6 +111,26 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
+async def _receive(request: Request) -> tuple[bytes, bool]:
+    """The next chunk of the body, and whether there are more; Starlette's stream takes twice as long."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message.get("body", b""), message.get("more_body", False)
+
+
+async def _discard(request: Request) -> None:
+    """Let a client finish what it is sending, for a while: closing the connection would destroy the response."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while (await _receive(request))[1]:
+                pass
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the request body is larger than {max_bytes / 1e6:g} MB, which PVT_MAX_BODY_MB allows")
+
+
 def parse_json(body: bytes) -> Any:  # noqa: ANN401  whatever JSON holds
     """The value that `body` holds.
 
@@ -156,46 +162,24 @@ def check_count(count: int, max_images: int) -> None:
         raise InvalidRequest(f"more than {max_images} images in one request, which PVT_MAX_IMAGES allows")
 
 
-async def _receive(request: Request) -> tuple[bytes, bool]:
-    """The next chunk of the body, and whether there are more."""
-    message = await request.receive()
-    if message["type"] == "http.disconnect":
-        raise ClientDisconnect
-    return message.get("body", b""), message.get("more_body", False)
-
-
-async def _discard(request: Request) -> None:
-    """Let a client finish what it is sending, for a while: closing the connection would destroy the response."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(DISCARD_SECONDS):
-            while (await _receive(request))[1]:
-                pass
-
-
-def _too_large(max_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the request body is larger than {max_bytes / 1e6:g} MB, which PVT_MAX_BODY_MB allows")
-
-
 def _multipart(body: bytes, boundary: str, max_images: int) -> list[Upload | Link]:
     """Parsed at once: each part is cut out of the body whole, and that is its only copy."""
     uploads: list[Upload | Link] = []
-    data = b""
-    segment: MultipartSegment | None = None
+    filename, data = None, b""
     try:
         with PushMultipartParser(boundary) as parser:
             for event in parser.parse(body):
                 if isinstance(event, MultipartSegment):
-                    segment, data = event, b""
-                    if segment.name != FIELD:
-                        name = (segment.name or "")[:100]
+                    filename, data = event.filename, b""
+                    if (name := event.name or "") != FIELD:
                         raise InvalidRequest(
-                            f"unknown form field {name!r}; files go in {FIELD!r}, parameters in the query"
+                            f"unknown form field {name[:100]!r}; files go in {FIELD!r}, parameters in the query"
                         )
                     check_count(len(uploads) + 1, max_images)
                 elif event is not None:
                     data += event  # the first chunk, and there is no other, is not copied
-                elif segment is not None:
-                    uploads.append(Upload(segment.filename, data))
+                else:
+                    uploads.append(Upload(filename, data))
     except MultipartError as error:
         raise InvalidRequest(f"the multipart body is broken: {error.args[0]}") from error
     if not uploads:
@@ -205,19 +189,24 @@ def _multipart(body: bytes, boundary: str, max_images: int) -> list[Upload | Lin
 
 def _json(body: bytes, max_images: int) -> list[Upload | Link]:
     """By hand, and up to the first mistake: a validator would list a million wrong items."""
-    content = parse_json(body)
-    if not isinstance(content, dict) or not isinstance(content.get(JSON_FIELD), list):
-        raise InvalidRequest(
-            f'the body must be an object with a list of images: {{"{JSON_FIELD}": ["<base64>", {{"url": "..."}}, ...]}}'
-        )
-    if unknown := next((name for name in content if name != JSON_FIELD), None):
-        raise InvalidRequest(f"unknown field {unknown[:100]!r}; parameters go in the query")
-    images = content[JSON_FIELD]
-    check_count(len(images), max_images)
-    for index, image in enumerate(images):
-        is_link = isinstance(image, dict) and image.keys() == {"url"} and isinstance(image["url"], str)
-        if not isinstance(image, str) and not is_link:
+    match parse_json(body):
+        case {"images": list(images), **others}:
+            if others:
+                raise InvalidRequest(f"unknown field {str(next(iter(others)))[:100]!r}; parameters go in the query")
+        case _:
             raise InvalidRequest(
-                f'{JSON_FIELD}.{index} is no image; send a string, base64 or a data: URL, or {{"url": "https://..."}}'
+                'the body must be an object with a list of images: {"images": ["<base64>", {"url": "..."}, ...]}'
             )
-    return [Upload(None, from_base64(each)) if isinstance(each, str) else Link(each["url"]) for each in images]
+    check_count(len(images), max_images)
+    uploads: list[Upload | Link] = []
+    for index, image in enumerate(images):
+        match image:
+            case str():
+                uploads.append(Upload(None, from_base64(image)))
+            case {"url": str(url), **others} if not others:
+                uploads.append(Link(url))
+            case _:
+                raise InvalidRequest(
+                    f'images.{index} is no image; send a string, base64 or a data: URL, or {{"url": "https://..."}}'
+                )
+    return uploads

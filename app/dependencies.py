@@ -5,10 +5,10 @@ All are coroutines, though none awaits: FastAPI runs plain functions on a thread
 
 import hmac
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 from urllib.parse import urlsplit
 
 import structlog
@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from app.problems import Forbidden, Unauthorized
 from app.remote_images.fetching import Fetcher
 from app.settings import Settings
-from app.workers.worker import Worker
+from app.workers import Worker
 from service.engine import Engine
 from service.results import Health
 
@@ -42,22 +42,11 @@ class State(TypedDict):
     fetcher: Fetcher
 
 
-async def get_engine(request: Request) -> Engine:
-    """The engine of this process."""
-    engine: Engine = request.state.engine
-    return engine
+def _from_state(name: str) -> Callable[[Request], Awaitable[Any]]:
+    async def get(request: Request) -> Any:  # noqa: ANN401  as the aliases below say
+        return getattr(request.state, name)
 
-
-async def get_settings(request: Request) -> Settings:
-    """The settings of this process."""
-    settings: Settings = request.state.settings
-    return settings
-
-
-async def get_registry(request: Request) -> CollectorRegistry:
-    """The metrics of this process, or of all workers where there are several."""
-    registry: CollectorRegistry = request.state.registry
-    return registry
+    return get
 
 
 async def get_health(request: Request) -> Health:
@@ -72,14 +61,15 @@ async def get_liveness(request: Request) -> Health:
 
 def _combined(request: Request, own: Health) -> Health:
     worker: Worker | None = request.state.worker
-    return own if worker is None else worker.health(own, request.state.settings.stall_seconds)
+    return worker.health(own, request.state.settings.stall_seconds) if worker else own
 
 
-EngineDep = Annotated[Engine, Depends(get_engine)]
-SettingsDep = Annotated[Settings, Depends(get_settings)]
+EngineDep = Annotated[Engine, Depends(_from_state("engine"))]
+SettingsDep = Annotated[Settings, Depends(_from_state("settings"))]
+# The metrics of this process, or of all workers where there are several.
+RegistryDep = Annotated[CollectorRegistry, Depends(_from_state("registry"))]
 HealthDep = Annotated[Health, Depends(get_health)]
 LivenessDep = Annotated[Health, Depends(get_liveness)]
-RegistryDep = Annotated[CollectorRegistry, Depends(get_registry)]
 
 
 async def max_wait_seconds(request: Request) -> float | None:
@@ -112,13 +102,13 @@ _management = HTTPBearer(
     scheme_name=MANAGEMENT_KEY,
     description="One of PVT_MANAGEMENT_KEYS, where the service has some; without, only PVT_MANAGEMENT_PORT serves it.",
 )
-ManagementCredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(_management)]
+ManagerDep = Annotated[HTTPAuthorizationCredentials | None, Security(_management)]
 
 
-async def require_management(request: Request, credentials: ManagementCredentialsDep, settings: SettingsDep) -> None:
-    """Refuse a request without one of PVT_MANAGEMENT_KEYS, or on another port than PVT_MANAGEMENT_PORT if there is one.
+async def require_management(request: Request, credentials: ManagerDep, settings: SettingsDep) -> None:
+    """Refuse a request on another port than PVT_MANAGEMENT_PORT, or without one of PVT_MANAGEMENT_KEYS, if set.
 
-    Every request, where there is neither. `request.state.manager` says how the request was let in.
+    Refuse every request if neither is set. `request.state.manager` says how the request was let in.
     """
     port = settings.management_port
     if port and request.scope["server"][1] != port:
@@ -127,13 +117,13 @@ async def require_management(request: Request, credentials: ManagementCredential
         if not _is_one_of(settings.management_keys, credentials):
             raise Unauthorized("send a management key as 'Authorization: Bearer <key>' (PVT_MANAGEMENT_KEYS)")
         request.state.manager = "key"
-    elif not port:
+    elif port:
+        _refuse_pages(request, settings)
+        request.state.manager = "port"
+    else:
         raise Forbidden(
             "management is off; set PVT_MANAGEMENT_KEYS to one or more keys, or PVT_MANAGEMENT_PORT to turn it on"
         )
-    else:
-        _refuse_pages(request, settings)
-        request.state.manager = "port"
 
 
 async def require_one_process(settings: SettingsDep) -> None:
@@ -148,11 +138,8 @@ async def require_one_process(settings: SettingsDep) -> None:
 @contextmanager
 def audited(request: Request, engine: Engine, action: str, **what: str) -> Iterator[None]:
     """Write a log line about who did what, whether it succeeds or not. A shutdown waits for it."""
-    who = {
-        "by": request.state.manager,
-        "client": request.client.host if request.client else None,
-        "request_id": request.state.request_id,
-    }
+    client = request.client.host if request.client else None
+    who = {"by": request.state.manager, "client": client, "request_id": request.state.request_id}
     try:
         with engine.request():
             yield
@@ -167,25 +154,19 @@ def _refuse_pages(request: Request, settings: Settings) -> None:
     """A web page of another site must not use its reader's browser to reach a port that requires no key."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     name = urlsplit(f"//{host}").hostname or ""
-    if name not in {"localhost", settings.management_host} and not _is_address(name):
+    try:
+        if name not in {"localhost", settings.management_host}:
+            ip_address(name)
+    except ValueError:
         raise Forbidden(
             f"Host {host!r} is no address; reach the management port by its address, or set PVT_MANAGEMENT_KEYS"
-        )
+        ) from None
     if origin is not None and urlsplit(origin).netloc != host:
         raise Forbidden(f"a page of {origin!r} may not use the management port, which requires no key")
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def _is_one_of(keys: tuple[SecretStr, ...], credentials: HTTPAuthorizationCredentials | None) -> bool:
     # Every key is compared, in constant time, so that the time it takes reveals nothing.
     presented = (credentials.credentials if credentials else "").encode("utf-8", "surrogateescape")
     expected = [key.get_secret_value().encode("utf-8", "surrogateescape") for key in keys]
-    matches = [hmac.compare_digest(presented, each) for each in expected]
-    return any(matches)
+    return sum(hmac.compare_digest(presented, each) for each in expected) > 0

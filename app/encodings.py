@@ -1,6 +1,6 @@
 """Arrays as bytes: NumPy's two formats, safetensors, and JSON."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from io import BytesIO
 from time import sleep
 from typing import Any
@@ -36,7 +36,15 @@ def encode(arrays: Arrays, media_type: str, metadata: Mapping[str, str]) -> byte
         InvalidRequest: as `check_holds`.
     """
     check_holds(media_type, arrays)
-    return _ENCODERS[media_type](arrays, metadata)
+    if media_type == SAFETENSORS:
+        contiguous = {name: np.ascontiguousarray(each) for name, each in arrays.items()}
+        return safetensors.numpy.save(contiguous, dict(metadata))
+    buffer = BytesIO()
+    if media_type == NPY:
+        np.save(buffer, next(iter(arrays.values())), allow_pickle=False)
+    else:
+        np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
 
 
 def json_bytes(value: object) -> bytes:
@@ -96,26 +104,3 @@ def _numbers(array: NDArray[Any]) -> Iterator[bytes]:
 def little_endian(array: NDArray[np.float32]) -> bytes:
     """Its numbers as float32, whatever this machine's order of bytes."""
     return array.astype("<f4", copy=False).tobytes()
-
-
-def _npy(arrays: Arrays, _: Mapping[str, str]) -> bytes:
-    buffer = BytesIO()
-    np.save(buffer, next(iter(arrays.values())), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _npz(arrays: Arrays, _: Mapping[str, str]) -> bytes:
-    buffer = BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
-
-
-def _safetensors(arrays: Arrays, metadata: Mapping[str, str]) -> bytes:
-    return safetensors.numpy.save({name: np.ascontiguousarray(each) for name, each in arrays.items()}, dict(metadata))
-
-
-_ENCODERS: Mapping[str, Callable[[Arrays, Mapping[str, str]], bytes]] = {
-    NPY: _npy,
-    NPZ: _npz,
-    SAFETENSORS: _safetensors,
-}

@@ -3,16 +3,13 @@
 import re
 from random import getrandbits
 from time import perf_counter
-from typing import Any
 
 import structlog
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import problems
-from app.dependencies import State
 from app.problems import CLIENT_CLOSED_REQUEST
 
 log = structlog.get_logger(component="access")
@@ -31,12 +28,9 @@ class HttpMetrics:
         self.requests = Counter(
             "pvt_http_requests", "Requests answered.", ["route", "method", "status"], registry=registry
         )
+        help_text = "Seconds from a request's head to its response's end."
         self.request_seconds = Histogram(
-            "pvt_http_request_seconds",
-            "Seconds from a request's head to its response's end.",
-            ["route"],
-            buckets=REQUEST_BUCKETS,
-            registry=registry,
+            "pvt_http_request_seconds", help_text, ["route"], buckets=REQUEST_BUCKETS, registry=registry
         )
         # Mutable state: the series that were counted before, since finding them costs more than counting.
         self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
@@ -62,14 +56,17 @@ class RequestContext:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
+        state = scope.setdefault("state", {})
         if scope["type"] != "http":
-            scope.setdefault("state", {})  # for a server that has no lifespan state
             await self._app(scope, receive, send)
             return
         start = perf_counter()
-        state = scope.setdefault("state", {})
         if "engine" not in state:  # the server has no lifespan state, or this application is mounted below another one
-            state.update(_started(scope["app"]))
+            if not (started := getattr(scope["app"].state, "started", None)):
+                raise RuntimeError(
+                    "the application was not started: its host must run `app.router.lifespan_context(app)`"
+                )
+            state.update(started)
         state["request_id"] = _request_id(scope)
         status = CLIENT_CLOSED_REQUEST
 
@@ -99,30 +96,12 @@ class RequestContext:
             self._record(scope, status, perf_counter() - start)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "unmatched")
+        route, state = getattr(scope.get("route"), "path", "unmatched"), scope["state"]
         self._metrics.record(route, scope["method"], status, seconds)
         if route in _UNLOGGED and status < 400:  # noqa: PLR2004  the first status of errors
             return
-        log.info(
-            "request",
-            method=scope["method"],
-            path=scope["path"],
-            status=status,
-            ms=round(seconds * 1000, 2),
-            request_id=scope["state"]["request_id"],
-            **scope["state"].get("log", {}),
-        )
-
-
-def _started(app: FastAPI) -> dict[str, Any]:
-    """The state that the lifespan left at the application.
-
-    Raises:
-        RuntimeError: nobody ran the lifespan.
-    """
-    if not hasattr(app.state, "engine"):
-        raise RuntimeError("the application was not started: its host must run `app.router.lifespan_context(app)`")
-    return {name: getattr(app.state, name) for name in State.__annotations__}
+        fields = {"ms": round(seconds * 1000, 2), "request_id": state["request_id"], **state.get("log", {})}
+        log.info("request", method=scope["method"], path=scope["path"], status=status, **fields)
 
 
 def _request_id(scope: Scope) -> str:

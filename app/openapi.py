@@ -1,12 +1,12 @@
 """What the OpenAPI document has beyond what the framework finds by itself: bodies, headers, problems, keys.
 
-A route sets `openapi_extra={"requestBody": IMAGES}` or `json_body(...)` for a body that it reads by hand,
-`responses={200: ..., **documented(404, *IMAGE_PROBLEMS)}` for its responses, and an `operation_id`; `describe` adds to
-every operation what all have in common.
+A route sets `openapi_extra={"requestBody": IMAGES}` or `json_body(...)` for a body that it reads by hand, and
+`responses=documented(...)`; `describe` adds to every operation what all have in common.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,22 +15,20 @@ from pydantic import BaseModel
 
 from app.bodies import BODY_EXAMPLES, FIELD, ImagesBody
 from app.dependencies import API_KEY, MANAGEMENT_KEY
-from app.problems import MEANING, MEDIA_TYPE, Problem, dialect, examples
+from app.problems import MEANING, MEDIA_TYPE, Problem, dialect, documented, examples
 from app.settings import Settings
 
 Json = dict[str, Any]
 
-SUMMARY = "Pyramid Vision Transformer v2 image models behind HTTP."
-DESCRIPTION = """\
+_DESCRIPTION = """\
 Classes, embeddings and explanations of images. Send an image as a file in a form, as the raw body, or in JSON.
 
 Every error is an RFC 9457 problem (`application/problem+json`); its `type` is stable, its `detail` says what was wrong
 and what to do. Every response carries `X-Request-ID`: yours, where the request has one of up to 128 letters, digits and
 `. : / + = @ _ -`. Unknown query parameters, form fields and JSON fields are refused by name.
 """
-SERVERS = [{"url": "/", "description": "The server that this document comes from."}]
 INFERENCE = "inference"
-TAGS = [
+_TAGS = [
     {"name": INFERENCE, "description": "Images in, what a model computes of them out."},
     {"name": "open inference protocol", "description": "The same for clients of KServe and Triton."},
     {"name": "openai", "description": "Embeddings for clients of OpenAI."},
@@ -57,13 +55,27 @@ _HEADERS: Json = {
     },
     "WWW-Authenticate": {"description": "The scheme of the key.", "schema": {"type": "string", "const": "Bearer"}},
 }
-_OF_STATUS = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
+_HEADER_OF = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}  # besides X-Request-ID
 
 
 def operation_id(route: APIRoute) -> str:
     """The name of an operation that sets none itself: its function's, and what its path adds to that."""
     prefix = match[1] + "_" if (match := re.match("/(v[0-9]+)(/|$)", route.path)) else ""
     return f"{prefix}{route.name}{'_of_version' if '/versions/{' in route.path else ''}"
+
+
+# What the application says of itself.
+INFO: Json = {
+    "title": "pvt-serve",
+    "version": version("pvt-serve"),
+    "summary": "Pyramid Vision Transformer v2 image models behind HTTP.",
+    "description": _DESCRIPTION,
+    "openapi_tags": _TAGS,
+    "servers": [{"url": "/", "description": "The server that this document comes from."}],
+    "license_info": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+    "generate_unique_id_function": operation_id,
+    "redoc_url": None,  # one page of documentation is enough, and that one loads a logo from elsewhere
+}
 
 
 def schema_of(model: type[BaseModel]) -> Json:
@@ -75,130 +87,100 @@ def schema_of(model: type[BaseModel]) -> Json:
 
 def json_body(model: type[BaseModel], examples: Mapping[str, object]) -> Json:
     """A request body in JSON that the route reads by hand; `examples` are named."""
-    return {"required": True, "content": {"application/json": _json_content(model, examples)}}
-
-
-def _json_content(model: type[BaseModel], examples: Mapping[str, object]) -> Json:
-    return {
-        "schema": schema_of(model),
-        "examples": {name.replace(" ", "-"): {"summary": name, "value": value} for name, value in examples.items()},
-    }
+    named = {name.replace(" ", "-"): {"summary": name, "value": value} for name, value in examples.items()}
+    return {"required": True, "content": {"application/json": {"schema": schema_of(model), "examples": named}}}
 
 
 # The body that `app.bodies.read_uploads` reads, in all its forms.
-IMAGES: Json = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": [FIELD],
-                "properties": {FIELD: {"type": "array", "minItems": 1, "items": BINARY}},
-                "additionalProperties": False,
-            },
-            "encoding": {FIELD: {"contentType": "image/*, application/octet-stream"}},
-        },
-        "image/png": {"schema": BINARY},
-        "image/jpeg": {"schema": BINARY},
-        "application/octet-stream": {"schema": BINARY},
-        "application/json": _json_content(ImagesBody, BODY_EXAMPLES),
-    },
+IMAGES = json_body(ImagesBody, BODY_EXAMPLES)
+_FORM: Json = {
+    "type": "object",
+    "required": [FIELD],
+    "properties": {FIELD: {"type": "array", "minItems": 1, "items": BINARY}},
+    "additionalProperties": False,
+}
+IMAGES["content"] = {
+    "multipart/form-data": {"schema": _FORM, "encoding": {FIELD: {"contentType": "image/*, application/octet-stream"}}},
+    **dict.fromkeys(("image/png", "image/jpeg", "application/octet-stream"), BINARY_CONTENT),
+    **IMAGES["content"],
 }
 
 
 def describe(app: FastAPI, settings: Settings) -> None:
     """Complete the document of `app` when it is first requested."""
     generate = app.openapi
-    unused = {API_KEY} if not settings.api_keys else set()
-    unused |= {MANAGEMENT_KEY} if not settings.management_keys else set()
+    keys = {API_KEY: settings.api_keys, MANAGEMENT_KEY: settings.management_keys}
+    used = {name for name, values in keys.items() if values}
 
     def openapi() -> Json:
         if app.openapi_schema is None:
-            app.openapi_schema = _completed(generate(), unused)
+            app.openapi_schema = _completed(generate(), used)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # the documented way to extend it
 
 
-def _completed(document: Json, unused_keys: set[str]) -> Json:
-    components = document.setdefault("components", {})
-    schemas = components.setdefault("schemas", {})
-    shared = components.setdefault("responses", {})
-    for path, operation in _operations(document):
-        _require(operation)
-        _secure(operation, unused_keys)
-        responses_of = operation["responses"]
-        responses_of["500"] = {}
-        if form := dialect(path):
-            _translate(responses_of, form)
-        for status, response in responses_of.items():
-            if _is_problem(status, response):
-                name = f"problem_{status}"
-                shared.setdefault(name, _problem_response(int(status)))
-                responses_of[status] = {"$ref": f"#/components/responses/{name}"}
-            else:
-                response.setdefault("headers", {}).update(_headers(status, operation))
-        operation["responses"] = dict(sorted(responses_of.items()))
-    for name in ("HTTPValidationError", "ValidationError"):  # the framework's own form of a 422 is never sent
-        schemas.pop(name, None)
-    # Without any the documentation page would still offer to take a key, if the schemes were there and empty.
-    if schemes := {n: each for n, each in components.pop("securitySchemes", {}).items() if n not in unused_keys}:
-        components["securitySchemes"] = schemes
+def _completed(document: Json, used_keys: set[str]) -> Json:
+    components = document["components"]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            _complete(operation, dialect(path), used_keys)
+    schema = schema_of(Problem)
+    components["responses"] = {
+        f"problem_{status}": {
+            "description": meaning,
+            "headers": _headers(str(status)),
+            "content": {MEDIA_TYPE: {"schema": schema, "examples": examples(status)}},
+        }
+        for status, meaning in MEANING.items()
+    }
     components["headers"] = _HEADERS
-    _hoist(document, schemas)
+    for name in ("HTTPValidationError", "ValidationError"):  # the framework's own form of a 422 is never sent
+        components["schemas"].pop(name, None)
+    # Without any the documentation page would still offer to take a key, if the schemes were there and empty.
+    if schemes := {name: each for name, each in components.pop("securitySchemes", {}).items() if name in used_keys}:
+        components["securitySchemes"] = schemes
+    _hoist(document, components["schemas"])
     return document
 
 
-def _operations(document: Json) -> Iterator[tuple[str, Json]]:
-    for path, item in document["paths"].items():
-        yield from ((path, each) for each in item.values() if isinstance(each, dict) and "responses" in each)
-
-
-def _translate(responses: Json, form: type[BaseModel]) -> None:
-    """Give the errors that every operation has the form of its protocol, which has no 422."""
-    responses.pop("422", None)
-    for status in {"400", "500", *responses} & {"400", "401", "500"}:
-        if not responses.get(status):
-            description = MEANING.get(int(status), "The request is wrong.")
-            content = {"application/json": {"schema": schema_of(form)}}
-            responses[status] = {"description": f"{description} In the protocol's form.", "content": content}
-
-
-def _require(operation: Json) -> None:
-    """Take null away from a parameter in the path: its function may take None, for another path without it."""
+def _complete(operation: Json, form: type[BaseModel] | None, used_keys: set[str]) -> None:
+    """Add what every operation has; `form` is that of its protocol's errors, None for problems."""
     for parameter in operation.get("parameters", ()):
+        # The function may take None, for another path without this parameter.
         if parameter["in"] == "path" and (options := parameter["schema"].pop("anyOf", None)):
             parameter["schema"].update(*(each for each in options if each != {"type": "null"}))
+    responses = operation["responses"]
+    # 401 is a response where, and only where, a key is required.
+    responses.pop("401", None)
+    common = {"500"}
+    if keys := [each for each in operation.pop("security", []) if {*each} <= used_keys]:
+        operation["security"] = keys
+        common.add("401")
+    if form is None:
+        common |= {"422"} & {*responses}
+        responses.update({str(status): each for status, each in documented(*map(int, common)).items()})
+    else:
+        responses.pop("422", None)
+        responses.update({status: _refusal(status, form) for status in common | ({"400"} - {*responses})})
+    timed = INFERENCE in operation["tags"]
+    for status, response in responses.items():
+        if "$ref" in response:
+            response.pop("description", None)  # the framework's
+        else:
+            more = ["Server-Timing"] if timed and status == "200" else []
+            response.setdefault("headers", {}).update(_headers(status, *more))
+    operation["responses"] = dict(sorted(responses.items()))
 
 
-def _secure(operation: Json, unused: set[str]) -> None:
-    """Require a key only where one is set; 401 is a response where, and only where, one is required."""
-    needed = [each for each in operation.pop("security", []) if not {*each} & unused]
-    operation["responses"].pop("401", None)
-    if needed:
-        operation["security"] = needed
-        operation["responses"]["401"] = {}
+def _refusal(status: str, form: type[BaseModel]) -> Json:
+    description = MEANING.get(int(status), "The request is wrong.")
+    content = {"application/json": {"schema": schema_of(form)}}
+    return {"description": f"{description} In the protocol's form.", "content": content}
 
 
-def _is_problem(status: str, response: Json) -> bool:
-    """Whether `response` is the common one of its status: from `documented`, from no route, or the framework's own."""
-    if int(status) not in MEANING:
-        return False
-    own = response.get("description") not in (None, MEANING[int(status)], "Validation Error")
-    return not own and (MEDIA_TYPE in response.get("content", {}) or status in {"401", "422", "500"})
-
-
-def _problem_response(status: int) -> Json:
-    content = {"schema": schema_of(Problem), "examples": examples(status)}
-    return {"description": MEANING[status], "headers": _headers(str(status)), "content": {MEDIA_TYPE: content}}
-
-
-def _headers(status: str, operation: Json | None = None) -> Json:
-    names = ["X-Request-ID"]
-    if status in _OF_STATUS:
-        names.append(_OF_STATUS[status])
-    if status == "200" and operation and INFERENCE in operation.get("tags", []):
-        names.append("Server-Timing")
+def _headers(status: str, *more: str) -> Json:
+    names = ["X-Request-ID", *([_HEADER_OF[status]] if status in _HEADER_OF else []), *more]
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 
@@ -207,8 +189,7 @@ def _hoist(node: object, schemas: Json) -> None:
     if isinstance(node, dict):
         for name, schema in node.pop("$defs", {}).items():
             schemas.setdefault(name, schema)
-        for each in [*node.values()]:
-            _hoist(each, schemas)
-    elif isinstance(node, list):
+        node = [*node.values()]
+    if isinstance(node, list):
         for each in node:
             _hoist(each, schemas)

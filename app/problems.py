@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from math import ceil
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
@@ -15,14 +15,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
-from app import http_errors
 from service import errors
 
 log = structlog.get_logger(component="http")
 
-_REPORTED = 5  # mistakes of one request
 MEDIA_TYPE = "application/problem+json"
+# The errors of this service, and the refusals of the framework.
+EXPECTED = (errors.ServiceError, RequestValidationError, HTTPException, ClientDisconnect)
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that disconnected
+_MOST_REASONS = 5  # of what is wrong with one request
 
 
 class UnsupportedMediaType(errors.ServiceError):
@@ -57,33 +58,44 @@ class Forbidden(errors.ServiceError):
     """The service is configured to refuse this to everyone; the message names the setting."""
 
 
+class MalformedRequest(errors.ServiceError):
+    """What came over the connection is no HTTP/1.1 request, or one that can be read in two ways."""
+
+
+class HeadTooLarge(errors.ServiceError):
+    """A request's head, or what its chunks bring along beside their data, exceeds 64 KiB."""
+
+
+class UnsupportedRequest(errors.ServiceError):
+    """The request is a CONNECT, or has a transfer coding other than chunked."""
+
+
+class UnsupportedVersion(errors.ServiceError):
+    """The request is of a version of HTTP other than 1.0 and 1.1."""
+
+
+_UNAVAILABLE = (errors.WeightsUnavailable, errors.AliasesInvalid, errors.StoreNotWritable, errors.ModelLoadFailed,
+                errors.ModelLoading, errors.MemoryBudgetExceeded, errors.OutOfMemory, errors.DeviceFailed,
+                errors.ShuttingDown)  # fmt: skip
 # The nearest class in an error's ancestry decides.
 STATUS: Mapping[type[Exception], int] = {
-    errors.InvalidRequest: 422,
-    errors.ImageTooLarge: 413,
-    errors.ModelNotFound: 404,
-    errors.WeightsUnavailable: 503,
-    errors.AliasesInvalid: 503,
-    errors.StoreNotWritable: 503,
-    errors.ModelLoadFailed: 503,
-    errors.ModelLoading: 503,
-    errors.MemoryBudgetExceeded: 503,
-    errors.ModelPinned: 409,
-    errors.OutOfMemory: 503,
-    errors.DeviceFailed: 503,
-    errors.QueueFull: 429,
-    errors.DeadlineExceeded: 504,
-    errors.ShuttingDown: 503,
-    UnsupportedMediaType: 415,
-    ImageUnreachable: 502,
-    ImageTimedOut: 504,
-    NotAcceptable: 406,
+    MalformedRequest: 400,
     Unauthorized: 401,
     Forbidden: 403,
-    http_errors.MalformedRequest: 400,
-    http_errors.HeadTooLarge: 431,
-    http_errors.UnsupportedRequest: 501,
-    http_errors.UnsupportedVersion: 505,
+    errors.ModelNotFound: 404,
+    NotAcceptable: 406,
+    errors.ModelPinned: 409,
+    errors.ImageTooLarge: 413,
+    UnsupportedMediaType: 415,
+    errors.InvalidRequest: 422,
+    errors.QueueFull: 429,
+    HeadTooLarge: 431,
+    UnsupportedRequest: 501,
+    ImageUnreachable: 502,
+    **dict.fromkeys(_UNAVAILABLE, 503),
+    errors.DeadlineExceeded: 504,
+    ImageTimedOut: 504,
+    UnsupportedVersion: 505,
 }
 
 
@@ -113,8 +125,7 @@ MEANING: Mapping[int, str] = {
     504: "No result within `timeout_ms`, or an image not fetched within PVT_URL_TIMEOUT_MS.",
 }
 
-_UNPROCESSABLE, _BAD_REQUEST = 422, 400
-_OPENAI_KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+_OPENAI_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
                  404: "not_found_error", 413: "invalid_request_error", 415: "invalid_request_error",
                  429: "rate_limit_error"}  # fmt: skip
 _OPENAI_PARAMETER = re.compile(r"(input|model|encoding_format|dimensions|user)\b[^:]{0,100}:")
@@ -141,13 +152,6 @@ class OpenAiError(BaseModel):
     error: OpenAiReason
 
 
-class Translated(NamedTuple):
-    """An error in another protocol's form."""
-
-    status: int
-    body: dict[str, Any]
-
-
 # The forms that the protocols under these paths give an error.
 DIALECTS: Mapping[str, type[BaseModel]] = {"/v2": OpenInferenceError, "/v1": OpenAiError}
 
@@ -157,19 +161,19 @@ def dialect(path: str) -> type[BaseModel] | None:
     return DIALECTS.get("/" + path[1:].partition("/")[0])
 
 
-def translated(path: str, status: int, kind: str, detail: str) -> Translated | None:
-    """The problem of this `kind` in the form of the protocol under `path`; None where it is ours."""
+def translated(path: str, problem: Problem) -> tuple[int, BaseModel] | None:
+    """Status and body of `problem` in the protocol under `path`, which has no 422; None where the form is ours."""
     form = dialect(path)
     if form is None:
         return None
-    status = _BAD_REQUEST if status == _UNPROCESSABLE else status  # neither protocol knows 422
+    status = HTTPStatus.BAD_REQUEST if problem.status == HTTPStatus.UNPROCESSABLE_ENTITY else problem.status
     if form is OpenInferenceError:
-        return Translated(status, {"error": detail})
-    code = kind.rpartition(":")[2].replace("-", "_")
-    named = _OPENAI_PARAMETER.match(detail)
+        return status, OpenInferenceError(error=problem.detail)
+    code = problem.type.rpartition(":")[2].replace("-", "_")
+    named = _OPENAI_PARAMETER.match(problem.detail)
     param = "model" if code == "model_not_found" else named and named[1]
-    name = _OPENAI_KINDS.get(status, "server_error")
-    return Translated(status, {"error": {"message": detail, "type": name, "param": param, "code": code}})
+    kind = _OPENAI_TYPES.get(status, "server_error")
+    return status, OpenAiError(error=OpenAiReason(message=problem.detail, type=kind, param=param, code=code))
 
 
 _SAMPLE_ID = "e0a4aa4ff30f41ab9122180526e30d37"
@@ -188,39 +192,32 @@ _SAMPLES: Mapping[type[Exception], str] = {
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that may return these problems."""
-    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"description": MEANING[status], "content": content} for status in statuses}
+    """The `responses` of a route that may return these problems, by reference to those that `app.openapi` describes."""
+    return {status: {"$ref": f"#/components/responses/problem_{status}"} for status in statuses}
 
 
 def refusals(prefix: str, *statuses: int) -> dict[int | str, dict[str, Any]]:
     """The same for a route of another protocol, under `prefix`."""
-    meaning = {_BAD_REQUEST: "The request, a parameter or an image is wrong.", **MEANING}
+    meaning = {400: "The request, a parameter or an image is wrong.", **MEANING}
     return {status: {"model": DIALECTS[prefix], "description": meaning[status]} for status in statuses}
 
 
 def examples(status: int) -> dict[str, dict[str, Any]]:
     """An example of every problem that has this status, for the OpenAPI document; named by the problem's type."""
-    found = [(problem(kind.__new__(kind, _SAMPLES.get(kind, _summary(kind))), _SAMPLE_ID), kind) for kind in _kinds()]
-    if status == problem(Exception()).status:
-        found = [(problem(Exception(), _SAMPLE_ID), Exception)]
-    return {
-        each.type.rpartition(":")[2]: {"summary": _summary(kind), "value": each.model_dump()}
-        for each, kind in sorted(found, key=lambda pair: pair[0].type)
-        if each.status == status
-    }
+    if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        return {"internal-error": {"summary": MEANING[500], "value": problem(Exception(), _SAMPLE_ID).model_dump()}}
+    found = {}
+    for kind in kinds():
+        summary = (kind.__doc__ or "").partition("\n")[0]
+        sample = problem(kind.__new__(kind, _SAMPLES.get(kind, summary)), _SAMPLE_ID)
+        if sample.status == status:
+            found[sample.type.rpartition(":")[2]] = {"summary": summary, "value": sample.model_dump()}
+    return dict(sorted(found.items()))
 
 
-def _kinds(kind: type[Exception] = errors.ServiceError) -> list[type[Exception]]:
-    """Every kind of error that has a status of its own or of an ancestor."""
-    below = [each for child in kind.__subclasses__() for each in _kinds(child)]
-    return below if kind is errors.ServiceError else [kind, *below]
-
-
-def _summary(kind: type[Exception]) -> str:
-    if kind is Exception:
-        return MEANING[500]
-    return (kind.__doc__ or kind.__name__).partition("\n")[0]
+def kinds(base: type[Exception] = errors.ServiceError) -> list[type[Exception]]:
+    """Every class of error below `base`."""
+    return [kind for child in base.__subclasses__() for kind in (child, *kinds(child))]
 
 
 def problem(error: Exception, request_id: str | None = None) -> Problem:
@@ -231,50 +228,44 @@ def problem(error: Exception, request_id: str | None = None) -> Problem:
     return _problem("InternalError", 500, "an unexpected error; the log has it under this request id", request_id)
 
 
-def install(app: FastAPI) -> None:
-    """Make a problem of every expected error that leaves a route, and of every refusal of the framework."""
-    for kind in (errors.ServiceError, RequestValidationError, HTTPException, ClientDisconnect):
-        app.add_exception_handler(kind, _respond)
-
-
-async def _respond(request: Request, error: Exception) -> Response:
-    """The response to an expected error, and a note of it for the request's log line."""
+async def expected(request: Request, error: Exception) -> Response:
+    """The response to one of EXPECTED, and a note of it for the request's log line."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_CLOSED_REQUEST)  # no client reads it; it is for log and metrics
-    headers: Mapping[str, str] | None
+    request_id = request.state.request_id
     if isinstance(error, RequestValidationError):
-        body, headers = _problem("InvalidRequest", 422, _reasons(error), request.state.request_id), None
+        body = problem(errors.InvalidRequest(_reasons(error)), request_id)
     elif isinstance(error, HTTPException):
-        name = HTTPStatus(error.status_code).phrase.title().replace(" ", "").replace("-", "")
         detail = f"{request.method} {request.url.path}: {error.detail}; GET /docs lists what there is"
-        body, headers = _problem(name, error.status_code, detail, request.state.request_id), error.headers
+        body = _problem(HTTPStatus(error.status_code).phrase, error.status_code, detail, request_id)
     else:
-        body, headers = problem(error, request.state.request_id), _headers(error)
+        body = problem(error, request_id)
     request.state.log = {"problem": body.title, "detail": body.detail}
-    return _response(request.scope, body, headers)
+    return _response(request.scope, body, _headers(error))
 
 
 def unexpected(error: Exception, scope: Scope) -> Response:
-    """The response to an unexpected error: the log has everything, the client learns nothing."""
+    """The response to any other error: the log has everything, the client learns nothing."""
     request_id = scope["state"]["request_id"]
     log.error("unexpected_error", request_id=request_id, exc_info=error)
     return _response(scope, problem(error, request_id))
 
 
 def _problem(name: str, status: int, detail: str, request_id: str | None) -> Problem:
-    words = re.sub(r"(?<!^)(?=[A-Z])", " ", name)
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     kind = f"urn:pvt-serve:problem:{words.replace(' ', '-').lower()}"
     return Problem(type=kind, title=words.capitalize(), status=status, detail=detail, request_id=request_id)
 
 
 def _reasons(error: RequestValidationError) -> str:
     found = error.errors()
-    reasons = "; ".join(f"{' '.join(map(str, e['loc']))[:100]}: {e['msg'][:200]}" for e in found[:_REPORTED])
-    return reasons + (f"; and {len(found) - _REPORTED} more" if len(found) > _REPORTED else "")
+    reasons = [f"{' '.join(map(str, e['loc']))[:100]}: {e['msg'][:200]}" for e in found[:_MOST_REASONS]]
+    more = [f"and {len(found) - _MOST_REASONS} more"] if len(found) > _MOST_REASONS else []
+    return "; ".join(reasons + more)
 
 
 def _headers(error: Exception) -> dict[str, str]:
-    headers = {}
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if (seconds := getattr(error, "retry_after_seconds", None)) is not None:
         headers["Retry-After"] = str(max(1, ceil(seconds)))
     if isinstance(error, errors.ShuttingDown):
@@ -288,6 +279,6 @@ def _headers(error: Exception) -> dict[str, str]:
 
 def _response(scope: Scope, body: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
     path = scope["path"].removeprefix(scope.get("root_path", ""))  # the application may be mounted below another one
-    if foreign := translated(path, body.status, body.type, body.detail):
-        return JSONResponse(foreign.body, foreign.status, headers)
+    if foreign := translated(path, body):
+        return JSONResponse(foreign[1].model_dump(), foreign[0], headers)
     return JSONResponse(body.model_dump(exclude_none=True), body.status, headers, media_type=MEDIA_TYPE)

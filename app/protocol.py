@@ -1,5 +1,6 @@
 """HTTP/1.1 on a connection: uvicorn's protocol, strict about where a request ends, with bounded heads, no upgrades."""
 
+from contextlib import suppress
 from typing import cast
 
 import httptools
@@ -7,45 +8,42 @@ import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app import problems
-from app.http_errors import HeadTooLarge, MalformedRequest, UnsupportedRequest, UnsupportedVersion
+from app.problems import HeadTooLarge, MalformedRequest, UnsupportedRequest, UnsupportedVersion
 from service.errors import ServiceError
 
 log = structlog.get_logger(component="http")
 
 MAX_HEAD_BYTES = 65_536  # nothing else bounds it, and parsing 80 MB of it stopped the event loop for 4.5 s
 CHUNK_ALLOWANCE = 16  # bytes around a chunk that are taken for granted, as Go's net/http does
-LINGER_SECONDS = 5.0  # closing on a client that still sends would destroy the answer on its way
+LINGER_SECONDS = 5.0  # closing on a client that still sends would destroy the response on its way
 _END = b"\r\n\r\n"
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Answers what is asked on one connection, or refuses it and closes.
+    """Answers the requests of one connection, or refuses one and closes (decision 15).
 
-    Three things that uvicorn and its parser leave open:
-
-    - An offer to upgrade (`Upgrade: h2c`, as Java's client sends with every request, or any other) is ignored (RFC
-      9110, 7.8). The parser stops behind such a head and takes the body for the next request. So that head is given to
-      a new parser, written anew from what the first one read, without `Upgrade`.
-    - The head of each request, and all that chunks bring along beside their data, is bounded. To count exactly, the
-      parser gets pieces that hold no parts of two messages: they end where a message may.
-    - Whatever can't be read in one way only is refused, after the answers to what was asked before it. What comes
-      behind it is never read.
+    - An offer to upgrade is ignored (RFC 9110, 7.8). The parser stops after such a head and takes the body for the next
+      request, so the head is written again without `Upgrade` and given to a new parser.
+    - The head of each request, and what chunks carry besides their data, is bounded. To count exactly, the parser gets
+      pieces that hold no parts of two messages: they end where a message may.
+    - What can be read in more than one way is refused, after the responses to earlier requests. What follows is never
+      read.
     """
 
-    # Mutable state. Of the message under way: whether its head is still coming, how much of that came (or of what is
+    # Mutable state. Of the current message: whether its head is still coming, the bytes of that so far (or of what is
     # around its chunks), what of its body is left by Content-Length, and whether it is chunked.
     _in_head = True
     _framing_bytes = 0
     _body_left = 0
     _chunked = False
-    # Of the connection: the last bytes of a piece that did not end in _END, whether what comes is ignored, and an
-    # answer that waits for those before it.
+    # Of the connection: the last bytes of a piece that did not end in _END, whether what comes is ignored, and a
+    # refusal that waits for the responses before it.
     _tail = b""
     _ignoring = False
     _refusal: bytes | None = None
 
     def data_received(self, data: bytes) -> None:
-        """Take in what came over the connection."""
+        """Parse what came over the connection."""
         if self._ignoring:
             return
         self._unset_keepalive_if_required()
@@ -53,13 +51,13 @@ class BoundedProtocol(HttpToolsProtocol):
             if len(data) <= self._body_left:
                 self.parser.feed_data(data)
             else:
-                self._take_pieces(data)
+                self._parse_pieces(data)
         except ServiceError as error:
             self._refuse(error)
         except httptools.HttpParserError as error:
-            self._refuse(self._fault(error))
+            self._refuse(self._reason(error))
 
-    def _take_pieces(self, data: bytes) -> None:
+    def _parse_pieces(self, data: bytes) -> None:
         """Parse `data`, cut wherever a message may end, and count what is no body."""
         start, view = 0, memoryview(data)
         while start < len(data) and not self._ignoring:
@@ -68,7 +66,11 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._framing_bytes += end - start
                 if self._in_head and self._framing_bytes > MAX_HEAD_BYTES + len(_END):
                     raise HeadTooLarge(f"the request's head is larger than {MAX_HEAD_BYTES} bytes, the most")
-            self._parse(view[start:end])
+            with suppress(httptools.HttpParserUpgrade):
+                self.parser.feed_data(view[start:end])
+            if self.parser.should_upgrade():
+                self._parse_without_upgrade()
+            self._check_chunks()
             start = end
 
     def _piece_end(self, data: bytes, start: int) -> int:
@@ -85,23 +87,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._tail = b""
         return end
 
-    def _parse(self, piece: memoryview) -> None:
-        upgrade = False
-        try:
-            self.parser.feed_data(piece)
-        except httptools.HttpParserUpgrade:
-            upgrade = True
-        if upgrade:
-            self._parse_without_upgrade()
-        if self._chunked:
-            self._check_chunks()
-
     def _check_chunks(self) -> None:
-        if self._framing_bytes > MAX_HEAD_BYTES:
+        if self._chunked and self._framing_bytes > MAX_HEAD_BYTES:
             raise HeadTooLarge(f"chunk extensions and trailers are larger than {MAX_HEAD_BYTES} bytes, the most")
 
     def _parse_without_upgrade(self) -> None:
-        """Read the head that was just read, as if it had no `Upgrade`: its body follows."""
+        """Parse the last head again, without `Upgrade`: its body follows."""
         if self.parser.get_method() == b"CONNECT":
             raise UnsupportedRequest("this is no proxy: CONNECT is not done here; ask for a path")
         head = [self.parser.get_method(), b" ", self.url, b" HTTP/", self.parser.get_http_version().encode(), b"\r\n"]
@@ -115,7 +106,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """A head is complete."""
         if self.parser.should_upgrade():
-            return  # it will be read once more
+            return  # it will be parsed once more
         if (version := self.parser.get_http_version()) not in ("1.0", "1.1"):
             raise UnsupportedVersion(f"HTTP/{version} is not spoken here; send HTTP/1.1")
         length, codings, hosts = 0, [], 0
@@ -131,9 +122,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if hosts > 1:
             raise MalformedRequest("more than one `Host`")
         if version == "1.0":
-            self.expect_100_continue = False  # it knows no such answer (RFC 9110, 10.1.1)
+            self.expect_100_continue = False  # it knows no such response (RFC 9110, 10.1.1)
         super().on_headers_complete()
-        self.headers = []  # for what comes behind a chunked body, lest it pass for the head (RFC 9110, 6.5.1)
+        self.headers = []  # trailers of a chunked body are no part of the head (RFC 9110, 6.5.1)
         self._in_head, self._framing_bytes, self._body_left, self._chunked = False, 0, length, bool(codings)
 
     def on_body(self, body: bytes) -> None:
@@ -157,7 +148,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """An answer is written."""
+        """A response is written."""
         last = not self.pipeline
         super().on_response_complete()
         if last and not self.transport.is_closing():
@@ -166,8 +157,8 @@ class BoundedProtocol(HttpToolsProtocol):
             elif self.expect_100_continue and not self._in_head:
                 self._hang_up()  # a client that was not told to go on sends either the body or the next request
 
-    def _fault(self, error: httptools.HttpParserError) -> ServiceError:
-        """What is to be told of the parser's `error`."""
+    def _reason(self, error: httptools.HttpParserError) -> ServiceError:
+        """What the parser's `error` means for the client."""
         cause = error.__context__
         if isinstance(cause, ServiceError):
             return cause
@@ -180,7 +171,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return MalformedRequest(f"what was sent is no valid HTTP/1.1 request: {error}")
 
     def _refuse(self, error: ServiceError) -> None:
-        """Answer `error` behind what was asked before, and read no more."""
+        """Respond with `error` after the responses to earlier requests, and read no more."""
         self._ignoring = True
         problem = problems.problem(error)
         log.warning("request_refused", status=problem.status, detail=problem.detail)
@@ -201,7 +192,7 @@ class BoundedProtocol(HttpToolsProtocol):
             cycle.disconnected, cycle.waiting_for_100_continue = True, False
             cycle.message_event.set()
             if cycle.response_started:
-                self._refusal = None  # it has its answer, or the beginning of one
+                self._refusal = None  # the request has its response, or the beginning of one
             self._send_refusal()
 
     def _send_refusal(self) -> None:
@@ -211,7 +202,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._hang_up()
 
     def _hang_up(self) -> None:
-        """Close behind what was written, once the client has done so or had its time to read it."""
+        """Close after what was written, once the client has closed too or had its time to read it."""
         self._ignoring = True
         self._unset_keepalive_if_required()
         if self.transport.can_write_eof():

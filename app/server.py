@@ -7,10 +7,9 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from types import FrameType
-from typing import Any, cast
 
 import structlog
 import uvicorn
@@ -18,7 +17,7 @@ import uvicorn
 from app.main import create_app
 from app.protocol import BoundedProtocol
 from app.settings import Settings
-from app.workers.worker import Worker
+from app.workers import Worker
 
 log = structlog.get_logger(component="server")
 
@@ -26,108 +25,12 @@ log = structlog.get_logger(component="server")
 LINGER_SECONDS = 0.5
 
 
-class DrainingServer(uvicorn.Server):
-    """On SIGTERM or SIGINT: refuse new work with a clear response, finish what is under way, then close and exit 0.
-
-    Uvicorn alone closes its socket and every idle connection at once, on which a client may just have sent something.
-    """
-
-    def __init__(self, config: uvicorn.Config, started_event: str) -> None:
-        """`started_event` is the name of the log line when it listens."""
-        super().__init__(config)
-        self._started_event = started_event
-        # Mutable state: the loop once it listens, whether a signal came, and what that set going.
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping = False
-        self._draining: asyncio.Task[None] | None = None
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then say where."""
-        await super().startup(sockets)
-        if self.started:
-            self._loop = asyncio.get_running_loop()
-            url, *management = [_url(server.sockets[0]) for server in self.servers]
-            options = self.lifespan.state["engine"].options
-            more = {"management": management[0]} if management else {}
-            log.info(self._started_event, url=url, **more, instances=options.instances, cores=options.cores)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain at the first signal; stop at once at the second."""
-        if self._loop is None:
-            super().handle_exit(sig, frame)
-            return
-        # Nothing more in this handler: whatever the signal interrupted may hold a lock, the log's for one.
-        self._loop.call_soon_threadsafe(self._stop_now if self._stopping else self._begin_drain, sig)
-        self._stopping = True
-
-    def _begin_drain(self, sig: int) -> None:
-        self._draining = asyncio.create_task(self._drain(sig))
-
-    def _stop_now(self, sig: int) -> None:
-        if self._draining:
-            self._draining.cancel()
-        self.lifespan.state["engine"].abort()
-        self._end(sig)
-
-    def _end(self, sig: int) -> None:
-        self.config.timeout_graceful_shutdown = 1  # all requests have had their time
-        super().handle_exit(sig, None)
-
-    async def _drain(self, sig: int) -> None:
-        log.info("draining", signal=signal.Signals(sig).name)
-        engine = self.lifespan.state["engine"]
-        try:
-            async with asyncio.timeout(self.config.timeout_graceful_shutdown):
-                await engine.drain()
-                await asyncio.sleep(LINGER_SECONDS)
-        except TimeoutError:
-            log.warning("drain_timeout", seconds=self.config.timeout_graceful_shutdown)
-            engine.abort()
-        await self._accept_the_last()
-        await self._last_responses()
-        self._end(sig)
-
-    async def _accept_the_last(self) -> None:
-        """Stop listening, but take every connection that the kernel has accepted: closing the socket resets those."""
-        loop = asyncio.get_running_loop()
-        for server in self.servers:
-            listeners = [socket.socket(fileno=os.dup(each.fileno())) for each in server.sockets]
-            server.close()
-            accepted = [connection for listener in listeners for connection in _accept_all(listener)]
-            for connection in accepted:
-                await loop.connect_accepted_socket(self._protocol, connection)
-
-    def _protocol(self) -> asyncio.Protocol:
-        """The protocol that uvicorn makes for each connection."""
-        make = cast("type[Any]", self.config.http_protocol_class)
-        protocol: asyncio.Protocol = make(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
-        return protocol
-
-    async def _last_responses(self) -> None:
-        """Wait until the remaining connections are closed, each by the response to the last request of its client."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + LINGER_SECONDS
-        while self.server_state.connections and loop.time() < end:  # noqa: ASYNC110  uvicorn has no event for it
-            await asyncio.sleep(LINGER_SECONDS / 50)
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://{host}:{port}"
-
-
-def _accept_all(listener: socket.socket) -> Iterator[socket.socket]:
-    """The connections that wait for `listener`, which is closed after the last of them."""
-    with listener, suppress(BlockingIOError):
-        listener.setblocking(False)  # noqa: FBT003  the standard library's own signature
-        while True:
-            yield listener.accept()[0]
-
-
 def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = None) -> None:
-    """Serve on `listeners` until a signal stops it; as `worker`, if there are several."""
+    """Serve on `listeners` until a signal stops it; as `worker`, if there are several.
+
+    Raises:
+        BackendUnavailable: the settings name a GPU that does not exist.
+    """
     config = uvicorn.Config(
         create_app(settings, worker),
         loop="uvloop",
@@ -137,16 +40,92 @@ def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = N
         log_config=None,
         server_header=False,
         proxy_headers=False,  # nothing depends on who the client is
-        timeout_graceful_shutdown=settings.shutdown_seconds,
+        timeout_graceful_shutdown=1,  # after a drain
     )
-    # Uvicorn raises the signal again once it is done; a requested stop is no failure.
+    # Uvicorn raises a signal that came while it started again once it is done; a requested stop is no failure.
     for sig in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sig, lambda *_: None)
     # What libraries made is never garbage: measuring a model's memory then looks through the rest only, and holds up
     # requests for some milliseconds instead of a hundred.
     gc.freeze()
-    DrainingServer(config, "listening" if worker is None else "worker_listening").run(sockets=list(listeners))
+    started_event = "listening" if worker is None else "worker_listening"
+    DrainingServer(config, started_event, settings.shutdown_seconds).run(sockets=list(listeners))
     if any(thread.name.startswith("pvt-") for thread in threading.enumerate()):
         # A load that was abandoned, or a thread that is stuck: the interpreter would wait for it.
         logging.shutdown()
         os._exit(0)
+
+
+class DrainingServer(uvicorn.Server):
+    """On SIGTERM or SIGINT: refuse new work with a clear response, finish what is under way, then close and exit 0.
+
+    Uvicorn alone closes its socket and every idle connection at once, on which a client may just have sent something.
+    """
+
+    def __init__(self, config: uvicorn.Config, started_event: str, drain_seconds: float) -> None:
+        """`started_event` is the name of the log line when it listens."""
+        super().__init__(config)
+        self._started_event = started_event
+        self._drain_seconds = drain_seconds
+        # Mutable state: the signals that came since it listens, and the drain that the first one began.
+        self._signals: list[int] = []
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then log where."""
+        await super().startup(sockets)
+        if self.started:
+            addresses = [server.sockets[0].getsockname()[:2] for server in self.servers]
+            urls = dict(zip(("url", "management"), (f"http://{host}:{port}" for host, port in addresses), strict=False))
+            options = self.lifespan.state["engine"].options
+            log.info(self._started_event, **urls, instances=options.instances, cores=options.cores)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Note the signal, nothing more: whatever it interrupted may hold a lock, the log's for one."""
+        if self.started:
+            self._signals.append(sig)
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Begin to drain at the first signal; True, which ends the server, when that is done or at the second."""
+        await super().on_tick(counter)
+        if self._signals and self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        if self._draining and len(self._signals) > 1:
+            self._draining.cancel()
+            self.lifespan.state["engine"].abort()
+            return True
+        return self._draining is not None and self._draining.done()
+
+    async def _drain(self) -> None:
+        log.info("draining", signal=signal.Signals(self._signals[0]).name)
+        engine = self.lifespan.state["engine"]
+        try:
+            async with asyncio.timeout(self._drain_seconds):
+                await engine.drain()
+                await asyncio.sleep(LINGER_SECONDS)
+        except TimeoutError:
+            log.warning("drain_timeout", seconds=self._drain_seconds)
+            engine.abort()
+        await self._accept_the_last()
+        # Each remaining connection is closed by the response to the last request of its client.
+        loop = asyncio.get_running_loop()
+        end = loop.time() + LINGER_SECONDS
+        while self.server_state.connections and loop.time() < end:  # noqa: ASYNC110  uvicorn has no event for it
+            await asyncio.sleep(LINGER_SECONDS / 50)
+
+    async def _accept_the_last(self) -> None:
+        """Stop listening, but take every connection that the kernel has accepted: closing the socket resets those."""
+        accepted: list[socket.socket] = []
+        for server in self.servers:
+            listeners = [socket.socket(fileno=os.dup(each.fileno())) for each in server.sockets]
+            server.close()
+            for listener in listeners:
+                with listener, suppress(BlockingIOError):
+                    listener.setblocking(False)  # noqa: FBT003  the standard library's own signature
+                    while True:
+                        accepted.append(listener.accept()[0])
+        protocol = partial(BoundedProtocol, self.config, self.server_state, self.lifespan.state)
+        for connection in accepted:
+            await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)

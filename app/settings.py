@@ -5,9 +5,10 @@ import re
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import (
+    BeforeValidator,
     Field,
     IPvAnyNetwork,
     SecretStr,
@@ -26,11 +27,31 @@ from service.store.location import RemoteOptions, is_url, objection
 PREFIX = "PVT_"
 # What Kubernetes sets in every pod for a service named pvt-serve, or pvt-anything.
 _SERVICE_LINK = re.compile(r"PVT_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+_\w+)")
-Names = Annotated[tuple[str, ...], NoDecode]
 
 
 class SettingsInvalid(Exception):
     """A `PVT_*` variable is no setting, or its value is out of bounds; the message says which and why."""
+
+
+def _split(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    parts = [part.strip() for part in value.split(",")]
+    if value.strip() and not any(parts):
+        raise ValueError("a list with nothing in it; leave the variable out for an empty one")
+    return tuple(part for part in parts if part)
+
+
+def _folder_or_url(value: object) -> object:
+    if not isinstance(value, str) or not is_url(value):
+        return Path(value) if isinstance(value, str) else value
+    if reason := objection(value):
+        raise ValueError(reason)
+    return value
+
+
+T = TypeVar("T")
+Items = Annotated[tuple[T, ...], NoDecode, BeforeValidator(_split)]
 
 
 class Settings(BaseSettings):
@@ -44,7 +65,7 @@ class Settings(BaseSettings):
     """Port to listen on; 0 takes a free one."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes that share the port; each has its own models and its share of cores and instances."""
-    model_store: Path | str = Path("model_store")
+    model_store: Annotated[Path | str, BeforeValidator(_folder_or_url)] = Path("model_store")
     """Where the models are: a folder, or a URL: s3://, gs://, hf://, https:// (docs/stores.md)."""
     store_cache_dir: Path = Path("~/.cache/pvt-serve-stores")
     """Folder for local copies from a model store that is a URL."""
@@ -58,9 +79,9 @@ class Settings(BaseSettings):
     """Base URL that replaces `https://huggingface.co` and `https://github.com` when weights are fetched."""
     default_model: Annotated[str, Field(min_length=1)] = "pvt_v2_b0.digits"
     """Model for requests that name none."""
-    preload: Names = ()
+    preload: Items[str] = ()
     """Models to load at start; the service is ready when they are. The first request for another model loads it."""
-    pinned: Names = ()
+    pinned: Items[str] = ()
     """Models to load at start and never to evict."""
     memory_budget_mb: Annotated[float, Field(ge=0)] = 0
     """Memory limit for all loaded models, in units of 10^6 bytes; others are evicted to make room. 0: no limit."""
@@ -78,7 +99,7 @@ class Settings(BaseSettings):
     """On a GPU: `torch.compile` makes faster graphs in the background; needs a C compiler and `PVT_CACHE_DIR`."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic. auto: 16 bits if that is faster and keeps the reference logits, else float32."""
-    cache_dir: Path | None = Path("~/.cache/pvt-serve")
+    cache_dir: Annotated[Path | None, BeforeValidator(lambda value: value or None)] = Path("~/.cache/pvt-serve")
     """Folder for measured batch plans and compiled graphs; empty: keep none."""
     instances: Annotated[int, Field(ge=0, le=1024)] = 0
     """Batches that run at the same time. 0: one for each core that affinity and quota allow, or two for each GPU."""
@@ -108,59 +129,31 @@ class Settings(BaseSettings):
     """A decode or inference thread that spends longer on one job makes the service unhealthy."""
     shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
     """How long requests under way may take after SIGTERM."""
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    api_keys: Items[SecretStr] = ()
     """Requests for predictions or models need one of these keys: `Authorization: Bearer <key>`; empty: no key."""
-    management_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    management_keys: Items[SecretStr] = ()
     """Requests for management and `/debug` need one of these keys; none may be in `PVT_API_KEYS`."""
     management_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Only this port serves management, without a key if none is set. 0: the public port, and off without keys."""
     management_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address of that port."""
-    url_hosts: Names = ()
+    url_hosts: Items[str] = ()
     """Hosts of images by URL: `example.org`, `example.org:8443`, `*.example.org`, `*`; empty: images by URL are off."""
-    url_private_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = ()
+    url_private_networks: Items[IPvAnyNetwork] = ()
     """Private networks, such as 10.0.0.0/8, for hosts that `PVT_URL_HOSTS` names; else public addresses only."""
     url_timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 10_000
     """Time limit for fetching one image by its URL."""
     log_format: Literal["json", "console"] = "json"
     """`json`: one object on each line; `console`: text for people."""
 
-    @field_validator(
-        "preload", "pinned", "api_keys", "management_keys", "url_hosts", "url_private_networks", mode="before"
-    )
-    @classmethod
-    def _split(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        parts = [part.strip() for part in value.split(",")]
-        if value.strip() and not any(parts):
-            raise ValueError("a list with nothing in it; leave the variable out for an empty one")
-        return tuple(part for part in parts if part)
-
-    @field_validator("model_store", mode="before")
-    @classmethod
-    def _folder_or_url(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        if not is_url(value):
-            return Path(value)
-        if reason := objection(value):
-            raise ValueError(reason)
-        return value
-
-    @field_validator("cache_dir", mode="before")
-    @classmethod
-    def _none(cls, value: object) -> object:
-        return None if value == "" else value
-
-    @field_validator("url_hosts", mode="after")
+    @field_validator("url_hosts")
     @classmethod
     def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for entry in value:
             HostRule.parse(entry)
         return value
 
-    @field_validator("management_keys", mode="after")
+    @field_validator("management_keys")
     @classmethod
     def _distinct(cls, value: tuple[SecretStr, ...], info: ValidationInfo) -> tuple[SecretStr, ...]:
         if {*value} & {*info.data.get("api_keys", ())}:
@@ -168,21 +161,13 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _one_manager(self) -> Self:
+    def _consistent(self) -> Self:
         if self.management_port and self.workers > 1:
             raise ValueError("PVT_MANAGEMENT_PORT is for one process, whose models it manages; PVT_WORKERS is above 1")
         if self.management_port and self.management_port == self.port:
             raise ValueError("PVT_MANAGEMENT_PORT is PVT_PORT; it must be another one")
-        return self
-
-    @model_validator(mode="after")
-    def _runs_there(self) -> Self:
         if self.backend == "openvino" and self.device.startswith("cuda"):
             raise ValueError(f"PVT_BACKEND=openvino runs on the CPU, and PVT_DEVICE={self.device} asks for a GPU")
-        return self
-
-    @model_validator(mode="after")
-    def _pulls_into_a_folder(self) -> Self:
         if self.pull == "on_demand" and self.remote_store:
             raise ValueError("PVT_PULL=on_demand puts weights into a folder, and PVT_MODEL_STORE is a URL")
         return self
@@ -217,20 +202,15 @@ class Settings(BaseSettings):
     @property
     def cache_folder(self) -> Path | None:
         """The folder of the plan cache; None when there is to be none, or it lies in a home that the user has not."""
-        try:
-            return self.cache_dir.expanduser() if self.cache_dir else None
-        except RuntimeError:  # an arbitrary user id in a container has no home
-            return None
+        return self.cache_dir and _expanded(self.cache_dir)
 
     @property
     def remote_store(self) -> RemoteOptions | None:
         """The model store, where that is a URL."""
         if isinstance(self.model_store, Path):
             return None
-        try:
-            cache = self.store_cache_dir.expanduser()
-        except RuntimeError:  # no home; what then can't be made says the setting's name
-            cache = self.store_cache_dir
+        # Where there is no home, the error about a folder that can't be made names the setting.
+        cache = _expanded(self.store_cache_dir) or self.store_cache_dir
         return RemoteOptions(
             url=self.model_store,
             cache=cache.absolute(),
@@ -257,9 +237,16 @@ class Settings(BaseSettings):
 
 def _reason(error: ErrorDetails) -> str:
     """One mistake in words, with the setting's name and, unless it is a key, its value."""
-    reason = error["msg"]
     if not error["loc"]:  # two settings contradict each other
-        return reason.removeprefix("Value error, ")
+        return error["msg"].removeprefix("Value error, ")
     name = str(error["loc"][0])
     shown = "" if name.endswith("_keys") else f"={error['input']}"
-    return f"{PREFIX}{name.upper()}{shown}: {reason}"
+    return f"{PREFIX}{name.upper()}{shown}: {error['msg']}"
+
+
+def _expanded(folder: Path) -> Path | None:
+    """`folder` with the user's home for `~`; None without a home, as for an arbitrary user id in a container."""
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        return None

@@ -40,7 +40,7 @@ def serve(
     given = {"HOST": host, "PORT": port, "WORKERS": workers, "MODEL_STORE": model_store, "PRELOAD": preload}
     # Worker processes read them there, too.
     os.environ.update({f"PVT_{name}": str(value) for name, value in given.items() if value is not None})
-    from app.start import StartRefused, serve  # noqa: PLC0415  takes half a second, which --help need not wait for
+    from app.__main__ import StartRefused, serve  # noqa: PLC0415  takes half a second, which --help need not wait for
 
     try:
         code = serve()

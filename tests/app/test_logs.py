@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from app import logs
-from app.logs import LogHandler, LogWriter
+from app.logs import LogWriter
 from tests.app.processes import serving
 
 ROOT = Path(__file__).parent.parent.parent
@@ -65,7 +65,7 @@ def test_lines_come_out_whole_and_in_order(pipe: tuple[int, int]) -> None:
     read, write = pipe
     writer = LogWriter(write)
     for number in range(100):
-        writer.write(b"%d\n" % number)
+        writer.write(str(number))
     writer.flush()
 
     assert os.read(read, 65536).split() == [b"%d" % number for number in range(100)]
@@ -73,7 +73,7 @@ def test_lines_come_out_whole_and_in_order(pipe: tuple[int, int]) -> None:
 
 def test_the_standard_librarys_records_come_out_too(pipe: tuple[int, int]) -> None:
     read, write = pipe
-    handler = LogHandler(LogWriter(write))
+    handler = LogWriter(write)
     handler.handle(logging.makeLogRecord({"msg": "hello %s", "args": ("you",)}))
     handler.flush()
 
@@ -87,7 +87,7 @@ def test_a_file_that_takes_nothing_costs_bounded_memory_and_dropped_lines_are_co
     read, write = pipe
     writer = LogWriter(write)
     for _ in range(500):
-        writer.write(b"x" * 999 + b"\n")
+        writer.write("x" * 999)
 
     written = b""
     while b"lines_dropped" not in written:

@@ -8,8 +8,7 @@ from pydantic import ValidationError
 
 from app.main import engine_options
 from app.settings import Settings, SettingsInvalid
-from app.workers.group import WorkerGroup
-from app.workers.worker import Worker
+from app.workers import Worker, WorkerGroup
 from service.errors import BackendUnavailable
 from service.machine.cores import usable_cores
 from tests.conftest import ROOT

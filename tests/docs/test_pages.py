@@ -49,7 +49,7 @@ def test_the_settings_page_begins_with_the_eight_that_one_needs_first() -> None:
 
 def test_every_problem_is_on_the_page_of_errors_with_its_status_and_no_other_is() -> None:
     create_app(Settings())  # imports every module that has errors of its own
-    kinds = (problems.problem(kind.__new__(kind, "")) for kind in problems._kinds())
+    kinds = (problems.problem(kind.__new__(kind, "")) for kind in problems.kinds())
     expected = {(str(each.status), each.type.rpartition(":")[2]) for each in kinds}
 
     rows = re.findall(r"^\| (\d{3}) \| `([\w-]+)` \|", (DOCS / "errors.md").read_text(), re.MULTILINE)

@@ -1,1 +1,0 @@
-"""Several worker processes on one socket: `docs/decisions/workers.md`."""
