@@ -1,5 +1,4 @@
 import asyncio
-import fcntl
 import json
 import os
 from pathlib import Path
@@ -15,9 +14,11 @@ from service.errors import (
     WeightsDigestMismatch,
     WeightsUnavailable,
 )
+from service.files import locked
 from service.options import EngineOptions
 from service.registry.catalog import Catalog
 from service.store.location import RemoteOptions, write_index
+from service.store.remote import lock_of
 from tests.service.remotes import S3, TINY, Site, add_small, bytes_of, fetched, remote, site, weights
 
 
@@ -105,7 +106,7 @@ async def test_a_caller_who_leaves_while_files_are_fetched_holds_them_no_longer(
         await asyncio.sleep(0)
         catalog.close()
 
-    with store._cache._locked(store._cache._key(stored.folder), fcntl.LOCK_EX, wait=False):
+    with locked(lock_of(stored.folder), wait=False):
         pass
 
 
