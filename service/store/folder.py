@@ -165,10 +165,10 @@ def removable(root: Path, name: str) -> list[StoredModel]:
         ModelNotFound, WeightsUnavailable, AliasesInvalid: there are none, or the aliases can't be read.
     """
     store = Store(root)
-    requested = parse(name)
-    versions = store.versions(requested.id)
-    found = [each for each in versions if requested.version in {None, each.version}] or store.candidates(name)
-    keys = {each.key for each in found} | (set() if len(versions) > len(found) else {requested.id})
+    id_, version = parse(name)
+    versions = store.versions(id_)
+    found = [each for each in versions if version in {None, each.version}] or store.candidates(name)
+    keys = {each.key for each in found} | (set() if len(versions) > len(found) else {id_})
     if aliases := [alias for alias, target in store.aliases().items() if target in keys]:
         raise InvalidRequest(
             f"{name} is what {', '.join(map(repr, aliases))} stands for; point the alias elsewhere or remove it first"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from fsspec.core import url_to_fs
-from pydantic import ConfigDict, Field
+from fsspec.core import strip_protocol, url_to_fs
+from pydantic import Field
 
 from service.errors import StoreUnreachable, WeightsUnavailable
 from service.files import atomic_write, file_sha256
@@ -83,20 +83,16 @@ def objection(url: str) -> str | None:
     return None
 
 
-class IndexedFile(Record):
+class IndexedFile(Record, extra="ignore"):  # a newer release may write more
     """A file by its path below the store's root."""
-
-    model_config = ConfigDict(extra="ignore")  # a newer release may write more
 
     path: str
     bytes: Annotated[int, Field(ge=0)]
     sha256: Sha256
 
 
-class StoreIndex(Record):
+class StoreIndex(Record, extra="ignore"):
     """Every file of a store, weights too."""
-
-    model_config = ConfigDict(extra="ignore")
 
     format: Literal[1] = 1
     files: tuple[IndexedFile, ...]
@@ -107,8 +103,7 @@ def write_index(root: Path) -> StoreIndex:
 
     Raises:
         WeightsUnavailable: the folder can't be read.
-        StoreNotWritable: it is the store of the package.
-        OSError: the index can't be written.
+        StoreNotWritable, OSError: it is the store of the package; the index can't be written.
     """
     check_writable(root)
     try:
@@ -230,18 +225,14 @@ class Location:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}".replace(self._url, self.name)
 
     @cached_property
-    def _opened(self) -> tuple[Any, str]:
-        fs, root = url_to_fs(self._url, skip_instance_cache=True, use_listings_cache=False, **self._options())
+    def _fs(self) -> Any:  # noqa: ANN401  fsspec has no types
+        fs, _ = url_to_fs(self._url, skip_instance_cache=True, use_listings_cache=False, **self._options())
         if self._scheme == "s3":
             fs.retries = _ATTEMPTS
-        return fs, root.rstrip("/")
-
-    @property
-    def _fs(self) -> Any:  # noqa: ANN401  fsspec has no types
-        return self._opened[0]
+        return fs
 
     def _path(self, path: str) -> str:
-        return f"{self._opened[1]}/{path}"
+        return str(strip_protocol(f"{self._url}/{path}")).rstrip("/")
 
     def _is_pipe(self, name: str) -> bool:
         """Whether reading could wait for ever, as that of a pipe or a device in a local folder does."""
@@ -260,34 +251,31 @@ class Location:
         return {}
 
     def _found(self) -> Mapping[str, str]:
-        """What a file system or object store lists; a version without a card gets one, and so does an empty model."""
-        fs, root = self._opened
-        local = self._scheme == "file"
-        if local:  # `find` silently leaves out what may not be listed
-            fs.ls(root)
-        found = fs.find(root, withdirs=local, detail=True)
-        if not found and not fs.exists(root):
+        root = self._path("")
+        if self._scheme == "file":  # of which `find` silently leaves out what may not be listed
+            files = self._listed()
+        else:
+            found = self._fs.find(root, detail=True)
+            by_path = {name.removeprefix(root).lstrip("/"): str(info) for name, info in found.items()}
+            files = {path: tag for path, tag in by_path.items() if _is_store_file(path)}
+        if not files and not self._fs.exists(root):
             raise FileNotFoundError(root)
-        by_path = {name.removeprefix(root).lstrip("/"): info for name, info in found.items()}
-        files = {path: str(info) for path, info in by_path.items() if _is_store_file(path)}
-        folders = [path for path, info in by_path.items() if info["type"] == "directory"]
-        versions = [path for path in folders if _is_store_file(f"{path}/{CARD_FILE}")]
-        models = {path.partition("/")[0] for path in versions}
-        empty = [path for path in folders if is_model_name(path) and path not in models]
-        return {f"{path}/{CARD_FILE}": "" for path in (*versions, *empty)} | files
+        return files
 
     def _indexed(self) -> Mapping[str, str]:
         """From the store's index, which is one request; without one, from the server's pages of links."""
         try:
             content = self._fs.cat_file(self._path(INDEX_FILE))
         except FileNotFoundError:
-            return self._linked()
+            return self._listed()
         index = StoreIndex.model_validate_json(content)
         return {file.path: file.sha256 for file in index.files if _is_store_file(file.path)}
 
-    def _linked(self) -> Mapping[str, str]:
-        top = self._links("")
-        if not (models := [name for name in top if is_model_name(name)]):
+    def _listed(self) -> Mapping[str, str]:
+        """From listings of the store's folder and those of its models; on a web server, its pages of links."""
+        top = self._names_in("")
+        models = [name for name in top if is_model_name(name)]
+        if self._is_web and not models:
             raise _NoListing(
                 f"neither {INDEX_FILE} nor a page of links to models; make the index with `pvt-serve index`"
             )
@@ -295,18 +283,19 @@ class Location:
         return cards | ({ALIASES_FILE: ""} if ALIASES_FILE in top else {})
 
     def _version_folders(self, model: str) -> list[str]:
-        """The folders of a model's versions, or the model's own where that may not be listed."""
+        """The folders of a model's versions, or the model's own where that has none or may not be listed."""
         try:
-            return [f"{model}/{name}" for name in self._links(f"{model}/") if VERSION.fullmatch(name)]
+            versions = [f"{model}/{name}" for name in self._names_in(model) if VERSION.fullmatch(name)]
+            return versions or ([model] if not self._is_web and self._fs.isdir(self._path(model)) else [])
         except Exception as error:
-            if status_of(error) not in DENIED:
+            if self._is_web and status_of(error) not in DENIED:
                 raise
             return [model]
 
-    def _links(self, folder: str) -> list[str]:
+    def _names_in(self, folder: str) -> list[str]:
         with suppress(FileNotFoundError):
-            links = self._fs.ls(self._path(folder), detail=False)
-            return sorted({link.partition("?")[0].rstrip("/").rpartition("/")[2] for link in links})
+            paths = self._fs.ls(f"{self._path(folder)}/", detail=False)
+            return sorted({path.partition("?")[0].rstrip("/").rpartition("/")[2] for path in paths})
         return []
 
 

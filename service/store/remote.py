@@ -21,14 +21,12 @@ from typing_extensions import override
 from service.errors import (
     CardInvalid,
     ModelLoadFailed,
-    ModelNotFound,
     ServiceError,
     ShuttingDown,
     StoreCacheFailed,
     StoreNotWritable,
     WeightsCorrupt,
     WeightsDigestMismatch,
-    WeightsUnavailable,
 )
 from service.files import atomic_write, file_sha256, locked
 from service.store.cards import CARD_FILE
@@ -42,6 +40,7 @@ FIRST_SECONDS = 3.0  # that the very first call waits for the store, where an ea
 LOCK_SECONDS = 0.05  # between two attempts to take a lock that another holds
 MAX_UNKNOWN_BYTES = 256_000_000  # of a file whose size is not known: reference images
 _COMPLETE = ".listed"  # a file that exists once the whole store has been copied
+_CACHE_FOLDER = "PVT_STORE_CACHE_DIR names the folder for copies"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OF_ONE_FILE = DENIED | {HTTPStatus.NOT_FOUND, HTTPStatus.GONE}  # any other failure is of the whole store
 
@@ -147,29 +146,18 @@ class RemoteStore(Store):
 
     @override
     def _read(self, folder: Path) -> list[StoredModel]:
-        return [self._explained(model) for model in super()._read(folder)]
+        """The versions in `folder`, with failures that speak of the store instead of its copy."""
+        models = super()._read(folder)
+        return [replace(each, failure=self._explained(each, each.failure)) if each.failure else each for each in models]
 
-    def _explained(self, model: StoredModel) -> StoredModel:
-        """`model` with a failure that speaks of the store instead of its copy."""
-        if model.failure is None:
-            return model
+    def _explained(self, model: StoredModel, failure: ModelLoadFailed) -> ModelLoadFailed:
         card = "/".join(filter(None, (model.id, model.version, CARD_FILE)))
         why = self._problems.get(card)
-        if why or not _exists(self.root / card):
-            if not why and isinstance(self.failure, StoreCacheFailed):
-                why = str(self.failure)
-            failure: ModelLoadFailed = CardInvalid(f"{self.location.name}/{card}: {why or 'it is not there'}")
-        else:
-            failure = type(model.failure)(self._with_url(str(model.failure)))
-        return replace(model, failure=failure)
-
-    @override
-    def _missing(self, name: str) -> ModelNotFound | WeightsUnavailable:
-        error = super()._missing(name)
-        return type(error)(self._with_url(str(error)))
-
-    def _with_url(self, message: str) -> str:
-        return message.replace(str(self.root), self.location.name)
+        if not why and _exists(self.root / card):
+            return type(failure)(str(failure).replace(str(self.root), self.location.name))
+        if not why and isinstance(self.failure, StoreCacheFailed):
+            why = str(self.failure)
+        return CardInvalid(f"{self.location.name}/{card}: {why or 'it is not there'}")
 
     def _read_only(self, change: str) -> StoreNotWritable:
         return StoreNotWritable(
@@ -186,26 +174,25 @@ class RemoteStore(Store):
         files = self.location.files()
         folders = {path.rpartition("/")[0] for path in files} - {""}
         small = [path for path in files if path == ALIASES_FILE or path.endswith(f"/{CARD_FILE}")]
-        changed = [path for path in small if not (files[path] and files[path] == self._copied_tag(path))]
-        contents = self.location.read(changed)
+        same = {each for each in small if files[each] == self._tags.get(each) != "" and _exists(self.root / each)}
+        contents = self.location.read([path for path in small if path not in same])
         errors = [each for each in contents.values() if isinstance(each, Exception)]
-        if errors and len(errors) == len(contents) and not any(status_of(error) in _OF_ONE_FILE for error in errors):
+        if errors and len(errors) == len(small) and not any(status_of(error) in _OF_ONE_FILE for error in errors):
             raise self.location.unreachable(errors[0])
         self.root.mkdir(parents=True, exist_ok=True)
-        problems = {path: why for path, why in self._problems.items() if path in small and path not in changed}
-        for folder in folders:
-            with _reporting(problems, f"{folder}/{CARD_FILE}"):
-                (self.root / folder).mkdir(parents=True, exist_ok=True)
-        for path in sorted(contents, key=lambda path: path == ALIASES_FILE):  # aliases after the models that they name
-            self._tags.pop(path, None)
-            with _reporting(problems, path):
-                if not isinstance(content := contents[path], Exception):
-                    _write(self.root / path, content)
-                    self._tags[path] = files[path]
-                else:
-                    problems[path] = self.location.reason(content)
-                    if status_of(content) in _OF_ONE_FILE:  # while the store does not answer, the old copy stays
-                        (self.root / path).unlink(missing_ok=True)
+        problems: dict[str, str] = {}
+        cards = {f"{folder}/{CARD_FILE}" for folder in folders}
+        for path in sorted(cards | {*contents}, key=lambda path: path == ALIASES_FILE):  # aliases after their models
+            try:
+                (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+                if path in contents:
+                    self._copy(path, contents[path], files[path], problems)
+            except OSError as error:
+                if error.errno in {*_FULL, errno.EROFS}:  # concerns all files
+                    raise
+                problems[path] = (
+                    f"its copy {error.filename or path} can't be written: {error.strerror or error}; {_CACHE_FOLDER}"
+                )
         self._problems = problems
         if ALIASES_FILE not in files:
             (self.root / ALIASES_FILE).unlink(missing_ok=True)
@@ -215,37 +202,23 @@ class RemoteStore(Store):
                 shutil.rmtree(copied, ignore_errors=True)  # which leaves files
         (self.root / _COMPLETE).touch()
 
-    def _copied_tag(self, path: str) -> str | None:
-        """The tag of the copy of `path`; None where it is missing, for the folder may have been emptied."""
-        return self._tags.get(path) if path in self._problems or _exists(self.root / path) else None
-
-
-def _write(target: Path, content: bytes) -> None:
-    with suppress(OSError):  # a file that can't be read may still be replaced
-        if target.read_bytes() == content:
+    def _copy(self, path: str, content: bytes | Exception, tag: str, problems: dict[str, str]) -> None:
+        target = self.root / path
+        self._tags.pop(path, None)
+        if isinstance(content, Exception):
+            problems[path] = self.location.reason(content)
+            if status_of(content) in _OF_ONE_FILE:  # while the store does not answer, the old copy stays
+                target.unlink(missing_ok=True)
             return
-    if target.name == CARD_FILE:  # a new card belongs to other weights
-        for other in target.parent.iterdir():
-            other.unlink()
-    atomic_write(target, content)
-
-
-@contextmanager
-def _reporting(problems: dict[str, str], path: str) -> Iterator[None]:
-    """Add an error that concerns one file to `problems`; raise one that concerns them all.
-
-    Raises:
-        OSError: the disk is full, or can only be read.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in {*_FULL, errno.EROFS}:
-            raise
-        problems[path] = (
-            f"its copy {error.filename or path} can't be written: {error.strerror or error}; "
-            "PVT_STORE_CACHE_DIR names the folder for copies"
-        )
+        with suppress(OSError):  # a file that can't be read may still be replaced
+            if target.read_bytes() == content:
+                self._tags[path] = tag
+                return
+        if target.name == CARD_FILE:  # a new card belongs to other weights
+            for other in target.parent.iterdir():
+                other.unlink()
+        atomic_write(target, content)
+        self._tags[path] = tag
 
 
 def _exists(path: Path) -> bool:
@@ -257,7 +230,7 @@ def _exists(path: Path) -> bool:
 
 
 def _cache_failed(folder: Path, error: OSError) -> StoreCacheFailed:
-    return StoreCacheFailed(f"{folder}: {error.strerror or error}; PVT_STORE_CACHE_DIR names the folder for copies")
+    return StoreCacheFailed(f"{folder}: {error.strerror or error}; {_CACHE_FOLDER}")
 
 
 class _File(NamedTuple):
@@ -267,17 +240,22 @@ class _File(NamedTuple):
     sha256: str
     bytes: int | None
 
+    @property
+    def source(self) -> str:
+        """Where it is below the store's root: <model>/<version>/<file>."""
+        return "/".join(self.path.parts[-3:])
+
     def is_whole(self) -> bool:
         """Whether the copy has the right bytes; if so, it counts as used now."""
         try:
             stat = self.path.stat()
-            whole = self.bytes in {None, stat.st_size} and file_sha256(self.path) == self.sha256
+            if self.bytes not in {None, stat.st_size} or file_sha256(self.path) != self.sha256:
+                return False
         except OSError:  # fetching the file again shows what is wrong, if more is than that it is missing
             return False
-        if whole:
-            with suppress(OSError):  # a folder that can only be read
-                os.utime(self.path, ns=(time_ns(), stat.st_mtime_ns))
-        return whole
+        with suppress(OSError):  # a folder that can only be read
+            os.utime(self.path, ns=(time_ns(), stat.st_mtime_ns))
+        return True
 
 
 class _WeightsCache:
@@ -323,26 +301,33 @@ class _WeightsCache:
             raise ShuttingDown("the service is shutting down")
 
     def _fetch(self, file: _File) -> None:
-        """Download `file`, from where an earlier attempt ended."""
         part = file.path.with_name(f".{file.sha256[:16]}.part")
         try:
             file.path.unlink(missing_ok=True)
             file.path.parent.mkdir(parents=True, exist_ok=True)
             self._make_room(file, part)
-            self._download(file, part)
+            sha256, size = self._download(file, part)
+            if sha256 == file.sha256:
+                part.replace(file.path)
+                log.info("weights_fetched", file=f"{self._location.name}/{file.source}", bytes=size)
+                return
+            part.unlink()
         except OSError as error:
             if error.errno in _FULL:
                 part.unlink(missing_ok=True)
             raise _cache_failed(self._root, error) from error
+        name = f"{self._location.name}/{file.source}"
+        if file.bytes is not None and size != file.bytes:
+            fault = f"truncated: {size}" if size < file.bytes else "too long: more than"
+            raise WeightsCorrupt(f"{name}: {fault} bytes, the card says {file.bytes}; copy the file again")
+        raise WeightsDigestMismatch(f"{name}: SHA-256 is {sha256}, the card says {file.sha256}")
 
-    def _download(self, file: _File, part: Path) -> None:
-        source = "/".join(file.path.parts[-3:])  # <model>/<version>/<file>
-        name = f"{self._location.name}/{source}"
+    def _download(self, file: _File, part: Path) -> tuple[str, int]:
+        """SHA-256 and size of what `part` holds then; a download goes on where an earlier attempt ended."""
         with part.open("ab+") as copied:
             copied.seek(0)
-            sha256 = hashlib.file_digest(copied, "sha256")
-            size = copied.tell()
-            for offset, chunk in self._location.chunks(source, size):
+            sha256, size = hashlib.file_digest(copied, "sha256"), copied.tell()
+            for offset, chunk in self._location.chunks(file.source, size):
                 self._check_open()
                 if offset == 0:
                     copied.truncate(0)
@@ -354,15 +339,7 @@ class _WeightsCache:
                     break
             copied.flush()
             os.fsync(copied.fileno())
-        if sha256.hexdigest() == file.sha256:
-            part.replace(file.path)
-            log.info("weights_fetched", file=name, bytes=size)
-            return
-        part.unlink()
-        if file.bytes is not None and size != file.bytes:
-            fault = f"truncated: {size}" if size < file.bytes else "too long: more than"
-            raise WeightsCorrupt(f"{name}: {fault} bytes, the card says {file.bytes}; copy the file again")
-        raise WeightsDigestMismatch(f"{name}: SHA-256 is {sha256.hexdigest()}, the card says {file.sha256}")
+        return sha256.hexdigest(), size
 
     def _make_room(self, file: _File, part: Path) -> None:
         """Remove the least recently used files until `file` fits.
@@ -370,20 +347,20 @@ class _WeightsCache:
         Raises:
             StoreCacheFailed: it never fits, or not while others are in use.
         """
-        needed, name = file.bytes or 0, f"{self._location.name}/{'/'.join(file.path.parts[-3:])}"
+        needed, name = file.bytes or 0, f"{self._location.name}/{file.source}"
         if needed > self._limit:
             raise StoreCacheFailed(
                 f"{name} has {needed} bytes, more than the {self._limit} of PVT_STORE_CACHE_MB; raise it"
             )
-        files = sorted((each for each in self._files() if each[0] != part), key=lambda each: each[1].st_atime_ns)
-        excess = sum(stat.st_size for _, stat in files) + needed - self._limit
-        for path, stat in files:
+        files = {path: stat for path, stat in self._files() if path != part}
+        excess = sum(stat.st_size for stat in files.values()) + needed - self._limit
+        for path in sorted(files, key=lambda path: files[path].st_atime_ns):
             if excess <= 0:
                 return
             with suppress(BlockingIOError), locked(lock_of(path.parent), wait=False):
                 path.unlink(missing_ok=True)
-                log.info("weights_evicted", file=str(path.relative_to(self._root)), bytes=stat.st_size)
-                excess -= stat.st_size
+                excess -= (size := files[path].st_size)
+                log.info("weights_evicted", file=str(path.relative_to(self._root)), bytes=size)
         if excess > 0:
             raise StoreCacheFailed(
                 f"no room for {name}: {excess} bytes too many while models are being loaded; "

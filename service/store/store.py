@@ -17,13 +17,12 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from stat import S_ISDIR
-from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
@@ -56,18 +55,8 @@ _ALIASES = TypeAdapter(dict[str, str])
 _MAX_ALIASES_BYTES = 1_000_000
 
 
-class ModelName(NamedTuple):
-    """A model's id, or a variant's name, and the requested version; None is the newest good one."""
-
-    id: str
-    version: str | None = None
-
-    def __str__(self) -> str:
-        return self.id if self.version is None else f"{self.id}@{self.version}"
-
-
-def parse(name: str) -> ModelName:
-    """The parts of `<id>` or `<id>@<version>`; the id is not checked.
+def parse(name: str) -> tuple[str, str | None]:
+    """The id and the version of `<id>` or `<id>@<version>`; the id is not checked.
 
     Raises:
         ModelNotFound: what follows the @ is no version.
@@ -75,7 +64,7 @@ def parse(name: str) -> ModelName:
     id_, at, version = name.partition("@")
     if at and not VERSION.fullmatch(version):
         raise ModelNotFound(f"no model {name!r}: what follows the @ must be a version's number, such as {id_ + '@1'!r}")
-    return ModelName(id_, version or None)
+    return id_, version or None
 
 
 def is_model_name(name: str) -> bool:
@@ -98,15 +87,12 @@ def may_be_model(path: Path) -> bool:
         return error.errno not in {errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
-def alias_target(target: str) -> ModelName:
-    """What an alias may stand for: a model, or a version of one.
-
-    Raises:
-        InvalidRequest: it is neither.
-    """
+def alias_target(target: str) -> tuple[str, str | None]:
+    """The id of the model that an alias may stand for, and its version; raises InvalidRequest if it is neither."""
     with suppress(ModelNotFound):
-        if MODEL_ID.fullmatch((name := parse(target)).id):
-            return name
+        id_, version = parse(target)
+        if MODEL_ID.fullmatch(id_):
+            return id_, version
     raise InvalidRequest(f"alias target {target!r}: it must be <variant>.<tag>, or <variant>.<tag>@<version>")
 
 
@@ -203,7 +189,7 @@ class Store:
         return found
 
     def find(self, name: str) -> StoredModel:
-        """The first of the `candidates` for `name`."""
+        """The best of the `candidates`."""
         return self.candidates(name)[0]
 
     def candidates(self, name: str) -> list[StoredModel]:
@@ -218,14 +204,14 @@ class Store:
             AliasesInvalid: it could be an alias, and the aliases can't be read.
         """
         self._refresh()
-        requested = self._resolved(name)
-        versions = self.versions(requested.id)
-        if requested.version is None:
+        id_, version = self._resolved(name)
+        versions = self.versions(id_)
+        if version is None:
             return _usable(versions)
-        if named := [model for model in versions if model.version == requested.version]:
+        if named := [model for model in versions if model.version == version]:
             return named
         present = ", ".join(model.version for model in versions if model.version) or "none"
-        raise ModelNotFound(f"{requested.id!r} has no version {requested.version!r}; there are: {present}")
+        raise ModelNotFound(f"{id_!r} has no version {version!r}; there are: {present}")
 
     def aliases(self) -> dict[str, str]:
         """Every alias, and the model or the version of one that it stands for, which need not exist.
@@ -261,8 +247,10 @@ class Store:
             AliasesInvalid, StoreNotWritable: nothing was changed; the message says why.
         """
         _check_alias(name)
-        self.find(str(alias_target(target))).require_card()
-        self._change_aliases(lambda aliases: aliases | {name: target})
+        alias_target(target)
+        self.find(target).require_card()
+        with self._changing_aliases() as aliases:
+            aliases[name] = target
 
     def remove_alias(self, name: str) -> None:
         """Remove the alias `name`.
@@ -271,20 +259,20 @@ class Store:
             ModelNotFound: there is no such alias.
             AliasesInvalid, StoreNotWritable: nothing was changed; the message says why.
         """
-
-        def without(aliases: dict[str, str]) -> dict[str, str]:
+        with self._changing_aliases() as aliases:
             if name not in aliases:
                 raise ModelNotFound(f"no alias {name!r}; there are: {', '.join(map(repr, aliases)) or 'none'}")
-            return {other: target for other, target in aliases.items() if other != name}
+            del aliases[name]
 
-        self._change_aliases(without)
-
-    def _change_aliases(self, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
+    @contextmanager
+    def _changing_aliases(self) -> Iterator[dict[str, str]]:
+        """The aliases, which are written as the block leaves them."""
         check_writable(self.root)
         lock = FileLock(self.root / ".aliases.lock", timeout=LOCK_SECONDS)
         try:
             with lock:
-                text = json.dumps(change(self.aliases()), indent=2, sort_keys=True) + "\n"
+                yield (aliases := self.aliases())
+                text = json.dumps(aliases, indent=2, sort_keys=True) + "\n"
                 # The lock makes one temporary name enough, so that killed processes leave one file at most.
                 temporary = self.root / f".{ALIASES_FILE}.new"
                 atomic_write(self.root / ALIASES_FILE, text, temporary=temporary, durable=True)
@@ -355,16 +343,17 @@ class Store:
         if not self._partial and not os.access(weights, os.R_OK):
             raise WeightsCorrupt(f"{weights}: {os.strerror(errno.EACCES)}; let the service's user read it")
 
-    def _resolved(self, name: str) -> ModelName:
+    def _resolved(self, name: str) -> tuple[str, str | None]:
         """The model that an alias or a bare variant stands for; any other name, parsed."""
         if _ALIAS.fullmatch(name) and name not in VARIANTS:
-            if target := self.aliases().get(name):
-                if may_be_model(self.root / (model := parse(target)).id):
-                    return model
+            if not (target := self.aliases().get(name)):
+                raise self._missing(name)
+            id_, version = parse(target)
+            if not may_be_model(self.root / id_):
                 raise ModelNotFound(f"alias {name!r} stands for {target!r}, which is not in the store")
-            raise self._missing(name)
-        requested = parse(name)
-        return requested._replace(id=self._of_variant(requested.id)) if requested.id in VARIANTS else requested
+            return id_, version
+        id_, version = parse(name)
+        return self._of_variant(id_) if id_ in VARIANTS else id_, version
 
     def _of_variant(self, variant: str) -> str:
         default = f"{variant}.{DEFAULT_TAG}"
