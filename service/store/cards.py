@@ -1,11 +1,9 @@
 """Model cards: the file beside a model's weights that says how to use them.
 
-`format` is the version of the form. 1, of cards without `format`: `crop` is rounded to the nearest pixel.
-2: `preprocessing` says how to round, and may say `stretch`.
-
-A card that needs nothing new of a format is written in the previous one, which older releases can read. A release that
-adds a field raises the format if older releases would give wrong results without the field: they refuse such a card.
-They ignore any other field that they do not know, with a warning.
+Cards without `format` have format 1, which rounds `crop` to the nearest pixel; in 2, `preprocessing` says how to round.
+A card that needs nothing new of a format is written in the previous one, which older releases can read. A field without
+which older releases would give wrong results raises the format, so that they refuse the card. They ignore any other
+field that they do not know, with a warning.
 """
 
 import json
@@ -40,11 +38,7 @@ class Record(BaseModel):
 
 
 class Preprocessing(Record):
-    """How pixels become the model's input.
-
-    `resize`, `crop` and `rounding` are those of `service.images.geometry.Geometry`; `mean` and `std` are per RGB
-    channel, in units of a pixel scaled to 0..1.
-    """
+    """How pixels become the model's input, as in `Geometry`; `mean` and `std` are per RGB channel scaled to 0..1."""
 
     height: Annotated[int, Field(ge=32, le=4096)]
     width: Annotated[int, Field(ge=32, le=4096)]
@@ -96,10 +90,9 @@ class Accuracy(Record):
 
 
 class Origin(Record):
-    """Where a pulled model's weights were fetched, and what their bytes were checked against.
+    """Where a pulled model's weights were fetched, and who gave the SHA-256 that they were checked against.
 
-    `digest_from` is who gave the SHA-256: the publisher of the weights, or the hub that serves them. With `nobody` the
-    first file was trusted, and later ones must have the same digest.
+    With `nobody` the first file was trusted, and later ones must have the same digest.
     """
 
     url: str

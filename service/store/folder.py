@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from hashlib import sha256
 from os.path import isdir
 from pathlib import Path
-from tempfile import mkdtemp
 from types import MappingProxyType
 
 from service.errors import InvalidRequest, StoreNotWritable
@@ -30,9 +29,7 @@ def writable_default_store() -> tuple[Path, bool]:
     """As `default_store`, but the user's own store in place of the read-only one, and whether it is new.
 
     A new one holds a copy of the embedded model, so that the default model is still found.
-
-    Raises:
-        StoreNotWritable: it can't be made.
+    Raises StoreNotWritable if it can't be made.
     """
     store, users = default_store(), _users_store()
     if store != EMBEDDED_STORE or users is None:
@@ -64,11 +61,7 @@ def _users_store() -> Path | None:
 
 @contextmanager
 def writing(root: Path) -> Iterator[None]:
-    """Turn an OSError of the block into the error of the store at `root`.
-
-    Raises:
-        StoreNotWritable: the message says what was wrong, and what to do.
-    """
+    """Turn an OSError of the block into StoreNotWritable, which says what was wrong with the store at `root`."""
     check_writable(root)
     try:
         yield
@@ -91,11 +84,7 @@ def _free(root: Path) -> str:
 
 
 def check_room(root: Path, needed: int) -> None:
-    """Check that `needed` bytes are free where the store at `root` lies.
-
-    Raises:
-        StoreNotWritable: they are not.
-    """
+    """Raises StoreNotWritable unless `needed` bytes are free where the store at `root` lies."""
     with writing(root):
         free = shutil.disk_usage(root).free
     if free < needed:
@@ -177,17 +166,14 @@ def removable(root: Path, name: str) -> list[StoredModel]:
 
 
 def remove(root: Path, found: list[StoredModel]) -> None:
-    """Remove versions from the store at `root`: their folders move to a trash at once, then their files are deleted.
+    """Remove versions of a model: their folders leave it at once, then their files are deleted.
 
-    Raises:
-        StoreNotWritable: the store can't be written.
+    Raises StoreNotWritable if the store at `root` can't be written.
     """
-    with writing(root):
-        for id_ in {stored.id for stored in found}:
-            model = root / id_
-            removed = {stored.version for stored in found if stored.version and stored.id == id_}
-            rest = {path.name for path in model.iterdir() if VERSION.fullmatch(path.name)} - removed
-            trash = Path(mkdtemp(prefix=".gone-", dir=root))
-            for folder in [model / version for version in removed] if rest else [model]:
-                folder.rename(trash / folder.name)
-            shutil.rmtree(trash)
+    with writing(root), staging_folder(root, ".gone-") as trash:
+        model = root / found[0].id
+        rest = {path.name for path in model.iterdir() if VERSION.fullmatch(path.name)} - {
+            each.version for each in found
+        }
+        for folder in [model / each.version for each in found] if rest else [model]:
+            folder.rename(trash / folder.name)

@@ -162,9 +162,7 @@ class Location:
         """The paths of all files that a store may have, each with a tag that changes when the file does, or "".
 
         A folder that may not be listed gets a card, so that the attempt to read that reports why.
-
-        Raises:
-            StoreUnreachable: they can't be listed.
+        Raises StoreUnreachable.
         """
         try:
             return self._indexed() if self._is_web else self._found()

@@ -29,7 +29,7 @@ from service.errors import (
     WeightsDigestMismatch,
 )
 from service.files import atomic_write, file_sha256, locked
-from service.store.cards import CARD_FILE
+from service.store.cards import CARD_FILE, WeightsFile
 from service.store.location import DENIED, Location, RemoteOptions, status_of
 from service.store.store import ALIASES_FILE, Store, StoredModel
 
@@ -61,8 +61,8 @@ class RemoteStore(Store):
         self.location = Location(options.url)
         self._poll_seconds = options.poll_seconds
         self._cache = _WeightsCache(self.location, options)
-        # Mutable state: the sync under way or the last one, when the first began, when the next is due (0: none has
-        # ended), and why the copy is older than it should be.
+        # Mutable state: the sync under way or the last one, when the first began, when the next is due (0: there is no
+        # copy yet, or none of this process), and why the copy is older than it should be.
         self._lock = Lock()
         self._syncing: Thread | None = None
         self._began = 0.0
@@ -97,9 +97,11 @@ class RemoteStore(Store):
             ShuttingDown: `close` was called meanwhile; what was downloaded is kept for the next attempt.
         """
         card = stored.require_card()
-        files = [_File(stored.folder / card.weights.file, card.weights.sha256, card.weights.bytes)]
-        if card.reference:
-            files.insert(0, _File(stored.folder / card.reference.file, card.reference.sha256, None))
+        files = [
+            _File(stored.folder / each.file, each.sha256, each.bytes if isinstance(each, WeightsFile) else None)
+            for each in (card.reference, card.weights)
+            if each
+        ]
         with self._cache.holding(stored.folder, files):
             yield stored
 
@@ -125,21 +127,17 @@ class RemoteStore(Store):
 
     @override
     def _refresh(self) -> None:
-        """Start a sync when one is due.
-
-        Raises:
-            StoreUnreachable, StoreCacheFailed: there is no copy.
-        """
+        """Start a sync when one is due; raises StoreUnreachable or StoreCacheFailed if there is no copy."""
         complete = _exists(self.root / _COMPLETE)
         with self._lock:
-            tried = self._due > 0
-            lost = tried and not self.failure and not complete  # the folder was emptied
-            if (self._syncing is None or not self._syncing.is_alive()) and (lost or monotonic() >= self._due):
+            if not complete and not self.failure:  # the folder was emptied
+                self._due = 0.0
+            if (self._syncing is None or not self._syncing.is_alive()) and monotonic() >= self._due:
                 self._syncing = Thread(target=self.sync, name="pvt-store-sync", daemon=True)
                 self._syncing.start()
                 self._began = self._began or monotonic()
-            syncing = self._syncing
-        if syncing and (lost or not tried):
+            syncing, waits = self._syncing, self._due == 0
+        if syncing and waits:
             syncing.join(max(0.0, self._began + FIRST_SECONDS - monotonic()) if complete else None)
         if self.failure and not _exists(self.root / _COMPLETE):
             raise copy(self.failure)
@@ -165,12 +163,7 @@ class RemoteStore(Store):
         )
 
     def _copy_store(self) -> None:
-        """Make the folder what the store is now. Where that fails, it stays what it was.
-
-        Raises:
-            StoreUnreachable: the store can't be listed.
-            OSError: the folder can't be written.
-        """
+        """Make the folder what the store is now; raises StoreUnreachable, or OSError if it can't be written."""
         files = self.location.files()
         folders = {path.rpartition("/")[0] for path in files} - {""}
         small = [path for path in files if path == ALIASES_FILE or path.endswith(f"/{CARD_FILE}")]
@@ -290,15 +283,11 @@ class _WeightsCache:
                     lock.enter_context(locked(path, shared=shared, wait=False))
                     break
                 except BlockingIOError:
-                    self.closed.wait(LOCK_SECONDS)
-                    self._check_open()
+                    if self.closed.wait(LOCK_SECONDS):
+                        raise ShuttingDown("the service is shutting down") from None
                 except OSError as error:
                     raise _cache_failed(self._root, error) from error
             yield
-
-    def _check_open(self) -> None:
-        if self.closed.is_set():
-            raise ShuttingDown("the service is shutting down")
 
     def _fetch(self, file: _File) -> None:
         part = file.path.with_name(f".{file.sha256[:16]}.part")
@@ -328,7 +317,8 @@ class _WeightsCache:
             copied.seek(0)
             sha256, size = hashlib.file_digest(copied, "sha256"), copied.tell()
             for offset, chunk in self._location.chunks(file.source, size):
-                self._check_open()
+                if self.closed.is_set():
+                    raise ShuttingDown("the service is shutting down")
                 if offset == 0:
                     copied.truncate(0)
                     sha256 = hashlib.sha256()
@@ -342,17 +332,17 @@ class _WeightsCache:
         return sha256.hexdigest(), size
 
     def _make_room(self, file: _File, part: Path) -> None:
-        """Remove the least recently used files until `file` fits.
-
-        Raises:
-            StoreCacheFailed: it never fits, or not while others are in use.
-        """
+        """Remove the least recently used files until `file` fits; raises StoreCacheFailed if it does not."""
         needed, name = file.bytes or 0, f"{self._location.name}/{file.source}"
         if needed > self._limit:
             raise StoreCacheFailed(
                 f"{name} has {needed} bytes, more than the {self._limit} of PVT_STORE_CACHE_MB; raise it"
             )
-        files = {path: stat for path, stat in self._files() if path != part}
+        files: dict[Path, os.stat_result] = {}
+        for path in self._root.glob("*/*/*/*"):
+            with suppress(OSError):  # what can't be looked at can't be removed either
+                if path not in {part, path.with_name(CARD_FILE)} and S_ISREG((stat := path.stat()).st_mode):
+                    files[path] = stat
         excess = sum(stat.st_size for stat in files.values()) + needed - self._limit
         for path in sorted(files, key=lambda path: files[path].st_atime_ns):
             if excess <= 0:
@@ -366,14 +356,6 @@ class _WeightsCache:
                 f"no room for {name}: {excess} bytes too many while models are being loaded; "
                 "ask again, or raise PVT_STORE_CACHE_MB"
             )
-
-    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """The files that count: all but cards, aliases and locks. What can't be looked at can't be removed either."""
-        for path in self._root.glob("*/*/*/*"):
-            with suppress(OSError):
-                stat = path.stat()
-                if path.name != CARD_FILE and S_ISREG(stat.st_mode):
-                    yield path, stat
 
 
 def lock_of(folder: Path) -> Path:

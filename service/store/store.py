@@ -1,16 +1,13 @@
-"""The model store: a folder with one folder per model, in it one per version, and the aliases of models.
+"""The model store: a folder with models, their versions and their aliases.
 
-<root>/aliases.json
+<root>/aliases.json                                 {"production": "pvt_v2_b0.digits@1"}
 <root>/pvt_v2_b0.digits/1/card.json
 <root>/pvt_v2_b0.digits/1/model.safetensors
 
-pvt_v2_b2.mine      a model, `<variant>.<tag>`: its newest good version
-pvt_v2_b2.mine@2    this version of it
-pvt_v2_b2           a variant alone: its published weights, or its only model
+pvt_v2_b0.digits    a model, `<variant>.<tag>`: its newest good version
+pvt_v2_b0.digits@1  this version of it
+pvt_v2_b0           a variant alone: its published weights, or its only model
 production          an alias, which has no dot, so that it is never a model's name
-
-Aliases are read at each call, from {"production": "pvt_v2_b2.mine@2"}. One process at a time changes them, by an atomic
-write, so a reader sees the old aliases or the new ones.
 """
 
 import errno
@@ -22,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from stat import S_ISDIR
+from stat import S_ISDIR, S_ISREG
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
@@ -56,11 +53,7 @@ _MAX_ALIASES_BYTES = 1_000_000
 
 
 def parse(name: str) -> tuple[str, str | None]:
-    """The id and the version of `<id>` or `<id>@<version>`; the id is not checked.
-
-    Raises:
-        ModelNotFound: what follows the @ is no version.
-    """
+    """The id, which is not checked, and the version of `<id>` or `<id>@<version>`; raises ModelNotFound."""
     id_, at, version = name.partition("@")
     if at and not VERSION.fullmatch(version):
         raise ModelNotFound(f"no model {name!r}: what follows the @ must be a version's number, such as {id_ + '@1'!r}")
@@ -73,10 +66,7 @@ def is_model_name(name: str) -> bool:
 
 
 def may_be_model(path: Path) -> bool:
-    """Whether it is a folder with the name of a model; lost+found and the like are ignored.
-
-    True also for a folder that can't be looked at, or a broken link: reading its versions reports what is wrong.
-    """
+    """Whether it is a folder with a model's name, or could be, as a broken link: reading it reports what is wrong."""
     if not is_model_name(path.name):
         return False
     try:
@@ -174,11 +164,7 @@ class Store:
             return Contents(versions, {}, failure)
 
     def versions(self, id_: str) -> list[StoredModel]:
-        """Every version of a model, newest first; a broken one has its failure.
-
-        Raises:
-            ModelNotFound, WeightsUnavailable: the store has no model with this id.
-        """
+        """Every version of a model, newest first, broken ones too; raises ModelNotFound, or WeightsUnavailable."""
         self._refresh()
         folder = self.root / id_
         if not may_be_model(folder):
@@ -193,10 +179,10 @@ class Store:
         return self.candidates(name)[0]
 
     def candidates(self, name: str) -> list[StoredModel]:
-        """The versions that `name` may stand for, best first: the one it names, or all that are not broken.
+        """The versions that `name` may stand for: the one it names, or all that are not broken, newest first.
 
-        The newest come first. Where all are broken, the newest with its failure. A variant alone means its ImageNet-1k
-        weights, or the one model of that variant if the store has just one.
+        Where all are broken, it is the newest, with its failure. A variant alone means its ImageNet-1k weights, or the
+        one model of that variant.
 
         Raises:
             ModelNotFound: no such model or version, or several that a bare variant could mean.
@@ -214,11 +200,7 @@ class Store:
         raise ModelNotFound(f"{id_!r} has no version {version!r}; there are: {present}")
 
     def aliases(self) -> dict[str, str]:
-        """Every alias, and the model or the version of one that it stands for, which need not exist.
-
-        Raises:
-            AliasesInvalid: the file can't be read, or is not of its form; the message says what is wrong with it.
-        """
+        """Every alias, and the model or version that it stands for, which need not exist; raises AliasesInvalid."""
         self._refresh()
         path = self.root / ALIASES_FILE
         try:
@@ -244,7 +226,7 @@ class Store:
         Raises:
             InvalidRequest: one of the two is not of its form.
             ModelNotFound, WeightsUnavailable, ModelLoadFailed: `target` is not in the store, or broken.
-            AliasesInvalid, StoreNotWritable: nothing was changed; the message says why.
+            AliasesInvalid, StoreNotWritable: the aliases can't be changed.
         """
         _check_alias(name)
         alias_target(target)
@@ -253,12 +235,7 @@ class Store:
             aliases[name] = target
 
     def remove_alias(self, name: str) -> None:
-        """Remove the alias `name`.
-
-        Raises:
-            ModelNotFound: there is no such alias.
-            AliasesInvalid, StoreNotWritable: nothing was changed; the message says why.
-        """
+        """Remove an alias; raises ModelNotFound if there is none, AliasesInvalid or StoreNotWritable as `set_alias`."""
         with self._changing_aliases() as aliases:
             if name not in aliases:
                 raise ModelNotFound(f"no alias {name!r}; there are: {', '.join(map(repr, aliases)) or 'none'}")
@@ -266,7 +243,7 @@ class Store:
 
     @contextmanager
     def _changing_aliases(self) -> Iterator[dict[str, str]]:
-        """The aliases, which are written as the block leaves them."""
+        """The aliases, which are written as the block leaves them, by one process at a time."""
         check_writable(self.root)
         lock = FileLock(self.root / ".aliases.lock", timeout=LOCK_SECONDS)
         try:
@@ -311,11 +288,11 @@ class Store:
             numbers = sorted(
                 (int(path.name) for path in folder.iterdir() if VERSION.fullmatch(path.name)), reverse=True
             )
+            why = "no version folder (1, 2, ...) in it"
         except OSError as error:
-            return [StoredModel(folder.name, "", folder, None, CardInvalid(f"{folder}: {error.strerror or error}"))]
+            numbers, why = [], error.strerror or str(error)
         if not numbers:
-            failure = CardInvalid(f"{folder}: no version folder (1, 2, ...) in it")
-            return [StoredModel(folder.name, "", folder, None, failure)]
+            return [StoredModel(folder.name, "", folder, None, CardInvalid(f"{folder}: {why}"))]
         return [self._read_version(folder.name, folder / str(number)) for number in numbers]
 
     def _read_version(self, id_: str, folder: Path) -> StoredModel:
@@ -330,16 +307,15 @@ class Store:
     def _check_weights(self, weights: Path, size: int) -> None:
         """Check the weights file as far as that needs no reading."""
         try:
-            actual = weights.stat().st_size
-            regular = weights.is_file()
+            found = weights.stat()
         except OSError as error:
             if self._partial and isinstance(error, FileNotFoundError):
                 return
             raise WeightsCorrupt(f"{weights}: {error.strerror}; put the file that the card names there") from error
-        if not regular:
+        if not S_ISREG(found.st_mode):
             raise WeightsCorrupt(f"{weights}: no regular file")
-        if actual != size:
-            raise WeightsCorrupt(f"{weights}: {actual} bytes, the card says {size}; copy the file again")
+        if found.st_size != size:
+            raise WeightsCorrupt(f"{weights}: {found.st_size} bytes, the card says {size}; copy the file again")
         if not self._partial and not os.access(weights, os.R_OK):
             raise WeightsCorrupt(f"{weights}: {os.strerror(errno.EACCES)}; let the service's user read it")
 

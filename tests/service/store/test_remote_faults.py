@@ -196,6 +196,28 @@ def test_a_model_that_may_not_be_listed_is_reported_and_harms_none(folder: Path,
     assert [model.failure for model in store.models()] == [None, None]
 
 
+def test_a_card_that_fails_again_and_again_does_not_make_the_store_unreachable(folder: Path, tmp_path: Path) -> None:
+    add_small(folder, "pvt_v2_b0.other")
+    write_index(folder)
+    with site(folder) as server:
+        server.handler.status = lambda path: 500 if "other" in path and "card" in path else None
+        store = remote(server.url, tmp_path / "cache")
+        store.models()
+        store.sync()  # which reads nothing but the card that failed
+
+    assert store.failure is None
+    assert [model.failure is None for model in store.models()] == [False, True]
+
+
+def test_a_link_to_nowhere_in_place_of_a_model_harms_no_other(folder: Path, tmp_path: Path) -> None:
+    (folder / "pvt_v2_b0.other").symlink_to("nowhere")
+    (folder / "pvt_v2_b0.round").symlink_to("pvt_v2_b0.round")
+
+    models = remote(f"file://{folder}", tmp_path / "cache").models()
+
+    assert [model.id for model in models if model.failure is None] == [TINY]
+
+
 def test_an_index_of_a_newer_release_is_read(folder: Path, tmp_path: Path) -> None:
     write_index(folder)
     content = json.loads((folder / "index.json").read_text())
