@@ -120,6 +120,26 @@ class ModelCard(Record):
     origin: Origin | None = None
 
 
+class WithCard:
+    """Base of what has a model's card, or the failure that is the reason why there is none."""
+
+    __slots__ = ()
+    id: str
+    card: ModelCard | None
+    failure: BaseException | None
+
+    @property
+    def variant(self) -> str:
+        """The architecture's name, from the model's id."""
+        return self.id.partition(".")[0]
+
+    def require_card(self) -> ModelCard:
+        """The card; raises the model's failure when there is none."""
+        if self.card is None:
+            raise self.failure or CardInvalid(f"{self.id} has no card")
+        return self.card
+
+
 def card_json(card: ModelCard) -> str:
     """The text of a card's file."""
     content = card.model_dump(mode="json", exclude_none=True)

@@ -211,16 +211,16 @@ class Location:
 
     def reason(self, error: BaseException) -> str:
         """What went wrong, for messages; without the URL's password."""
-        error = _root_cause(error)
+        error, status = _root_cause(error), status_of(error)
         if isinstance(error, _NoListing):
             return str(error)
-        if status_of(error) in DENIED:
+        if status in DENIED:
             return "permission denied; credentials come from the environment, as its own tools read them"
-        if status_of(error) == HTTPStatus.NOT_FOUND:
+        if status == HTTPStatus.NOT_FOUND:
             return "it is not there"
         if isinstance(error, TimeoutError):
             return "no answer in time"
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}".replace(self._url, self.name)
+        return f"{type(error).__name__}: {str(error).replace(self._url, self.name).partition(chr(10))[0][:200]}"
 
     @cached_property
     def _fs(self) -> Any:  # noqa: ANN401  fsspec has no types

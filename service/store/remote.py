@@ -90,10 +90,9 @@ class RemoteStore(Store):
         """The weights and reference images of `stored` are local for as long as the context lasts.
 
         Raises:
-            WeightsUnavailable, StoreUnreachable: they are not in the store, or can't be read.
-            StoreCacheFailed: there is no room for them, or the folder can't be written.
+            CardInvalid, WeightsUnavailable, StoreUnreachable: it has none, or they can't be read.
             WeightsCorrupt, WeightsDigestMismatch: they are not what the card says.
-            CardInvalid: it has none.
+            StoreCacheFailed: there is no room for them, or the folder can't be written.
             ShuttingDown: `close` was called meanwhile; what was downloaded is kept for the next attempt.
         """
         card = stored.require_card()

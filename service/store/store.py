@@ -37,7 +37,7 @@ from service.errors import (
     reasons,
 )
 from service.files import atomic_write, read_small
-from service.store.cards import ModelCard, read_card
+from service.store.cards import ModelCard, WithCard, read_card
 
 DEFAULT_TAG = "in1k"  # the tag of the published ImageNet-1k weights
 MODEL_ID = re.compile(r"(?P<variant>[a-z0-9_]+)\.(?P<tag>[A-Za-z0-9_-]+)")
@@ -97,7 +97,7 @@ def _check_alias(name: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredModel:
+class StoredModel(WithCard):
     """A version of a model in the store: with its card, or with the reason why it can't be used.
 
     `version` is empty for a model that has none.
@@ -113,17 +113,6 @@ class StoredModel:
     def key(self) -> str:
         """`<id>@<version>`: what names this version and no other."""
         return f"{self.id}@{self.version}"
-
-    @property
-    def variant(self) -> str:
-        """The architecture's name, from the model's id."""
-        return self.id.partition(".")[0]
-
-    def require_card(self) -> ModelCard:
-        """The card; raises the model's failure when there is none."""
-        if self.card is None:
-            raise self.failure or CardInvalid(f"{self.id} has no card")
-        return self.card
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import (
-    StoreCacheFailed,
-    StoreUnreachable,
-)
+from service.errors import ServiceError, StoreCacheFailed, StoreUnreachable
 from service.store.cards import ModelCard
 from service.store.location import RemoteOptions, objection, write_index
 from tests.conftest import ROOT
@@ -176,6 +173,16 @@ def test_a_password_in_the_url_is_not_shown(tmp_path: Path) -> None:
 
     assert "hush" not in f"{caught.value} {options.folder}"
     assert "http://127.0.0.1:1/store" in str(caught.value)
+
+
+@pytest.mark.parametrize("failing", ["card.json", "model.safetensors"])
+def test_a_password_in_the_url_is_not_shown_with_a_file_that_fails(folder: Path, tmp_path: Path, failing: str) -> None:
+    with site(folder) as server:
+        server.handler.status = lambda path: 500 if path.endswith(failing) else None
+        with pytest.raises(ServiceError, match="500") as caught:
+            fetched(remote(server.url.replace("//", "//me:hush@"), tmp_path / "cache"))
+
+    assert "hush" not in str(caught.value)
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
