@@ -17,8 +17,7 @@ def atomic_path(target: Path, *, temporary: Path | None = None, durable: bool = 
     """The path of a new file, which replaces `target` once the block has written it; its mode is what the umask gives.
 
     `temporary` is that path, on the same file system. None: one beside `target` that no other writer uses; a process
-    that is killed leaves it. `durable` waits until the file and its name are on the disk.
-    Raises an OSError if the file can't be written; `target` is unchanged then.
+    that is killed leaves it. `durable` waits until the file and its name are on the disk. An error leaves `target`.
     """
     new = temporary or target.with_name(f".{target.name}.{token_hex(8)}.part")
     try:
@@ -44,7 +43,6 @@ def staging_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A new folder in `parent`, with a name that begins with `prefix`, which is removed when the block ends.
 
     Folders that killed processes have left are removed too: each is locked for as long as its block lasts.
-    Raises an OSError if the folder can't be made.
     """
     with locked(parent):  # a folder is never seen without its lock
         for old in parent.glob(f"{prefix}*"):

@@ -126,13 +126,9 @@ def write_model(
         model.mkdir(exist_ok=True)  # last, so that a process killed earlier leaves no model without a version
         if version is None:
             return _move_to_next_version(staged, model)
-        target, replaced = model / version, model / f".{version}.replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():
-            target.rename(replaced)
-        staged.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
-        return target
+        if (target := model / version).exists():
+            target.rename(folder / "replaced")
+        return staged.rename(target)
 
 
 def _move_to_next_version(staged: Path, model: Path) -> Path:

@@ -224,7 +224,17 @@ class Location:
 
     @cached_property
     def _fs(self) -> Any:  # noqa: ANN401  fsspec has no types
-        fs, _ = url_to_fs(self._url, skip_instance_cache=True, use_listings_cache=False, **self._options())
+        options: dict[str, Any] = {}
+        if self._scheme == "s3":
+            retries = {"total_max_attempts": 1}  # s3fs makes the others
+            timeouts = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
+            options = {"config_kwargs": {**timeouts, "retries": retries}}
+        if self._is_web:
+            from aiohttp import ClientTimeout  # noqa: PLC0415  an extra, installed for such stores only
+
+            timeout = ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
+            options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+        fs, _ = url_to_fs(self._url, skip_instance_cache=True, use_listings_cache=False, **options)
         if self._scheme == "s3":
             fs.retries = _ATTEMPTS
         return fs
@@ -235,18 +245,6 @@ class Location:
     def _is_pipe(self, name: str) -> bool:
         """Whether reading could wait for ever, as that of a pipe or a device in a local folder does."""
         return self._scheme == "file" and self._fs.exists(name) and self._fs.info(name)["type"] == "other"
-
-    def _options(self) -> dict[str, Any]:
-        if self._scheme == "s3":
-            retries = {"total_max_attempts": 1}  # s3fs makes the others
-            timeouts = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
-            return {"config_kwargs": {**timeouts, "retries": retries}}
-        if self._is_web:
-            from aiohttp import ClientTimeout  # noqa: PLC0415  an extra, installed for such stores only
-
-            timeout = ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
-            return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
-        return {}
 
     def _found(self) -> Mapping[str, str]:
         root = self._path("")
