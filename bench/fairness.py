@@ -21,7 +21,7 @@ from bench.load import Wrk
 from bench.make_store import make_store
 from bench.peers import OURS
 from bench.server import serving
-from service.store.changes import write_model
+from service.store.folder import write_model
 from service.store.store import Store
 
 VARIANT, IMAGES, PAUSE_SECONDS = "pvt_v2_b0", 32, 0.05

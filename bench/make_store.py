@@ -15,7 +15,7 @@ from service.architecture.pvt_v2 import create
 from service.architecture.variants import VARIANTS
 from service.architecture.weights import load_weights
 from service.store.cards import ModelCard, Preprocessing
-from service.store.changes import weights_file, write_model
+from service.store.folder import weights_file, write_model
 
 TAG = "bench"
 CLASSES = 1000

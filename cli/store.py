@@ -15,11 +15,10 @@ from cli.target import Connection, connect
 from cli.terminal import FAILED, USAGE, CommandError, print_line, print_note, print_table, thousands
 from service.acquisition.catalogue import CATALOGUE
 from service.errors import ModelNotFound, WeightsUnavailable
-from service.store.changes import removable, remove
+from service.store.folder import removable, remove
 from service.store.location import write_index
-from service.store.names import INDEX_FILE
 from service.store.remote import open_store
-from service.store.store import Store, StoredModel
+from service.store.store import INDEX_FILE, Store, StoredModel
 
 _MODEL_COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "model": lambda model: model["id"] + (" (default)" if model["default"] else ""),

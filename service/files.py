@@ -1,5 +1,6 @@
 """Atomic writes: files and folders that appear whole or not at all, whatever ends the process that writes them."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -16,10 +17,7 @@ def atomic_path(target: Path, *, temporary: Path | None = None, durable: bool = 
     """The path of a new file, which replaces `target` once the block has written it; its mode is what the umask gives.
 
     `temporary` is that path, on the same file system. None: one beside `target` that no other writer uses; a process
-    that is killed leaves it. `durable` waits until the file and its name are on the disk.
-
-    Raises:
-        OSError: it can't be written; `target` is unchanged.
+    that is killed leaves it. `durable` waits until the file and its name are on the disk. An error leaves `target`.
     """
     new = temporary or target.with_name(f".{target.name}.{token_hex(8)}.part")
     try:
@@ -35,11 +33,7 @@ def atomic_path(target: Path, *, temporary: Path | None = None, durable: bool = 
 
 
 def atomic_write(target: Path, content: bytes | str, *, temporary: Path | None = None, durable: bool = False) -> None:
-    """Write `content`, text as UTF-8, to `target`; see `atomic_path`.
-
-    Raises:
-        OSError: it can't be written; `target` is unchanged.
-    """
+    """Write `content`, text as UTF-8, to `target`; see `atomic_path`."""
     with atomic_path(target, temporary=temporary, durable=durable) as new:
         new.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -49,17 +43,14 @@ def staging_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A new folder in `parent`, with a name that begins with `prefix`, which is removed when the block ends.
 
     Folders that killed processes have left are removed too: each is locked for as long as its block lasts.
-
-    Raises:
-        OSError: it can't be made.
     """
-    with _locked(parent):  # a folder is never seen without its lock
+    with locked(parent):  # a folder is never seen without its lock
         for old in parent.glob(f"{prefix}*"):
-            with suppress(OSError), _locked(old, wait=False):  # BlockingIOError: it is in use
+            with suppress(OSError), locked(old, wait=False):  # BlockingIOError: it is in use
                 shutil.rmtree(old)
         folder = Path(mkdtemp(prefix=prefix, dir=parent))
         lock = ExitStack()
-        lock.enter_context(_locked(folder))
+        lock.enter_context(locked(folder))
     with lock:
         try:
             yield folder
@@ -67,12 +58,30 @@ def staging_folder(parent: Path, prefix: str) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk, and survive a power cut.
+@contextmanager
+def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """Hold the kernel's lock on a folder, or on a file, which is made if it is missing. It ends with its process.
+
+    NFS can't lock folders: there the block runs without a lock, or an OSError is raised with `wait=False`.
 
     Raises:
-        OSError: they can't be written.
+        BlockingIOError: another block holds the lock, and `wait` is false.
+        OSError: the path can't be opened.
     """
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            if not wait:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk, and survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -81,24 +90,17 @@ def sync(path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal.
-
-    Raises:
-        OSError: it can't be read.
-    """
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            if not wait:
-                raise  # and so nothing is removed on a file system that can't lock folders, such as NFS
-        yield
-    finally:
-        os.close(descriptor)
+def read_small(path: Path, max_bytes: int, kind: str) -> bytes:
+    """The bytes of a regular file; raises an OSError for anything else, and for more bytes than a `kind` can have."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "no regular file")
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"larger than {max_bytes} bytes, which no {kind} is")
+    return content

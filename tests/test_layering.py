@@ -45,10 +45,10 @@ LAYERS = {
     "backends/cuda": [{"backend"}, {"device"}, {"compiling"}],
     "postprocess": [{"features", "activation_maps"}, {"classes"}],
     "store": [
-        {"remote", "changes"},
-        {"store", "byte_cache", "location"},
-        {"cards", "names"},
-        {"folder"},
+        {"remote"},
+        {"folder", "location"},
+        {"store"},
+        {"cards"},
     ],
     "images": [
         {"decoding"},

@@ -28,7 +28,7 @@ from service.architecture.pvt_v2 import PVT_V2, create
 from service.backends.module import Served, plain_logits
 from service.execution.reference import Reference, packed
 from service.store.cards import Accuracy, ModelCard, Preprocessing
-from service.store.changes import weights_file, write_model
+from service.store.folder import weights_file, write_model
 
 SIDE = 64
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

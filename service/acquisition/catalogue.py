@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from service.architecture.variants import VARIANTS, Dialect
 from service.errors import InvalidRequest, ModelNotFound
 from service.store.cards import Accuracy
-from service.store.names import DEFAULT_TAG
+from service.store.store import DEFAULT_TAG
 
 SourceName = Literal["timm", "opengvlab", "official", "lucid"]
 SOURCES: tuple[SourceName, ...] = get_args(SourceName)

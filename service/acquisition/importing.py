@@ -16,8 +16,7 @@ from service.architecture.weights import PICKLES, Checkpoint, open_checkpoint
 from service.errors import InvalidRequest, WeightsCorrupt
 from service.store.cards import Preprocessing
 from service.store.folder import writing
-from service.store.names import MODEL_ID, VERSION
-from service.store.store import StoredModel
+from service.store.store import MODEL_ID, VERSION, StoredModel
 
 _LIST = TypeAdapter(tuple[str, ...])
 _BY_NUMBER = TypeAdapter(dict[int, str])

@@ -27,10 +27,8 @@ from service.errors import ServiceError, WeightsMismatch, WeightsNotFinite
 from service.execution.reference import Reference, packed, reference_of, synthetic_images
 from service.files import file_sha256, staging_folder, sync
 from service.store.cards import Accuracy, ModelCard, Origin, Preprocessing, WeightsFile
-from service.store.changes import WEIGHTS_FILE, write_model
-from service.store.folder import check_room, writing
-from service.store.names import alias_target
-from service.store.store import Contents, Store, StoredModel
+from service.store.folder import WEIGHTS_FILE, check_room, write_model, writing
+from service.store.store import Contents, Store, StoredModel, alias_target
 
 PULL_FOLDER = ".pull"  # in the store: files that are being pulled
 _PIXELS = 4 * 224 * 224  # of a batch

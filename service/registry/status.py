@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from service.backends.base import Layout
-from service.errors import CardInvalid, ServiceError
+from service.errors import ServiceError
 from service.execution.reference import Deviation
-from service.store.cards import Accuracy, ModelCard
+from service.store.cards import Accuracy, ModelCard, WithCard
 
 State = Literal["available", "loading", "ready", "failed"]
 
@@ -31,7 +31,7 @@ class VersionStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelStatus(VersionStatus):
+class ModelStatus(VersionStatus, WithCard):
     """A model, in the version that answers to its name, or would; then all versions.
 
     What follows `backend` is None until it is loaded. `device` is `cpu` or names of GPUs; `plan` is t(n) in seconds by
@@ -56,17 +56,6 @@ class ModelStatus(VersionStatus):
     optimizing: bool | None = None
     deviation: Deviation | None = None
     other_precisions: Mapping[int, str] | None = None
-
-    @property
-    def variant(self) -> str:
-        """The architecture's name, as the model's id has it."""
-        return self.id.partition(".")[0]
-
-    def require_card(self) -> ModelCard:
-        """The card; raises the model's failure when there is none."""
-        if self.card is None:
-            raise self.failure or CardInvalid(f"{self.id} has no card")
-        return self.card
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

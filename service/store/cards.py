@@ -1,16 +1,14 @@
 """Model cards: the file beside a model's weights that says how to use them.
 
-`format` is the version of the form. 1, of cards without `format`: `crop` is rounded to the nearest pixel.
-2: `preprocessing` says how to round, and may say `stretch`.
-
-A card that needs nothing new of a format is written in the previous one, which older releases can read. A release that
-adds a field raises the format if older releases would give wrong results without the field: they refuse such a card.
-They ignore any other field that they do not know, with a warning.
+Cards without `format` have format 1, which rounds `crop` to the nearest pixel; in 2, `preprocessing` says how to round.
+A card that needs nothing new of a format is written in the previous one, which older releases can read. A field without
+which older releases would give wrong results raises the format, so that they refuse the card. They ignore any other
+field that they do not know, with a warning.
 """
 
 import json
-from collections.abc import Iterator
 from functools import cache
+from math import floor
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,6 +16,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service.errors import CardInvalid, reasons
+from service.files import read_small
 from service.images.geometry import Geometry, Interpolation, Resize, Rounding
 
 log = structlog.get_logger(component="store")
@@ -39,11 +38,7 @@ class Record(BaseModel):
 
 
 class Preprocessing(Record):
-    """How pixels become the model's input.
-
-    `resize`, `crop` and `rounding` are those of `service.images.geometry.Geometry`; `mean` and `std` are per RGB
-    channel, in units of a pixel scaled to 0..1.
-    """
+    """How pixels become the model's input, as in `Geometry`; `mean` and `std` are per RGB channel scaled to 0..1."""
 
     height: Annotated[int, Field(ge=32, le=4096)]
     width: Annotated[int, Field(ge=32, le=4096)]
@@ -95,10 +90,9 @@ class Accuracy(Record):
 
 
 class Origin(Record):
-    """Where a pulled model's weights were fetched, and what their bytes were checked against.
+    """Where a pulled model's weights were fetched, and who gave the SHA-256 that they were checked against.
 
-    `digest_from` is who gave the SHA-256: the publisher of the weights, or the hub that serves them. With `nobody` the
-    first file was trusted, and later ones must have the same digest.
+    With `nobody` the first file was trusted, and later ones must have the same digest.
     """
 
     url: str
@@ -126,6 +120,26 @@ class ModelCard(Record):
     origin: Origin | None = None
 
 
+class WithCard:
+    """Base of what has a model's card, or the failure that is the reason why there is none."""
+
+    __slots__ = ()
+    id: str
+    card: ModelCard | None
+    failure: BaseException | None
+
+    @property
+    def variant(self) -> str:
+        """The architecture's name, from the model's id."""
+        return self.id.partition(".")[0]
+
+    def require_card(self) -> ModelCard:
+        """The card; raises the model's failure when there is none."""
+        if self.card is None:
+            raise self.failure or CardInvalid(f"{self.id} has no card")
+        return self.card
+
+
 def card_json(card: ModelCard) -> str:
     """The text of a card's file."""
     content = card.model_dump(mode="json", exclude_none=True)
@@ -142,38 +156,38 @@ def read_card(folder: Path) -> ModelCard:
     """
     path = folder / CARD_FILE
     try:
-        if path.exists() and not path.is_file():
-            raise CardInvalid(f"{path}: no regular file")
-        if path.stat().st_size > MAX_BYTES:
-            raise CardInvalid(f"{path}: larger than {MAX_BYTES} bytes, which no card is")
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_small(path, MAX_BYTES, "card"))
     except OSError as error:
         raise CardInvalid(f"{path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise CardInvalid(f"{path}: Invalid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CardInvalid(f"{path}: no card, but JSON of another kind; a card is an object")
-    _check_format(path, content)
-    try:
-        card = ModelCard.model_validate(_converted(path, content), extra="ignore")
-    except ValidationError as error:
-        raise CardInvalid(f"{path}: {reasons(error)}") from error
-    if unknown := sorted(_unknown(content, ModelCard)):
-        _warn_once("card_fields_ignored", str(path), ", ".join(unknown), "a newer release may have written them")
-    if len(card.labels) == 1:
-        _warn_once(
-            "card_of_one_class", str(path), "a softmax over one logit is always 1.0", "import it with two classes"
-        )
-    return card
-
-
-def _check_format(path: Path, content: dict[str, Any]) -> None:
     version = content.get("format", 1)
     if isinstance(version, int) and version > FORMAT:
         raise CardInvalid(
             f"{path}: the card has format {version}, and this release reads up to {FORMAT}; serve it with a newer "
             "release, or keep an older version of the model beside it"
         )
+    try:
+        card = _validated(path, _converted(path, content))
+    except ValidationError as error:
+        raise CardInvalid(f"{path}: {reasons(error)}") from error
+    if len(card.labels) == 1:
+        _warn_once("card_of_one_class", path, "a softmax over one logit is always 1.0", "import it with two classes")
+    return card
+
+
+def _validated(path: Path, content: dict[str, Any]) -> ModelCard:
+    """The card with this content, without the fields that are unknown, which are logged."""
+    try:
+        return ModelCard.model_validate(content)
+    except ValidationError as error:
+        card = ModelCard.model_validate(content, extra="ignore")
+        places = [".".join(map(str, each["loc"])) for each in error.errors()]
+        unknown = ", ".join(place[:MAX_NAME] for place in sorted(places))
+        _warn_once("card_fields_ignored", path, unknown, "a newer release may have written them")
+        return card
 
 
 def _converted(path: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -181,37 +195,22 @@ def _converted(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     pixels = content.get("preprocessing")
     if content.get("format", 1) != 1 or not isinstance(pixels, dict):
         return content
-    if pixels.get("crop", 1) == 1:
+    crop, height = pixels.get("crop", 1), pixels.get("height")
+    if crop == 1:
         return {**content, "format": FORMAT}
-    then: Rounding = "nearest"
-    crop, height = pixels.get("crop", 1.0), pixels.get("height")
     if isinstance(crop, float) and 0 < crop < 1 and isinstance(height, int) and height > 0:
-        was, now = (Geometry(height, height, crop, "bicubic", rounding=r).resized(height) for r in (then, "floor"))
+        was, now = round(height / crop), floor(height / crop)
         if was != now:
             _warn_once(
                 "card_of_older_format",
-                str(path),
+                path,
                 f"crop {crop} of {height} goes on meaning a resize to {was} pixels, as when it was imported",
                 f"timm and torchvision resize to {now}; pull with --again, or import again, for that",
             )
-    return {**content, "format": FORMAT, "preprocessing": {"rounding": then, **pixels}}
-
-
-def _unknown(content: object, model: type[BaseModel], where: str = "") -> Iterator[str]:
-    """The places of all fields that neither `model` nor a record inside it has."""
-    if not isinstance(content, dict):
-        return
-    for name, value in content.items():
-        field = model.model_fields.get(name)
-        if field is None:
-            yield where + str(name)[:MAX_NAME]
-            continue
-        for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                yield from _unknown(value, inner, f"{where}{name}.")
+    return {**content, "format": FORMAT, "preprocessing": {"rounding": "nearest", **pixels}}
 
 
 @cache
-def _warn_once(event: str, card: str, what: str, hint: str) -> None:
+def _warn_once(event: str, card: Path, what: str, hint: str) -> None:
     """Once, since cards are read whenever the store is."""
-    log.warning(event, card=card, what=what, hint=hint)
+    log.warning(event, card=str(card), what=what, hint=hint)

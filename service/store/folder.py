@@ -1,36 +1,35 @@
-"""The folder of a model store: which one is the default, whether it may be written, and why writing it failed."""
+"""Changes to the folder of a model store: which folder is the default, and models into it and out of it."""
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
+from os.path import isdir
 from pathlib import Path
+from types import MappingProxyType
 
-from service.errors import StoreNotWritable
+from service.errors import InvalidRequest, StoreNotWritable
 from service.files import staging_folder
+from service.store.cards import CARD_FILE, ModelCard, WeightsFile, card_json
+from service.store.store import ELSEWHERE, EMBEDDED_STORE, VERSION, Store, StoredModel, check_writable, parse
 
-EMBEDDED_STORE = Path(__file__).parent.parent / "data" / "model_store"
-"""The store that is part of the package, with the embedded model. An upgrade replaces it."""
+WEIGHTS_FILE = "model.safetensors"
 _CURRENT = Path("model_store")
 _USERS = Path("~/.local/share/pvt-serve/model_store")
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
-_ADVICE = "write to a store where that is allowed (--store, PVT_MODEL_STORE)"
 
 
 def default_store() -> Path:
     """`model_store` in the current folder, else the user's own store, else the read-only one of the package."""
     stores = (_CURRENT, _users_store(), EMBEDDED_STORE)
-    return next((each for each in stores if each and _is_folder(each)), _CURRENT)
+    return next((each for each in stores if each and isdir(each)), _CURRENT)  # noqa: PTH112  False if it is forbidden
 
 
 def writable_default_store() -> tuple[Path, bool]:
     """As `default_store`, but the user's own store in place of the read-only one, and whether it is new.
 
     A new one holds a copy of the embedded model, so that the default model is still found.
-
-    Raises:
-        StoreNotWritable: it can't be made.
+    Raises StoreNotWritable if it can't be made.
     """
     store, users = default_store(), _users_store()
     if store != EMBEDDED_STORE or users is None:
@@ -49,19 +48,8 @@ def _copied(source: Path, target: Path) -> Path:
     """A copy of the folder `source`, at `target`, with the umask's modes: those of a package may be read only."""
     target.mkdir()
     for path in source.iterdir():
-        if path.is_dir():
-            _copied(path, target / path.name)
-        else:
-            shutil.copyfile(path, target / path.name)
+        (_copied if path.is_dir() else shutil.copyfile)(path, target / path.name)
     return target
-
-
-def _is_folder(path: Path) -> bool:
-    """Whether it is a folder, as far as this user can see: the current folder and HOME may be another user's."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
 
 
 def _users_store() -> Path | None:
@@ -71,38 +59,32 @@ def _users_store() -> Path | None:
         return None
 
 
-def check_writable(root: Path) -> None:
-    """Raises StoreNotWritable when `root` is the store of the package, where an upgrade would delete files."""
-    if root.resolve() == EMBEDDED_STORE:
-        raise StoreNotWritable(f"the model store {str(root)!r} is part of the package and read only; {_ADVICE}")
-
-
 @contextmanager
 def writing(root: Path) -> Iterator[None]:
-    """Turn an OSError of the block into the error of the store at `root`.
-
-    Raises:
-        StoreNotWritable: the message says what was wrong, and what to do.
-    """
+    """Turn an OSError of the block into StoreNotWritable, which says what was wrong with the store at `root`."""
     check_writable(root)
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.errno in _FULL:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise StoreNotWritable(
                 f"the model store {str(root)!r} is full ({reason}{_free(root)}); make room"
             ) from error
-        advice = _ADVICE if error.errno in _FORBIDDEN else "nothing in it was changed"
+        forbidden = error.errno in {errno.EROFS, errno.EACCES, errno.EPERM}
+        advice = ELSEWHERE if forbidden else "nothing in it was changed"
         raise StoreNotWritable(f"the model store {str(root)!r} can't be written ({reason}); {advice}") from error
 
 
-def check_room(root: Path, needed: int) -> None:
-    """Check that `needed` bytes are free where the store at `root` lies.
+def _free(root: Path) -> str:
+    try:
+        return f", {shutil.disk_usage(root).free / 1e6:.1f} MB left"
+    except OSError:
+        return ""
 
-    Raises:
-        StoreNotWritable: they are not.
-    """
+
+def check_room(root: Path, needed: int) -> None:
+    """Raises StoreNotWritable unless `needed` bytes are free where the store at `root` lies."""
     with writing(root):
         free = shutil.disk_usage(root).free
     if free < needed:
@@ -111,8 +93,83 @@ def check_room(root: Path, needed: int) -> None:
         )
 
 
-def _free(root: Path) -> str:
-    try:
-        return f", {shutil.disk_usage(root).free / 1e6:.1f} MB left"
-    except OSError:
-        return ""
+def weights_file(weights: bytes) -> WeightsFile:
+    """The card's entry for the safetensors file with these bytes."""
+    return WeightsFile(file=WEIGHTS_FILE, sha256=sha256(weights).hexdigest(), bytes=len(weights))
+
+
+def write_model(
+    root: Path,
+    version: str | None,
+    card: ModelCard,
+    weights: bytes | Path,
+    others: Mapping[str, bytes] = MappingProxyType({}),
+) -> Path:
+    """Put a model into the store at `root` and return its folder, which appears whole or not at all.
+
+    `weights` are the file's bytes, or a file on the same file system, which is moved. `others` are the files beside
+    card and weights, by name. `version` None is the next one that is free; an existing folder of any other is replaced.
+    Raises an OSError if the folder can't be written.
+    """
+    model = root / card.id
+    root.mkdir(parents=True, exist_ok=True)
+    with staging_folder(root, ".new-") as folder:
+        staged = folder / "staged"
+        staged.mkdir()
+        for file, content in others.items():
+            (staged / file).write_bytes(content)
+        (staged / CARD_FILE).write_text(card_json(card), encoding="utf-8")
+        if isinstance(weights, Path):
+            weights.rename(staged / card.weights.file)
+        else:
+            (staged / card.weights.file).write_bytes(weights)
+        model.mkdir(exist_ok=True)  # last, so that a process killed earlier leaves no model without a version
+        if version is None:
+            return _move_to_next_version(staged, model)
+        if (target := model / version).exists():
+            target.rename(folder / "replaced")
+        return staged.rename(target)
+
+
+def _move_to_next_version(staged: Path, model: Path) -> Path:
+    """Another process may take the same number at the same moment; then the one after it."""
+    while True:
+        taken = [int(path.name) for path in model.iterdir() if VERSION.fullmatch(path.name)]
+        try:
+            return staged.rename(model / str(max(taken, default=0) + 1))
+        except OSError as error:
+            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
+                raise
+
+
+def removable(root: Path, name: str) -> list[StoredModel]:
+    """The versions that `name`, `<variant>.<tag>` or `<variant>.<tag>@<version>`, means.
+
+    Raises:
+        InvalidRequest: an alias stands for them.
+        ModelNotFound, WeightsUnavailable, AliasesInvalid: there are none, or the aliases can't be read.
+    """
+    store = Store(root)
+    id_, version = parse(name)
+    versions = store.versions(id_)
+    found = [each for each in versions if version in {None, each.version}] or store.candidates(name)
+    keys = {each.key for each in found} | (set() if len(versions) > len(found) else {id_})
+    if aliases := [alias for alias, target in store.aliases().items() if target in keys]:
+        raise InvalidRequest(
+            f"{name} is what {', '.join(map(repr, aliases))} stands for; point the alias elsewhere or remove it first"
+        )
+    return found
+
+
+def remove(root: Path, found: list[StoredModel]) -> None:
+    """Remove versions of a model: their folders leave it at once, then their files are deleted.
+
+    Raises StoreNotWritable if the store at `root` can't be written.
+    """
+    with writing(root), staging_folder(root, ".gone-") as trash:
+        model = root / found[0].id
+        rest = {path.name for path in model.iterdir() if VERSION.fullmatch(path.name)} - {
+            each.version for each in found
+        }
+        for folder in [model / each.version for each in found] if rest else [model]:
+            folder.rename(trash / folder.name)

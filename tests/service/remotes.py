@@ -9,7 +9,7 @@ from threading import Thread
 from typing import Any
 
 from service.store.cards import ModelCard, Preprocessing
-from service.store.changes import weights_file, write_model
+from service.store.folder import weights_file, write_model
 from service.store.location import RemoteOptions
 from service.store.remote import RemoteStore
 from service.store.store import StoredModel

@@ -8,7 +8,7 @@ from safetensors.torch import save
 
 from service.architecture.pvt_v2 import create
 from service.store.cards import ModelCard, Preprocessing
-from service.store.changes import weights_file, write_model
+from service.store.folder import weights_file, write_model
 
 
 @cache

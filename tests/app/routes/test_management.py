@@ -8,7 +8,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from service.store.names import read_aliases
+from service.store.store import Store
 from tests.app.conftest import MakeClient, png
 from tests.app.processes import serving
 from tests.service.stores import add_model
@@ -132,7 +132,7 @@ def test_an_alias_is_written_to_the_store_and_followed(boss: TestClient, store: 
     assert written.json() == {"aliases": {"production": f"{TINY}@1"}}
     assert (first, second) == ("1", "2")
     assert removed.json() == {"aliases": {}}
-    assert dict(read_aliases(store)) == {}
+    assert Store(store).aliases() == {}
     assert gone.status_code == 404
 
 

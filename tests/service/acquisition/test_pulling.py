@@ -49,7 +49,7 @@ from service.errors import (
 from service.execution.reference import reference_of
 from service.files import file_sha256
 from service.store.cards import Preprocessing
-from service.store.changes import removable, remove
+from service.store.folder import removable, remove
 from service.store.store import Store
 from tests.conftest import ROOT
 from tests.service.checkpoints import B0, checkpoint, official, path_of, pickled, transformers_state

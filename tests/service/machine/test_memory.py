@@ -14,7 +14,7 @@ from service.architecture.pvt_v2 import create
 from service.architecture.variants import VARIANTS
 from service.machine.memory import resident_bytes, settled_bytes
 from service.store.cards import ModelCard, Preprocessing
-from service.store.changes import weights_file, write_model
+from service.store.folder import weights_file, write_model
 from tests.conftest import ROOT
 
 MB = 1_000_000

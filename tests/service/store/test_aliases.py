@@ -163,7 +163,7 @@ def test_broken_aliases_are_reported_to_requests_for_one_and_to_no_other(
         store.set_alias("canary", TINY)
 
     assert reason in str(store.contents().aliases_failure)
-    assert [model.key for model in store.contents().models] == [f"{TINY}@2"]
+    assert [model.key for model in store.models()] == [f"{TINY}@2"]
     assert store.find(f"{TINY}@1").version == "1"
     assert store.find("pvt_v2_b0").version == "2"
     with pytest.raises(ModelNotFound, match=r"no model 'pvt_v2_b0.tni'"):
@@ -187,8 +187,8 @@ def test_changes_at_the_same_time_are_all_kept(store: Store) -> None:
 
 
 def test_changes_of_several_processes_are_all_kept(store: Store) -> None:
-    code = "import sys; from service.store.names import write_alias; from pathlib import Path\n"
-    code += f"for i in range(20): write_alias(Path(sys.argv[1]), f'{{sys.argv[2]}}{{i}}', {TINY!r})"
+    code = "import sys; from service.store.store import Store; from pathlib import Path\n"
+    code += f"for i in range(20): Store(Path(sys.argv[1])).set_alias(f'{{sys.argv[2]}}{{i}}', {TINY!r})"
     children = [subprocess.Popen([sys.executable, "-c", code, store.root, name], cwd=ROOT) for name in "abc"]
 
     assert [child.wait(60) for child in children] == [0, 0, 0]
@@ -197,9 +197,9 @@ def test_changes_of_several_processes_are_all_kept(store: Store) -> None:
 
 def test_a_writer_that_is_killed_in_the_middle_leaves_the_old_aliases_and_no_lock(store: Store) -> None:
     store.set_alias("production", f"{TINY}@1")
-    code = "import os, signal, sys; from service.store.names import write_alias; from pathlib import Path\n"
+    code = "import os, signal, sys; from service.store.store import Store; from pathlib import Path\n"
     code += "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
-    code += f"write_alias(Path(sys.argv[1]), 'production', '{TINY}@2')"
+    code += f"Store(Path(sys.argv[1])).set_alias('production', '{TINY}@2')"
 
     killed = subprocess.run([sys.executable, "-c", code, store.root], cwd=ROOT, check=False)
 
@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_the_aliases_as_they_were(store: Store, monkeypatch: 
 
 
 def test_a_lock_that_is_held_is_not_waited_for_without_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.store.names.LOCK_SECONDS", 0.0)
+    monkeypatch.setattr("service.store.store.LOCK_SECONDS", 0.0)
 
     with FileLock(store.root / ".aliases.lock"), pytest.raises(StoreNotWritable, match="held by another process"):
         store.set_alias("production", TINY)
@@ -237,10 +237,10 @@ def test_a_lock_that_is_held_is_not_waited_for_without_end(store: Store, monkeyp
 def test_a_read_only_store_says_so_and_goes_on_reading_its_aliases(weights: Path) -> None:
     """In a process without root's rights, which no permission stops."""
     code = "import os, sys; from pathlib import Path; from service.errors import StoreNotWritable\n"
-    code += "from service.store.names import read_aliases, write_alias\n"
+    code += "from service.store.store import Store\n"
     code += f"os.getuid() or os.setuid({NOBODY})\n"
-    code += "root = Path(sys.argv[1]); print(read_aliases(root)['production'])\n"
-    code += f"try: write_alias(root, 'production', '{TINY}@2')\n"
+    code += "store = Store(Path(sys.argv[1])); print(store.aliases()['production'])\n"
+    code += f"try: store.set_alias('production', '{TINY}@2')\n"
     code += "except StoreNotWritable as error: print(error)"
     with TemporaryDirectory() as name:  # whose parents every user may enter
         root = Path(name)

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from service.errors import StoreNotWritable
-from service.store.folder import EMBEDDED_STORE, default_store, writable_default_store, writing
+from service.store.folder import default_store, writable_default_store, writing
 from service.store.location import write_index
-from service.store.names import write_alias
-from service.store.store import Store
+from service.store.store import EMBEDDED_STORE, Store
 from tests.unprivileged import as_nobody, open_folder
 
 __all__ = ["open_folder"]
@@ -107,6 +106,6 @@ def test_nothing_is_written_into_the_package_s_store() -> None:
     with pytest.raises(StoreNotWritable, match="part of the package and read only"), writing(EMBEDDED_STORE):
         pass
     with pytest.raises(StoreNotWritable, match="part of the package"):
-        write_alias(EMBEDDED_STORE, "production", DIGITS)
+        Store(EMBEDDED_STORE).set_alias("production", DIGITS)
     with pytest.raises(StoreNotWritable, match="part of the package"):
         write_index(EMBEDDED_STORE)

@@ -234,7 +234,7 @@ def test_aliases_that_can_not_be_read_leave_the_models(tmp_path: Path, make: Cal
     contents = Store(tmp_path).contents()
 
     assert isinstance(contents.aliases_failure, AliasesInvalid)
-    assert [model.failure for model in contents.models] == [None]
+    assert [model.failure for model in Store(tmp_path).models()] == [None]
 
 
 def test_a_name_longer_than_any_file_may_have_is_not_found(tmp_path: Path) -> None:
@@ -253,13 +253,13 @@ from service.acquisition.importing import ImportOptions, import_model
 from service.acquisition.preprocessing import PreprocessingOptions
 from service.architecture.pvt_v2 import create
 from service.store.location import write_index
-from service.store.names import write_alias
+from service.store.store import Store
 from service.store.remote import RemoteOptions, RemoteStore
 root = Path(sys.argv[1])
 torch.save(create("pvt_v2_b0", num_classes=2).state_dict(), root / "mine.pth")
 size = PreprocessingOptions(height=32, width=32)
 import_model(root / "store", ImportOptions(file=root / "mine.pth", variant="b0", tag="mine", preprocessing=size))
-write_alias(root / "store", "production", "pvt_v2_b0.mine@1")
+Store(root / "store").set_alias("production", "pvt_v2_b0.mine@1")
 write_index(root / "store")
 remote = RemoteStore(RemoteOptions(url=f"file://{root / 'store'}", cache=root / "cache", cache_bytes=10**9))
 with remote.holding(remote.find("pvt_v2_b0.mine")):

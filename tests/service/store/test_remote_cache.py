@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import (
-    StoreCacheFailed,
-    StoreUnreachable,
-)
+from service.errors import ServiceError, StoreCacheFailed, StoreUnreachable
 from service.store.cards import ModelCard
 from service.store.location import RemoteOptions, objection, write_index
 from tests.conftest import ROOT
@@ -146,11 +143,10 @@ def test_a_process_killed_while_it_fetches_leaves_no_lock(s3: S3, folder: Path, 
     code = f"""
 import os
 from pathlib import Path
-from service.store import byte_cache
 from service.store.remote import RemoteStore
 from service.store.location import RemoteOptions
 store = RemoteStore(RemoteOptions(url={url!r}, cache=Path({str(tmp_path / "cache")!r}), cache_bytes=10**9))
-byte_cache._write = lambda copy, chunk: (copy.write(chunk), copy.flush(), os.kill(os.getpid(), 9))
+os.fsync = lambda _: os.kill(os.getpid(), 9)
 with store.holding(store.find({TINY!r})): pass
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
@@ -177,6 +173,16 @@ def test_a_password_in_the_url_is_not_shown(tmp_path: Path) -> None:
 
     assert "hush" not in f"{caught.value} {options.folder}"
     assert "http://127.0.0.1:1/store" in str(caught.value)
+
+
+@pytest.mark.parametrize("failing", ["card.json", "model.safetensors"])
+def test_a_password_in_the_url_is_not_shown_with_a_file_that_fails(folder: Path, tmp_path: Path, failing: str) -> None:
+    with site(folder) as server:
+        server.handler.status = lambda path: 500 if path.endswith(failing) else None
+        with pytest.raises(ServiceError, match="500") as caught:
+            fetched(remote(server.url.replace("//", "//me:hush@"), tmp_path / "cache"))
+
+    assert "hush" not in str(caught.value)
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,4 @@
 import asyncio
-import fcntl
 import json
 import os
 from pathlib import Path
@@ -15,9 +14,11 @@ from service.errors import (
     WeightsDigestMismatch,
     WeightsUnavailable,
 )
+from service.files import locked
 from service.options import EngineOptions
 from service.registry.catalog import Catalog
 from service.store.location import RemoteOptions, write_index
+from service.store.remote import lock_of
 from tests.service.remotes import S3, TINY, Site, add_small, bytes_of, fetched, remote, site, weights
 
 
@@ -105,7 +106,7 @@ async def test_a_caller_who_leaves_while_files_are_fetched_holds_them_no_longer(
         await asyncio.sleep(0)
         catalog.close()
 
-    with store._cache._locked(store._cache._key(stored.folder), fcntl.LOCK_EX, wait=False):
+    with locked(lock_of(stored.folder), wait=False):
         pass
 
 
@@ -193,6 +194,28 @@ def test_a_model_that_may_not_be_listed_is_reported_and_harms_none(folder: Path,
     assert failures[TINY] is None
     assert f"{server.url}/pvt_v2_b0.secret/card.json: permission denied" in str(failures["pvt_v2_b0.secret"])
     assert [model.failure for model in store.models()] == [None, None]
+
+
+def test_a_card_that_fails_again_and_again_does_not_make_the_store_unreachable(folder: Path, tmp_path: Path) -> None:
+    add_small(folder, "pvt_v2_b0.other")
+    write_index(folder)
+    with site(folder) as server:
+        server.handler.status = lambda path: 500 if "other" in path and "card" in path else None
+        store = remote(server.url, tmp_path / "cache")
+        store.models()
+        store.sync()  # which reads nothing but the card that failed
+
+    assert store.failure is None
+    assert [model.failure is None for model in store.models()] == [False, True]
+
+
+def test_a_link_to_nowhere_in_place_of_a_model_harms_no_other(folder: Path, tmp_path: Path) -> None:
+    (folder / "pvt_v2_b0.other").symlink_to("nowhere")
+    (folder / "pvt_v2_b0.round").symlink_to("pvt_v2_b0.round")
+
+    models = remote(f"file://{folder}", tmp_path / "cache").models()
+
+    assert [model.id for model in models if model.failure is None] == [TINY]
 
 
 def test_an_index_of_a_newer_release_is_read(folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service.errors import CardInvalid, ModelNotFound, WeightsCorrupt, WeightsUnavailable
-from service.store.changes import write_model
+from service.store.folder import write_model
 from service.store.store import Store
 from tests.service.stores import add_model
 
