@@ -17,9 +17,8 @@ from app.routes.model_info import model_info
 from cli.options import read_settings
 from cli.terminal import USAGE, CommandError, logs_on_stderr
 from pvt_client import ClassScore, Embedding, Explanation, ImageUnreadable, Model, Prediction, PvtError
-from pvt_client.calls import CommonOptions, ExplainOptions, FeaturesOptions, MapOptions, PredictOptions
-from pvt_client.concurrency import in_tasks
-from pvt_client.results import read_model
+from pvt_client.calls import CommonOptions, ExplainOptions, FeaturesOptions, MapOptions, PredictOptions, read_model
+from pvt_client.client import in_tasks
 from service.engine import Engine
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
 from service.metrics import EngineMetrics

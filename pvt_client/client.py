@@ -4,8 +4,9 @@ Both carry out the steps of `Exchange.steps`, and have the functions of `pvt_cli
 """
 
 import asyncio
-import time
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
@@ -13,15 +14,19 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 import httpx
 
 from pvt_client import calls
-from pvt_client.calls import Call, FeaturesOptions, PredictOptions
-from pvt_client.concurrency import in_tasks, in_threads
+from pvt_client.calls import Call, Embedding, Features, FeaturesOptions, Prediction, PredictOptions
 from pvt_client.errors import OF_ONE_IMAGE, PvtError
-from pvt_client.exchange import Attempt, Clock, Exchange, Outcome, Retries, http_settings
+from pvt_client.exchange import NO_RESPONSE, Attempt, Clock, Exchange, Outcome, Response, Retries, http_settings
 from pvt_client.images import AnyImage
-from pvt_client.results import Embedding, Features, Prediction, Response
 
 P = ParamSpec("P")
 T = TypeVar("T")
+I = TypeVar("I")  # noqa: E741  an item
+F = TypeVar("F")  # the future of a result
+
+# How many calls may be begun and not yet yielded, for each one that may run: while the first of them is slow the others
+# go on. Only results wait here; images are in memory only while their call runs.
+_AHEAD = 4
 
 
 def _sent(make: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P], T]:
@@ -40,12 +45,12 @@ def _sent_async(make: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncClient
     @wraps(make)
     async def method(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
         image = args[0] if args else kwargs.get("image", b"")
-        return await self.send(await _made(lambda: make(*args, **kwargs), image))
+        return await self.send(await _call(lambda: make(*args, **kwargs), image))
 
     return method
 
 
-async def _made(make: Callable[[], Call[T]], image: object) -> Call[T]:
+async def _call(make: Callable[[], Call[T]], image: object) -> Call[T]:
     """The call; any image but bytes is a file to read or pixels to compress, which is done on a thread."""
     return make() if isinstance(image, bytes) else await asyncio.to_thread(make)
 
@@ -66,10 +71,8 @@ class Client:
         retries: Retries | None = None,
         transport: httpx.BaseTransport | None = None,
         clock: Clock | None = None,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._exchange = Exchange(retries or Retries(), clock or Clock(), timeout)
-        self._sleep = sleep
         self._http = httpx.Client(**http_settings(url, api_key), transport=transport)
 
     def __enter__(self) -> Self:
@@ -99,56 +102,58 @@ class Client:
         The error of a bad image takes its place; an error that the other images would meet too is raised. Only images
         whose request is under way are in memory, so `images` may be endless.
         """
-        return self.many(lambda image: calls.predict(image, **options), images, concurrency=concurrency)
+        return self._many(lambda image: calls.predict(image, **options), images, concurrency)
 
     def features_many(
         self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
     ) -> Generator[tuple[AnyImage, Features | PvtError]]:
         """Each of `images` with its features; see `predict_many`."""
-        return self.many(lambda image: calls.features(image, **options), images, concurrency=concurrency)
+        return self._many(lambda image: calls.features(image, **options), images, concurrency)
 
     def embedding_many(
         self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
     ) -> Generator[tuple[AnyImage, Embedding | PvtError]]:
         """Each of `images` with its embedding and its size; see `predict_many`."""
-        return self.many(lambda image: calls.embedding(image, **options), images, concurrency=concurrency)
+        return self._many(lambda image: calls.embedding(image, **options), images, concurrency)
 
-    def many(
-        self, make: Callable[[AnyImage], Call[T]], images: Iterable[AnyImage], *, concurrency: int = 8
+    def _many(
+        self, make: Callable[[AnyImage], Call[T]], images: Iterable[AnyImage], concurrency: int
     ) -> Generator[tuple[AnyImage, T | PvtError]]:
-        """Each of `images` with the result of the call that `make` returns for it; see `predict_many`."""
-
         def result(image: AnyImage) -> T | PvtError:
             try:
                 return self.send(make(image))
             except OF_ONE_IMAGE as error:
                 return error
 
-        return in_threads(result, images, concurrency)
+        ahead = _ahead(concurrency)
+        pool = ThreadPoolExecutor(concurrency, "pvt-client")
+        try:
+            for image, future in _begun(lambda image: pool.submit(result, image), images, ahead):
+                yield image, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def send(self, call: Call[T]) -> T:
         """The result of `call`, after as many attempts as it takes."""
         steps = self._exchange.steps(call)
-        outcome: Outcome | None = None
-        while True:
-            try:
-                step = steps.send(outcome)
-            except StopIteration as end:
-                result: T = end.value
-                return result
-            outcome = self._attempt(step) if isinstance(step, Attempt) else self._sleep(step)
+        step = next(steps)
+        while isinstance(step, Attempt):
+            if step.wait:
+                self._exchange.clock.sleep(step.wait)
+            step = steps.send(self._attempt(step))
+        return step.value
 
     def _attempt(self, attempt: Attempt) -> Outcome:
         try:
-            with closing(self._http.send(attempt.request(self._http), stream=True)) as response:
+            with closing(self._http.send(self._http.build_request(**attempt.request), stream=True)) as response:
                 body = bytearray()
                 for chunk in response.iter_bytes():  # httpx limits each, not all together
                     body += chunk
-                    if self._exchange.is_late(attempt):
-                        return self._exchange.timed_out()
-                return Response(response.status_code, {**response.headers}, bytes(body))
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            return self._exchange.translated(error)
+                    if attempt.deadline is not None and self._exchange.clock.monotonic() > attempt.deadline:
+                        raise TimeoutError
+                return Response(response.status_code, response.headers, bytes(body))
+        except NO_RESPONSE as error:
+            return self._exchange.failure(error)
 
 
 class AsyncClient:
@@ -163,10 +168,8 @@ class AsyncClient:
         retries: Retries | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
         clock: Clock | None = None,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._exchange = Exchange(retries or Retries(), clock or Clock(), timeout)
-        self._sleep = sleep
         self._http = httpx.AsyncClient(**http_settings(url, api_key), transport=transport)
 
     async def __aenter__(self) -> Self:
@@ -192,28 +195,26 @@ class AsyncClient:
         self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[PredictOptions]
     ) -> AsyncGenerator[tuple[AnyImage, Prediction | PvtError]]:
         """See `Client.predict_many`."""
-        return self.many(lambda image: calls.predict(image, **options), images, concurrency=concurrency)
+        return self._many(lambda image: calls.predict(image, **options), images, concurrency)
 
     def features_many(
         self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
     ) -> AsyncGenerator[tuple[AnyImage, Features | PvtError]]:
         """See `Client.features_many`."""
-        return self.many(lambda image: calls.features(image, **options), images, concurrency=concurrency)
+        return self._many(lambda image: calls.features(image, **options), images, concurrency)
 
     def embedding_many(
         self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
     ) -> AsyncGenerator[tuple[AnyImage, Embedding | PvtError]]:
         """See `Client.embedding_many`."""
-        return self.many(lambda image: calls.embedding(image, **options), images, concurrency=concurrency)
+        return self._many(lambda image: calls.embedding(image, **options), images, concurrency)
 
-    def many(
-        self, make: Callable[[AnyImage], Call[T]], images: Iterable[AnyImage], *, concurrency: int = 8
+    def _many(
+        self, make: Callable[[AnyImage], Call[T]], images: Iterable[AnyImage], concurrency: int
     ) -> AsyncGenerator[tuple[AnyImage, T | PvtError]]:
-        """See `Client.many`."""
-
         async def result(image: AnyImage) -> T | PvtError:
             try:
-                return await self.send(await _made(lambda: make(image), image))
+                return await self.send(await _call(lambda: make(image), image))
             except OF_ONE_IMAGE as error:
                 return error
 
@@ -222,21 +223,63 @@ class AsyncClient:
     async def send(self, call: Call[T]) -> T:
         """See `Client.send`."""
         steps = self._exchange.steps(call)
-        outcome: Outcome | None = None
-        while True:
-            try:
-                step = steps.send(outcome)
-            except StopIteration as end:
-                result: T = end.value
-                return result
-            outcome = await (self._attempt(step) if isinstance(step, Attempt) else self._sleep(step))
+        step = next(steps)
+        while isinstance(step, Attempt):
+            if step.wait:
+                await self._exchange.clock.sleep_async(step.wait)
+            step = steps.send(await self._attempt(step))
+        return step.value
 
     async def _attempt(self, attempt: Attempt) -> Outcome:
         try:
             async with asyncio.timeout(attempt.seconds):  # httpx limits each read, not all together
-                response = await self._http.send(attempt.request(self._http))
-        except TimeoutError:
-            return self._exchange.timed_out()
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            return self._exchange.translated(error)
-        return Response(response.status_code, {**response.headers}, response.content)
+                response = await self._http.send(self._http.build_request(**attempt.request))
+        except NO_RESPONSE as error:
+            return self._exchange.failure(error)
+        return Response(response.status_code, response.headers, response.content)
+
+
+async def in_tasks(
+    work: Callable[[I], Awaitable[T]], items: Iterable[I], concurrency: int
+) -> AsyncGenerator[tuple[I, T]]:
+    """Each of `items` in order with the result of `work`, `concurrency` at a time.
+
+    Raises:
+        ValueError: `concurrency` is less than 1.
+    """
+    ahead, slots = _ahead(concurrency), asyncio.Semaphore(concurrency)
+    tasks: set[asyncio.Task[T]] = set()
+
+    async def bounded(item: I) -> T:
+        async with slots:
+            return await work(item)
+
+    def begin(item: I) -> asyncio.Task[T]:
+        tasks.add(task := asyncio.create_task(bounded(item)))
+        return task
+
+    try:
+        for item, task in _begun(begin, items, ahead):
+            result = await task
+            tasks.remove(task)
+            yield item, result
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _ahead(concurrency: int) -> int:
+    if concurrency < 1:
+        raise ValueError(f"concurrency is {concurrency}; it is the number of calls that run at a time, 1 or more")
+    return _AHEAD * concurrency
+
+
+def _begun(begin: Callable[[I], F], items: Iterable[I], ahead: int) -> Generator[tuple[I, F]]:
+    """Each of `items` in order with what `begin` returned for it, called ahead of time for the next ones."""
+    begun: deque[tuple[I, F]] = deque()
+    for item in items:
+        begun.append((item, begin(item)))
+        if len(begun) >= ahead:
+            yield begun.popleft()
+    yield from begun
