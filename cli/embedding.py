@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from cli import options
-from cli.growing_table import GrowingTable
-from cli.rows import FileState, Provenance
+from cli.table import FileState, GrowingTable, growing_table
+from cli.table_formats import Provenance
 from cli.target import Connection, connect
 from cli.terminal import SOME_FAILED, print_line, print_note, reason
 from pvt_client import Embedding
@@ -48,7 +48,7 @@ def embed(
     `pvt-serve embed --url http://localhost:8000 --normalize photos -o photos.npz`
     """
     paths, total = options.image_files(files), sum(1 for _ in options.image_files(files))
-    with GrowingTable(output, group, fresh=fresh) as table:
+    with growing_table(output, group, fresh=fresh) as table:
         try:
             table.check_options(size, normalize=normalize)
             with _progress() as progress:

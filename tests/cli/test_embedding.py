@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cli.growing_table import GrowingTable
+from cli.table import growing_table
 from tests.cli.conftest import PvtServe
 from tests.conftest import ROOT
 from tests.pvt_client.scripted import Received, Scripted, refused, response, scripted
@@ -233,7 +233,7 @@ def test_another_version_of_the_model_is_noticed_though_all_is_done(
 
 
 def test_two_runs_do_not_write_one_file(pvt_serve: PvtServe, images: Path, table: Path) -> None:
-    with GrowingTable(table, 5), scripted(features) as server:
+    with growing_table(table, 5), scripted(features) as server:
         done = pvt_serve("embed", images, "-o", table, "--url", server.url)
 
     assert (done.code, done.err, server.requests) == (1, f"pvt-serve: another run is writing {table}\n", [])
