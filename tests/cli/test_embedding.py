@@ -91,6 +91,19 @@ def test_parquet_holds_vectors_of_fixed_size_in_row_groups(pvt_serve: PvtServe, 
         assert str(file.schema_arrow.field("embedding").type) == "fixed_size_list<element: float>[4]"
 
 
+def test_a_second_run_keeps_the_size_of_row_groups(pvt_serve: PvtServe, images: Path, tmp_path: Path) -> None:
+    command = ("embed", images, "-o", tmp_path / "out.parquet", "--model", "m", "--group", "5")
+    with scripted(features) as server:
+        pvt_serve(*command, "--url", server.url)
+        for number in range(3):
+            (images / f"{number:02}.png").write_bytes(b"changed %d" % number)
+        pvt_serve(*command, "--url", server.url)
+
+    with pq.ParquetFile(tmp_path / "out.parquet") as file:
+        assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [5, 5, 5, 5, 3]
+    check(tmp_path / "out.parquet", images)
+
+
 def test_a_second_run_embeds_only_new_and_changed_images(pvt_serve: PvtServe, images: Path, table: Path) -> None:
     with scripted(features) as server:
         command = ("embed", images, "-o", table, "--model", "m", "--url", server.url, "--group", "5")
