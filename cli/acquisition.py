@@ -31,8 +31,7 @@ def pull(
     source: Annotated[SourceName, Option(help="Whose copy of the public weights to fetch.")] = DEFAULT_SOURCE,
     store: options.Store = None,
     mirror: Annotated[
-        str | None,
-        Option(metavar="URL", help="In place of https://huggingface.co and https://github.com; PVT_MIRROR."),
+        str | None, Option(metavar="URL", help="In place of https://huggingface.co and https://github.com; PVT_MIRROR.")
     ] = None,
     again: Annotated[bool, Option("--again", help="Fetch as a new version what is there already.")] = False,
 ) -> None:
@@ -105,8 +104,7 @@ def import_(
         str | None, Option(metavar="PIXELS", help="Input, 224 or 256x384 (height x width); 224 by default.")
     ] = None,
     resize: Annotated[
-        Resize | None,
-        Option(help="How images come to that size. By default as the library does whose names FILE has."),
+        Resize | None, Option(help="How images come to that size. By default as the library does whose names FILE has.")
     ] = None,
     crop: Annotated[
         float | None, Option(help="Share of the resized shorter side that the centre crop keeps; 1 keeps all.")

@@ -15,16 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn
 from typer import Argument, Exit, Option
 
 from cli import options
-from cli.options import Connection, Failure, connect
+from cli.options import Connection, connect
 from cli.table import FileState, GrowingTable, growing_table
 from cli.terminal import SOME_FAILED, USAGE, CommandError, print_line, print_note, progress_bar, reason
-from pvt_client import Embedding, Explanation, Prediction
+from pvt_client import Embedding, Explanation, Prediction, PvtError
 from pvt_client.calls import FeaturesOptions, MapOptions, PredictOptions
 
 _LISTED = 1000  # failed files whose reasons are kept
 
 # The result of one image as lines of output.
-Format = Callable[[Path, Prediction | Failure], Iterator[str]]
+Format = Callable[[Path, Prediction | PvtError], Iterator[str]]
 
 
 def predict(
@@ -71,7 +71,7 @@ async def _predict(
     return failed
 
 
-def _text(path: Path, result: Prediction | Failure) -> Iterator[str]:
+def _text(path: Path, result: Prediction | PvtError) -> Iterator[str]:
     if isinstance(result, Prediction):
         classes = "   ".join(f"{each.score:6.2%} {each.label}" for each in result.classes)
         yield f"{path}  {classes}"
@@ -79,7 +79,7 @@ def _text(path: Path, result: Prediction | Failure) -> Iterator[str]:
         yield f"{path}  no result: {reason(result)}"
 
 
-def _json(path: Path, result: Prediction | Failure) -> Iterator[str]:
+def _json(path: Path, result: Prediction | PvtError) -> Iterator[str]:
     if isinstance(result, Prediction):
         fields = {"width": result.width, "height": result.height, "model": result.model, "version": result.version}
         yield json.dumps({"file": str(path), **fields, "predictions": [each._asdict() for each in result.classes]})
@@ -87,7 +87,7 @@ def _json(path: Path, result: Prediction | Failure) -> Iterator[str]:
         yield json.dumps({"file": str(path), "error": reason(result)})
 
 
-def _csv(path: Path, result: Prediction | Failure) -> Iterator[str]:
+def _csv(path: Path, result: Prediction | PvtError) -> Iterator[str]:
     if isinstance(result, Prediction):
         for rank, each in enumerate(result.classes, 1):
             yield _csv_line([path, rank, *each, ""])

@@ -5,17 +5,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from glob import has_magic, iglob  # pathlib's own takes no absolute patterns
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import Annotated
 
 from typer import Argument, Option
 
 from app.settings import Settings
 from cli.terminal import USAGE, CommandError, print_note
-from pvt_client import AsyncClient, PvtError
-from service.errors import ServiceError
-
-if TYPE_CHECKING:
-    from cli.local import LocalEngine
+from pvt_client.client import AsyncCalls, AsyncClient
 
 Url = Annotated[
     str | None,
@@ -24,8 +20,7 @@ Url = Annotated[
     ),
 ]
 ApiKey = Annotated[
-    str | None,
-    Option(envvar="PVTSERVE_API_KEY", metavar="KEY", help="Key for --url, if the service requires one."),
+    str | None, Option(envvar="PVTSERVE_API_KEY", metavar="KEY", help="Key for --url, if the service requires one.")
 ]
 Model = Annotated[
     str | None,
@@ -35,8 +30,7 @@ Model = Annotated[
     ),
 ]
 Size = Annotated[
-    str | None,
-    Option(metavar="PIXELS", help="Model input, 224 or 256x384, multiples of 32; its own size by default."),
+    str | None, Option(metavar="PIXELS", help="Model input, 224 or 256x384, multiples of 32; its own size by default.")
 ]
 Concurrency = Annotated[int, Option(metavar="N", min=1, max=1024, help="Requests at the same time, with --url.")]
 Json = Annotated[bool, Option("--json", help="Write JSON instead of a table.")]
@@ -45,16 +39,13 @@ Images = Annotated[
 ]
 Store = Annotated[str | None, Option("--store", metavar="DIR", help="The model store; PVT_MODEL_STORE by default.")]
 
-Inference: TypeAlias = "AsyncClient | LocalEngine"
-Connection = AbstractAsyncContextManager[Inference]
-Failure = PvtError | ServiceError
-"""Why there is no result for one image."""
+Connection = AbstractAsyncContextManager[AsyncCalls]
 SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 TIMEOUT_SECONDS = 600.0
 
 
 @asynccontextmanager
-async def connect(url: str | None, api_key: str | None) -> AsyncIterator[Inference]:
+async def connect(url: str | None, api_key: str | None) -> AsyncIterator[AsyncCalls]:
     """The service at `url`, or without one an engine in this process, for as long as the context lasts."""
     if url is not None:
         async with AsyncClient(url, api_key=api_key, timeout=TIMEOUT_SECONDS) as client:

@@ -4,8 +4,9 @@ Both carry out the steps of `Exchange.steps`, and have the functions of `pvt_cli
 """
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import wraps
@@ -21,7 +22,6 @@ from pvt_client.images import AnyImage
 
 P = ParamSpec("P")
 T = TypeVar("T")
-I = TypeVar("I")  # noqa: E741  an item
 F = TypeVar("F")  # the future of a result
 
 # How many calls may be begun and not yet yielded, for each one that may run: while the first of them is slow the others
@@ -39,20 +39,15 @@ def _sent(make: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P], T]:
     return method
 
 
-def _sent_async(make: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
-    """A method of `AsyncClient` that sends the call that `make` returns."""
+def _sent_async(make: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncCalls", P], Coroutine[Any, Any, T]]:
+    """A method of `AsyncCalls` that sends the call that `make` returns."""
 
     @wraps(make)
-    async def method(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
+    async def method(self: "AsyncCalls", /, *args: P.args, **kwargs: P.kwargs) -> T:
         image = args[0] if args else kwargs.get("image", b"")
-        return await self.send(await _call(lambda: make(*args, **kwargs), image))
+        return await self.send(await self.prepare(lambda: make(*args, **kwargs), image))
 
     return method
-
-
-async def _call(make: Callable[[], Call[T]], image: object) -> Call[T]:
-    """The call; any image but bytes is a file to read or pixels to compress, which is done on a thread."""
-    return make() if isinstance(image, bytes) else await asyncio.to_thread(make)
 
 
 class Client:
@@ -156,7 +151,74 @@ class Client:
             return self._exchange.failure(error)
 
 
-class AsyncClient:
+class AsyncCalls(ABC):
+    """The methods of `AsyncClient`, over a `send` that a subclass defines."""
+
+    @abstractmethod
+    async def send(self, call: Call[T]) -> T:
+        """The result of `call`."""
+
+    async def prepare(self, make: Callable[[], Call[T]], image: object) -> Call[T]:
+        """The call that `make` returns; any image but bytes is read or compressed by it, which is done on a thread."""
+        return make() if isinstance(image, bytes) else await asyncio.to_thread(make)
+
+    predict = _sent_async(calls.predict)
+    features = _sent_async(calls.features)
+    embedding = _sent_async(calls.embedding)
+    explain = _sent_async(calls.explain)
+    explain_map = _sent_async(calls.explain_map)
+    models = _sent_async(calls.models)
+    model = _sent_async(calls.model)
+    health = _sent_async(calls.health)
+
+    def predict_many(
+        self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[PredictOptions]
+    ) -> AsyncGenerator[tuple[AnyImage, Prediction | PvtError]]:
+        """See `Client.predict_many`."""
+        return self.many(lambda image: calls.predict(image, **options), images, concurrency)
+
+    def features_many(
+        self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
+    ) -> AsyncGenerator[tuple[AnyImage, Features | PvtError]]:
+        """See `Client.features_many`."""
+        return self.many(lambda image: calls.features(image, **options), images, concurrency)
+
+    def embedding_many(
+        self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
+    ) -> AsyncGenerator[tuple[AnyImage, Embedding | PvtError]]:
+        """See `Client.embedding_many`."""
+        return self.many(lambda image: calls.embedding(image, **options), images, concurrency)
+
+    async def many(
+        self, make: Callable[[AnyImage], Call[T]], images: Iterable[AnyImage], concurrency: int
+    ) -> AsyncGenerator[tuple[AnyImage, T | PvtError]]:
+        """Each of `images` with the result of the call that `make` returns for it; see `predict_many`."""
+        ahead, slots = _ahead(concurrency), asyncio.Semaphore(concurrency)
+        tasks: set[asyncio.Task[T | PvtError]] = set()
+
+        async def result(image: AnyImage) -> T | PvtError:
+            async with slots:
+                try:
+                    return await self.send(await self.prepare(lambda: make(image), image))
+                except OF_ONE_IMAGE as error:
+                    return error
+
+        def begin(image: AnyImage) -> asyncio.Task[T | PvtError]:
+            tasks.add(task := asyncio.create_task(result(image)))
+            return task
+
+        try:
+            for image, task in _begun(begin, images, ahead):
+                found = await task
+                tasks.remove(task)
+                yield image, found
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class AsyncClient(AsyncCalls):
     """As `Client`, for asyncio; files are read on a thread."""
 
     def __init__(
@@ -182,44 +244,6 @@ class AsyncClient:
         """Close the connections."""
         await self._http.aclose()
 
-    predict = _sent_async(calls.predict)
-    features = _sent_async(calls.features)
-    embedding = _sent_async(calls.embedding)
-    explain = _sent_async(calls.explain)
-    explain_map = _sent_async(calls.explain_map)
-    models = _sent_async(calls.models)
-    model = _sent_async(calls.model)
-    health = _sent_async(calls.health)
-
-    def predict_many(
-        self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[PredictOptions]
-    ) -> AsyncGenerator[tuple[AnyImage, Prediction | PvtError]]:
-        """See `Client.predict_many`."""
-        return self._many(lambda image: calls.predict(image, **options), images, concurrency)
-
-    def features_many(
-        self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
-    ) -> AsyncGenerator[tuple[AnyImage, Features | PvtError]]:
-        """See `Client.features_many`."""
-        return self._many(lambda image: calls.features(image, **options), images, concurrency)
-
-    def embedding_many(
-        self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
-    ) -> AsyncGenerator[tuple[AnyImage, Embedding | PvtError]]:
-        """See `Client.embedding_many`."""
-        return self._many(lambda image: calls.embedding(image, **options), images, concurrency)
-
-    def _many(
-        self, make: Callable[[AnyImage], Call[T]], images: Iterable[AnyImage], concurrency: int
-    ) -> AsyncGenerator[tuple[AnyImage, T | PvtError]]:
-        async def result(image: AnyImage) -> T | PvtError:
-            try:
-                return await self.send(await _call(lambda: make(image), image))
-            except OF_ONE_IMAGE as error:
-                return error
-
-        return in_tasks(result, images, concurrency)
-
     async def send(self, call: Call[T]) -> T:
         """See `Client.send`."""
         steps = self._exchange.steps(call)
@@ -239,47 +263,18 @@ class AsyncClient:
         return Response(response.status_code, response.headers, response.content)
 
 
-async def in_tasks(
-    work: Callable[[I], Awaitable[T]], items: Iterable[I], concurrency: int
-) -> AsyncGenerator[tuple[I, T]]:
-    """Each of `items` in order with the result of `work`, `concurrency` at a time.
-
-    Raises:
-        ValueError: `concurrency` is less than 1.
-    """
-    ahead, slots = _ahead(concurrency), asyncio.Semaphore(concurrency)
-    tasks: set[asyncio.Task[T]] = set()
-
-    async def bounded(item: I) -> T:
-        async with slots:
-            return await work(item)
-
-    def begin(item: I) -> asyncio.Task[T]:
-        tasks.add(task := asyncio.create_task(bounded(item)))
-        return task
-
-    try:
-        for item, task in _begun(begin, items, ahead):
-            result = await task
-            tasks.remove(task)
-            yield item, result
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def _ahead(concurrency: int) -> int:
+    """How many calls may be begun and not yet yielded; raises ValueError if `concurrency` is less than 1."""
     if concurrency < 1:
         raise ValueError(f"concurrency is {concurrency}; it is the number of calls that run at a time, 1 or more")
     return _AHEAD * concurrency
 
 
-def _begun(begin: Callable[[I], F], items: Iterable[I], ahead: int) -> Generator[tuple[I, F]]:
-    """Each of `items` in order with what `begin` returned for it, called ahead of time for the next ones."""
-    begun: deque[tuple[I, F]] = deque()
-    for item in items:
-        begun.append((item, begin(item)))
+def _begun(begin: Callable[[AnyImage], F], images: Iterable[AnyImage], ahead: int) -> Generator[tuple[AnyImage, F]]:
+    """Each of `images` in order with what `begin` returned for it, called ahead of time for the next ones."""
+    begun: deque[tuple[AnyImage, F]] = deque()
+    for image in images:
+        begun.append((image, begin(image)))
         if len(begun) >= ahead:
             yield begun.popleft()
     yield from begun
