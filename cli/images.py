@@ -23,9 +23,6 @@ from pvt_client.calls import FeaturesOptions, MapOptions, PredictOptions
 
 _LISTED = 1000  # failed files whose reasons are kept
 
-# The result of one image as lines of output.
-Format = Callable[[Path, Prediction | PvtError], Iterator[str]]
-
 
 def predict(
     files: options.Images,
@@ -48,27 +45,23 @@ def predict(
     """
     if json_lines and as_csv:
         raise CommandError("--json and --csv exclude each other", USAGE)
-    paths = options.image_files(files)
-    query = PredictOptions(model=model, size=size, top_k=top_k)
+    paths, query = options.image_files(files), PredictOptions(model=model, size=size, top_k=top_k)
     form = _json if json_lines else _csv if as_csv else _text
     if as_csv:
         print_line(_csv_line(["file", "rank", "class_id", "label", "score", "error"]))
-    if asyncio.run(_predict(connect(url, api_key), paths, query, concurrency, form)):
+
+    async def print_all() -> int:
+        failed = 0
+        async with connect(url, api_key) as inference:
+            async for path, result in inference.predict_many(paths, concurrency=concurrency, **query):
+                failed += not isinstance(result, Prediction)
+                for line in form(path, result):
+                    print_line(line)
+                sys.stdout.flush()
+        return failed
+
+    if asyncio.run(print_all()):
         raise Exit(SOME_FAILED)
-
-
-async def _predict(
-    connection: Connection, paths: Iterator[Path], query: PredictOptions, concurrency: int, form: Format
-) -> int:
-    """Print the results; returns the number of images without one."""
-    failed = 0
-    async with connection as inference:
-        async for path, result in inference.predict_many(paths, concurrency=concurrency, **query):
-            failed += not isinstance(result, Prediction)
-            for line in form(path, result):
-                print_line(line)
-            sys.stdout.flush()
-    return failed
 
 
 def _text(path: Path, result: Prediction | PvtError) -> Iterator[str]:

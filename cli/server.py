@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from itertools import count, islice
 from time import perf_counter
@@ -20,7 +20,7 @@ from pvt_client.calls import PredictOptions
 
 _RANDOM_IMAGES, _SIZE, _COARSE = 32, (640, 427), (21, 14)
 _MAX_IMAGES = 256  # held in memory
-_TRAILER = 8  # bytes after an image, which decoders do not read
+_TRAILER = 8  # bytes after an image, which decoders do not read; they differ from request to request
 
 
 def serve(
@@ -99,12 +99,6 @@ def _random() -> list[bytes]:
     return bodies
 
 
-def _different(bodies: Sequence[bytes]) -> Iterator[bytes]:
-    """`bodies` over and over, each time with other bytes after the image."""
-    for number in count():
-        yield bodies[number % len(bodies)] + number.to_bytes(_TRAILER, "big")
-
-
 async def _load(
     url: str, api_key: str | None, bodies: Sequence[bytes], query: PredictOptions, seconds: float, concurrency: int
 ) -> tuple[list[float], Counter[str], float]:
@@ -114,7 +108,7 @@ async def _load(
     """
     latencies: list[float] = []
     failures: Counter[str] = Counter()
-    images = _different(bodies)
+    images = (bodies[number % len(bodies)] + number.to_bytes(_TRAILER, "big") for number in count())
     once = Retries(attempts=1)
     async with AsyncClient(url, api_key=api_key, timeout=options.TIMEOUT_SECONDS, retries=once) as client:
         await client.predict(next(images), **query)

@@ -276,12 +276,12 @@ def explain_map(image: Image, **options: Unpack[MapOptions]) -> Call[Explanation
 
 def models() -> Call[list[Model]]:
     """Every model that the service has."""
-    return Call("/models", lambda body: [read_model(each) for each in body["models"]])
+    return Call("/models", lambda body: [_model(each) for each in body["models"]])
 
 
 def model(name: str) -> Call[Model]:
     """One model."""
-    return Call(f"/models/{quote(name, safe='@')}", read_model)
+    return Call(f"/models/{quote(name, safe='@')}", _model)
 
 
 def health() -> Call[Health]:
@@ -289,7 +289,7 @@ def health() -> Call[Health]:
     return Call("/health", lambda body: Health(body["live"], body["ready"], tuple(body["reasons"])), accepted=503)
 
 
-def read_model(fields: Mapping[str, Any]) -> Model:
+def _model(fields: Mapping[str, Any]) -> Model:
     """A model as `GET /models` describes it."""
     return Model(**{name: fields[name] for name in ("id", "variant", "version", "state", "default")}, details=fields)
 

@@ -60,12 +60,12 @@ class Problem(PvtError):
     request_id: str | None = None
     retry_after: float | None = None
 
+    def __post_init__(self) -> None:
+        super().__init__(f"{self.title} ({self.status}): {self.detail}")
+
     def __init_subclass__(cls, of_status: int | None = None) -> None:
         if of_status is not None:
             _BY_STATUS[of_status] = cls
-
-    def __str__(self) -> str:
-        return f"{self.title} ({self.status}): {self.detail}"
 
 
 class InvalidRequest(Problem, of_status=422):
