@@ -33,10 +33,6 @@ _ROWS = 4096  # read at a time
 _LOCK = "lock"
 
 
-class BrokenTable(Exception):
-    """A file that is not a table of embeddings; the message says why."""
-
-
 @dataclass(frozen=True, slots=True)
 class Provenance:
     """By which model and in which way embeddings were computed; `size` None: the model's own.
@@ -67,7 +63,8 @@ def as_rows(columns: Mapping[str, ArrayLike]) -> Rows:
 class TableFormat(NamedTuple):
     """How a table of one or more rows is written and read.
 
-    `write` calls its second argument for the rows, as often as it needs them. `read` raises BrokenTable.
+    `write` calls its second argument for the rows, as often as it needs them. `read` raises
+    CommandError if the file is not a table.
     """
 
     write: Callable[[Path, Callable[[], Iterable[Rows]], Provenance], None]
@@ -228,7 +225,7 @@ class GrowingTable:
             advice = "remove it, and its images are embedded again"
             for part in self._parts():
                 yield from NPZ.read(part)
-        except BrokenTable as error:
+        except CommandError as error:
             raise CommandError(f"{error}; {advice}") from error
 
     def _note(self, rows: Rows) -> None:
@@ -274,7 +271,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (BadZipFile, LookupError, ValueError, TypeError, EOFError) as error:  # a ValueError is what pyarrow raises
-        raise BrokenTable(f"{path} is no table of embeddings: {error}") from error
+        raise CommandError(f"{path} is no table of embeddings: {error}") from error
 
 
 def _write_npz(path: Path, groups: Callable[[], Iterable[Rows]], provenance: Provenance) -> None:

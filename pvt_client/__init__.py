@@ -7,28 +7,12 @@
 
 from pvt_client.calls import ClassScore, Embedding, Explanation, Features, Health, Model, Prediction
 from pvt_client.client import AsyncClient, Client
-from pvt_client.errors import (
-    ConnectionFailed,
-    ConnectionLost,
-    DeadlineExceeded,
-    Forbidden,
-    ImageTooLarge,
-    ImageUnreadable,
-    InvalidImage,
-    InvalidRequest,
-    InvalidUrl,
-    ModelNotFound,
-    ModelUnavailable,
-    NotAcceptable,
-    Problem,
-    PvtError,
-    QueueFull,
-    ServiceFailed,
-    TimedOut,
-    Unauthorized,
-    UnexpectedResponse,
-    UnsupportedMediaType,
-)
+
+from pvt_client.errors import (  # isort: skip
+    ConnectionFailed, ConnectionLost, DeadlineExceeded, Forbidden, ImageTooLarge, ImageUnreadable, InvalidImage,
+    InvalidRequest, InvalidUrl, ModelNotFound, ModelUnavailable, NotAcceptable, Problem, PvtError, QueueFull,
+    ServiceFailed, TimedOut, Unauthorized, UnexpectedResponse, UnsupportedMediaType,
+)  # fmt: skip
 from pvt_client.exchange import Retries
 from pvt_client.images import Image
 
