@@ -178,19 +178,17 @@ class Call(Generic[T_co]):
 
     def request(self, seconds: float | None) -> dict[str, Any]:
         """The arguments of `httpx.Client.build_request`, with `seconds` left; one image is the body, several a form."""
-        headers, uploads = {"Accept": self.accept}, self.uploads
+        uploads = self.uploads
         parameters = {name: _text(value) for name, value in self.options.items() if value is not None}
         if seconds is not None and uploads is not None:
             parameters["timeout_ms"] = str(min(max(1, int(seconds * 1000)), _LONGEST_MS))
         connect = _CONNECT_SECONDS if seconds is None else min(_CONNECT_SECONDS, seconds)
-        request = {"url": self.path, "params": parameters, "timeout": httpx.Timeout(seconds, connect=connect)}
-        if uploads is None:
-            return {**request, "method": "GET", "headers": headers}
-        if len(uploads) == 1:
-            headers["Content-Type"] = _BINARY
-            return {**request, "method": "POST", "headers": headers, "content": uploads[0].data}
-        files = [("image", (each.filename or str(number), each.data, _BINARY)) for number, each in enumerate(uploads)]
-        return {**request, "method": "POST", "headers": headers, "files": files or None}
+        request: dict[str, Any] = {"method": "GET" if uploads is None else "POST", "url": self.path}
+        request |= {"params": parameters, "timeout": httpx.Timeout(seconds, connect=connect)}
+        if uploads is None or len(uploads) != 1:
+            files = [("image", (each.filename or str(i), each.data, _BINARY)) for i, each in enumerate(uploads or ())]
+            return {**request, "headers": {"Accept": self.accept}, "files": files or None}
+        return {**request, "headers": {"Accept": self.accept, "Content-Type": _BINARY}, "content": uploads[0].data}
 
 
 def _text(value: object) -> str:
