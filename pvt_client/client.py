@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
@@ -17,7 +18,7 @@ import httpx
 from pvt_client import calls
 from pvt_client.calls import Call, Embedding, Features, FeaturesOptions, Prediction, PredictOptions
 from pvt_client.errors import OF_ONE_IMAGE, PvtError
-from pvt_client.exchange import NO_RESPONSE, Attempt, Clock, Exchange, Outcome, Response, Retries, http_settings
+from pvt_client.exchange import NO_RESPONSE, Attempt, Exchange, Outcome, Response
 from pvt_client.images import AnyImage
 
 P = ParamSpec("P")
@@ -50,25 +51,18 @@ def _sent_async(make: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncCalls"
     return method
 
 
-class Client:
+@dataclass(eq=False, repr=False)
+class Client(Exchange):
     """A client of the service at `url`. It keeps connections open, and threads may share it.
 
     `timeout`: seconds for each call, all its attempts together; the service is sent what is left of it. None: no limit.
     Every method raises PvtError, see `pvt_client.errors`.
     """
 
-    def __init__(
-        self,
-        url: str = "http://127.0.0.1:8000",
-        *,
-        api_key: str | None = None,
-        timeout: float | None = 60.0,
-        retries: Retries | None = None,
-        transport: httpx.BaseTransport | None = None,
-        clock: Clock | None = None,
-    ) -> None:
-        self._exchange = Exchange(retries or Retries(), clock or Clock(), timeout)
-        self._http = httpx.Client(**http_settings(url, api_key), transport=transport)
+    transport: httpx.BaseTransport | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._http = httpx.Client(**self.http_settings(), transport=self.transport)
 
     def __enter__(self) -> Self:
         return self
@@ -130,11 +124,11 @@ class Client:
 
     def send(self, call: Call[T]) -> T:
         """The result of `call`, after as many attempts as it takes."""
-        steps = self._exchange.steps(call)
+        steps = self.steps(call)
         step = next(steps)
         while isinstance(step, Attempt):
             if step.wait:
-                self._exchange.clock.sleep(step.wait)
+                self.clock.sleep(step.wait)
             step = steps.send(self._attempt(step))
         return step.value
 
@@ -144,11 +138,11 @@ class Client:
                 body = bytearray()
                 for chunk in response.iter_bytes():  # httpx limits each, not all together
                     body += chunk
-                    if attempt.deadline is not None and self._exchange.clock.monotonic() > attempt.deadline:
+                    if attempt.deadline is not None and self.clock.monotonic() > attempt.deadline:
                         raise TimeoutError
                 return Response(response.status_code, response.headers, bytes(body))
         except NO_RESPONSE as error:
-            return self._exchange.failure(error)
+            return self.failure(error)
 
 
 class AsyncCalls(ABC):
@@ -218,21 +212,14 @@ class AsyncCalls(ABC):
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class AsyncClient(AsyncCalls):
+@dataclass(eq=False, repr=False)
+class AsyncClient(Exchange, AsyncCalls):
     """As `Client`, for asyncio; files are read on a thread."""
 
-    def __init__(
-        self,
-        url: str = "http://127.0.0.1:8000",
-        *,
-        api_key: str | None = None,
-        timeout: float | None = 60.0,
-        retries: Retries | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-        clock: Clock | None = None,
-    ) -> None:
-        self._exchange = Exchange(retries or Retries(), clock or Clock(), timeout)
-        self._http = httpx.AsyncClient(**http_settings(url, api_key), transport=transport)
+    transport: httpx.AsyncBaseTransport | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._http = httpx.AsyncClient(**self.http_settings(), transport=self.transport)
 
     async def __aenter__(self) -> Self:
         return self
@@ -246,11 +233,11 @@ class AsyncClient(AsyncCalls):
 
     async def send(self, call: Call[T]) -> T:
         """See `Client.send`."""
-        steps = self._exchange.steps(call)
+        steps = self.steps(call)
         step = next(steps)
         while isinstance(step, Attempt):
             if step.wait:
-                await self._exchange.clock.sleep_async(step.wait)
+                await self.clock.sleep_async(step.wait)
             step = steps.send(await self._attempt(step))
         return step.value
 
@@ -259,7 +246,7 @@ class AsyncClient(AsyncCalls):
             async with asyncio.timeout(attempt.seconds):  # httpx limits each read, not all together
                 response = await self._http.send(self._http.build_request(**attempt.request))
         except NO_RESPONSE as error:
-            return self._exchange.failure(error)
+            return self.failure(error)
         return Response(response.status_code, response.headers, response.content)
 
 

@@ -8,7 +8,7 @@ import json
 import random
 import time
 from collections.abc import Awaitable, Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import count
@@ -116,13 +116,16 @@ class Response(NamedTuple):
 Outcome = Response | PvtError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class Exchange:
-    """How calls are made: `timeout` is in seconds for all attempts of one call together, None for no limit."""
+    """What both clients have: how they are constructed, and how calls are made."""
 
-    retries: Retries
-    clock: Clock
-    timeout: float | None
+    url: str = "http://127.0.0.1:8000"
+    _: KW_ONLY
+    api_key: str | None = None
+    timeout: float | None = 60.0
+    retries: Retries | None = None
+    clock: Clock = field(default_factory=Clock)
 
     def steps(self, call: Call[T]) -> Generator[Attempt | Result[T], Outcome]:
         """Send `call`, and again where that is safe and in time.
@@ -130,7 +133,7 @@ class Exchange:
         Raises:
             PvtError: the error of the last attempt.
         """
-        clock, wait = self.clock, 0.0
+        clock, retries, wait = self.clock, self.retries or Retries(), 0.0
         deadline = None if self.timeout is None else clock.monotonic() + self.timeout
         for attempt in count(1):
             seconds = None if deadline is None else deadline - clock.monotonic() - wait
@@ -142,7 +145,7 @@ class Exchange:
                 yield result
                 return
             remaining = None if deadline is None else deadline - clock.monotonic()
-            next_wait = self.retries.wait(result, attempt=attempt, remaining=remaining, draw=clock.random())
+            next_wait = retries.wait(result, attempt=attempt, remaining=remaining, draw=clock.random())
             if next_wait is None:
                 raise result
             wait = next_wait
@@ -184,29 +187,28 @@ class Exchange:
         failure.__cause__ = error
         return failure
 
+    def http_settings(self) -> dict[str, Any]:
+        """The arguments that both kinds of httpx client take; `http://` may be left out of `url`.
+
+        Raises:
+            InvalidUrl: no service can have that address.
+        """
+        headers = {"User-Agent": "pvt-client"}
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        # The caller bounds the number of connections; idle ones are all kept.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_SECONDS)
+        base_url = self.url if "://" in self.url else f"http://{self.url}"
+        try:
+            parsed = httpx.URL(base_url)
+        except httpx.InvalidURL as error:
+            raise InvalidUrl(f"{self.url!r} is not the address of a service: {error}") from error
+        if parsed.scheme not in {"http", "https"} or not parsed.host or (parsed.port or 0) > _LAST_PORT:
+            raise InvalidUrl(f"{self.url!r} is not the address of a service; http://host:port is expected")
+        # httpx reads certificates at once, which takes longer than a request; without TLS there is nothing to verify.
+        verify = not base_url.startswith("http://")
+        return {"base_url": base_url, "headers": headers, "limits": limits, "verify": verify}
+
 
 def _excerpt(body: bytes) -> str:
     return body[: 4 * _SHOWN].decode("utf-8", "replace")[:_SHOWN].strip() or "an empty body"
-
-
-def http_settings(url: str, api_key: str | None) -> dict[str, Any]:
-    """The arguments that both kinds of httpx client take for a service at `url`; `http://` may be left out.
-
-    Raises:
-        InvalidUrl: no service can have that address.
-    """
-    headers = {"User-Agent": "pvt-client"}
-    if api_key is not None:
-        headers["Authorization"] = f"Bearer {api_key}"
-    # The caller bounds the number of connections; idle ones are all kept.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_SECONDS)
-    base_url = url if "://" in url else f"http://{url}"
-    try:
-        parsed = httpx.URL(base_url)
-    except httpx.InvalidURL as error:
-        raise InvalidUrl(f"{url!r} is not the address of a service: {error}") from error
-    if parsed.scheme not in {"http", "https"} or not parsed.host or (parsed.port or 0) > _LAST_PORT:
-        raise InvalidUrl(f"{url!r} is not the address of a service; http://host:port is expected")
-    # httpx reads certificates at once, which takes longer than a request; without TLS there is nothing to verify.
-    verify = not base_url.startswith("http://")
-    return {"base_url": base_url, "headers": headers, "limits": limits, "verify": verify}
