@@ -26,9 +26,8 @@ from bench.ours import Ours
 from bench.peers import OURS
 from bench.ratios import some
 from bench.server import ROOT, serving
-from cli.growing_table import GrowingTable
-from cli.rows import FileState, Provenance
-from cli.target import connect
+from cli.options import connect
+from cli.table import FileState, growing_table
 from pvt_client import AsyncClient, Client, Embedding
 
 CLIENTS, IMAGES = 8, 64
@@ -97,11 +96,10 @@ async def here(images: Sequence[bytes], folder: Path, store: Path, seconds: int,
 
         async def embed(turn: int) -> float:
             start, count = perf_counter(), 0
-            with GrowingTable(folder / f"{turn}.parquet", 500) as table:
+            with growing_table(folder / f"{turn}.parquet", 500) as table:
                 async for path, result in inference.embedding_many(_until(paths, seconds)):
                     if not isinstance(result, Embedding):
                         raise result
-                    table.check(Provenance.of(result, None, normalize=False))
                     count += 1
                     table.add(FileState(f"{path}#{count}", *FileState.of(path)[1:]), result)
                 table.finish()

@@ -1,1 +1,1 @@
-"""The command line, `pvt-serve`. Each module adds its commands by `register(app)`."""
+"""The command line, `pvt-serve`."""

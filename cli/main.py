@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from typer import Exit, Option
 
-from cli.embedding import embed
-from cli.importing import import_checkpoint
-from cli.inference import explain, predict
-from cli.pulling import pull
+from cli.acquisition import import_, pull
+from cli.images import embed, explain, predict
 from cli.server import bench, serve
 from cli.store import alias, index, ls, models, rm, verify
 from cli.terminal import print_line, short_errors
@@ -19,19 +18,10 @@ HELP = """Pyramid Vision Transformer v2 image models: serve them over HTTP, or u
 Settings are the environment variables PVT_* of docs/settings.md; every command obeys them.
 """
 # The panels of the help, and their commands in the order of the help.
-_COMMANDS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
-    "Images": {"predict": predict, "embed": embed, "explain": explain},
-    "Models": {
-        "models": models,
-        "pull": pull,
-        "import": import_checkpoint,
-        "ls": ls,
-        "verify": verify,
-        "rm": rm,
-        "alias": alias,
-        "index": index,
-    },
-    "Server": {"serve": serve, "bench": bench},
+_COMMANDS: Mapping[str, Sequence[Callable[..., None]]] = {
+    "Images": (predict, embed, explain),
+    "Models": (models, pull, import_, ls, verify, rm, alias, index),
+    "Server": (serve, bench),
 }
 
 
@@ -42,8 +32,8 @@ def create_app() -> typer.Typer:
     )
     app.callback()(_options)
     for panel, commands in _COMMANDS.items():
-        for name, command in commands.items():
-            app.command(name, rich_help_panel=panel)(command)
+        for command in commands:
+            app.command(command.__name__.rstrip("_"), rich_help_panel=panel)(command)
     return app
 
 
@@ -56,12 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _version(requested: bool) -> None:
     if requested:
         print_line(f"pvt-serve {version('pvt-serve')}")
-        raise typer.Exit
+        raise Exit
 
 
 def _options(
     _: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+        bool, Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     pass

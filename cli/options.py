@@ -1,59 +1,60 @@
-"""Arguments and options that several commands share, and what they name: images, settings, the model store."""
+"""Arguments and options that several commands share, and what they name: images, a service, the model store."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from glob import has_magic, iglob  # pathlib's own takes no absolute patterns
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from app.settings import Settings, SettingsInvalid
+from app.settings import Settings
 from cli.terminal import USAGE, CommandError, print_note
+from pvt_client.client import AsyncCalls, AsyncClient
 
 Url = Annotated[
     str | None,
-    typer.Option(
+    Option(
         envvar="PVTSERVE_URL", metavar="URL", help="Use the service there; without it the model runs in this process."
     ),
 ]
 ApiKey = Annotated[
-    str | None,
-    typer.Option(envvar="PVTSERVE_API_KEY", metavar="KEY", help="Key for --url, if the service requires one."),
+    str | None, Option(envvar="PVTSERVE_API_KEY", metavar="KEY", help="Key for --url, if the service requires one.")
 ]
 Model = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="NAME",
         help="VARIANT.TAG, VARIANT.TAG@VERSION, a variant alone, or an alias. The default is PVT_DEFAULT_MODEL.",
     ),
 ]
 Size = Annotated[
-    str | None,
-    typer.Option(metavar="PIXELS", help="Model input, 224 or 256x384, multiples of 32; its own size by default."),
+    str | None, Option(metavar="PIXELS", help="Model input, 224 or 256x384, multiples of 32; its own size by default.")
 ]
-Concurrency = Annotated[int, typer.Option(metavar="N", min=1, max=1024, help="Requests at the same time, with --url.")]
-Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")]
+Concurrency = Annotated[int, Option(metavar="N", min=1, max=1024, help="Requests at the same time, with --url.")]
+Json = Annotated[bool, Option("--json", help="Write JSON instead of a table.")]
 Images = Annotated[
-    list[str], typer.Argument(metavar="FILES|DIR|GLOB...", help="Images, folders of images, or patterns in quotes.")
+    list[str], Argument(metavar="FILES|DIR|GLOB...", help="Images, folders of images, or patterns in quotes.")
 ]
-Store = Annotated[
-    str | None, typer.Option("--store", metavar="DIR", help="The model store; PVT_MODEL_STORE by default.")
-]
+Store = Annotated[str | None, Option("--store", metavar="DIR", help="The model store; PVT_MODEL_STORE by default.")]
 
+Connection = AbstractAsyncContextManager[AsyncCalls]
 SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+TIMEOUT_SECONDS = 600.0
 
 
-def read_settings() -> Settings:
-    """The settings of the environment.
+@asynccontextmanager
+async def connect(url: str | None, api_key: str | None) -> AsyncIterator[AsyncCalls]:
+    """The service at `url`, or without one an engine in this process, for as long as the context lasts."""
+    if url is not None:
+        async with AsyncClient(url, api_key=api_key, timeout=TIMEOUT_SECONDS) as client:
+            yield client
+        return
+    from cli.local import local_engine  # noqa: PLC0415  imports torch, which --url and --help do not need
 
-    Raises:
-        CommandError: one is wrong.
-    """
-    try:
-        return Settings.from_environment()
-    except SettingsInvalid as error:
-        raise CommandError(str(error), USAGE) from error
+    async with local_engine(Settings.from_environment()) as engine:
+        yield engine
 
 
 def store_folder(option: str | None, *, write: bool = False) -> Path:
@@ -68,7 +69,7 @@ def store_folder(option: str | None, *, write: bool = False) -> Path:
     """
     if option:
         return _checked(option)
-    settings = read_settings()
+    settings = Settings.from_environment()
     if settings.remote_store:
         return _checked(settings.remote_store.url)
     if not write:

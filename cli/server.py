@@ -4,15 +4,14 @@ import asyncio
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from io import BytesIO
 from itertools import count, islice
 from time import perf_counter
 from typing import Annotated
 
 import numpy as np
-import typer
+from typer import Argument, Exit, Option
 
 from cli import options
 from cli.terminal import SOME_FAILED, USAGE, CommandError, print_line
@@ -21,16 +20,15 @@ from pvt_client.calls import PredictOptions
 
 _RANDOM_IMAGES, _SIZE, _COARSE = 32, (640, 427), (21, 14)
 _MAX_IMAGES = 256  # held in memory
-_TRAILER = 8  # bytes after an image, which decoders do not read
-_TIMEOUT_SECONDS = 600.0
+_TRAILER = 8  # bytes after an image, which decoders do not read; they differ from request to request
 
 
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all.  [PVT_HOST]")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.  [PVT_PORT]")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that share the port.  [PVT_WORKERS]")] = None,
-    model_store: Annotated[str | None, typer.Option(help="The model store.  [PVT_MODEL_STORE]")] = None,
-    preload: Annotated[str | None, typer.Option(help="Models to load at start, a,b,c.  [PVT_PRELOAD]")] = None,
+    host: Annotated[str | None, Option(help="Address to listen on; 0.0.0.0 for all.  [PVT_HOST]")] = None,
+    port: Annotated[int | None, Option(help="Port to listen on; 0 takes a free one.  [PVT_PORT]")] = None,
+    workers: Annotated[int | None, Option(help="Processes that share the port.  [PVT_WORKERS]")] = None,
+    model_store: Annotated[str | None, Option(help="The model store.  [PVT_MODEL_STORE]")] = None,
+    preload: Annotated[str | None, Option(help="Models to load at start, a,b,c.  [PVT_PRELOAD]")] = None,
 ) -> None:
     """Serve models over HTTP until Ctrl-C.
 
@@ -46,31 +44,21 @@ def serve(
         code = serve()
     except StartRefused as error:
         raise CommandError(str(error), USAGE) from error
-    raise typer.Exit(code)
-
-
-@dataclass
-class _Measured:
-    """Seconds that each response took, and how many requests failed in which way."""
-
-    seconds: list[float] = field(default_factory=list)
-    failures: Counter[str] = field(default_factory=Counter)
+    raise Exit(code)
 
 
 def bench(
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[FILES|DIR|GLOB]...", help="Images to send; random ones of 640x427 by default."),
+        Argument(metavar="[FILES|DIR|GLOB]...", help="Images to send; random ones of 640x427 by default."),
     ] = None,
-    url: Annotated[
-        str, typer.Option(envvar="PVTSERVE_URL", metavar="URL", help="The service.")
-    ] = "http://127.0.0.1:8000",
-    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="How long to send requests.")] = 10,
-    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Requests at the same time.")] = 8,
+    url: Annotated[str, Option(envvar="PVTSERVE_URL", metavar="URL", help="The service.")] = "http://127.0.0.1:8000",
+    seconds: Annotated[float, Option(min=0.1, max=3600, help="How long to send requests.")] = 10,
+    concurrency: Annotated[int, Option(min=1, max=1024, help="Requests at the same time.")] = 8,
     model: options.Model = None,
     size: options.Size = None,
     api_key: options.ApiKey = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Write the figures as JSON.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Write the figures as JSON.")] = False,
 ) -> None:
     """Measure the throughput and latency of a service.
 
@@ -80,11 +68,21 @@ def bench(
     """
     bodies = [path.read_bytes() for path in islice(options.image_files(files), _MAX_IMAGES)] if files else _random()
     query = PredictOptions(model=model, size=size)
-    measured, took = asyncio.run(_load(url, api_key, bodies, query, seconds, concurrency))
-    figures = _figures(measured, took, concurrency)
-    print_line(json.dumps(figures) if as_json else _described(figures))
-    if measured.failures:
-        raise typer.Exit(SOME_FAILED)
+    latencies, failures, took = asyncio.run(_load(url, api_key, bodies, query, seconds, concurrency))
+    failed = ", ".join(f"{number} {name}" for name, number in failures.most_common())
+    if not latencies:
+        raise CommandError(f"no request succeeded: {failed or 'none'}")
+    p50, p90, p99 = (round(float(each) * 1000, 2) for each in np.percentile(latencies, [50, 90, 99]))
+    images, rate, took = len(latencies), round(len(latencies) / took, 1), round(took, 2)
+    if as_json:
+        figures = {"seconds": took, "concurrency": concurrency, "images": images, "images_per_second": rate}
+        print_line(json.dumps({**figures, "p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "failed": dict(failures)}))
+    else:
+        print_line(f"{rate} images/s   p50 {p50} ms   p90 {p90} ms   p99 {p99} ms")
+        suffix = f"; failed: {failed}" if failed else ""
+        print_line(f"{images} images in {took} s, {concurrency} at a time{suffix}")
+    if failures:
+        raise Exit(SOME_FAILED)
 
 
 def _random() -> list[bytes]:
@@ -101,23 +99,18 @@ def _random() -> list[bytes]:
     return bodies
 
 
-def _different(bodies: Sequence[bytes]) -> Iterator[bytes]:
-    """`bodies` over and over, each time with other bytes after the image."""
-    for number in count():
-        yield bodies[number % len(bodies)] + number.to_bytes(_TRAILER, "big")
-
-
 async def _load(
-    url: str,
-    api_key: str | None,
-    bodies: Sequence[bytes],
-    query: PredictOptions,
-    seconds: float,
-    concurrency: int,
-) -> tuple[_Measured, float]:
-    """Send requests for `seconds`; what was measured, and the time until the last response."""
-    measured, images = _Measured(), _different(bodies)
-    async with AsyncClient(url, api_key=api_key, timeout=_TIMEOUT_SECONDS, retries=Retries(attempts=1)) as client:
+    url: str, api_key: str | None, bodies: Sequence[bytes], query: PredictOptions, seconds: float, concurrency: int
+) -> tuple[list[float], Counter[str], float]:
+    """Send requests for `seconds`.
+
+    Returns the seconds that each response took, how often a request failed in which way, and the seconds in all.
+    """
+    latencies: list[float] = []
+    failures: Counter[str] = Counter()
+    images = (bodies[number % len(bodies)] + number.to_bytes(_TRAILER, "big") for number in count())
+    once = Retries(attempts=1)
+    async with AsyncClient(url, api_key=api_key, timeout=options.TIMEOUT_SECONDS, retries=once) as client:
         await client.predict(next(images), **query)
         start = perf_counter()
 
@@ -128,36 +121,9 @@ async def _load(
                 except PvtError as error:
                     if isinstance(error, ConnectionFailed) and not isinstance(error, ConnectionLost):
                         raise  # the service has ended
-                    measured.failures[type(error).__name__] += 1
+                    failures[type(error).__name__] += 1
                 else:
-                    measured.seconds.append(perf_counter() - begun)
+                    latencies.append(perf_counter() - begun)
 
         await asyncio.gather(*(requests() for _ in range(concurrency)))
-        return measured, perf_counter() - start
-
-
-def _figures(measured: _Measured, took: float, concurrency: int) -> dict[str, object]:
-    if not measured.seconds:
-        raise CommandError(f"no request succeeded: {_counts(measured.failures)}")
-    p50, p90, p99 = (round(float(each) * 1000, 2) for each in np.percentile(measured.seconds, [50, 90, 99]))
-    return {
-        "seconds": round(took, 2),
-        "concurrency": concurrency,
-        "images": len(measured.seconds),
-        "images_per_second": round(len(measured.seconds) / took, 1),
-        "p50_ms": p50,
-        "p90_ms": p90,
-        "p99_ms": p99,
-        "failed": dict(measured.failures),
-    }
-
-
-def _described(figures: dict[str, object]) -> str:
-    text = "{images_per_second} images/s   p50 {p50_ms} ms   p90 {p90_ms} ms   p99 {p99_ms} ms\n".format(**figures)
-    text += "{images} images in {seconds} s, {concurrency} at a time".format(**figures)
-    failed = figures["failed"]
-    return f"{text}; failed: {_counts(Counter(failed))}" if isinstance(failed, dict) and failed else text
-
-
-def _counts(failures: Counter[str]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in failures.most_common()) or "none"
+        return latencies, failures, perf_counter() - start

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Exit, Option
 
+from app.settings import Settings
 from cli import options
-from cli.options import read_settings, store_folder
-from cli.target import Connection, connect
+from cli.options import connect, store_folder
 from cli.terminal import FAILED, USAGE, CommandError, print_line, print_note, print_table, thousands
 from service.acquisition.catalogue import CATALOGUE
-from service.errors import ModelNotFound, WeightsUnavailable
+from service.errors import ModelNotFound
 from service.store.folder import removable, remove
 from service.store.location import write_index
 from service.store.remote import open_store
@@ -38,19 +39,16 @@ def models(as_json: options.Json = False, url: options.Url = None, api_key: opti
     Only a service can say which models are in memory and how they run: give --url. The table leaves out models that
     could be pulled; `pvt-serve ls --all` has them.
     """
-    found = asyncio.run(_models(connect(url, api_key)))
+
+    async def details() -> list[Mapping[str, Any]]:
+        async with connect(url, api_key) as inference:
+            return [model.details for model in await inference.models()]
+
+    found = asyncio.run(details())
     if as_json:
         print_line(json.dumps({"models": found}, indent=2))
-        return
-    local = [model for model in found if model["state"] != "remote"]
-    columns = {name: [cell(model) for model in local] for name, cell in _MODEL_COLUMNS.items()}
-    shown = {name: cells for name, cells in columns.items() if any(cells) or name == "model"}
-    print_table(list(shown), zip(*shown.values(), strict=True))
-
-
-async def _models(connection: Connection) -> list[Mapping[str, Any]]:
-    async with connection as inference:
-        return [model.details for model in await inference.models()]
+    else:
+        print_table(_MODEL_COLUMNS, [model for model in found if model["state"] != "remote"], hide_empty=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,7 @@ _VERSION_COLUMNS: Mapping[str, Callable[[_Row], str]] = {
 
 def ls(
     store: options.Store = None,
-    every: Annotated[bool, typer.Option("--all", help="Also the public models that 'pvt-serve pull' fetches.")] = False,
+    every: Annotated[bool, Option("--all", help="Also the public models that 'pvt-serve pull' fetches.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """List what is in the model store: every version of every model.
@@ -108,25 +106,17 @@ def ls(
     if as_json:
         print_line(json.dumps({"models": [asdict(row) for row in rows]}, indent=2))
     else:
-        print_table(list(_VERSION_COLUMNS), ([cell(row) for cell in _VERSION_COLUMNS.values()] for row in rows))
+        print_table(_VERSION_COLUMNS, rows)
 
 
 def _row(stored: StoredModel, aliases: tuple[str, ...]) -> _Row:
     card = stored.card
     if card is None:
         return _Row(stored.id, stored.version, "failed", aliases=aliases, reason=str(stored.failure))
-    return _Row(
-        model=stored.id,
-        version=stored.version,
-        state="available",
-        classes=len(card.labels),
-        input_size=(card.preprocessing.height, card.preprocessing.width),
-        parameters=card.parameters,
-        bytes=card.weights.bytes,
-        top1=card.accuracy.top1 if card.accuracy else None,
-        source=card.source,
-        aliases=aliases,
-    )
+    size = card.preprocessing.height, card.preprocessing.width
+    top1 = card.accuracy.top1 if card.accuracy else None
+    numbers = (len(card.labels), size, card.parameters, card.weights.bytes, top1)
+    return _Row(stored.id, stored.version, "available", *numbers, source=card.source, aliases=aliases)
 
 
 def verify(store: options.Store = None, as_json: options.Json = False) -> None:
@@ -146,14 +136,14 @@ def verify(store: options.Store = None, as_json: options.Json = False) -> None:
         print_line(json.dumps({"verdicts": [asdict(verdict) for verdict in verdicts]}, indent=2))
     if bad := sum(verdict.failure is not None for verdict in verdicts):
         print_note(f"pvt-serve: {bad} of {len(verdicts)} are not as they should be")
-        raise typer.Exit(FAILED)
+        raise Exit(FAILED)
 
 
 def rm(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="VARIANT.TAG for all its versions, VARIANT.TAG@VERSION for one.")
+        str, Argument(metavar="MODEL", help="VARIANT.TAG for all its versions, VARIANT.TAG@VERSION for one.")
     ],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
     store: options.Store = None,
 ) -> None:
     """Remove a model from the store, or one version of it.
@@ -170,11 +160,11 @@ def rm(
 
 
 def alias(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The alias, such as production.")] = None,
-    target: Annotated[str | None, typer.Argument(metavar="TARGET", help="VARIANT.TAG or VARIANT.TAG@VERSION.")] = None,
+    name: Annotated[str | None, Argument(metavar="NAME", help="The alias, such as production.")] = None,
+    target: Annotated[str | None, Argument(metavar="TARGET", help="VARIANT.TAG or VARIANT.TAG@VERSION.")] = None,
     *,
-    remove: Annotated[bool, typer.Option("--rm", help="Remove the alias NAME.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Write all aliases as JSON, after the change.")] = False,
+    remove: Annotated[bool, Option("--rm", help="Remove the alias NAME.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Write all aliases as JSON, after the change.")] = False,
 ) -> None:
     """Show the aliases of the model store, or let NAME stand for TARGET.
 
@@ -183,7 +173,7 @@ def alias(
     """
     if remove and (name is None or target is not None):
         raise CommandError("--rm takes a NAME and no TARGET", USAGE)
-    settings = read_settings()
+    settings = Settings.from_environment()
     changes = remove or target is not None
     folder = store_folder(None, write=True) if changes and not settings.remote_store else settings.store_folder
     store = open_store(folder, settings.remote_store)
@@ -219,20 +209,18 @@ def _alias_lines(store: Store) -> str:
 
 def index(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="FOLDER", help="The store to list.  [PVT_MODEL_STORE]", show_default=False)
+        Path | None, Argument(metavar="FOLDER", help="The store to list.  [PVT_MODEL_STORE]", show_default=False)
     ] = None,
 ) -> None:
     """Write index.json into a model store, for web servers that do not list their folders.
 
     Write it anew after each change of the store, before or after copying the store to the web server.
     """
-    if folder is None and read_settings().remote_store:
+    if folder is None and Settings.from_environment().remote_store:
         raise CommandError("PVT_MODEL_STORE is a URL; name the FOLDER that is served there", USAGE)
     root = folder or store_folder(None)
     try:
         written = write_index(root)
-    except WeightsUnavailable as error:
-        raise CommandError(str(error)) from error
     except OSError as error:
         raise CommandError(f"{root / INDEX_FILE} can't be written: {error.strerror or error}") from error
     total = sum(file.bytes for file in written.files)

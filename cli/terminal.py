@@ -3,18 +3,22 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import structlog
 import typer
 from rich import box
 from rich.console import Console
+from rich.progress import Progress, ProgressColumn, TimeRemainingColumn
 from rich.table import Table
 
+from app.settings import SettingsInvalid
 from pvt_client import PvtError
 from service.errors import ServiceError
 
+T = TypeVar("T")
 FAILED, USAGE, SOME_FAILED, INTERRUPTED = 1, 2, 3, 130
 """Exit codes beside 0: nothing was done, the command was used wrongly, done but for the failures that are listed, and
 Ctrl-C."""
@@ -35,34 +39,39 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def print_line(text: str) -> None:
-    """A line of the result, on standard output."""
-    typer.echo(_printable(text))
+def print_line(text: str, *, err: bool = False) -> None:
+    """A line of the result, on standard output; file names need not be UTF-8, and other bytes are shown escaped."""
+    typer.echo(text.encode("utf-8", "backslashreplace").decode(), err=err)
 
 
 def print_note(text: str) -> None:
     """A line beside the result, on standard error."""
-    typer.echo(_printable(text), err=True)
+    print_line(text, err=True)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """`rows` below the names of `columns`, on standard output."""
+def print_table(columns: Mapping[str, Callable[[T], str]], rows: Sequence[T], *, hide_empty: bool = False) -> None:
+    """On standard output, the text of each of `rows` in each of `columns`; `hide_empty`: but for empty columns."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
+    shown: list[Callable[[T], str]] = []
+    for name, text in columns.items():
+        if not hide_empty or not shown or any(map(text, rows)):
+            table.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
+            shown.append(text)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(text(row) for text in shown))
     Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+
+
+def progress_bar(*columns: ProgressColumn, transient: bool = False) -> Progress:
+    """A bar on standard error, if that is a terminal, that ends with the time left; `transient`: gone in the end."""
+    console = Console(stderr=True)
+    columns = (*columns, TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)
 
 
 def thousands(number: int | None) -> str:
     """`number` with separators; nothing for None."""
     return "" if number is None else f"{number:,}"
-
-
-def _printable(text: str) -> str:
-    """File names need not be UTF-8; other bytes are shown escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager
@@ -86,6 +95,8 @@ def short_errors() -> Iterator[None]:
         yield
     except CommandError as error:
         message, code = str(error), error.exit_code
+    except SettingsInvalid as error:
+        message, code = str(error), USAGE
     except (PvtError, ServiceError) as error:
         message, code = reason(error), FAILED
     except BrokenPipeError:  # `pvt-serve ... | head`

@@ -5,63 +5,21 @@
 ...     client.predict("seven.png").best.label
 """
 
+from pvt_client.calls import ClassScore, Embedding, Explanation, Features, Health, Model, Prediction
 from pvt_client.client import AsyncClient, Client
-from pvt_client.errors import (
-    ConnectionFailed,
-    ConnectionLost,
-    DeadlineExceeded,
-    Forbidden,
-    ImageTooLarge,
-    ImageUnreadable,
-    InvalidImage,
-    InvalidRequest,
-    InvalidUrl,
-    ModelNotFound,
-    ModelUnavailable,
-    NotAcceptable,
-    Problem,
-    PvtError,
-    QueueFull,
-    ServiceFailed,
-    TimedOut,
-    Unauthorized,
-    UnexpectedResponse,
-    UnsupportedMediaType,
-)
+
+from pvt_client.errors import (  # isort: skip
+    ConnectionFailed, ConnectionLost, DeadlineExceeded, Forbidden, ImageTooLarge, ImageUnreadable, InvalidImage,
+    InvalidRequest, InvalidUrl, ModelNotFound, ModelUnavailable, NotAcceptable, Problem, PvtError, QueueFull,
+    ServiceFailed, TimedOut, Unauthorized, UnexpectedResponse, UnsupportedMediaType,
+)  # fmt: skip
 from pvt_client.exchange import Retries
 from pvt_client.images import Image
-from pvt_client.results import ClassScore, Embedding, Explanation, Features, Health, Model, Prediction
 
 __all__ = [
-    "AsyncClient",
-    "ClassScore",
-    "Client",
-    "ConnectionFailed",
-    "ConnectionLost",
-    "DeadlineExceeded",
-    "Embedding",
-    "Explanation",
-    "Features",
-    "Forbidden",
-    "Health",
-    "Image",
-    "ImageTooLarge",
-    "ImageUnreadable",
-    "InvalidImage",
-    "InvalidRequest",
-    "InvalidUrl",
-    "Model",
-    "ModelNotFound",
-    "ModelUnavailable",
-    "NotAcceptable",
-    "Prediction",
-    "Problem",
-    "PvtError",
-    "QueueFull",
-    "Retries",
-    "ServiceFailed",
-    "TimedOut",
-    "Unauthorized",
-    "UnexpectedResponse",
+    "AsyncClient", "ClassScore", "Client", "ConnectionFailed", "ConnectionLost", "DeadlineExceeded", "Embedding",
+    "Explanation", "Features", "Forbidden", "Health", "Image", "ImageTooLarge", "ImageUnreadable", "InvalidImage",
+    "InvalidRequest", "InvalidUrl", "Model", "ModelNotFound", "ModelUnavailable", "NotAcceptable", "Prediction",
+    "Problem", "PvtError", "QueueFull", "Retries", "ServiceFailed", "TimedOut", "Unauthorized", "UnexpectedResponse",
     "UnsupportedMediaType",
-]
+]  # fmt: skip

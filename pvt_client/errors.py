@@ -14,6 +14,8 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 
 class PvtError(Exception):
@@ -44,25 +46,29 @@ class UnexpectedResponse(PvtError):
     """The response is not one of this service; is the URL right?"""
 
 
+_BY_STATUS: dict[int, type["Problem"]] = {}
+
+
+@dataclass(eq=False, kw_only=True)
 class Problem(PvtError):
     """An RFC 9457 problem. `retry_after` is in seconds, None where the service named none."""
 
-    def __init__(
-        self,
-        *,
-        type: str,  # noqa: A002  the standard's own name
-        title: str,
-        status: int,
-        detail: str,
-        request_id: str | None = None,
-        retry_after: float | None = None,
-    ) -> None:
-        super().__init__(f"{title} ({status}): {detail}")
-        self.type, self.title, self.status, self.detail = type, title, status, detail
-        self.request_id, self.retry_after = request_id, retry_after
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str | None = None
+    retry_after: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(f"{self.title} ({self.status}): {self.detail}")
+
+    def __init_subclass__(cls, of_status: int | None = None) -> None:
+        if of_status is not None:
+            _BY_STATUS[of_status] = cls
 
 
-class InvalidRequest(Problem):
+class InvalidRequest(Problem, of_status=422):
     """A parameter is wrong; the detail names it and its range."""
 
 
@@ -70,39 +76,39 @@ class InvalidImage(InvalidRequest):
     """The bytes are not an image that the service can decode; the detail says why."""
 
 
-class ImageTooLarge(Problem):
+class ImageTooLarge(Problem, of_status=413):
     """An image or the body exceeds a limit, which the detail names."""
 
 
-class Unauthorized(Problem):
+class Unauthorized(Problem, of_status=401):
     """The service requires an API key, and this one is not valid."""
 
 
-class Forbidden(Problem):
+class Forbidden(Problem, of_status=403):
     """The endpoint is switched off; the detail names the setting."""
 
 
-class ModelNotFound(Problem):
+class ModelNotFound(Problem, of_status=404):
     """No such model, and the detail names similar ones; or no such path."""
 
 
-class NotAcceptable(Problem):
+class NotAcceptable(Problem, of_status=406):
     """The endpoint can't respond in the requested form."""
 
 
-class UnsupportedMediaType(Problem):
+class UnsupportedMediaType(Problem, of_status=415):
     """The endpoint can't read the form that was sent."""
 
 
-class QueueFull(Problem):
+class QueueFull(Problem, of_status=429):
     """Too many images were waiting already, at every attempt."""
 
 
-class ModelUnavailable(Problem):
+class ModelUnavailable(Problem, of_status=503):
     """The model is not available now, or the service is shutting down; the detail says why."""
 
 
-class DeadlineExceeded(Problem, TimedOut):
+class DeadlineExceeded(Problem, TimedOut, of_status=504):
     """The service did not finish in the time it was given."""
 
 
@@ -110,25 +116,24 @@ class ServiceFailed(Problem):
     """An unexpected error of the service, or of a proxy in front of it."""
 
 
-_BY_STATUS: Mapping[int, type[Problem]] = {
-    401: Unauthorized,
-    403: Forbidden,
-    404: ModelNotFound,
-    406: NotAcceptable,
-    413: ImageTooLarge,
-    415: UnsupportedMediaType,
-    422: InvalidRequest,
-    429: QueueFull,
-    503: ModelUnavailable,
-    504: DeadlineExceeded,
-}
+def problem(
+    fields: Mapping[str, Any], status: int = 0, request_id: str | None = None, retry_after: float | None = None
+) -> Problem:
+    """The error that `fields` of RFC 9457 describe; the other arguments hold where they say nothing.
 
-
-def problem_class(status: int, type_: str) -> type[Problem]:
-    """The class of a problem of that `status` and `type`."""
-    if type_.endswith(":invalid-image"):
-        return InvalidImage
-    return _BY_STATUS.get(status, ServiceFailed)
+    Raises:
+        TypeError, ValueError: a field is of another type.
+    """
+    kind, status = str(fields.get("type", "about:blank")), int(fields.get("status", status))
+    of_image = kind.endswith(":invalid-image")
+    return (InvalidImage if of_image else _BY_STATUS.get(status, ServiceFailed))(
+        type=kind,
+        title=str(fields.get("title", f"HTTP {status}")),
+        status=status,
+        detail=str(fields.get("detail", "")),
+        request_id=fields.get("request_id") or request_id,
+        retry_after=retry_after,
+    )
 
 
 # Errors of one image, after which the next may succeed. Every other error would meet all requests.

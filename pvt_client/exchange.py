@@ -3,28 +3,30 @@
 Nothing here does I/O: `Exchange.steps` is a generator, and the clients carry out its steps and send the outcomes back.
 """
 
+import asyncio
+import json
 import random
 import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import httpx
 
-from pvt_client.calls import Call
+from pvt_client import errors
+from pvt_client.calls import JSON, Call
 from pvt_client.errors import ConnectionFailed, ConnectionLost, InvalidUrl, Problem, PvtError, TimedOut
-from pvt_client.results import Response, read_refusal, understanding
 
 T = TypeVar("T")
+NO_RESPONSE = (httpx.HTTPError, httpx.InvalidURL, TimeoutError)
+"""What an attempt without a response ends with."""
 _ERROR, _TOO_MANY, _UNAVAILABLE = 400, 429, 503
-_MS = 1000
-_LONGEST_MS = 3_600_000  # the most that the service takes
 _IDLE_SECONDS = 4.0  # less than the 5 after which the service closes an idle connection
 _LAST_PORT = 65535
-_CONNECT_SECONDS = 5.0  # then another attempt, if there is time
+_SHOWN = 200  # characters of a response that is not understood
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,14 +57,9 @@ class Retries:
 
 def _is_safe(error: PvtError) -> bool:
     """Whether the service can't have begun, so that another attempt does not do the work twice."""
-    match error:
-        case ConnectionLost():
-            return False
-        case ConnectionFailed():
-            return True
-        case Problem(status=status, retry_after=seconds):
-            return status == _TOO_MANY or (status == _UNAVAILABLE and seconds is not None)
-    return False
+    if isinstance(error, Problem):
+        return error.status == _TOO_MANY or (error.status == _UNAVAILABLE and error.retry_after is not None)
+    return isinstance(error, ConnectionFailed) and not isinstance(error, ConnectionLost)
 
 
 def retry_after(header: str | None, now: datetime) -> float | None:
@@ -80,100 +77,109 @@ def retry_after(header: str | None, now: datetime) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Where time and jitter come from; tests replace it."""
+    """Where time and jitter come from, and how to wait; tests replace it."""
 
     monotonic: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    sleep_async: Callable[[float], Awaitable[None]] = asyncio.sleep
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     random: Callable[[], float] = random.random
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """Send the call once; its response, or the error in place of one, is the outcome.
+class Attempt(NamedTuple):
+    """Wait, then send `request` once; its response, or the error in place of one, is the outcome.
 
-    `seconds` is what is left of the timeout, and `deadline` when that ends on the clock; None without a timeout.
+    `seconds` is what is then left of the timeout, and `deadline` when that ends on the clock; None without a timeout.
     """
 
-    call: Call[Any]
+    request: Mapping[str, Any]
+    wait: float
     seconds: float | None
     deadline: float | None
 
-    def request(self, client: httpx.Client | httpx.AsyncClient) -> httpx.Request:
-        """The request, for the base URL and with the headers of `client`."""
-        call, parameters = self.call, dict(self.call.parameters)
-        if call.timed and self.seconds is not None:
-            parameters["timeout_ms"] = str(min(max(1, int(self.seconds * _MS)), _LONGEST_MS))
-        content, files = call.content()
-        connect = _CONNECT_SECONDS if self.seconds is None else min(_CONNECT_SECONDS, self.seconds)
-        return client.build_request(
-            call.method,
-            call.path,
-            params=parameters,
-            headers=call.headers(),
-            content=content,
-            files=files or None,
-            timeout=httpx.Timeout(self.seconds, connect=connect),
-        )
+
+@dataclass(frozen=True, slots=True)
+class Result(Generic[T]):
+    """What the response of a call means; the last step."""
+
+    value: T
+
+
+class Response(NamedTuple):
+    """The parts of a response that are read."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
 
 
 Outcome = Response | PvtError
-# An attempt to make, or seconds to wait; after a wait the outcome is None.
-Steps = Generator[Attempt | float, Outcome | None, T]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class Exchange:
-    """How calls are made: `timeout` is in seconds for all attempts of one call together, None for no limit."""
+    """What both clients have: how they are constructed, and how calls are made."""
 
-    retries: Retries
-    clock: Clock
-    timeout: float | None
+    url: str = "http://127.0.0.1:8000"
+    _: KW_ONLY
+    api_key: str | None = None
+    timeout: float | None = 60.0
+    retries: Retries | None = None
+    clock: Clock = field(default_factory=Clock)
 
-    def steps(self, call: Call[T]) -> Steps[T]:
-        """Send `call`, and again where that is safe and in time; returns what its response means.
+    def steps(self, call: Call[T]) -> Generator[Attempt | Result[T], Outcome]:
+        """Send `call`, and again where that is safe and in time.
 
         Raises:
             PvtError: the error of the last attempt.
         """
-        clock = self.clock
+        clock, retries, wait = self.clock, self.retries or Retries(), 0.0
         deadline = None if self.timeout is None else clock.monotonic() + self.timeout
         for attempt in count(1):
+            seconds = None if deadline is None else deadline - clock.monotonic() - wait
+            if seconds is not None and seconds <= 0:
+                raise self._timed_out()
+            outcome = yield Attempt(call.request(seconds), wait, seconds, deadline)
+            result = self._read(call, outcome) if isinstance(outcome, Response) else outcome
+            if isinstance(result, Result):
+                yield result
+                return
             remaining = None if deadline is None else deadline - clock.monotonic()
-            if remaining is not None and remaining <= 0:
-                break
-            outcome = yield Attempt(call, remaining, deadline)
-            if isinstance(outcome, Response):
-                with understanding(outcome):
-                    if outcome.status < _ERROR or outcome.status in call.accepted:
-                        return call.read(outcome)
-                    outcome = read_refusal(outcome, retry_after(outcome.headers.get("retry-after"), clock.now()))
-            assert outcome is not None  # noqa: S101  every attempt has an outcome
-            if isinstance(outcome, Problem) and (result := call.recover(outcome)) is not None:
-                return result
-            remaining = None if deadline is None else deadline - clock.monotonic()
-            wait = self.retries.wait(outcome, attempt=attempt, remaining=remaining, draw=clock.random())
-            if wait is None:
-                raise outcome
-            yield wait
-        raise self.timed_out()
+            next_wait = retries.wait(result, attempt=attempt, remaining=remaining, draw=clock.random())
+            if next_wait is None:
+                raise result
+            wait = next_wait
 
-    def is_late(self, attempt: Attempt) -> bool:
-        """Whether the deadline has passed while `attempt` is still under way."""
-        return attempt.deadline is not None and self.clock.monotonic() > attempt.deadline
+    def _read(self, call: Call[T], response: Response) -> Result[T] | Problem:
+        """The result, or the error that a response of status 400 or more means, from the service or from a proxy."""
+        status, headers, body = response
+        try:
+            if status < _ERROR or status == call.accepted:
+                return Result(call.read(json.loads(body) if call.accept == JSON else body))
+            is_problem = headers.get("content-type", "").startswith("application/problem+json")
+            fields = json.loads(body) if is_problem else None
+            fields = fields if isinstance(fields, dict) else {"detail": _excerpt(body)}
+            wait = retry_after(headers.get("retry-after"), self.clock.now())
+            refusal = errors.problem(fields, status, headers.get("x-request-id"), wait)
+        except (LookupError, TypeError, ValueError) as error:
+            raise errors.UnexpectedResponse(
+                f"this client does not understand the response ({error!r}): {_excerpt(body)}; is the URL right?"
+            ) from error
+        recovered = call.recover(refusal)
+        return refusal if recovered is None else Result(recovered)
 
-    def timed_out(self) -> TimedOut:
-        """The error of a call that took longer than the timeout."""
+    def _timed_out(self) -> TimedOut:
         return TimedOut("no response" if self.timeout is None else f"no response within {self.timeout:g} s")
 
-    def translated(self, error: httpx.HTTPError | httpx.InvalidURL) -> PvtError:
-        """The error of this package for one of httpx's, which an attempt without a response ended with."""
+    def failure(self, error: Exception) -> PvtError:
+        """The error of this package for one of NO_RESPONSE."""
         reason = str(error) or type(error).__name__
         failure: PvtError
         match error:
             case httpx.ConnectError() | httpx.ConnectTimeout() | httpx.PoolTimeout():
                 failure = ConnectionFailed(f"the service was not reached: {reason}")
-            case httpx.TimeoutException():
-                failure = self.timed_out()
+            case httpx.TimeoutException() | TimeoutError():
+                failure = self._timed_out()
             case httpx.UnsupportedProtocol() | httpx.InvalidURL():
                 failure = InvalidUrl(f"not the address of a service: {reason}")
             case _:
@@ -181,25 +187,28 @@ class Exchange:
         failure.__cause__ = error
         return failure
 
+    def http_settings(self) -> dict[str, Any]:
+        """The arguments that both kinds of httpx client take; `http://` may be left out of `url`.
 
-def http_settings(url: str, api_key: str | None) -> dict[str, Any]:
-    """The arguments that both kinds of httpx client take for a service at `url`; `http://` may be left out.
+        Raises:
+            InvalidUrl: no service can have that address.
+        """
+        headers = {"User-Agent": "pvt-client"}
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        # The caller bounds the number of connections; idle ones are all kept.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_SECONDS)
+        base_url = self.url if "://" in self.url else f"http://{self.url}"
+        try:
+            parsed = httpx.URL(base_url)
+        except httpx.InvalidURL as error:
+            raise InvalidUrl(f"{self.url!r} is not the address of a service: {error}") from error
+        if parsed.scheme not in {"http", "https"} or not parsed.host or (parsed.port or 0) > _LAST_PORT:
+            raise InvalidUrl(f"{self.url!r} is not the address of a service; http://host:port is expected")
+        # httpx reads certificates at once, which takes longer than a request; without TLS there is nothing to verify.
+        verify = not base_url.startswith("http://")
+        return {"base_url": base_url, "headers": headers, "limits": limits, "verify": verify}
 
-    Raises:
-        InvalidUrl: no service can have that address.
-    """
-    headers = {"User-Agent": "pvt-client"}
-    if api_key is not None:
-        headers["Authorization"] = f"Bearer {api_key}"
-    # The caller bounds the number of connections; idle ones are all kept.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_SECONDS)
-    base_url = url if "://" in url else f"http://{url}"
-    try:
-        parsed = httpx.URL(base_url)
-    except httpx.InvalidURL as error:
-        raise InvalidUrl(f"{url!r} is not the address of a service: {error}") from error
-    if parsed.scheme not in {"http", "https"} or not parsed.host or (parsed.port or 0) > _LAST_PORT:
-        raise InvalidUrl(f"{url!r} is not the address of a service; http://host:port is expected")
-    # httpx reads certificates at once, which takes longer than a request; without TLS there is nothing to verify.
-    verify = not base_url.startswith("http://")
-    return {"base_url": base_url, "headers": headers, "limits": limits, "verify": verify}
+
+def _excerpt(body: bytes) -> str:
+    return body[: 4 * _SHOWN].decode("utf-8", "replace")[:_SHOWN].strip() or "an empty body"

@@ -64,17 +64,33 @@ def upload(image: Image) -> Upload:
     """
     if isinstance(image, bytes):
         return Upload(None, image)
-    if isinstance(image, str | os.PathLike):
-        return _from_path(Path(image))
-    if isinstance(image, np.ndarray):
-        return Upload(None, encode_png(image))
-    if isinstance(image, PilImage):
-        return Upload(_name_of(image), _from_pil(image))
-    if isinstance(image, BinaryFile):
-        return _from_file(image)
-    raise ImageUnreadable(
-        f"{type(image).__name__} is not an image: pass a path, bytes, a file opened with 'rb', a PIL image or an array"
-    )
+    path = Path(image) if isinstance(image, str | os.PathLike) else None
+    named = path or getattr(image, "name", None) or getattr(image, "filename", None)
+    name = Path(named).name if isinstance(named, str | os.PathLike) else None
+    label = path or name or ("the PIL image" if isinstance(image, PilImage) else "the file")
+    try:
+        data: object = _encoded(image)
+    except (OSError, ValueError, SyntaxError) as error:  # also a closed file, a name with a zero byte, a broken image
+        raise ImageUnreadable(f"{label}: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(data, bytes):
+        raise ImageUnreadable(f"{label} returns {type(data).__name__}; open it with 'rb'")
+    return Upload(name or None, data)
+
+
+def _encoded(image: Image) -> bytes:
+    match image:
+        case str() | os.PathLike():
+            return Path(image).read_bytes()
+        case np.ndarray():
+            return encode_png(image)
+        case PilImage():
+            buffer = BytesIO()
+            (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG", compress_level=_FAST)
+            return buffer.getvalue()
+        case BinaryFile():
+            return image.read()
+    message = "pass a path, bytes, a file opened with 'rb', a PIL image or an array"
+    raise ImageUnreadable(f"{type(image).__name__} is not an image: {message}")
 
 
 def encode_png(pixels: NDArray[Any]) -> bytes:
@@ -99,36 +115,3 @@ def encode_png(pixels: NDArray[Any]) -> bytes:
 
 def _chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def _from_path(path: Path) -> Upload:
-    try:
-        return Upload(path.name, path.read_bytes())
-    except (OSError, ValueError) as error:  # a name with a zero byte
-        raise ImageUnreadable(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _from_file(file: BinaryFile) -> Upload:
-    name = _name_of(file)
-    try:
-        data = file.read()
-    except (OSError, ValueError) as error:  # closed, or text that is not UTF-8
-        raise ImageUnreadable(f"{name or 'the file'}: {error}") from error
-    if not isinstance(data, bytes):
-        raise ImageUnreadable(f"{name or 'the file'} returns {type(data).__name__}; open it with 'rb'")
-    return Upload(name, data)
-
-
-def _from_pil(image: PilImage) -> bytes:
-    buffer = BytesIO()
-    try:
-        (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG", compress_level=_FAST)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow reads lazily: the file may be broken
-        raise ImageUnreadable(f"{_name_of(image) or 'the PIL image'}: {error}") from error
-    return buffer.getvalue()
-
-
-def _name_of(holder: object) -> str | None:
-    """The last part of the file name that files and PIL images carry."""
-    name = getattr(holder, "name", None) or getattr(holder, "filename", None)
-    return Path(name).name if isinstance(name, str) and name else None

@@ -126,9 +126,14 @@ def write_model(
         model.mkdir(exist_ok=True)  # last, so that a process killed earlier leaves no model without a version
         if version is None:
             return _move_to_next_version(staged, model)
-        if (target := model / version).exists():
-            target.rename(folder / "replaced")
-        return staged.rename(target)
+        if not (target := model / version).exists():
+            return staged.rename(target)
+        replaced = target.rename(folder / "replaced")
+        try:
+            return staged.rename(target)
+        except OSError:
+            replaced.rename(target)
+            raise
 
 
 def _move_to_next_version(staged: Path, model: Path) -> Path:

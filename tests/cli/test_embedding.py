@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cli.growing_table import GrowingTable
+from cli.table import growing_table
 from tests.cli.conftest import PvtServe
 from tests.conftest import ROOT
 from tests.pvt_client.scripted import Received, Scripted, refused, response, scripted
@@ -89,6 +89,19 @@ def test_parquet_holds_vectors_of_fixed_size_in_row_groups(pvt_serve: PvtServe, 
     with pq.ParquetFile(tmp_path / "out.parquet") as file:
         assert file.num_row_groups == 5
         assert str(file.schema_arrow.field("embedding").type) == "fixed_size_list<element: float>[4]"
+
+
+def test_a_second_run_keeps_the_size_of_row_groups(pvt_serve: PvtServe, images: Path, tmp_path: Path) -> None:
+    command = ("embed", images, "-o", tmp_path / "out.parquet", "--model", "m", "--group", "5")
+    with scripted(features) as server:
+        pvt_serve(*command, "--url", server.url)
+        for number in range(3):
+            (images / f"{number:02}.png").write_bytes(b"changed %d" % number)
+        pvt_serve(*command, "--url", server.url)
+
+    with pq.ParquetFile(tmp_path / "out.parquet") as file:
+        assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [5, 5, 5, 5, 3]
+    check(tmp_path / "out.parquet", images)
 
 
 def test_a_second_run_embeds_only_new_and_changed_images(pvt_serve: PvtServe, images: Path, table: Path) -> None:
@@ -233,7 +246,7 @@ def test_another_version_of_the_model_is_noticed_though_all_is_done(
 
 
 def test_two_runs_do_not_write_one_file(pvt_serve: PvtServe, images: Path, table: Path) -> None:
-    with GrowingTable(table, 5), scripted(features) as server:
+    with growing_table(table, 5), scripted(features) as server:
         done = pvt_serve("embed", images, "-o", table, "--url", server.url)
 
     assert (done.code, done.err, server.requests) == (1, f"pvt-serve: another run is writing {table}\n", [])

@@ -15,14 +15,14 @@ def call(request: pytest.FixtureRequest) -> CallMethod:
     """Calls a method of either kind of client: call(url, "predict", image, ..., client={"timeout": 3}, time=...)."""
 
     def synchronously(url: str, method: str, *args: Any, client: dict[str, Any], time: FakeTime, **options: Any) -> Any:
-        with Client(url, clock=time.clock, sleep=time.sleep, **client) as opened:
+        with Client(url, clock=time.clock, **client) as opened:
             result = getattr(opened, method)(*args, **options)
             return list(result) if method.endswith("_many") else result
 
     async def asynchronously(
         url: str, method: str, *args: Any, client: dict[str, Any], time: FakeTime, **options: Any
     ) -> Any:
-        async with AsyncClient(url, clock=time.clock, sleep=time.sleep_async, **client) as opened:
+        async with AsyncClient(url, clock=time.clock, **client) as opened:
             result = getattr(opened, method)(*args, **options)
             return [each async for each in result] if method.endswith("_many") else await result
 

@@ -172,7 +172,11 @@ class FakeTime:
     @property
     def clock(self) -> Clock:
         return Clock(
-            monotonic=self.monotonic, now=lambda: NOW + timedelta(seconds=self.seconds - 1000), random=lambda: 0.5
+            monotonic=self.monotonic,
+            sleep=self.sleep,
+            sleep_async=self.sleep_async,
+            now=lambda: NOW + timedelta(seconds=self.seconds - 1000),
+            random=lambda: 0.5,
         )
 
 

@@ -12,12 +12,11 @@ from pvt_client import (
     ConnectionLost,
     DeadlineExceeded,
     Problem,
-    PvtError,
     QueueFull,
     Retries,
     TimedOut,
 )
-from pvt_client.errors import problem_class
+from pvt_client.errors import problem
 from pvt_client.exchange import retry_after
 from tests.pvt_client.conftest import CallMethod
 from tests.pvt_client.scripted import (
@@ -193,7 +192,7 @@ def test_retry_after_is_seconds_or_a_date_and_else_nothing(header: str | None, s
 def test_every_wait_ends_before_the_timeout_and_never_before_the_time_named(
     attempt: int, remaining: float | None, draw: float, status: int, named: float | None
 ) -> None:
-    error: PvtError = problem_class(status, "")(type="", title="", status=status, detail="", retry_after=named)
+    error = problem({}, status, retry_after=named)
 
     wait = Retries(attempts=10).wait(error, attempt=attempt, remaining=remaining, draw=draw)
 

@@ -304,6 +304,25 @@ def test_a_version_that_is_replaced_leaves_nothing_else(store: Store) -> None:
     assert [path.name for path in store.root.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_version_that_cannot_be_replaced_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = store.find("pvt_v2_b0.tiny").require_card()
+    version = store.root / "pvt_v2_b0.tiny" / "1"
+    weights = (version / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.name == "staged":
+            raise OSError(errno.EIO, "the disk fails")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="the disk fails"):
+        write_model(store.root, "1", card, weights)
+
+    assert (version / "model.safetensors").read_bytes() == weights
+    assert store.find("pvt_v2_b0.tiny").require_card() == card
+
+
 def test_two_who_write_at_the_same_time_get_a_version_each(store: Store) -> None:
     card = store.find("pvt_v2_b0.tiny").require_card()
     weights = (store.root / "pvt_v2_b0.tiny" / "1" / "model.safetensors").read_bytes()
