@@ -30,7 +30,7 @@ LAYERS = {
     "registry": [
         {"loading"},
         {"catalog"},
-        {"registry", "resident", "pulls", "loader", "watcher"},
+        {"registry", "resident", "loader", "watcher"},
         {"entries"},
         {"residency", "status"},
     ],
@@ -133,9 +133,9 @@ def test_no_module_leads_back_to_itself() -> None:
     TopologicalSorter(towards).prepare()
 
 
-def test_the_service_knows_no_http_but_where_it_downloads() -> None:
+def test_the_service_knows_no_http() -> None:
     assert {path.name: roots(path) & FOREIGN_TO_SERVICE for path in (ROOT / "service").rglob("*.py")
-            if roots(path) & FOREIGN_TO_SERVICE} == {"download.py": {"httpx"}}  # fmt: skip
+            if roots(path) & FOREIGN_TO_SERVICE} == {}  # fmt: skip
 
 
 def test_the_app_knows_no_tensors() -> None:

@@ -28,9 +28,8 @@ IMAGENET = "imagenet"  # on a command line: the labels of ImageNet-1k
 LICENCE = "Apache-2.0"  # of the official release and of timm's copies, as their pages say
 PREPROCESSOR_FILE = "preprocessor_config.json"  # of transformers' repositories
 SIDE, CLASSES = 224, 1000
-VALIDATION_IMAGES = 50_000
+HUB = "https://huggingface.co"
 
-_HUB = "https://huggingface.co/{repository}/resolve/main/{file}"
 _RELEASE = "https://github.com/whai362/PVT/releases/download/v2/{file}"
 _CLASSES_FILE = "data/imagenet1k.tsv"
 
@@ -64,7 +63,7 @@ class Published:
     @property
     def accuracy(self) -> Accuracy:
         """The accuracy, for a card."""
-        return Accuracy(dataset="ImageNet-1k validation, as published", top1=self.top1, images=VALIDATION_IMAGES)
+        return Accuracy(dataset="ImageNet-1k validation, as published", top1=self.top1, images=50_000)
 
     def file(self, source: SourceName) -> RemoteFile:
         """Its file at `source`.
@@ -78,7 +77,7 @@ class Published:
 
 
 def _hub(repository: str, *files: str) -> tuple[str, ...]:
-    return tuple(_HUB.format(repository=repository, file=file) for file in files)
+    return tuple(f"{HUB}/{repository}/resolve/main/{file}" for file in files)
 
 
 def _published(variant: str, parameters: int, top1: float, lucid_sha256: str | None) -> Published:
@@ -88,7 +87,7 @@ def _published(variant: str, parameters: int, top1: float, lucid_sha256: str | N
         "timm": RemoteFile(_hub(f"timm/{variant}.in1k", "model.safetensors")),
         "opengvlab": RemoteFile(
             _hub(f"OpenGVLab/pvt_v2_{transformers}", "model.safetensors", "pytorch_model.bin"),
-            preprocessor=_HUB.format(repository=f"OpenGVLab/pvt_v2_{transformers}", file=PREPROCESSOR_FILE),
+            preprocessor=_hub(f"OpenGVLab/pvt_v2_{transformers}", PREPROCESSOR_FILE)[0],
         ),
         "official": RemoteFile((_RELEASE.format(file=f"{variant}.pth"),)),
     }

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from service.backends.base import Layout
-from service.errors import CardInvalid, ServiceError
+from service.errors import CardInvalid
 from service.execution.reference import Deviation
-from service.store.cards import Accuracy, ModelCard
+from service.store.cards import ModelCard
 
 State = Literal["available", "loading", "ready", "failed"]
 
@@ -67,21 +67,3 @@ class ModelStatus(VersionStatus):
         if self.card is None:
             raise self.failure or CardInvalid(f"{self.id} has no card")
         return self.card
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteModel:
-    """Published weights that are not in the store; while they are pulled, `pulled_bytes` of `total_bytes` are."""
-
-    id: str
-    variant: str
-    parameters: int
-    num_classes: int
-    input_size: tuple[int, int]
-    accuracy: Accuracy
-    licence: str
-    default: bool = False
-    state: Literal["remote", "loading", "failed"] = "remote"
-    failure: ServiceError | None = None
-    pulled_bytes: int | None = None
-    total_bytes: int | None = None

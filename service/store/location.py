@@ -38,7 +38,7 @@ _TAGS = ("size", "sha256", "ETag", "etag", "md5Hash", "blob_id", "mtime", "LastM
 _PACKAGES = {
     "s3": ("s3fs", "s3"),
     "gs": ("gcsfs", "gcs"),
-    "hf": ("huggingface_hub", "hub"),
+    "hf": (None, None),
     "http": ("aiohttp", "http"),
     "https": ("aiohttp", "http"),
     "file": (None, None),
