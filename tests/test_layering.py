@@ -35,8 +35,9 @@ LAYERS = {
         {"residency", "status"},
     ],
     "acquisition": [
-        {"pulling", "importing"},
-        {"publishing", "preprocessing"},
+        {"pulling"},
+        {"publishing"},
+        {"preprocessing"},
         {"catalogue", "download"},
     ],
     "scheduling": [{"scheduler"}, {"dispatcher"}, {"activity"}, {"queues"}],

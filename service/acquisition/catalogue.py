@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal
 from urllib.parse import urlsplit
 
 from service.architecture.variants import VARIANTS, Dialect
@@ -14,15 +14,6 @@ from service.store.cards import Accuracy
 from service.store.names import DEFAULT_TAG
 
 SourceName = Literal["timm", "opengvlab", "official", "lucid"]
-SOURCES: tuple[SourceName, ...] = get_args(SourceName)
-LIBRARIES: Mapping[SourceName, Dialect] = MappingProxyType(
-    {
-        "timm": "timm",
-        "opengvlab": "transformers",
-        "official": "official",
-        "lucid": "lucid",
-    }
-)  # whose models they are, and so whose preprocessing they need
 DEFAULT_SOURCE: SourceName = "timm"
 IMAGENET = "imagenet"  # on a command line: the labels of ImageNet-1k
 LICENCE = "Apache-2.0"  # of the official release and of timm's copies, as their pages say
@@ -30,17 +21,18 @@ PREPROCESSOR_FILE = "preprocessor_config.json"  # of transformers' repositories
 SIDE, CLASSES = 224, 1000
 HUB = "https://huggingface.co"
 
-_RELEASE = "https://github.com/whai362/PVT/releases/download/v2/{file}"
+_RELEASE = "https://github.com/whai362/PVT/releases/download/v2"
 _CLASSES_FILE = "data/imagenet1k.tsv"
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A weights file: its possible URLs, which are tried in turn, and its SHA-256, if that was published.
+    """A weights file: the library whose model it is, its possible URLs, tried in turn, and its published SHA-256.
 
     `preprocessor` is the URL of the file beside it that describes the preprocessing, if there is one.
     """
 
+    library: Dialect
     urls: tuple[str, ...]
     sha256: str | None = None
     preprocessor: str | None = None
@@ -76,23 +68,22 @@ class Published:
         return self.files[source]
 
 
-def _hub(repository: str, *files: str) -> tuple[str, ...]:
-    return tuple(f"{HUB}/{repository}/resolve/main/{file}" for file in files)
-
-
 def _published(variant: str, parameters: int, top1: float, lucid_sha256: str | None) -> Published:
     name = variant.removeprefix("pvt_v2_")
-    transformers = "b2_linear" if name == "b2_li" else name
+    timm = f"{HUB}/timm/{variant}.in1k/resolve/main"
+    opengvlab = f"{HUB}/OpenGVLab/pvt_v2_{'b2_linear' if name == 'b2_li' else name}/resolve/main"
+    lucid = f"{HUB}/lucid-dl/pvt-v2-{name}/resolve/main/IN1K"
     files: dict[SourceName, RemoteFile] = {
-        "timm": RemoteFile(_hub(f"timm/{variant}.in1k", "model.safetensors")),
+        "timm": RemoteFile("timm", (f"{timm}/model.safetensors",)),
         "opengvlab": RemoteFile(
-            _hub(f"OpenGVLab/pvt_v2_{transformers}", "model.safetensors", "pytorch_model.bin"),
-            preprocessor=_hub(f"OpenGVLab/pvt_v2_{transformers}", PREPROCESSOR_FILE)[0],
+            "transformers",
+            (f"{opengvlab}/model.safetensors", f"{opengvlab}/pytorch_model.bin"),
+            preprocessor=f"{opengvlab}/{PREPROCESSOR_FILE}",
         ),
-        "official": RemoteFile((_RELEASE.format(file=f"{variant}.pth"),)),
+        "official": RemoteFile("official", (f"{_RELEASE}/{variant}.pth",)),
     }
     if lucid_sha256:
-        files["lucid"] = RemoteFile(_hub(f"lucid-dl/pvt-v2-{name}", "IN1K/model.safetensors"), lucid_sha256)
+        files["lucid"] = RemoteFile("lucid", (f"{lucid}/model.safetensors",), lucid_sha256)
     return Published(variant, parameters, top1, MappingProxyType(files))
 
 

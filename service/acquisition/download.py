@@ -1,18 +1,17 @@
 """Downloads one file: resumes it, tries again after errors, and checks its SHA-256.
 
 The hub's own library says what a file of the hub is and who may have it. The bytes of every file are fetched the same
-way. Until they are checked they lie in a folder, in a file that is named after the content that it will have: its
-SHA-256, or else the server's ETag. So a process that is killed leaves nothing that could be joined to other content.
+way. They lie in a folder, in a file that is named after its whole content: the SHA-256, or else the server's ETag. So
+what a killed process leaves is never joined to other content.
 """
 
 import random
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import partial
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from threading import Event
@@ -33,10 +32,8 @@ from service.store.folder import check_room, writing
 log = structlog.get_logger(component="download")
 
 Progress = Callable[[int, int | None], None]
-DigestSource = Literal["publisher", "hub", "nobody"]
 
-MAX_BACKOFF_SECONDS = 30.0
-MAX_RETRY_AFTER_SECONDS = 300.0
+MAX_BACKOFF_SECONDS, MAX_RETRY_AFTER_SECONDS = 30.0, 300.0
 _AGENT = {"user-agent": "pvt-serve"}
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -52,61 +49,8 @@ class RetryPolicy:
     backoff_seconds: float = 1.0  # doubled each time
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileRequest:
-    """A file to download: its URL, the SHA-256 that was published for it, if any, and the most bytes it may have.
-
-    A URL with `/resolve/` in its path is that of a file of a hub, which gets the user's token if `token` is set.
-    `room_bytes` must be free besides its own bytes before it is downloaded.
-    """
-
-    url: str
-    token: bool = False
-    sha256: str | None = None
-    max_bytes: int
-    room_bytes: int = 0
-
-
 class SourceFileMissing(PullFailed):
     """The server has no such file."""
-
-
-def download(
-    request: FileRequest,
-    folder: Path,
-    *,
-    root: Path,
-    on_progress: Progress = lambda _done, _total: None,
-    stop: Event | None = None,
-    policy: RetryPolicy = RetryPolicy(),
-) -> tuple[Path, Origin]:
-    """Download a file into `folder`, of this file alone, in the store at `root`. One caller at a time for each folder.
-
-    `on_progress` is called with the number of bytes so far and, where known, of the whole file. Setting `stop` ends
-    the download soon.
-
-    Raises:
-        PullFailed: it can't be downloaded; the message says why. The bytes so far are kept for the next time.
-        WeightsDigestMismatch: the bytes, downloaded twice, have not the expected SHA-256; none are kept.
-        StoreNotWritable: the folder can't be written, or has no room.
-    """
-    hook = partial(refuse_unencrypted, request.url)
-    with httpx2.Client(
-        follow_redirects=True, timeout=policy.timeout_seconds, event_hooks={"request": [hook]}
-    ) as client:
-        return _Transfer(client, request, folder, root, on_progress, stop or Event(), policy).run()
-
-
-def refuse_unencrypted(url: str, redirect: httpx2.Request) -> None:
-    """Raises PullFailed where HTTPS would go on as something else."""
-    if url.startswith("https:") and redirect.url.scheme != "https":
-        target = without_secrets(str(redirect.url))
-        raise PullFailed(f"{without_secrets(url)} redirects to {target}, which is not encrypted; refused")
-
-
-def without_secrets(url: str) -> str:
-    """A URL for messages: without user, password and query."""
-    return str(httpx2.URL(url).copy_with(username="", password="", query=None, fragment=None))
 
 
 class _Retry(Exception):
@@ -117,31 +61,51 @@ class _Retry(Exception):
         self.after_seconds = after_seconds
 
 
-@dataclass(slots=True)
-class _Transfer:
-    """One call of `download`: attempts until one succeeds or the policy ends them."""
+@dataclass(slots=True, kw_only=True)
+class Download:
+    """The download of `url` into `folder`, which is for this file alone, in the store at `root`.
 
-    client: httpx2.Client
-    request: FileRequest
+    Args:
+        url: with `/resolve/` in its path, it is that of a file of a hub.
+        token: whether the hub gets the user's token.
+        sha256: the SHA-256 that was published, if any was.
+        max_bytes: the most bytes that the file may have.
+        room_bytes: what must be free besides the file's own bytes before it is downloaded.
+        on_progress: called with the number of bytes so far and, where known, of the whole file.
+        stop: ends the download soon when it is set.
+    """
+
+    url: str
     folder: Path
     root: Path
-    on_progress: Progress
-    stop: Event
-    policy: RetryPolicy
+    max_bytes: int
+    room_bytes: int = 0
+    sha256: str | None = None
+    token: bool = False
+    on_progress: Progress = lambda _done, _total: None
+    stop: Event = field(default_factory=Event)
+    policy: RetryPolicy = RetryPolicy()
     # Mutable state: bytes that this attempt has received, and how often the whole file had a wrong digest.
-    received: int = 0
-    wrong_digests: int = 0
+    _received: int = field(default=0, init=False)
+    _wrong_digests: int = field(default=0, init=False)
 
     def run(self) -> tuple[Path, Origin]:
+        """The downloaded file, and where it comes from. One caller at a time for each folder.
+
+        Raises:
+            PullFailed: it can't be downloaded; the message says why. The bytes so far are kept for the next time.
+            WeightsDigestMismatch: the bytes, downloaded twice, have not the expected SHA-256; none are kept.
+            StoreNotWritable: the folder can't be written, or has no room.
+        """
         failed_attempts = 0
         while True:
-            self.received = 0
+            self._received = 0
             try:
                 return self._attempt()
             except httpx2.UnsupportedProtocol as error:
                 raise self._failure(f"{error}; it must begin with https:// or http://") from error
             except (_Retry, httpx2.TransportError) as error:
-                failed_attempts = 0 if self.received else failed_attempts + 1
+                failed_attempts = 0 if self._received else failed_attempts + 1
                 reason = str(error) or type(error).__name__
                 if failed_attempts >= self.policy.attempts:
                     raise self._failure(f"{reason}, {failed_attempts} times in a row; {self._kept()}") from error
@@ -152,127 +116,129 @@ class _Transfer:
     def _attempt(self) -> tuple[Path, Origin]:
         known = self._metadata()
         hub_sha256 = known.etag if known and known.commit_hash and _SHA256.fullmatch(known.etag or "") else None
-        expected, total = self.request.sha256 or hub_sha256, known.size if known else None
+        expected, total = self.sha256 or hub_sha256, known.size if known else None
         if hub_sha256 not in {None, expected}:
             raise WeightsDigestMismatch(
-                f"{self._url}: SHA-256 is {hub_sha256} by the hub's header, {expected} was published; "
+                f"{self._name}: SHA-256 is {hub_sha256} by the hub's header, {expected} was published; "
                 "nothing was fetched"
             )
         with writing(self.root):
-            part = next((each for each in self.folder.glob("*") if _is_part_of(each, expected)), None)
+            part = next((each for each in self.folder.glob("*") if _begins(each, expected)), None)
             size = part.stat().st_size if part else 0
         if part is None or size != total:
-            part = self._receive(expected, part, size, total)
+            part = self._fetch(expected, part, size, total)
         with writing(self.root):
             sha256, size = file_sha256(part), part.stat().st_size
         if not size:
             raise self._failure("the file is empty; try another --source")
         if expected not in {None, sha256}:
-            raise self._wrong_digest(sha256, expected)
-        digest_from: DigestSource = "publisher" if self.request.sha256 else "hub" if expected else "nobody"
-        revision = known.commit_hash if known else None
-        return part, Origin(url=self._url, sha256=sha256, bytes=size, digest_from=digest_from, revision=revision)
+            discard(self.folder)
+            self._wrong_digests += 1
+            if self._wrong_digests == 1:
+                raise _Retry("the bytes have another SHA-256 than they should", 0.0)
+            raise WeightsDigestMismatch(
+                f"{self._name}: SHA-256 is {sha256}, expected {expected}, twice; nothing was kept, try another --source"
+            )
+        digest_from: Literal["publisher", "hub", "nobody"] = "hub" if expected else "nobody"
+        return part, Origin(
+            url=self._name,
+            sha256=sha256,
+            bytes=size,
+            digest_from="publisher" if self.sha256 else digest_from,
+            revision=known.commit_hash if known else None,
+        )
 
     def _metadata(self) -> HfFileMetadata | None:
         """What the hub says of the file; None where it is of no hub."""
-        if "/resolve/" not in self.request.url:
+        if "/resolve/" not in self.url:
             return None
+        timeout = self.policy.timeout_seconds
         try:
-            return get_hf_file_metadata(
-                self.request.url, token=self._token, timeout=self.policy.timeout_seconds, headers=_AGENT
-            )
+            return get_hf_file_metadata(self.url, token=None if self.token else False, timeout=timeout, headers=_AGENT)
         except OfflineModeIsEnabled as error:
             raise self._failure("HF_HUB_OFFLINE is set, which forbids it") from error
         except HfHubHTTPError as error:
             raise _refusal(error.response) from error
 
-    def _wrong_digest(self, sha256: str, expected: str | None) -> Exception:
-        discard(self.folder)
-        self.wrong_digests += 1
-        if self.wrong_digests == 1:
-            return _Retry("the bytes have another SHA-256 than they should", 0.0)
-        return WeightsDigestMismatch(
-            f"{self._url}: SHA-256 is {sha256}, expected {expected}, twice; nothing was kept, try another --source"
-        )
-
-    def _receive(self, expected: str | None, part: Path | None, size: int, total: int | None) -> Path:
+    def _fetch(self, expected: str | None, part: Path | None, size: int, total: int | None) -> Path:
         """Fetch the bytes after the first `size`, which `part` has; the file that has them all."""
-        headers = build_hf_headers(token=self._token, headers=_AGENT) | {"Accept-Encoding": "identity"}
+        headers = build_hf_headers(token=None if self.token else False, headers=_AGENT)
+        headers["Accept-Encoding"] = "identity"
         if part and size:
             headers |= {"Range": f"bytes={size}-"} | ({} if expected else {"If-Range": unquote(part.stem)})
-        with self.client.stream("GET", self.request.url, headers=headers) as response:
-            content_range = response.headers.get("content-range", "")
-            if part and response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                if content_range == f"bytes */{size}":  # it is complete
-                    return part
-                raise self._changed()
-            etag = response.headers.get("etag", "")
+        hooks = {"request": [self._refuse_unencrypted]}
+        with (
+            httpx2.Client(follow_redirects=True, timeout=self.policy.timeout_seconds, event_hooks=hooks) as client,
+            client.stream("GET", self.url, headers=headers) as response,
+        ):
+            content_range, etag = (response.headers.get(name, "") for name in ("content-range", "etag"))
+            if part and (response.status_code, content_range) == (416, f"bytes */{size}"):
+                return part  # it has them all already
             name = expected or (quote(etag, safe="") if _STRONG_ETAG.fullmatch(etag) else "unnamed")
             path = self.folder / f"{name}{PurePosixPath(response.url.path).suffix}"
-            if response.status_code == HTTPStatus.PARTIAL_CONTENT:
-                if path != part or not content_range.startswith(f"bytes {size}-"):
-                    raise self._changed()
-                length = content_range.rpartition("/")[2]
-            elif response.status_code == HTTPStatus.OK:
-                size, length = 0, response.headers.get("content-length", "")
-            else:
+            code, continued = response.status_code, content_range.startswith(f"bytes {size}-")
+            resumed = code == HTTPStatus.PARTIAL_CONTENT and path == part and continued
+            if code in {206, 416} and not resumed:
+                discard(self.folder)
+                raise _Retry("it has changed since it was begun", 0.0)
+            if code not in {200, 206}:
                 raise _refusal(response)
             if response.headers.get("content-encoding", "identity") != "identity":
                 raise self._failure("it was sent compressed, which was not requested; try another --source")
-            self._write(response, path, size, int(length) if length.isdecimal() else total)
+            length = content_range.rpartition("/")[2] if resumed else response.headers.get("content-length", "")
+            self._write(response, path, size if resumed else 0, int(length) if length.isdecimal() else total)
         return path
+
+    def _refuse_unencrypted(self, request: httpx2.Request) -> None:
+        """Raises PullFailed where a redirect leads from HTTPS to anything else."""
+        if self.url.startswith("https:") and request.url.scheme != "https":
+            redirect = without_secrets(str(request.url))
+            raise PullFailed(f"{self._name} redirects to {redirect}, which is not encrypted; refused")
 
     def _write(self, response: httpx2.Response, path: Path, start: int, total: int | None) -> None:
         """Write what the response has from byte `start` on, of `total` if that is known."""
-        if total is not None and total > self.request.max_bytes:
-            raise self._failure(f"{total} bytes, which no such model has (at most {self.request.max_bytes})")
-        check_room(self.root, self.request.room_bytes + (total - start if total else 0))
+        if total is not None and total > self.max_bytes:
+            raise self._failure(f"{total} bytes, which no such model has (at most {self.max_bytes})")
+        check_room(self.root, self.room_bytes + (total - start if total else 0))
         if start == 0:
-            discard(self.folder)  # what is there is of other content
+            discard(self.folder)  # what it holds is of other content
+        size = start
         try:
             with writing(self.root):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with path.open("ab" if start else "wb") as file:
                     for chunk in response.iter_raw():
-                        size = start + self.received + len(chunk)
                         if self.stop.is_set():
                             raise self._failure(f"stopped; {self._kept()}")
-                        if size > (total or self.request.max_bytes):
+                        size += len(chunk)
+                        if size > (total or self.max_bytes):
                             discard(self.folder)
                             raise self._failure("more bytes than it should have; nothing was kept")
                         file.write(chunk)
-                        self.received += len(chunk)
+                        self._received += len(chunk)
                         self.on_progress(size, total)
         except StoreNotWritable:
             discard(self.folder)  # so that it does not go on filling the disk
             raise
-        if total is not None and start + self.received < total:
-            raise _Retry(f"cut off after {start + self.received} of {total} bytes")
+        if total is not None and size < total:
+            raise _Retry(f"cut off after {size} of {total} bytes")
 
     def _wait(self, reason: str, after_seconds: float | None, failed_attempts: int) -> None:
         """Wait before the next attempt: as long as the server wants, else a random time that grows."""
-        if after_seconds is not None and after_seconds > MAX_RETRY_AFTER_SECONDS:
-            raise self._failure(f"{reason}, and asks to come back in {after_seconds:.0f} s; {self._kept()}")
         backoff = min(self.policy.backoff_seconds * 2 ** max(failed_attempts - 1, 0), MAX_BACKOFF_SECONDS)
-        seconds = after_seconds if after_seconds is not None else backoff * random.uniform(0.5, 1)  # noqa: S311  it is no secret
-        log.warning("download_again", url=self._url, reason=reason, in_seconds=round(seconds, 1))
+        seconds = backoff * random.uniform(0.5, 1) if after_seconds is None else after_seconds  # noqa: S311  no secret
+        if seconds > MAX_RETRY_AFTER_SECONDS:
+            raise self._failure(f"{reason}, and asks to come back in {seconds:.0f} s; {self._kept()}")
+        log.warning("download_again", url=self._name, reason=reason, in_seconds=round(seconds, 1))
         if self.stop.wait(seconds):
             raise self._failure(f"stopped; {self._kept()}")
 
-    def _changed(self) -> _Retry:
-        discard(self.folder)
-        return _Retry("it has changed since it was begun", 0.0)
-
     @property
-    def _token(self) -> bool | None:
-        return None if self.request.token else False  # None: the one of HF_TOKEN or of `hf auth login`, if any
-
-    @property
-    def _url(self) -> str:
-        return without_secrets(self.request.url)
+    def _name(self) -> str:
+        return without_secrets(self.url)
 
     def _failure(self, message: str) -> PullFailed:
-        return PullFailed(f"{self._url}: {message}")
+        return PullFailed(f"{self._name}: {message}")
 
     def _kept(self) -> str:
         if kept := sum(part.stat().st_size for part in self.folder.glob("*")):
@@ -285,7 +251,12 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_part_of(part: Path, sha256: str | None) -> bool:
+def without_secrets(url: str) -> str:
+    """A URL for messages: without user, password and query."""
+    return str(httpx2.URL(url).copy_with(username="", password="", query=None, fragment=None))
+
+
+def _begins(part: Path, sha256: str | None) -> bool:
     """Whether its content is, or begins, that with this digest; without a digest, whether a server can tell."""
     return part.stem == sha256 if sha256 else _STRONG_ETAG.fullmatch(unquote(part.stem)) is not None
 

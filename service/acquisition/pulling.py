@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from service.acquisition.catalogue import (
     CATALOGUE,
     DEFAULT_SOURCE,
     HUB,
-    LIBRARIES,
     LICENCE,
     SIDE,
     Published,
@@ -26,7 +25,7 @@ from service.acquisition.catalogue import (
     imagenet_labels,
     mirrored,
 )
-from service.acquisition.download import FileRequest, Progress, RetryPolicy, SourceFileMissing, discard, download
+from service.acquisition.download import Download, Progress, RetryPolicy, SourceFileMissing, discard
 from service.acquisition.preprocessing import MAX_PREPROCESSOR_BYTES, PRESETS, describe, read_preprocessor
 from service.acquisition.publishing import PULL_FOLDER, Description, publish
 from service.architecture.weights import read_checkpoint
@@ -64,16 +63,13 @@ class PullOptions:
     mirror: str | None = None
     policy: RetryPolicy = field(default_factory=RetryPolicy)
 
-    def request(self, public: str, max_bytes: int, *, room_bytes: int = 0, sha256: str | None = None) -> FileRequest:
-        """What to ask for the file at the URL `public`. The user's token is for the hub, which HF_ENDPOINT may name."""
+    def address(self, public: str) -> tuple[str, bool]:
+        """Where to fetch the file whose public URL is `public`, and whether the user's token may go there.
+
+        It is for the hub alone, which HF_ENDPOINT may name.
+        """
         hub = self.mirror is None and public.startswith(HUB)
-        return FileRequest(
-            url=mirrored(public, constants.ENDPOINT if hub else self.mirror),
-            token=hub,
-            sha256=sha256,
-            max_bytes=max_bytes,
-            room_bytes=room_bytes,
-        )
+        return mirrored(public, constants.ENDPOINT if hub else self.mirror), hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +100,13 @@ def pull(
     """
     stop = stop or Event()
     source, folder = model.file(options.source), root / PULL_FOLDER / f"{model.id}.{options.source}"
-    fetch = partial(download, root=root, stop=stop, policy=options.policy)
+    start = partial(Download, root=root, stop=stop, policy=options.policy)
     with _locked(root, model.id, stop):
         versions = _versions(root, model.id)
         if not again and (whole := next((each for each in versions if _is_whole(each)), None)):
             return Pulled(whole, fresh=False)
-        pixels = _preprocessing(model, options, fetch, folder.with_name(f"{folder.name}.preprocessor"))
-        file, origin = _weights(model, options, partial(fetch, on_progress=on_progress), folder)
+        pixels = _preprocessing(model, options, partial(start, folder=folder.with_name(f"{folder.name}.preprocessor")))
+        file, origin = _weights(model, options, partial(start, folder=folder, on_progress=on_progress))
         about = Description(
             id=model.id,
             variant=model.variant,
@@ -151,44 +147,44 @@ def _is_whole(stored: StoredModel) -> bool:
 @contextmanager
 def _locked(root: Path, name: str, stop: Event) -> Iterator[None]:
     """Keep all others, in this process and in others, from pulling `name` into the store at `root`."""
-    with writing(root):
-        (root / PULL_FOLDER).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / PULL_FOLDER / f"{name}.lock")
-        try:
-            lock.acquire(cancel_check=stop.is_set)
-        except Timeout:
-            raise PullFailed(f"stopped while another process pulled {name}") from None
-    try:
+    lock = FileLock(root / PULL_FOLDER / f"{name}.lock")
+    with ExitStack() as held:
+        with writing(root):
+            (root / PULL_FOLDER).mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(lock.acquire(cancel_check=stop.is_set))
+            except Timeout:
+                raise PullFailed(f"stopped while another process pulled {name}") from None
         yield
-    finally:
-        lock.release()
 
 
-Fetch = Callable[[FileRequest, Path], tuple[Path, Origin]]
-
-
-def _weights(model: Published, options: PullOptions, fetch: Fetch, folder: Path) -> tuple[Path, Origin]:
+def _weights(model: Published, options: PullOptions, start: Callable[..., Download]) -> tuple[Path, Origin]:
     """The weights from the first of their URLs that has them, and where they come from."""
     source, most = model.file(options.source), _FLOAT32 * model.parameters + _EXTRA_BYTES
-    *others, last = [options.request(url, sha256=source.sha256, max_bytes=most, room_bytes=most) for url in source.urls]
-    for request in others:
+    downloads = [
+        start(url=url, token=token, sha256=source.sha256, max_bytes=most, room_bytes=most)
+        for url, token in map(options.address, source.urls)
+    ]
+    for each in downloads[:-1]:
         with suppress(SourceFileMissing):
-            return fetch(request, folder)
-    return fetch(last, folder)
+            return each.run()
+    return downloads[-1].run()
 
 
-def _preprocessing(model: Published, options: PullOptions, fetch: Fetch, folder: Path) -> Preprocessing:
+def _preprocessing(model: Published, options: PullOptions, start: Callable[..., Download]) -> Preprocessing:
     """The preprocessing of the source's library, or that which the repository itself describes.
 
     Raises:
         PullFailed: the description can't be downloaded, or a card can't express it.
     """
-    preset = PRESETS[LIBRARIES[options.source]].model_copy(update={"height": SIDE, "width": SIDE})
-    public = model.file(options.source).preprocessor
-    if public is None:
+    source = model.file(options.source)
+    preset = PRESETS[source.library].model_copy(update={"height": SIDE, "width": SIDE})
+    if source.preprocessor is None:
         return preset
+    url, token = options.address(source.preprocessor)
+    download = start(url=url, token=token, max_bytes=MAX_PREPROCESSOR_BYTES)
     try:
-        file, origin = fetch(options.request(public, MAX_PREPROCESSOR_BYTES), folder)
+        file, origin = download.run()
         return read_preprocessor(file, origin.url)
     except SourceFileMissing as missing:
         log.warning("preprocessor_missing", reason=str(missing), taken=describe(preset))
@@ -196,7 +192,7 @@ def _preprocessing(model: Published, options: PullOptions, fetch: Fetch, folder:
     except InvalidRequest as error:
         raise PullFailed(f"{error}; try another --source") from error
     finally:
-        discard(folder)
+        discard(download.folder)
 
 
 def _check_unchanged(about: Description, versions: Sequence[StoredModel]) -> None:

@@ -1,6 +1,7 @@
 """The catalogue and the labels that come with it."""
 
 import re
+from typing import get_args
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from service.acquisition.catalogue import (
     CATALOGUE,
     CLASSES,
-    SOURCES,
+    SourceName,
     imagenet_classes,
     imagenet_labels,
     mirrored,
@@ -22,7 +23,7 @@ from service.errors import InvalidRequest, ModelNotFound
 def test_every_variant_is_published() -> None:
     assert list(CATALOGUE) == list(VARIANTS)
     for row in CATALOGUE.values():
-        assert set(row.files) == set(SOURCES) - ({"lucid"} if row.variant == "pvt_v2_b2_li" else set())
+        assert set(row.files) == set(get_args(SourceName)) - ({"lucid"} if row.variant == "pvt_v2_b2_li" else set())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import httpx2
 import numpy as np
 import pytest
 
-from service.acquisition.download import FileRequest, RetryPolicy, download, refuse_unencrypted
+from service.acquisition.download import Download, RetryPolicy
 from service.errors import PullFailed, StoreNotWritable, WeightsDigestMismatch
 from service.store.cards import Origin
 from tests.service.hub import Fault, Hub, serving_hub
@@ -39,14 +39,12 @@ class Fetched:
     origin: Origin
 
 
-def fetch(hub: Hub, root: Path, path: str = HUB, *, policy: RetryPolicy = QUICK, **request: object) -> Fetched:
-    options = {"max_bytes": 2_000_000, **request}
-    file, origin = download(
-        FileRequest(url=hub.url + path, **options),  # type: ignore[arg-type]
-        root / "file",
-        root=root,
-        policy=policy,
-    )
+def download(url: str, root: Path, *, policy: RetryPolicy = QUICK, **options: Any) -> Download:
+    return Download(url=url, folder=root / "file", root=root, policy=policy, **{"max_bytes": 2_000_000, **options})
+
+
+def fetch(hub: Hub, root: Path, path: str = HUB, **options: Any) -> Fetched:
+    file, origin = download(hub.url + path, root, **options).run()
     assert file.suffix == Path(path).suffix
     return Fetched(file.read_bytes(), origin)
 
@@ -105,8 +103,7 @@ def test_a_hub_is_left_alone_where_the_user_is_offline(
 
 def test_progress_is_reported_up_to_the_whole(hub: Hub, tmp_path: Path) -> None:
     reports: list[tuple[int, int | None]] = []
-    request = FileRequest(url=hub.url + HUB, max_bytes=2_000_000)
-    download(request, tmp_path / "x", root=tmp_path, on_progress=lambda done, total: reports.append((done, total)))
+    fetch(hub, tmp_path, on_progress=lambda done, total: reports.append((done, total)))
 
     assert reports == sorted(reports)
     assert reports[-1] == (len(CONTENT), len(CONTENT))
@@ -267,16 +264,15 @@ def test_a_file_of_unknown_length_ends_where_the_server_ends(hub: Hub, tmp_path:
 
 @pytest.mark.parametrize(("first", "then"), [("https", "http"), ("https", "ftp")])
 def test_a_redirect_from_tls_to_plain_http_is_refused(first: str, then: str) -> None:
+    started = download(f"{first}://hub.example/x", Path())
     with pytest.raises(PullFailed, match="which is not encrypted; refused"):
-        refuse_unencrypted(
-            f"{first}://hub.example/x", httpx2.Request("GET", f"{then}://cdn.example/x?Signature=secret")
-        )
+        started._refuse_unencrypted(httpx2.Request("GET", f"{then}://cdn.example/x?Signature=secret"))
 
 
 def test_stopping_ends_it_soon_and_keeps_the_bytes_so_far(hub: Hub, tmp_path: Path) -> None:
-    stop, request = threading.Event(), FileRequest(url=hub.url + HUB, max_bytes=2_000_000)
+    stop = threading.Event()
     with pytest.raises(PullFailed, match=r"stopped; .* MB are kept"):
-        download(request, tmp_path / "file", root=tmp_path, on_progress=lambda *_: stop.set(), stop=stop)
+        fetch(hub, tmp_path, on_progress=lambda *_: stop.set(), stop=stop)
 
     (kept,) = left(tmp_path)
     assert 0 < kept < len(CONTENT)
@@ -325,6 +321,6 @@ def test_secrets_in_a_url_are_not_in_messages(hub: Hub, tmp_path: Path, path: st
     hub.faults = [Fault(status=418)]
     secret = hub.url.replace("://", "://user:secret@")
     with pytest.raises(PullFailed, match=r"418|404") as caught:
-        download(FileRequest(url=secret + path, max_bytes=2_000_000), tmp_path / "x", root=tmp_path, policy=QUICK)
+        download(secret + path, tmp_path).run()
 
     assert "secret" not in str(caught.value)

@@ -23,10 +23,8 @@ import torch
 
 from service.acquisition.catalogue import (
     DEFAULT_SOURCE,
-    LIBRARIES,
     SIDE,
     Published,
-    RemoteFile,
     SourceName,
     imagenet_labels,
 )
@@ -116,7 +114,7 @@ def test_each_source_becomes_the_same_kind_of_model(hub: Hub, store: Path, sourc
     assert card.accuracy.top1 == 0.705
     assert card.origin
     assert card.origin.url == hub.url + path_of(source)
-    preset = PRESETS[LIBRARIES[source]]
+    preset = PRESETS[B0.file(source).library]
     assert card.preprocessing == preset.model_copy(update={"height": 32, "width": 32})
     assert card.origin.digest_from == {"official": "nobody", "lucid": "publisher"}.get(source, "hub")
     wanted = remap_keys(transformers_state() if source == "opengvlab" else official())
@@ -412,4 +410,16 @@ def test_the_file_of_a_model_is_what_its_card_says(hub: Hub, store: Path) -> Non
     card = stored.require_card()
     assert file_sha256(stored.folder / "model.safetensors") == card.weights.sha256
     assert len(safetensors.torch.load_file(stored.folder / "model.safetensors")) == len(official())
-    assert RemoteFile(B0.file("timm").urls).sha256 is None
+    assert B0.file("timm").sha256 is None
+
+
+def test_the_hub_may_be_another_and_only_it_gets_the_users_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm, release = B0.file("timm").urls[0], B0.file("official").urls[0]
+    mirrored = PullOptions(mirror="https://mirror.example/base")
+    assert PullOptions().address(timm) == (timm, True)
+    assert mirrored.address(timm) == (f"https://mirror.example/base{path_of('timm')}", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.example")
+
+    assert PullOptions().address(timm) == (f"https://hub.example{path_of('timm')}", True)
+    assert PullOptions().address(release) == (release, False)
+    assert mirrored.address(timm) == (f"https://mirror.example/base{path_of('timm')}", False)
