@@ -15,8 +15,7 @@ from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from threading import Event
-from typing import Literal
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 import httpx2
 import structlog
@@ -139,12 +138,11 @@ class Download:
             raise WeightsDigestMismatch(
                 f"{self._name}: SHA-256 is {sha256}, expected {expected}, twice; nothing was kept, try another --source"
             )
-        digest_from: Literal["publisher", "hub", "nobody"] = "hub" if expected else "nobody"
         return part, Origin(
             url=self._name,
             sha256=sha256,
             bytes=size,
-            digest_from="publisher" if self.sha256 else digest_from,
+            digest_from="publisher" if self.sha256 else "hub" if expected else "nobody",
             revision=known.commit_hash if known else None,
         )
 
@@ -175,7 +173,7 @@ class Download:
             if part and (response.status_code, content_range) == (416, f"bytes */{size}"):
                 return part  # it has them all already
             name = expected or (quote(etag, safe="") if _STRONG_ETAG.fullmatch(etag) else "unnamed")
-            path = self.folder / f"{name}{PurePosixPath(response.url.path).suffix}"
+            path = self.folder / f"{name}{PurePosixPath(urlsplit(self.url).path).suffix}"
             code, continued = response.status_code, content_range.startswith(f"bytes {size}-")
             resumed = code == HTTPStatus.PARTIAL_CONTENT and path == part and continued
             if code in {206, 416} and not resumed:

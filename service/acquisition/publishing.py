@@ -124,9 +124,9 @@ def _read_labels(name: str) -> tuple[str, ...]:
         ) from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Description:
-    """The part of a card that is not in the weights. `labels` None names each class after its number."""
+    """The fields of a card that are not in the weights. `labels` None names each class after its number."""
 
     id: str
     variant: str
@@ -150,7 +150,7 @@ def publish(root: Path, state: State, about: Description, version: str | None = 
     """
     labels, pixels = _labels(state, about), about.preprocessing
     model = _loaded(state, about, len(labels))
-    images = reference_images(pixels.height, pixels.width)
+    images = _reference_images(pixels.height, pixels.width)
     logits = _logits_in_batches(Served(model, pixels.mean, pixels.std).eval(), images)
     if not np.isfinite(logits).all():
         raise WeightsNotFinite(f"{about.source}: the model answers NaN or infinity to ordinary images")
@@ -162,17 +162,10 @@ def publish(root: Path, state: State, about: Description, version: str | None = 
             weights = folder / WEIGHTS_FILE
             _save(state, weights)
             card = ModelCard(
-                id=about.id,
-                variant=about.variant,
-                labels=labels,
-                preprocessing=pixels,
+                **vars(about) | {"labels": labels},
                 weights=WeightsFile(file=WEIGHTS_FILE, sha256=file_sha256(weights), bytes=weights.stat().st_size),
                 parameters=sum(parameter.numel() for parameter in model.parameters()),
-                licence=about.licence,
-                source=about.source,
                 reference=reference_file,
-                accuracy=about.accuracy,
-                origin=about.origin,
             )
             try:
                 written = write_model(root, version, card, weights, {reference_file.file: reference})
@@ -245,16 +238,11 @@ def _logits_in_batches(module: Served, images: NDArray[np.uint8]) -> Floats:
     return np.concatenate([plain_logits(module, images[i : i + step]) for i in range(0, len(images), step)])
 
 
-def reference_images(height: int, width: int) -> NDArray[np.uint8]:
-    """Images (n, height, width, 3) with the spectrum of photos, and as many with edges, textures and plain colour.
+def _reference_images(height: int, width: int) -> NDArray[np.uint8]:
+    """Images (n, height, width, 3) with the spectrum of photos, and as many of shapes, seeded and so always the same.
 
-    They are seeded, and so the same everywhere.
+    The latter have discs, bars and chequers of random colours over a ramp between two others.
     """
-    return np.concatenate([synthetic_images(height, width), _shapes(height, width)])
-
-
-def _shapes(height: int, width: int) -> NDArray[np.uint8]:
-    """Discs, bars and chequers of random colours over a ramp between two others."""
     random = np.random.default_rng(1)
     y, x = np.mgrid[0:height, 0:width]
     y, x = y / height, x / width
@@ -272,7 +260,7 @@ def _shapes(height: int, width: int) -> NDArray[np.uint8]:
         corner = (x > random.uniform(0.5, 0.8)) & (y > random.uniform(0.5, 0.8))
         canvas[bars], canvas[chequers & corner] = colours[5], colours[6]
         image[:] = np.clip(canvas, 0, 255)
-    return images
+    return np.concatenate([synthetic_images(height, width), images])
 
 
 @dataclass(frozen=True, slots=True)

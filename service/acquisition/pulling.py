@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from service.files import file_sha256
 from service.machine.workers import Workers
 from service.options import EngineOptions
 from service.sharing import RecentErrors, shared
-from service.store.cards import Origin, Preprocessing
+from service.store.cards import Preprocessing
 from service.store.folder import writing
 from service.store.store import Store, StoredModel
 
@@ -98,25 +98,14 @@ def pull(
         WeightsInvalid: the file is not the model; nothing is kept.
         StoreNotWritable: the store can't be written.
     """
-    stop = stop or Event()
-    source, folder = model.file(options.source), root / PULL_FOLDER / f"{model.id}.{options.source}"
+    stop, folder = stop or Event(), root / PULL_FOLDER / f"{model.id}.{options.source}"
     start = partial(Download, root=root, stop=stop, policy=options.policy)
     with _locked(root, model.id, stop):
         versions = _versions(root, model.id)
         if not again and (whole := next((each for each in versions if _is_whole(each)), None)):
             return Pulled(whole, fresh=False)
         pixels = _preprocessing(model, options, partial(start, folder=folder.with_name(f"{folder.name}.preprocessor")))
-        file, origin = _weights(model, options, partial(start, folder=folder, on_progress=on_progress))
-        about = Description(
-            id=model.id,
-            variant=model.variant,
-            labels=imagenet_labels(),
-            preprocessing=pixels,
-            licence=LICENCE,
-            source=source.urls[0],
-            accuracy=model.accuracy,
-            origin=origin,
-        )
+        file, about = _weights(model, options, pixels, partial(start, folder=folder, on_progress=on_progress))
         try:
             _check_unchanged(about, versions)
             stored = publish(root, read_checkpoint(file), about)
@@ -158,19 +147,6 @@ def _locked(root: Path, name: str, stop: Event) -> Iterator[None]:
         yield
 
 
-def _weights(model: Published, options: PullOptions, start: Callable[..., Download]) -> tuple[Path, Origin]:
-    """The weights from the first of their URLs that has them, and where they come from."""
-    source, most = model.file(options.source), _FLOAT32 * model.parameters + _EXTRA_BYTES
-    downloads = [
-        start(url=url, token=token, sha256=source.sha256, max_bytes=most, room_bytes=most)
-        for url, token in map(options.address, source.urls)
-    ]
-    for each in downloads[:-1]:
-        with suppress(SourceFileMissing):
-            return each.run()
-    return downloads[-1].run()
-
-
 def _preprocessing(model: Published, options: PullOptions, start: Callable[..., Download]) -> Preprocessing:
     """The preprocessing of the source's library, or that which the repository itself describes.
 
@@ -193,6 +169,31 @@ def _preprocessing(model: Published, options: PullOptions, start: Callable[..., 
         raise PullFailed(f"{error}; try another --source") from error
     finally:
         discard(download.folder)
+
+
+def _weights(
+    model: Published, options: PullOptions, pixels: Preprocessing, start: Callable[..., Download]
+) -> tuple[Path, Description]:
+    """The weights from the first of their URLs that has them, and the rest of their card."""
+    source, most = model.file(options.source), _FLOAT32 * model.parameters + _EXTRA_BYTES
+    for public in source.urls:
+        url, token = options.address(public)
+        try:
+            file, origin = start(url=url, token=token, sha256=source.sha256, max_bytes=most, room_bytes=most).run()
+            break
+        except SourceFileMissing:
+            if public == source.urls[-1]:
+                raise
+    return file, Description(
+        id=model.id,
+        variant=model.variant,
+        labels=imagenet_labels(),
+        preprocessing=pixels,
+        licence=LICENCE,
+        source=source.urls[0],
+        accuracy=model.accuracy,
+        origin=origin,
+    )
 
 
 def _check_unchanged(about: Description, versions: Sequence[StoredModel]) -> None:

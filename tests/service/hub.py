@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-PUBLIC = "/files"  # where redirects lead
+
+def redirect_of(path: str) -> str:
+    """Where a redirect leads: as on the hub and on GitHub, to a path that says nothing of the file's name."""
+    return f"/files/{hashlib.sha256(path.encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _get(self, hub: Hub) -> None:
         path = self.path.partition("?")[0]
-        if path.startswith(PUBLIC) and (content := hub.files.get(path.removeprefix(PUBLIC))) is not None:
+        content = next((content for name, content in hub.files.items() if redirect_of(name) == path), None)
+        if content is not None:
             assert "Authorization" not in self.headers  # which is for the hub alone
             hub.requests.append(dict(self.headers))
             self._send(hub, content, hub.faults.pop(0) if hub.faults else Fault())
@@ -100,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(401, {"X-Error-Code": "GatedRepo"})
         elif path in hub.files:
             content = hub.files[path]
-            headers = {"Location": f"{hub.url.replace('127.0.0.1', 'localhost')}{PUBLIC}{path}?Signature=secret"}
+            headers = {"Location": f"{hub.url.replace('127.0.0.1', 'localhost')}{redirect_of(path)}?Signature=secret"}
             if "/resolve/" in path and hub.digests:
                 headers["X-Repo-Commit"] = "c0ffee"
                 headers["X-Linked-Etag"] = f'"{hashlib.sha256(content).hexdigest()}"'
