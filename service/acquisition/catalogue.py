@@ -6,7 +6,6 @@ from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
 from typing import Literal
-from urllib.parse import urlsplit
 
 from service.architecture.variants import VARIANTS, Dialect
 from service.errors import InvalidRequest, ModelNotFound
@@ -114,11 +113,6 @@ def published(name: str) -> Published:
 def variant_named(name: str) -> str:
     """`pvt_v2_b2` for `b2`, and for `pvt_v2_b2`; any other name as it is."""
     return f"pvt_v2_{name}" if f"pvt_v2_{name}" in VARIANTS else name
-
-
-def mirrored(url: str, mirror: str | None) -> str:
-    """`url` with `mirror`, a base URL, in place of its scheme and host."""
-    return mirror.rstrip("/") + urlsplit(url).path if mirror else url
 
 
 @cache

@@ -101,9 +101,6 @@ def _unit_scale(mean: Triple, std: Triple) -> tuple[Triple, Triple]:
     """Both for pixels from 0 to 1; values for pixels from 0 to 255 are converted.
 
     Zeros fit both scales, and so does a `std` of ones: beside a `mean` of 0..255 it means no scaling, as in Caffe.
-
-    Raises:
-        InvalidRequest: they are of two scales, or of neither; the message says which.
     """
     of_mean, of_std = _scale("mean", mean), _scale("std", std)
     if of_mean == _LEVELS and set(std) == {1.0}:

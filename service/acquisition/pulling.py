@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
 from time import monotonic
 from typing import Literal
+from urllib.parse import urlsplit
 
 import structlog
 from filelock import FileLock, Timeout
@@ -23,7 +24,6 @@ from service.acquisition.catalogue import (
     Published,
     SourceName,
     imagenet_labels,
-    mirrored,
 )
 from service.acquisition.download import Download, Progress, RetryPolicy, SourceFileMissing, discard
 from service.acquisition.preprocessing import MAX_PREPROCESSOR_BYTES, PRESETS, describe, read_preprocessor
@@ -69,7 +69,8 @@ class PullOptions:
         It is for the hub alone, which HF_ENDPOINT may name.
         """
         hub = self.mirror is None and public.startswith(HUB)
-        return mirrored(public, constants.ENDPOINT if hub else self.mirror), hub
+        base = constants.ENDPOINT if hub else self.mirror
+        return base.rstrip("/") + urlsplit(public).path if base else public, hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +149,7 @@ def _locked(root: Path, name: str, stop: Event) -> Iterator[None]:
 
 
 def _preprocessing(model: Published, options: PullOptions, start: Callable[..., Download]) -> Preprocessing:
-    """The preprocessing of the source's library, or that which the repository itself describes.
-
-    Raises:
-        PullFailed: the description can't be downloaded, or a card can't express it.
-    """
+    """The preprocessing of the source's library, or that which the repository itself describes."""
     source = model.file(options.source)
     preset = PRESETS[source.library].model_copy(update={"height": SIDE, "width": SIDE})
     if source.preprocessor is None:
@@ -314,12 +311,11 @@ class Pulls:
             log.info("pulled", model=model.id, version=task.result().stored.version, seconds=round(seconds, 3))
 
     def _status(self, model: Published) -> RemoteModel:
-        status = partial(RemoteModel, published=model, default=model == self._default)
+        status = RemoteModel(published=model, default=model == self._default)
         if under_way := self._under_way.get(model.variant):
-            return status(state="loading", pulled_bytes=under_way.done, total_bytes=under_way.total)
-        if failure := self._failures.get(model.variant):
-            return status(state="failed", failure=failure)
-        return status()
+            return replace(status, state="loading", pulled_bytes=under_way.done, total_bytes=under_way.total)
+        failure = self._failures.get(model.variant)
+        return replace(status, state="failed", failure=failure) if failure else status
 
 
 def _requestable(name: str) -> Published | None:

@@ -12,7 +12,6 @@ from service.acquisition.catalogue import (
     SourceName,
     imagenet_classes,
     imagenet_labels,
-    mirrored,
     published,
 )
 from service.architecture.pvt_v2 import create
@@ -68,15 +67,6 @@ def test_what_is_not_published_is_not_found_and_what_is_is_named(name: str) -> N
 def test_a_source_without_the_variant_names_those_that_have_it() -> None:
     with pytest.raises(InvalidRequest, match="lucid has no pvt_v2_b2_li; these have: timm, opengvlab, official"):
         CATALOGUE["pvt_v2_b2_li"].file("lucid")
-
-
-def test_a_mirror_takes_the_place_of_scheme_and_host() -> None:
-    url = CATALOGUE["pvt_v2_b0"].file("official").urls[0]
-
-    assert mirrored(url, None) == url
-    assert mirrored(url, "http://mirror:8080/models/") == (
-        "http://mirror:8080/models/whai362/PVT/releases/download/v2/pvt_v2_b0.pth"
-    )
 
 
 def test_labels_are_in_the_order_of_the_checkpoints() -> None:

@@ -413,6 +413,16 @@ def test_the_file_of_a_model_is_what_its_card_says(hub: Hub, store: Path) -> Non
     assert B0.file("timm").sha256 is None
 
 
+def test_a_mirror_takes_the_place_of_scheme_and_host() -> None:
+    url = B0.file("official").urls[0]
+
+    assert PullOptions().address(url) == (url, False)
+    assert PullOptions(mirror="http://mirror:8080/models/").address(url) == (
+        "http://mirror:8080/models/whai362/PVT/releases/download/v2/pvt_v2_b0.pth",
+        False,
+    )
+
+
 def test_the_hub_may_be_another_and_only_it_gets_the_users_token(monkeypatch: pytest.MonkeyPatch) -> None:
     timm, release = B0.file("timm").urls[0], B0.file("official").urls[0]
     mirrored = PullOptions(mirror="https://mirror.example/base")
