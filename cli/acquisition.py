@@ -135,7 +135,7 @@ def import_(
 
     pvt-serve import best.pth --variant b2 --tag birds --labels birds.txt
     """
-    from service.acquisition.importing import ImportOptions, import_model  # noqa: PLC0415  imports torch, which --help does not need
+    from service.acquisition.publishing import ImportOptions, import_model  # noqa: PLC0415  imports torch, which --help does not need
 
     height, width = _size(size)
     preprocessing = PreprocessingOptions(

@@ -9,6 +9,7 @@ from typing import Self, TypeVar
 
 import structlog
 
+from service.acquisition.pulling import RemoteModel
 from service.architecture.variants import VARIANTS
 from service.errors import InvalidRequest, ServiceError, WeightsUnavailable
 from service.execution.executable import Executable
@@ -23,7 +24,7 @@ from service.registry.catalog import Catalog
 from service.registry.loading import Loading
 from service.registry.registry import Registry
 from service.registry.resident import Resident
-from service.registry.status import ModelStatus, RemoteModel
+from service.registry.status import ModelStatus
 from service.registry.watcher import Watch
 from service.results import Health, Image, InferenceResult, Size
 from service.scheduling.activity import Activity

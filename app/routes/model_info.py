@@ -4,8 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from service.acquisition.catalogue import CLASSES, LICENCE, SIDE
+from service.acquisition.pulling import RemoteModel
 from service.execution.reference import Deviation
-from service.registry.status import ModelStatus, RemoteModel, VersionStatus
+from service.registry.status import ModelStatus, VersionStatus
 from service.store.cards import Accuracy
 
 
@@ -143,18 +145,18 @@ def remote_info(model: RemoteModel) -> ModelInfo:
     """What is known of published weights that are not in the store."""
     pull = None if model.pulled_bytes is None else PullProgress(bytes=model.pulled_bytes, total=model.total_bytes)
     return ModelInfo(
-        id=model.id,
-        variant=model.variant,
+        id=model.published.id,
+        variant=model.published.variant,
         version="",
         state=model.state,
         default=model.default,
         reason=str(model.failure) if model.failure else None,
         pull=pull,
-        num_classes=model.num_classes,
-        input_size=model.input_size,
-        parameters=model.parameters,
-        accuracy=model.accuracy,
-        licence=model.licence,
+        num_classes=CLASSES,
+        input_size=(SIDE, SIDE),
+        parameters=model.published.parameters,
+        accuracy=model.published.accuracy,
+        licence=LICENCE,
     )
 
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Literal, get_args
-from urllib.parse import urlsplit
+from typing import Literal
 
 from service.architecture.variants import VARIANTS, Dialect
 from service.errors import InvalidRequest, ModelNotFound
@@ -14,34 +13,25 @@ from service.store.cards import Accuracy
 from service.store.store import DEFAULT_TAG
 
 SourceName = Literal["timm", "opengvlab", "official", "lucid"]
-SOURCES: tuple[SourceName, ...] = get_args(SourceName)
-LIBRARIES: Mapping[SourceName, Dialect] = MappingProxyType(
-    {
-        "timm": "timm",
-        "opengvlab": "transformers",
-        "official": "official",
-        "lucid": "lucid",
-    }
-)  # whose models they are, and so whose preprocessing they need
 DEFAULT_SOURCE: SourceName = "timm"
 IMAGENET = "imagenet"  # on a command line: the labels of ImageNet-1k
 LICENCE = "Apache-2.0"  # of the official release and of timm's copies, as their pages say
 PREPROCESSOR_FILE = "preprocessor_config.json"  # of transformers' repositories
 SIDE, CLASSES = 224, 1000
-VALIDATION_IMAGES = 50_000
+HUB = "https://huggingface.co"
 
-_HUB = "https://huggingface.co/{repository}/resolve/main/{file}"
-_RELEASE = "https://github.com/whai362/PVT/releases/download/v2/{file}"
+_RELEASE = "https://github.com/whai362/PVT/releases/download/v2"
 _CLASSES_FILE = "data/imagenet1k.tsv"
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A weights file: its possible URLs, which are tried in turn, and its SHA-256, if that was published.
+    """A weights file: the library whose model it is, its possible URLs, tried in turn, and its published SHA-256.
 
     `preprocessor` is the URL of the file beside it that describes the preprocessing, if there is one.
     """
 
+    library: Dialect
     urls: tuple[str, ...]
     sha256: str | None = None
     preprocessor: str | None = None
@@ -64,7 +54,7 @@ class Published:
     @property
     def accuracy(self) -> Accuracy:
         """The accuracy, for a card."""
-        return Accuracy(dataset="ImageNet-1k validation, as published", top1=self.top1, images=VALIDATION_IMAGES)
+        return Accuracy(dataset="ImageNet-1k validation, as published", top1=self.top1, images=50_000)
 
     def file(self, source: SourceName) -> RemoteFile:
         """Its file at `source`.
@@ -77,23 +67,22 @@ class Published:
         return self.files[source]
 
 
-def _hub(repository: str, *files: str) -> tuple[str, ...]:
-    return tuple(_HUB.format(repository=repository, file=file) for file in files)
-
-
 def _published(variant: str, parameters: int, top1: float, lucid_sha256: str | None) -> Published:
     name = variant.removeprefix("pvt_v2_")
-    transformers = "b2_linear" if name == "b2_li" else name
+    timm = f"{HUB}/timm/{variant}.in1k/resolve/main"
+    opengvlab = f"{HUB}/OpenGVLab/pvt_v2_{'b2_linear' if name == 'b2_li' else name}/resolve/main"
+    lucid = f"{HUB}/lucid-dl/pvt-v2-{name}/resolve/main/IN1K"
     files: dict[SourceName, RemoteFile] = {
-        "timm": RemoteFile(_hub(f"timm/{variant}.in1k", "model.safetensors")),
+        "timm": RemoteFile("timm", (f"{timm}/model.safetensors",)),
         "opengvlab": RemoteFile(
-            _hub(f"OpenGVLab/pvt_v2_{transformers}", "model.safetensors", "pytorch_model.bin"),
-            preprocessor=_HUB.format(repository=f"OpenGVLab/pvt_v2_{transformers}", file=PREPROCESSOR_FILE),
+            "transformers",
+            (f"{opengvlab}/model.safetensors", f"{opengvlab}/pytorch_model.bin"),
+            preprocessor=f"{opengvlab}/{PREPROCESSOR_FILE}",
         ),
-        "official": RemoteFile((_RELEASE.format(file=f"{variant}.pth"),)),
+        "official": RemoteFile("official", (f"{_RELEASE}/{variant}.pth",)),
     }
     if lucid_sha256:
-        files["lucid"] = RemoteFile(_hub(f"lucid-dl/pvt-v2-{name}", "IN1K/model.safetensors"), lucid_sha256)
+        files["lucid"] = RemoteFile("lucid", (f"{lucid}/model.safetensors",), lucid_sha256)
     return Published(variant, parameters, top1, MappingProxyType(files))
 
 
@@ -124,11 +113,6 @@ def published(name: str) -> Published:
 def variant_named(name: str) -> str:
     """`pvt_v2_b2` for `b2`, and for `pvt_v2_b2`; any other name as it is."""
     return f"pvt_v2_{name}" if f"pvt_v2_{name}" in VARIANTS else name
-
-
-def mirrored(url: str, mirror: str | None) -> str:
-    """`url` with `mirror`, a base URL, in place of its scheme and host."""
-    return mirror.rstrip("/") + urlsplit(url).path if mirror else url
 
 
 @cache

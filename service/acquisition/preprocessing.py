@@ -3,13 +3,13 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import floor, isfinite, nextafter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service.acquisition.catalogue import SIDE
 from service.architecture.variants import Dialect
@@ -18,8 +18,7 @@ from service.images.geometry import Interpolation, Resize
 from service.store.cards import Preprocessing
 
 MAX_PREPROCESSOR_BYTES = 1_000_000
-INTERPOLATIONS: Mapping[int, Interpolation] = MappingProxyType({2: "bilinear", 3: "bicubic"})  # by Pillow's numbers
-_LEVELS = 255
+_LEVELS, _BILINEAR = 255, 2
 
 Triple = tuple[float, float, float]
 
@@ -56,21 +55,19 @@ def preprocessing(options: PreprocessingOptions, preset: Preprocessing) -> Prepr
     Raises:
         InvalidRequest: the two do not go together, or are no preprocessing; the message says what.
     """
-    changes = {
-        name: value
-        for name in ("height", "width", "resize", "interpolation")
-        if (value := getattr(options, name)) is not None
-    }
-    mean, std = _unit_scale(options.mean or preset.mean, options.std or preset.std)
-    crop = _crop(options, changes.get("height", preset.height), changes.get("width", preset.width))
-    resize = "shorter_side_crop" if crop is not None else preset.resize
-    if crop is not None and options.resize == "stretch":
-        raise InvalidRequest("a stretch takes the whole image, so there is no crop; leave one of the two out")
-    fields = preset.model_dump() | {"resize": resize, "mean": mean, "std": std} | changes
-    if crop is not None:
-        fields |= {"crop": crop, "rounding": "floor"}
+    given = {name: value for name, value in asdict(options).items() if value is not None}
+    fields = preset.model_dump() | given
+    fields["mean"], fields["std"] = _unit_scale(fields["mean"], fields["std"])
+    if (shorter_side := fields.pop("shorter_side", None)) is not None:
+        if "crop" in given:
+            raise InvalidRequest("the shorter side in pixels and a crop say the same thing; leave one of the two out")
+        fields["crop"] = _crop(shorter_side, fields["height"], fields["width"])
+    if {"crop", "shorter_side"} & given.keys():
+        if options.resize == "stretch":
+            raise InvalidRequest("a stretch takes the whole image, so there is no crop; leave one of the two out")
+        fields |= {"resize": "shorter_side_crop", "rounding": "floor"}
     elif fields["resize"] == "stretch":
-        fields |= {"crop": 1.0}
+        fields["crop"] = 1.0
     try:
         return Preprocessing.model_validate(fields)
     except ValidationError as error:
@@ -87,19 +84,15 @@ def describe(pixels: Preprocessing) -> str:
     return f"{covered}, {pixels.interpolation}, centre crop {size}, {scale}"
 
 
-def _crop(options: PreprocessingOptions, height: int, width: int) -> float | None:
-    """The share of the resized shorter side that is kept: the option itself, or from the resized side in pixels."""
-    if options.shorter_side is None:
-        return options.crop
-    if options.crop is not None:
-        raise InvalidRequest("the shorter side in pixels and a crop say the same thing; leave one of the two out")
-    if height != width or not 0 < height <= options.shorter_side:
+def _crop(shorter_side: int, height: int, width: int) -> float:
+    """The share of a shorter side in pixels that is kept."""
+    if height != width or not 0 < height <= shorter_side:
         raise InvalidRequest(
-            f"shorter side {options.shorter_side}: it is for square input, and of at least its {height} pixels; "
+            f"shorter side {shorter_side}: it is for square input, and of at least its {height} pixels; "
             "give a crop instead"
         )
-    crop = height / options.shorter_side
-    while floor(height / crop) < options.shorter_side:  # the quotient of doubles may fall just short
+    crop = height / shorter_side
+    while floor(height / crop) < shorter_side:  # the quotient of doubles may fall just short
         crop = nextafter(crop, 0)
     return crop
 
@@ -108,9 +101,6 @@ def _unit_scale(mean: Triple, std: Triple) -> tuple[Triple, Triple]:
     """Both for pixels from 0 to 1; values for pixels from 0 to 255 are converted.
 
     Zeros fit both scales, and so does a `std` of ones: beside a `mean` of 0..255 it means no scaling, as in Caffe.
-
-    Raises:
-        InvalidRequest: they are of two scales, or of neither; the message says which.
     """
     of_mean, of_std = _scale("mean", mean), _scale("std", std)
     if of_mean == _LEVELS and set(std) == {1.0}:
@@ -146,14 +136,6 @@ def _text(values: Triple) -> str:
     return " ".join(f"{value:g}" for value in values)
 
 
-class _Size(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    height: int | None = None
-    width: int | None = None
-
-
-_Side = Annotated[int, Field(gt=0)]
 _ADVICE = "import without this file, and say how with --size, --resize, --crop, --mean and --std"
 # The defaults of the image processors of transformers that are read. Others do more than resize and normalise, or
 # use the same fields for something else: ConvNeXT's crops, and to CLIP's a `size` of one number is the shortest edge.
@@ -163,23 +145,41 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "ViT": {"resample": 2, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)},
     }
 )
-_TYPE = re.compile(r"(?P<model>\w+?)(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
+_TYPE = re.compile(r"(\w+?)(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
+_Side = Annotated[int, Field(gt=0)]
+
+
+class _Size(BaseModel):
+    height: int | None = None
+    width: int | None = None
 
 
 class _Processor(BaseModel):
-    """The file of an image processor of transformers, completed from `_DEFAULTS`."""
+    """The file of an image processor of transformers; what is missing or null has the default of its kind."""
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     do_resize: bool = True
     size: _Size | _Side | tuple[_Side, _Side] = _Size(height=SIDE, width=SIDE)
-    resample: Literal[2, 3]
+    resample: Literal[2, 3]  # Pillow's numbers: bilinear, bicubic
     do_center_crop: bool = False
     do_rescale: bool = True
     rescale_factor: Annotated[float, Field(gt=0)] = 1 / _LEVELS
     do_normalize: bool = True
     image_mean: Triple | float
     image_std: Triple | float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, content: object) -> object:
+        if not isinstance(content, dict):
+            return content
+        fields = {name: value for name, value in content.items() if value is not None}
+        kind = str(fields.get("image_processor_type", fields.get("feature_extractor_type", "PvtImageProcessor")))
+        match = _TYPE.fullmatch(kind)
+        if match is None or match[1] not in _DEFAULTS:
+            raise InvalidRequest(f"{kind[:100]} is another image processor than PVT's and is not read; {_ADVICE}")
+        return {**_DEFAULTS[match[1]], **fields}
 
 
 def read_preprocessor(path: Path, name: str | None = None) -> Preprocessing:
@@ -188,51 +188,27 @@ def read_preprocessor(path: Path, name: str | None = None) -> Preprocessing:
     Raises:
         InvalidRequest: it can't be read, or a card can't express it.
     """
-    name = name or str(path)
     try:
         with path.open("rb") as file:
-            content = json.loads(file.read(MAX_PREPROCESSOR_BYTES))
-        return _as_card(_Processor.model_validate(_with_defaults(content)))
-    except OSError as error:
-        raise InvalidRequest(f"{name}: {error.strerror or error}") from error
-    except ValidationError as error:
-        raise InvalidRequest(f"{name}: {reasons(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{name}: no JSON ({error})") from error
-    except InvalidRequest as error:
-        raise InvalidRequest(f"{name}: {error}") from error
-
-
-def _with_defaults(content: object) -> object:
-    """The file's fields, and for those that are missing or null the defaults of its image processor.
-
-    Raises:
-        InvalidRequest: it is of another image processor.
-    """
-    if not isinstance(content, dict):
-        return content
-    fields = {name: value for name, value in content.items() if value is not None}
-    kind = str(fields.get("image_processor_type", fields.get("feature_extractor_type", "PvtImageProcessor")))
-    match = _TYPE.fullmatch(kind)
-    if match is None or match["model"] not in _DEFAULTS:
-        raise InvalidRequest(f"{kind[:100]} is another image processor than PVT's and is not read; {_ADVICE}")
-    return {**_DEFAULTS[match["model"]], **fields}
+            return _as_card(_Processor.model_validate(json.loads(file.read(MAX_PREPROCESSOR_BYTES))))
+    except (OSError, ValueError, RecursionError, InvalidRequest) as error:
+        reason: object = f"no JSON ({error})"
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+        elif isinstance(error, ValidationError):
+            reason = reasons(error)
+        elif isinstance(error, InvalidRequest):
+            reason = error
+        raise InvalidRequest(f"{name or path}: {reason}") from error
 
 
 def _as_card(processor: _Processor) -> Preprocessing:
-    """The processor makes (p * factor - mean) / std of pixels p of 0..255; the factor of a card is always 1 / 255."""
+    """The processor makes (p * factor - mean) / std of pixels p of 0..255; the factor of a card is always 1 / 255.
+
+    Only a stretch is read: the crop of transformers begins half a pixel beside that of torchvision and of cards.
+    """
     if not processor.do_resize:
         raise InvalidRequest(f"do_resize is false, and images come in any size; {_ADVICE}")
-    sized = _sized(processor)
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
-    scale = processor.rescale_factor / (1 / _LEVELS) if processor.do_rescale else _LEVELS
-    return Preprocessing.model_validate(
-        sized.model_dump() | {"mean": _divided(mean, scale), "std": _divided(std, scale)}
-    )
-
-
-def _sized(processor: _Processor) -> Preprocessing:
-    """Only a stretch: the crop of transformers begins half a pixel beside that of torchvision and of cards."""
     size = processor.size
     if isinstance(size, _Size):
         height, width = size.height, size.width
@@ -243,5 +219,13 @@ def _sized(processor: _Processor) -> Preprocessing:
             "it does not resize to one height and width, but crops or keeps the aspect ratio, which is not read; "
             f"{_ADVICE}"
         )
-    interpolation = INTERPOLATIONS[processor.resample]
-    return Preprocessing(height=height, width=width, resize="stretch", interpolation=interpolation)
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+    scale = processor.rescale_factor * _LEVELS if processor.do_rescale else _LEVELS
+    return Preprocessing(
+        height=height,
+        width=width,
+        resize="stretch",
+        interpolation="bilinear" if processor.resample == _BILINEAR else "bicubic",
+        mean=_divided(mean, scale),
+        std=_divided(std, scale),
+    )

@@ -1,45 +1,130 @@
-"""Weights and their description -> a checked model in the store; and the same checks of every model in a store.
+"""Weights and their description -> a checked model in the store: of a user's own checkpoint, or of a pulled file.
 
 A published model has reference images beside its card, and the logits that plain float32 gives for them: its golden
-outputs, which every backend and every later release must reproduce.
+outputs, which every backend and every later release must reproduce. `verify` repeats the same checks.
 """
 
 import errno
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
+from service.acquisition.catalogue import IMAGENET, PREPROCESSOR_FILE, imagenet_labels, variant_named
+from service.acquisition.preprocessing import PRESETS, PreprocessingOptions, describe, preprocessing, read_preprocessor
 from service.architecture.pvt_v2 import PVT_V2, create
-from service.architecture.variants import VARIANTS
-from service.architecture.weights import State, load_into
+from service.architecture.variants import VARIANTS, Weights
+from service.architecture.weights import PICKLES, State, load_into, open_checkpoint
 from service.arrays import Floats
 from service.backends.module import Served, build, plain_logits
-from service.errors import ServiceError, WeightsMismatch, WeightsNotFinite
+from service.errors import InvalidRequest, ServiceError, WeightsCorrupt, WeightsMismatch, WeightsNotFinite
 from service.execution.reference import Reference, packed, reference_of, synthetic_images
 from service.files import file_sha256, staging_folder, sync
 from service.store.cards import Accuracy, ModelCard, Origin, Preprocessing, WeightsFile
 from service.store.folder import WEIGHTS_FILE, check_room, write_model, writing
-from service.store.store import Contents, Store, StoredModel, alias_target
+from service.store.store import MODEL_ID, VERSION, Store, StoredModel, alias_target
 
 PULL_FOLDER = ".pull"  # in the store: files that are being pulled
 _PIXELS = 4 * 224 * 224  # of a batch
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _SHAPES = 4  # reference images with shapes on them
 _BAR = 0.08  # half the height of a bar, as a share of the image's
+_LABELS = TypeAdapter(tuple[str, ...])
+_LABELS_BY_NUMBER = TypeAdapter(dict[int, str])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImportOptions:
+    """The checkpoint `file` and its description; `labels` is a file of them, or "imagenet", or None to number them.
+
+    `weights` says which of several in it to take: see `service.architecture.weights.open_checkpoint`.
+    """
+
+    file: Path
+    variant: str
+    tag: str
+    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
+    weights: Weights | None = None
+    labels: str | None = None
+    licence: str = "unknown"
+    source: str | None = None
+    version: str | None = None
+
+
+def import_model(root: Path, options: ImportOptions, on_choice: Callable[[str], None] = lambda _: None) -> StoredModel:
+    """Put a checkpoint in any of the four dialects into the store at `root`, with a card and reference outputs.
+
+    `on_choice` is called with each choice that was made: which of several weights, whose preprocessing.
+
+    Raises:
+        InvalidRequest: variant, tag, version, labels or preprocessing are wrong; the message says which.
+        WeightsInvalid, WeightsUnavailable: the file is not a model of that variant; the message says why.
+        StoreNotWritable: the store can't be written.
+    """
+    variant, file = variant_named(options.variant), options.file
+    id_ = f"{variant}.{options.tag}"
+    if variant not in VARIANTS:
+        raise InvalidRequest(f"variant {options.variant!r}: it must be one of {', '.join(VARIANTS)}, or b0, b1, ...")
+    if not MODEL_ID.fullmatch(id_):
+        raise InvalidRequest(f"tag {options.tag!r}: it has letters, digits, '-' and '_'")
+    if options.version is not None and not VERSION.fullmatch(options.version):
+        raise InvalidRequest(f"version {options.version!r}: it is a number from 1")
+    if file.suffix not in {".safetensors", *PICKLES}:
+        raise WeightsCorrupt(f"{file}: unknown format; it must end in .safetensors or .pth")
+    labels = None if options.labels is None else _read_labels(options.labels)
+    with writing(root):
+        if options.version is not None and os.path.lexists(root / id_ / options.version):
+            raise InvalidRequest(f"{id_}@{options.version} is there already; leave --version out for the next one")
+    checkpoint = open_checkpoint(file, weights=options.weights)
+    if checkpoint.note:
+        on_choice(checkpoint.note)
+    preset, preprocessor = PRESETS[checkpoint.dialect], file.parent / PREPROCESSOR_FILE
+    if checkpoint.dialect == "transformers" and os.path.lexists(preprocessor):
+        preset = read_preprocessor(preprocessor)
+    pixels = preprocessing(options.preprocessing, preset)
+    on_choice(f"tensor names of {checkpoint.dialect}; images: {describe(pixels)}")
+    source = options.source or file.name
+    about = Description(
+        id=id_, variant=variant, preprocessing=pixels, licence=options.licence, source=source, labels=labels
+    )
+    return publish(root, checkpoint.state, about, options.version)
+
+
+def _read_labels(name: str) -> tuple[str, ...]:
+    """The labels in a file: one a line, a JSON list, or a JSON object by class number such as `id2label`."""
+    if name == IMAGENET:
+        return imagenet_labels()
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"labels {name!r}: {getattr(error, 'strerror', None) or error}") from error
+    if not name.endswith(".json"):
+        return tuple(line.strip() for line in text.rstrip().splitlines())
+    try:
+        content = json.loads(text)
+        if isinstance(content, dict):
+            by_number = _LABELS_BY_NUMBER.validate_python(content.get("id2label", content))
+            return tuple(by_number[i] for i in range(len(by_number)))
+        return _LABELS.validate_python(content)
+    except (ValueError, ValidationError, KeyError) as error:
+        raise InvalidRequest(
+            f"labels {name!r}: neither a JSON list of names nor an object with one for each number from 0"
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
 class Description:
-    """The part of a card that is not in the weights. `labels` None names each class after its number."""
+    """The fields of a card that are not in the weights. `labels` None names each class after its number."""
 
     id: str
     variant: str
@@ -61,44 +146,32 @@ def publish(root: Path, state: State, about: Description, version: str | None = 
         WeightsNotFinite: they hold NaN or infinity, or give such logits.
         StoreNotWritable: the store can't be written; it is unchanged.
     """
-    labels = _labels(state, about)
-    with torch.device("meta"):
-        model = create(about.variant, num_classes=len(labels))
-    _load(model, state, about)
-    reference, reference_file = packed(_reference(model, about.preprocessing, about.source))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    with writing(root), _no_empty_folder(root / about.id):
+    labels, pixels = _labels(state, about), about.preprocessing
+    model = _loaded(state, about, len(labels))
+    images = _reference_images(pixels.height, pixels.width)
+    logits = _logits_in_batches(Served(model, pixels.mean, pixels.std).eval(), images)
+    if not np.isfinite(logits).all():
+        raise WeightsNotFinite(f"{about.source}: the model answers NaN or infinity to ordinary images")
+    reference, reference_file = packed(Reference(images, logits))
+    with writing(root):
         (root / PULL_FOLDER).mkdir(parents=True, exist_ok=True)
-        check_room(root, size + len(reference))
+        check_room(root, sum(tensor.nbytes for tensor in state.values()) + len(reference))
         with staging_folder(root / PULL_FOLDER, "new-") as folder:
             weights = folder / WEIGHTS_FILE
             _save(state, weights)
             card = ModelCard(
-                id=about.id,
-                variant=about.variant,
-                labels=labels,
-                preprocessing=about.preprocessing,
+                **vars(about) | {"labels": labels},
                 weights=WeightsFile(file=WEIGHTS_FILE, sha256=file_sha256(weights), bytes=weights.stat().st_size),
                 parameters=sum(parameter.numel() for parameter in model.parameters()),
-                licence=about.licence,
-                source=about.source,
                 reference=reference_file,
-                accuracy=about.accuracy,
-                origin=about.origin,
             )
-            written = write_model(root, version, card, weights, {reference_file.file: reference})
+            try:
+                written = write_model(root, version, card, weights, {reference_file.file: reference})
+            except BaseException:
+                with suppress(OSError):  # a model's folder without a version would count as a broken model
+                    (root / about.id).rmdir()
+                raise
     return StoredModel(about.id, written.name, written, card)
-
-
-@contextmanager
-def _no_empty_folder(model: Path) -> Iterator[None]:
-    """Remove a model's folder without a version, which a failed write may leave: it would count as a broken model."""
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            model.rmdir()
-        raise
 
 
 def _save(state: State, path: Path) -> None:
@@ -118,22 +191,14 @@ def _save(state: State, path: Path) -> None:
     sync(path)
 
 
-def classes(state: State) -> int:
-    """How many classes the head of a checkpoint has.
-
-    Raises:
-        WeightsMismatch: it has no head.
-    """
+def _labels(state: State, about: Description) -> tuple[str, ...]:
+    """One label for each class of the head."""
     weight = state.get("head.weight")
     if weight is None or weight.ndim != 2:  # noqa: PLR2004  (classes, channels)
         raise WeightsMismatch(
             "the checkpoint has no classification head ('head.weight'); a backbone alone names nothing"
         )
-    return int(weight.shape[0])
-
-
-def _labels(state: State, about: Description) -> tuple[str, ...]:
-    count = classes(state)
+    count = weight.shape[0]
     if count == 0:
         raise WeightsMismatch(f"{about.source}: the head has no classes, so there is nothing that it could name")
     if count == 1:
@@ -142,33 +207,27 @@ def _labels(state: State, about: Description) -> tuple[str, ...]:
             "softmax of (0, x) is the sigmoid of x: put a row of zeros before its weight and a zero before its bias "
             "(torch.cat([torch.zeros_like(weight), weight]), likewise bias), then import with two labels, no and yes"
         )
-    if about.labels is None:
-        return tuple(f"class {i}" for i in range(count))
-    if len(about.labels) != count:
-        raise WeightsMismatch(f"{len(about.labels)} labels for {count} classes; one label for each is needed")
-    return tuple(about.labels)
+    labels = tuple(f"class {i}" for i in range(count)) if about.labels is None else tuple(about.labels)
+    if len(labels) != count:
+        raise WeightsMismatch(f"{len(labels)} labels for {count} classes; one label for each is needed")
+    return labels
 
 
-def _load(model: PVT_V2, state: State, about: Description) -> None:
-    """`load_into`; where the weights are another variant's, the error names it."""
+def _loaded(state: State, about: Description, classes: int) -> PVT_V2:
+    """The model with these weights; where they are another variant's, the error names it."""
+    with torch.device("meta"):
+        model = create(about.variant, num_classes=classes)
     try:
         load_into(model, state, source=about.source)
     except WeightsMismatch as error:
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        found = {name: tensor.shape for name, tensor in state.items()}
         for other in VARIANTS:
             with torch.device("meta"):
-                expected = create(other, num_classes=classes(state)).state_dict()
-            if found == {name: tuple(tensor.shape) for name, tensor in expected.items()}:
+                expected = create(other, num_classes=classes).state_dict()
+            if found == {name: tensor.shape for name, tensor in expected.items()}:
                 raise WeightsMismatch(f"{about.source} holds {other}, not {about.variant}") from error
         raise
-
-
-def _reference(model: PVT_V2, pixels: Preprocessing, source: str) -> Reference:
-    images = reference_images(pixels.height, pixels.width)
-    logits = _logits_in_batches(Served(model, pixels.mean, pixels.std).eval(), images)
-    if not np.isfinite(logits).all():
-        raise WeightsNotFinite(f"{source}: the model answers NaN or infinity to ordinary images")
-    return Reference(images, logits)
+    return model
 
 
 def _logits_in_batches(module: Served, images: NDArray[np.uint8]) -> Floats:
@@ -177,16 +236,11 @@ def _logits_in_batches(module: Served, images: NDArray[np.uint8]) -> Floats:
     return np.concatenate([plain_logits(module, images[i : i + step]) for i in range(0, len(images), step)])
 
 
-def reference_images(height: int, width: int) -> NDArray[np.uint8]:
-    """Images (n, height, width, 3) with the spectrum of photos, and as many with edges, textures and plain colour.
+def _reference_images(height: int, width: int) -> NDArray[np.uint8]:
+    """Images (n, height, width, 3) with the spectrum of photos, and as many of shapes, seeded and so always the same.
 
-    They are seeded, and so the same everywhere.
+    The latter have discs, bars and chequers of random colours over a ramp between two others.
     """
-    return np.concatenate([synthetic_images(height, width), _shapes(height, width)])
-
-
-def _shapes(height: int, width: int) -> NDArray[np.uint8]:
-    """Discs, bars and chequers of random colours over a ramp between two others."""
     random = np.random.default_rng(1)
     y, x = np.mgrid[0:height, 0:width]
     y, x = y / height, x / width
@@ -204,7 +258,7 @@ def _shapes(height: int, width: int) -> NDArray[np.uint8]:
         corner = (x > random.uniform(0.5, 0.8)) & (y > random.uniform(0.5, 0.8))
         canvas[bars], canvas[chequers & corner] = colours[5], colours[6]
         image[:] = np.clip(canvas, 0, 255)
-    return images
+    return np.concatenate([synthetic_images(height, width), images])
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +278,16 @@ def verify(root: Path) -> Iterator[Verdict]:
     """
     contents = Store(root).contents()
     for versions in contents.versions.values():
-        yield from map(verify_model, versions)
-    yield from _verify_aliases(contents)
+        yield from map(_verify_model, versions)
+    if contents.aliases_failure:
+        yield Verdict("aliases", str(contents.aliases_failure))
+    for alias, target in contents.aliases.items():
+        id_, version = alias_target(target)
+        if not any(version in {None, stored.version} for stored in contents.versions.get(id_, ())):
+            yield Verdict(alias, f"the alias stands for {target!r}, which is not in the store")
 
 
-def verify_model(stored: StoredModel) -> Verdict:
+def _verify_model(stored: StoredModel) -> Verdict:
     """Check digest and tensors of a version, and that plain float32 still gives the logits of its reference."""
     try:
         card = stored.require_card()
@@ -242,12 +301,3 @@ def verify_model(stored: StoredModel) -> Verdict:
     if objection := deviation.objection("float32"):
         return Verdict(stored.key, f"plain float32 does not give its reference outputs: {objection} ({deviation})")
     return Verdict(stored.key, note=f"{len(reference.images)} reference outputs reproduced")
-
-
-def _verify_aliases(contents: Contents) -> Iterator[Verdict]:
-    if contents.aliases_failure:
-        yield Verdict("aliases", str(contents.aliases_failure))
-    for alias, target in contents.aliases.items():
-        id_, version = alias_target(target)
-        if not any(version in {None, stored.version} for stored in contents.versions.get(id_, ())):
-            yield Verdict(alias, f"the alias stands for {target!r}, which is not in the store")

@@ -7,11 +7,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from service.acquisition.pulling import Pulls
 from service.errors import ServiceError, WeightsUnavailable
 from service.machine.workers import Workers, detached
 from service.options import EngineOptions
 from service.registry.entries import Candidate, EntryStatus
-from service.registry.pulls import Pulls
 from service.registry.registry import Registry
 from service.registry.resident import Resident
 from service.registry.status import ModelStatus, VersionStatus

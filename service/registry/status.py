@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from service.backends.base import Layout
-from service.errors import ServiceError
 from service.execution.reference import Deviation
-from service.store.cards import Accuracy, ModelCard, WithCard
+from service.store.cards import ModelCard, WithCard
 
 State = Literal["available", "loading", "ready", "failed"]
 
@@ -56,21 +55,3 @@ class ModelStatus(VersionStatus, WithCard):
     optimizing: bool | None = None
     deviation: Deviation | None = None
     other_precisions: Mapping[int, str] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteModel:
-    """Published weights that are not in the store; while they are pulled, `pulled_bytes` of `total_bytes` are."""
-
-    id: str
-    variant: str
-    parameters: int
-    num_classes: int
-    input_size: tuple[int, int]
-    accuracy: Accuracy
-    licence: str
-    default: bool = False
-    state: Literal["remote", "loading", "failed"] = "remote"
-    failure: ServiceError | None = None
-    pulled_bytes: int | None = None
-    total_bytes: int | None = None

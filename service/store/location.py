@@ -36,7 +36,7 @@ _FILE = re.compile(rf"(?P<model>[\w-]+(\.[\w-]+)?)/{VERSION.pattern}/[\w-][\w.-]
 _PACKAGES = {
     "s3": ("s3fs", "s3"),
     "gs": ("gcsfs", "gcs"),
-    "hf": ("huggingface_hub", "hub"),
+    "hf": (None, None),
     "http": ("aiohttp", "http"),
     "https": ("aiohttp", "http"),
     "file": (None, None),

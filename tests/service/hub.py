@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-PUBLIC = "/files"  # where redirects lead
+
+def redirect_of(path: str) -> str:
+    """Where a redirect leads: as on the hub and on GitHub, to a path that says nothing of the file's name."""
+    return f"/files/{hashlib.sha256(path.encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Fault:
     spoil: bool = False
     whole: bool = False
     etag: str | None = None
+    careless: bool = False
+    """Takes no notice of If-Range."""
     hold: threading.Event | None = None
     begun: threading.Event | None = None
 
@@ -38,7 +43,9 @@ class Hub:
     faults: list[Fault] = field(default_factory=list)
     requests: list[Mapping[str, str]] = field(default_factory=list)
     digests: bool = True
-    """Whether redirects name the SHA-256, as those of the hub do, and those of GitHub do not."""
+    """Whether redirects name the SHA-256 and the commit, as those of the hub do, and those of a plain mirror do not."""
+    token: str | None = None
+    """What requests for files of the hub must come with, if anything."""
     lengths: bool = True
 
     def put(self, path: str, content: bytes) -> str:
@@ -79,23 +86,29 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(ConnectionError):
             self._get(self.server.hub)  # type: ignore[attr-defined]
 
+    def do_HEAD(self) -> None:
+        """Redirects alone: to the bytes, on what is another host to its callers, they get them."""
+        self.do_GET()
+
     def log_message(self, *_: Any) -> None:
         pass
 
     def _get(self, hub: Hub) -> None:
         path = self.path.partition("?")[0]
-        if path.startswith(PUBLIC) and (content := hub.files.get(path.removeprefix(PUBLIC))) is not None:
+        content = next((content for name, content in hub.files.items() if redirect_of(name) == path), None)
+        if content is not None:
+            assert "Authorization" not in self.headers  # which is for the hub alone
             hub.requests.append(dict(self.headers))
-            fault = hub.faults.pop(0) if hub.faults else Fault()
-            self._send(hub, content, fault)
+            self._send(hub, content, hub.faults.pop(0) if hub.faults else Fault())
+        elif "/resolve/" in path and hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            self._answer(401, {"X-Error-Code": "GatedRepo"})
         elif path in hub.files:
             content = hub.files[path]
-            headers = {"Location": f"{PUBLIC}{path}?Signature=secret"}
-            if "/resolve/" in path:
+            headers = {"Location": f"{hub.url.replace('127.0.0.1', 'localhost')}{redirect_of(path)}?Signature=secret"}
+            if "/resolve/" in path and hub.digests:
                 headers["X-Repo-Commit"] = "c0ffee"
-                if hub.digests:
-                    headers["X-Linked-Etag"] = f'"{hashlib.sha256(content).hexdigest()}"'
-                    headers["X-Linked-Size"] = str(len(content))
+                headers["X-Linked-Etag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+                headers["X-Linked-Size"] = str(len(content))
             self._answer(302, headers)
         else:
             self._answer(404)
@@ -113,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         etag = fault.etag or f'"{hashlib.md5(content, usedforsecurity=False).hexdigest()}"'
         start, status, headers = 0, 200, {"ETag": etag}
         requested = self.headers.get("Range", "")
-        if requested and not fault.whole and self.headers.get("If-Range", etag) == etag:
+        if requested and not fault.whole and (fault.careless or self.headers.get("If-Range", etag) == etag):
             start = int(requested.removeprefix("bytes=").removesuffix("-"))
             if start >= len(content):
                 self._answer(416, {"Content-Range": f"bytes */{len(content)}"})

@@ -11,7 +11,7 @@ import torch
 from starlette.testclient import TestClient
 
 from service.acquisition.download import RetryPolicy
-from service.registry.pulls import PULLS
+from service.acquisition.pulling import PULLS, PullOptions
 from service.store.store import Store
 from tests.app.conftest import MakeClient, png
 from tests.service.checkpoints import checkpoint, path_of
@@ -24,13 +24,11 @@ B0 = "pvt_v2_b0.in1k"
 @pytest.fixture(autouse=True)
 def _quick_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.acquisition.pulling.SIDE", 32)
-    monkeypatch.setattr("service.registry.pulls.PullOptions", _impatient)
+    monkeypatch.setattr("service.acquisition.pulling.PullOptions", _impatient)
     torch.set_num_threads(1)
 
 
 def _impatient(mirror: str | None) -> Any:
-    from service.acquisition.pulling import PullOptions  # noqa: PLC0415  not the one that is replaced
-
     return PullOptions(mirror=mirror, policy=RetryPolicy(attempts=1))
 
 

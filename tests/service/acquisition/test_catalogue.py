@@ -1,6 +1,7 @@
 """The catalogue and the labels that come with it."""
 
 import re
+from typing import get_args
 
 import pytest
 import torch
@@ -8,10 +9,9 @@ import torch
 from service.acquisition.catalogue import (
     CATALOGUE,
     CLASSES,
-    SOURCES,
+    SourceName,
     imagenet_classes,
     imagenet_labels,
-    mirrored,
     published,
 )
 from service.architecture.pvt_v2 import create
@@ -22,7 +22,7 @@ from service.errors import InvalidRequest, ModelNotFound
 def test_every_variant_is_published() -> None:
     assert list(CATALOGUE) == list(VARIANTS)
     for row in CATALOGUE.values():
-        assert set(row.files) == set(SOURCES) - ({"lucid"} if row.variant == "pvt_v2_b2_li" else set())
+        assert set(row.files) == set(get_args(SourceName)) - ({"lucid"} if row.variant == "pvt_v2_b2_li" else set())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -67,15 +67,6 @@ def test_what_is_not_published_is_not_found_and_what_is_is_named(name: str) -> N
 def test_a_source_without_the_variant_names_those_that_have_it() -> None:
     with pytest.raises(InvalidRequest, match="lucid has no pvt_v2_b2_li; these have: timm, opengvlab, official"):
         CATALOGUE["pvt_v2_b2_li"].file("lucid")
-
-
-def test_a_mirror_takes_the_place_of_scheme_and_host() -> None:
-    url = CATALOGUE["pvt_v2_b0"].file("official").urls[0]
-
-    assert mirrored(url, None) == url
-    assert mirrored(url, "http://mirror:8080/models/") == (
-        "http://mirror:8080/models/whai362/PVT/releases/download/v2/pvt_v2_b0.pth"
-    )
 
 
 def test_labels_are_in_the_order_of_the_checkpoints() -> None:

@@ -1,18 +1,20 @@
 """Downloads from a real server over real sockets, and their faults."""
 
-import errno
 import hashlib
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any, BinaryIO
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 
-from service.acquisition.download import DownloadedFile, FileRequest, RetryPolicy, _refuse_unencrypted, download
+from service.acquisition.download import Download, RetryPolicy
 from service.errors import PullFailed, StoreNotWritable, WeightsDigestMismatch
+from service.store.cards import Origin
 from tests.service.hub import Fault, Hub, serving_hub
 
 CONTENT = np.random.default_rng(0).bytes(1_000_000)
@@ -31,55 +33,91 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-def fetch(hub: Hub, folder: Path, path: str = HUB, *, policy: RetryPolicy = QUICK, **request: object) -> DownloadedFile:
-    options = {"max_bytes": 2_000_000, **request}
-    return download(
-        FileRequest(url=hub.url + path, **options),  # type: ignore[arg-type]
-        folder / "weights.safetensors",
-        root=folder,
-        policy=policy,
-    )
+@dataclass(frozen=True)
+class Fetched:
+    content: bytes
+    origin: Origin
 
 
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+def download(url: str, root: Path, *, policy: RetryPolicy = QUICK, **options: Any) -> Download:
+    return Download(url=url, folder=root / "file", root=root, policy=policy, **{"max_bytes": 2_000_000, **options})
+
+
+def fetch(hub: Hub, root: Path, path: str = HUB, **options: Any) -> Fetched:
+    file, origin = download(hub.url + path, root, **options).run()
+    assert file.suffix == Path(path).suffix
+    return Fetched(file.read_bytes(), origin)
+
+
+def left(root: Path) -> list[int]:
+    """The sizes of the files that are kept."""
+    return [path.stat().st_size for path in (root / "file").glob("*")]
 
 
 def test_a_file_of_the_hub_is_held_against_the_digest_that_its_redirect_names(hub: Hub, tmp_path: Path) -> None:
     fetched = fetch(hub, tmp_path)
 
-    assert fetched.path.read_bytes() == CONTENT
-    assert (fetched.sha256, fetched.bytes, fetched.digest_from) == (SHA256, len(CONTENT), "hub")
-    assert fetched.revision == "c0ffee"
+    assert fetched.content == CONTENT
+    assert fetched.origin == Origin(
+        url=hub.url + HUB, sha256=SHA256, bytes=len(CONTENT), digest_from="hub", revision="c0ffee"
+    )
 
 
-def test_a_release_has_no_digest_and_nobody_has_given_one(hub: Hub, tmp_path: Path) -> None:
-    fetched = fetch(hub, tmp_path, RELEASE)
+@pytest.mark.parametrize("path", [HUB, RELEASE])
+def test_a_release_or_a_plain_mirror_has_no_digest_and_nobody_has_given_one(
+    hub: Hub, tmp_path: Path, path: str
+) -> None:
+    hub.digests = False
+    origin = fetch(hub, tmp_path, path).origin
 
-    assert (fetched.sha256, fetched.digest_from) == (SHA256, None)
+    assert (origin.sha256, origin.digest_from, origin.revision) == (SHA256, "nobody", None)
 
 
 def test_a_published_digest_counts(hub: Hub, tmp_path: Path) -> None:
-    assert fetch(hub, tmp_path, RELEASE, sha256=SHA256).digest_from == "publisher"
+    assert fetch(hub, tmp_path, RELEASE, sha256=SHA256).origin.digest_from == "publisher"
+
+
+def test_a_private_repository_takes_the_users_token(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.token = "hf_secret"  # noqa: S105
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+
+    assert fetch(hub, tmp_path, token=True).content == CONTENT
+
+
+def test_a_mirror_never_gets_the_users_token(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.token = "hf_secret"  # noqa: S105
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+
+    with pytest.raises(PullFailed, match="answers 401: it requires credentials; a hub's are HF_TOKEN"):
+        fetch(hub, tmp_path)
+
+
+def test_a_hub_is_left_alone_where_the_user_is_offline(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(PullFailed, match="HF_HUB_OFFLINE is set"):
+        fetch(hub, tmp_path)
 
 
 def test_progress_is_reported_up_to_the_whole(hub: Hub, tmp_path: Path) -> None:
     reports: list[tuple[int, int | None]] = []
-    request = FileRequest(url=hub.url + HUB, max_bytes=2_000_000)
-    download(request, tmp_path / "x.pth", root=tmp_path, on_progress=lambda done, total: reports.append((done, total)))
+    fetch(hub, tmp_path, on_progress=lambda done, total: reports.append((done, total)))
 
     assert reports == sorted(reports)
     assert reports[-1] == (len(CONTENT), len(CONTENT))
 
 
-def test_a_download_that_is_cut_off_resumes_where_it_ended(hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", [HUB, RELEASE])
+def test_a_download_that_is_cut_off_resumes_where_it_ended(hub: Hub, tmp_path: Path, path: str) -> None:
     hub.faults = [Fault(cut=HALF), Fault(cut=1000)]
 
-    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+    assert fetch(hub, tmp_path, path).content == CONTENT
     first, second, third = hub.requests
     assert "Range" not in first
     assert (second["Range"], third["Range"]) == (f"bytes={HALF}-", f"bytes={HALF + 1000}-")
-    assert second["If-Range"].startswith('"')
+    assert path == HUB or second["If-Range"].startswith('"')  # where no digest would show that it has changed
 
 
 @pytest.mark.parametrize("path", [HUB, RELEASE])
@@ -89,14 +127,14 @@ def test_another_process_resumes_where_one_gave_up(hub: Hub, tmp_path: Path, pat
         fetch(hub, tmp_path, path)
     hub.requests.clear()
 
-    assert fetch(hub, tmp_path, path).path.read_bytes() == CONTENT
+    assert fetch(hub, tmp_path, path).content == CONTENT
     assert [request.get("Range") for request in hub.requests] == [f"bytes={HALF}-"]
 
 
 def test_a_server_that_sends_everything_again_is_taken_at_its_word(hub: Hub, tmp_path: Path) -> None:
     hub.faults = [Fault(cut=HALF), Fault(whole=True)]
 
-    assert fetch(hub, tmp_path, RELEASE).path.read_bytes() == CONTENT
+    assert fetch(hub, tmp_path, RELEASE).content == CONTENT
 
 
 def test_a_file_that_changed_meanwhile_is_fetched_from_its_beginning(hub: Hub, tmp_path: Path) -> None:
@@ -106,34 +144,43 @@ def test_a_file_that_changed_meanwhile_is_fetched_from_its_beginning(hub: Hub, t
     changed = CONTENT[::-1]
     hub.put(RELEASE, changed)
 
-    assert fetch(hub, tmp_path, RELEASE).path.read_bytes() == changed
+    assert fetch(hub, tmp_path, RELEASE).content == changed
 
 
 def test_a_range_of_another_version_is_not_joined_to_this_one(hub: Hub, tmp_path: Path) -> None:
     """From a server that takes no notice of If-Range."""
-    hub.faults = [Fault(cut=HALF, etag='W/"1"'), Fault(etag='W/"2"')]
+    hub.faults = [Fault(cut=HALF, etag='"1"'), Fault(etag='"2"', careless=True)]
 
-    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
-    assert [("Range" in request, "If-Range" in request) for request in hub.requests] == [
-        (False, False),
-        (True, False),
-        (False, False),
+    assert fetch(hub, tmp_path, RELEASE).content == CONTENT
+    assert [(request.get("Range"), request.get("If-Range")) for request in hub.requests] == [
+        (None, None),
+        (f"bytes={HALF}-", '"1"'),
+        (None, None),
     ]
 
 
-def test_a_part_that_is_longer_than_the_file_now_is_dropped(hub: Hub, tmp_path: Path) -> None:
+def test_a_part_without_digest_and_strong_etag_is_not_resumed(hub: Hub, tmp_path: Path) -> None:
+    hub.faults = [Fault(cut=HALF, etag='W/"1"'), Fault(etag='W/"1"')]
+
+    assert fetch(hub, tmp_path, RELEASE).content == CONTENT
+    assert [request.get("Range") for request in hub.requests] == [None, None]
+
+
+@pytest.mark.parametrize("path", [HUB, RELEASE])
+def test_a_part_that_is_longer_than_the_file_now_is_dropped(hub: Hub, tmp_path: Path, path: str) -> None:
     hub.faults = [Fault(cut=HALF), *[Fault(status=503)] * 3]
     with pytest.raises(PullFailed):
-        fetch(hub, tmp_path)
-    hub.put(HUB, short := CONTENT[:1000])
+        fetch(hub, tmp_path, path)
+    hub.put(path, short := CONTENT[:1000])
 
-    assert fetch(hub, tmp_path).path.read_bytes() == short
+    assert fetch(hub, tmp_path, path).content == short
+    assert left(tmp_path) == [1000]
 
 
 def test_bytes_that_came_wrong_are_fetched_once_more(hub: Hub, tmp_path: Path) -> None:
     hub.faults = [Fault(spoil=True)]
 
-    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+    assert fetch(hub, tmp_path).content == CONTENT
 
 
 def test_bytes_that_stay_wrong_are_refused_and_not_kept(hub: Hub, tmp_path: Path) -> None:
@@ -141,28 +188,29 @@ def test_bytes_that_stay_wrong_are_refused_and_not_kept(hub: Hub, tmp_path: Path
     with pytest.raises(WeightsDigestMismatch, match=rf"SHA-256 is [0-9a-f]{{64}}, expected {SHA256}"):
         fetch(hub, tmp_path)
 
-    assert names(tmp_path) == set()
-    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+    assert left(tmp_path) == []
+    assert fetch(hub, tmp_path).content == CONTENT
 
 
 def test_a_hub_that_has_another_file_than_was_published_is_not_used(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(WeightsDigestMismatch, match="was published; nothing was fetched"):
         fetch(hub, tmp_path, sha256="0" * 64)
 
-    assert names(tmp_path) <= {"weights.safetensors.part"}
+    assert hub.requests == []
+    assert left(tmp_path) == []
 
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_retry_after_is_waited_for(hub: Hub, tmp_path: Path, status: int) -> None:
     hub.faults = [Fault(status=status, headers={"Retry-After": "0"})]
 
-    assert fetch(hub, tmp_path, policy=RetryPolicy(backoff_seconds=100)).sha256 == SHA256
+    assert fetch(hub, tmp_path, policy=RetryPolicy(backoff_seconds=100)).content == CONTENT
 
 
 def test_retry_after_may_be_a_date(hub: Hub, tmp_path: Path) -> None:
     hub.faults = [Fault(status=429, headers={"Retry-After": formatdate(0, usegmt=True)})]
 
-    assert fetch(hub, tmp_path, policy=RetryPolicy(backoff_seconds=100)).sha256 == SHA256
+    assert fetch(hub, tmp_path, policy=RetryPolicy(backoff_seconds=100)).content == CONTENT
 
 
 def test_a_retry_after_that_is_too_long_is_reported_instead(hub: Hub, tmp_path: Path) -> None:
@@ -178,7 +226,7 @@ def test_a_server_that_falls_silent_is_tried_again(hub: Hub, tmp_path: Path) -> 
     fetched = fetch(hub, tmp_path, policy=RetryPolicy(timeout_seconds=0.2, backoff_seconds=0.001))
     released.set()
 
-    assert fetched.path.read_bytes() == CONTENT
+    assert fetched.content == CONTENT
     assert hub.requests[1]["Range"] == f"bytes={HALF}-"
 
 
@@ -205,40 +253,47 @@ def test_a_stream_without_end_is_cut(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(PullFailed, match="more bytes than it should have"):
         fetch(hub, tmp_path, max_bytes=300_000)
 
-    assert names(tmp_path) == set()
+    assert left(tmp_path) == []
 
 
 def test_a_file_of_unknown_length_ends_where_the_server_ends(hub: Hub, tmp_path: Path) -> None:
     hub.lengths = hub.digests = False
 
-    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+    assert fetch(hub, tmp_path).content == CONTENT
 
 
-def test_a_redirect_from_tls_to_plain_http_is_refused(hub: Hub) -> None:
+@pytest.mark.parametrize(("first", "then"), [("https", "http"), ("https", "ftp")])
+def test_a_redirect_from_tls_to_plain_http_is_refused(first: str, then: str) -> None:
+    started = download(f"{first}://hub.example/x", Path())
     with pytest.raises(PullFailed, match="which is not encrypted; refused"):
-        _refuse_unencrypted("https://hub.example/x")(httpx.Request("GET", hub.url))
+        started._refuse_unencrypted(httpx2.Request("GET", f"{then}://cdn.example/x?Signature=secret"))
 
 
 def test_stopping_ends_it_soon_and_keeps_the_bytes_so_far(hub: Hub, tmp_path: Path) -> None:
-    stop, request = threading.Event(), FileRequest(url=hub.url + HUB, max_bytes=2_000_000)
+    stop = threading.Event()
     with pytest.raises(PullFailed, match=r"stopped; .* MB are kept"):
-        download(request, tmp_path / "x.pth", root=tmp_path, on_progress=lambda *_: stop.set(), stop=stop)
+        fetch(hub, tmp_path, on_progress=lambda *_: stop.set(), stop=stop)
 
-    assert names(tmp_path) == {"x.pth.part", "x.pth.json"}
+    (kept,) = left(tmp_path)
+    assert 0 < kept < len(CONTENT)
 
 
-def test_a_complete_file_that_nobody_took_needs_no_network(hub: Hub, tmp_path: Path) -> None:
-    fetch(hub, tmp_path)
+@pytest.mark.parametrize("path", [HUB, RELEASE])
+def test_a_complete_file_that_nobody_took_is_not_sent_again(hub: Hub, tmp_path: Path, path: str) -> None:
+    fetch(hub, tmp_path, path)
     hub.requests.clear()
 
-    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
-    assert hub.requests == []
+    assert fetch(hub, tmp_path, path).content == CONTENT
+    assert [request.get("Range") for request in hub.requests] == ([] if path == HUB else [f"bytes={len(CONTENT)}-"])
 
 
-def test_a_partial_file_without_its_metadata_is_ignored(hub: Hub, tmp_path: Path) -> None:
-    (tmp_path / "weights.safetensors.part").write_bytes(b"something else")
+@pytest.mark.parametrize("path", [HUB, RELEASE])
+def test_a_file_of_unknown_content_in_the_folder_is_ignored(hub: Hub, tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "unnamed.pth").write_bytes(b"something else")
 
-    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+    assert fetch(hub, tmp_path, path).content == CONTENT
+    assert left(tmp_path) == [len(CONTENT)]
 
 
 def test_too_little_room_is_reported_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
@@ -249,22 +304,23 @@ def test_too_little_room_is_reported_before_anything_is_fetched(hub: Hub, tmp_pa
 def test_a_disk_that_fills_up_is_reported_and_the_partial_file_is_deleted(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(*_: object) -> BinaryIO:
+        return open("/dev/full", "wb")  # noqa: PTH123  Path.open is replaced
 
     with monkeypatch.context() as patched:
-        patched.setattr("service.acquisition.download._Partial.append", full)
+        patched.setattr(Path, "open", full)
         with pytest.raises(StoreNotWritable, match=r"is full \(No space left on device, .* MB left\); make room"):
             fetch(hub, tmp_path)
 
-    assert names(tmp_path) == set()
-    assert fetch(hub, tmp_path).path.read_bytes() == CONTENT
+    assert left(tmp_path) == []
+    assert fetch(hub, tmp_path).content == CONTENT
 
 
-def test_secrets_in_a_url_are_not_in_messages(hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", [HUB, RELEASE, HUB + "/none"])
+def test_secrets_in_a_url_are_not_in_messages(hub: Hub, tmp_path: Path, path: str) -> None:
     hub.faults = [Fault(status=418)]
     secret = hub.url.replace("://", "://user:secret@")
-    with pytest.raises(PullFailed, match="418") as caught:
-        download(FileRequest(url=secret + HUB, max_bytes=2_000_000), tmp_path / "x", root=tmp_path, policy=QUICK)
+    with pytest.raises(PullFailed, match=r"418|404") as caught:
+        download(secret + path, tmp_path).run()
 
     assert "secret" not in str(caught.value)

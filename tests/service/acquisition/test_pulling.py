@@ -23,10 +23,8 @@ import torch
 
 from service.acquisition.catalogue import (
     DEFAULT_SOURCE,
-    LIBRARIES,
     SIDE,
     Published,
-    RemoteFile,
     SourceName,
     imagenet_labels,
 )
@@ -116,7 +114,7 @@ def test_each_source_becomes_the_same_kind_of_model(hub: Hub, store: Path, sourc
     assert card.accuracy.top1 == 0.705
     assert card.origin
     assert card.origin.url == hub.url + path_of(source)
-    preset = PRESETS[LIBRARIES[source]]
+    preset = PRESETS[B0.file(source).library]
     assert card.preprocessing == preset.model_copy(update={"height": 32, "width": 32})
     assert card.origin.digest_from == {"official": "nobody", "lucid": "publisher"}.get(source, "hub")
     wanted = remap_keys(transformers_state() if source == "opengvlab" else official())
@@ -141,18 +139,19 @@ def test_what_a_repository_of_transformers_says_of_images_is_in_the_card(hub: Hu
     assert {path.name for path in (store / ".pull").iterdir()} == {"pvt_v2_b0.in1k.lock"}
 
 
-def test_a_repository_that_says_what_no_card_can_is_refused_and_its_weights_are_kept(hub: Hub, store: Path) -> None:
+def test_a_repository_that_says_what_no_card_can_is_refused_before_its_weights_are_fetched(
+    hub: Hub, store: Path
+) -> None:
     hub.put(path_of("opengvlab"), checkpoint("opengvlab"))
     hub.put(PREPROCESSOR, b'{"resample": 0}')
 
     with pytest.raises(PullFailed, match=r"preprocessor_config\.json: resample: Input should be 2 or 3; try another"):
         fetched(hub, store, "opengvlab")
-    requests = len(hub.requests)
+    assert len(hub.requests) == 1
     hub.put(PREPROCESSOR, b"{}")
     stored = fetched(hub, store, "opengvlab").stored
 
     assert stored.require_card().preprocessing == PRESETS["transformers"]
-    assert len(hub.requests) == requests + 1  # the weights are stored already
     assert unharmed(store)
 
 
@@ -308,7 +307,7 @@ def test_a_process_that_is_killed_in_the_middle_leaves_a_part_from_which_the_nex
     hub.put(path_of("timm"), content := checkpoint("timm"))
     released, begun = threading.Event(), threading.Event()
     hub.faults = [Fault(hold=released, begun=begun)]
-    part = store / PULL_FOLDER / "pvt_v2_b0.in1k.timm.safetensors.part"
+    part = store / PULL_FOLDER / "pvt_v2_b0.in1k.timm" / f"{sha256(content).hexdigest()}.safetensors"
 
     with pulling_process(hub, store) as process:
         assert begun.wait(60)
@@ -411,4 +410,26 @@ def test_the_file_of_a_model_is_what_its_card_says(hub: Hub, store: Path) -> Non
     card = stored.require_card()
     assert file_sha256(stored.folder / "model.safetensors") == card.weights.sha256
     assert len(safetensors.torch.load_file(stored.folder / "model.safetensors")) == len(official())
-    assert RemoteFile(B0.file("timm").urls).sha256 is None
+    assert B0.file("timm").sha256 is None
+
+
+def test_a_mirror_takes_the_place_of_scheme_and_host() -> None:
+    url = B0.file("official").urls[0]
+
+    assert PullOptions().address(url) == (url, False)
+    assert PullOptions(mirror="http://mirror:8080/models/").address(url) == (
+        "http://mirror:8080/models/whai362/PVT/releases/download/v2/pvt_v2_b0.pth",
+        False,
+    )
+
+
+def test_the_hub_may_be_another_and_only_it_gets_the_users_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm, release = B0.file("timm").urls[0], B0.file("official").urls[0]
+    mirrored = PullOptions(mirror="https://mirror.example/base")
+    assert PullOptions().address(timm) == (timm, True)
+    assert mirrored.address(timm) == (f"https://mirror.example/base{path_of('timm')}", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.example")
+
+    assert PullOptions().address(timm) == (f"https://hub.example{path_of('timm')}", True)
+    assert PullOptions().address(release) == (release, False)
+    assert mirrored.address(timm) == (f"https://mirror.example/base{path_of('timm')}", False)
