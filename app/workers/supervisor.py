@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from app.settings import Settings
 from app.workers.group import REPORT_SECONDS, WorkerGroup
-from service.machine.cores import usable_cores
+from service.machine import usable_cores
 
 log = structlog.get_logger(component="supervisor")
 

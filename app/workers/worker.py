@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from app.workers.group import REPORT_SECONDS, WorkerGroup
 from service.engine import Engine
-from service.machine.cores import share
+from service.machine import share
 from service.options import EngineOptions
 from service.results import Health
 

@@ -71,9 +71,11 @@ def batch_seconds(run: Callable[[int], object], streams: int = 1) -> float:
 
     def timed(instance: int) -> list[float]:
         start = perf_counter()
-        run(instance)  # pays for lazy allocation
-        runs = max(_MIN_RUNS, min(_RUNS, int(_TIMING_SECONDS / max(perf_counter() - start, 1e-9))))
-        together.wait()
+        try:
+            run(instance)  # pays for lazy allocation
+            runs = max(_MIN_RUNS, min(_RUNS, int(_TIMING_SECONDS / max(perf_counter() - start, 1e-9))))
+        finally:
+            together.wait()  # after a failure too, for which the others would wait forever
         marks = [perf_counter()]
         for _ in range(runs):
             run(instance)

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from service.arrays import Floats
-from service.backends.base import Graph, Precision
-from service.backends.module import Served, plain_logits
+from service.backends.base import Graph, Precision, Served, plain_logits
 from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid, ServiceError
 from service.store.cards import ModelCard, ReferenceFile
 
@@ -72,8 +71,9 @@ class Deviation:
 
     def objection(self, precision: Precision) -> str | None:
         """Why it is too far for logits computed in `precision`; None if it is not."""
+        # Comparisons are false for NaN too.
         if precision == "float32":
-            if self.relative <= MAX_RELATIVE:  # false for NaN too
+            if self.relative <= MAX_RELATIVE:
                 return None
             return f"logits are off by {self.relative:.2g} of the greatest, {MAX_RELATIVE:g} is allowed"
         if not self.share <= TOLERANCE:
@@ -125,49 +125,39 @@ class Reference:
             off = np.abs(expected - logits).max(axis=1)
             cosine = _cosine(expected, logits)
         image = int(np.argmax(off))  # the first NaN, if there is one
+        largest = float(off[image])
         rows, old, new = np.arange(len(numbers)), expected.argmax(axis=1), logits.argmax(axis=1)
-        gaps = expected[rows, old] - expected[rows, new]
-        greatest = float(np.abs(self.logits).max())
+        gap = float((expected[rows, old] - expected[rows, new]).max())
+        greatest = max(float(np.abs(self.logits).max()), float(np.finfo(np.float32).tiny))
+        spread = self.spread or greatest
         return Deviation(
-            largest=float(off[image]),
-            relative=_over(float(off[image]), greatest),
-            share=_over(float(off[image]), self.spread or greatest),
+            largest=largest,
+            relative=largest / greatest,
+            share=largest / spread,
             image=int(numbers[image]),
             cosine=cosine,
             changed=len(set(numbers[old != new].tolist())),
-            swap=_over(float(gaps.max()), self.spread or greatest),
+            swap=gap / spread,
             images=len(set(numbers.tolist())),
         )
-
-
-def _over(part: float, whole: float) -> float:
-    return part / max(whole, float(np.finfo(np.float32).tiny))
 
 
 def _cosine(a: Floats, b: Floats) -> float:
     """The cosine similarity of `a` and `b` as vectors; 1 if both are zero."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    if not norms:
-        return float(not a.any() and not b.any())
-    return float(np.sum(a * b)) / norms
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(np.vdot(a, b) / norms) if norms else float(not a.any() and not b.any())
 
 
-def reference_of(card: ModelCard, folder: Path) -> Reference | None:
-    """The reference that the card in `folder` names; None when it names none.
+def reference_of(card: ModelCard, folder: Path, file: ReferenceFile | None = None) -> Reference | None:
+    """The reference for the model of `card` in `file`, by default in the one that the card names; None without either.
 
     Raises:
-        ReferenceInvalid: as `read_reference`.
+        ReferenceInvalid: the file is missing in `folder`, has another digest, or does not fit the model.
     """
-    return read_reference(card, folder, card.reference) if card.reference else None
-
-
-def read_reference(card: ModelCard, folder: Path, file: ReferenceFile) -> Reference:
-    """The reference in `file`, which lies in `folder`, for the model of `card`.
-
-    Raises:
-        ReferenceInvalid: the file is missing, has another digest, or does not fit the model.
-    """
+    file = file or card.reference
+    if file is None:
+        return None
     path = folder / file.file
     try:
         if not S_ISREG(path.stat().st_mode):  # a pipe would be waited for
@@ -258,11 +248,7 @@ class ReferenceCheck:
         return deviation
 
     def check_all(self, graphs: Mapping[int, Graph], latency: Graph | None = None) -> Deviation:
-        """Check `graphs`, which are by batch size, and the latency graph, on all images; return the worst deviation.
-
-        Raises:
-            GoldenMismatch, ReferenceInvalid: as `check`.
-        """
+        """Check `graphs`, which are by batch size, and the latency graph, on all images; return the worst deviation."""
         others = [self.check(latency, 1)] if latency and latency is not graphs.get(1) else []
         return worst([*(self.check(graph, size) for size, graph in graphs.items()), *others])
 
@@ -270,9 +256,6 @@ class ReferenceCheck:
         """As `check_all`, for graphs from the plan cache, whose bytes are known to be those that were checked before.
 
         It tries as many images as `RESTORED_SECONDS` allow, and at least one batch in each graph.
-
-        Raises:
-            GoldenMismatch, ReferenceInvalid: as `check`.
         """
         few = max(1, min(len(self.reference.images), int(RESTORED_SECONDS / image_seconds)))
         return worst([self.check(graph, size, few if size == 1 else 1) for size, graph in graphs.items()])
@@ -294,9 +277,9 @@ class ReferenceCheck:
             )
 
 
-def is_of_all_precisions(error: Exception) -> bool:
-    """Whether the fault is that of the model's files, of memory or of a GPU, and not of a precision."""
-    return isinstance(error, ServiceError) and not isinstance(error, GoldenMismatch)
+def concerns_precision(error: Exception) -> bool:
+    """Whether another precision may do better: the fault is not that of the model's files, of memory or of a GPU."""
+    return isinstance(error, GoldenMismatch) or not isinstance(error, ServiceError)
 
 
 def reason(error: Exception) -> str:

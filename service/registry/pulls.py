@@ -12,10 +12,10 @@ import structlog
 from service.acquisition.catalogue import CATALOGUE, CLASSES, LICENCE, SIDE, Published, published
 from service.acquisition.pulling import Pulled, PullOptions, pull
 from service.errors import ModelLoading, ModelNotFound
-from service.machine.workers import Workers
 from service.options import EngineOptions
 from service.registry.status import RemoteModel
 from service.sharing import RecentErrors, shared
+from service.workers import Workers
 
 log = structlog.get_logger(component="on_demand")
 

@@ -11,7 +11,7 @@ from app.settings import Settings, SettingsInvalid
 from app.workers.group import WorkerGroup
 from app.workers.worker import Worker
 from service.errors import BackendUnavailable
-from service.machine.cores import usable_cores
+from service.machine import usable_cores
 from tests.conftest import ROOT
 
 

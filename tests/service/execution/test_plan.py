@@ -51,6 +51,15 @@ def test_gain_compares_images_per_second_with_those_of_the_best_size() -> None:
     assert gain(seconds, 4, 0.0995) == pytest.approx(40 / (2 / 0.07))
 
 
+def test_an_instance_that_fails_does_not_keep_the_others_waiting() -> None:
+    def run(instance: int) -> None:
+        if instance == 1:
+            raise RuntimeError("no room")
+
+    with pytest.raises(RuntimeError, match="no room"):
+        batch_seconds(run, streams=2)
+
+
 def test_a_time_is_the_least_of_several_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     now, times = 0.0, iter([9.0, 0.25, 0.125, 0.25, 0.25])
 

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from service.engine import Engine
 from service.execution import plan
-from service.machine.memory import settled_bytes
+from service.machine import settled_bytes
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 

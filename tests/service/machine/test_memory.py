@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from service.architecture.pvt_v2 import create
 from service.architecture.variants import VARIANTS
-from service.machine.memory import resident_bytes, settled_bytes
+from service.machine import resident_bytes, settled_bytes
 from service.store.cards import ModelCard, Preprocessing
 from service.store.changes import weights_file, write_model
 from tests.conftest import ROOT

@@ -1,7 +1,7 @@
 """`torch.compile` for modules on a GPU: first in a helper process, then in this one, from the cache on disk.
 
 Compiling and tuning kernels takes minutes, holds the interpreter lock, and synchronises the whole card again and again,
-which no capture of a CUDA graph survives. So a helper process does it: `python -m service.backends.cuda.compiling`,
+which no capture of a CUDA graph survives. So a helper process does it: `python -m service.backends.cuda_compiling`,
 with the job on its standard input. This process then traces the module and finds its kernels in the cache.
 """
 
@@ -19,13 +19,13 @@ from tempfile import TemporaryFile
 from threading import Event
 from time import monotonic, sleep
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from service.backends.module import Served
+from service.backends.base import Served
 
 # torch.compile makes one form for each batch size, card, precision, input size and choice of stage maps, and counts all
 # that it ever made.
@@ -37,7 +37,7 @@ HELPER_SECONDS = 1800.0  # for one batch size; a helper that takes longer hangs
 _THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 _POLL_SECONDS = 0.2
 _NICENESS = 10  # decoding goes first
-_ROOT = Path(__file__).parents[3]
+_ROOT = Path(__file__).parents[2]
 
 Function = Callable[[Tensor], Sequence[Tensor]]
 
@@ -70,25 +70,9 @@ class Job:
     device: str
 
 
-class Compiler(Protocol):
-    """Makes modules faster."""
-
-    def prepare(self, job: Job, stopped: Event) -> None:
-        """Do what takes minutes, so that the call after it is short. Return early if `stopped` is set.
-
-        Raises:
-            Exception: it can't be done.
-        """
-        ...
-
-    def __call__(self, module: nn.Module) -> Function:
-        """The faster form of a placed module; its first run may compile."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass
 class TorchCompiler:
-    """`torch.compile` with all its optimizations but CUDA graphs, which `service.backends.cuda.device` captures.
+    """`torch.compile` with all its optimizations but CUDA graphs, which `service.backends.cuda` captures.
 
     `cache` keeps what it compiled; without one there is no helper process, which could not pass anything on.
     `processes` is the number of processes that the helper may compile with.
@@ -99,7 +83,7 @@ class TorchCompiler:
     options: Mapping[str, Any] = field(default_factory=lambda: OPTIONS)
 
     def prepare(self, job: Job, stopped: Event) -> None:
-        """Compile the job in a helper process, if there is a cache.
+        """Compile the job in a helper process, if there is a cache; return early if `stopped` is set.
 
         Raises:
             RuntimeError: the helper failed; the message is the last line that it wrote.
@@ -116,12 +100,12 @@ class TorchCompiler:
             _help(blob, environment, stopped)
 
     def __call__(self, module: nn.Module) -> Function:
-        """`module` by `torch.compile`, with the helper's kernels."""
+        """A placed module by `torch.compile`, with the helper's kernels; its first run may compile."""
         if self.cache:
             # One thread: all kernels are in the cache, and more would be idle processes beside this one.
             for name, value in {**self._environment(self.cache), _THREADS: "1"}.items():
                 os.environ.setdefault(name, value)
-        return compiled(module, self.options)
+        return _compiled(module, self.options)
 
     def _environment(self, cache: Path) -> dict[str, str]:
         """Keeps what the user has set. Triton's default cache is in a home folder, which a service may not have."""
@@ -136,7 +120,7 @@ def _help(blob: bytes, environment: Mapping[str, str], stopped: Event) -> None:
         job.write(blob)
         job.seek(0)
         with subprocess.Popen(
-            [sys.executable, "-P", "-m", "service.backends.cuda.compiling"],
+            [sys.executable, "-P", "-m", "service.backends.cuda_compiling"],
             stdin=job,
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -157,8 +141,7 @@ def _help(blob: bytes, environment: Mapping[str, str], stopped: Event) -> None:
         raise RuntimeError(lines[-1] if lines else f"exit code {helper.returncode}")
 
 
-def compiled(module: nn.Module, options: Mapping[str, Any]) -> Function:
-    """`module` by `torch.compile`, without a limit to the number of its forms."""
+def _compiled(module: nn.Module, options: Mapping[str, Any]) -> Function:
     dynamo = torch._dynamo.config  # noqa: SLF001  the documented place
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = COMPILED_FORMS
     return torch.compile(module, **options)
@@ -178,7 +161,7 @@ def main() -> None:
     module, kind, shape, device, options = pickle.loads(sys.stdin.buffer.read())  # noqa: S301  our parent wrote it
     placed = Placed(module.to_empty(device=device), kind).eval()
     with torch.no_grad():
-        compiled(placed, options)(torch.zeros(shape, dtype=torch.uint8, device=device))
+        _compiled(placed, options)(torch.zeros(shape, dtype=torch.uint8, device=device))
 
 
 def _watch(parent: int) -> None:
