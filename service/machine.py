@@ -35,61 +35,52 @@ def share(total: int, index: int, parts: int) -> int:
 
 
 def _quotas() -> Iterator[float]:
-    """Every CPU quota that holds for this process, in cores.
+    """Every CPU quota that holds for this process, in cores: of its own cgroup and of each around it.
 
-    A process is bound by the quota of its own cgroup and by that of each around it, so all up to the root of the mount
-    count. On a hybrid machine the controller is in one of the two versions; the other has no such files.
-    """
-    for version, root, point in _mounts():
-        cgroup, own = _cgroup(version), point
-        # In a container that shows only a part of the hierarchy, the root of that part stands for the cgroup.
-        if ".." not in cgroup.parts and cgroup.is_relative_to(root):
-            own = point / cgroup.relative_to(root)
-        for folder in (own, *own.parents):
-            if not folder.is_relative_to(point):
-                break
-            with suppress(ValueError, ZeroDivisionError):  # "max", or what is no number
-                quota, period = _quota(version, folder)
-                if quota > 0:
-                    yield quota / period
-
-
-def _mounts() -> Iterator[tuple[int, PurePosixPath, Path]]:
-    """The mounted hierarchies that may hold CPU quotas: version, the cgroup at the root, and where it is mounted.
-
-    See proc_pid_mountinfo(5): root and mount point are the fourth and fifth field, the type comes after a hyphen.
+    On a hybrid machine the controller is in one of the two versions; the other has no such files. See
+    proc_pid_mountinfo(5): root and mount point are the fourth and fifth field, the type comes after a hyphen.
     """
     for line in _lines(MOUNTS):
         fields, _, rest = line.partition(" - ")
         try:
-            _, _, _, root, point, *_ = fields.split()
+            _, _, _, root, mounted, *_ = fields.split()
             kind, _, options = rest.split(maxsplit=2)
         except ValueError:
             continue
-        if kind == "cgroup2" or (kind == "cgroup" and "cpu" in options.split(",")):
-            point = point.encode().decode("unicode_escape")  # "\040": a space
-            yield 2 if kind == "cgroup2" else 1, PurePosixPath(root), Path(point)
+        if kind != "cgroup2" and (kind != "cgroup" or "cpu" not in options.split(",")):
+            continue
+        point, cgroup = Path(mounted.encode().decode("unicode_escape")), _cgroup(kind)  # "\040": a space
+        # In a container that shows only a part of the hierarchy, the root of that part stands for the cgroup.
+        inside = ".." not in cgroup.parts and cgroup.is_relative_to(root)
+        own = point / cgroup.relative_to(root) if inside else point
+        for folder in (own, *own.parents):
+            if not folder.is_relative_to(point):
+                break
+            with suppress(ValueError, ZeroDivisionError):  # "max", or what is no number
+                quota, period = _quota(kind, folder)
+                if quota > 0:
+                    yield quota / period
 
 
-def _cgroup(version: int) -> PurePosixPath:
+def _cgroup(kind: str) -> PurePosixPath:
     """The path of this process in the hierarchy of version 2, or in that of version 1's CPU controller: cgroups(7)."""
     for line in _lines(CGROUPS):
         hierarchy, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if (hierarchy == "0" and not controllers) if version == 2 else "cpu" in controllers.split(","):  # noqa: PLR2004
+        if (hierarchy == "0" and not controllers) if kind == "cgroup2" else "cpu" in controllers.split(","):
             return PurePosixPath(path or "/")
     return PurePosixPath("/")
 
 
-def _quota(version: int, folder: Path) -> tuple[int, int]:
+def _quota(kind: str, folder: Path) -> tuple[int, int]:
     """The quota in `folder` and its period; ValueError if there is none.
 
     See https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu and https://docs.kernel.org/scheduler/sched-bwc.html.
     """
-    if version == 1:
-        quota, period = ("".join(_lines(folder / name)) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
-    else:
+    if kind == "cgroup2":
         quota, period, *_ = [*"".join(_lines(folder / "cpu.max")).split(), "100000"]
+    else:
+        quota, period = ("".join(_lines(folder / name)) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
     return int(quota), int(period)
 
 

@@ -40,17 +40,12 @@ class Served(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Logits (n, classes), embedding (n, channels) and stage maps (n, channels, height, width) of `pixels`."""
-        return self.outputs(self.normalised(pixels))
+        logits, embedding, maps = self.model.forward_all(self.normalised(pixels), self.stages)
+        return logits, embedding, *maps
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """The model's input for `pixels`: float32 images (n, 3, height, width)."""
-        x = (pixels.float() - self.mean) * self.scale
-        return x.permute(0, 3, 1, 2)  # (n, height, width, 3) -> (n, 3, height, width)
-
-    def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
-        """As `forward`, for images that are normalised already."""
-        logits, embedding, maps = self.model.forward_all(images, self.stages)
-        return logits, embedding, *maps
+        return ((pixels.float() - self.mean) * self.scale).permute(0, 3, 1, 2)
 
     def head(self) -> Head:
         """A copy of the model's last layer."""
@@ -62,9 +57,7 @@ class Served(nn.Module):
 def build(card: ModelCard, folder: Path, stages: Sequence[int] = ()) -> Served:
     """The module of `card` with the weights in `folder`, in plain float32.
 
-    Raises:
-        CardInvalid: the card and the weights differ in the number of parameters.
-        WeightsInvalid, WeightsUnavailable: as `load_weights`.
+    Raises CardInvalid if card and weights differ in the number of parameters, else what `load_weights` raises.
     """
     # On the meta device the module costs no memory and no random numbers: every tensor comes from the file.
     with torch.device("meta"):
@@ -110,11 +103,7 @@ class Graph(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OptimizedGraphs:
-    """Makes faster graphs, which take minutes to compile, by batch size. Errors are the backend's own.
-
-    `prepare` does the part of `graph` that takes minutes; graphs can be made meanwhile. It returns early if the event
-    is set.
-    """
+    """Makes faster graphs by batch size, once `prepare` has done what takes minutes, or until its event is set."""
 
     prepare: Callable[[int, Precision, Event], None]
     graph: Callable[[int, Precision], Graph]
@@ -122,10 +111,7 @@ class OptimizedGraphs:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A module given to a backend: `graph` makes its graph for a batch size. Errors are the backend's own.
-
-    `optimized` makes faster ones; None where `graph` does all that the backend can.
-    """
+    """Makes the graphs of a module by batch size, with errors of the backend's own; `optimized` makes faster ones."""
 
     graph: Callable[[int, Layout, Precision], Graph]
     optimized: OptimizedGraphs | None = None

@@ -1,12 +1,12 @@
 """The torch backend on GPUs: a CUDA graph for each batch size, first of the eager module, later of the compiled one.
 
-Capturing the eager module takes milliseconds, so a model serves within seconds. `torch.compile` takes minutes;
-`service.execution.tuning` replaces the first graphs by compiled ones while the model serves. Only `CudaDevice` and what
-it captures call `torch.cuda` to compute; tests put a CPU in their place. What a capture needs around it is from torch
-2.13's source (decision 49).
+Capturing the eager module takes milliseconds, `torch.compile` minutes: it runs while the model serves (decision 48).
+Only `CudaDevice` and `Captured` call `torch.cuda` to compute; tests put a CPU in their place. What a capture needs
+around it is from torch 2.13's source (decision 49).
 """
 
 import gc
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -55,9 +55,7 @@ def choose(setting: str, present: Sequence[str]) -> tuple[str, ...]:
     """The GPUs of those `present` that the setting selects; empty for the CPU.
 
     `setting` is `cpu`, `cuda` for every GPU, `auto` for every GPU if there are any, or names separated by commas.
-
-    Raises:
-        BackendUnavailable: it names a GPU that is missing; the message says what to do.
+    Raises BackendUnavailable if a GPU is missing.
     """
     if setting in {"auto", "cpu"}:
         return tuple(present) if setting == "auto" else ()
@@ -73,11 +71,7 @@ def choose(setting: str, present: Sequence[str]) -> tuple[str, ...]:
 
 
 def cuda_devices(names: Sequence[str]) -> "list[CudaDevice]":
-    """The cards called `names`.
-
-    Raises:
-        RuntimeError: torch can't use one; the message is torch's.
-    """
+    """The cards called `names`; raises torch's RuntimeError if it can't use one."""
     set_up_cudnn()
     return [CudaDevice(torch.device(name).index) for name in names]
 
@@ -87,10 +81,8 @@ class CudaBackend(Backend):
 
     name = "torch"
     version = str(torch.__version__)
-    # First runs on a card load libraries and choose kernels, hence the time. A batch of one leaves a card mostly idle,
-    # and says little about which precision is faster.
-    tuning_seconds = 60.0
-    probe_size = 8
+    tuning_seconds = 60.0  # first runs on a card load libraries and choose kernels
+    probe_size = 8  # a batch of one leaves a card mostly idle, and says little about which precision is faster
 
     def __init__(self, devices: "Sequence[CudaDevice]", instances: int, compiler: TorchCompiler | None) -> None:
         """`compiler` makes modules faster; None leaves them eager."""
@@ -171,8 +163,8 @@ class CudaDevice:
             self.capturing = torch.cuda.Stream(priority=COMPUTING)
         # Held while a batch's work is put on the computing stream, where it must stay together.
         self.lock = Lock()
-        # Mutable state: the stream of each slot number, which all captured functions share.
-        self._copying: list[torch.cuda.Stream] = []
+        # The stream for the copies of each slot number, made when first used: all captured functions share it.
+        self.copying = defaultdict[int, torch.cuda.Stream](lambda: torch.cuda.Stream(priority=COPYING))
 
     def place(self, module: Served, kind: torch.dtype) -> nn.Module:
         """A copy of `module` on the card that computes in `kind` and takes uint8 pixels there, as `module` does."""
@@ -180,11 +172,9 @@ class CudaDevice:
             return Placed(deepcopy(module).to(self.device), kind).eval()
 
     def capture(self, function: Function, shape: tuple[int, ...], slots: int) -> "Captured":
-        """Capture `function` for uint8 pixels of `shape`; its first runs may compile it.
+        """Capture `function` for uint8 pixels of `shape`, which its first runs may compile.
 
-        Raises:
-            OutOfMemory: it does not fit onto the device.
-            DeviceFailed: the device no longer works.
+        Raises OutOfMemory if it does not fit onto the device, and DeviceFailed if that no longer works.
         """
         with _CAPTURING, torch.cuda.device(self.device), torch.no_grad(), _cuda_errors(self.name):
             pixels = torch.zeros(shape, dtype=torch.uint8, device=self.device)
@@ -195,12 +185,6 @@ class CudaDevice:
                     function(pixels)
             warming.synchronize()
             return Captured(self, function, pixels, slots)
-
-    def copying(self, slot: int) -> torch.cuda.Stream:
-        """The stream for copies of slot number `slot`."""
-        while len(self._copying) <= slot:
-            self._copying.append(torch.cuda.Stream(priority=COPYING))
-        return self._copying[slot]
 
     def memory_bytes(self) -> int:
         """Memory of the card that torch has reserved; what it keeps for later counts, so return that first."""
@@ -237,18 +221,16 @@ class Captured:
         # The outermost context puts the thread's stream back where a failed capture does not.
         with torch.cuda.stream(device.capturing), _undisturbed():
             self._outputs = _outputs_while(capture, function, pixels)
-        self._slots = [_Slot(device.copying(i), pixels, self._outputs) for i in range(slots)]
+        self._slots = [_Slot(device.copying[i], pixels, self._outputs) for i in range(slots)]
 
     def input_buffer(self, slot: int) -> Batch:
         """Where to put the pixels of the slot's next batch."""
         return self._slots[slot].input_buffer
 
     def run(self, slot: int) -> tuple[Floats, ...]:
-        """The function's outputs for the batch in the slot's input buffer; blocks until they are copied back.
+        """The function's outputs for the batch in the slot's input buffer, once they are copied back.
 
-        Raises:
-            OutOfMemory: it does not fit onto the device.
-            DeviceFailed: the device no longer works.
+        Raises OutOfMemory and DeviceFailed, as a capture.
         """
         mine, device, computing = self._slots[slot], self._device, self._device.computing
         with torch.cuda.device(device.device), torch.no_grad(), _cuda_errors(device.name):
@@ -292,9 +274,8 @@ def _outputs_while(
 def _undisturbed() -> Iterator[None]:
     """What a capture needs: no garbage collection, and a cuBLAS workspace in the graph's own memory pool.
 
-    To free another graph or a lost kernel would break a capture under way, so garbage is collected before it. A graph
-    keeps the address of the workspace it was captured with. That of the stream is freed together with any other graph
-    that was captured there. torch's own `_inductor/cudagraph_trees.py` does the same.
+    To free another graph or a lost kernel would break a capture under way. A graph keeps the address of its workspace;
+    the stream's would be freed with any other graph captured there, as torch's `_inductor/cudagraph_trees.py` knows.
     """
     gc.collect()
     enabled = gc.isenabled()

@@ -18,7 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from threading import Event
 from time import monotonic, sleep
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,12 +26,9 @@ from torch import Tensor, nn
 
 from service.backends.base import Served
 
-# torch.compile makes one form for each batch size, card, precision, input size and choice of stage maps, and counts all
-# that it ever made.
+# torch.compile makes one form for each batch size, card, precision, input size and choice of stage maps; all count.
 COMPILED_FORMS = 1 << 20
-OPTIONS: Mapping[str, Any] = MappingProxyType(
-    {"mode": "max-autotune-no-cudagraphs", "dynamic": False, "fullgraph": True}
-)
+OPTIONS: Mapping[str, Any] = {"mode": "max-autotune-no-cudagraphs", "dynamic": False, "fullgraph": True}
 HELPER_SECONDS = 1800.0  # for one batch size; a helper that takes longer hangs
 _THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 _POLL_SECONDS = 0.2
@@ -43,7 +39,7 @@ Function = Callable[[Tensor], Sequence[Tensor]]
 
 
 class Placed(nn.Module):
-    """A served module that computes in `kind`, channels last: uint8 pixels in, float32 out, as the module itself.
+    """A served module that computes in `kind`: uint8 pixels in, float32 out, as the module itself.
 
     Tokens are channels last in any case; with weights of another format, convolutions convert them in every run.
     """
@@ -57,7 +53,8 @@ class Placed(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """As `Served.forward`."""
         images = self.served.normalised(pixels).to(self.kind, memory_format=torch.channels_last)
-        return tuple(each.float() for each in self.served.outputs(images))
+        logits, embedding, maps = self.served.model.forward_all(images, self.served.stages)
+        return tuple(each.float() for each in (logits, embedding, *maps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +71,7 @@ class Job:
 class TorchCompiler:
     """`torch.compile` with all its optimizations but CUDA graphs, which `service.backends.cuda` captures.
 
-    `cache` keeps what it compiled; without one there is no helper process, which could not pass anything on.
-    `processes` is the number of processes that the helper may compile with.
+    `cache` keeps what the helper compiled with `processes` processes; without one there is no helper.
     """
 
     cache: Path | None
@@ -85,16 +81,14 @@ class TorchCompiler:
     def prepare(self, job: Job, stopped: Event) -> None:
         """Compile the job in a helper process, if there is a cache; return early if `stopped` is set.
 
-        Raises:
-            RuntimeError: the helper failed; the message is the last line that it wrote.
-            subprocess.TimeoutExpired: it hung, and was killed.
+        Raises RuntimeError with the last line of a helper that failed, and TimeoutExpired for one that hung.
         """
         if self.cache is None:
             return
         blob = pickle.dumps((deepcopy(job.module).to("meta"), job.kind, job.shape, job.device, dict(self.options)))
-        paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        environment = {**os.environ, **self._environment(self.cache), "PYTHONPATH": os.pathsep.join(paths)}
+        environment = {**os.environ, **self._environment(self.cache), "PYTHONPATH": paths}
         # Several workers would compile the same at the same time. With the lock, the second finds it in the cache.
         with suppress(Timeout), FileLock(self.cache / "torch.lock").acquire(cancel_check=stopped.is_set):
             _help(blob, environment, stopped)
@@ -119,13 +113,8 @@ def _help(blob: bytes, environment: Mapping[str, str], stopped: Event) -> None:
     with TemporaryFile() as job, TemporaryFile() as errors:
         job.write(blob)
         job.seek(0)
-        with subprocess.Popen(
-            [sys.executable, "-P", "-m", "service.backends.cuda_compiling"],
-            stdin=job,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            env=environment,
-        ) as helper:
+        command = [sys.executable, "-P", "-m", "service.backends.cuda_compiling"]
+        with subprocess.Popen(command, stdin=job, stdout=subprocess.DEVNULL, stderr=errors, env=environment) as helper:  # noqa: S603
             try:
                 ends = monotonic() + HELPER_SECONDS
                 while helper.poll() is None:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
 
 import structlog
 
@@ -31,9 +30,8 @@ class LoadReport:
     """How a model was loaded.
 
     `device` is `cpu` or names of GPUs. `notes` says what was tried and left out, and why; `cached` whether plan and
-    graphs came from the plan cache. `memory_bytes` is by how much the load raised the memory in use on the device
-    (resident memory of the process, or memory of the GPUs), free memory returned before and after; at least the size
-    of the weights. `deviation` is how far the model's logits are from the reference.
+    graphs came from the plan cache. `memory_bytes` is by how much the load raised the memory in use on the device, at
+    least the size of the weights. `deviation` is how far the model's logits are from the reference.
     """
 
     backend: str
@@ -47,24 +45,16 @@ class LoadReport:
     deviation: Deviation | None = None
 
 
-class GraphSet(NamedTuple):
-    """Graphs by batch size, and the latency graph, where there is one: it runs an image that is alone on all cores."""
-
-    graphs: dict[int, Graph]
-    latency: Graph | None = None
-
-    def choose(self, images: int, *, alone: bool) -> tuple[int, Graph]:
-        """The graph that runs `images` images, else the largest, and its batch size."""
-        size = min((size for size in self.graphs if size >= images), default=max(self.graphs))
-        return size, self.latency if alone and self.latency and size == 1 else self.graphs[size]
+# Graphs by batch size, and the latency graph, where there is one: it runs an image that is alone on all cores.
+GraphSet = tuple[dict[int, Graph], Graph | None]
 
 
 @dataclass(slots=True)
 class CheckedGraphs:
     """Makes more graphs of a loaded model, in its `precision`, or in float32 where that one's logits are too far off.
 
-    Without a `reference_check` none is checked. A precision that was `forced` is never replaced. `notes` says where
-    float32 replaced it; they begin with `prefix`.
+    Without a `reference_check` none is checked. A precision that was `forced` is never replaced. `notes` begin with
+    `prefix` and say where float32 replaced it.
     """
 
     model: str
@@ -77,17 +67,15 @@ class CheckedGraphs:
     def graph(self, name: str, size: int, make: Callable[[Precision], Graph]) -> Graph:
         """The graph that `make` returns for batches of `size`, checked; `name` is for the note.
 
-        Raises:
-            GoldenMismatch: float32, or the forced precision, is too far off.
-            Exception: what `make` raises in float32, or in the forced precision.
+        Raises GoldenMismatch if float32, or the forced precision, is too far off, and what `make` raises in it.
         """
         try:
             return self._check(make(self.precision), size)
         except Exception as error:
             if self.forced or self.precision == "float32" or not concerns_precision(error):
                 raise
-            changed = f"{name} for batches of {size} computes in float32, not {self.precision}"
-            note = f"{self.prefix}{changed}: {reason(error)}"
+            name = f"{self.prefix}{name} for batches of {size}"
+            note = f"{name} computes in float32, not {self.precision}: {reason(error)}"
         if note not in self.notes:
             self.notes.append(note)
             log.warning("plan_note", model=self.model, note=note)
@@ -113,11 +101,7 @@ class Executable:
         checked: CheckedGraphs | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
-        """`size` is the height and width of its images, the card's by default.
-
-        `checked` makes more graphs for images of that size, by default without a check; `optimizer` makes faster ones,
-        where the backend can.
-        """
+        """`size` is the height and width of its images, the card's by default; `checked` makes more graphs for them."""
         self.stored = stored
         self.card = stored.require_card()
         own = self.card.preprocessing.height, self.card.preprocessing.width
@@ -129,12 +113,11 @@ class Executable:
         self._latency_layout = tuned.latency and tuned.latency.layout
         self._optimizer = optimizer
         self._checked = checked or CheckedGraphs(stored.id, report.precision, None)
-        # Mutable state: the batch plan and its graphs, which `swap_graph` changes; what makes the latency graph, until
-        # `add_latency_graph` has called it; the graphs with stage maps and the head's weights, once `add_stages` has
-        # made them; and the memory that all of these took.
+        # Mutable state: the batch plan and its graphs; what makes the latency graph, until it is made; the graphs with
+        # stage maps and the head's weights, once `add_stages` has made them; and the memory that all of these took.
         self.plan = tuned.plan
         self._make_latency = tuned.latency and tuned.latency.make
-        self._plain = GraphSet(tuned.graphs)
+        self._plain: GraphSet = tuned.graphs, None
         self._staged: GraphSet | None = None
         self.head: Head | None = None
         self.added_bytes = 0
@@ -155,7 +138,7 @@ class Executable:
     @property
     def precisions(self) -> dict[int, Precision]:
         """What the graphs of the batch plan compute in, by batch size."""
-        return {size: graph.precision for size, graph in self._plain.graphs.items()}
+        return {size: graph.precision for size, graph in self._plain[0].items()}
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -169,12 +152,14 @@ class Executable:
 
         `alone` says that nothing else runs, so that one image may have all cores. `stages` adds stage maps.
         """
-        graphs = self._staged if stages else self._plain
-        if graphs is None:
+        chosen = self._staged if stages else self._plain
+        if chosen is None:
             raise ModelLoadFailed(f"the graphs of {self.stored.id} with stage maps have not been made")
+        graphs, latency = chosen
         outputs: list[Outputs] = []
         while images:  # more than once where no graph with stage maps is that large
-            size, graph = graphs.choose(len(images), alone=alone)
+            size = min((size for size in graphs if size >= len(images)), default=max(graphs))
+            graph = latency if alone and latency and size == 1 else graphs[size]
             part, images = images[:size], images[size:]
             logits, embedding, *maps = graph.run(instance, part)
             outputs += [Outputs(logits[i], embedding[i], tuple(each[i] for each in maps)) for i in range(len(part))]
@@ -192,7 +177,8 @@ class Executable:
     def swap_graph(self, optimized: OptimizedGraph) -> None:
         """Run batches of its size in that graph from now on."""
         size, graph, seconds = optimized
-        self._plain = GraphSet({**self._plain.graphs, size: graph}, self._plain.latency)
+        graphs, latency = self._plain
+        self._plain = {**graphs, size: graph}, latency
         self.plan = replace(self.plan, seconds={**self.plan.seconds, size: seconds})
 
     def add_latency_graph(self) -> None:
@@ -204,7 +190,7 @@ class Executable:
                 graph = self._checked.graph("the latency graph", 1, self._latency_graph)
             finally:
                 self._make_latency = None  # it refers to every graph that was measured
-            self._plain = GraphSet(self._plain.graphs, graph)
+            self._plain = self._plain[0], graph
 
     def _latency_graph(self, precision: Precision) -> Graph:
         if precision == self.report.precision and self._make_latency:
@@ -216,8 +202,7 @@ class Executable:
     def add_stages(self) -> None:
         """Make the graphs that return stage maps, and fetch the head's weights. Blocking; it compiles.
 
-        Raises:
-            ModelLoadFailed: the model's files are gone, have changed since the load, or can't be compiled.
+        Raises ModelLoadFailed if the model's files are gone, have changed since the load, or can't be compiled.
         """
         if self._staged:
             return
@@ -229,16 +214,12 @@ class Executable:
             graphs = {n: make("the graph with stage maps", n, partial(program.graph, n, layout)) for n in sizes}
             latency = make("the latency graph with stage maps", 1, partial(program.graph, 1, alone)) if alone else None
             self.head = module.head()
-            self._staged = GraphSet(graphs, latency)
+            self._staged = graphs, latency
 
     def resized(self, height: int, width: int) -> "Executable":
         """The same model for images of `height` x `width`, in the same precision and layout. Blocking.
 
-        Its reference is what the plain module computes for a few images. Batch sizes with more pixels than this one's
-        largest are left out.
-
-        Raises:
-            ModelLoadFailed: as `add_stages` and `computed_reference`.
+        Batch sizes with more pixels than this one's largest are left out. Raises ModelLoadFailed, as `add_stages`.
         """
         before = self._backend.memory_bytes()
         module = build(self.card, self.stored.folder)

@@ -42,13 +42,9 @@ class BatchPlan:
         """The largest compiled size."""
         return self.sizes[-1]
 
-    def padded(self, n: int) -> int:
-        """The smallest compiled size that holds `n` images."""
-        return next(size for size in self.sizes if size >= n)
-
     def time(self, n: int) -> float:
-        """Seconds that a batch of `n` takes, padding included."""
-        return self.seconds[self.padded(n)]
+        """Seconds that a batch of `n` takes, padded to the next compiled size."""
+        return next(seconds for size, seconds in self.seconds.items() if size >= n)
 
     def best(self, waiting: int) -> int:
         """The number of `waiting` images to run now, for the most images per second, padding included."""

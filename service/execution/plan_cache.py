@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated
 
 import numpy as np
@@ -40,10 +39,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class CachedPlan(BaseModel):
-    """One entry. `graphs` has the digest of each size's compiled graph; times are seconds.
+    """One entry: `graphs` has the digest of each size's file, `alone_...` is the latency graph's.
 
-    `alone_seconds` and `alone_layout` are the latency graph's. `reference` is the file beside it with reference images
-    and logits, if there is one.
+    `reference` is the file beside it with reference images and logits, if there is one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,8 +73,7 @@ class PlanCache:
         try:
             entry = CachedPlan.model_validate_json((folder / _FILE).read_bytes())
             paths = {size: folder / f"{size}.graph" for size in entry.graphs}
-            if reason := _objection(entry, key, paths):
-                raise ValueError(reason)  # noqa: TRY301
+            _verify(entry, key, paths)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -91,7 +88,7 @@ class PlanCache:
         version: str,
         entry: CachedPlan,
         graphs: Mapping[int, bytes],
-        others: Mapping[str, bytes] = MappingProxyType({}),
+        others: Mapping[str, bytes] = {},
     ) -> None:
         """Replace that model version's entry by `entry`, `graphs` and other files, all at once."""
         folder = self.folder(model, version)
@@ -110,18 +107,17 @@ class PlanCache:
                         hint="PVT_CACHE_DIR names the folder; empty, nothing is kept")  # fmt: skip
 
 
-def _objection(entry: CachedPlan, key: Key, paths: Mapping[int, Path]) -> str | None:
-    """Why `entry` is not used: it was made for another key, or its graphs in `paths` are damaged; None if it is."""
+def _verify(entry: CachedPlan, key: Key, paths: Mapping[int, Path]) -> None:
+    """Raise ValueError if `entry` was made for another key, or its graphs in `paths` are damaged."""
     names = sorted(name for name in {*entry.key, *key} if entry.key.get(name) != key.get(name))
     changes = [f"{name} was {entry.key.get(name, '')[:64]!r} and is {key.get(name, '')[:64]!r}" for name in names]
     if changes:
-        return "made for another key: " + "; ".join(changes)
+        raise ValueError("made for another key: " + "; ".join(changes))
     if set(paths) != set(entry.seconds):
-        return "its graphs are not those of its sizes"
+        raise ValueError("its graphs are not those of its sizes")
     for size, path in paths.items():
         if digest(np.memmap(path, np.uint8, "r") if path.stat().st_size else b"") != entry.graphs[size]:
-            return f"{path.name} is corrupt"
-    return None
+            raise ValueError(f"{path.name} is corrupt")
 
 
 def digest(data: bytes | NDArray[np.uint8]) -> str:

@@ -46,11 +46,10 @@ NOT_FINITE = "it gives NaN or infinity; check its weights and the card's mean an
 class Deviation:
     """How far logits are from the reference.
 
-    `largest` is the greatest difference of one logit, in the logits of image number `image` (from 0), `relative` its
-    share of the greatest reference logit, `share` its share of the reference's spread. `cosine` is the cosine
-    similarity of all logits as one vector. `changed` is how many of the `images` have another top class. `swap` is the
-    greatest distance between old and new top class in the reference logits, as a share of the spread; 0 if none
-    changed.
+    `largest` is the greatest difference of one logit, in image number `image` (from 0), `relative` its share of the
+    greatest reference logit, `share` its share of the reference's spread. `cosine` is the cosine similarity of all
+    logits as one vector. `changed` of the `images` have another top class; `swap` is the greatest distance between old
+    and new top class in the reference logits, as a share of the spread.
     """
 
     largest: float
@@ -152,8 +151,7 @@ def _cosine(a: Floats, b: Floats) -> float:
 def reference_of(card: ModelCard, folder: Path, file: ReferenceFile | None = None) -> Reference | None:
     """The reference for the model of `card` in `file`, by default in the one that the card names; None without either.
 
-    Raises:
-        ReferenceInvalid: the file is missing in `folder`, has another digest, or does not fit the model.
+    Raises ReferenceInvalid if the file is missing in `folder`, has another digest, or does not fit the model.
     """
     file = file or card.reference
     if file is None:
@@ -204,11 +202,7 @@ def synthetic_images(height: int, width: int, count: int = SYNTHETIC) -> NDArray
 
 
 def computed_reference(module: Served, height: int, width: int, count: int = SYNTHETIC) -> Reference:
-    """`count` synthetic images of `height` x `width` and the logits of `module` for them, one image at a time.
-
-    Raises:
-        ModelLoadFailed: the logits are not finite.
-    """
+    """Synthetic images and the logits of `module` for each; raises ModelLoadFailed if these are not finite."""
     images = synthetic_images(height, width, count)
     logits = np.concatenate([plain_logits(module, images[i : i + 1]) for i in range(count)])
     if not np.isfinite(logits).all():
@@ -220,8 +214,8 @@ def computed_reference(module: Served, height: int, width: int, count: int = SYN
 class ReferenceCheck:
     """Checks that graphs reproduce `reference`.
 
-    For a reference that came with the model, `source` is its file, and `plain` computes the logits of the model itself,
-    in plain float32, for its images: if even those are off, the reference is wrong, not the graph.
+    For a reference that came with the model, `source` is its file, and `plain` computes the plain float32 logits of the
+    model for its images: if even those are off, the reference is wrong, not the graph.
     """
 
     reference: Reference
@@ -231,9 +225,8 @@ class ReferenceCheck:
     def check(self, graph: Graph, size: int, count: int | None = None) -> Deviation:
         """Run `graph`, made for batches of `size`, on all images, or on `count` and as many as fill its batches.
 
-        Raises:
-            GoldenMismatch: its logits are too far off for the precision it computes in; the message has the figures.
-            ReferenceInvalid: so are those of the plain module: the reference is not this model's.
+        Raises GoldenMismatch with the figures if its logits are too far off for the precision it computes in, or
+        ReferenceInvalid if those of the plain module are too, so that the reference is not this model's.
         """
         images = self.reference.images
         # Images whose logits differ most come first: even a few of them measure the precision, and not its noise.
@@ -253,19 +246,12 @@ class ReferenceCheck:
         return worst([*(self.check(graph, size) for size, graph in graphs.items()), *others])
 
     def check_restored(self, graphs: Mapping[int, Graph], image_seconds: float) -> Deviation:
-        """As `check_all`, for graphs from the plan cache, whose bytes are known to be those that were checked before.
-
-        It tries as many images as `RESTORED_SECONDS` allow, and at least one batch in each graph.
-        """
+        """As `check_all`, for graphs whose bytes were checked before, on what images `RESTORED_SECONDS` allow."""
         few = max(1, min(len(self.reference.images), int(RESTORED_SECONDS / image_seconds)))
         return worst([self.check(graph, size, few if size == 1 else 1) for size, graph in graphs.items()])
 
     def require_own_reference(self) -> None:
-        """Find out whether the reference, and not a graph, is at fault.
-
-        Raises:
-            ReferenceInvalid: the plain module does not reproduce it either.
-        """
+        """Raise ReferenceInvalid if the plain module does not reproduce the reference either."""
         if self.plain is None:
             return
         deviation = self.reference.deviation(self.plain())

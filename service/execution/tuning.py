@@ -80,10 +80,8 @@ class Tuning:
     def run(self) -> Tuned:
         """Measure and choose.
 
-        Raises:
-            GoldenMismatch: the logits are not finite, or are wrong in float32 or in the precision of the limits.
-            ReferenceInvalid: the reference is not this model's.
-            Exception: the backend's own, when it can compile nothing at all.
+        Raises GoldenMismatch if logits are not finite, or wrong in float32 or in the precision of the limits,
+        ReferenceInvalid if the reference is not this model's, or the backend's own error if it can compile nothing.
         """
         while (tuned := self._attempt()) is None:
             self._notes.clear()
@@ -102,7 +100,7 @@ class Tuning:
         except Exception as error:
             if self.limits.precision or precision == "float32" or not concerns_precision(error):
                 raise
-            self._refuse(precision, reason(error))
+            self._refused[precision] = f"{precision} is not used: {reason(error)}"
             return None
         # With fewer streams than instances, instances wait for one another.
         share = self.backend.instances / layout.streams
@@ -128,7 +126,7 @@ class Tuning:
                 wrong = isinstance(error, (ReferenceInvalid, GoldenMismatch) if forced else ReferenceInvalid)
                 if wrong or (precision == "float32" and not usable):
                     raise
-                self._refuse(precision, reason(error))
+                self._refused[precision] = f"{precision} is not used: {reason(error)}"
         if not usable:
             return "float32", self._finite("float32", layout)
         chosen, graph = usable[0]
@@ -156,9 +154,6 @@ class Tuning:
         except Exception as error:  # noqa: BLE001  whatever it is, another precision may work
             self._notes.append(f"{precision} in batches of {size} failed with {one_line(error)}")
             return inf
-
-    def _refuse(self, precision: Precision, why: str) -> None:
-        self._refused[precision] = f"{precision} is not used: {why}"
 
     def _layout(
         self, base: Layout, precision: Precision, first: Graph

@@ -24,8 +24,7 @@ def test_best_takes_one_at_a_time_where_batches_buy_nothing() -> None:
 def test_a_batch_is_padded_to_the_next_compiled_size() -> None:
     plan = BatchPlan({1: 1.0, 2: 1.5, 8: 3.0})
 
-    assert [plan.padded(n) for n in (1, 2, 3, 8)] == [1, 2, 8, 8]
-    assert plan.time(3) == 3.0
+    assert [plan.time(n) for n in (1, 2, 3, 8)] == [1.0, 1.5, 3.0, 3.0]
 
 
 def test_without_drops_every_size_that_holds_the_count_but_never_the_last() -> None:

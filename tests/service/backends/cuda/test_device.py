@@ -212,7 +212,7 @@ def test_many_captures_share_no_stream_with_each_other_but_slots(torch_or_card: 
     np.copyto(runs[-1].input_buffer(1), batch(3))
 
     assert_outputs(runs[-1].run(1), 3)
-    streams = {card.computing, card.capturing, *card._copying}
+    streams = {card.computing, card.capturing, *card.copying.values()}
     assert len(streams) == 4
 
 
@@ -233,7 +233,7 @@ def test_warming_up_never_uses_a_stream_that_something_else_uses(monkeypatch: py
     assert captured == [card.capturing] * len(captured)
     others = [stream for stream in warmed if stream is not card.capturing]
     assert len(others) == len(captured) * cuda.WARM_UPS
-    assert not {*others} & {card.computing, *card._copying}
+    assert not {*others} & {card.computing, *card.copying.values()}
 
 
 def test_nothing_is_collected_during_a_capture(torch_or_card: SimulatedTorch | None) -> None:
