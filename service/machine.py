@@ -37,8 +37,7 @@ def share(total: int, index: int, parts: int) -> int:
 def _quotas() -> Iterator[float]:
     """Every CPU quota that holds for this process, in cores: of its own cgroup and of each around it.
 
-    On a hybrid machine the controller is in one of the two versions; the other has no such files. See
-    proc_pid_mountinfo(5): root and mount point are the fourth and fifth field, the type comes after a hyphen.
+    Of both versions, since the controller may be in either. See proc_pid_mountinfo(5) for the fields.
     """
     for line in _lines(MOUNTS):
         fields, _, rest = line.partition(" - ")
@@ -102,14 +101,8 @@ def held_bytes() -> int:
     return resident_bytes() + sum(torch.cuda.memory_reserved(i) for i in gpus)
 
 
-def settled_bytes() -> int:
-    """Resident memory once all free memory has gone back to the kernel; takes some tens of milliseconds."""
-    give_back()
-    return resident_bytes()
-
-
 def give_back() -> None:
-    """Collect garbage, and make torch and glibc return the memory they keep; other C libraries keep it."""
+    """Collect garbage, and make torch and glibc return the memory they keep; takes some tens of milliseconds."""
     gc.collect()
     if torch.cuda.is_initialized():
         with suppress(RuntimeError):  # raised again by a card that has failed, which does not concern models on the CPU

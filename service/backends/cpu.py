@@ -17,7 +17,7 @@ from torch.jit import _recursive, _state
 from service.arrays import Floats
 from service.backends.base import DTYPES, Backend, Batch, Blob, Graph, Images, Layout, Precision, Program, Served
 from service.errors import OutOfMemory
-from service.machine import settled_bytes
+from service.machine import give_back, resident_bytes
 
 _OPENVINO: dict[Precision, ov.Type] = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16, "float16": ov.Type.f16}
 
@@ -33,10 +33,9 @@ class CpuBackend(Backend):
         self.instances = instances
 
     def layouts(self, cores: int) -> Sequence[Layout]:
-        """An even share of the cores for each instance, then layouts of fewer streams that use all cores.
+        """An even share of the cores for each instance, then fewer streams on all cores: halves down to one stream.
 
-        With one instance for each core, the number of streams halves down to one. If the number of instances was set
-        by hand, the only other layout is one stream on all cores, for the latency graph.
+        If the number of instances was set by hand, only one stream, for the latency graph.
         """
         base = Layout(self.instances, max(1, cores // self.instances))
         threads = [1 << i for i in range(1, cores.bit_length())] if self.instances == cores else []
@@ -45,7 +44,8 @@ class CpuBackend(Backend):
 
     def memory_bytes(self) -> int:
         """Resident memory of the process."""
-        return settled_bytes()
+        give_back()
+        return resident_bytes()
 
 
 class TorchBackend(CpuBackend):
@@ -82,10 +82,7 @@ class _TorchGraph(Graph):
 
 
 class OpenVinoBackend(CpuBackend):
-    """Compiles for `instances` callers at a time, one graph of fixed shape per batch size, from the torch module.
-
-    A dynamic batch dimension costs a factor of two to three on a CPU, hence one graph for each size (decision 1).
-    """
+    """Compiles a graph of fixed shape for each batch size: one of a dynamic size is slow (decision 1)."""
 
     name = "openvino"
     version: str = ov.__version__
@@ -98,7 +95,7 @@ class OpenVinoBackend(CpuBackend):
 
     def program(self, module: Served, height: int, width: int) -> Program:
         """The program of `module`, which is traced."""
-        traced = _convert(module, height, width)
+        traced = _traced(module, height, width)
 
         def graph(size: int, layout: Layout, precision: Precision) -> Graph:
             model = traced.clone()
@@ -150,17 +147,13 @@ class _OpenVinoGraph(Graph):
         return stream.getvalue()
 
 
-def _convert(module: Served, height: int, width: int) -> ov.Model:
-    """`module` as an OpenVINO model with a dynamic batch dimension.
-
-    It calls the front end directly, because `ov.convert_model` reports its use over the network.
-    """
+def _traced(module: Served, height: int, width: int) -> ov.Model:
+    """Converted by the front end itself, because `ov.convert_model` reports its use over the network."""
     example = torch.zeros(1, height, width, 3, dtype=torch.uint8)
     with torch.inference_mode():
         decoder = TorchScriptPythonDecoder(module.eval(), example_input=(example,), trace_kwargs={"check_trace": False})
     frontend = FrontEndManager().load_by_framework("pytorch")
     model = frontend.convert(frontend.load(decoder))
-    model.reshape([-1, height, width, 3])
     del decoder
     # Drop the types that torch makes for each traced module and never frees: 15 MB for each load of a b2. torch's own
     # tests do the same between one another. `tests/service/machine/test_memory.py` watches that it helps.

@@ -8,7 +8,7 @@ around it is from torch 2.13's source (decision 49).
 import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from threading import Event, Lock
@@ -218,9 +218,17 @@ class Captured:
         self._graph = torch.cuda.CUDAGraph()
         # Other threads go on serving, which a capture in the default mode forbids.
         capture = torch.cuda.graph(self._graph, stream=device.capturing, capture_error_mode="thread_local")
-        # The outermost context puts the thread's stream back where a failed capture does not.
-        with torch.cuda.stream(device.capturing), _undisturbed():
-            self._outputs = _outputs_while(capture, function, pixels)
+        failure: Exception | None = None
+        try:
+            # The outermost context puts the thread's stream back where a failed capture does not.
+            with torch.cuda.stream(device.capturing), _undisturbed(), capture:
+                try:
+                    self._outputs = tuple(function(pixels))
+                except Exception as error:
+                    failure = error
+                    raise
+        except RuntimeError as error:  # perhaps that of ending a capture that failed
+            raise failure or error from None
         self._slots = [_Slot(device.copying[i], pixels, self._outputs) for i in range(slots)]
 
     def input_buffer(self, slot: int) -> Batch:
@@ -252,22 +260,6 @@ class Captured:
             mine.done.synchronize()
         # Copies: the slot's next batch overwrites its outputs.
         return tuple(each.numpy().copy() for each in mine.host_outputs)
-
-
-def _outputs_while(
-    capture: AbstractContextManager[None, None], function: Function, pixels: Tensor
-) -> tuple[Tensor, ...]:
-    """Call `function` while `capture` lasts. An error of the function comes before one of ending the capture."""
-    failure: Exception | None = None
-    try:
-        with capture:
-            try:
-                return tuple(function(pixels))
-            except Exception as error:
-                failure = error
-                raise
-    except RuntimeError as error:
-        raise failure or error from None
 
 
 @contextmanager

@@ -65,10 +65,7 @@ class CheckedGraphs:
     notes: list[str] = field(default_factory=list)
 
     def graph(self, name: str, size: int, make: Callable[[Precision], Graph]) -> Graph:
-        """The graph that `make` returns for batches of `size`, checked; `name` is for the note.
-
-        Raises GoldenMismatch if float32, or the forced precision, is too far off, and what `make` raises in it.
-        """
+        """The graph that `make` returns for batches of `size`, checked; raises what fails in the last precision."""
         try:
             return self._check(make(self.precision), size)
         except Exception as error:
@@ -118,17 +115,12 @@ class Executable:
         self.plan = tuned.plan
         self._make_latency = tuned.latency and tuned.latency.make
         self._plain: GraphSet = tuned.graphs, None
-        self._staged: GraphSet | None = None
+        self.staged: GraphSet | None = None
         self.head: Head | None = None
         self.added_bytes = 0
 
     def __repr__(self) -> str:
-        return f"<Executable {self.stored.id} {self.height}x{self.width} sizes={self.plan.sizes} staged={self.staged}>"
-
-    @property
-    def staged(self) -> bool:
-        """Whether it can return stage maps."""
-        return self._staged is not None
+        return f"<Executable {self.stored.id} {self.height}x{self.width} sizes={self.plan.sizes}>"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -152,7 +144,7 @@ class Executable:
 
         `alone` says that nothing else runs, so that one image may have all cores. `stages` adds stage maps.
         """
-        chosen = self._staged if stages else self._plain
+        chosen = self.staged if stages else self._plain
         if chosen is None:
             raise ModelLoadFailed(f"the graphs of {self.stored.id} with stage maps have not been made")
         graphs, latency = chosen
@@ -167,10 +159,8 @@ class Executable:
 
     def optimize(self) -> OptimizedGraph | None:
         """Make the graph that `optimizer.prepare` has prepared, and run batches of its size in it if it is faster."""
-        if not (optimizer := self.optimizer):
-            return None
         with self._memory_counted():
-            if optimized := optimizer.make():
+            if optimized := self._optimizer.make() if self._optimizer else None:
                 self.swap_graph(optimized)
         return optimized
 
@@ -204,7 +194,7 @@ class Executable:
 
         Raises ModelLoadFailed if the model's files are gone, have changed since the load, or can't be compiled.
         """
-        if self._staged:
+        if self.staged:
             return
         with self._memory_counted(least=self.card.weights.bytes):
             module = build(self.card, self.stored.folder, STAGES)
@@ -214,7 +204,7 @@ class Executable:
             graphs = {n: make("the graph with stage maps", n, partial(program.graph, n, layout)) for n in sizes}
             latency = make("the latency graph with stage maps", 1, partial(program.graph, 1, alone)) if alone else None
             self.head = module.head()
-            self._staged = graphs, latency
+            self.staged = graphs, latency
 
     def resized(self, height: int, width: int) -> "Executable":
         """The same model for images of `height` x `width`, in the same precision and layout. Blocking.

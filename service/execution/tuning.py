@@ -1,8 +1,7 @@
 """Finds out what runs a model fastest on this machine: the precision, how cores are shared out, the batch sizes.
 
-Everything is measured on the graphs that will run. `Tuning` does it when a model is loaded; what fails is left out and
-noted, as long as one graph works. Where a backend takes minutes for its fastest graphs (`Program.optimized`), a model
-first serves with graphs that take milliseconds to make, and `Optimizer` makes faster ones while it serves.
+`Tuning` measures the graphs that will run when a model is loaded; what fails is left out and noted, as long as one
+works. Where a backend takes minutes for its fastest graphs, `Optimizer` makes these while the model serves.
 """
 
 from collections.abc import Callable
@@ -222,10 +221,9 @@ class OptimizedGraph(NamedTuple):
 class Optimizer:
     """Makes one model's graphs faster while it serves. As long as there is a `size`, call `prepare`, then `make`.
 
-    The sizes are those of `plan`, the smallest first, then larger ones up to the limit, as long as they pay. `check`
-    raises GoldenMismatch for a graph with wrong logits. Its size is tried again in float32, unless the limits name a
-    precision. `notes` says what failed. After any other failure nothing is left to do, and the model keeps its graphs;
-    that of a GPU is reported to `devices`.
+    The sizes are those of `plan`, the smallest first, then larger ones up to the limit, as long as they pay. Where
+    `check` raises GoldenMismatch, the size is tried again in float32, unless the limits name a precision. After any
+    other failure, which `notes` names, the model keeps its graphs; that of a GPU is reported to `devices`.
     """
 
     program: Program
@@ -266,10 +264,7 @@ class Optimizer:
         self._stopped.set()
 
     def make(self) -> OptimizedGraph | None:
-        """Make the graph and measure it. None: it is not worth it, or has to be prepared again, in float32.
-
-        No other graph may be made meanwhile.
-        """
+        """Make the graph and measure it, alone. None: it is not worth it, or has to be prepared again, in float32."""
         if (size := self.size) is None:
             return None
         try:

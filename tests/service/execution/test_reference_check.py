@@ -405,7 +405,7 @@ def test_a_later_graph_that_is_wrong_in_bfloat16_is_made_in_float32_with_a_note(
         further = later(executable)
 
     images = synthetic_images(further.height, further.width, 1)
-    (answered,) = further.run(0, list(images), alone=True, stages=further.staged)
+    (answered,) = further.run(0, list(images), alone=True, stages=bool(further.staged))
     wanted = plain_logits(build(executable.card, executable.stored.folder), images)[0]
     np.testing.assert_allclose(answered.logits, wanted, atol=1e-4)
     assert [(line["event"], line["note"]) for line in logs] == [("plan_note", note) for note in further.notes]
@@ -425,7 +425,7 @@ def test_a_later_graph_that_fails_in_bfloat16_is_made_in_float32_unless_that_was
     further = later(executable)
 
     images = synthetic_images(further.height, further.width, 1)
-    (answered,) = further.run(0, list(images), alone=True, stages=further.staged)
+    (answered,) = further.run(0, list(images), alone=True, stages=bool(further.staged))
     wanted = plain_logits(build(executable.card, executable.stored.folder), images)[0]
     np.testing.assert_allclose(answered.logits, wanted, atol=1e-4)
     assert further.notes

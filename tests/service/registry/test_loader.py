@@ -77,7 +77,7 @@ def test_memory_that_was_freed_before_does_not_make_a_model_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = add_model(tmp_path) / "model.safetensors"
-    monkeypatch.setattr("service.backends.cpu.settled_bytes", lambda: 10**9)
+    monkeypatch.setattr("service.backends.cpu.resident_bytes", lambda: 10**9)
 
     assert load_tiny(tmp_path).report.memory_bytes == path.stat().st_size
 
