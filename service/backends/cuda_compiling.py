@@ -1,8 +1,8 @@
 """`torch.compile` for modules on a GPU: first in a helper process, then in this one, from the cache on disk.
 
-Compiling and tuning kernels takes minutes, holds the interpreter lock, and synchronises the whole card again and again,
-which no capture of a CUDA graph survives. So a helper process does it: `python -m service.backends.cuda_compiling`,
-with the job on its standard input. This process then traces the module and finds its kernels in the cache.
+Compiling kernels takes minutes, holds the interpreter lock, and synchronises the whole card, which no capture of a CUDA
+graph survives. So a helper process does it: `python -m service.backends.cuda_compiling`, with the job on its standard
+input. This process then traces the module and finds its kernels in the cache.
 """
 
 import os

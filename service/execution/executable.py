@@ -29,9 +29,8 @@ RESIZED_IMAGES = 2
 class LoadReport:
     """How a model was loaded.
 
-    `device` is `cpu` or names of GPUs. `notes` says what was tried and left out, and why; `cached` whether plan and
-    graphs came from the plan cache. `memory_bytes` is by how much the load raised the memory in use on the device, at
-    least the size of the weights. `deviation` is how far the model's logits are from the reference.
+    `device` is `cpu` or names of GPUs. `notes` says what was left out, and why; `cached` whether plan and graphs came
+    from the plan cache. `memory_bytes` is what the load took on the device, at least the size of the weights.
     """
 
     backend: str
@@ -53,8 +52,8 @@ GraphSet = tuple[dict[int, Graph], Graph | None]
 class CheckedGraphs:
     """Makes more graphs of a loaded model, in its `precision`, or in float32 where that one's logits are too far off.
 
-    Without a `reference_check` none is checked. A precision that was `forced` is never replaced. `notes` begin with
-    `prefix` and say where float32 replaced it.
+    Without a `reference_check` none is checked. A precision that was `forced` is never replaced; `notes`, which begin
+    with `prefix`, say where one was.
     """
 
     model: str
@@ -71,8 +70,8 @@ class CheckedGraphs:
         except Exception as error:
             if self.forced or self.precision == "float32" or not concerns_precision(error):
                 raise
-            name = f"{self.prefix}{name} for batches of {size}"
-            note = f"{name} computes in float32, not {self.precision}: {reason(error)}"
+            which = f"{self.prefix}{name} for batches of {size}"
+            note = f"{which} computes in float32, not {self.precision}: {reason(error)}"
         if note not in self.notes:
             self.notes.append(note)
             log.warning("plan_note", model=self.model, note=note)
@@ -229,9 +228,8 @@ class Executable:
             graph, seconds = measured("the latency graph", 1, self._latency_layout, 1)
             latency = LatencyGraph(self._latency_layout, seconds, lambda: graph)
         plan = BatchPlan({n: seconds for n, (_, seconds) in graphs.items()}, latency.seconds if latency else None)
-        tuned = Tuned(
-            checked.precision, self._layout, plan, {n: graph for n, (graph, _) in graphs.items()}, latency, ()
-        )
+        plain = {n: graph for n, (graph, _) in graphs.items()}
+        tuned = Tuned(checked.precision, self._layout, plan, plain, latency, ())
         report = replace(self.report, notes=())
         resized = Executable(self.stored, self._backend, tuned, report, (height, width), checked=checked)
         resized.add_latency_graph()

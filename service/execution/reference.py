@@ -1,8 +1,7 @@
 """Reference images, the logits that plain float32 computes for them, and the check that a graph reproduces these.
 
-Software tests call such stored correct outputs "golden", hence `GoldenMismatch`. A card names its reference images and
-logits. For a card without them, they are made from synthetic images when the model is first loaded, and kept with its
-batch plan.
+Stored correct outputs are called "golden", hence `GoldenMismatch`. For a card that names none, they are computed from
+synthetic images when the model is first loaded, and kept with its batch plan.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -242,8 +241,8 @@ class ReferenceCheck:
 
     def check_all(self, graphs: Mapping[int, Graph], latency: Graph | None = None) -> Deviation:
         """Check `graphs`, which are by batch size, and the latency graph, on all images; return the worst deviation."""
-        others = [self.check(latency, 1)] if latency and latency is not graphs.get(1) else []
-        return worst([*(self.check(graph, size) for size, graph in graphs.items()), *others])
+        checked = [self.check(graph, size) for size, graph in graphs.items()]
+        return worst([*checked, self.check(latency, 1)] if latency else checked)
 
     def check_restored(self, graphs: Mapping[int, Graph], image_seconds: float) -> Deviation:
         """As `check_all`, for graphs whose bytes were checked before, on what images `RESTORED_SECONDS` allow."""

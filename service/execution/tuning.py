@@ -5,7 +5,7 @@ works. Where a backend takes minutes for its fastest graphs, `Optimizer` makes t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from threading import Event
 from time import perf_counter
@@ -24,7 +24,7 @@ LATENCY_SAVES = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a tuning may choose from. `precision` None leaves the choice to the measurement."""
+    """What a tuning may choose from; `precision` None leaves the choice to the measurement."""
 
     cores: int
     max_batch_size: int = 8
@@ -235,19 +235,17 @@ class Optimizer:
     plan: BatchPlan
     limits: Limits
     devices: DeviceHealth = field(default_factory=DeviceHealth)
-    # Mutable state: notes; the next batch size, None when nothing is left to do, and its precision; seconds by size as
-    # they are now; how much longer a batch takes now, under load, than when `plan` was measured; and whether to stop.
+    # Mutable state, besides `plan`, which gets the new seconds: notes; the next batch size, None when nothing is left
+    # to do, and its precision; how much longer a batch takes now, under load, than in `plan`; and whether to stop.
     notes: list[str] = field(init=False, default_factory=list)
     size: int | None = field(init=False)
     _size_precision: Precision = field(init=False)
-    _seconds: dict[int, float] = field(init=False)
     _drift: float = field(init=False, default=1.0)
     _stopped: Event = field(init=False, default_factory=Event)
 
     def __post_init__(self) -> None:
         self.size = self.plan.sizes[0]
         self._size_precision = self.precision
-        self._seconds = dict(self.plan.seconds)
 
     def prepare(self) -> None:
         """Do the part that takes minutes; graphs can be made meanwhile. `stop` ends it early."""
@@ -290,13 +288,13 @@ class Optimizer:
             seconds, pays = after / self._drift, after < before
         else:
             seconds = self._time(graph, size) / self._drift
-            pays = gain(self._seconds, size, seconds) >= WORTHWHILE_GAIN
+            pays = gain(self.plan.seconds, size, seconds) >= WORTHWHILE_GAIN
         following = next((each for each in self.plan.sizes if each > size), 2 * size)
         self.size = following if following <= self.limits.max_batch_size and (planned or pays) else None
         self._size_precision = self.precision
         if not pays:
             return None
-        self._seconds[size] = seconds
+        self.plan = replace(self.plan, seconds={**self.plan.seconds, size: seconds})
         return OptimizedGraph(size, graph, seconds)
 
     def _time(self, graph: Graph, size: int) -> float:
