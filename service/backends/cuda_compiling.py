@@ -102,7 +102,7 @@ class TorchCompiler:
         return _compiled(module, self.options)
 
     def _environment(self, cache: Path) -> dict[str, str]:
-        """Keeps what the user has set. Triton's default cache is in a home folder, which a service may not have."""
+        """What the user has set stays. Triton's default cache is in a home folder, which a service may not have."""
         folders = {"TORCHINDUCTOR_CACHE_DIR": cache / "torch", "TRITON_CACHE_DIR": cache / "torch" / "triton"}
         named = {name: os.environ.get(name, str(folder)) for name, folder in folders.items()}
         return {**named, _THREADS: str(self.processes)}

@@ -135,7 +135,7 @@ def machine() -> dict[str, str]:
 
 
 def code_digest(service: Path) -> str:
-    """SHA-256 of the names and contents of all modules in `service`, whatever they have to do with plans and graphs."""
+    """SHA-256 of the names and contents of all modules in `service`, so that nobody has to list those that matter."""
     parts = [(path.relative_to(service).as_posix(), path.read_bytes()) for path in sorted(service.rglob("*.py"))]
     return hashlib.sha256(b"".join(f"{name} {len(data)}\n".encode() + data for name, data in parts)).hexdigest()
 
