@@ -20,9 +20,9 @@ from app.remote_images.fetching import Fetcher
 from app.routes import debug, explain, features, health, management, models, openai, pages, predict
 from app.settings import Settings
 from app.workers import Worker
+from service.backends.cuda import choose, visible
 from service.engine import Engine
-from service.machine.cores import usable_cores
-from service.machine.devices import choose, visible
+from service.machine import usable_cores
 from service.metrics import EngineMetrics
 from service.options import Budget, EngineOptions, default_instances
 

@@ -28,7 +28,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from app.settings import Settings
 from service.files import atomic_write
-from service.machine.cores import share, usable_cores
+from service.machine import share, usable_cores
 
 if TYPE_CHECKING:  # they import torch, which the supervisor does not need
     from service.engine import Engine

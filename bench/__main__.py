@@ -29,7 +29,7 @@ from bench.results import Costs, Engine, Peak, Results, Start, read, write
 from bench.rounds import Plan, RoundRunner, add_round
 from bench.server import ROOT, start_figures
 from service.architecture.variants import VARIANTS
-from service.machine.cores import usable_cores
+from service.machine import usable_cores
 
 DOCS = ROOT / "docs"
 STAGES = ("starts", "servers", "engines", "models", "report")

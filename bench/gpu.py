@@ -35,7 +35,7 @@ from bench.server import ROOT, Server, serving
 from service.architecture.variants import VARIANTS
 from service.images.decoding import decode
 from service.images.geometry import Geometry
-from service.machine.cores import usable_cores
+from service.machine import usable_cores
 
 DOCS = ROOT / "docs"
 STAGES = ("engines", "serving", "limits", "report")

@@ -15,8 +15,8 @@ from bench.ours import OnDevice
 from bench.peers.common import make_model
 from service.arrays import Floats
 from service.backends.base import Batch
-from service.backends.cuda.compiling import Compiler
-from service.backends.cuda.device import CudaDevice
+from service.backends.cuda import CudaDevice
+from service.backends.cuda_compiling import TorchCompiler
 
 SIDE = 224
 ENGINES = ("transformers", "max-autotune", "pvt-serve")
@@ -43,7 +43,7 @@ def measure(
     *,
     rounds: int,
     seconds: float,
-    compiler: Compiler | None = None,
+    compiler: TorchCompiler | None = None,
 ) -> list[GpuEngine]:
     """All engines with one batch size, in turn, `rounds` times. One that fails gets a note, and the others go on.
 
@@ -142,7 +142,7 @@ def _theirs(device: torch.device, variant: str, images: Batch, mode: str | None)
     )
 
 
-def _ours(card: CudaDevice, variant: str, images: Batch, compiler: Compiler | None) -> Entry:
+def _ours(card: CudaDevice, variant: str, images: Batch, compiler: TorchCompiler | None) -> Entry:
     """As the server runs it, copies to the card and back included, with as many batches on their way as there."""
     ours = OnDevice(card, (variant, make_model(variant).state_dict()), len(images), (_MEAN, _STD), compiler)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from service.machine.cores import usable_cores
+from service.machine import usable_cores
 
 _TELLING_FLAGS = (
     "avx2",

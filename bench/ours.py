@@ -11,12 +11,10 @@ from torch import Tensor
 
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.weights import load_into, remap_keys
-from service.backends.base import Layout
-from service.backends.cuda.backend import IN_FLIGHT, CudaBackend
-from service.backends.cuda.compiling import Compiler, TorchCompiler
-from service.backends.cuda.device import CudaDevice, cuda_devices
-from service.backends.module import Served, build
-from service.backends.openvino import OpenVinoBackend
+from service.backends.base import Layout, Served, build
+from service.backends.cpu import OpenVinoBackend
+from service.backends.cuda import IN_FLIGHT, CudaBackend, CudaDevice, cuda_devices
+from service.backends.cuda_compiling import TorchCompiler
 from service.execution.executable import Executable
 from service.execution.tuning import Limits
 from service.images.decoding import decode
@@ -114,7 +112,7 @@ class OnDevice:
         model: tuple[str, Mapping[str, Tensor]],
         batch: int,
         normalisation: tuple[Sequence[float], Sequence[float]],
-        compiler: Compiler | None = None,
+        compiler: TorchCompiler | None = None,
     ) -> None:
         """`model` is a variant and its weights, transformers' or ours; `normalisation` mean and standard deviation.
 

@@ -21,10 +21,8 @@ from bench.machine import machine
 from bench.tables import table
 from service.architecture.pvt_v2 import create
 from service.architecture.variants import VARIANTS
-from service.backends.base import Backend, Layout, Precision
-from service.backends.module import Served, build, plain_logits
-from service.backends.openvino import OpenVinoBackend
-from service.backends.torch_cpu import TorchBackend
+from service.backends.base import Backend, Layout, Precision, Served, build, plain_logits
+from service.backends.cpu import OpenVinoBackend, TorchBackend
 from service.execution.reference import Deviation, Reference, reference_of, synthetic_images, worst
 from service.store.store import Store
 

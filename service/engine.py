@@ -11,11 +11,10 @@ import structlog
 
 from service.acquisition.pulling import RemoteModel
 from service.architecture.variants import VARIANTS
+from service.backends.base import DeviceHealth
 from service.errors import InvalidRequest, ServiceError, WeightsUnavailable
 from service.execution.executable import Executable
 from service.lifecycle import Requests, time_limit
-from service.machine.devices import DeviceHealth
-from service.machine.workers import Workers
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.pipeline import Pipeline
@@ -29,6 +28,7 @@ from service.registry.watcher import Watch
 from service.results import Health, Image, InferenceResult, Size
 from service.scheduling.activity import Activity
 from service.store.cards import ModelCard
+from service.workers import Workers
 
 T = TypeVar("T")
 

@@ -9,12 +9,10 @@ from typing import Literal
 import torch
 
 from service.backends.base import Backend, Precision
-from service.backends.cuda.backend import IN_FLIGHT, CudaBackend
-from service.backends.cuda.compiling import TorchCompiler
-from service.backends.cuda.device import cuda_devices
-from service.backends.openvino import OpenVinoBackend
-from service.backends.torch_cpu import TorchBackend
-from service.machine.cores import usable_cores
+from service.backends.cpu import OpenVinoBackend, TorchBackend
+from service.backends.cuda import IN_FLIGHT, CudaBackend, cuda_devices
+from service.backends.cuda_compiling import TorchCompiler
+from service.machine import usable_cores
 from service.store.location import RemoteOptions
 
 BackendName = Literal["auto", "openvino", "torch"]

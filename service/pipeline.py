@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from service.arrays import Outputs, Pixels
+from service.backends.base import DeviceHealth
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
 from service.execution.executable import Executable
 from service.images.decoding import Decoded, decode
 from service.images.geometry import Geometry
-from service.machine.devices import DeviceHealth
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.results import Image, ImageResult, Timing

@@ -23,7 +23,7 @@ LAYERS = {
         {"store"},
         {"images"},
         {"architecture"},
-        {"machine"},
+        {"machine", "workers"},
         {"lifecycle", "sharing"},
         {"arrays", "errors", "files", "metrics"},
     ],
@@ -41,9 +41,8 @@ LAYERS = {
         {"catalogue", "download"},
     ],
     "scheduling": [{"scheduler"}, {"dispatcher"}, {"activity"}, {"queues"}],
-    "execution": [{"executable"}, {"optimizer"}, {"tuning"}, {"plan_cache", "reference"}, {"plan"}],
-    "backends": [{"cuda", "openvino", "torch_cpu"}, {"base"}, {"module"}],
-    "backends/cuda": [{"backend"}, {"device"}, {"compiling"}],
+    "execution": [{"executable"}, {"tuning"}, {"plan_cache", "reference"}, {"plan"}],
+    "backends": [{"cpu", "cuda"}, {"cuda_compiling"}, {"base"}],
     "postprocess": [{"features", "activation_maps"}, {"classes"}],
     "store": [
         {"remote"},
@@ -60,7 +59,6 @@ LAYERS = {
         {"geometry", "webp"},
     ],
     "architecture": [{"weights", "pvt_v2"}, {"variants"}],
-    "machine": [{"devices", "cores", "memory", "workers"}],
 }
 FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino"}
 ARRAYS = {"numpy", "safetensors"}  # known only where arrays become bytes, and bytes arrays

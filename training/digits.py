@@ -25,7 +25,7 @@ from torch.nn import functional as F  # noqa: N812 - its customary name
 from tqdm import tqdm
 
 from service.architecture.pvt_v2 import PVT_V2, create
-from service.backends.module import Served, plain_logits
+from service.backends.base import Served, plain_logits
 from service.execution.reference import Reference, packed
 from service.store.cards import Accuracy, ModelCard, Preprocessing
 from service.store.folder import weights_file, write_model

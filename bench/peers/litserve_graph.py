@@ -15,7 +15,7 @@ from starlette.formparsers import MultiPartParser
 
 from bench.ours import Graphs
 from bench.peers.common import BATCH, BATCH_WAIT_SECONDS, answers, crop, port, store
-from service.machine.cores import usable_cores
+from service.machine import usable_cores
 
 MultiPartParser.spool_max_size = sys.maxsize  # see litserve_eager
 

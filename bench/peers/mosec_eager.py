@@ -10,7 +10,7 @@ from mosec import Server, Worker
 from numpy.typing import NDArray
 
 from bench.peers.common import BATCH, BATCH_WAIT_SECONDS, classify, make_model, port, prepare
-from service.machine.cores import usable_cores
+from service.machine import usable_cores
 
 
 class Prepare(Worker):

@@ -9,7 +9,7 @@ from ray import serve
 from starlette.requests import Request
 
 from bench.peers.common import BATCH, BATCH_WAIT_SECONDS, classify, make_model, port, prepare
-from service.machine.cores import usable_cores
+from service.machine import usable_cores
 
 
 @serve.deployment(num_replicas=usable_cores(), max_ongoing_requests=100, ray_actor_options={"num_cpus": 1})

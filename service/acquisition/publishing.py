@@ -26,7 +26,7 @@ from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.variants import VARIANTS, Weights
 from service.architecture.weights import PICKLES, State, load_into, open_checkpoint
 from service.arrays import Floats
-from service.backends.module import Served, build, plain_logits
+from service.backends.base import Served, build, plain_logits
 from service.errors import InvalidRequest, ServiceError, WeightsCorrupt, WeightsMismatch, WeightsNotFinite
 from service.execution.reference import Reference, packed, reference_of, synthetic_images
 from service.files import file_sha256, staging_folder, sync

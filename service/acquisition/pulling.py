@@ -39,12 +39,12 @@ from service.errors import (
     WeightsUnavailable,
 )
 from service.files import file_sha256
-from service.machine.workers import Workers
 from service.options import EngineOptions
 from service.sharing import RecentErrors, shared
 from service.store.cards import Preprocessing
 from service.store.folder import writing
 from service.store.store import Store, StoredModel
+from service.workers import Workers
 
 log = structlog.get_logger(component="pull")
 

@@ -1,19 +1,79 @@
-"""What every backend offers: from a module it makes a program, and from that a graph for each batch size."""
+"""What every backend offers: from a served module it makes a program, and from that a graph for each batch size."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from threading import Event
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from service.arrays import Floats
-from service.backends.module import Served
-from service.machine.memory import settled_bytes
+from service.architecture.pvt_v2 import PVT_V2, create
+from service.architecture.weights import load_weights
+from service.arrays import Floats, Head, Pixels
+from service.errors import CardInvalid, DeviceFailed
+from service.store.cards import ModelCard
 
 Precision = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Batch = NDArray[np.uint8]  # (n, height, width, 3)
+Images = Batch | Sequence[Pixels]
 Blob = NDArray[np.uint8]  # (bytes,)
+
+
+class Served(nn.Module):
+    """The model as it is served: uint8 pixels (n, height, width, 3) in, logits, embedding and maps of `stages` out.
+
+    It normalises the pixels itself, so that a backend compiles that into its graph.
+    """
+
+    def __init__(self, model: PVT_V2, mean: Sequence[float], std: Sequence[float], stages: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.model = model
+        self.stages = tuple(stages)
+        self.mean = nn.Buffer(255 * torch.tensor(mean))
+        self.scale = nn.Buffer(1 / (255 * torch.tensor(std)))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Logits (n, classes), embedding (n, channels) and stage maps (n, channels, height, width) of `pixels`."""
+        logits, embedding, maps = self.model.forward_all(self.normalised(pixels), self.stages)
+        return logits, embedding, *maps
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """The model's input for `pixels`: float32 images (n, 3, height, width)."""
+        return ((pixels.float() - self.mean) * self.scale).permute(0, 3, 1, 2)
+
+    def head(self) -> Head:
+        """A copy of the model's last layer."""
+        head = self.model.head
+        assert isinstance(head, nn.Linear)  # noqa: S101  a card has labels, so it is one
+        return Head(head.weight.detach().numpy().copy(), head.bias.detach().numpy().copy())
+
+
+def build(card: ModelCard, folder: Path, stages: Sequence[int] = ()) -> Served:
+    """The module of `card` with the weights in `folder`, in plain float32.
+
+    Raises CardInvalid if card and weights differ in the number of parameters, else what `load_weights` raises.
+    """
+    # On the meta device the module costs no memory and no random numbers: every tensor comes from the file.
+    with torch.device("meta"):
+        model = create(card.variant, num_classes=len(card.labels))
+    load_weights(model, folder / card.weights.file, sha256=card.weights.sha256)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters != card.parameters:
+        raise CardInvalid(f"{folder}: the card says {card.parameters} parameters, the weights have {parameters}")
+    return Served(model, card.preprocessing.mean, card.preprocessing.std, stages).eval()
+
+
+@torch.inference_mode()
+def plain_logits(module: Served, images: Batch) -> Floats:
+    """Logits (n, classes) of the module itself, eager and in float32."""
+    logits: Floats = module(torch.tensor(images))[0].numpy()
+    return logits
 
 
 class Layout(NamedTuple):
@@ -23,70 +83,46 @@ class Layout(NamedTuple):
     threads: int
 
 
-class TuningOptions(NamedTuple):
-    """How many `seconds` a first load may compile and measure, and the batch size at which it compares precisions."""
-
-    seconds: float = 10.0
-    probe_size: int = 1
-
-
 class Graph(Protocol):
     """A module compiled for batches of one fixed shape; `precision` is what it really computes in."""
 
     precision: Precision
 
-    def run(self, instance: int, batch: Batch) -> tuple[Floats, ...]:
+    def run(self, instance: int, images: Images) -> tuple[Floats, ...]:
         """Logits (n, classes), embedding (n, channels), and the stage maps that the module returns.
 
-        Each `instance` makes one call at a time.
-
-        Raises:
-            OutOfMemory: the batch does not fit.
+        There may be fewer images than the batch size; rows after theirs mean nothing. Each `instance` makes one call at
+        a time. Raises OutOfMemory if the batch does not fit.
         """
-        ...
-
-    def input_buffer(self, instance: int) -> Batch | None:
-        """Where to put the next batch of `instance`, which saves a copy; None if that makes no difference."""
         ...
 
     def export(self) -> bytes | None:
         """Its compiled form, from which `Backend.restore` makes it again; None if it has none."""
-        ...
+        return None
 
 
-Restore = Callable[[Blob, Layout, Precision], Graph]
+@dataclass(frozen=True, slots=True)
+class OptimizedGraphs:
+    """Makes faster graphs by batch size, once `prepare` has done what takes minutes, or until its event is set."""
+
+    prepare: Callable[[int, Precision, Event], None]
+    graph: Callable[[int, Precision], Graph]
 
 
-class OptimizedProgram(Protocol):
-    """Makes faster graphs of a program, which take minutes to compile."""
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Makes the graphs of a module by batch size, with errors of the backend's own; `optimized` makes faster ones."""
 
-    def prepare(self, size: int, precision: Precision, stopped: Event) -> None:
-        """Do the part of `graph` that takes minutes; graphs can be made meanwhile. Return early if `stopped` is set."""
-        ...
-
-    def graph(self, size: int, precision: Precision) -> Graph:
-        """The faster graph for batches of `size`; `prepare` it first. Errors are the backend's own."""
-        ...
-
-
-class Program(Protocol):
-    """A module given to a backend, which makes graphs of it."""
-
-    @property
-    def optimized(self) -> OptimizedProgram | None:
-        """What makes faster graphs; None where `graph` does all that the backend can."""
-        ...
-
-    def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
-        """The graph for batches of `size`. Errors are the backend's own."""
-        ...
+    graph: Callable[[int, Layout, Precision], Graph]
+    optimized: OptimizedGraphs | None = None
 
 
 class Backend(Protocol):
     """Executes modules on `instances` executors, each of which runs one batch at a time.
 
     `device` is `cpu`, or torch's names of GPUs. `precisions` are those worth trying there, the most promising first,
-    float32 always last.
+    float32 always last. A first load may compile and measure for `tuning_seconds`, and compares precisions in batches
+    of `probe_size`.
     """
 
     name: str
@@ -94,12 +130,13 @@ class Backend(Protocol):
     device: str
     instances: int
     precisions: tuple[Precision, ...]
-    tuning: TuningOptions
+    tuning_seconds: float
+    probe_size: int
 
     @property
-    def restore(self) -> Restore | None:
+    def restore(self) -> Callable[[Blob, Layout, Precision], Graph] | None:
         """Makes a graph from its exported form, and may keep that. None: its graphs have no such form."""
-        ...
+        return None
 
     def layouts(self, cores: int) -> Sequence[Layout]:
         """The layouts to choose from on `cores`; the first has a stream for each instance."""
@@ -114,26 +151,18 @@ class Backend(Protocol):
         ...
 
 
-class CpuBackend:
-    """What the backends that run on a CPU have in common."""
+class DeviceHealth:
+    """The one place that knows whether a GPU failed; from then on none is expected to work. From any thread."""
 
-    device = "cpu"
-    tuning = TuningOptions()
+    def __init__(self) -> None:
+        # Mutable state: the first failure; empty while there is none.
+        self.failure = ""
 
-    def __init__(self, instances: int) -> None:
-        self.instances = instances
-
-    def layouts(self, cores: int) -> Sequence[Layout]:
-        """An even share of the cores for each instance, then layouts of fewer streams that use all cores.
-
-        With one instance for each core, the number of streams halves down to one. If the number of instances was set
-        by hand, the only other layout is one stream on all cores, for the latency graph.
-        """
-        base = Layout(self.instances, max(1, cores // self.instances))
-        threads = [1 << i for i in range(1, cores.bit_length())] if self.instances == cores else []
-        others = [Layout(cores // each, each) for each in threads if cores % each == 0]
-        return tuple(dict.fromkeys([base, *others, Layout(1, cores)]))
-
-    def memory_bytes(self) -> int:
-        """Resident memory of the process."""
-        return settled_bytes()
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note a `DeviceFailed` that the block raises, if it is the first."""
+        try:
+            yield
+        except DeviceFailed as error:
+            self.failure = self.failure or str(error)
+            raise

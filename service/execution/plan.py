@@ -42,13 +42,9 @@ class BatchPlan:
         """The largest compiled size."""
         return self.sizes[-1]
 
-    def padded(self, n: int) -> int:
-        """The smallest compiled size that holds `n` images."""
-        return next(size for size in self.sizes if size >= n)
-
     def time(self, n: int) -> float:
-        """Seconds that a batch of `n` takes, padding included."""
-        return self.seconds[self.padded(n)]
+        """Seconds that a batch of `n` takes, padded to the next compiled size."""
+        return next(seconds for size, seconds in self.seconds.items() if size >= n)
 
     def best(self, waiting: int) -> int:
         """The number of `waiting` images to run now, for the most images per second, padding included."""
@@ -71,9 +67,11 @@ def batch_seconds(run: Callable[[int], object], streams: int = 1) -> float:
 
     def timed(instance: int) -> list[float]:
         start = perf_counter()
-        run(instance)  # pays for lazy allocation
-        runs = max(_MIN_RUNS, min(_RUNS, int(_TIMING_SECONDS / max(perf_counter() - start, 1e-9))))
-        together.wait()
+        try:
+            run(instance)  # pays for lazy allocation
+            runs = max(_MIN_RUNS, min(_RUNS, int(_TIMING_SECONDS / max(perf_counter() - start, 1e-9))))
+        finally:
+            together.wait()  # after a failure too, for which the others would wait forever
         marks = [perf_counter()]
         for _ in range(runs):
             run(instance)

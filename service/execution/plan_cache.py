@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import MappingProxyType
 from typing import Annotated
 
 import numpy as np
@@ -26,13 +24,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.backends.base import Layout, Precision
-from service.machine.cores import usable_cores
+from service.files import staging_folder
+from service.machine import usable_cores
 from service.store.cards import ReferenceFile
 
 log = structlog.get_logger(component="plan_cache")
 
 _FILE = "plan.json"
-_PACKAGES = ("architecture", "backends", "execution")  # of this service: all code that plan and graphs depend on
 _CHUNK = 1 << 24  # bytes
 _INSTRUCTION_SETS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
@@ -41,10 +39,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class CachedPlan(BaseModel):
-    """One entry. `graphs` has the digest of each size's compiled graph; times are seconds.
+    """One entry: `graphs` has the digest of each size's file, `alone_...` is the latency graph's.
 
-    `alone_seconds` and `alone_layout` are the latency graph's. `reference` is the file beside it with reference images
-    and logits, if there is one.
+    `reference` is the file beside it with reference images and logits, if there is one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,24 +63,24 @@ class PlanCache:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    def folder(self, model: str, version: str) -> Path:
+        """The folder of that model version's entry."""
+        return self.root / model / version
+
     def read(self, model: str, version: str, key: Key) -> tuple[CachedPlan, dict[int, Path]] | None:
         """The entry for `key` and its verified graph files by batch size; None when there is no valid one."""
         folder = self.folder(model, version)
         try:
             entry = CachedPlan.model_validate_json((folder / _FILE).read_bytes())
-            if reason := _difference(entry, key) or _damage(folder, entry):
-                raise ValueError(reason)  # noqa: TRY301
+            paths = {size: folder / f"{size}.graph" for size in entry.graphs}
+            _verify(entry, key, paths)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             reason = "plan.json does not fit its schema" if isinstance(error, ValidationError) else str(error)
             log.warning("plan_cache_ignored", model=model, folder=str(folder), reason=reason)
             return None
-        return entry, {size: _graph_path(folder, size) for size in entry.graphs}
-
-    def folder(self, model: str, version: str) -> Path:
-        """The folder of that model version's entry."""
-        return self.root / model / version
+        return entry, paths
 
     def write(
         self,
@@ -91,20 +88,17 @@ class PlanCache:
         version: str,
         entry: CachedPlan,
         graphs: Mapping[int, bytes],
-        others: Mapping[str, bytes] = MappingProxyType({}),
+        others: Mapping[str, bytes] = {},
     ) -> None:
         """Replace that model version's entry by `entry`, `graphs` and other files, all at once."""
         folder = self.folder(model, version)
+        files = {**others, **{f"{size}.graph": blob for size, blob in graphs.items()}}
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.parent.mkdir(exist_ok=True)
-            with TemporaryDirectory(prefix=".", dir=folder.parent) as name:
-                staged = Path(name) / version
-                staged.mkdir()
-                for size, blob in graphs.items():
-                    _graph_path(staged, size).write_bytes(blob)
-                for file, content in others.items():
-                    (staged / file).write_bytes(content)
+            with staging_folder(folder.parent, ".new-") as staged:
+                for name, content in files.items():
+                    (staged / name).write_bytes(content)
                 (staged / _FILE).write_text(entry.model_dump_json(indent=2) + "\n")
                 shutil.rmtree(folder, ignore_errors=True)
                 staged.rename(folder)
@@ -113,16 +107,25 @@ class PlanCache:
                         hint="PVT_CACHE_DIR names the folder; empty, nothing is kept")  # fmt: skip
 
 
+def _verify(entry: CachedPlan, key: Key, paths: Mapping[int, Path]) -> None:
+    """Raise ValueError if `entry` was made for another key, or its graphs in `paths` are damaged."""
+    names = sorted(name for name in {*entry.key, *key} if entry.key.get(name) != key.get(name))
+    changes = [f"{name} was {entry.key.get(name, '')[:64]!r} and is {key.get(name, '')[:64]!r}" for name in names]
+    if changes:
+        raise ValueError("made for another key: " + "; ".join(changes))
+    if set(paths) != set(entry.seconds):
+        raise ValueError("its graphs are not those of its sizes")
+    for size, path in paths.items():
+        if digest(np.memmap(path, np.uint8, "r") if path.stat().st_size else b"") != entry.graphs[size]:
+            raise ValueError(f"{path.name} is corrupt")
+
+
 def digest(data: bytes | NDArray[np.uint8]) -> str:
     """SHA-256, in hexadecimal, of the SHA-256 digests of the data's chunks, which all cores compute."""
     view = data.data if isinstance(data, np.ndarray) else memoryview(data)
     chunks = [view[start : start + _CHUNK] for start in range(0, len(view), _CHUNK)]
     with ThreadPoolExecutor(usable_cores(), thread_name_prefix="pvt-digest") as pool:
-        return hashlib.sha256(b"".join(pool.map(_sha256, chunks))).hexdigest()
-
-
-def _sha256(data: memoryview) -> bytes:
-    return hashlib.sha256(data).digest()
+        return hashlib.sha256(b"".join(pool.map(lambda chunk: hashlib.sha256(chunk).digest(), chunks))).hexdigest()
 
 
 @cache
@@ -132,9 +135,8 @@ def machine() -> dict[str, str]:
 
 
 def code_digest(service: Path) -> str:
-    """SHA-256 of the names and contents of all modules of the packages in `service` that make plans and graphs."""
-    paths = [path for package in _PACKAGES for path in sorted((service / package).rglob("*.py"))]
-    parts = [(path.relative_to(service).as_posix(), path.read_bytes()) for path in paths]
+    """SHA-256 of the names and contents of all modules in `service`, so that nobody has to list those that matter."""
+    parts = [(path.relative_to(service).as_posix(), path.read_bytes()) for path in sorted(service.rglob("*.py"))]
     return hashlib.sha256(b"".join(f"{name} {len(data)}\n".encode() + data for name, data in parts)).hexdigest()
 
 
@@ -147,32 +149,8 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    known = dict(reversed([_pair(line) for line in lines if ":" in line]))
+    pairs = [line.partition(":") for line in reversed(lines)]  # of several processors, the first
+    known = {name.strip(): value.strip() for name, _, value in pairs}
     allowed = [f"{name}={os.environ.get(name, '')}" for name in _INSTRUCTION_SETS]
     features = " ".join([*sorted(known.get("flags", known.get("Features", "")).split()), *allowed])
     return f"{known.get('model name', platform.machine())} {digest(features.encode())[:12]}"
-
-
-def _pair(line: str) -> tuple[str, str]:
-    name, _, value = line.partition(":")
-    return name.strip(), value.strip()
-
-
-def _difference(entry: CachedPlan, key: Key) -> str | None:
-    names = sorted(name for name in {*entry.key, *key} if entry.key.get(name) != key.get(name))
-    changes = [f"{name} was {entry.key.get(name, '')[:64]!r} and is {key.get(name, '')[:64]!r}" for name in names]
-    return "made for another key: " + "; ".join(changes) if names else None
-
-
-def _damage(folder: Path, entry: CachedPlan) -> str | None:
-    if set(entry.graphs) != set(entry.seconds):
-        return "its graphs are not those of its sizes"
-    for size, expected in entry.graphs.items():
-        path = _graph_path(folder, size)
-        if digest(np.memmap(path, np.uint8, "r") if path.stat().st_size else b"") != expected:
-            return f"{path.name} is corrupt"
-    return None
-
-
-def _graph_path(folder: Path, size: int) -> Path:
-    return folder / f"{size}.graph"

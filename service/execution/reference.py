@@ -1,8 +1,7 @@
 """Reference images, the logits that plain float32 computes for them, and the check that a graph reproduces these.
 
-Software tests call such stored correct outputs "golden", hence `GoldenMismatch`. A card names its reference images and
-logits. For a card without them, they are made from synthetic images when the model is first loaded, and kept with its
-batch plan.
+Stored correct outputs are called "golden", hence `GoldenMismatch`. For a card that names none, they are computed from
+synthetic images when the model is first loaded, and kept with its batch plan.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from service.arrays import Floats
-from service.backends.base import Graph, Precision
-from service.backends.module import Served, plain_logits
+from service.backends.base import Graph, Precision, Served, plain_logits
 from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid, ServiceError
 from service.store.cards import ModelCard, ReferenceFile
 
@@ -47,11 +45,10 @@ NOT_FINITE = "it gives NaN or infinity; check its weights and the card's mean an
 class Deviation:
     """How far logits are from the reference.
 
-    `largest` is the greatest difference of one logit, in the logits of image number `image` (from 0), `relative` its
-    share of the greatest reference logit, `share` its share of the reference's spread. `cosine` is the cosine
-    similarity of all logits as one vector. `changed` is how many of the `images` have another top class. `swap` is the
-    greatest distance between old and new top class in the reference logits, as a share of the spread; 0 if none
-    changed.
+    `largest` is the greatest difference of one logit, in image number `image` (from 0), `relative` its share of the
+    greatest reference logit, `share` its share of the reference's spread. `cosine` is the cosine similarity of all
+    logits as one vector. `changed` of the `images` have another top class; `swap` is the greatest distance between old
+    and new top class in the reference logits, as a share of the spread.
     """
 
     largest: float
@@ -72,8 +69,9 @@ class Deviation:
 
     def objection(self, precision: Precision) -> str | None:
         """Why it is too far for logits computed in `precision`; None if it is not."""
+        # Comparisons are false for NaN too.
         if precision == "float32":
-            if self.relative <= MAX_RELATIVE:  # false for NaN too
+            if self.relative <= MAX_RELATIVE:
                 return None
             return f"logits are off by {self.relative:.2g} of the greatest, {MAX_RELATIVE:g} is allowed"
         if not self.share <= TOLERANCE:
@@ -125,49 +123,38 @@ class Reference:
             off = np.abs(expected - logits).max(axis=1)
             cosine = _cosine(expected, logits)
         image = int(np.argmax(off))  # the first NaN, if there is one
+        largest = float(off[image])
         rows, old, new = np.arange(len(numbers)), expected.argmax(axis=1), logits.argmax(axis=1)
-        gaps = expected[rows, old] - expected[rows, new]
-        greatest = float(np.abs(self.logits).max())
+        gap = float((expected[rows, old] - expected[rows, new]).max())
+        greatest = max(float(np.abs(self.logits).max()), float(np.finfo(np.float32).tiny))
+        spread = self.spread or greatest
         return Deviation(
-            largest=float(off[image]),
-            relative=_over(float(off[image]), greatest),
-            share=_over(float(off[image]), self.spread or greatest),
+            largest=largest,
+            relative=largest / greatest,
+            share=largest / spread,
             image=int(numbers[image]),
             cosine=cosine,
             changed=len(set(numbers[old != new].tolist())),
-            swap=_over(float(gaps.max()), self.spread or greatest),
+            swap=gap / spread,
             images=len(set(numbers.tolist())),
         )
-
-
-def _over(part: float, whole: float) -> float:
-    return part / max(whole, float(np.finfo(np.float32).tiny))
 
 
 def _cosine(a: Floats, b: Floats) -> float:
     """The cosine similarity of `a` and `b` as vectors; 1 if both are zero."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    if not norms:
-        return float(not a.any() and not b.any())
-    return float(np.sum(a * b)) / norms
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(np.vdot(a, b) / norms) if norms else float(not a.any() and not b.any())
 
 
-def reference_of(card: ModelCard, folder: Path) -> Reference | None:
-    """The reference that the card in `folder` names; None when it names none.
+def reference_of(card: ModelCard, folder: Path, file: ReferenceFile | None = None) -> Reference | None:
+    """The reference for the model of `card` in `file`, by default in the one that the card names; None without either.
 
-    Raises:
-        ReferenceInvalid: as `read_reference`.
+    Raises ReferenceInvalid if the file is missing in `folder`, has another digest, or does not fit the model.
     """
-    return read_reference(card, folder, card.reference) if card.reference else None
-
-
-def read_reference(card: ModelCard, folder: Path, file: ReferenceFile) -> Reference:
-    """The reference in `file`, which lies in `folder`, for the model of `card`.
-
-    Raises:
-        ReferenceInvalid: the file is missing, has another digest, or does not fit the model.
-    """
+    file = file or card.reference
+    if file is None:
+        return None
     path = folder / file.file
     try:
         if not S_ISREG(path.stat().st_mode):  # a pipe would be waited for
@@ -214,11 +201,7 @@ def synthetic_images(height: int, width: int, count: int = SYNTHETIC) -> NDArray
 
 
 def computed_reference(module: Served, height: int, width: int, count: int = SYNTHETIC) -> Reference:
-    """`count` synthetic images of `height` x `width` and the logits of `module` for them, one image at a time.
-
-    Raises:
-        ModelLoadFailed: the logits are not finite.
-    """
+    """Synthetic images and the logits of `module` for each; raises ModelLoadFailed if these are not finite."""
     images = synthetic_images(height, width, count)
     logits = np.concatenate([plain_logits(module, images[i : i + 1]) for i in range(count)])
     if not np.isfinite(logits).all():
@@ -230,8 +213,8 @@ def computed_reference(module: Served, height: int, width: int, count: int = SYN
 class ReferenceCheck:
     """Checks that graphs reproduce `reference`.
 
-    For a reference that came with the model, `source` is its file, and `plain` computes the logits of the model itself,
-    in plain float32, for its images: if even those are off, the reference is wrong, not the graph.
+    For a reference that came with the model, `source` is its file, and `plain` computes the plain float32 logits of the
+    model for its images: if even those are off, the reference is wrong, not the graph.
     """
 
     reference: Reference
@@ -241,9 +224,8 @@ class ReferenceCheck:
     def check(self, graph: Graph, size: int, count: int | None = None) -> Deviation:
         """Run `graph`, made for batches of `size`, on all images, or on `count` and as many as fill its batches.
 
-        Raises:
-            GoldenMismatch: its logits are too far off for the precision it computes in; the message has the figures.
-            ReferenceInvalid: so are those of the plain module: the reference is not this model's.
+        Raises GoldenMismatch with the figures if its logits are too far off for the precision it computes in, or
+        ReferenceInvalid if those of the plain module are too, so that the reference is not this model's.
         """
         images = self.reference.images
         # Images whose logits differ most come first: even a few of them measure the precision, and not its noise.
@@ -258,31 +240,17 @@ class ReferenceCheck:
         return deviation
 
     def check_all(self, graphs: Mapping[int, Graph], latency: Graph | None = None) -> Deviation:
-        """Check `graphs`, which are by batch size, and the latency graph, on all images; return the worst deviation.
-
-        Raises:
-            GoldenMismatch, ReferenceInvalid: as `check`.
-        """
-        others = [self.check(latency, 1)] if latency and latency is not graphs.get(1) else []
-        return worst([*(self.check(graph, size) for size, graph in graphs.items()), *others])
+        """Check `graphs`, which are by batch size, and the latency graph, on all images; return the worst deviation."""
+        checked = [self.check(graph, size) for size, graph in graphs.items()]
+        return worst([*checked, self.check(latency, 1)] if latency else checked)
 
     def check_restored(self, graphs: Mapping[int, Graph], image_seconds: float) -> Deviation:
-        """As `check_all`, for graphs from the plan cache, whose bytes are known to be those that were checked before.
-
-        It tries as many images as `RESTORED_SECONDS` allow, and at least one batch in each graph.
-
-        Raises:
-            GoldenMismatch, ReferenceInvalid: as `check`.
-        """
+        """As `check_all`, for graphs whose bytes were checked before, on what images `RESTORED_SECONDS` allow."""
         few = max(1, min(len(self.reference.images), int(RESTORED_SECONDS / image_seconds)))
         return worst([self.check(graph, size, few if size == 1 else 1) for size, graph in graphs.items()])
 
     def require_own_reference(self) -> None:
-        """Find out whether the reference, and not a graph, is at fault.
-
-        Raises:
-            ReferenceInvalid: the plain module does not reproduce it either.
-        """
+        """Raise ReferenceInvalid if the plain module does not reproduce the reference either."""
         if self.plain is None:
             return
         deviation = self.reference.deviation(self.plain())
@@ -294,9 +262,9 @@ class ReferenceCheck:
             )
 
 
-def is_of_all_precisions(error: Exception) -> bool:
-    """Whether the fault is that of the model's files, of memory or of a GPU, and not of a precision."""
-    return isinstance(error, ServiceError) and not isinstance(error, GoldenMismatch)
+def concerns_precision(error: Exception) -> bool:
+    """Whether another precision may do better: the fault is not that of the model's files, of memory or of a GPU."""
+    return isinstance(error, GoldenMismatch) or not isinstance(error, ServiceError)
 
 
 def reason(error: Exception) -> str:

@@ -1,19 +1,22 @@
 """Finds out what runs a model fastest on this machine: the precision, how cores are shared out, the batch sizes.
 
-Everything is measured on the graphs that will run. What fails is left out and noted, as long as one graph works.
+`Tuning` measures the graphs that will run when a model is loaded; what fails is left out and noted, as long as one
+works. Where a backend takes minutes for its fastest graphs, `Optimizer` makes these while the model serves.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import inf
+from threading import Event
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 
-from service.backends.base import Backend, Graph, Layout, Precision, Program
+from service.backends.base import Backend, DeviceHealth, Graph, Layout, OptimizedGraphs, Precision, Program
 from service.errors import GoldenMismatch, ReferenceInvalid
 from service.execution.plan import WORTHWHILE_GAIN, BatchPlan, batch_seconds, gain
-from service.execution.reference import NOT_FINITE, Deviation, ReferenceCheck, is_of_all_precisions, one_line, reason
+from service.execution.reference import NOT_FINITE, Deviation, ReferenceCheck, concerns_precision, one_line, reason
 
 # The latency graph takes the memory of the weights once more; it must save this share of an image's time.
 LATENCY_SAVES = 0.15
@@ -21,7 +24,7 @@ LATENCY_SAVES = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a tuning may choose from. `precision` None leaves the choice to the measurement."""
+    """What a tuning may choose from; `precision` None leaves the choice to the measurement."""
 
     cores: int
     max_batch_size: int = 8
@@ -39,10 +42,7 @@ class LatencyGraph:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """The outcome: `graphs` by batch size, and the latency graph, where it pays.
-
-    `deviation` is the worst of all graphs from the reference.
-    """
+    """The outcome: `graphs` by batch size, the latency graph, where it pays, and the worst deviation of all graphs."""
 
     precision: Precision
     layout: Layout
@@ -79,10 +79,8 @@ class Tuning:
     def run(self) -> Tuned:
         """Measure and choose.
 
-        Raises:
-            GoldenMismatch: the logits are not finite, or are wrong in float32 or in the precision of the limits.
-            ReferenceInvalid: the reference is not this model's.
-            Exception: the backend's own, when it can compile nothing at all.
+        Raises GoldenMismatch if logits are not finite, or wrong in float32 or in the precision of the limits,
+        ReferenceInvalid if the reference is not this model's, or the backend's own error if it can compile nothing.
         """
         while (tuned := self._attempt()) is None:
             self._notes.clear()
@@ -94,46 +92,19 @@ class Tuning:
         base = self.backend.layouts(self.limits.cores)[0]
         precision, first = self._precision(base)
         try:
-            tuned = self._tuned(base, precision, first)
-            deviation = self.check.check_all(tuned.graphs, tuned.latency.make() if tuned.latency else None)
+            layout, (first, known), latency = self._layout(base, precision, first)
+            graphs, seconds = {1: first}, {1: known}
+            self._add_larger(layout, precision, graphs, seconds)
+            deviation = self.check.check_all(graphs, latency.make() if latency else None)
         except Exception as error:
-            if self.limits.precision or precision == "float32" or is_of_all_precisions(error):
+            if self.limits.precision or precision == "float32" or not concerns_precision(error):
                 raise
-            self._refuse(precision, reason(error))
+            self._refused[precision] = f"{precision} is not used: {reason(error)}"
             return None
-        return replace(tuned, notes=(*self._refused.values(), *self._notes), deviation=deviation)
-
-    def _tuned(self, base: Layout, precision: Precision, first: Graph) -> Tuned:
-        layout, (first, known), latency = self._layout(base, precision, first)
-        graphs, seconds = {1: first}, {1: known}
-        self._add_larger(layout, precision, graphs, seconds)
         # With fewer streams than instances, instances wait for one another.
         share = self.backend.instances / layout.streams
         plan = BatchPlan({n: t * share for n, t in seconds.items()}, latency.seconds if latency else None)
-        return Tuned(precision, layout, plan, graphs, latency, ())
-
-    def _add_larger(
-        self, layout: Layout, precision: Precision, graphs: dict[int, Graph], seconds: dict[int, float]
-    ) -> None:
-        """Add sizes 2, 4, ... to `graphs` and `seconds`, until one is not worth its wait or would take too long."""
-        began, size = self.started, 2
-        while size <= self.limits.max_batch_size:
-            now = perf_counter()
-            if now + 2 * (now - began) > self.started + self.backend.tuning.seconds:
-                self._notes.append(f"batches of {size} and more are left out: measuring them would take too long")
-                return
-            began = now
-            try:
-                graph = self.program.graph(size, layout, precision)
-                t = graph_seconds(graph, size, self.shape, layout.streams)
-            except Exception as error:  # noqa: BLE001  whatever it is, smaller batches work
-                what = f"{type(error).__name__}: {error}"
-                self._notes.append(f"batches of {size} and more are left out, {size} failed: {what}")
-                return
-            if gain(seconds, size, t) < WORTHWHILE_GAIN:
-                return
-            graphs[size], seconds[size] = graph, t
-            size *= 2
+        return Tuned(precision, layout, plan, graphs, latency, (*self._refused.values(), *self._notes), deviation)
 
     def _precision(self, layout: Layout) -> tuple[Precision, Graph]:
         """The fastest precision whose logits are good enough, and its graph for one image."""
@@ -141,18 +112,20 @@ class Tuning:
         candidates = [forced] if forced else [each for each in self.backend.precisions if each not in self._refused]
         usable: list[tuple[Precision, Graph]] = []
         for precision in candidates:
-            if usable and perf_counter() - self.started > self.backend.tuning.seconds / 4:
+            if usable and perf_counter() - self.started > self.backend.tuning_seconds / 4:
                 break  # a more promising one works
             try:
-                if graph := self._good_enough(precision, layout):
+                graph = self._finite(precision, layout)
+                if graph.precision not in self._refused:
+                    if not forced and graph.precision != "float32":
+                        self.check.check(graph, 1)
                     usable.append((precision, graph))
-            except ReferenceInvalid:
-                raise
             except Exception as error:
-                # What was requested and can't be compiled here gives way, but no wrong answers do in silence.
-                if (precision == "float32" and not usable) or (forced and isinstance(error, GoldenMismatch)):
+                # A requested precision that can't be compiled gives way; one that gives wrong logits does not.
+                wrong = isinstance(error, (ReferenceInvalid, GoldenMismatch) if forced else ReferenceInvalid)
+                if wrong or (precision == "float32" and not usable):
                     raise
-                self._refuse(precision, reason(error))
+                self._refused[precision] = f"{precision} is not used: {reason(error)}"
         if not usable:
             return "float32", self._finite("float32", layout)
         chosen, graph = usable[0]
@@ -161,25 +134,6 @@ class Tuning:
         if graph.precision != chosen:
             self._notes.append(f"{chosen} was requested, this machine computes in {graph.precision}")
         return graph.precision, graph
-
-    def _good_enough(self, precision: Precision, layout: Layout) -> Graph | None:
-        """The graph for one image; None if it really computes in a precision that was refused before."""
-        graph = self._finite(precision, layout)
-        if graph.precision in self._refused:
-            return None
-        if not self.limits.precision and graph.precision != "float32":
-            self.check.check(graph, 1)
-        return graph
-
-    def _probe(self, precision: Precision, graph: Graph, layout: Layout) -> float:
-        """The seconds by which precisions are compared; infinite if the backend can't run that batch size."""
-        size = self.backend.tuning.probe_size
-        try:
-            probed = graph if size == 1 else self.program.graph(size, layout, precision)
-            return graph_seconds(probed, size, self.shape, layout.streams)
-        except Exception as error:  # noqa: BLE001  whatever it is, another precision may work
-            self._notes.append(f"{precision} in batches of {size} failed with {one_line(error)}")
-            return inf
 
     def _finite(self, precision: Precision, layout: Layout) -> Graph:
         """The graph for one image, whose outputs are finite."""
@@ -190,32 +144,36 @@ class Tuning:
             raise GoldenMismatch(NOT_FINITE)
         return graph
 
-    def _refuse(self, precision: Precision, why: str) -> None:
-        self._refused[precision] = f"{precision} is not used: {why}"
-
-    def _copied(self, blob: bytes | None, layout: Layout, precision: Precision) -> Graph:
-        """The graph for one image in another layout, from its exported form, if it has one: that is faster."""
-        if blob is None or self.backend.restore is None:
-            return self.program.graph(1, layout, precision)
-        return self.backend.restore(np.frombuffer(blob, np.uint8), layout, precision)
+    def _probe(self, precision: Precision, graph: Graph, layout: Layout) -> float:
+        """The seconds by which precisions are compared; infinite if the backend can't run that batch size."""
+        size = self.backend.probe_size
+        try:
+            probed = graph if size == 1 else self.program.graph(size, layout, precision)
+            return graph_seconds(probed, size, self.shape, layout.streams)
+        except Exception as error:  # noqa: BLE001  whatever it is, another precision may work
+            self._notes.append(f"{precision} in batches of {size} failed with {one_line(error)}")
+            return inf
 
     def _layout(
         self, base: Layout, precision: Precision, first: Graph
     ) -> tuple[Layout, tuple[Graph, float], LatencyGraph | None]:
         """The layout with the most images per second, its graph for one image and t(1), and the latency graph."""
         graphs, seconds, alone = {base: first}, {}, {}
-        blob: bytes | None = None
+        blob, restore = None, self.backend.restore
         for layout in self.backend.layouts(self.limits.cores):
             try:
                 if layout != base:
                     blob = blob or first.export()
-                    graphs[layout] = self._copied(blob, layout, precision)
-                graph = graphs[layout]
-                seconds[layout] = graph_seconds(graph, 1, self.shape, layout.streams)
-                if layout.streams == 1:  # twice, because one disturbance on any core spoils a run on all of them
-                    alone[layout] = min(seconds[layout], graph_seconds(graph, 1, self.shape))
-                elif layout == base:
-                    alone[layout] = graph_seconds(graph, 1, self.shape)
+                    graphs[layout] = (  # to restore an exported graph is faster
+                        restore(np.frombuffer(blob, np.uint8), layout, precision)
+                        if restore and blob
+                        else self.program.graph(1, layout, precision)
+                    )
+                seconds[layout] = graph_seconds(graphs[layout], 1, self.shape, layout.streams)
+                if layout == base or layout.streams == 1:
+                    alone[layout] = graph_seconds(graphs[layout], 1, self.shape)
+                if layout.streams == 1:  # both, because one disturbance on any core spoils a run on all of them
+                    alone[layout] = min(alone[layout], seconds[layout])
             except Exception as error:
                 if layout == base:
                     raise
@@ -227,3 +185,121 @@ class Tuning:
         pays = least != best and alone[least] < alone[base] * (1 - LATENCY_SAVES)
         latency = LatencyGraph(least, alone[least], lambda: graphs[least]) if pays else None
         return best, (graphs[best], seconds[best]), latency
+
+    def _add_larger(
+        self, layout: Layout, precision: Precision, graphs: dict[int, Graph], seconds: dict[int, float]
+    ) -> None:
+        """Add sizes 2, 4, ... to `graphs` and `seconds`, until one is not worth its wait or would take too long."""
+        began, size = self.started, 2
+        while size <= self.limits.max_batch_size:
+            now = perf_counter()
+            if now + 2 * (now - began) > self.started + self.backend.tuning_seconds:
+                self._notes.append(f"batches of {size} and more are left out: measuring them would take too long")
+                return
+            began = now
+            try:
+                graph = self.program.graph(size, layout, precision)
+                t = graph_seconds(graph, size, self.shape, layout.streams)
+            except Exception as error:  # noqa: BLE001  whatever it is, smaller batches work
+                self._notes.append(f"batches of {size} and more are left out, {size} failed: {one_line(error)}")
+                return
+            if gain(seconds, size, t) < WORTHWHILE_GAIN:
+                return
+            graphs[size], seconds[size] = graph, t
+            size *= 2
+
+
+class OptimizedGraph(NamedTuple):
+    """A graph for batches of `size`, and the seconds of a batch in it while all instances run."""
+
+    size: int
+    graph: Graph
+    seconds: float
+
+
+@dataclass(slots=True)
+class Optimizer:
+    """Makes one model's graphs faster while it serves. As long as there is a `size`, call `prepare`, then `make`.
+
+    The sizes are those of `plan`, the smallest first, then larger ones up to the limit, as long as they pay. Where
+    `check` raises GoldenMismatch, the size is tried again in float32, unless the limits name a precision. After any
+    other failure, which `notes` names, the model keeps its graphs; that of a GPU is reported to `devices`.
+    """
+
+    program: Program
+    optimized: OptimizedGraphs
+    layout: Layout
+    precision: Precision
+    shape: tuple[int, int]
+    check: Callable[[Graph, int], object]
+    plan: BatchPlan
+    limits: Limits
+    devices: DeviceHealth = field(default_factory=DeviceHealth)
+    # Mutable state, besides `plan`, which gets the new seconds: notes; the next batch size, None when nothing is left
+    # to do, and its precision; how much longer a batch takes now, under load, than in `plan`; and whether to stop.
+    notes: list[str] = field(init=False, default_factory=list)
+    size: int | None = field(init=False)
+    _size_precision: Precision = field(init=False)
+    _drift: float = field(init=False, default=1.0)
+    _stopped: Event = field(init=False, default_factory=Event)
+
+    def __post_init__(self) -> None:
+        self.size = self.plan.sizes[0]
+        self._size_precision = self.precision
+
+    def prepare(self) -> None:
+        """Do the part that takes minutes; graphs can be made meanwhile. `stop` ends it early."""
+        if self.size is None:
+            return
+        try:
+            with self.devices.watched():
+                self.optimized.prepare(self.size, self._size_precision, self._stopped)
+        except Exception as error:  # noqa: BLE001  whatever it is, the model keeps its graphs
+            self._give_up(self.size, error)
+
+    def stop(self) -> None:
+        """Make `prepare` return, because the model is unloaded. From any thread."""
+        self._stopped.set()
+
+    def make(self) -> OptimizedGraph | None:
+        """Make the graph and measure it, alone. None: it is not worth it, or has to be prepared again, in float32."""
+        if (size := self.size) is None:
+            return None
+        try:
+            with self.devices.watched():
+                return self._measured(size)
+        except Exception as error:  # noqa: BLE001  as above
+            if not isinstance(error, GoldenMismatch) or self.limits.precision or self._size_precision == "float32":
+                self._give_up(size, error)
+            else:
+                self._size_precision = "float32"
+                self.notes.append(f"batches of {size} are compiled in float32, {self.precision} is not used: {error}")
+            return None
+
+    def _measured(self, size: int) -> OptimizedGraph | None:
+        graph = self.optimized.graph(size, self._size_precision)
+        self.check(graph, size)
+        if planned := size in self.plan.seconds:
+            # The graph that serves must not be run from here, so it is made again to compare with.
+            present = self.program.graph(size, self.layout, self.precision)
+            pairs = [(self._time(present, size), self._time(graph, size)) for _ in range(2)]
+            before, after = (min(times) for times in zip(*pairs, strict=True))
+            self._drift = before / self.plan.seconds[size]
+            seconds, pays = after / self._drift, after < before
+        else:
+            seconds = self._time(graph, size) / self._drift
+            pays = gain(self.plan.seconds, size, seconds) >= WORTHWHILE_GAIN
+        following = next((each for each in self.plan.sizes if each > size), 2 * size)
+        self.size = following if following <= self.limits.max_batch_size and (planned or pays) else None
+        self._size_precision = self.precision
+        if not pays:
+            return None
+        self.plan = replace(self.plan, seconds={**self.plan.seconds, size: seconds})
+        return OptimizedGraph(size, graph, seconds)
+
+    def _time(self, graph: Graph, size: int) -> float:
+        return graph_seconds(graph, size, self.shape, self.layout.streams)
+
+    def _give_up(self, size: int, error: Exception) -> None:
+        self.notes.append(f"batches of {size} and more are not compiled: {one_line(error)}")
+        self.size = None

@@ -9,7 +9,6 @@ from typing import Any
 
 from service.acquisition.pulling import Pulls
 from service.errors import ServiceError, WeightsUnavailable
-from service.machine.workers import Workers, detached
 from service.options import EngineOptions
 from service.registry.entries import Candidate, EntryStatus
 from service.registry.registry import Registry
@@ -18,6 +17,7 @@ from service.registry.status import ModelStatus, VersionStatus
 from service.sharing import fresh
 from service.store.remote import open_store
 from service.store.store import Contents, StoredModel
+from service.workers import Workers, detached
 
 FETCHES = 4  # at a time; they wait for one another's room in the cache, but not for one that has its files
 

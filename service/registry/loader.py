@@ -8,11 +8,9 @@ from time import perf_counter
 import numpy as np
 import structlog
 
-from service.backends.base import Backend
-from service.backends.module import build, plain_logits
+from service.backends.base import Backend, DeviceHealth, build, plain_logits
 from service.errors import DeviceFailed, GoldenMismatch, OutOfMemory, ReferenceInvalid, ServiceError
 from service.execution.executable import CheckedGraphs, Executable, LoadReport
-from service.execution.optimizer import Optimizer
 from service.execution.plan import BatchPlan
 from service.execution.plan_cache import CachedPlan, PlanCache, digest, machine
 from service.execution.reference import (
@@ -20,11 +18,9 @@ from service.execution.reference import (
     ReferenceCheck,
     computed_reference,
     packed,
-    read_reference,
     reference_of,
 )
-from service.execution.tuning import LatencyGraph, Limits, Tuned, Tuning
-from service.machine.devices import DeviceHealth
+from service.execution.tuning import LatencyGraph, Limits, Optimizer, Tuned, Tuning
 from service.store.store import StoredModel
 
 log = structlog.get_logger(component="loader")
@@ -193,10 +189,11 @@ class _Attempt:
         cache.write(self.stored.id, self.stored.version, entry, whole, files)
 
     def _cached_reference(self, cache: PlanCache, entry: CachedPlan) -> Reference:
-        if entry.reference is None:
-            raise ReferenceInvalid("the entry has no reference images")
         folder = cache.folder(self.stored.id, self.stored.version)
-        return read_reference(self.stored.require_card(), folder, entry.reference)
+        reference = reference_of(self.stored.require_card(), folder, entry.reference)
+        if reference is None:
+            raise ReferenceInvalid("the entry has no reference images")
+        return reference
 
     def _check(self, reference: Reference) -> ReferenceCheck:
         card, folder = self.stored.require_card(), self.stored.folder

@@ -8,13 +8,12 @@ from typing import TypeVar
 
 import structlog
 
+from service.backends.base import DeviceHealth
 from service.errors import ModelLoadFailed, ServiceError
 from service.execution.executable import Executable
 from service.execution.plan_cache import PlanCache
 from service.execution.tuning import Limits
-from service.machine.devices import DeviceHealth
-from service.machine.memory import give_back, held_bytes
-from service.machine.workers import Workers, detached
+from service.machine import give_back, held_bytes
 from service.metrics import EngineMetrics
 from service.options import EngineOptions, make_backends
 from service.pipeline import Pipeline
@@ -24,6 +23,7 @@ from service.registry.loader import load
 from service.registry.residency import Footprint, Footprints
 from service.registry.resident import Resident
 from service.store.store import StoredModel
+from service.workers import Workers, detached
 
 T = TypeVar("T")
 

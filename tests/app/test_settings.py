@@ -10,7 +10,7 @@ from app.main import engine_options
 from app.settings import Settings, SettingsInvalid
 from app.workers import Worker, WorkerGroup
 from service.errors import BackendUnavailable
-from service.machine.cores import usable_cores
+from service.machine import usable_cores
 from tests.conftest import ROOT
 
 

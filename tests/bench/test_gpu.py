@@ -14,13 +14,13 @@ from bench.gpu_results import GpuEngine, GpuLimits, GpuPeak, GpuResults, GpuServ
 from bench.ours import OnDevice
 from bench.peers.common import make_model
 from bench.results import Closed
-from service.backends.cuda.compiling import Function, Job
+from service.backends.cuda_compiling import Function, Job, TorchCompiler
 from tests.service.fake_device import FakeDevice
 
 CPU = torch.device("cpu")
 
 
-class AsItIs:
+class AsItIs(TorchCompiler):
     """A compiler that does nothing."""
 
     def prepare(self, job: Job, stopped: Event) -> None:
@@ -109,7 +109,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_all_engines_answer_alike_and_are_timed_in_turn() -> None:
-    rows = measure(CPU, FakeDevice(), "pvt_v2_b0", 2, rounds=2, seconds=0.0, compiler=AsItIs())
+    rows = measure(CPU, FakeDevice(), "pvt_v2_b0", 2, rounds=2, seconds=0.0, compiler=AsItIs(None))
 
     assert [row.engine for row in rows] == list(gpu_engines.ENGINES)
     for row in rows:
@@ -122,7 +122,7 @@ def test_all_engines_answer_alike_and_are_timed_in_turn() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_an_engine_that_fails_is_told_of_and_the_others_go_on() -> None:
-    rows = measure(CPU, FakeDevice(largest=1), "pvt_v2_b0", 2, rounds=1, seconds=0.0, compiler=AsItIs())
+    rows = measure(CPU, FakeDevice(largest=1), "pvt_v2_b0", 2, rounds=1, seconds=0.0, compiler=AsItIs(None))
 
     assert [bool(row.images_per_second) for row in rows] == [True, True, False]
     assert rows[-1].note == "OutOfMemory: a batch of 2 does not fit"
@@ -131,7 +131,7 @@ def test_an_engine_that_fails_is_told_of_and_the_others_go_on() -> None:
 def test_ours_has_the_weights_it_is_given() -> None:
     theirs = make_model()
     model, as_they_are = ("pvt_v2_b0", theirs.state_dict()), ((0.0,) * 3, (1 / 255,) * 3)
-    ours = OnDevice(FakeDevice(bfloat16=False), model, 1, as_they_are, AsItIs())
+    ours = OnDevice(FakeDevice(bfloat16=False), model, 1, as_they_are, AsItIs(None))
     pixels = np.random.default_rng(0).integers(0, 2, (1, 224, 224, 3), dtype=np.uint8)
     with torch.inference_mode():
         expected = theirs(torch.from_numpy(pixels).permute(0, 3, 1, 2).float()).logits.numpy()

@@ -1,8 +1,8 @@
 import pytest
 
 from bench.precision import EMBEDDED, STORE, deviations
-from service.backends.module import build
-from service.backends.torch_cpu import TorchBackend
+from service.backends.base import build
+from service.backends.cpu import TorchBackend
 from service.execution.reference import TOLERANCE, reference_of
 from service.store.store import Store
 

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from service.arrays import Floats
-from service.backends.base import Batch
-from service.backends.cuda.compiling import Function, Placed
-from service.backends.cuda.device import Captured, CudaDevice
-from service.backends.module import Served
+from service.backends.base import Batch, Served
+from service.backends.cuda import Captured, CudaDevice
+from service.backends.cuda_compiling import Function, Placed
 from service.errors import OutOfMemory
 
 

@@ -12,8 +12,8 @@ import pytest
 from torch import nn
 
 from service import options as options_module
-from service.backends.cuda.compiling import Function, Job
-from service.backends.cuda.device import Captured
+from service.backends.cuda import Captured
+from service.backends.cuda_compiling import Function, Job
 from service.engine import Engine
 from service.errors import DeviceFailed, OutOfMemory
 from service.options import EngineOptions, default_instances

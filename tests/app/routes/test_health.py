@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from service.machine.cores import usable_cores
+from service.machine import usable_cores
 from tests.app.conftest import MakeClient, png
 from tests.service.stores import add_model
 

@@ -7,7 +7,7 @@ from starlette.testclient import TestClient
 from torch import nn
 
 from service.architecture.variants import VARIANTS
-from service.backends.cuda.compiling import Function, Job
+from service.backends.cuda_compiling import Function, Job
 from service.errors import DeviceFailed
 from tests.app.conftest import MakeClient, png
 from tests.service.execution.skewed import SkewedTorch, bfloat16_is_faster, rolled_in_bfloat16

@@ -33,7 +33,7 @@ from service.acquisition.preprocessing import PRESETS
 from service.acquisition.publishing import PULL_FOLDER, verify
 from service.acquisition.pulling import Pulled, PullOptions, pull
 from service.architecture.weights import read_checkpoint, remap_keys
-from service.backends.module import build, plain_logits
+from service.backends.base import build, plain_logits
 from service.errors import (
     PullFailed,
     ServiceError,

@@ -9,10 +9,8 @@ from numpy.typing import NDArray
 from service.architecture.pvt_v2 import create
 from service.architecture.variants import VARIANTS
 from service.architecture.weights import load_weights
-from service.backends.base import Backend, Layout, Precision
-from service.backends.module import Served
-from service.backends.openvino import OpenVinoBackend
-from service.backends.torch_cpu import TorchBackend
+from service.backends.base import Backend, Layout, Precision, Served
+from service.backends.cpu import OpenVinoBackend, TorchBackend
 from service.execution.reference import Reference
 from service.store.cards import ModelCard, read_card
 from tests.conftest import ROOT
@@ -139,10 +137,10 @@ def refuse(event, args):
 sys.addaudithook(refuse)
 import torch
 from service.backends.base import Layout
-from service.backends.module import Served
-from service.backends.openvino import OpenVinoBackend
+from service.backends.base import Served
+from service.backends.cpu import OpenVinoBackend
 from service.architecture.pvt_v2 import create
-from service.backends.module import Served
+from service.backends.base import Served
 OpenVinoBackend(1).program(Served(create("pvt_v2_b0"), (0, 0, 0), (1, 1, 1)), 32, 32).graph(1, Layout(1, 1), "float32")
 import threading
 [thread.join() for thread in threading.enumerate() if thread is not threading.main_thread()]

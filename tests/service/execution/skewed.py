@@ -7,9 +7,8 @@ from typing import ClassVar
 import numpy as np
 
 from service.arrays import Floats
-from service.backends.base import Batch, Blob, Graph, Layout, OptimizedProgram, Precision, Program
-from service.backends.module import Served
-from service.backends.torch_cpu import TorchBackend
+from service.backends.base import Blob, Graph, Images, Layout, Precision, Program, Served
+from service.backends.cpu import TorchBackend
 
 Skew = Callable[[Floats, Precision], Floats]
 
@@ -57,25 +56,12 @@ class SkewedGraph:
     def precision(self, value: Precision) -> None:
         raise NotImplementedError(value)
 
-    def run(self, instance: int, batch: Batch) -> tuple[Floats, ...]:
-        logits, *others = self.graph.run(instance, batch)
+    def run(self, instance: int, images: Images) -> tuple[Floats, ...]:
+        logits, *others = self.graph.run(instance, images)
         return self.skew(logits, self.precision), *others
-
-    def input_buffer(self, instance: int) -> Batch | None:
-        return self.graph.input_buffer(instance)
 
     def export(self) -> bytes | None:
         return self.graph.export()
-
-
-@dataclass
-class SkewedProgram:
-    program: Program
-    skew: Skew
-    optimized: OptimizedProgram | None = None
-
-    def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
-        return SkewedGraph(self.program.graph(size, layout, precision), self.skew)
 
 
 class AnyTorch(TorchBackend):
@@ -92,7 +78,8 @@ class SkewedTorch(AnyTorch):
         self.skew = skew
 
     def program(self, module: Served, height: int, width: int) -> Program:
-        return SkewedProgram(super().program(module, height, width), self.skew)
+        program = super().program(module, height, width)
+        return Program(lambda *arguments: SkewedGraph(program.graph(*arguments), self.skew))
 
 
 class Exporting(TorchBackend):
@@ -106,20 +93,12 @@ class Exporting(TorchBackend):
         self.skew = skew
 
     def program(self, module: Served, height: int, width: int) -> Program:
-        return ExportingProgram(super().program(module, height, width))
+        program = super().program(module, height, width)
+        return Program(lambda *arguments: Exported(program.graph(*arguments), lambda logits, _: logits))
 
     def restore(self, blob: Blob, layout: Layout, precision: Precision) -> Graph:
         del layout, precision
         return SkewedGraph(self.graphs[int(blob.tobytes())], self.skew)
-
-
-@dataclass
-class ExportingProgram:
-    program: Program
-    optimized: OptimizedProgram | None = None
-
-    def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
-        return Exported(self.program.graph(size, layout, precision), lambda logits, _: logits)
 
 
 class Exported(SkewedGraph):

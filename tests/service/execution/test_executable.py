@@ -5,15 +5,12 @@ import pytest
 import torch
 
 from service.arrays import Floats
-from service.backends.base import Backend, Batch, Layout, Precision
-from service.backends.module import build
-from service.backends.openvino import OpenVinoBackend
-from service.backends.torch_cpu import TorchBackend
+from service.backends.base import Backend, Batch, Graph, Images, Layout, Precision, build
+from service.backends.cpu import OpenVinoBackend, TorchBackend
 from service.errors import ModelLoadFailed
 from service.execution.executable import STAGES, Executable
-from service.execution.optimizer import OptimizedGraph
 from service.execution.plan import BatchPlan
-from service.execution.tuning import LatencyGraph, Tuned
+from service.execution.tuning import LatencyGraph, OptimizedGraph, Tuned
 from tests.service.registry.test_loader import load_tiny, random_images
 from tests.service.stores import add_model
 
@@ -21,25 +18,20 @@ BACKENDS = [TorchBackend(1), OpenVinoBackend(1)]
 
 
 def test_an_image_that_is_alone_runs_in_the_latency_graph(tmp_path: Path) -> None:
-    class Graph:
+    class Named(Graph):
         precision: Precision = "float32"
 
         def __init__(self, name: float) -> None:
             self.name = name
 
-        def run(self, _: int, batch: Batch) -> tuple[Floats, Floats]:
-            return np.full((len(batch), 3), self.name, np.float32), np.zeros((len(batch), 2), np.float32)
-
-        def input_buffer(self, _: int) -> None:
-            return None
-
-        def export(self) -> None:
-            return None
+        def run(self, instance: int, images: Images) -> tuple[Floats, Floats]:
+            assert instance == 0
+            return np.full((len(images), 3), self.name, np.float32), np.zeros((len(images), 2), np.float32)
 
     add_model(tmp_path)
     loaded = load_tiny(tmp_path, 1)
-    latency = LatencyGraph(Layout(1, 2), 0.01, lambda: Graph(2))
-    tuned = Tuned("float32", Layout(2, 1), BatchPlan({1: 0.02, 2: 0.03}), {1: Graph(1), 2: Graph(1)}, latency, ())
+    latency = LatencyGraph(Layout(1, 2), 0.01, lambda: Named(2))
+    tuned = Tuned("float32", Layout(2, 1), BatchPlan({1: 0.02, 2: 0.03}), {1: Named(1), 2: Named(1)}, latency, ())
     executable = Executable(loaded.stored, TorchBackend(1), tuned, loaded.report)
 
     def answered(count: int, *, alone: bool) -> float:
@@ -154,32 +146,3 @@ def test_a_batch_that_is_larger_than_any_graph_with_stage_maps_is_run_in_parts(t
     for i, each in enumerate(outputs):
         for mine, true in zip(each.stages, stages, strict=True):
             np.testing.assert_allclose(mine, true[i], atol=1e-4)
-
-
-def test_a_batch_is_stacked_in_the_graphs_input_buffer(tmp_path: Path) -> None:
-    add_model(tmp_path)
-    executable = load_tiny(tmp_path, 1)
-    buffer = np.zeros((2, 32, 32, 3), np.uint8)
-    seen: list[Batch] = []
-
-    class Buffered:
-        precision: Precision = "float32"
-
-        def run(self, _: int, batch: Batch) -> tuple[Floats, Floats]:
-            seen.append(batch)
-            return np.zeros((2, 3), np.float32), np.zeros((2, 2), np.float32)
-
-        def input_buffer(self, instance: int) -> Batch:
-            assert instance == 1
-            return buffer
-
-        def export(self) -> None:
-            return None
-
-    executable.swap_graph(OptimizedGraph(2, Buffered(), 0.25))
-    images = random_images(2)
-
-    executable.run(1, images)
-
-    assert seen[0] is buffer
-    np.testing.assert_array_equal(buffer, np.stack(images))

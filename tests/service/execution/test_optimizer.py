@@ -6,33 +6,25 @@ import numpy as np
 import pytest
 
 from service.arrays import Floats
-from service.backends.base import Batch, Graph, Layout, Precision
+from service.backends.base import DeviceHealth, Graph, Images, Layout, OptimizedGraphs, Precision, Program
 from service.errors import DeviceFailed, GoldenMismatch, OutOfMemory
-from service.execution.optimizer import OptimizedGraph, Optimizer
 from service.execution.plan import BatchPlan
-from service.execution.tuning import Limits
-from service.machine.devices import DeviceHealth
+from service.execution.tuning import Limits, OptimizedGraph, Optimizer
 
 LAYOUT = Layout(1, 1)
 
 
 @dataclass
-class FakeGraph:
+class FakeGraph(Graph):
     program: "FakeProgram"
     size: int
     seconds: float
     precision: Precision = "bfloat16"
 
-    def run(self, instance: int, batch: Batch) -> tuple[Floats, ...]:
-        assert (instance, len(batch)) == (0, self.size)
+    def run(self, instance: int, images: Images) -> tuple[Floats, ...]:
+        assert (instance, len(images)) == (0, self.size)
         self.program.now += self.seconds * self.program.slower
         return (np.zeros((self.size, 1), np.float32),)
-
-    def input_buffer(self, instance: int) -> None:
-        del instance
-
-    def export(self) -> None:
-        return None
 
 
 @dataclass
@@ -53,38 +45,28 @@ class FakeProgram:
     made: list[tuple[str, int]] = field(default_factory=list)
     precisions: list[Precision] = field(default_factory=list)
 
-    @property
-    def optimized(self) -> "FakeOptimized":
-        return FakeOptimized(self)
-
     def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
         assert (layout, precision) == (LAYOUT, "bfloat16")
         self.made.append(("eager", size))
         return FakeGraph(self, size, self.eager(size))
 
-
-@dataclass
-class FakeOptimized:
-    program: FakeProgram
-
     def prepare(self, size: int, precision: Precision, stopped: Event) -> None:
-        self.program.precisions.append(precision)
-        if size in self.program.uncompilable:
+        self.precisions.append(precision)
+        if size in self.uncompilable:
             raise RuntimeError("no C compiler")
         assert not stopped.is_set()
-        self.program.made.append(("prepared", size))
+        self.made.append(("prepared", size))
 
-    def graph(self, size: int, precision: Precision) -> Graph:
-        program = self.program
-        assert precision == program.precisions[-1]
-        assert program.made[-1] == ("prepared", size)
-        if size == program.broken:
+    def optimized_graph(self, size: int, precision: Precision) -> Graph:
+        assert precision == self.precisions[-1]
+        assert self.made[-1] == ("prepared", size)
+        if size == self.broken:
             raise DeviceFailed("cuda:0 failed")
-        if size > program.fits:
+        if size > self.fits:
             raise OutOfMemory(f"{size} does not fit")
-        program.made.append(("compiled", size))
-        seconds = program.compiled(size) * (program.float32_takes if precision == "float32" else 1)
-        return FakeGraph(program, size, seconds, precision)
+        self.made.append(("compiled", size))
+        seconds = self.compiled(size) * (self.float32_takes if precision == "float32" else 1)
+        return FakeGraph(self, size, seconds, precision)
 
 
 def optimize(
@@ -104,8 +86,10 @@ def optimize(
             raise GoldenMismatch("off by 0.5")
 
     limits = Limits(1, most, "bfloat16" if forced else None)
+    optimized = OptimizedGraphs(program.prepare, program.optimized_graph)
+    whole = Program(program.graph, optimized)
     optimizer = Optimizer(
-        program, program.optimized, LAYOUT, "bfloat16", (32, 32), check, plan, limits, devices or DeviceHealth()
+        whole, optimized, LAYOUT, "bfloat16", (32, 32), check, plan, limits, devices or DeviceHealth()
     )
     made = []
     while optimizer.size:

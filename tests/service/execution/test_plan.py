@@ -24,8 +24,7 @@ def test_best_takes_one_at_a_time_where_batches_buy_nothing() -> None:
 def test_a_batch_is_padded_to_the_next_compiled_size() -> None:
     plan = BatchPlan({1: 1.0, 2: 1.5, 8: 3.0})
 
-    assert [plan.padded(n) for n in (1, 2, 3, 8)] == [1, 2, 8, 8]
-    assert plan.time(3) == 3.0
+    assert [plan.time(n) for n in (1, 2, 3, 8)] == [1.0, 1.5, 3.0, 3.0]
 
 
 def test_without_drops_every_size_that_holds_the_count_but_never_the_last() -> None:
@@ -49,6 +48,15 @@ def test_gain_compares_images_per_second_with_those_of_the_best_size() -> None:
     seconds = {1: 0.0395, 2: 0.0695}  # 25 and 28.6 images a second, hand-overs included
 
     assert gain(seconds, 4, 0.0995) == pytest.approx(40 / (2 / 0.07))
+
+
+def test_an_instance_that_fails_does_not_keep_the_others_waiting() -> None:
+    def run(instance: int) -> None:
+        if instance == 1:
+            raise RuntimeError("no room")
+
+    with pytest.raises(RuntimeError, match="no room"):
+        batch_seconds(run, streams=2)
 
 
 def test_a_time_is_the_least_of_several_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,16 @@ def test_a_new_entry_takes_the_place_of_the_old(cache: PlanCache) -> None:
     assert [path.name for path in folder(cache).parent.iterdir()] == ["1"]
 
 
+def test_what_a_killed_process_has_left_is_removed(cache: PlanCache) -> None:
+    left = folder(cache).parent / ".new-left"
+    left.mkdir()
+    (left / "1.graph").write_bytes(b"half")
+
+    cache.write("pvt_v2_b0.tiny", "1", ENTRY, GRAPHS)
+
+    assert [path.name for path in folder(cache).parent.iterdir()] == ["1"]
+
+
 def test_a_folder_that_can_not_be_written_is_logged_and_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
 
@@ -141,8 +151,8 @@ def test_a_changed_epsilon_of_a_variant_makes_another_key(code: Path) -> None:
     assert code_digest(code) != before
 
 
-@pytest.mark.parametrize("package", ["architecture", "backends", "execution"])
-def test_every_module_that_makes_plans_and_graphs_is_part_of_the_key(code: Path, package: str) -> None:
+@pytest.mark.parametrize("package", ["architecture", "backends", "execution", "images"])
+def test_every_module_of_the_service_is_part_of_the_key(code: Path, package: str) -> None:
     for path in (code / package).rglob("*.py"):
         before = code_digest(code)
         path.write_text(path.read_text() + "\n")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.backends.module import build, plain_logits
+from service.backends.base import build, plain_logits
 from service.errors import ReferenceInvalid
 from service.execution.reference import (
     MIN_COSINE,

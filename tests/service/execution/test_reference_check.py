@@ -11,10 +11,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.arrays import Floats
-from service.backends.base import Batch, Graph, Layout, Precision, Program
-from service.backends.module import Served, build, plain_logits
-from service.backends.openvino import OpenVinoBackend
-from service.backends.torch_cpu import TorchBackend
+from service.backends.base import Graph, Images, Layout, Precision, Program, Served, build, plain_logits
+from service.backends.cpu import OpenVinoBackend, TorchBackend
 from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid
 from service.execution.executable import Executable
 from service.execution.plan_cache import PlanCache
@@ -236,7 +234,7 @@ def test_a_kept_reference_that_is_damaged_is_made_anew(
 
 
 @dataclass
-class Recorder:
+class Recorder(Graph):
     """A graph that gives the reference's logits, or others, and notes which images it was run on."""
 
     reference: Reference
@@ -244,17 +242,11 @@ class Recorder:
     precision: Precision = "float32"
     batches: list[list[int]] = field(default_factory=list)
 
-    def run(self, instance: int, batch: Batch) -> tuple[Floats, ...]:
+    def run(self, instance: int, images: Images) -> tuple[Floats, ...]:
         assert instance == 0
-        numbers = [int(image[0, 0, 0]) for image in batch]
+        numbers = [int(image[0, 0, 0]) for image in images]
         self.batches.append(numbers)
         return (self.reference.logits[numbers] * np.float32(self.factor),)
-
-    def input_buffer(self, instance: int) -> None:
-        del instance
-
-    def export(self) -> None:
-        return None
 
 
 @pytest.fixture
@@ -413,7 +405,7 @@ def test_a_later_graph_that_is_wrong_in_bfloat16_is_made_in_float32_with_a_note(
         further = later(executable)
 
     images = synthetic_images(further.height, further.width, 1)
-    (answered,) = further.run(0, list(images), alone=True, stages=further.staged)
+    (answered,) = further.run(0, list(images), alone=True, stages=bool(further.staged))
     wanted = plain_logits(build(executable.card, executable.stored.folder), images)[0]
     np.testing.assert_allclose(answered.logits, wanted, atol=1e-4)
     assert [(line["event"], line["note"]) for line in logs] == [("plan_note", note) for note in further.notes]
@@ -433,7 +425,7 @@ def test_a_later_graph_that_fails_in_bfloat16_is_made_in_float32_unless_that_was
     further = later(executable)
 
     images = synthetic_images(further.height, further.width, 1)
-    (answered,) = further.run(0, list(images), alone=True, stages=further.staged)
+    (answered,) = further.run(0, list(images), alone=True, stages=bool(further.staged))
     wanted = plain_logits(build(executable.card, executable.stored.folder), images)[0]
     np.testing.assert_allclose(answered.logits, wanted, atol=1e-4)
     assert further.notes
@@ -465,18 +457,15 @@ def test_a_batch_of_two_that_is_wrong_in_bfloat16_leaves_the_backend_its_model_a
         def program(self, module: Served, height: int, width: int) -> Program:
             made, program = self.made, super().program(module, height, width)
 
-            class Made:
-                optimized = None
+            def wrong_in_pairs(size: int, layout: Layout, precision: Precision) -> Graph:
+                made.append(precision)
+                graph = program.graph(size, layout, precision)
+                if size == 2:
+                    assert isinstance(graph, SkewedGraph)
+                    graph.skew = rolled_in_bfloat16
+                return graph
 
-                def graph(self, size: int, layout: Layout, precision: Precision) -> Graph:
-                    made.append(precision)
-                    graph = program.graph(size, layout, precision)
-                    if size == 2:
-                        assert isinstance(graph, SkewedGraph)
-                        graph.skew = rolled_in_bfloat16
-                    return graph
-
-            return Made()
+            return Program(wrong_in_pairs)
 
     monkeypatch.setattr("service.execution.tuning.Tuning._probe", bfloat16_is_faster)
     monkeypatch.setattr("service.execution.tuning.gain", lambda *_: 2.0)

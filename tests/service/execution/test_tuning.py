@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 
 from service.arrays import Floats
-from service.backends.base import Batch, Blob, CpuBackend, Graph, Layout, Precision, Program, TuningOptions
-from service.backends.module import Served
+from service.backends.base import Blob, Graph, Images, Layout, Precision, Program, Served
+from service.backends.cpu import TorchBackend
 from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid
 from service.execution.reference import TOLERANCE, Reference, ReferenceCheck
 from service.execution.tuning import Limits, Tuned, Tuning
 
 SHAPE = (32, 32)
-OPTIONS = TuningOptions()
-TUNING_SECONDS = OPTIONS.seconds
+TUNING_SECONDS = TorchBackend.tuning_seconds
 CLASSES = 4
 REFERENCE = Reference(np.zeros((2, *SHAPE, 3), np.uint8), np.tile(np.arange(CLASSES, dtype=np.float32), (2, 1)))
 
@@ -46,12 +45,12 @@ class FakeBackend:
     name: str = "fake"
     version: str = "1"
     device: str = "cpu"
-    tuning: TuningOptions = OPTIONS
-    optimized: None = None
+    tuning_seconds: float = TUNING_SECONDS
+    probe_size: int = 1
     made: list[tuple[Layout, int, Precision]] = field(default_factory=list)
 
     def layouts(self, cores: int) -> Sequence[Layout]:
-        return CpuBackend(self.instances).layouts(cores)
+        return TorchBackend(self.instances).layouts(cores)
 
     def memory_bytes(self) -> int:
         return 0
@@ -72,23 +71,20 @@ class FakeBackend:
 
 
 @dataclass
-class FakeGraph:
+class FakeGraph(Graph):
     backend: FakeBackend
     size: int
     layout: Layout
     precision: Precision
 
-    def run(self, instance: int, batch: Batch) -> tuple[Floats, Floats]:
+    def run(self, instance: int, images: Images) -> tuple[Floats, Floats]:
         assert instance in range(self.backend.instances)
-        assert len(batch) == self.size
+        assert len(images) == self.size
         self.backend.clock.now += self.backend.seconds(self.layout, self.size, self.precision)
         logits = REFERENCE.logits[0]
         if self.backend.wrong(self.layout, self.size, self.precision):
             logits = self.backend.logits.get(self.precision, logits)
         return np.tile(logits, (self.size, 1)), np.ones((self.size, 2), np.float32)
-
-    def input_buffer(self, instance: int) -> None:
-        del instance
 
     def export(self) -> bytes:
         return b"compiled"
@@ -106,7 +102,8 @@ def tune(
     backend: FakeBackend, *, cores: int = 2, precision: Precision | None = None, check: ReferenceCheck | None = None
 ) -> Tuned:
     limits = Limits(cores, max_batch_size=4, precision=precision)
-    return Tuning(backend, backend, check or ReferenceCheck(REFERENCE), SHAPE, limits, started=backend.clock.now).run()
+    program, check = Program(backend.graph), check or ReferenceCheck(REFERENCE)
+    return Tuning(backend, program, check, SHAPE, limits, started=backend.clock.now).run()
 
 
 def even(layout: Layout, size: int, precision: Precision) -> float:
@@ -142,7 +139,7 @@ def test_precisions_are_compared_at_the_batch_size_of_the_backends_options(clock
         return even(layout, size, precision) if size >= 4 else 0.05 if precision == "float32" else 0.06
 
     assert tune(FakeBackend(clock, late)).precision == "float32"
-    assert tune(FakeBackend(clock, late, tuning=TuningOptions(probe_size=4))).precision == "bfloat16"
+    assert tune(FakeBackend(clock, late, probe_size=4)).precision == "bfloat16"
 
 
 def test_a_precision_that_can_not_be_run_at_that_size_is_not_used(clock: Clock) -> None:
@@ -150,7 +147,7 @@ def test_a_precision_that_can_not_be_run_at_that_size_is_not_used(clock: Clock) 
         FakeBackend(
             clock,
             even,
-            tuning=TuningOptions(probe_size=4),
+            probe_size=4,
             broken=lambda _, size, precision: (size, precision) == (4, "bfloat16"),
         )
     )
@@ -462,7 +459,7 @@ def test_what_compiling_the_first_graph_took_counts_for_the_next_sizes(clock: Cl
 
 
 def test_layouts_use_all_cores_by_halves_unless_the_number_of_instances_was_chosen() -> None:
-    assert CpuBackend(8).layouts(8) == (Layout(8, 1), Layout(4, 2), Layout(2, 4), Layout(1, 8))
-    assert CpuBackend(3).layouts(3) == (Layout(3, 1), Layout(1, 3))
-    assert CpuBackend(2).layouts(8) == (Layout(2, 4), Layout(1, 8))
-    assert CpuBackend(1).layouts(1) == (Layout(1, 1),)
+    assert TorchBackend(8).layouts(8) == (Layout(8, 1), Layout(4, 2), Layout(2, 4), Layout(1, 8))
+    assert TorchBackend(3).layouts(3) == (Layout(3, 1), Layout(1, 3))
+    assert TorchBackend(2).layouts(8) == (Layout(2, 4), Layout(1, 8))
+    assert TorchBackend(1).layouts(1) == (Layout(1, 1),)

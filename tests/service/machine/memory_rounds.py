@@ -16,9 +16,15 @@ from prometheus_client import CollectorRegistry
 
 from service.engine import Engine
 from service.execution import plan
-from service.machine.memory import settled_bytes
+from service.machine import give_back, resident_bytes
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
+
+
+def settled_bytes() -> int:
+    """Resident memory once all free memory has gone back to the kernel."""
+    give_back()
+    return resident_bytes()
 
 
 async def main(root: Path, models: Sequence[str], backend: str, rounds: int) -> None:

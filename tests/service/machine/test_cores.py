@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from service.machine import cores
+from service.machine import share, usable_cores
 
 V2 = "30 23 0:26 {root} {point} ro,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
 V1 = "31 23 0:27 {root} {point} rw - cgroup cgroup rw,cpu,cpuacct"
@@ -40,14 +40,14 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(cores, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(cores, "MOUNTS", tmp_path / "mountinfo")
+    monkeypatch.setattr("service.machine.CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr("service.machine.MOUNTS", tmp_path / "mountinfo")
     return Machine(tmp_path)
 
 
 @pytest.mark.usefixtures("machine")
 def test_without_cgroups_the_affinity_counts() -> None:
-    assert cores.usable_cores() == 8
+    assert usable_cores() == 8
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_v2_quota_bounds_the_cores_rounded_down(machine: Machine, quota: str, 
     machine.processes("0::/")
     machine.v2("unified", quota)
 
-    assert cores.usable_cores() == expected
+    assert usable_cores() == expected
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("-1", 8), ("100000", 1), ("400000", 4), ("0", 8)])
@@ -78,7 +78,7 @@ def test_a_v1_quota_bounds_the_cores(machine: Machine, quota: str, expected: int
     machine.processes("9:memory:/docker/abc", "4:cpu,cpuacct:/")
     machine.v1("cpu,cpuacct", quota)
 
-    assert cores.usable_cores() == expected
+    assert usable_cores() == expected
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_of_nested_cgroups_the_smallest_quota_counts(
     machine.v2("unified/kubepods/pod1", f"{middle} 100000")
     machine.v2("unified/kubepods", f"{outer} 100000")
 
-    assert cores.usable_cores() == expected
+    assert usable_cores() == expected
 
 
 def test_nested_v1_cgroups_count_too(machine: Machine) -> None:
@@ -108,7 +108,7 @@ def test_nested_v1_cgroups_count_too(machine: Machine) -> None:
     machine.v1("cpu/docker/abc", "-1")
     machine.v1("cpu/docker", "200000")
 
-    assert cores.usable_cores() == 2
+    assert usable_cores() == 2
 
 
 @pytest.mark.parametrize("cgroup", ["/docker/abc", "/docker/abc/inner", "/somewhere/else", "/../../docker/abc"])
@@ -117,7 +117,7 @@ def test_a_container_that_sees_only_its_own_part_of_the_tree(machine: Machine, c
     machine.processes(f"4:cpu,cpuacct:{cgroup}")
     machine.v1("cpu", "200000")
 
-    assert cores.usable_cores() == 2
+    assert usable_cores() == 2
 
 
 def test_on_a_hybrid_machine_the_version_with_the_controller_counts(machine: Machine) -> None:
@@ -127,7 +127,7 @@ def test_on_a_hybrid_machine_the_version_with_the_controller_counts(machine: Mac
     machine.v1("cpu/a", "300000")
     (machine.folder / "unified/b").mkdir(parents=True)
 
-    assert cores.usable_cores() == 3
+    assert usable_cores() == 3
 
 
 @pytest.mark.parametrize("quota", ["what", "", "100000 0", "100000 many", "\xff"])
@@ -138,7 +138,7 @@ def test_a_quota_that_can_not_be_read_is_no_quota(machine: Machine, quota: str) 
     machine.v2("unified", quota)
     machine.v1("cpu", quota)
 
-    assert cores.usable_cores() == 8
+    assert usable_cores() == 8
 
 
 def test_a_mount_point_with_a_space_is_found(machine: Machine) -> None:
@@ -146,14 +146,14 @@ def test_a_mount_point_with_a_space_is_found(machine: Machine) -> None:
     machine.processes("0::/")
     machine.v2("two words", "200000 100000")
 
-    assert cores.usable_cores() == 2
+    assert usable_cores() == 2
 
 
 @pytest.mark.parametrize(
     ("total", "parts", "shares"), [(8, 1, [8]), (8, 3, [3, 3, 2]), (2, 4, [1, 1, 1, 1]), (5, 2, [3, 2])]
 )
 def test_shares_add_up_wherever_each_gets_one(total: int, parts: int, shares: list[int]) -> None:
-    assert [cores.share(total, index, parts) for index in range(parts)] == shares
+    assert [share(total, index, parts) for index in range(parts)] == shares
 
 
 def test_a_v1_period_alone_is_no_quota(machine: Machine) -> None:
@@ -162,4 +162,4 @@ def test_a_v1_period_alone_is_no_quota(machine: Machine) -> None:
     machine.v1("cpu", "100000")
     (machine.folder / "cpu/cpu.cfs_quota_us").unlink()
 
-    assert cores.usable_cores() == 8
+    assert usable_cores() == 8

@@ -12,10 +12,11 @@ from safetensors.torch import save
 
 from service.architecture.pvt_v2 import create
 from service.architecture.variants import VARIANTS
-from service.machine.memory import resident_bytes, settled_bytes
+from service.machine import resident_bytes
 from service.store.cards import ModelCard, Preprocessing
 from service.store.folder import weights_file, write_model
 from tests.conftest import ROOT
+from tests.service.machine.memory_rounds import settled_bytes
 
 MB = 1_000_000
 

@@ -8,8 +8,7 @@ import pytest
 from service.architecture.variants import VARIANTS
 from service.arrays import Outputs
 from service.backends.base import Backend
-from service.backends.openvino import OpenVinoBackend
-from service.backends.torch_cpu import TorchBackend
+from service.backends.cpu import OpenVinoBackend, TorchBackend
 from service.errors import ImageTooLarge, InvalidImage, InvalidRequest
 from service.postprocess.activation_maps import Explanation, explain
 from service.postprocess.features import FeatureOptions, features, numbers, stacked

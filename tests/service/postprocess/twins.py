@@ -12,9 +12,8 @@ from transformers import PvtV2ForImageClassification
 
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.weights import load_into, remap_keys
-from service.backends.base import Backend, Layout
-from service.backends.module import Served
-from service.backends.torch_cpu import TorchBackend
+from service.backends.base import Backend, Layout, Served
+from service.backends.cpu import TorchBackend
 from service.execution import executable as executable_module
 from service.execution.executable import Executable, LoadReport
 from service.execution.plan import BatchPlan

@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from service.backends.base import Backend, Precision, Program
-from service.backends.module import Served
-from service.backends.openvino import OpenVinoBackend
-from service.backends.torch_cpu import TorchBackend
+from service.backends.base import Backend, DeviceHealth, Precision, Program, Served
+from service.backends.cpu import OpenVinoBackend, TorchBackend
 from service.errors import CardInvalid, DeviceFailed, ModelLoadFailed, WeightsDigestMismatch, WeightsMismatch
 from service.execution.executable import Executable
 from service.execution.plan_cache import PlanCache
 from service.execution.tuning import Limits
-from service.machine.devices import DeviceHealth
 from service.registry.loader import load
 from service.store.store import Store
 from tests.service.store.test_store import edit_card
@@ -80,7 +77,7 @@ def test_memory_that_was_freed_before_does_not_make_a_model_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = add_model(tmp_path) / "model.safetensors"
-    monkeypatch.setattr("service.backends.base.settled_bytes", lambda: 10**9)
+    monkeypatch.setattr("service.backends.cpu.resident_bytes", lambda: 10**9)
 
     assert load_tiny(tmp_path).report.memory_bytes == path.stat().st_size
 

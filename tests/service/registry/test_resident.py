@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from service.backends.base import DeviceHealth
 from service.errors import InvalidImage, InvalidRequest, ModelLoadFailed, QueueFull
-from service.machine.devices import DeviceHealth
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.pipeline import Pipeline, Sized

@@ -104,7 +104,7 @@ class Queued(TorchDispatchMode):
 
 
 class SimulatedTorch:
-    """`torch` as `service.backends.cuda.device` uses it, with one simulated card."""
+    """`torch` as `service.backends.cuda` uses it, with one simulated card."""
 
     def __init__(self, on_wait: Callable[[], None] = lambda: None, *, mixed: bool = False) -> None:
         self._mixed = mixed
@@ -152,8 +152,13 @@ class SimulatedTorch:
         assert capture_error_mode == "thread_local"  # other threads go on serving meanwhile
         graph.repeat = self.repeat
         self.order.append("capture")
-        with self._on(stream):
-            yield
+        try:
+            with self._on(stream):
+                yield
+        finally:
+            self._end_capture()
+
+    def _end_capture(self) -> None:
         self.order.append("captured")
         if self.broken:
             raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")

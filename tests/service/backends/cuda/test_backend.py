@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from service.architecture.pvt_v2 import create
-from service.backends.base import Batch, Layout, Precision
-from service.backends.cuda.backend import CudaBackend
-from service.backends.cuda.compiling import Compiler, Function, Job, Placed
-from service.backends.module import Served
+from service.backends.base import Batch, Layout, Precision, Served
+from service.backends.cuda import CudaBackend
+from service.backends.cuda_compiling import Function, Job, Placed, TorchCompiler
 from service.errors import OutOfMemory
 from tests.service.fake_device import FakeDevice
 
@@ -29,7 +28,7 @@ def images(count: int, seed: int = 0) -> Batch:
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
-def backend(devices: Sequence[FakeDevice], instances: int = 2, compiler: Compiler | None = None) -> CudaBackend:
+def backend(devices: Sequence[FakeDevice], instances: int = 2, compiler: TorchCompiler | None = None) -> CudaBackend:
     return CudaBackend(devices, instances, compiler)
 
 
@@ -76,14 +75,17 @@ def test_fewer_instances_than_devices_leave_some_out(served: Served) -> None:
     assert devices[1].captured == []
 
 
-def test_a_batch_that_is_in_the_input_buffer_is_not_copied(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = backend([FakeDevice()]).program(served, 32, 32).graph(1, LAYOUT, "float32")
-    copied, buffer = graph.run(1, images(1)), graph.input_buffer(1)
-    assert buffer is not None
-    np.testing.assert_array_equal(buffer, images(1))
-    monkeypatch.setattr("service.backends.cuda.backend.np.copyto", lambda *_: pytest.fail("copied"))
+def test_images_are_stacked_in_the_input_buffer_of_their_slot(served: Served) -> None:
+    device = FakeDevice()
+    graph = backend([device]).program(served, 32, 32).graph(3, LAYOUT, "float32")
+    buffers = [buffer.copy() for buffer in device.captured[-1].buffers]
 
-    np.testing.assert_array_equal(graph.run(1, buffer)[0], copied[0])
+    outputs = graph.run(1, list(images(2)))
+
+    first, second = device.captured[-1].buffers
+    np.testing.assert_array_equal(first, buffers[0])
+    np.testing.assert_array_equal(second, [*images(2), buffers[1][2]])
+    np.testing.assert_array_equal(outputs[0][:2], graph.run(0, second)[0][:2])
 
 
 def test_the_weights_are_on_a_device_once_and_channels_last(served: Served) -> None:
@@ -114,10 +116,11 @@ def test_weights_leave_a_device_with_the_last_graph_that_reads_them(served: Serv
     assert len(device.placed) == before + 1
 
 
-class AddsOne:
+class AddsOne(TorchCompiler):
     """A compiler whose modules add one to every output."""
 
     def __init__(self) -> None:
+        super().__init__(None)
         self.prepared: list[Job] = []
         self.compiled: list[nn.Module] = []
 

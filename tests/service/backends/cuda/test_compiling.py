@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from service.architecture.pvt_v2 import create
-from service.backends.cuda import compiling
-from service.backends.cuda.compiling import OPTIONS, Job, Placed, TorchCompiler
-from service.backends.module import Served
+from service.backends import cuda_compiling
+from service.backends.base import Served
+from service.backends.cuda_compiling import OPTIONS, Job, Placed, TorchCompiler
 
 # Traces the whole module and compiles nothing.
 QUICK: dict[str, Any] = {"backend": "aot_eager", "dynamic": False, "fullgraph": True}
@@ -91,23 +91,23 @@ def test_the_error_of_a_helper_process_is_reported_in_its_words(tmp_path: Path) 
 
 
 def test_without_a_cache_there_is_no_helper_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.backends.cuda.compiling.subprocess.Popen", lambda *_, **__: pytest.fail("a process"))
+    monkeypatch.setattr("service.backends.cuda_compiling.subprocess.Popen", lambda *_, **__: pytest.fail("a process"))
 
     TorchCompiler(None).prepare(Job(served(), torch.float32, (1, 64, 64, 3), "cpu"), Event())
 
 
 def test_a_helper_process_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
-    monkeypatch.setattr("service.backends.cuda.compiling.os._exit", ended.append)
-    monkeypatch.setattr("service.backends.cuda.compiling.sleep", lambda _: pytest.fail("slept"))
+    monkeypatch.setattr("service.backends.cuda_compiling.os._exit", ended.append)
+    monkeypatch.setattr("service.backends.cuda_compiling.sleep", lambda _: pytest.fail("slept"))
 
-    compiling._watch(parent=os.getppid() + 1)
+    cuda_compiling._watch(parent=os.getppid() + 1)
 
     assert ended == [1]
 
 
 def test_a_helper_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.backends.cuda.compiling.HELPER_SECONDS", 0.01)
+    monkeypatch.setattr("service.backends.cuda_compiling.HELPER_SECONDS", 0.01)
 
     with pytest.raises(subprocess.TimeoutExpired):
         TorchCompiler(tmp_path, options=QUICK).prepare(Job(served(), torch.float32, (1, 64, 64, 3), "cpu"), Event())
@@ -123,7 +123,7 @@ def helpers(monkeypatch: pytest.MonkeyPatch) -> list["subprocess.Popen[bytes]"]:
         started.append(popen(*arguments, **options))
         return started[-1]
 
-    monkeypatch.setattr("service.backends.cuda.compiling.subprocess.Popen", start)
+    monkeypatch.setattr("service.backends.cuda_compiling.subprocess.Popen", start)
     return started
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from service.architecture.pvt_v2 import create
-from service.backends.cuda import device as device_module
-from service.backends.cuda.device import Captured, CudaDevice
-from service.backends.module import Served
+from service.backends import cuda
+from service.backends.base import Served
+from service.backends.cuda import Captured, CudaDevice
 from service.errors import DeviceFailed, OutOfMemory
 from tests.service.backends.cuda.simulated_cuda import POOL, SimulatedTorch
 
@@ -18,7 +18,7 @@ SHAPE = (2, 4, 4, 3)
 
 
 def take_torchs_place(simulated: SimulatedTorch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "torch", simulated)
+    monkeypatch.setattr(cuda, "torch", simulated)
 
 
 class Sums:
@@ -143,7 +143,7 @@ def test_what_the_first_runs_decide_is_not_captured(torch_or_card: SimulatedTorc
     before = len(calls)
     run.run(0)
 
-    assert before == device_module.WARM_UPS + 1
+    assert before == cuda.WARM_UPS + 1
     assert len(calls) == before  # a run repeats what was captured
 
 
@@ -177,7 +177,7 @@ def test_what_can_not_be_captured_says_why_and_the_card_goes_on(torch_or_card: S
 
     def refused(pixels: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(1)
-        if len(calls) > device_module.WARM_UPS:
+        if len(calls) > cuda.WARM_UPS:
             if torch_or_card:
                 torch_or_card.broken = True  # ending a capture that failed fails too
             raise ValueError("not while capturing")
@@ -212,7 +212,7 @@ def test_many_captures_share_no_stream_with_each_other_but_slots(torch_or_card: 
     np.copyto(runs[-1].input_buffer(1), batch(3))
 
     assert_outputs(runs[-1].run(1), 3)
-    streams = {card.computing, card.capturing, *card._copying}
+    streams = {card.computing, card.capturing, *card.copying.values()}
     assert len(streams) == 4
 
 
@@ -229,11 +229,11 @@ def test_warming_up_never_uses_a_stream_that_something_else_uses(monkeypatch: py
     for _ in range(2 * POOL):
         card.capture(watched, SHAPE, 2)
 
-    captured = warmed[device_module.WARM_UPS :: device_module.WARM_UPS + 1]
+    captured = warmed[cuda.WARM_UPS :: cuda.WARM_UPS + 1]
     assert captured == [card.capturing] * len(captured)
     others = [stream for stream in warmed if stream is not card.capturing]
-    assert len(others) == len(captured) * device_module.WARM_UPS
-    assert not {*others} & {card.computing, *card._copying}
+    assert len(others) == len(captured) * cuda.WARM_UPS
+    assert not {*others} & {card.computing, *card.copying.values()}
 
 
 def test_nothing_is_collected_during_a_capture(torch_or_card: SimulatedTorch | None) -> None:
@@ -247,7 +247,7 @@ def test_nothing_is_collected_during_a_capture(torch_or_card: SimulatedTorch | N
 
     CudaDevice(0).capture(watched, SHAPE, 1)
 
-    assert seen == [True] * device_module.WARM_UPS + [False]
+    assert seen == [True] * cuda.WARM_UPS + [False]
     assert gc.isenabled()
 
 
@@ -310,7 +310,7 @@ def test_a_captured_model_has_the_outputs_of_the_plain_one_on_a_card() -> None:
     with torch.no_grad():
         expected = served(torch.from_numpy(images))
 
-    (card,) = device_module.cuda_devices(["cuda:0"])
+    (card,) = cuda.cuda_devices(["cuda:0"])
     run = card.capture(card.place(served, torch.float32), images.shape, 1)
     np.copyto(run.input_buffer(0), images)
 

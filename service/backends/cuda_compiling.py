@@ -1,8 +1,8 @@
 """`torch.compile` for modules on a GPU: first in a helper process, then in this one, from the cache on disk.
 
-Compiling and tuning kernels takes minutes, holds the interpreter lock, and synchronises the whole card again and again,
-which no capture of a CUDA graph survives. So a helper process does it: `python -m service.backends.cuda.compiling`,
-with the job on its standard input. This process then traces the module and finds its kernels in the cache.
+Compiling kernels takes minutes, holds the interpreter lock, and synchronises the whole card, which no capture of a CUDA
+graph survives. So a helper process does it: `python -m service.backends.cuda_compiling`, with the job on its standard
+input. This process then traces the module and finds its kernels in the cache.
 """
 
 import os
@@ -18,32 +18,28 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from threading import Event
 from time import monotonic, sleep
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from service.backends.module import Served
+from service.backends.base import Served
 
-# torch.compile makes one form for each batch size, card, precision, input size and choice of stage maps, and counts all
-# that it ever made.
+# torch.compile makes one form for each batch size, card, precision, input size and choice of stage maps; all count.
 COMPILED_FORMS = 1 << 20
-OPTIONS: Mapping[str, Any] = MappingProxyType(
-    {"mode": "max-autotune-no-cudagraphs", "dynamic": False, "fullgraph": True}
-)
+OPTIONS: Mapping[str, Any] = {"mode": "max-autotune-no-cudagraphs", "dynamic": False, "fullgraph": True}
 HELPER_SECONDS = 1800.0  # for one batch size; a helper that takes longer hangs
 _THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 _POLL_SECONDS = 0.2
 _NICENESS = 10  # decoding goes first
-_ROOT = Path(__file__).parents[3]
+_ROOT = Path(__file__).parents[2]
 
 Function = Callable[[Tensor], Sequence[Tensor]]
 
 
 class Placed(nn.Module):
-    """A served module that computes in `kind`, channels last: uint8 pixels in, float32 out, as the module itself.
+    """A served module that computes in `kind`: uint8 pixels in, float32 out, as the module itself.
 
     Tokens are channels last in any case; with weights of another format, convolutions convert them in every run.
     """
@@ -57,7 +53,8 @@ class Placed(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """As `Served.forward`."""
         images = self.served.normalised(pixels).to(self.kind, memory_format=torch.channels_last)
-        return tuple(each.float() for each in self.served.outputs(images))
+        logits, embedding, maps = self.served.model.forward_all(images, self.served.stages)
+        return tuple(each.float() for each in (logits, embedding, *maps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,28 +67,11 @@ class Job:
     device: str
 
 
-class Compiler(Protocol):
-    """Makes modules faster."""
-
-    def prepare(self, job: Job, stopped: Event) -> None:
-        """Do what takes minutes, so that the call after it is short. Return early if `stopped` is set.
-
-        Raises:
-            Exception: it can't be done.
-        """
-        ...
-
-    def __call__(self, module: nn.Module) -> Function:
-        """The faster form of a placed module; its first run may compile."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass
 class TorchCompiler:
-    """`torch.compile` with all its optimizations but CUDA graphs, which `service.backends.cuda.device` captures.
+    """`torch.compile` with all its optimizations but CUDA graphs, which `service.backends.cuda` captures.
 
-    `cache` keeps what it compiled; without one there is no helper process, which could not pass anything on.
-    `processes` is the number of processes that the helper may compile with.
+    `cache` keeps what the helper compiled with `processes` processes; without one there is no helper.
     """
 
     cache: Path | None
@@ -99,32 +79,30 @@ class TorchCompiler:
     options: Mapping[str, Any] = field(default_factory=lambda: OPTIONS)
 
     def prepare(self, job: Job, stopped: Event) -> None:
-        """Compile the job in a helper process, if there is a cache.
+        """Compile the job in a helper process, if there is a cache; return early if `stopped` is set.
 
-        Raises:
-            RuntimeError: the helper failed; the message is the last line that it wrote.
-            subprocess.TimeoutExpired: it hung, and was killed.
+        Raises RuntimeError with the last line of a helper that failed, and TimeoutExpired for one that hung.
         """
         if self.cache is None:
             return
         blob = pickle.dumps((deepcopy(job.module).to("meta"), job.kind, job.shape, job.device, dict(self.options)))
-        paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        environment = {**os.environ, **self._environment(self.cache), "PYTHONPATH": os.pathsep.join(paths)}
+        environment = {**os.environ, **self._environment(self.cache), "PYTHONPATH": paths}
         # Several workers would compile the same at the same time. With the lock, the second finds it in the cache.
         with suppress(Timeout), FileLock(self.cache / "torch.lock").acquire(cancel_check=stopped.is_set):
             _help(blob, environment, stopped)
 
     def __call__(self, module: nn.Module) -> Function:
-        """`module` by `torch.compile`, with the helper's kernels."""
+        """A placed module by `torch.compile`, with the helper's kernels; its first run may compile."""
         if self.cache:
             # One thread: all kernels are in the cache, and more would be idle processes beside this one.
             for name, value in {**self._environment(self.cache), _THREADS: "1"}.items():
                 os.environ.setdefault(name, value)
-        return compiled(module, self.options)
+        return _compiled(module, self.options)
 
     def _environment(self, cache: Path) -> dict[str, str]:
-        """Keeps what the user has set. Triton's default cache is in a home folder, which a service may not have."""
+        """What the user has set stays. Triton's default cache is in a home folder, which a service may not have."""
         folders = {"TORCHINDUCTOR_CACHE_DIR": cache / "torch", "TRITON_CACHE_DIR": cache / "torch" / "triton"}
         named = {name: os.environ.get(name, str(folder)) for name, folder in folders.items()}
         return {**named, _THREADS: str(self.processes)}
@@ -135,13 +113,8 @@ def _help(blob: bytes, environment: Mapping[str, str], stopped: Event) -> None:
     with TemporaryFile() as job, TemporaryFile() as errors:
         job.write(blob)
         job.seek(0)
-        with subprocess.Popen(
-            [sys.executable, "-P", "-m", "service.backends.cuda.compiling"],
-            stdin=job,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            env=environment,
-        ) as helper:
+        command = [sys.executable, "-P", "-m", "service.backends.cuda_compiling"]
+        with subprocess.Popen(command, stdin=job, stdout=subprocess.DEVNULL, stderr=errors, env=environment) as helper:  # noqa: S603
             try:
                 ends = monotonic() + HELPER_SECONDS
                 while helper.poll() is None:
@@ -157,8 +130,7 @@ def _help(blob: bytes, environment: Mapping[str, str], stopped: Event) -> None:
         raise RuntimeError(lines[-1] if lines else f"exit code {helper.returncode}")
 
 
-def compiled(module: nn.Module, options: Mapping[str, Any]) -> Function:
-    """`module` by `torch.compile`, without a limit to the number of its forms."""
+def _compiled(module: nn.Module, options: Mapping[str, Any]) -> Function:
     dynamo = torch._dynamo.config  # noqa: SLF001  the documented place
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = COMPILED_FORMS
     return torch.compile(module, **options)
@@ -178,7 +150,7 @@ def main() -> None:
     module, kind, shape, device, options = pickle.loads(sys.stdin.buffer.read())  # noqa: S301  our parent wrote it
     placed = Placed(module.to_empty(device=device), kind).eval()
     with torch.no_grad():
-        compiled(placed, options)(torch.zeros(shape, dtype=torch.uint8, device=device))
+        _compiled(placed, options)(torch.zeros(shape, dtype=torch.uint8, device=device))
 
 
 def _watch(parent: int) -> None:

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from service.machine.workers import Workers, detached
+from service.workers import Workers, detached
 
 
 async def test_a_job_runs_on_a_thread_with_the_pools_name() -> None:
@@ -31,7 +31,7 @@ async def test_a_job_that_waits_for_a_thread_goes_with_its_caller() -> None:
 
 async def test_a_job_that_goes_on_and_on_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("service.machine.workers.monotonic", lambda: now)
+    monkeypatch.setattr("service.workers.monotonic", lambda: now)
     workers, started, release = Workers("decode", 2), threading.Event(), threading.Event()
 
     def stuck() -> None:

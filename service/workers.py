@@ -4,7 +4,6 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from time import monotonic
 from typing import ParamSpec, TypeVar
 
@@ -12,8 +11,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-async def detached(function: Callable[[], T], name: str = "pvt-detached") -> T:
-    """The result of `function`, called on a new daemon thread, which does not keep the process from ending.
+async def detached(function: Callable[[], T]) -> T:
+    """Call `function` on a new daemon thread, which does not keep the process from ending.
 
     For calls that take minutes and may be lost. When the caller is cancelled, the call goes on.
     """
@@ -21,13 +20,11 @@ async def detached(function: Callable[[], T], name: str = "pvt-detached") -> T:
 
     def call() -> None:
         try:
-            result = function()
+            future.set_result(function())
         except BaseException as error:  # noqa: BLE001  the caller raises it
             future.set_exception(error)
-        else:
-            future.set_result(result)
 
-    threading.Thread(target=call, name=name, daemon=True).start()
+    threading.Thread(target=call, name="pvt-detached", daemon=True).start()
     return await asyncio.shield(asyncio.wrap_future(future))
 
 
@@ -42,8 +39,16 @@ class Workers:
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `function` on one of the threads. When the caller is cancelled, a call that still waits is dropped."""
-        job = partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed, job)
+
+        def timed() -> T:
+            thread = threading.get_ident()
+            self._since[thread] = monotonic()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                del self._since[thread]
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, timed)
 
     def stalled_seconds(self) -> float:
         """How long the job that has run longest has been running; 0 when all threads are idle."""
@@ -53,11 +58,3 @@ class Workers:
     def close(self, *, wait: bool = True) -> None:
         """Drop the jobs that wait, and end the threads; without `wait`, return before they have ended."""
         self._pool.shutdown(wait=wait, cancel_futures=True)
-
-    def _timed(self, job: Callable[[], T]) -> T:
-        thread = threading.get_ident()
-        self._since[thread] = monotonic()
-        try:
-            return job()
-        finally:
-            del self._since[thread]

@@ -1,7 +1,7 @@
 import pytest
 
+from service.backends.cuda import choose, visible
 from service.errors import BackendUnavailable
-from service.machine.devices import choose, visible
 
 TWO = ("cuda:0", "cuda:1")
 

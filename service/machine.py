@@ -1,0 +1,120 @@
+"""What this process may use of the machine: cores, and memory as the kernel counts it."""
+
+import ctypes
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+import psutil
+import torch
+
+CGROUPS = Path("/proc/self/cgroup")
+MOUNTS = Path("/proc/self/mountinfo")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_LARGEST_MMAP_THRESHOLD = 32 * 1024 * 1024  # 4 * 1024 * 1024 * sizeof(long), mallopt(3)
+_BLOCK = 100 * 1024  # below the least mmap threshold, above FASTBIN_CONSOLIDATION_THRESHOLD
+
+_process = psutil.Process()
+
+
+def usable_cores() -> int:
+    """Cores by scheduling affinity and by the CPU quotas of the cgroup and those around it; at least 1.
+
+    A quota is rounded down: two threads on a quota of 1.5 cores use it up in three quarters of each period and then
+    both stand still for the rest, while one leaves half a core to the rest of the process.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([affinity, *map(int, _quotas())]))
+
+
+def share(total: int, index: int, parts: int) -> int:
+    """The share of part `index` of `parts` in `total`, as even as whole numbers allow; at least 1."""
+    return max(1, total // parts + (index < total % parts))
+
+
+def _quotas() -> Iterator[float]:
+    """Every CPU quota that holds for this process, in cores: of its own cgroup and of each around it.
+
+    Of both versions, since the controller may be in either. See proc_pid_mountinfo(5) for the fields.
+    """
+    for line in _lines(MOUNTS):
+        fields, _, rest = line.partition(" - ")
+        try:
+            _, _, _, root, mounted, *_ = fields.split()
+            kind, _, options = rest.split(maxsplit=2)
+        except ValueError:
+            continue
+        if kind != "cgroup2" and (kind != "cgroup" or "cpu" not in options.split(",")):
+            continue
+        point, cgroup = Path(mounted.encode().decode("unicode_escape")), _cgroup(kind)  # "\040": a space
+        # In a container that shows only a part of the hierarchy, the root of that part stands for the cgroup.
+        inside = ".." not in cgroup.parts and cgroup.is_relative_to(root)
+        own = point / cgroup.relative_to(root) if inside else point
+        for folder in (own, *own.parents):
+            if not folder.is_relative_to(point):
+                break
+            with suppress(ValueError, ZeroDivisionError):  # "max", or what is no number
+                quota, period = _quota(kind, folder)
+                if quota > 0:
+                    yield quota / period
+
+
+def _cgroup(kind: str) -> PurePosixPath:
+    """The path of this process in the hierarchy of version 2, or in that of version 1's CPU controller: cgroups(7)."""
+    for line in _lines(CGROUPS):
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if (hierarchy == "0" and not controllers) if kind == "cgroup2" else "cpu" in controllers.split(","):
+            return PurePosixPath(path or "/")
+    return PurePosixPath("/")
+
+
+def _quota(kind: str, folder: Path) -> tuple[int, int]:
+    """The quota in `folder` and its period; ValueError if there is none.
+
+    See https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu and https://docs.kernel.org/scheduler/sched-bwc.html.
+    """
+    if kind == "cgroup2":
+        quota, period, *_ = [*"".join(_lines(folder / "cpu.max")).split(), "100000"]
+    else:
+        quota, period = ("".join(_lines(folder / name)) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    return int(quota), int(period)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except (OSError, ValueError):
+        return []
+
+
+def resident_bytes() -> int:
+    """Resident memory, with freed memory that the allocator keeps."""
+    return int(_process.memory_info().rss)
+
+
+def held_bytes() -> int:
+    """Resident memory and, on GPUs, the memory that torch reserves there."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return resident_bytes() + sum(torch.cuda.memory_reserved(i) for i in gpus)
+
+
+def give_back() -> None:
+    """Collect garbage, and make torch and glibc return the memory they keep; takes some tens of milliseconds."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        with suppress(RuntimeError):  # raised again by a card that has failed, which does not concern models on the CPU
+            torch.cuda.empty_cache()
+            torch._C._host_emptyCache()  # noqa: SLF001  pinned memory, for which there is no public way
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc_trim(0)  # without the GIL, as every call through CDLL
+        # It keeps what is free at the end of this thread's arena, some 50 MB after a load: only when the thread frees
+        # a block of at least 64 KB is that returned, if it is more than the threshold.
+        libc.mallopt(_M_TRIM_THRESHOLD, 0)
+        bytes(_BLOCK)
+        # A set threshold no longer follows what is freed; these are the most that glibc would have let them grow to.
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_MMAP_THRESHOLD)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
