@@ -25,7 +25,7 @@ from app.open_inference.models import ModelName, Ready, named
 from app.open_inference.tensors import STAGES, VECTORS, check_outputs, images, output
 from app.openapi import BINARY_CONTENT, json_body
 from app.problems import refusals
-from app.routes.inference import JSON, CancelOnDisconnect, encoded, note
+from app.routes.inference import JSON, cancel_on_disconnect, encoded, note
 from service.results import Image, InferenceResult, Size
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
@@ -98,7 +98,7 @@ async def infer(
     with engine.request():
         parsed = await _read(request)
         outputs = [each.name for each in parsed.message.outputs]
-        async with CancelOnDisconnect(request):
+        async with cancel_on_disconnect(request):
             result = await engine.infer(
                 parsed.images,
                 model=named(name, version),
@@ -109,7 +109,7 @@ async def infer(
             )
     note(request, result)
     make = partial(_response, parsed.message, result, request.headers.get("accept-encoding", ""))
-    return await encoded(request, result.model, make, result.numbers)
+    return await encoded(request, result, make, result.numbers)
 
 
 async def _read(request: Request) -> ParsedRequest:

@@ -1,30 +1,30 @@
 """`POST /explain`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from app.bodies import Upload
-from app.dependencies import max_wait_seconds, require_key
+from app.dependencies import require_key
 from app.encodings import NPY, encode, json_bytes
-from app.openapi import BINARY_CONTENT, IMAGE_PROBLEMS, IMAGES, INFERENCE
-from app.problems import documented
+from app.openapi import INFERENCE
 from app.routes.inference import (
-    EXAMPLE_IMAGE,
-    EXAMPLE_MODEL,
     JSON,
     LARGE,
     ImageError,
+    ImageInfo,
     InferenceQuery,
     InferenceRoute,
     InputSize,
     chosen_media_type,
+    documentation,
     encoded,
-    image_error,
-    note,
+    example,
+    image_results,
+    infer,
     uploaded,
 )
 from service.errors import InvalidRequest, ServiceError
@@ -35,8 +35,14 @@ router = APIRouter(tags=[INFERENCE], route_class=InferenceRoute, dependencies=[D
 
 PNG = "image/png"
 MEDIA_TYPES = (PNG, JSON, NPY)
-_FIELDS = ("class_id", "label", "score", "logit", "bias", "map")
-_EXAMPLE: dict[str, Any] = dict(zip(_FIELDS, (7, "7", 0.9713, 5.5, -0.5, [[4.0, 8.0], [5.0, 7.0]]), strict=True))
+_EXAMPLE: dict[str, Any] = {
+    "class_id": 7,
+    "label": "7",
+    "score": 0.9713,
+    "logit": 5.5,
+    "bias": -0.5,
+    "map": [[4.0, 8.0], [5.0, 7.0]],
+}
 
 
 class ExplainQuery(InferenceQuery):
@@ -51,12 +57,9 @@ class ExplainQuery(InferenceQuery):
     ] = 0.5
 
 
-class ImageExplanation(BaseModel):
+class ImageExplanation(ImageInfo):
     """What speaks for one class where: the mean of `map`, plus `bias`, is `logit`."""
 
-    filename: str | None
-    width: int
-    height: int
     class_id: int
     label: str
     score: float
@@ -68,11 +71,7 @@ class ImageExplanation(BaseModel):
 class ExplainResponse(BaseModel):
     """The explanations, in the order of the images."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{**EXAMPLE_MODEL, "size": [64, 64], "results": [{**EXAMPLE_IMAGE, **_EXAMPLE}]}]
-        }
-    )
+    model_config = example(_EXAMPLE, size=[64, 64])
 
     model: str
     version: str
@@ -84,12 +83,8 @@ class ExplainResponse(BaseModel):
     "/explain",
     operation_id="explain",
     summary="Where in an image a class is seen",
-    response_model=None,
-    responses={
-        200: {"model": ExplainResponse, "content": dict.fromkeys((PNG, NPY), BINARY_CONTENT)},
-        **documented(406, *IMAGE_PROBLEMS),
-    },
-    openapi_extra={"requestBody": IMAGES},
+    response_model=ExplainResponse,
+    **documentation(PNG, NPY),
 )
 async def show(request: Request, query: Annotated[ExplainQuery, Query()]) -> Response:
     """The exact class activation map of one class: the mean of its map, plus its bias, is its logit.
@@ -102,44 +97,22 @@ async def show(request: Request, query: Annotated[ExplainQuery, Query()]) -> Res
             raise InvalidRequest(
                 f"{PNG} shows one image and the request has {len(uploads)}; send one, or accept {JSON} or {NPY}"
             )
-        result = await request.state.engine.infer(
-            [upload.data for upload in uploads],
-            model=query.model,
-            size=query.input_size,
-            stages=True,
-            check=partial(check_class, query.class_id),
-            max_wait_seconds=await max_wait_seconds(request),
-            timeout_seconds=query.timeout_seconds,
-        )
-    note(request, result)
-    makers: dict[str, Callable[[], bytes]] = {
-        PNG: partial(_png, result, query),
-        NPY: partial(_npy, uploads, result, query),
-        JSON: partial(_json, uploads, result, query, request.state.request_id),
-    }
+        result = await infer(request, query, uploads, stages=True, check=partial(check_class, query.class_id))
     count = LARGE + 1 if media_type == PNG else numbers(result)  # compressing takes milliseconds
-    body = await encoded(request, result.model, makers[media_type], count)
-    return Response(body, media_type=media_type)
+    body = partial(_body, media_type, uploads, result, query, request.state.request_id)
+    return Response(await encoded(request, result, body, count), media_type=media_type)
 
 
-def _png(result: InferenceResult, query: ExplainQuery) -> bytes:
-    (explanation,) = require_all(explain(result, query.class_id), [None])
-    return overlay(explanation, query.alpha)
-
-
-def _npy(uploads: Sequence[Upload], result: InferenceResult, query: ExplainQuery) -> bytes:
-    explanations = require_all(explain(result, query.class_id), [upload.filename for upload in uploads], JSON_INSTEAD)
-    return encode({"map": maps(explanations)}, NPY, {})
-
-
-def _json(uploads: Sequence[Upload], result: InferenceResult, query: ExplainQuery, request_id: str) -> bytes:
-    """An ExplainResponse."""
-    results: list[dict[str, Any]] = []
-    for upload, each in zip(uploads, explain(result, query.class_id), strict=True):
-        if isinstance(each, ServiceError):
-            results.append(image_error(upload.filename, each, request_id))
-            continue
-        size = {"width": each.inferred.width, "height": each.inferred.height}
-        explained = {name: getattr(each, name) for name in _FIELDS}
-        results.append({"filename": upload.filename, **size, **explained})
-    return json_bytes({"model": result.model, "version": result.version, "size": result.size, "results": results})
+def _body(
+    media_type: str, uploads: Sequence[Upload], result: InferenceResult, query: ExplainQuery, request_id: str
+) -> bytes:
+    """A PNG, a `.npy` or, as JSON, an ExplainResponse."""
+    explanations = explain(result, query.class_id)
+    if media_type == JSON:
+        results = image_results(uploads, result, request_id)
+        for entry, each in zip(results, explanations, strict=True):
+            if not isinstance(each, ServiceError):
+                entry |= {name: getattr(each, name) for name in _EXAMPLE}
+        return json_bytes({"model": result.model, "version": result.version, "size": result.size, "results": results})
+    found = require_all(explanations, [upload.filename for upload in uploads], JSON_INSTEAD)
+    return overlay(found[0], query.alpha) if media_type == PNG else encode({"map": maps(found)}, NPY, {})

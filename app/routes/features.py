@@ -1,32 +1,32 @@
 """`POST /features`."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import StreamingResponse
+from pydantic import AfterValidator, BaseModel, Field
 
 from app.bodies import Upload
-from app.dependencies import max_wait_seconds, require_key
+from app.dependencies import require_key
 from app.encodings import NPY, NPZ, SAFETENSORS, check_holds, encode, json_bytes, json_chunks
-from app.openapi import BINARY_CONTENT, IMAGE_PROBLEMS, IMAGES, INFERENCE
-from app.problems import documented
+from app.openapi import INFERENCE
 from app.routes.inference import (
-    EXAMPLE_IMAGE,
-    EXAMPLE_MODEL,
     JSON,
     LARGE,
     ImageError,
+    ImageInfo,
     InferenceQuery,
     InferenceRoute,
     InputSize,
     chosen_media_type,
+    documentation,
     encoded,
-    image_error,
-    note,
+    example,
+    image_results,
+    infer,
     uploaded,
 )
 from service.errors import ServiceError
@@ -37,10 +37,7 @@ router = APIRouter(tags=[INFERENCE], route_class=InferenceRoute, dependencies=[D
 
 MEDIA_TYPES = (JSON, NPZ, SAFETENSORS, NPY)
 _STAGES = re.compile(r"[1-4](,[1-4])*")
-_EXAMPLE: dict[str, Any] = {
-    "embedding": [-0.2731, 1.204],
-    "stages": {"4": {"shape": [2, 1, 1], "data": [-0.2731, 1.204]}},
-}
+_EXAMPLE = {"embedding": [-0.2731, 1.204], "stages": {"4": {"shape": [2, 1, 1], "data": [-0.2731, 1.204]}}}
 
 
 def _are_stages(value: str) -> str:
@@ -82,12 +79,9 @@ class StageMap(BaseModel):
     data: list[float]
 
 
-class ImageFeatures(BaseModel):
+class ImageFeatures(ImageInfo):
     """The features of one image; width and height are its own, in pixels, `stages` is by number."""
 
-    filename: str | None
-    width: int
-    height: int
     embedding: list[float] | None = None
     stages: dict[str, StageMap] | None = None
 
@@ -95,11 +89,7 @@ class ImageFeatures(BaseModel):
 class FeaturesResponse(BaseModel):
     """The features, in the order of the images."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{**EXAMPLE_MODEL, "size": [64, 64], "results": [{**EXAMPLE_IMAGE, **_EXAMPLE}]}]
-        }
-    )
+    model_config = example(_EXAMPLE, size=[64, 64])
 
     model: str
     version: str
@@ -107,34 +97,12 @@ class FeaturesResponse(BaseModel):
     results: list[ImageFeatures | ImageError]
 
 
-class ChunkedResponse(Response):
-    """A response whose body is `chunks`, with their length in the head, so that a large one is never copied into one.
-
-    Each chunk waits until the client has taken more.
-    """
-
-    def __init__(self, chunks: Sequence[bytes], media_type: str) -> None:
-        super().__init__(None, headers={"content-length": str(sum(map(len, chunks)))}, media_type=media_type)
-        self._chunks = chunks
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  ASGI's signature
-        """See the ASGI specification."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for chunk in self._chunks:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
 @router.post(
     "/features",
     operation_id="features",
     summary="Embeddings and feature maps of images",
     response_model=FeaturesResponse,
-    responses={
-        200: {"content": dict.fromkeys(MEDIA_TYPES[1:], BINARY_CONTENT)},
-        **documented(406, *IMAGE_PROBLEMS),
-    },
-    openapi_extra={"requestBody": IMAGES},
+    **documentation(NPZ, SAFETENSORS, NPY),
 )
 async def extract(request: Request, query: Annotated[FeaturesQuery, Query()]) -> Response:
     """The embedding of each image, and the feature maps of the requested stages.
@@ -145,46 +113,39 @@ async def extract(request: Request, query: Annotated[FeaturesQuery, Query()]) ->
     media_type, wanted = chosen_media_type(request, MEDIA_TYPES), query.wanted
     check_holds(media_type, wanted.names)
     async with uploaded(request, query) as uploads:
-        result = await request.state.engine.infer(
-            [upload.data for upload in uploads],
-            model=query.model,
-            size=query.input_size,
-            stages=bool(wanted.stages),
-            max_wait_seconds=await max_wait_seconds(request),
-            timeout_seconds=query.timeout_seconds,
-        )
-    note(request, result)
+        result = await infer(request, query, uploads, stages=bool(wanted.stages))
     count = numbers(result, wanted)
-    make: Callable[[], Response]
-    if media_type == JSON:
-        make = partial(_json, uploads, result, wanted, request.state.request_id, large=count > LARGE)
-    else:
-        make = partial(_binary, uploads, result, wanted, media_type)
-    return await encoded(request, result.model, make, count)
+    if media_type != JSON:
+        body = await encoded(request, result, partial(_binary, media_type, uploads, result, wanted), count)
+        return Response(body, media_type=media_type)
+    chunks = await encoded(request, result, partial(_json, uploads, result, wanted, request.state.request_id), count)
+    if len(chunks) == 1:
+        return Response(chunks[0], media_type=JSON)
+    length = {"content-length": str(sum(map(len, chunks)))}
+    return StreamingResponse(_one_by_one(chunks), headers=length, media_type=JSON)  # never copied into one
 
 
-def _json(
-    uploads: Sequence[Upload], result: InferenceResult, wanted: FeatureOptions, request_id: str, *, large: bool
-) -> Response:
-    """A FeaturesResponse."""
-    results: list[dict[str, Any]] = []
-    for upload, each in zip(uploads, result.results, strict=True):
-        if isinstance(each, ServiceError):
-            results.append(image_error(upload.filename, each, request_id))
+def _binary(media_type: str, uploads: Sequence[Upload], result: InferenceResult, wanted: FeatureOptions) -> bytes:
+    arrays = stacked(result, wanted, [upload.filename for upload in uploads])
+    return encode(arrays, media_type, {"model": result.model, "version": result.version})
+
+
+def _json(uploads: Sequence[Upload], result: InferenceResult, wanted: FeatureOptions, request_id: str) -> list[bytes]:
+    """A FeaturesResponse, a large one in several chunks."""
+    results = image_results(uploads, result, request_id)
+    for entry, image in zip(results, result.results, strict=True):
+        if isinstance(image, ServiceError):
             continue
-        arrays = features(each.outputs, wanted)
-        body: dict[str, Any] = {"filename": upload.filename, "width": each.width, "height": each.height}
+        arrays = features(image.outputs, wanted)
         if wanted.embedding:
-            body["embedding"] = arrays["embedding"]
+            entry["embedding"] = arrays["embedding"]
         if wanted.stages:
             maps = {str(i): arrays[f"stage{i}"] for i in wanted.stages}
-            body["stages"] = {i: {"shape": array.shape, "data": array.ravel()} for i, array in maps.items()}
-        results.append(body)
+            entry["stages"] = {i: {"shape": array.shape, "data": array.ravel()} for i, array in maps.items()}
     content = {"model": result.model, "version": result.version, "size": result.size, "results": results}
-    return ChunkedResponse(json_chunks(content), JSON) if large else Response(json_bytes(content), media_type=JSON)
+    return json_chunks(content) if numbers(result, wanted) > LARGE else [json_bytes(content)]
 
 
-def _binary(uploads: Sequence[Upload], result: InferenceResult, wanted: FeatureOptions, media_type: str) -> Response:
-    arrays = stacked(result, wanted, [upload.filename for upload in uploads])
-    content = encode(arrays, media_type, {"model": result.model, "version": result.version})
-    return Response(content, media_type=media_type)
+async def _one_by_one(chunks: Sequence[bytes]) -> AsyncIterator[bytes]:
+    for chunk in chunks:
+        yield chunk

@@ -5,7 +5,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from time import perf_counter
-from typing import Annotated, Any, Protocol, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import mimeparse
 from annotated_types import Ge, Le
@@ -17,6 +17,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
@@ -30,36 +31,22 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
 from app.bodies import Upload, read_uploads
-from app.dependencies import bearer, require_key
-from app.openapi import IMAGE_PROBLEMS, IMAGES
+from app.dependencies import bearer, max_wait_seconds, require_key
+from app.openapi import BINARY_CONTENT, IMAGE_PROBLEMS, IMAGES
 from app.problems import NotAcceptable, Problem, documented, problem
 from service.engine import Engine
 from service.errors import ServiceError
 from service.lifecycle import time_limit
-from service.postprocess.classes import Prediction
-from service.results import ImageResult
+from service.results import InferenceResult
+from service.store.cards import ModelCard
 
 LARGE = 32_768  # numbers; more, even as JSON on the event loop, would hold it up for over a millisecond and a half
 JSON = "application/json"
-# What every endpoint that takes images documents.
-DOCUMENTED: Mapping[str, Any] = {"openapi_extra": {"requestBody": IMAGES}, "responses": documented(*IMAGE_PROBLEMS)}
-# The start of each example of a response.
-EXAMPLE_MODEL: dict[str, Any] = {"model": "pvt_v2_b0.digits", "version": "1"}
-EXAMPLE_IMAGE: dict[str, Any] = {"filename": "seven.png", "width": 64, "height": 64}
 
 _SIZE = re.compile(r"(?P<height>[1-9]\d{0,4})(x(?P<width>[1-9]\d{0,4}))?", re.ASCII)
 _OUT_OF_RANGE = {"greater_than_equal", "less_than_equal"}
 
 T = TypeVar("T")
-
-
-class Result(Protocol):
-    """The results of a model for all images of a request."""
-
-    @property
-    def model(self) -> str: ...  # noqa: D102
-    @property
-    def results(self) -> Sequence[ImageResult | Prediction | ServiceError]: ...  # noqa: D102
 
 
 class InferenceRoute(APIRoute):
@@ -167,9 +154,26 @@ class ImageError(BaseModel):
     error: Problem
 
 
-def image_error(filename: str | None, error: ServiceError, request_id: str) -> dict[str, object]:
-    """An ImageError, for orjson."""
-    return {"filename": filename, "error": problem(error, request_id).model_dump()}
+class ImageInfo(BaseModel):
+    """An image; width and height are its own, in pixels."""
+
+    filename: str | None
+    width: int
+    height: int
+
+
+def example(image: Mapping[str, Any], **more: JsonValue) -> ConfigDict:
+    """The configuration of a response's model with an example, of which `image` and `more` are the endpoint's own."""
+    result: dict[str, Any] = {"filename": "seven.png", "width": 64, "height": 64, **image}
+    response: dict[str, Any] = {"model": "pvt_v2_b0.digits", "version": "1", **more, "results": [result]}
+    return ConfigDict(json_schema_extra={"examples": [response]})
+
+
+def documentation(*binary: str) -> dict[str, Any]:
+    """What the route of an endpoint that takes images documents, with the `binary` forms of its response."""
+    content: dict[int | str, Any] = {200: {"content": dict.fromkeys(binary, BINARY_CONTENT)}} if binary else {}
+    statuses = (406, *IMAGE_PROBLEMS) if binary else IMAGE_PROBLEMS
+    return {"openapi_extra": {"requestBody": IMAGES}, "responses": {**content, **documented(*statuses)}}
 
 
 def chosen_media_type(request: Request, offered: Sequence[str]) -> str:
@@ -202,7 +206,7 @@ async def uploaded(request: Request, query: InferenceQuery) -> AsyncIterator[lis
     with state.engine.request():
         sent = await read_uploads(request)
         uploads = [each for each in sent if isinstance(each, Upload)]
-        async with CancelOnDisconnect(request):
+        async with cancel_on_disconnect(request):
             if len(uploads) == len(sent):
                 yield uploads
                 return
@@ -213,37 +217,58 @@ async def uploaded(request: Request, query: InferenceQuery) -> AsyncIterator[lis
                 yield uploads
 
 
-class CancelOnDisconnect:
-    """Cancels what runs inside `async with` when the client disconnects; the request's body must have been read.
+@asynccontextmanager
+async def cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
+    """Cancel what runs inside when the client disconnects; the request's body must have been read.
 
     Raises:
         ClientDisconnect: the client is gone.
     """
+    task, gone = asyncio.current_task(), False
+    assert task is not None  # noqa: S101  a coroutine that runs has a task
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._gone = False
-
-    async def __aenter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101  a coroutine that runs has a task
-        self._task = task
-        self._watcher = asyncio.create_task(self._watch())
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        self._watcher.cancel()
-        if kind is asyncio.CancelledError and self._gone:
-            self._task.uncancel()
-            raise ClientDisconnect from None
-
-    async def _watch(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
             pass
-        self._gone = True
-        self._task.cancel()
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        task.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        watcher.cancel()
 
 
-def note(request: Request, result: Result) -> None:
+async def infer(
+    request: Request,
+    query: InferenceQuery,
+    uploads: Sequence[Upload],
+    *,
+    stages: bool = False,
+    check: Callable[[ModelCard], None] | None = None,
+) -> InferenceResult:
+    """What the engine infers from `uploads` with the parameters that all endpoints have; see `Engine.infer`, `note`."""
+    result: InferenceResult = await request.state.engine.infer(
+        [upload.data for upload in uploads],
+        model=query.model,
+        size=query.input_size,
+        stages=stages,
+        check=check,
+        max_wait_seconds=await max_wait_seconds(request),
+        timeout_seconds=query.timeout_seconds,
+    )
+    note(request, result)
+    return result
+
+
+def note(request: Request, result: InferenceResult) -> None:
     """Leave what the middleware writes into headers and log; of several images the times of the slowest.
 
     Raises:
@@ -260,14 +285,24 @@ def note(request: Request, result: Result) -> None:
         raise error
 
 
-async def encoded(request: Request, model: str, make: Callable[[], T], numbers: int = 0) -> T:
-    """What `make` makes of a result of so many `numbers`, a large one on a thread; measures its time."""
+def image_results(uploads: Sequence[Upload], result: InferenceResult, request_id: str) -> list[dict[str, Any]]:
+    """An ImageInfo, to be completed, or an ImageError for each image, for orjson."""
+    return [
+        {"filename": upload.filename, "error": problem(image, request_id).model_dump()}
+        if isinstance(image, ServiceError)
+        else {"filename": upload.filename, "width": image.width, "height": image.height}
+        for upload, image in zip(uploads, result.results, strict=True)
+    ]
+
+
+async def encoded(request: Request, result: InferenceResult, encode: Callable[[], T], numbers: int = 0) -> T:
+    """What `encode` returns, which encodes so many `numbers` of `result`: many on a thread. Measures its time."""
     state = request.state
     engine: Engine = state.engine
     start = perf_counter()
-    content = await engine.encode(make) if numbers > LARGE else make()
+    content = await engine.encode(encode) if numbers > LARGE else encode()
     seconds = perf_counter() - start
-    engine.encoded(model, seconds)
+    engine.encoded(result.model, seconds)
     if hasattr(state, "timing"):  # every image may have failed
         state.timing["encode"] = seconds
     return content

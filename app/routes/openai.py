@@ -15,7 +15,7 @@ from app.dependencies import EngineDep, MaxWaitDep
 from app.encodings import json_array, little_endian
 from app.openapi import json_body
 from app.problems import refusals
-from app.routes.inference import JSON, CancelOnDisconnect, encoded, note
+from app.routes.inference import JSON, cancel_on_disconnect, encoded, note
 from service.errors import InvalidRequest
 from service.results import InferenceResult, require_all
 
@@ -124,11 +124,11 @@ async def embeddings(request: Request, engine: EngineDep, max_wait: MaxWaitDep) 
     """The embedding of each image; one that fails fails the request."""
     with engine.request():
         message = await _read(request)
-        async with CancelOnDisconnect(request):
+        async with cancel_on_disconnect(request):
             images = [from_base64(url) for url in message.urls]
             result = await engine.infer(images, model=message.model, max_wait_seconds=max_wait)
     note(request, result)
-    body = await encoded(request, result.model, partial(_body, result, message.encoding_format), result.numbers)
+    body = await encoded(request, result, partial(_body, result, message.encoding_format), result.numbers)
     return Response(body, media_type=JSON)
 
 
