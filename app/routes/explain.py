@@ -25,7 +25,6 @@ from app.routes.inference import (
     example,
     image_results,
     infer,
-    uploaded,
 )
 from service.errors import InvalidRequest, ServiceError
 from service.postprocess.activation_maps import check_class, explain, maps, numbers, overlay
@@ -92,15 +91,21 @@ async def show(request: Request, query: Annotated[ExplainQuery, Query()]) -> Res
     As a PNG of one image, as the model saw it, with the map on it; or, with an `Accept` for it, as JSON or `.npy`.
     """
     media_type = chosen_media_type(request, MEDIA_TYPES)
-    async with uploaded(request, query) as uploads:
-        if media_type == PNG and len(uploads) > 1:
-            raise InvalidRequest(
-                f"{PNG} shows one image and the request has {len(uploads)}; send one, or accept {JSON} or {NPY}"
-            )
-        result = await infer(request, query, uploads, stages=True, check=partial(check_class, query.class_id))
+    uploads, result = await infer(
+        request,
+        query,
+        stages=True,
+        check=partial(check_class, query.class_id),
+        check_count=partial(_check_count, media_type),
+    )
     count = LARGE + 1 if media_type == PNG else numbers(result)  # compressing takes milliseconds
     body = partial(_body, media_type, uploads, result, query, request.state.request_id)
     return Response(await encoded(request, result, body, count), media_type=media_type)
+
+
+def _check_count(media_type: str, count: int) -> None:
+    if media_type == PNG and count > 1:
+        raise InvalidRequest(f"{PNG} shows one image and the request has {count}; send one, or accept {JSON} or {NPY}")
 
 
 def _body(

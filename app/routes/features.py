@@ -27,7 +27,6 @@ from app.routes.inference import (
     example,
     image_results,
     infer,
-    uploaded,
 )
 from service.errors import ServiceError
 from service.postprocess.features import FeatureOptions, features, numbers, stacked
@@ -112,8 +111,7 @@ async def extract(request: Request, query: Annotated[FeaturesQuery, Query()]) ->
     """
     media_type, wanted = chosen_media_type(request, MEDIA_TYPES), query.wanted
     check_holds(media_type, wanted.names)
-    async with uploaded(request, query) as uploads:
-        result = await infer(request, query, uploads, stages=bool(wanted.stages))
+    uploads, result = await infer(request, query, stages=bool(wanted.stages))
     count = numbers(result, wanted)
     if media_type != JSON:
         body = await encoded(request, result, partial(_binary, media_type, uploads, result, wanted), count)

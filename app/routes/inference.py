@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from time import perf_counter
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -192,29 +192,47 @@ def chosen_media_type(request: Request, offered: Sequence[str]) -> str:
     return best
 
 
-@asynccontextmanager
-async def uploaded(request: Request, query: InferenceQuery) -> AsyncIterator[list[Upload]]:
-    """The images of `request`, those by URL fetched. What runs inside is cancelled when the client disconnects.
+async def infer(
+    request: Request,
+    query: InferenceQuery,
+    *,
+    stages: bool = False,
+    check: Callable[[ModelCard], None] | None = None,
+    check_count: Callable[[int], None] | None = None,
+) -> tuple[list[Upload], InferenceResult]:
+    """Read the images of `request`, fetch those by URL, and infer; see `Engine.infer` and `note`.
 
-    The timeout of `query` is for fetching and what runs inside together; without URLs the engine keeps time.
+    `check_count` is called with the number of images, and may raise. The timeout of `query` is for fetching and
+    inference together.
 
     Raises:
-        ServiceError: the body can't be read, or the engine takes no new work.
+        ServiceError: the body can't be read, or the engine refuses or fails.
         ClientDisconnect: the client is gone.
     """
-    state = request.state
-    with state.engine.request():
+    state, engine = request.state, request.state.engine
+    with engine.request():
         sent = await read_uploads(request)
+        if check_count:
+            check_count(len(sent))
         uploads = [each for each in sent if isinstance(each, Upload)]
-        async with cancel_on_disconnect(request):
-            if len(uploads) == len(sent):
-                yield uploads
-                return
-            async with time_limit(query.timeout_seconds or state.engine.options.timeout_seconds):
+        fetches = len(uploads) < len(sent)
+        limit = time_limit(query.timeout_seconds or engine.options.timeout_seconds) if fetches else nullcontext()
+        async with cancel_on_disconnect(request), limit:
+            if fetches:
                 start = perf_counter()
                 uploads = await state.fetcher.fetched(sent, state.request_id)
                 state.fetch_seconds = perf_counter() - start
-                yield uploads
+            result: InferenceResult = await engine.infer(
+                [upload.data for upload in uploads],
+                model=query.model,
+                size=query.input_size,
+                stages=stages,
+                check=check,
+                max_wait_seconds=await max_wait_seconds(request),
+                timeout_seconds=query.timeout_seconds,
+            )
+    note(request, result)
+    return uploads, result
 
 
 @asynccontextmanager
@@ -244,28 +262,6 @@ async def cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
         raise ClientDisconnect from None
     finally:
         watcher.cancel()
-
-
-async def infer(
-    request: Request,
-    query: InferenceQuery,
-    uploads: Sequence[Upload],
-    *,
-    stages: bool = False,
-    check: Callable[[ModelCard], None] | None = None,
-) -> InferenceResult:
-    """What the engine infers from `uploads` with the parameters that all endpoints have; see `Engine.infer`, `note`."""
-    result: InferenceResult = await request.state.engine.infer(
-        [upload.data for upload in uploads],
-        model=query.model,
-        size=query.input_size,
-        stages=stages,
-        check=check,
-        max_wait_seconds=await max_wait_seconds(request),
-        timeout_seconds=query.timeout_seconds,
-    )
-    note(request, result)
-    return result
 
 
 def note(request: Request, result: InferenceResult) -> None:

@@ -22,7 +22,6 @@ from app.routes.inference import (
     example,
     image_results,
     infer,
-    uploaded,
 )
 from service.errors import ServiceError
 from service.postprocess.classes import top_k
@@ -76,8 +75,7 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
     With several, a bad one becomes an `error` in its place and the others have results. With a single image, its error
     is the response.
     """
-    async with uploaded(request, query) as uploads:
-        result = await infer(request, query, uploads)
+    uploads, result = await infer(request, query)
     body = await encoded(request, result, partial(_body, uploads, result, query.top_k, request.state.request_id))
     return Response(body, media_type=JSON)
 
