@@ -15,7 +15,7 @@ from app.middleware import HttpMetrics, RequestContext
 from app.open_inference import inference, repository
 from app.open_inference import models as open_inference_models
 from app.remote_images.fetching import Fetcher
-from app.routes import debug, explain, features, health, management, models, openai, pages, predict
+from app.routes import explain, features, management, models, openai, operations, predict
 from app.settings import Settings
 from app.workers.worker import Worker
 from service.engine import Engine
@@ -63,9 +63,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     for router in (models.router, inference.router, open_inference_models.router, repository.router, openai.router):
         app.include_router(router, dependencies=protected)
     for router in (
-        health.router,
-        pages.router,
-        debug.router,
+        operations.router,
         management.router,
         inference.health,
         repository.management,

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from app.main import engine_options
 from app.routes.explain import ExplainQuery
-from app.routes.model_info import model_info
+from app.routes.models import model_info
 from cli.options import read_settings
 from cli.terminal import USAGE, CommandError, logs_on_stderr
 from pvt_client import ClassScore, Embedding, Explanation, ImageUnreadable, Model, Prediction, PvtError
