@@ -15,7 +15,7 @@ from app.middleware import HttpMetrics, RequestContext
 from app.open_inference import inference, repository
 from app.open_inference import models as open_inference_models
 from app.remote_images.fetching import Fetcher
-from app.routes import explain, features, management, models, openai, operations, predict
+from app.routes import images, management, models, openai, operations
 from app.settings import Settings
 from app.workers.worker import Worker
 from service.engine import Engine
@@ -54,7 +54,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         redoc_url=None,  # one page of documentation is enough, and that one loads a logo from elsewhere
         lifespan=_lifespan(settings, options, registry, worker),
         # First in the table of routes, so that no time is lost on others.
-        routes=[*predict.router.routes, *features.router.routes, *explain.router.routes],
+        routes=images.router.routes,
     )
     app.add_middleware(RequestContext, metrics=HttpMetrics(registry))
     problems.install(app)

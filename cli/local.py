@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 
 from app.main import engine_options
-from app.routes.explain import ExplainQuery
+from app.routes.images import ExplainQuery
 from app.routes.models import model_info
 from cli.options import read_settings
 from cli.terminal import USAGE, CommandError, logs_on_stderr

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from time import perf_counter
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -17,7 +17,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    JsonValue,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
@@ -32,8 +31,7 @@ from typing_extensions import override
 
 from app.bodies import Upload, read_uploads
 from app.dependencies import bearer, max_wait_seconds, require_key
-from app.openapi import BINARY_CONTENT, IMAGE_PROBLEMS, IMAGES
-from app.problems import NotAcceptable, Problem, documented, problem
+from app.problems import NotAcceptable
 from service.engine import Engine
 from service.errors import ServiceError
 from service.lifecycle import time_limit
@@ -144,38 +142,6 @@ class InferenceQuery(BaseModel):
         return match and (int(match["height"]), int(match["width"] or match["height"]))
 
 
-InputSize = Annotated[tuple[int, int], Field(description="Of the model's input: height and width, in pixels.")]
-
-
-class ImageError(BaseModel):
-    """The problem of one image among several."""
-
-    filename: str | None
-    error: Problem
-
-
-class ImageInfo(BaseModel):
-    """An image; width and height are its own, in pixels."""
-
-    filename: str | None
-    width: int
-    height: int
-
-
-def example(image: Mapping[str, Any], **more: JsonValue) -> ConfigDict:
-    """The configuration of a response's model with an example, of which `image` and `more` are the endpoint's own."""
-    result: dict[str, Any] = {"filename": "seven.png", "width": 64, "height": 64, **image}
-    response: dict[str, Any] = {"model": "pvt_v2_b0.digits", "version": "1", **more, "results": [result]}
-    return ConfigDict(json_schema_extra={"examples": [response]})
-
-
-def documentation(*binary: str) -> dict[str, Any]:
-    """What the route of an endpoint that takes images documents, with the `binary` forms of its response."""
-    content: dict[int | str, Any] = {200: {"content": dict.fromkeys(binary, BINARY_CONTENT)}} if binary else {}
-    statuses = (406, *IMAGE_PROBLEMS) if binary else IMAGE_PROBLEMS
-    return {"openapi_extra": {"requestBody": IMAGES}, "responses": {**content, **documented(*statuses)}}
-
-
 def chosen_media_type(request: Request, offered: Sequence[str]) -> str:
     """The media type of `offered`, the default first, that the request's `Accept` prefers.
 
@@ -199,11 +165,11 @@ async def infer(
     stages: bool = False,
     check: Callable[[ModelCard], None] | None = None,
     check_count: Callable[[int], None] | None = None,
-) -> tuple[list[Upload], InferenceResult]:
-    """Read the images of `request`, fetch those by URL, and infer; see `Engine.infer` and `note`.
+) -> tuple[list[str | None], InferenceResult]:
+    """Read the images of `request`, fetch those by URL, and infer: their file names, and the result.
 
-    `check_count` is called with the number of images, and may raise. The timeout of `query` is for fetching and
-    inference together.
+    `check` is the engine's; `check_count` is called with the number of images, and may raise. The timeout of `query`
+    is for fetching and inference together.
 
     Raises:
         ServiceError: the body can't be read, or the engine refuses or fails.
@@ -232,7 +198,7 @@ async def infer(
                 timeout_seconds=query.timeout_seconds,
             )
     note(request, result)
-    return uploads, result
+    return [upload.filename for upload in uploads], result
 
 
 @asynccontextmanager
@@ -279,16 +245,6 @@ def note(request: Request, result: InferenceResult) -> None:
         state.timing = {**fetch, **max(timings, key=sum)._asdict()}
     elif len(results) == 1 and isinstance(error := results[0], ServiceError):
         raise error
-
-
-def image_results(uploads: Sequence[Upload], result: InferenceResult, request_id: str) -> list[dict[str, Any]]:
-    """An ImageInfo, to be completed, or an ImageError for each image, for orjson."""
-    return [
-        {"filename": upload.filename, "error": problem(image, request_id).model_dump()}
-        if isinstance(image, ServiceError)
-        else {"filename": upload.filename, "width": image.width, "height": image.height}
-        for upload, image in zip(uploads, result.results, strict=True)
-    ]
 
 
 async def encoded(request: Request, result: InferenceResult, encode: Callable[[], T], numbers: int = 0) -> T:
