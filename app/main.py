@@ -12,8 +12,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from app import logs, openapi, problems
 from app.dependencies import State, require_key
 from app.middleware import HttpMetrics, RequestContext
-from app.open_inference import inference, repository
-from app.open_inference import models as open_inference_models
+from app.open_inference import routes as open_inference
 from app.remote_images.fetching import Fetcher
 from app.routes import images, management, models, openai, operations
 from app.settings import Settings
@@ -60,14 +59,9 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     problems.install(app)
     # Only where keys are set: a dependency costs each request.
     protected = [Depends(require_key)] if settings.api_keys else []
-    for router in (models.router, inference.router, open_inference_models.router, repository.router, openai.router):
+    for router in (models.router, open_inference.router, openai.router):
         app.include_router(router, dependencies=protected)
-    for router in (
-        operations.router,
-        management.router,
-        inference.health,
-        repository.management,
-    ):
+    for router in (operations.router, management.router, open_inference.health, open_inference.management):
         app.include_router(router)
     openapi.describe(app, settings)
     return app

@@ -2,8 +2,8 @@
 
 import re
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,17 +22,19 @@ _NUMBERS = re.compile(rb'(?<!\\)"data"\s{0,99}+:\s{0,99}+(?=\[[\s\[]{0,9999}+-?\
 _TRIES = 100  # an input has one key of that name
 
 
-class _Message(BaseModel):
+class Message(BaseModel):
+    """What a client sends; unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class InputParameters(_Message):
+class InputParameters(Message):
     """Of one input."""
 
     binary_data_size: Annotated[int | None, Field(ge=0)] = None
 
 
-class Input(_Message):
+class Input(Message):
     """One input; its data is in `data` or after the JSON."""
 
     name: str
@@ -42,39 +44,34 @@ class Input(_Message):
     data: Annotated[list[Any] | None, Field(description="Nested lists or one flat list.")] = None
 
 
-class OutputParameters(_Message):
+class OutputParameters(Message):
     """Of one requested output."""
 
     binary_data: bool | None = None
     classification: Annotated[int | None, Field(ge=0, le=1000, description="How many classes; 0: the tensor.")] = None
 
 
-class RequestedOutput(_Message):
+class RequestedOutput(Message):
     """One requested output."""
 
     name: str
     parameters: OutputParameters = OutputParameters()
 
 
-class RequestParameters(_Message):
+class RequestParameters(Message):
     """Of the whole request; `timeout` is in microseconds."""
 
     timeout: Annotated[int | None, Field(ge=0, le=3_600_000_000)] = None
     binary_data_output: bool = False
 
 
-class InferRequest(_Message):
+class InferRequest(Message):
     """The JSON of a request."""
 
     id: Annotated[str | None, Field(max_length=1000)] = None
     inputs: Annotated[list[Input], Field(min_length=1, max_length=1)]
     outputs: Annotated[list[RequestedOutput], Field(max_length=len(OUTPUTS))] = []
     parameters: RequestParameters = RequestParameters()
-
-    @property
-    def timeout_seconds(self) -> float | None:
-        """The timeout in seconds; None for the service's own."""
-        return self.parameters.timeout / 1e6 if self.parameters.timeout else None
 
 
 class OutputMessage(BaseModel):
@@ -127,11 +124,15 @@ class InferResponse(BaseModel):
     outputs: list[OutputMessage]
 
 
-class Body(NamedTuple):
-    """A body to send, and the length of the JSON before its tensors, if there are any."""
+M = TypeVar("M", bound=Message)
 
-    content: bytes
-    header_length: int | None
+
+def validated(form: type[M], value: object) -> M:
+    """`value` as a `form`; raises InvalidRequest, which names what is wrong."""
+    try:
+        return form.model_validate(value)
+    except ValidationError as error:
+        raise InvalidRequest(reasons(error, "the body")) from error
 
 
 def decompressed(body: bytes, encoding: str, max_bytes: int) -> bytes:
@@ -169,8 +170,7 @@ def compressed(content: bytes, accepted: str) -> tuple[bytes, dict[str, str]]:
     coding = accepted.strip().lower()
     if coding not in _WINDOW:
         return content, {}
-    stream = zlib.compressobj(level=1, wbits=_WINDOW[coding])
-    return stream.compress(content) + stream.flush(), {"Content-Encoding": coding}
+    return zlib.compress(content, 1, _WINDOW[coding]), {"Content-Encoding": coding}
 
 
 def parse(body: bytes, header_length: str | None) -> tuple[InferRequest, InputTensor]:
@@ -187,23 +187,20 @@ def parse(body: bytes, header_length: str | None) -> tuple[InferRequest, InputTe
             )
         end = int(header_length)
     header, numbers = _without_numbers(body[:end])
-    try:
-        request = InferRequest.model_validate(parse_json(header))
-    except ValidationError as error:
-        raise InvalidRequest(reasons(error, "the body")) from error
+    request = validated(InferRequest, parse_json(header))
     return request, _tensor(request.inputs[0], numbers, memoryview(body)[end:])
 
 
-def serialize(response: Mapping[str, Any], outputs: Sequence[tuple[OutputTensor, bool]]) -> Body:
-    """The body of `response` with `outputs`, each with whether its data follows the JSON."""
+def serialize(response: Mapping[str, Any], outputs: Iterable[tuple[OutputTensor, bool]]) -> tuple[bytes, int | None]:
+    """The body of `response` with `outputs`, each with whether its data follows the JSON.
+
+    With it the length of the JSON, if data follows.
+    """
     messages: list[dict[str, Any]] = []
     tails: list[bytes] = []
     for tensor, binary in outputs:
-        message: dict[str, Any] = {
-            "name": tensor.spec.name,
-            "datatype": tensor.spec.datatype,
-            "shape": tensor.spec.shape,
-        }
+        spec = tensor.spec
+        message: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
         if binary:
             tails.append(tensor.raw())
             message["parameters"] = {"binary_data_size": len(tails[-1])}
@@ -211,7 +208,7 @@ def serialize(response: Mapping[str, Any], outputs: Sequence[tuple[OutputTensor,
             message["data"] = tensor.json()
         messages.append(message)
     header = orjson.dumps({**response, "outputs": messages})
-    return Body(b"".join((header, *tails)), len(header)) if tails else Body(header, None)
+    return b"".join((header, *tails)), len(header) if tails else None
 
 
 def _without_numbers(text: bytes) -> tuple[bytes, bytes | None]:
