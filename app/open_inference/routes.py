@@ -51,7 +51,7 @@ management = APIRouter(
     tags=["management"],
     dependencies=[Depends(require_management), Depends(require_one_process)],
 )
-_models = APIRouter(responses=refusals("/v2", 400, 401, 404, 503))
+_get = partial(router.get, responses=refusals("/v2", 400, 401, 404, 503))
 
 BYTES = "application/octet-stream"
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository"]
@@ -171,7 +171,8 @@ async def server_ready(state: HealthDep) -> JSONResponse:
     return JSONResponse({"ready": state.ready}, 200 if state.ready else 503)
 
 
-@_models.get("", summary="Model metadata")
+@_get("/models/{name}", summary="Model metadata")
+@_get("/models/{name}/versions/{version}", summary="Model metadata")
 async def model_metadata(engine: EngineDep, name: ModelName, version: str | None = None) -> ModelMetadata:
     """Inputs and outputs, at the model's own input size."""
     model = await engine.model(_versioned(name, version))
@@ -185,7 +186,8 @@ async def model_metadata(engine: EngineDep, name: ModelName, version: str | None
     )
 
 
-@_models.get("/ready", summary="Model readiness")
+@_get("/models/{name}/ready", summary="Model readiness")
+@_get("/models/{name}/versions/{version}/ready", summary="Model readiness")
 async def model_ready(engine: EngineDep, name: ModelName, version: str | None = None) -> Ready:
     """200 when the model is in memory, or its first request will load it."""
     model = await engine.model(_versioned(name, version))
@@ -194,7 +196,8 @@ async def model_ready(engine: EngineDep, name: ModelName, version: str | None = 
     return Ready(ready=True)
 
 
-@_models.get("/config", summary="Model configuration")
+@_get("/models/{name}/config", summary="Model configuration")
+@_get("/models/{name}/versions/{version}/config", summary="Model configuration")
 async def model_config(engine: EngineDep, name: ModelName, version: str | None = None) -> ModelConfig:
     """Triton's model configuration extension, which Triton's tools request."""
     model = await engine.model(_versioned(name, version))
@@ -216,13 +219,17 @@ def _config(tensor: TensorMetadata, *, optional: bool = False) -> TensorConfig:
 _BODY = json_body(InferRequest, INFER_EXAMPLES)
 
 
-@_models.post(
-    "/infer",
+_post = partial(
+    router.post,
     summary="Inference on tensors",
     response_model=InferResponse,
-    responses={200: {"content": {BYTES: BINARY_CONTENT}}, **refusals("/v2", 413, 415, 429, 504)},
+    responses={200: {"content": {BYTES: BINARY_CONTENT}}, **refusals("/v2", 400, 401, 404, 413, 415, 429, 503, 504)},
     openapi_extra={"requestBody": {**_BODY, "content": {**_BODY["content"], BYTES: BINARY_CONTENT}}},
 )
+
+
+@_post("/models/{name}/infer")
+@_post("/models/{name}/versions/{version}/infer")
 async def infer(
     request: Request, engine: EngineDep, max_wait: MaxWaitDep, name: ModelName, version: str | None = None
 ) -> Response:
@@ -325,7 +332,3 @@ async def _read_message(request: Request, form: type[M]) -> M:
     """The body; an absent one is an empty object."""
     body = await read_body(request, request.state.settings.max_body_bytes)
     return validated(form, parse_json(body) if body.strip() else {})
-
-
-for _prefix in ("/models/{name}", "/models/{name}/versions/{version}"):
-    router.include_router(_models, prefix=_prefix)

@@ -223,8 +223,8 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
         )
         return Upload(name, data)
 
-    def _target(self, url: str | httpx.URL) -> _Target:
-        """`url`, if it is one that may be fetched.
+    def _target(self, url: str, base: httpx.URL | None = None) -> _Target:
+        """`url`, which may be relative to `base`, if it is one that may be fetched.
 
         Raises:
             ImageUrlRefused: it is not. The message names no host: a redirect may lead to a secret one.
@@ -232,8 +232,8 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
         if not self._reach.rules:
             raise ImageUrlRefused("images by URL are off; PVT_URL_HOSTS is to name the hosts that they may come from")
         try:
-            parsed = httpx.URL(url)
-        except httpx.InvalidURL as error:
+            parsed = base.join(url) if base else httpx.URL(url)
+        except (httpx.InvalidURL, ValueError) as error:  # `join` lets some of the standard library's through
             raise ImageUrlRefused("the URL is malformed") from error
         if parsed.scheme not in DEFAULT_PORTS:
             raise ImageUrlRefused("the URL is neither http:// nor https://")
@@ -270,9 +270,7 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
     def _redirected(self, target: _Target, location: str) -> _Target:
         """Where `location` leads, checked like a URL that a client sends."""
         try:
-            following = self._target(target.url.join(location))
-        except (httpx.InvalidURL, ValueError) as error:  # `join` lets some of the standard library's through
-            raise ImageUrlRefused("the URL redirects to where it may not: the URL is malformed") from error
+            following = self._target(location, target.url)
         except ImageUrlRefused as error:
             raise ImageUrlRefused(f"the URL redirects to where it may not: {error}") from error
         if (target.url.scheme, following.url.scheme) == ("https", "http"):
@@ -290,10 +288,9 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
             "Accept-Encoding": "identity",
             "User-Agent": f"pvt-serve/{version('pvt-serve')}",
         }
-        timeout = {"connect": _CONNECT_SECONDS, "read": self._seconds, "write": self._seconds, "pool": self._seconds}
         # A pool for each request: a shared one may never get a connection back from a request that is cancelled.
         pool = httpcore.AsyncConnectionPool(self._ssl_context, network_backend=self._backend, max_connections=1)
-        request = pool.stream("GET", address, headers=headers, extensions={"timeout": timeout})
+        request = pool.stream("GET", address, headers=headers, extensions={"timeout": {"connect": _CONNECT_SECONDS}})
         async with pool, request as response:
             if isinstance(stream := response.extensions["network_stream"], HeadLimited):
                 stream.end_head()

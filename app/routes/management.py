@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Request, Response
@@ -18,6 +19,7 @@ from service.scheduling.activity import InstanceActivity, PastRelease, QueueActi
 
 router = APIRouter(tags=["management"], dependencies=[Depends(require_management)])
 _models = APIRouter(prefix="/models", dependencies=[Depends(require_one_process)])
+_post = partial(_models.post, response_model_exclude_none=True)
 
 ACCEPTED: dict[int | str, dict[str, Any]] = {
     202: {"model": ModelInfo, "description": "It is on its way (`Prefer: respond-async`, or `wait` ended)."}
@@ -100,10 +102,9 @@ async def changing(request: Request, engine: Engine, action: str, **what: str) -
             yield
 
 
-@_models.post(
+@_post(
     "/refresh",
     summary="Look for new versions and aliases",
-    response_model_exclude_none=True,
     responses={**documented(401, 403, 503, 504), **ACCEPTED, 202: {"model": ModelList, "description": "It goes on."}},
 )
 async def refresh(
@@ -120,12 +121,7 @@ async def refresh(
     return ModelList(models=[model_info(model) for model in await engine.models()])
 
 
-@_models.post(
-    "/{model_id}/load",
-    summary="Load a model",
-    response_model_exclude_none=True,
-    responses={**documented(401, 403, 404, 422, 503, 504), **ACCEPTED},
-)
+@_post("/{model_id}/load", summary="Load a model", responses={**CHANGED, **documented(504), **ACCEPTED})
 async def load(
     request: Request, response: Response, model_id: str, engine: EngineDep, max_wait: MaxWaitDep
 ) -> ModelInfo:
@@ -139,12 +135,7 @@ async def load(
     return model_info(await engine.model(model_id))
 
 
-@_models.post(
-    "/{model_id}/unload",
-    summary="Unload a model",
-    response_model_exclude_none=True,
-    responses=documented(401, 403, 404, 409, 422, 503, 504),
-)
+@_post("/{model_id}/unload", summary="Unload a model", responses={**CHANGED, **documented(409, 504)})
 async def unload(request: Request, model_id: str, engine: EngineDep) -> ModelInfo:
     """Free a model's memory, in all its versions unless one is named, once no request uses it.
 
@@ -155,12 +146,7 @@ async def unload(request: Request, model_id: str, engine: EngineDep) -> ModelInf
     return model_info(await engine.model(model_id))
 
 
-@_models.post(
-    "/{model_id}/pin",
-    summary="Pin a model",
-    response_model_exclude_none=True,
-    responses=documented(401, 403, 404, 422, 503, 504),
-)
+@_post("/{model_id}/pin", summary="Pin a model", responses={**CHANGED, **documented(504)})
 async def pin(request: Request, model_id: str, engine: EngineDep) -> ModelInfo:
     """Load a model and never evict it, nor the versions that take its place; until the process ends."""
     async with changing(request, engine, "pin", model=model_id):
@@ -201,10 +187,8 @@ async def remove_alias(request: Request, name: str, engine: EngineDep) -> AliasL
     return AliasList(aliases=await engine.aliases())
 
 
-@router.get(
-    "/debug/scheduler", operation_id="get_scheduler", summary="Look at the scheduler", responses=documented(401, 403)
-)
-async def scheduler(engine: EngineDep) -> SchedulerInfo:
+@router.get("/debug/scheduler", summary="Look at the scheduler", responses=documented(401, 403))
+async def get_scheduler(engine: EngineDep) -> SchedulerInfo:
     """Queues, instances, and the last batches that were released, with reason, size, wait and run time."""
     activity = engine.activity()
     return SchedulerInfo(

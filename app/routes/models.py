@@ -1,9 +1,11 @@
 """`GET /models`, and what it shows of a model."""
 
+from dataclasses import fields
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from app.dependencies import EngineDep
 from app.problems import documented
@@ -13,6 +15,8 @@ from service.registry.status import ModelStatus, RemoteModel, VersionStatus
 from service.store.cards import Accuracy
 
 router = APIRouter(prefix="/models", tags=["models"])
+
+Seconds = Annotated[float, AfterValidator(partial(round, ndigits=3))]
 
 
 class BatchSize(BaseModel):
@@ -63,7 +67,7 @@ class VersionInfo(BaseModel):
     aliases: Annotated[list[str] | None, Field(description="The aliases that stand for it.")] = None
     leases: Annotated[int | None, Field(description="Requests that use it, or wait for it.")] = None
     pinned: bool | None = None
-    idle_seconds: Annotated[float | None, Field(description="Since it was last used.")] = None
+    idle_seconds: Annotated[Seconds | None, Field(description="Since it was last used.")] = None
     memory_bytes: Annotated[int | None, Field(description="Resident memory that it takes, as measured.")] = None
 
 
@@ -106,7 +110,7 @@ class ModelInfo(BaseModel):
     ] = None
     pinned: Annotated[bool | None, Field(description="Whether it is never evicted.")] = None
     leases: Annotated[int | None, Field(description="Requests that use it, or wait for it.")] = None
-    idle_seconds: Annotated[float | None, Field(description="Since it was last used.")] = None
+    idle_seconds: Annotated[Seconds | None, Field(description="Since it was last used.")] = None
     versions: Annotated[list[VersionInfo] | None, Field(description="All versions, the newest first.")] = None
     aliases: Annotated[list[str] | None, Field(description="The aliases that stand for it.")] = None
     batch_plan: list[PlannedBatch] | None = None
@@ -116,7 +120,7 @@ class ModelInfo(BaseModel):
     layout: CoreLayout | None = None
     plan_cached: Annotated[bool | None, Field(description="Whether plan and graphs came from PVT_CACHE_DIR.")] = None
     notes: Annotated[list[str] | None, Field(description="What was tried and left out, and why.")] = None
-    load_seconds: float | None = None
+    load_seconds: Seconds | None = None
     improving: Annotated[
         bool | None, Field(description="Whether faster graphs are still being made, while it serves.")
     ] = None
@@ -128,27 +132,18 @@ class ModelList(BaseModel):
     models: list[ModelInfo]
 
 
-@router.get(
-    "",
-    operation_id="list_models",
-    summary="List the models",
-    response_model_exclude_none=True,
-    responses=documented(401, 503),
-)
-async def models(engine: EngineDep) -> ModelList:
+_get = partial(router.get, response_model_exclude_none=True)
+
+
+@_get("", summary="List the models", responses=documented(401, 503))
+async def list_models(engine: EngineDep) -> ModelList:
     """Every model of the store, and where it stands; then the published ones that could be fetched into it."""
     found = await engine.models()
     return ModelList(models=[*map(model_info, found), *map(_remote_info, engine.remote_models(found))])
 
 
-@router.get(
-    "/{model_id}",
-    operation_id="get_model",
-    summary="Describe one model",
-    response_model_exclude_none=True,
-    responses=documented(401, 404, 422, 503),
-)
-async def model(model_id: str, engine: EngineDep) -> ModelInfo:
+@_get("/{model_id}", summary="Describe one model", responses=documented(401, 404, 422, 503))
+async def get_model(model_id: str, engine: EngineDep) -> ModelInfo:
     """One model; a variant alone finds what it would find in a request."""
     try:
         return model_info(await engine.model(model_id))
@@ -160,83 +155,47 @@ async def model(model_id: str, engine: EngineDep) -> ModelInfo:
 
 def model_info(model: ModelStatus) -> ModelInfo:
     """What is known of `model`: from its card, and from memory once it is loaded."""
-    known: dict[str, Any] = {}
+    shown = _shown(model)
+    shown["versions"] = [VersionInfo(**_shown(version)) for version in model.versions]
     if card := model.card:
-        size = (card.preprocessing.height, card.preprocessing.width)
-        known = {"num_classes": len(card.labels), "input_size": size, "parameters": card.parameters}
-        known |= {"accuracy": card.accuracy, "licence": card.licence}
-    if model.backend:
-        known |= _loaded(model)
-    versions = [VersionInfo(**_version(each)) for each in model.versions]
-    return ModelInfo(
-        id=model.id, variant=model.variant, default=model.default, versions=versions, **_version(model), **known
-    )
+        shown["input_size"] = (card.preprocessing.height, card.preprocessing.width)
+        shown["num_classes"] = len(card.labels)
+        shown |= {"parameters": card.parameters, "accuracy": card.accuracy, "licence": card.licence}
+    if model.plan is not None and model.layout is not None:  # it is loaded
+        precisions = model.other_precisions or {}
+        shown["batch_plan"] = [
+            PlannedBatch(size=n, ms=milliseconds(seconds), precision=precisions.get(n))
+            for n, seconds in model.plan.items()
+        ]
+        shown["alone_ms"] = model.alone_seconds and milliseconds(model.alone_seconds)
+        shown["reference_check"] = model.deviation and _reference_check(model.deviation)
+        shown["layout"] = CoreLayout(**model.layout._asdict())
+        shown["notes"] = model.notes or []
+        shown["improving"] = model.optimizing or None
+    return ModelInfo(variant=model.variant, **shown)
 
 
-def _version(version: VersionStatus) -> dict[str, Any]:
-    """What is shown of a version and of a model; how it is used, if it is in memory or being loaded."""
-    shown: dict[str, Any] = {
-        "version": version.version,
-        "state": version.state,
-        "reason": str(version.failure) if version.failure else None,
-        "aliases": list(version.aliases) or None,
-        "memory_bytes": version.memory_bytes,
-    }
-    if version.state in {"ready", "loading"}:
-        idle = None if version.idle_seconds is None else round(version.idle_seconds, 3)
-        shown |= {"leases": version.leases, "pinned": version.pinned, "idle_seconds": idle}
+def _shown(status: VersionStatus | RemoteModel) -> dict[str, Any]:
+    """Its fields, also those that no response has; how it is used only while it is in memory or being loaded."""
+    shown = {field.name: getattr(status, field.name) for field in fields(status)}
+    shown["reason"] = str(status.failure) if status.failure else None
+    shown["aliases"] = shown.get("aliases") or None
+    if status.state not in {"ready", "loading"}:
+        shown |= {"leases": None, "pinned": None, "idle_seconds": None}
     return shown
 
 
-def _loaded(model: ModelStatus) -> dict[str, Any]:
-    """What is known of a model once it is in memory."""
-    assert model.plan is not None and model.layout is not None  # noqa: S101, PT018  it is loaded
-    precisions = model.other_precisions or {}
-    return {
-        "backend": model.backend,
-        "device": model.device,
-        "precision": model.precision,
-        "reference_check": model.deviation and _reference_check(model.deviation),
-        "batch_plan": [
-            PlannedBatch(size=n, ms=milliseconds(seconds), precision=precisions.get(n))
-            for n, seconds in model.plan.items()
-        ],
-        "alone_ms": None if model.alone_seconds is None else milliseconds(model.alone_seconds),
-        "layout": CoreLayout(**model.layout._asdict()),
-        "plan_cached": model.plan_cached,
-        "notes": list(model.notes or ()),
-        "load_seconds": round(model.load_seconds or 0.0, 3),
-        "improving": model.optimizing or None,
-    }
-
-
 def _reference_check(found: Deviation) -> ReferenceCheck:
+    cosine, deviation, swap = round(found.cosine, 6), round(found.share, 6), round(found.swap, 6)
     return ReferenceCheck(
-        images=found.images,
-        cosine=round(found.cosine, 6),
-        deviation=round(found.share, 6),
-        changed=found.changed,
-        worst_swap=round(found.swap, 6),
+        images=found.images, cosine=cosine, deviation=deviation, changed=found.changed, worst_swap=swap
     )
 
 
 def _remote_info(model: RemoteModel) -> ModelInfo:
     """What is known of published weights that are not in the store."""
     pull = None if model.pulled_bytes is None else PullProgress(bytes=model.pulled_bytes, total=model.total_bytes)
-    return ModelInfo(
-        id=model.id,
-        variant=model.variant,
-        version="",
-        state=model.state,
-        default=model.default,
-        reason=str(model.failure) if model.failure else None,
-        pull=pull,
-        num_classes=model.num_classes,
-        input_size=model.input_size,
-        parameters=model.parameters,
-        accuracy=model.accuracy,
-        licence=model.licence,
-    )
+    return ModelInfo(version="", pull=pull, **_shown(model))
 
 
 def milliseconds(seconds: float) -> float:

@@ -1,5 +1,6 @@
 """Health for orchestrators, metrics for Prometheus, a page for people. Open to all, whatever PVT_API_KEYS says."""
 
+from dataclasses import asdict
 from importlib.metadata import version
 from string import Template
 from typing import Any
@@ -50,29 +51,29 @@ class HealthResponse(BaseModel):
 UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": HealthResponse, "description": "Not so; see `reasons`."}}
 
 
-@router.get("/health", operation_id="get_health", summary="Liveness and readiness", responses=UNHEALTHY)
-async def health(state: HealthDep, response: Response) -> HealthResponse:
+@router.get("/health", summary="Liveness and readiness", responses=UNHEALTHY)
+async def get_health(state: HealthDep, response: Response) -> HealthResponse:
     """Liveness and readiness, with reasons."""
     response.status_code = 200 if state.live and state.ready else 503
-    return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
+    return HealthResponse(**asdict(state))
 
 
-@router.get("/health/live", operation_id="get_liveness", summary="Liveness", responses=UNHEALTHY)
-async def live(state: LivenessDep, response: Response) -> HealthResponse:
+@router.get("/health/live", summary="Liveness", responses=UNHEALTHY)
+async def get_liveness(state: LivenessDep, response: Response) -> HealthResponse:
     """Whether the process does its work; if not, restart it."""
     response.status_code = 200 if state.live else 503
-    return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
+    return HealthResponse(**asdict(state))
 
 
-@router.get("/health/ready", operation_id="get_readiness", summary="Readiness", responses=UNHEALTHY)
-async def ready(state: HealthDep, response: Response) -> HealthResponse:
+@router.get("/health/ready", summary="Readiness", responses=UNHEALTHY)
+async def get_readiness(state: HealthDep, response: Response) -> HealthResponse:
     """Whether to send requests here."""
     response.status_code = 200 if state.ready else 503
-    return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
+    return HealthResponse(**asdict(state))
 
 
-@router.get("/metrics", operation_id="get_metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
-async def metrics(engine: EngineDep, registry: RegistryDep) -> Response:
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+async def get_metrics(engine: EngineDep, registry: RegistryDep) -> Response:
     """Prometheus text."""
     engine.collect_metrics()
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
