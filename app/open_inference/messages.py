@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from app.bodies import EXAMPLE, parse_json
 from app.open_inference.tensors import OUTPUTS, InputTensor, OutputTensor
@@ -22,10 +22,8 @@ _NUMBERS = re.compile(rb'(?<!\\)"data"\s{0,99}+:\s{0,99}+(?=\[[\s\[]{0,9999}+-?\
 _TRIES = 100  # an input has one key of that name
 
 
-class Message(BaseModel):
+class Message(BaseModel, extra="forbid"):
     """What a client sends; unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class InputParameters(Message):
@@ -84,39 +82,23 @@ class OutputMessage(BaseModel):
     data: list[Any] | None = None
 
 
+_PIXELS = {"name": "images", "datatype": "UINT8", "shape": [1, 224, 224, 3]}
 INFER_EXAMPLES: Mapping[str, object] = {
     "a file in base64": {
         "inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [1], "data": [EXAMPLE]}],
         "outputs": [{"name": "probabilities", "parameters": {"classification": 2}}, {"name": "embedding"}],
     },
     "pixels after the JSON": {
-        "inputs": [
-            {
-                "name": "images",
-                "datatype": "UINT8",
-                "shape": [1, 224, 224, 3],
-                "parameters": {"binary_data_size": 150528},
-            }
-        ],
+        "inputs": [{**_PIXELS, "parameters": {"binary_data_size": 150528}}],
         "parameters": {"binary_data_output": True},
     },
 }
-_EXAMPLE_OUTPUT: dict[str, Any] = {
-    "name": "probabilities",
-    "datatype": "BYTES",
-    "shape": [1, 2],
-    "data": ["0.971299:7:7", "0.006864:8:8"],
-}
+_CLASSES = {"name": "probabilities", "datatype": "BYTES", "shape": [1, 2], "data": ["0.971299:7:7", "0.006864:8:8"]}
+_RESPONSE: dict[str, Any] = {"model_name": "pvt_v2_b0.digits", "model_version": "1", "outputs": [_CLASSES]}
 
 
-class InferResponse(BaseModel):
+class InferResponse(BaseModel, json_schema_extra={"examples": [_RESPONSE]}):
     """The JSON of a response."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"model_name": "pvt_v2_b0.digits", "model_version": "1", "outputs": [_EXAMPLE_OUTPUT]}]
-        }
-    )
 
     model_name: str
     model_version: str
@@ -136,13 +118,7 @@ def validated(form: type[M], value: object) -> M:
 
 
 def decompressed(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    """`body` without its Content-Encoding.
-
-    Raises:
-        UnsupportedMediaType: it is unknown.
-        BodyTooLarge: it decompresses to more than `max_bytes`.
-        InvalidRequest: it is broken.
-    """
+    """`body` without its Content-Encoding; raises UnsupportedMediaType, BodyTooLarge or, if broken, InvalidRequest."""
     if encoding in {"", "identity"}:
         return body
     if encoding not in _WINDOW:
@@ -174,10 +150,9 @@ def compressed(content: bytes, accepted: str) -> tuple[bytes, dict[str, str]]:
 
 
 def parse(body: bytes, header_length: str | None) -> tuple[InferRequest, InputTensor]:
-    """The request in `body`, of which `header_length` bytes are JSON, all of them by default, and its one input.
+    """The request in `body` and its one input; `header_length` bytes are JSON, by default all.
 
-    Raises:
-        InvalidRequest: it is not what the protocol says; the message names what is wrong.
+    Raises InvalidRequest, which names what is wrong.
     """
     end = len(body)
     if header_length is not None:

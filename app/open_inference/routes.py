@@ -13,30 +13,9 @@ from starlette.concurrency import run_in_threadpool
 
 from app.bodies import LARGE_JSON, parse_json, read_body
 from app.dependencies import EngineDep, HealthDep, LivenessDep, MaxWaitDep, require_management, require_one_process
-from app.open_inference.messages import (
-    HEADER_LENGTH,
-    INFER_EXAMPLES,
-    InferRequest,
-    InferResponse,
-    M,
-    Message,
-    RequestedOutput,
-    compressed,
-    decompressed,
-    parse,
-    serialize,
-    validated,
-)
-from app.open_inference.tensors import (
-    STAGES,
-    VECTORS,
-    TensorMetadata,
-    check_outputs,
-    images,
-    inputs_of,
-    output,
-    outputs_of,
-)
+from app.open_inference import messages, tensors
+from app.open_inference.messages import HEADER_LENGTH, InferRequest, M, Message
+from app.open_inference.tensors import TensorMetadata
 from app.openapi import BINARY_CONTENT, json_body
 from app.problems import refusals
 from app.routes.inference import JSON, cancel_on_disconnect, encoded, note
@@ -181,8 +160,8 @@ async def model_metadata(engine: EngineDep, name: ModelName, version: str | None
         name=model.id,
         versions=[each.version for each in model.versions] or [model.version],
         platform=model.backend or "pytorch",
-        inputs=inputs_of(card),
-        outputs=outputs_of(card),
+        inputs=tensors.inputs_of(card),
+        outputs=tensors.outputs_of(card),
     )
 
 
@@ -207,8 +186,8 @@ async def model_config(engine: EngineDep, name: ModelName, version: str | None =
         platform=platform,
         backend=platform,
         max_batch_size=0,
-        input=[_config(tensor, optional=True) for tensor in inputs_of(card)],
-        output=[_config(tensor) for tensor in outputs_of(card)],
+        input=[_config(tensor, optional=True) for tensor in tensors.inputs_of(card)],
+        output=[_config(tensor) for tensor in tensors.outputs_of(card)],
     )
 
 
@@ -216,13 +195,13 @@ def _config(tensor: TensorMetadata, *, optional: bool = False) -> TensorConfig:
     return TensorConfig(name=tensor.name, data_type=TYPES[tensor.datatype], dims=[*tensor.shape], optional=optional)
 
 
-_BODY = json_body(InferRequest, INFER_EXAMPLES)
+_BODY = json_body(InferRequest, messages.INFER_EXAMPLES)
 
 
 _post = partial(
     router.post,
     summary="Inference on tensors",
-    response_model=InferResponse,
+    response_model=messages.InferResponse,
     responses={200: {"content": {BYTES: BINARY_CONTENT}}, **refusals("/v2", 400, 401, 404, 413, 415, 429, 503, 504)},
     openapi_extra={"requestBody": {**_BODY, "content": {**_BODY["content"], BYTES: BINARY_CONTENT}}},
 )
@@ -245,7 +224,7 @@ async def infer(
                 found,
                 model=_versioned(name, version),
                 size=size,
-                stages=any(each.name in STAGES for each in message.outputs),
+                stages=any(each.name in tensors.STAGES for each in message.outputs),
                 max_wait_seconds=max_wait,
                 timeout_seconds=timeout / 1e6 if timeout else None,
             )
@@ -260,7 +239,7 @@ async def _read(request: Request) -> tuple[InferRequest, list[Image], Size | Non
     raw = await read_body(request, settings.max_body_bytes)
     length, encoding = headers.get(HEADER_LENGTH), headers.get("content-encoding", "")
     arguments = (raw, encoding, length, settings.max_body_bytes, settings.max_images)
-    # Large JSON, and all that is compressed, on a thread; the bytes of tensors cost nothing.
+    # Large JSON, and all that is messages.compressed, on a thread; the bytes of tensors cost nothing.
     at_once = not encoding and (len(raw) < LARGE_JSON or (length is not None and len(length) < _SHORT))
     return _parse(*arguments) if at_once else await run_in_threadpool(_parse, *arguments)
 
@@ -268,20 +247,20 @@ async def _read(request: Request) -> tuple[InferRequest, list[Image], Size | Non
 def _parse(
     raw: bytes, encoding: str, header_length: str | None, max_bytes: int, max_images: int
 ) -> tuple[InferRequest, list[Image], Size | None]:
-    message, tensor = parse(decompressed(raw, encoding, max_bytes), header_length)
-    check_outputs([each.name for each in message.outputs])
-    return message, *images(tensor, max_images)
+    message, tensor = messages.parse(messages.decompressed(raw, encoding, max_bytes), header_length)
+    tensors.check_outputs([each.name for each in message.outputs])
+    return message, *tensors.images(tensor, max_images)
 
 
 def _response(message: InferRequest, result: InferenceResult, accepted: str) -> Response:
-    tensors = []
-    for each in message.outputs or [RequestedOutput(name=name) for name in VECTORS]:
+    sent = []
+    for each in message.outputs or [messages.RequestedOutput(name=name) for name in tensors.VECTORS]:
         binary = each.parameters.binary_data
-        tensor = output(result, each.name, each.parameters.classification or None)
-        tensors.append((tensor, message.parameters.binary_data_output if binary is None else binary))
+        tensor = tensors.output(result, each.name, each.parameters.classification or None)
+        sent.append((tensor, message.parameters.binary_data_output if binary is None else binary))
     head = {"model_name": result.model, "model_version": result.version}
-    body, header_length = serialize(head | ({"id": message.id} if message.id else {}), tensors)
-    content, headers = compressed(body, accepted)
+    body, header_length = messages.serialize(head | ({"id": message.id} if message.id else {}), sent)
+    content, headers = messages.compressed(body, accepted)
     if header_length is None:
         return Response(content, headers=headers, media_type=JSON)
     return Response(content, headers={**headers, HEADER_LENGTH: str(header_length)}, media_type=BYTES)
@@ -331,4 +310,4 @@ async def unload(request: Request, engine: EngineDep, name: VersionedName) -> Re
 async def _read_message(request: Request, form: type[M]) -> M:
     """The body; an absent one is an empty object."""
     body = await read_body(request, request.state.settings.max_body_bytes)
-    return validated(form, parse_json(body) if body.strip() else {})
+    return messages.validated(form, parse_json(body) if body.strip() else {})

@@ -98,8 +98,7 @@ def outputs_of(card: ModelCard) -> list[TensorMetadata]:
 def images(tensor: InputTensor, most: int) -> tuple[list[Image], Size | None]:
     """The images in `tensor`, `most` of them at the most, and their input size: None where they are encoded.
 
-    Raises:
-        InvalidRequest: it is none of a model's inputs; the message says what was expected.
+    Raises InvalidRequest, which says what was expected.
     """
     if tensor.name == "images":
         pixels = _pixels(tensor, most)
@@ -112,9 +111,7 @@ def images(tensor: InputTensor, most: int) -> tuple[list[Image], Size | None]:
 def output(result: InferenceResult, name: str, classification: int | None) -> OutputTensor:
     """The tensor `name` of all images; with `classification`, its so many highest values as `value:index:label`.
 
-    Raises:
-        InvalidRequest: there is no such tensor, or it has no classes.
-        ServiceError: an image failed; the message says which.
+    Raises InvalidRequest where it has no classes, and the error of an image that failed.
     """
     results = require_all(result.results, [None] * len(result.results))
     stack = np.stack([_element(each, name) for each in results])
@@ -217,8 +214,7 @@ def _not_base64(index: int) -> InvalidRequest:
 def pixel_numbers(text: bytes, shape: Sequence[int]) -> NDArray[np.uint8]:
     """The numbers in `text`, a JSON list, flat or nested as `shape` is, of as many numbers as it says; flat.
 
-    Raises:
-        InvalidRequest: it is something else; the message says what was expected.
+    Raises InvalidRequest, which says what was expected.
     """
     count, opened = prod(shape), text.count(b"[")
     nested = sum(prod(shape[:axis]) for axis in range(len(shape)))

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from ipaddress import ip_address
 from pathlib import PurePosixPath
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpcore
 import httpx
@@ -128,8 +128,7 @@ async def _resolved(threads: ThreadPoolExecutor, host: str, port: int) -> list[A
     return [ip_address(str(each[4][0])) for each in found]
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
+class _Target(NamedTuple):
     """A URL that may be fetched, its host in the one spelling that was checked."""
 
     url: httpx.URL
@@ -204,23 +203,21 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
 
     async def _fetch(self, link: Link, budget: _Budget, request_id: str) -> Upload:
         """The image at `link`, or the error of fetching it; counted and logged."""
-        start, host, name, cause = perf_counter(), None, None, None
+        start, name, details = perf_counter(), None, dict[str, object]()
         data: bytes | ServiceError
         try:
             target = self._target(link.url)
-            host, name = target.host, PurePosixPath(target.url.path).name or None
+            details["host"], name = target.host, PurePosixPath(target.url.path).name or None
             data = await self._within_time(target, budget)
+            outcome, details["bytes"] = "fetched", len(data)
         except ServiceError as error:
-            data, cause = error, _cause(error)
+            data, outcome = error, type(error).__name__
+            if cause := _cause(error):
+                details["cause"] = cause
         seconds = perf_counter() - start
-        outcome = "fetched" if isinstance(data, bytes) else type(data).__name__
         self._fetches.labels(outcome).inc()
         self._fetch_seconds.observe(seconds)
-        size = len(data) if isinstance(data, bytes) else None
-        fields = {"host": host, "outcome": outcome, "bytes": size, "cause": cause, "ms": round(seconds * 1000, 2)}
-        log.info(
-            "image_by_url", request_id=request_id, **{key: each for key, each in fields.items() if each is not None}
-        )
+        log.info("image_by_url", request_id=request_id, outcome=outcome, ms=round(seconds * 1000, 2), **details)
         return Upload(name, data)
 
     def _target(self, url: str, base: httpx.URL | None = None) -> _Target:

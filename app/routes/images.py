@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import orjson
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, Field, JsonValue
+from pydantic.config import JsonDict
 
 from app.dependencies import require_key
 from app.encodings import NPY, NPZ, SAFETENSORS, check_holds, encode, json_bytes, json_chunks
@@ -33,6 +34,8 @@ PNG = "image/png"
 _STAGES = re.compile(r"[1-4](,[1-4])*")
 _SEVEN = {"class_id": 7, "label": "7", "score": 0.9713}
 _EIGHT = {"class_id": 8, "label": "8", "score": 0.0069}
+_FEATURES = {"embedding": [-0.2731, 1.204], "stages": {"4": {"shape": [2, 1, 1], "data": [-0.2731, 1.204]}}}
+_EXPLANATION = {**_SEVEN, "logit": 5.5, "bias": -0.5, "map": [[4.0, 8.0], [5.0, 7.0]]}
 
 InputSize = Annotated[tuple[int, int], Field(description="Of the model's input: height and width, in pixels.")]
 Names = Sequence[str | None]  # of the images' files
@@ -53,11 +56,11 @@ class ImageInfo(BaseModel):
     height: int
 
 
-def example(image: Mapping[str, Any], **more: JsonValue) -> ConfigDict:
-    """The configuration of a response's model with an example, of which `image` and `more` are the endpoint's own."""
+def example(image: Mapping[str, Any], **more: JsonValue) -> JsonDict:
+    """The example in a response's schema, of which `image` and `more` are the endpoint's own."""
     result: dict[str, Any] = {"filename": "seven.png", "width": 64, "height": 64, **image}
     response: dict[str, Any] = {"model": "pvt_v2_b0.digits", "version": "1", **more, "results": [result]}
-    return ConfigDict(json_schema_extra={"examples": [response]})
+    return {"examples": [response]}
 
 
 def documentation(*binary: str) -> dict[str, Any]:
@@ -97,10 +100,8 @@ class ImageResult(ImageInfo):
     predictions: list[ClassPrediction]
 
 
-class PredictResponse(BaseModel):
+class PredictResponse(BaseModel, json_schema_extra=example({"predictions": [_SEVEN, _EIGHT]})):
     """The results, in the order of the images."""
-
-    model_config = example({"predictions": [_SEVEN, _EIGHT]})
 
     model: str
     version: str
@@ -175,12 +176,8 @@ class ImageFeatures(ImageInfo):
     stages: dict[str, StageMap] | None = None
 
 
-class FeaturesResponse(BaseModel):
+class FeaturesResponse(BaseModel, json_schema_extra=example(_FEATURES, size=[64, 64])):
     """The features, in the order of the images."""
-
-    model_config = example(
-        {"embedding": [-0.2731, 1.204], "stages": {"4": {"shape": [2, 1, 1], "data": [-0.2731, 1.204]}}}, size=[64, 64]
-    )
 
     model: str
     version: str
@@ -262,10 +259,8 @@ class ImageExplanation(ImageInfo):
     map: Annotated[list[list[float]], Field(description="Rows, top to bottom; a cell is 32 x 32 pixels of the input.")]
 
 
-class ExplainResponse(BaseModel):
+class ExplainResponse(BaseModel, json_schema_extra=example(_EXPLANATION, size=[64, 64])):
     """The explanations, in the order of the images."""
-
-    model_config = example({**_SEVEN, "logit": 5.5, "bias": -0.5, "map": [[4.0, 8.0], [5.0, 7.0]]}, size=[64, 64])
 
     model: str
     version: str

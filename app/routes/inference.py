@@ -12,16 +12,7 @@ from annotated_types import Ge, Le
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-)
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
@@ -96,14 +87,12 @@ def _bounds(field: FieldInfo) -> str:
     return f"from {low[0]} to {high[0]}" if low and high else f"at least {low[0]}" if low else ""
 
 
-class InferenceQuery(BaseModel):
+class InferenceQuery(BaseModel, extra="forbid"):
     """Parameters of every endpoint that takes images."""
-
-    model_config = ConfigDict(extra="forbid")
 
     @field_validator("*", mode="wrap")
     @classmethod
-    def _in_range(cls, value: object, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> object:
+    def _in_range(cls, value: object, check: Callable[[object], object], info: ValidationInfo) -> object:
         """As `check`, but the error of a number out of range names the whole range, not the bound that it broke."""
         try:
             return check(value)

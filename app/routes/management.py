@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from app.dependencies import APPLIED, EngineDep, MaxWaitDep, audited, require_management, require_one_process
 from app.problems import documented
@@ -27,10 +27,8 @@ ACCEPTED: dict[int | str, dict[str, Any]] = {
 CHANGED = documented(401, 403, 404, 422, 503)
 
 
-class AliasTarget(BaseModel):
+class AliasTarget(BaseModel, extra="forbid"):
     """What an alias is to stand for."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: Annotated[
         str, Field(description="`<variant>.<tag>` or `<variant>.<tag>@<version>`.", examples=["pvt_v2_b0.digits@1"])
