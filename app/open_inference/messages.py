@@ -150,10 +150,7 @@ def compressed(content: bytes, accepted: str) -> tuple[bytes, dict[str, str]]:
 
 
 def parse(body: bytes, header_length: str | None) -> tuple[InferRequest, InputTensor]:
-    """The request in `body` and its one input; `header_length` bytes are JSON, by default all.
-
-    Raises InvalidRequest, which names what is wrong.
-    """
+    """The request in `body` and its one input; `header_length` bytes are JSON, by default all."""
     end = len(body)
     if header_length is not None:
         if not _LENGTH.fullmatch(header_length) or int(header_length) > len(body):
@@ -167,15 +164,12 @@ def parse(body: bytes, header_length: str | None) -> tuple[InferRequest, InputTe
 
 
 def serialize(response: Mapping[str, Any], outputs: Iterable[tuple[OutputTensor, bool]]) -> tuple[bytes, int | None]:
-    """The body of `response` with `outputs`, each with whether its data follows the JSON.
-
-    With it the length of the JSON, if data follows.
-    """
+    """`response` with `outputs`, each with whether its data follows the JSON; and the JSON's length if some does."""
     messages: list[dict[str, Any]] = []
     tails: list[bytes] = []
     for tensor, binary in outputs:
-        spec = tensor.spec
-        message: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
+        datatype = "BYTES" if isinstance(tensor.elements, list) else "FP32"
+        message: dict[str, Any] = {"name": tensor.name, "datatype": datatype, "shape": tensor.shape}
         if binary:
             tails.append(tensor.raw())
             message["parameters"] = {"binary_data_size": len(tails[-1])}

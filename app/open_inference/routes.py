@@ -1,7 +1,6 @@
 """The Open Inference Protocol v2 under `/v2`: the server, its models, inference, and the model repository extension."""
 
 from collections.abc import Mapping
-from enum import Enum
 from functools import partial
 from importlib.metadata import version as installed
 from typing import Annotated, Literal
@@ -22,9 +21,8 @@ from app.routes.inference import JSON, cancel_on_disconnect, encoded, note
 from app.routes.management import changing
 from service.results import Image, InferenceResult, Size
 
-_TAGS: list[str | Enum] = ["open inference protocol"]
-router = APIRouter(prefix="/v2", tags=_TAGS)
-health = APIRouter(prefix="/v2/health", tags=_TAGS)  # for probes, never behind a key
+router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+health = APIRouter(prefix="/v2/health", tags=["open inference protocol"])  # for probes, never behind a key
 management = APIRouter(
     prefix="/v2/repository/models",
     tags=["management"],
@@ -110,14 +108,10 @@ class IndexEntry(BaseModel):
     reason: str
 
 
-class LoadParameters(Message):
-    """None is known: what a model is, is in its card."""
-
-
 class LoadRequest(Message):
-    """How to load a model."""
+    """How to load a model. No parameter is known: what a model is, is in its card."""
 
-    parameters: LoadParameters = LoadParameters()
+    parameters: Message = Message()
 
 
 class UnloadParameters(Message):
@@ -196,8 +190,6 @@ def _config(tensor: TensorMetadata, *, optional: bool = False) -> TensorConfig:
 
 
 _BODY = json_body(InferRequest, messages.INFER_EXAMPLES)
-
-
 _post = partial(
     router.post,
     summary="Inference on tensors",
@@ -239,7 +231,7 @@ async def _read(request: Request) -> tuple[InferRequest, list[Image], Size | Non
     raw = await read_body(request, settings.max_body_bytes)
     length, encoding = headers.get(HEADER_LENGTH), headers.get("content-encoding", "")
     arguments = (raw, encoding, length, settings.max_body_bytes, settings.max_images)
-    # Large JSON, and all that is messages.compressed, on a thread; the bytes of tensors cost nothing.
+    # Large JSON, and all that is compressed, on a thread; the bytes of tensors cost nothing.
     at_once = not encoding and (len(raw) < LARGE_JSON or (length is not None and len(length) < _SHORT))
     return _parse(*arguments) if at_once else await run_in_threadpool(_parse, *arguments)
 

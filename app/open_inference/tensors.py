@@ -60,9 +60,10 @@ class InputTensor:
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor to send."""
+    """A tensor to send: numbers, or BYTES."""
 
-    spec: TensorMetadata
+    name: str
+    shape: tuple[int, ...]
     elements: "NDArray[np.float32] | list[bytes]"
 
     def raw(self) -> bytes:
@@ -116,14 +117,14 @@ def output(result: InferenceResult, name: str, classification: int | None) -> Ou
     results = require_all(result.results, [None] * len(result.results))
     stack = np.stack([_element(each, name) for each in results])
     if classification is None:
-        return OutputTensor(TensorMetadata(name, "FP32", stack.shape), stack)
+        return OutputTensor(name, stack.shape, stack)
     if name not in VECTORS[:2]:
         raise InvalidRequest(f"output {name!r} has no classes; classification is for {VECTORS[0]!r} and {VECTORS[1]!r}")
     count = min(classification, stack.shape[1])
     best = (-stack).argsort(axis=1, kind="stable")[:, :count]
     labels = result.card.labels
     classes = [f"{row[i]:f}:{i}:{labels[i]}".encode() for row, order in zip(stack, best, strict=True) for i in order]
-    return OutputTensor(TensorMetadata(name, "BYTES", best.shape), classes)
+    return OutputTensor(name, best.shape, classes)
 
 
 def check_outputs(names: Sequence[str]) -> None:
@@ -178,7 +179,7 @@ def _encoded(tensor: InputTensor, most: int) -> list[bytes]:
     given = _from_base64(tensor.data) if tensor.raw is None else _elements(tensor.raw)
     elements = [*islice(given, shape[0] + 1)]  # not all of a million
     if len(elements) != shape[0]:
-        found = f"{len(elements)}" if len(elements) < shape[0] else "more"
+        found = len(elements) if len(elements) < shape[0] else "more"
         raise InvalidRequest(f"input 'encoded' has {found} elements; its shape {[*shape]} says {shape[0]}")
     return elements
 

@@ -99,11 +99,9 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         self._backend = backend
 
     async def connect_tcp(self, host: str, port: int, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:  # noqa: ANN401  httpcore's
-        """Resolve, check every address, connect to the first that accepts.
+        """Resolve, check every address, connect to the first that accepts; raises NotReachable.
 
-        Raises:
-            NotReachable: there is no address, or one of them is not allowed: a name with a public and a private address
-                is how filters are got around.
+        One address that is not allowed is enough: a name with a public and a private one is how filters are got around.
         """
         addresses = await self._resolve(host, port)
         if not addresses:
@@ -146,15 +144,15 @@ class _Budget:
     def take(self, count: int) -> None:
         """Raises ImageTooLarge when there are not as many left."""
         self.left -= count
-        if self.left < 0:
-            raise self.exceeded()
+        self.require(0)
 
-    def exceeded(self) -> ImageTooLarge:
-        """The error for the client."""
-        return ImageTooLarge(
-            f"the images that the request fetches are larger than {self.limit / 1e6:g} MB in all, which "
-            "PVT_MAX_BODY_MB allows"
-        )
+    def require(self, count: int) -> None:
+        """The same, without taking them."""
+        if self.left < count:
+            raise ImageTooLarge(
+                f"the images that the request fetches are larger than {self.limit / 1e6:g} MB in all, which "
+                "PVT_MAX_BODY_MB allows"
+            )
 
 
 class Fetcher(AbstractAsyncContextManager["Fetcher"]):
@@ -212,8 +210,10 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
             outcome, details["bytes"] = "fetched", len(data)
         except ServiceError as error:
             data, outcome = error, type(error).__name__
-            if cause := _cause(error):
-                details["cause"] = cause
+            if cause := error.__cause__:
+                # Its message only where that can't contain what a client or a server sent.
+                known = isinstance(cause, NotReachable | httpcore.NetworkError)
+                details["cause"] = str(cause) if known else type(cause).__name__
         seconds = perf_counter() - start
         self._fetches.labels(outcome).inc()
         self._fetch_seconds.observe(seconds)
@@ -223,8 +223,7 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
     def _target(self, url: str, base: httpx.URL | None = None) -> _Target:
         """`url`, which may be relative to `base`, if it is one that may be fetched.
 
-        Raises:
-            ImageUrlRefused: it is not. The message names no host: a redirect may lead to a secret one.
+        Raises ImageUrlRefused, whose message names no host: a redirect may lead to a secret one.
         """
         if not self._reach.rules:
             raise ImageUrlRefused("images by URL are off; PVT_URL_HOSTS is to name the hosts that they may come from")
@@ -302,8 +301,8 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
 
 
 async def _body(response: httpcore.Response, announced: str, budget: _Budget) -> bytes:
-    if announced.isdecimal() and int(announced) > budget.left:
-        raise budget.exceeded()
+    if announced.isdecimal():
+        budget.require(int(announced))
     body, chunks = bytearray(), 0
     try:
         async for chunk in response.aiter_stream():
@@ -316,11 +315,3 @@ async def _body(response: httpcore.Response, announced: str, budget: _Budget) ->
         budget.left += len(body)  # what is discarded does not count
         raise
     return bytes(body)
-
-
-def _cause(error: ServiceError) -> str | None:
-    """Why the network failed, for the log; its message only where that can't contain what a client or a server sent."""
-    cause = error.__cause__
-    if isinstance(cause, NotReachable | httpcore.NetworkError):
-        return str(cause)
-    return None if cause is None else type(cause).__name__

@@ -42,7 +42,7 @@ class InferenceRoute(APIRoute):
     """A route that FastAPI documents and that runs as a plain Starlette endpoint.
 
     The endpoint takes the request and its `query`. Exit stacks and dependencies, which FastAPI's own route has, would
-    double what HTTP costs (docs/architecture.md, decision 21).
+    double what HTTP costs (docs/decisions/http.md, decision 21).
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:  # noqa: ANN401  FastAPI's
@@ -132,11 +132,7 @@ class InferenceQuery(BaseModel, extra="forbid"):
 
 
 def chosen_media_type(request: Request, offered: Sequence[str]) -> str:
-    """The media type of `offered`, the default first, that the request's `Accept` prefers.
-
-    Raises:
-        NotAcceptable: it allows none of them, or is malformed.
-    """
+    """The media type of `offered`, the default first, that the request's `Accept` prefers; raises NotAcceptable."""
     accept = ", ".join(request.headers.getlist("accept")) or "*/*"
     try:
         best: str = mimeparse.best_match(offered[::-1], accept)  # of equals the last one wins
@@ -158,11 +154,7 @@ async def infer(
     """Read the images of `request`, fetch those by URL, and infer: their file names, and the result.
 
     `check` is the engine's; `check_count` is called with the number of images, and may raise. The timeout of `query`
-    is for fetching and inference together.
-
-    Raises:
-        ServiceError: the body can't be read, or the engine refuses or fails.
-        ClientDisconnect: the client is gone.
+    is for fetching and inference together. Raises what reading and `Engine.infer` raise, and ClientDisconnect.
     """
     state, engine = request.state, request.state.engine
     with engine.request():
@@ -192,11 +184,7 @@ async def infer(
 
 @asynccontextmanager
 async def cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
-    """Cancel what runs inside when the client disconnects; the request's body must have been read.
-
-    Raises:
-        ClientDisconnect: the client is gone.
-    """
+    """Cancel what runs inside when the client disconnects, and raise ClientDisconnect. The body must have been read."""
     task, gone = asyncio.current_task(), False
     assert task is not None  # noqa: S101  a coroutine that runs has a task
 
@@ -222,8 +210,7 @@ async def cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
 def note(request: Request, result: InferenceResult) -> None:
     """Leave what the middleware writes into headers and log; of several images the times of the slowest.
 
-    Raises:
-        ServiceError: there is one image, and it failed.
+    Raises the error of an image that failed alone.
     """
     results, state = result.results, request.state
     state.log = {"model": result.model, "images": len(results)}

@@ -103,7 +103,7 @@ async def changing(request: Request, engine: Engine, action: str, **what: str) -
 @_post(
     "/refresh",
     summary="Look for new versions and aliases",
-    responses={**documented(401, 403, 503, 504), **ACCEPTED, 202: {"model": ModelList, "description": "It goes on."}},
+    responses={**documented(401, 403, 503, 504), 202: {"model": ModelList, "description": "It goes on."}},
 )
 async def refresh(
     request: Request, response: Response, background: BackgroundTasks, engine: EngineDep, max_wait: MaxWaitDep

@@ -6,7 +6,7 @@ from string import Template
 from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
@@ -51,25 +51,22 @@ class HealthResponse(BaseModel):
 UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": HealthResponse, "description": "Not so; see `reasons`."}}
 
 
-@router.get("/health", summary="Liveness and readiness", responses=UNHEALTHY)
-async def get_health(state: HealthDep, response: Response) -> HealthResponse:
+@router.get("/health", summary="Liveness and readiness", response_model=HealthResponse, responses=UNHEALTHY)
+async def get_health(state: HealthDep) -> JSONResponse:
     """Liveness and readiness, with reasons."""
-    response.status_code = 200 if state.live and state.ready else 503
-    return HealthResponse(**asdict(state))
+    return JSONResponse(asdict(state), 200 if state.live and state.ready else 503)
 
 
-@router.get("/health/live", summary="Liveness", responses=UNHEALTHY)
-async def get_liveness(state: LivenessDep, response: Response) -> HealthResponse:
+@router.get("/health/live", summary="Liveness", response_model=HealthResponse, responses=UNHEALTHY)
+async def get_liveness(state: LivenessDep) -> JSONResponse:
     """Whether the process does its work; if not, restart it."""
-    response.status_code = 200 if state.live else 503
-    return HealthResponse(**asdict(state))
+    return JSONResponse(asdict(state), 200 if state.live else 503)
 
 
-@router.get("/health/ready", summary="Readiness", responses=UNHEALTHY)
-async def get_readiness(state: HealthDep, response: Response) -> HealthResponse:
+@router.get("/health/ready", summary="Readiness", response_model=HealthResponse, responses=UNHEALTHY)
+async def get_readiness(state: HealthDep) -> JSONResponse:
     """Whether to send requests here."""
-    response.status_code = 200 if state.ready else 503
-    return HealthResponse(**asdict(state))
+    return JSONResponse(asdict(state), 200 if state.ready else 503)
 
 
 @router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
