@@ -2,14 +2,13 @@
 
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-import orjson
 from pydantic import BaseModel, Field, ValidationError
 
 from app.bodies import EXAMPLE, parse_json
-from app.open_inference.tensors import OUTPUTS, InputTensor, OutputTensor
+from app.open_inference.tensors import OUTPUTS, InputTensor
 from app.problems import BodyTooLarge, UnsupportedMediaType
 from service.errors import InvalidRequest, reasons
 
@@ -161,23 +160,6 @@ def parse(body: bytes, header_length: str | None) -> tuple[InferRequest, InputTe
     header, numbers = _without_numbers(body[:end])
     request = validated(InferRequest, parse_json(header))
     return request, _tensor(request.inputs[0], numbers, memoryview(body)[end:])
-
-
-def serialize(response: Mapping[str, Any], outputs: Iterable[tuple[OutputTensor, bool]]) -> tuple[bytes, int | None]:
-    """`response` with `outputs`, each with whether its data follows the JSON; and the JSON's length if some does."""
-    messages: list[dict[str, Any]] = []
-    tails: list[bytes] = []
-    for tensor, binary in outputs:
-        datatype = "BYTES" if isinstance(tensor.elements, list) else "FP32"
-        message: dict[str, Any] = {"name": tensor.name, "datatype": datatype, "shape": tensor.shape}
-        if binary:
-            tails.append(tensor.raw())
-            message["parameters"] = {"binary_data_size": len(tails[-1])}
-        else:
-            message["data"] = tensor.json()
-        messages.append(message)
-    header = orjson.dumps({**response, "outputs": messages})
-    return b"".join((header, *tails)), len(header) if tails else None
 
 
 def _without_numbers(text: bytes) -> tuple[bytes, bytes | None]:

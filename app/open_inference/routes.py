@@ -5,6 +5,7 @@ from functools import partial
 from importlib.metadata import version as installed
 from typing import Annotated, Literal
 
+import orjson
 from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -245,17 +246,19 @@ def _parse(
 
 
 def _response(message: InferRequest, result: InferenceResult, accepted: str) -> Response:
-    sent = []
+    outputs, tails = [], []
     for each in message.outputs or [messages.RequestedOutput(name=name) for name in tensors.VECTORS]:
-        binary = each.parameters.binary_data
-        tensor = tensors.output(result, each.name, each.parameters.classification or None)
-        sent.append((tensor, message.parameters.binary_data_output if binary is None else binary))
-    head = {"model_name": result.model, "model_version": result.version}
-    body, header_length = messages.serialize(head | ({"id": message.id} if message.id else {}), sent)
-    content, headers = messages.compressed(body, accepted)
-    if header_length is None:
+        wish, classes = each.parameters.binary_data, each.parameters.classification or None
+        binary = message.parameters.binary_data_output if wish is None else wish
+        tensor, tail = tensors.output(result, each.name, classes, binary=binary)
+        outputs.append(tensor)
+        tails += [tail] * binary
+    named = {"id": message.id} if message.id else {}
+    head = orjson.dumps({"model_name": result.model, "model_version": result.version, **named, "outputs": outputs})
+    content, headers = messages.compressed(b"".join((head, *tails)), accepted)
+    if not tails:
         return Response(content, headers=headers, media_type=JSON)
-    return Response(content, headers={**headers, HEADER_LENGTH: str(header_length)}, media_type=BYTES)
+    return Response(content, headers={**headers, HEADER_LENGTH: str(len(head))}, media_type=BYTES)
 
 
 def _versioned(name: str, version: str | None) -> str:

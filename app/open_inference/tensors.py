@@ -8,7 +8,7 @@ import binascii
 from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from math import prod
 from struct import Struct
 from typing import Any, Literal
@@ -58,27 +58,6 @@ class InputTensor:
     data: Sequence[Any] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
-    """A tensor to send: numbers, or BYTES."""
-
-    name: str
-    shape: tuple[int, ...]
-    elements: "NDArray[np.float32] | list[bytes]"
-
-    def raw(self) -> bytes:
-        """Its elements as the binary extension sends them, little-endian."""
-        if isinstance(self.elements, list):
-            return b"".join(chain.from_iterable((_LENGTH.pack(len(each)), each) for each in self.elements))
-        return little_endian(self.elements)
-
-    def json(self) -> orjson.Fragment | list[str]:
-        """Its elements as one flat list for JSON."""
-        if isinstance(self.elements, list):
-            return [each.decode() for each in self.elements]
-        return json_array(self.elements.ravel())
-
-
 def inputs_of(card: ModelCard) -> list[TensorMetadata]:
     """The inputs of the model, of which a request has one."""
     pixels = card.preprocessing
@@ -109,22 +88,31 @@ def images(tensor: InputTensor, most: int) -> tuple[list[Image], Size | None]:
     raise InvalidRequest(f"input {tensor.name[:100]!r}: a model takes 'images' or 'encoded'")
 
 
-def output(result: InferenceResult, name: str, classification: int | None) -> OutputTensor:
-    """The tensor `name` of all images; with `classification`, its so many highest values as `value:index:label`.
+def output(
+    result: InferenceResult, name: str, classification: int | None, *, binary: bool
+) -> tuple[dict[str, Any], bytes]:
+    """The tensor `name` of all images as the response's JSON has it, and its little-endian bytes if `binary`.
 
-    Raises InvalidRequest where it has no classes, and the error of an image that failed.
+    With `classification` its so many highest values, as `value:index:label`. Raises InvalidRequest where it has no
+    classes, and the error of an image that failed.
     """
-    results = require_all(result.results, [None] * len(result.results))
-    stack = np.stack([_element(each, name) for each in results])
+    stack = np.stack([_element(each, name) for each in require_all(result.results, [None] * len(result.results))])
+    data: Any
     if classification is None:
-        return OutputTensor(name, stack.shape, stack)
-    if name not in VECTORS[:2]:
+        datatype, shape = "FP32", stack.shape
+        data = little_endian(stack) if binary else json_array(stack.ravel())
+    elif name in VECTORS[:2]:
+        best = (-stack).argsort(axis=1, kind="stable")[:, :classification]
+        datatype, shape, labels = "BYTES", best.shape, result.card.labels
+        data = [f"{row[i]:f}:{i}:{labels[i]}" for row, order in zip(stack, best, strict=True) for i in order]
+        if binary:
+            data = b"".join(_LENGTH.pack(len(each)) + each for each in map(str.encode, data))
+    else:
         raise InvalidRequest(f"output {name!r} has no classes; classification is for {VECTORS[0]!r} and {VECTORS[1]!r}")
-    count = min(classification, stack.shape[1])
-    best = (-stack).argsort(axis=1, kind="stable")[:, :count]
-    labels = result.card.labels
-    classes = [f"{row[i]:f}:{i}:{labels[i]}".encode() for row, order in zip(stack, best, strict=True) for i in order]
-    return OutputTensor(name, best.shape, classes)
+    message = {"name": name, "datatype": datatype, "shape": shape}
+    if binary:
+        return {**message, "parameters": {"binary_data_size": len(data)}}, data
+    return {**message, "data": data}, b""
 
 
 def check_outputs(names: Sequence[str]) -> None:
