@@ -82,10 +82,6 @@ class HeadLimited(httpcore.AsyncNetworkStream):
         """The same connection, within TLS."""
         return HeadLimited(await self._stream.start_tls(*args, **options))
 
-    def get_extra_info(self, info: str) -> object:
-        """Information about the connection."""
-        return self._stream.get_extra_info(info)
-
 
 class CheckedBackend(httpcore.AsyncNetworkBackend):
     """Opens httpcore's connections, and only to addresses that `reach` allows.

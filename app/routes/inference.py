@@ -13,7 +13,6 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator
-from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
@@ -33,7 +32,6 @@ LARGE = 32_768  # numbers; more, even as JSON on the event loop, would hold it u
 JSON = "application/json"
 
 _SIZE = re.compile(r"(?P<height>[1-9]\d{0,4})(x(?P<width>[1-9]\d{0,4}))?", re.ASCII)
-_OUT_OF_RANGE = {"greater_than_equal", "less_than_equal"}
 
 T = TypeVar("T")
 
@@ -61,30 +59,19 @@ class InferenceRoute(APIRoute):
         request = Request(scope, receive, send)
         if (settings := request.state.settings).api_keys:
             await require_key(await bearer(request), settings)
-        query = self._parsed(request) if scope["query_string"] else self._defaults
+        try:
+            query = self._query.model_validate(dict(request.query_params)) if scope["query_string"] else self._defaults
+        except ValidationError as error:
+            in_query = [{**each, "loc": ("query", *each["loc"])} for each in error.errors()]
+            raise RequestValidationError(in_query) from error  # in the framework's own words
         response = await self.endpoint(request, query)
         await response(scope, receive, send)
-
-    def _parsed(self, request: Request) -> BaseModel:
-        try:
-            return self._query.model_validate(dict(request.query_params))
-        except ValidationError as error:
-            # In the framework's own words.
-            raise RequestValidationError(
-                [{**each, "loc": ("query", *each["loc"])} for each in error.errors()]
-            ) from error
 
 
 def _is_size(value: str) -> str:
     if not _SIZE.fullmatch(value):
         raise ValueError("must be a side in pixels, such as 224, or height and width, such as 256x384")
     return value
-
-
-def _bounds(field: FieldInfo) -> str:
-    low = [str(each.ge) for each in field.metadata if isinstance(each, Ge)]
-    high = [str(each.le) for each in field.metadata if isinstance(each, Le)]
-    return f"from {low[0]} to {high[0]}" if low and high else f"at least {low[0]}" if low else ""
 
 
 class InferenceQuery(BaseModel, extra="forbid"):
@@ -97,9 +84,12 @@ class InferenceQuery(BaseModel, extra="forbid"):
         try:
             return check(value)
         except ValidationError as error:
-            bounds = _bounds(cls.model_fields[info.field_name or ""])
-            if not bounds or error.errors()[0]["type"] not in _OUT_OF_RANGE:
+            limits = cls.model_fields[info.field_name or ""].metadata
+            low = [each.ge for each in limits if isinstance(each, Ge)]
+            high = [each.le for each in limits if isinstance(each, Le)]
+            if not low or error.errors()[0]["type"] not in {"greater_than_equal", "less_than_equal"}:
                 raise
+            bounds = f"from {low[0]} to {high[0]}" if high else f"at least {low[0]}"
             raise PydanticCustomError("out_of_range", "must be {range}", {"range": bounds}) from error
 
     model: Annotated[
@@ -118,11 +108,6 @@ class InferenceQuery(BaseModel, extra="forbid"):
         int | None,
         Field(ge=1, le=3_600_000, description="Respond within this time or not at all; default PVT_TIMEOUT_MS."),
     ] = None
-
-    @property
-    def timeout_seconds(self) -> float | None:
-        """The timeout in seconds."""
-        return None if self.timeout_ms is None else self.timeout_ms / 1000
 
     @property
     def input_size(self) -> tuple[int, int] | None:
@@ -157,13 +142,14 @@ async def infer(
     is for fetching and inference together. Raises what reading and `Engine.infer` raise, and ClientDisconnect.
     """
     state, engine = request.state, request.state.engine
+    timeout = query.timeout_ms and query.timeout_ms / 1000
     with engine.request():
         sent = await read_uploads(request)
         if check_count:
             check_count(len(sent))
         uploads = [each for each in sent if isinstance(each, Upload)]
         fetches = len(uploads) < len(sent)
-        limit = time_limit(query.timeout_seconds or engine.options.timeout_seconds) if fetches else nullcontext()
+        limit = time_limit(timeout or engine.options.timeout_seconds) if fetches else nullcontext()
         async with cancel_on_disconnect(request), limit:
             if fetches:
                 start = perf_counter()
@@ -176,7 +162,7 @@ async def infer(
                 stages=stages,
                 check=check,
                 max_wait_seconds=await max_wait_seconds(request),
-                timeout_seconds=query.timeout_seconds,
+                timeout_seconds=timeout,
             )
     note(request, result)
     return [upload.filename for upload in uploads], result

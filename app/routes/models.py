@@ -10,13 +10,13 @@ from pydantic import AfterValidator, BaseModel, Field
 from app.dependencies import EngineDep
 from app.problems import documented
 from service.errors import WeightsUnavailable
-from service.execution.reference import Deviation
 from service.registry.status import ModelStatus, RemoteModel, VersionStatus
 from service.store.cards import Accuracy
 
 router = APIRouter(prefix="/models", tags=["models"])
 
 Seconds = Annotated[float, AfterValidator(partial(round, ndigits=3))]
+Share = Annotated[float, AfterValidator(partial(round, ndigits=6))]
 
 
 class BatchSize(BaseModel):
@@ -36,14 +36,14 @@ class ReferenceCheck(BaseModel):
     """How far the logits are from float32's for the model's reference images: the worst of the batch plan's graphs."""
 
     images: Annotated[int, Field(description="That were tried; from the plan cache as many as time allows.")]
-    cosine: Annotated[float, Field(description="Similarity of all logits as one vector; 16 bits must have 0.999.")]
+    cosine: Annotated[Share, Field(description="Similarity of all logits as one vector; 16 bits must have 0.999.")]
     deviation: Annotated[
-        float,
+        Share,
         Field(description="Largest difference of a logit, as a share of the logits' spread; 16 bits may have 0.03."),
     ]
     changed: Annotated[int, Field(description="Images whose top class is another one.")]
     worst_swap: Annotated[
-        float,
+        Share,
         Field(
             description="Greatest distance in float32's logits between a top class and the one in its place, as a "
             "share of their spread; 0 where none changed. 16 bits may have 0.03."
@@ -168,7 +168,9 @@ def model_info(model: ModelStatus) -> ModelInfo:
             for n, seconds in model.plan.items()
         ]
         shown["alone_ms"] = model.alone_seconds and milliseconds(model.alone_seconds)
-        shown["reference_check"] = model.deviation and _reference_check(model.deviation)
+        if found := model.deviation:
+            worst = {"cosine": found.cosine, "deviation": found.share, "worst_swap": found.swap}
+            shown["reference_check"] = ReferenceCheck(images=found.images, changed=found.changed, **worst)
         shown["layout"] = CoreLayout(**model.layout._asdict())
         shown["notes"] = model.notes or []
         shown["improving"] = model.optimizing or None
@@ -183,13 +185,6 @@ def _shown(status: VersionStatus | RemoteModel) -> dict[str, Any]:
     if status.state not in {"ready", "loading"}:
         shown |= {"leases": None, "pinned": None, "idle_seconds": None}
     return shown
-
-
-def _reference_check(found: Deviation) -> ReferenceCheck:
-    cosine, deviation, swap = round(found.cosine, 6), round(found.share, 6), round(found.swap, 6)
-    return ReferenceCheck(
-        images=found.images, cosine=cosine, deviation=deviation, changed=found.changed, worst_swap=swap
-    )
 
 
 def _remote_info(model: RemoteModel) -> ModelInfo:
