@@ -14,10 +14,9 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from app import logs, openapi, problems
 from app.dependencies import State, require_key
 from app.middleware import HttpMetrics, RequestContext
-from app.open_inference import inference, repository
-from app.open_inference import models as open_inference_models
+from app.open_inference import routes as open_inference
 from app.remote_images.fetching import Fetcher
-from app.routes import debug, explain, features, health, management, models, openai, pages, predict
+from app.routes import images, management, models, openai, operations
 from app.settings import Settings
 from app.workers import Worker
 from service.backends.cuda import choose, visible
@@ -29,8 +28,8 @@ from service.options import Budget, EngineOptions, default_instances
 # Images per batch where no setting says so; the batch plan stops earlier, as soon as more do not pay.
 MAX_BATCH_SIZE = {"cpu": 8, "gpu": 256}
 # The endpoints behind PVT_API_KEYS; the others have keys of their own, or none.
-PROTECTED = models.router, inference.router, open_inference_models.router, repository.router, openai.router
-OTHERS = health.router, inference.health, pages.router, debug.router, management.router, repository.management
+PROTECTED = models.router, open_inference.router, openai.router
+OTHERS = operations.router, management.router, open_inference.health, open_inference.management
 
 
 def create_app(settings: Settings | None = None, worker: Worker | None = None) -> FastAPI:
@@ -51,7 +50,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         lifespan=partial(_lifespan, settings, engine_options(settings), registry, worker),
         exception_handlers=dict.fromkeys(problems.EXPECTED, problems.expected),
         # First in the table of routes, so that no time is lost on others.
-        routes=[*predict.router.routes, *features.router.routes, *explain.router.routes],
+        routes=images.router.routes,
     )
     app.add_middleware(RequestContext, metrics=HttpMetrics(registry))
     # Only where keys are set: a dependency costs each request.

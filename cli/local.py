@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 
 from app.main import engine_options
-from app.routes.explain import ExplainQuery
-from app.routes.model_info import model_info
+from app.routes.images import ExplainQuery
+from app.routes.models import model_info
 from app.settings import Settings
 from cli.terminal import USAGE, CommandError, logs_on_stderr
 from pvt_client import ImageUnreadable, PvtError

@@ -2,14 +2,13 @@
 
 import re
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
-import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from app.bodies import EXAMPLE, parse_json
-from app.open_inference.tensors import OUTPUTS, InputTensor, OutputTensor
+from app.open_inference.tensors import OUTPUTS, InputTensor
 from app.problems import BodyTooLarge, UnsupportedMediaType
 from service.errors import InvalidRequest, reasons
 
@@ -22,17 +21,17 @@ _NUMBERS = re.compile(rb'(?<!\\)"data"\s{0,99}+:\s{0,99}+(?=\[[\s\[]{0,9999}+-?\
 _TRIES = 100  # an input has one key of that name
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Message(BaseModel, extra="forbid"):
+    """What a client sends; unknown fields are refused."""
 
 
-class InputParameters(_Message):
+class InputParameters(Message):
     """Of one input."""
 
     binary_data_size: Annotated[int | None, Field(ge=0)] = None
 
 
-class Input(_Message):
+class Input(Message):
     """One input; its data is in `data` or after the JSON."""
 
     name: str
@@ -42,39 +41,34 @@ class Input(_Message):
     data: Annotated[list[Any] | None, Field(description="Nested lists or one flat list.")] = None
 
 
-class OutputParameters(_Message):
+class OutputParameters(Message):
     """Of one requested output."""
 
     binary_data: bool | None = None
     classification: Annotated[int | None, Field(ge=0, le=1000, description="How many classes; 0: the tensor.")] = None
 
 
-class RequestedOutput(_Message):
+class RequestedOutput(Message):
     """One requested output."""
 
     name: str
     parameters: OutputParameters = OutputParameters()
 
 
-class RequestParameters(_Message):
+class RequestParameters(Message):
     """Of the whole request; `timeout` is in microseconds."""
 
     timeout: Annotated[int | None, Field(ge=0, le=3_600_000_000)] = None
     binary_data_output: bool = False
 
 
-class InferRequest(_Message):
+class InferRequest(Message):
     """The JSON of a request."""
 
     id: Annotated[str | None, Field(max_length=1000)] = None
     inputs: Annotated[list[Input], Field(min_length=1, max_length=1)]
     outputs: Annotated[list[RequestedOutput], Field(max_length=len(OUTPUTS))] = []
     parameters: RequestParameters = RequestParameters()
-
-    @property
-    def timeout_seconds(self) -> float | None:
-        """The timeout in seconds; None for the service's own."""
-        return self.parameters.timeout / 1e6 if self.parameters.timeout else None
 
 
 class OutputMessage(BaseModel):
@@ -87,39 +81,23 @@ class OutputMessage(BaseModel):
     data: list[Any] | None = None
 
 
+_PIXELS = {"name": "images", "datatype": "UINT8", "shape": [1, 224, 224, 3]}
 INFER_EXAMPLES: Mapping[str, object] = {
     "a file in base64": {
         "inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [1], "data": [EXAMPLE]}],
         "outputs": [{"name": "probabilities", "parameters": {"classification": 2}}, {"name": "embedding"}],
     },
     "pixels after the JSON": {
-        "inputs": [
-            {
-                "name": "images",
-                "datatype": "UINT8",
-                "shape": [1, 224, 224, 3],
-                "parameters": {"binary_data_size": 150528},
-            }
-        ],
+        "inputs": [{**_PIXELS, "parameters": {"binary_data_size": 150528}}],
         "parameters": {"binary_data_output": True},
     },
 }
-_EXAMPLE_OUTPUT: dict[str, Any] = {
-    "name": "probabilities",
-    "datatype": "BYTES",
-    "shape": [1, 2],
-    "data": ["0.971299:7:7", "0.006864:8:8"],
-}
+_CLASSES = {"name": "probabilities", "datatype": "BYTES", "shape": [1, 2], "data": ["0.971299:7:7", "0.006864:8:8"]}
+_RESPONSE: dict[str, Any] = {"model_name": "pvt_v2_b0.digits", "model_version": "1", "outputs": [_CLASSES]}
 
 
-class InferResponse(BaseModel):
+class InferResponse(BaseModel, json_schema_extra={"examples": [_RESPONSE]}):
     """The JSON of a response."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"model_name": "pvt_v2_b0.digits", "model_version": "1", "outputs": [_EXAMPLE_OUTPUT]}]
-        }
-    )
 
     model_name: str
     model_version: str
@@ -127,21 +105,19 @@ class InferResponse(BaseModel):
     outputs: list[OutputMessage]
 
 
-class Body(NamedTuple):
-    """A body to send, and the length of the JSON before its tensors, if there are any."""
+M = TypeVar("M", bound=Message)
 
-    content: bytes
-    header_length: int | None
+
+def validated(form: type[M], value: object) -> M:
+    """`value` as a `form`; raises InvalidRequest, which names what is wrong."""
+    try:
+        return form.model_validate(value)
+    except ValidationError as error:
+        raise InvalidRequest(reasons(error, "the body")) from error
 
 
 def decompressed(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    """`body` without its Content-Encoding.
-
-    Raises:
-        UnsupportedMediaType: it is unknown.
-        BodyTooLarge: it decompresses to more than `max_bytes`.
-        InvalidRequest: it is broken.
-    """
+    """`body` without its Content-Encoding; raises UnsupportedMediaType, BodyTooLarge or, if broken, InvalidRequest."""
     if encoding in {"", "identity"}:
         return body
     if encoding not in _WINDOW:
@@ -169,16 +145,11 @@ def compressed(content: bytes, accepted: str) -> tuple[bytes, dict[str, str]]:
     coding = accepted.strip().lower()
     if coding not in _WINDOW:
         return content, {}
-    stream = zlib.compressobj(level=1, wbits=_WINDOW[coding])
-    return stream.compress(content) + stream.flush(), {"Content-Encoding": coding}
+    return zlib.compress(content, 1, _WINDOW[coding]), {"Content-Encoding": coding}
 
 
 def parse(body: bytes, header_length: str | None) -> tuple[InferRequest, InputTensor]:
-    """The request in `body`, of which `header_length` bytes are JSON, all of them by default, and its one input.
-
-    Raises:
-        InvalidRequest: it is not what the protocol says; the message names what is wrong.
-    """
+    """The request in `body` and its one input; `header_length` bytes are JSON, by default all."""
     end = len(body)
     if header_length is not None:
         if not _LENGTH.fullmatch(header_length) or int(header_length) > len(body):
@@ -187,31 +158,8 @@ def parse(body: bytes, header_length: str | None) -> tuple[InferRequest, InputTe
             )
         end = int(header_length)
     header, numbers = _without_numbers(body[:end])
-    try:
-        request = InferRequest.model_validate(parse_json(header))
-    except ValidationError as error:
-        raise InvalidRequest(reasons(error, "the body")) from error
+    request = validated(InferRequest, parse_json(header))
     return request, _tensor(request.inputs[0], numbers, memoryview(body)[end:])
-
-
-def serialize(response: Mapping[str, Any], outputs: Sequence[tuple[OutputTensor, bool]]) -> Body:
-    """The body of `response` with `outputs`, each with whether its data follows the JSON."""
-    messages: list[dict[str, Any]] = []
-    tails: list[bytes] = []
-    for tensor, binary in outputs:
-        message: dict[str, Any] = {
-            "name": tensor.spec.name,
-            "datatype": tensor.spec.datatype,
-            "shape": tensor.spec.shape,
-        }
-        if binary:
-            tails.append(tensor.raw())
-            message["parameters"] = {"binary_data_size": len(tails[-1])}
-        else:
-            message["data"] = tensor.json()
-        messages.append(message)
-    header = orjson.dumps({**response, "outputs": messages})
-    return Body(b"".join((header, *tails)), len(header)) if tails else Body(header, None)
 
 
 def _without_numbers(text: bytes) -> tuple[bytes, bytes | None]:

@@ -8,7 +8,7 @@ import binascii
 from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from math import prod
 from struct import Struct
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from app.encodings import json_array, little_endian
 from service.architecture.variants import VARIANTS
 from service.errors import InvalidRequest
 from service.postprocess.classes import softmax
-from service.results import ImageResult, InferenceResult, require_all
+from service.results import Image, ImageResult, InferenceResult, Size, require_all
 from service.store.cards import ModelCard
 
 Datatype = Literal["UINT8", "BYTES", "FP32"]
@@ -38,8 +38,8 @@ _MOST = 255  # of uint8
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
-    """What a tensor looks like; -1 stands for any number."""
+class TensorMetadata:
+    """A tensor; -1 stands for any number."""
 
     name: str
     datatype: Datatype
@@ -58,76 +58,61 @@ class InputTensor:
     data: Sequence[Any] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
-    """A tensor to send."""
-
-    spec: Spec
-    elements: "NDArray[np.float32] | list[bytes]"
-
-    def raw(self) -> bytes:
-        """Its elements as the binary extension sends them, little-endian."""
-        if isinstance(self.elements, list):
-            return b"".join(chain.from_iterable((_LENGTH.pack(len(each)), each) for each in self.elements))
-        return little_endian(self.elements)
-
-    def json(self) -> orjson.Fragment | list[str]:
-        """Its elements as one flat list for JSON."""
-        if isinstance(self.elements, list):
-            return [each.decode() for each in self.elements]
-        return json_array(self.elements.ravel())
-
-
-def input_specs(card: ModelCard) -> list[Spec]:
+def inputs_of(card: ModelCard) -> list[TensorMetadata]:
     """The inputs of the model, of which a request has one."""
     pixels = card.preprocessing
-    return [Spec("images", "UINT8", (-1, pixels.height, pixels.width, 3)), Spec("encoded", "BYTES", (-1,))]
-
-
-def output_specs(card: ModelCard) -> list[Spec]:
-    """The outputs of the model, in the order of OUTPUTS."""
-    channels, classes = VARIANTS[card.variant].embed_dims, len(card.labels)
-    pixels = card.preprocessing
-    vectors = [Spec(name, "FP32", (-1, classes)) for name in VECTORS[:2]]
-    stages = [
-        Spec(name, "FP32", (-1, channels[i], pixels.height >> i + 2, pixels.width >> i + 2))
-        for i, name in enumerate(STAGES)
+    return [
+        TensorMetadata("images", "UINT8", (-1, pixels.height, pixels.width, 3)),
+        TensorMetadata("encoded", "BYTES", (-1,)),
     ]
-    return [*vectors, Spec("embedding", "FP32", (-1, channels[-1])), *stages]
 
 
-def images(tensor: InputTensor, most: int) -> tuple[list[bytes | NDArray[np.uint8]], tuple[int, int] | None]:
+def outputs_of(card: ModelCard) -> list[TensorMetadata]:
+    """The outputs of the model, in the order of OUTPUTS."""
+    channels, classes, pixels = VARIANTS[card.variant].embed_dims, len(card.labels), card.preprocessing
+    vectors = [(classes,), (classes,), (channels[-1],)]
+    maps = [(channels[i], pixels.height >> i + 2, pixels.width >> i + 2) for i in range(len(STAGES))]
+    return [TensorMetadata(name, "FP32", (-1, *each)) for name, each in zip(OUTPUTS, [*vectors, *maps], strict=True)]
+
+
+def images(tensor: InputTensor, most: int) -> tuple[list[Image], Size | None]:
     """The images in `tensor`, `most` of them at the most, and their input size: None where they are encoded.
 
-    Raises:
-        InvalidRequest: it is none of a model's inputs; the message says what was expected.
+    Raises InvalidRequest, which says what was expected.
     """
     if tensor.name == "images":
         pixels = _pixels(tensor, most)
-        return list(pixels), (pixels.shape[1], pixels.shape[2])
+        return [*pixels], (pixels.shape[1], pixels.shape[2])
     if tensor.name == "encoded":
-        return _encoded(tensor, most), None
+        return [*_encoded(tensor, most)], None
     raise InvalidRequest(f"input {tensor.name[:100]!r}: a model takes 'images' or 'encoded'")
 
 
-def output(result: InferenceResult, name: str, classification: int | None) -> OutputTensor:
-    """The tensor `name` of all images; with `classification`, its so many highest values as `value:index:label`.
+def output(
+    result: InferenceResult, name: str, classification: int | None, *, binary: bool
+) -> tuple[dict[str, Any], bytes]:
+    """The tensor `name` of all images as the response's JSON has it, and its little-endian bytes if `binary`.
 
-    Raises:
-        InvalidRequest: there is no such tensor, or it has no classes.
-        ServiceError: an image failed; the message says which.
+    With `classification` its so many highest values, as `value:index:label`. Raises InvalidRequest where it has no
+    classes, and the error of an image that failed.
     """
-    results = require_all(result.results, [None] * len(result.results))
-    stack = np.stack([_element(each, name) for each in results])
+    stack = np.stack([_element(each, name) for each in require_all(result.results, [None] * len(result.results))])
+    data: Any
     if classification is None:
-        return OutputTensor(Spec(name, "FP32", stack.shape), stack)
-    if name not in VECTORS[:2]:
+        datatype, shape = "FP32", stack.shape
+        data = little_endian(stack) if binary else json_array(stack.ravel())
+    elif name in VECTORS[:2]:
+        best = (-stack).argsort(axis=1, kind="stable")[:, :classification]
+        datatype, shape, labels = "BYTES", best.shape, result.card.labels
+        data = [f"{row[i]:f}:{i}:{labels[i]}" for row, order in zip(stack, best, strict=True) for i in order]
+        if binary:
+            data = b"".join(_LENGTH.pack(len(each)) + each for each in map(str.encode, data))
+    else:
         raise InvalidRequest(f"output {name!r} has no classes; classification is for {VECTORS[0]!r} and {VECTORS[1]!r}")
-    count = min(classification, stack.shape[1])
-    best = (-stack).argsort(axis=1, kind="stable")[:, :count]
-    labels = result.card.labels
-    classes = [f"{row[i]:f}:{i}:{labels[i]}".encode() for row, order in zip(stack, best, strict=True) for i in order]
-    return OutputTensor(Spec(name, "BYTES", best.shape), classes)
+    message = {"name": name, "datatype": datatype, "shape": shape}
+    if binary:
+        return {**message, "parameters": {"binary_data_size": len(data)}}, data
+    return {**message, "data": data}, b""
 
 
 def check_outputs(names: Sequence[str]) -> None:
@@ -147,42 +132,43 @@ def _element(result: ImageResult, name: str) -> NDArray[np.float32]:
     return softmax(result.outputs.logits) if name == "probabilities" else result.outputs.logits
 
 
+def _check(tensor: InputTensor, datatype: Datatype, shape: str, most: int, *, fits: bool) -> None:
+    """Raises InvalidRequest where `tensor` has another type or more than `most` images, or does not fit `shape`."""
+    name, actual = tensor.name, tensor.shape
+    if tensor.datatype != datatype:
+        raise InvalidRequest(f"input {name!r} is {tensor.datatype[:100]}; expected {datatype}")
+    if not fits or min(actual) < 1:
+        raise InvalidRequest(f"input {name!r} has the shape {[*actual]}; expected {shape}, n at least 1")
+    if actual[0] > most:
+        raise InvalidRequest(f"input {name!r} holds {actual[0]} images; PVT_MAX_IMAGES allows {most} in one request")
+
+
 def _pixels(tensor: InputTensor, most: int) -> NDArray[np.uint8]:
     shape = tensor.shape
-    _expect(tensor, "UINT8")
-    if len(shape) != 4 or shape[-1] != 3 or min(shape) < 1:  # noqa: PLR2004  n, height, width, channels
-        raise InvalidRequest(
-            f"input 'images' has the shape {list(shape)}; expected [n, height, width, 3], n at least 1"
-        )
-    _expect_count(tensor, most)
+    _check(tensor, "UINT8", "[n, height, width, 3]", most, fits=len(shape) == 4 and shape[-1] == 3)  # noqa: PLR2004
     if tensor.raw is not None:
         flat = np.frombuffer(tensor.raw, np.uint8)
+    elif tensor.numbers:
+        flat = pixel_numbers(tensor.numbers, shape)
+    elif tensor.data:
+        raise InvalidRequest("input 'images': its data must be whole numbers from 0 to 255")
     else:
-        flat = pixel_numbers(tensor.numbers, shape) if tensor.numbers else _no_numbers(tensor.data)
+        flat = np.zeros(0, np.uint8)
     if len(flat) != (count := prod(shape)):
-        raise InvalidRequest(f"input 'images' has {len(flat)} elements; its shape {list(shape)} says {count}")
+        raise InvalidRequest(f"input 'images' has {len(flat)} elements; its shape {[*shape]} says {count}")
     return flat.reshape(shape)
 
 
-def _no_numbers(data: Sequence[Any]) -> NDArray[np.uint8]:
-    if data:
-        raise InvalidRequest("input 'images': its data must be whole numbers from 0 to 255")
-    return np.zeros(0, np.uint8)
-
-
-def _encoded(tensor: InputTensor, most: int) -> list[bytes | NDArray[np.uint8]]:
+def _encoded(tensor: InputTensor, most: int) -> list[bytes]:
     shape = tensor.shape
-    _expect(tensor, "BYTES")
-    if not shape or min(shape) < 1 or any(side != 1 for side in shape[1:]):
-        raise InvalidRequest(f"input 'encoded' has the shape {list(shape)}; expected [n], n at least 1")
-    _expect_count(tensor, most)
+    _check(tensor, "BYTES", "[n]", most, fits=bool(shape) and {*shape[1:]} <= {1})
     if tensor.numbers:
         raise _not_base64(0)
     given = _from_base64(tensor.data) if tensor.raw is None else _elements(tensor.raw)
-    elements: list[bytes | NDArray[np.uint8]] = [*islice(given, shape[0] + 1)]  # not all of a million
+    elements = [*islice(given, shape[0] + 1)]  # not all of a million
     if len(elements) != shape[0]:
-        found = f"{len(elements)}" if len(elements) < shape[0] else "more"
-        raise InvalidRequest(f"input 'encoded' has {found} elements; its shape {list(shape)} says {shape[0]}")
+        found = len(elements) if len(elements) < shape[0] else "more"
+        raise InvalidRequest(f"input 'encoded' has {found} elements; its shape {[*shape]} says {shape[0]}")
     return elements
 
 
@@ -214,23 +200,10 @@ def _not_base64(index: int) -> InvalidRequest:
     )
 
 
-def _expect(tensor: InputTensor, datatype: str) -> None:
-    if tensor.datatype != datatype:
-        raise InvalidRequest(f"input {tensor.name!r} is {tensor.datatype[:100]}; expected {datatype}")
-
-
-def _expect_count(tensor: InputTensor, most: int) -> None:
-    if tensor.shape[0] > most:
-        raise InvalidRequest(
-            f"input {tensor.name!r} holds {tensor.shape[0]} images; PVT_MAX_IMAGES allows {most} in one request"
-        )
-
-
 def pixel_numbers(text: bytes, shape: Sequence[int]) -> NDArray[np.uint8]:
     """The numbers in `text`, a JSON list, flat or nested as `shape` is, of as many numbers as it says; flat.
 
-    Raises:
-        InvalidRequest: it is something else; the message says what was expected.
+    Raises InvalidRequest, which says what was expected.
     """
     count, opened = prod(shape), text.count(b"[")
     nested = sum(prod(shape[:axis]) for axis in range(len(shape)))

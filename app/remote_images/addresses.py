@@ -77,11 +77,7 @@ class HostRule:
 
     @classmethod
     def parse(cls, entry: str) -> Self:
-        """From `host`, `host:port`, `*.example.org` or `*`; an IPv6 address stands in brackets.
-
-        Raises:
-            ValueError: it is none of these.
-        """
+        """From `host`, `host:port`, `*.example.org` or `*`, an IPv6 address in brackets; raises ValueError."""
         if not (match := _ENTRY.fullmatch(entry)):
             raise ValueError(f"{entry!r} is no host; write example.org, example.org:8443, *.example.org or *")
         host, port = match["host"], match["port"]

@@ -1,14 +1,20 @@
-"""Images by URL: fetched within limits, and only from where PVT_URL_HOSTS allows."""
+"""Images by URL: fetched within limits, and only from where PVT_URL_HOSTS allows.
+
+Against server-side request forgery a name is resolved once, then checked, then connected to.
+"""
 
 import asyncio
-from collections.abc import Sequence
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from ipaddress import ip_address
 from pathlib import PurePosixPath
 from time import perf_counter
-from types import TracebackType
-from typing import Self
+from typing import Any, NamedTuple
 
 import httpcore
 import httpx
@@ -17,38 +23,111 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from app.bodies import Link, Upload
 from app.problems import ImageTimedOut, ImageUnreachable, ImageUrlRefused
-from app.remote_images.addresses import DEFAULT_PORTS, Reach, host_name
-from app.remote_images.connections import CheckedBackend, HeadLimited, NotReachable, Resolve, Resolver
+from app.remote_images.addresses import DEFAULT_PORTS, Address, Reach, host_name
 from service.errors import ImageTooLarge, ServiceError
 
 log = structlog.get_logger(component="fetch")
 
+Resolve = Callable[[str, int], Awaitable[Sequence[Address]]]
+
 REDIRECTS = 3
 CONNECTIONS, PER_REQUEST = 32, 8  # at a time
+_RESOLVERS = 8  # threads; a name server that never answers holds one of them until the C library gives up
+_ATTEMPTS = 3  # addresses of one host
 _CONNECT_SECONDS = 5.0
+_HEAD_BYTES, _HEAD_CHUNK = 32_768, 2048
 _REDIRECT = frozenset({301, 302, 303, 307, 308})
 # Each chunk costs time of the event loop, however small it is, so the number of tiny chunks is bounded.
 _FREE_CHUNKS, _LEAST_MEAN_CHUNK = 1024, 512
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
+class NotReachable(Exception):
+    """The name has no address, or one that must not be connected to; which of them is for the log alone."""
+
+
+class HeadLimited(httpcore.AsyncNetworkStream):
+    """A connection that reads a bounded number of bytes, and in small chunks, until `end_head` is called.
+
+    h11 bounds one head, but not how many informational ones precede it, and parses all that one chunk holds in one turn
+    of the event loop.
+    """
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+        self._left: int | None = _HEAD_BYTES
+
+    def end_head(self) -> None:
+        """From now on a body is read, without this limit."""
+        self._left = None
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109  httpcore's
+        """Raises RemoteProtocolError when the head has no end."""
+        if self._left is None:
+            return await self._stream.read(max_bytes, timeout)
+        chunk = await self._stream.read(min(max_bytes, _HEAD_CHUNK), timeout)
+        self._left -= len(chunk)
+        if self._left < 0:
+            raise httpcore.RemoteProtocolError("the response's head has no end")
+        return chunk
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109  httpcore's
+        """Write to the connection."""
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        await self._stream.aclose()
+
+    async def start_tls(self, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:  # noqa: ANN401  httpcore's
+        """The same connection, within TLS."""
+        return HeadLimited(await self._stream.start_tls(*args, **options))
+
+
+class CheckedBackend(httpcore.AsyncNetworkBackend):
+    """Opens httpcore's connections, and only to addresses that `reach` allows.
+
+    Names, certificates and the `Host` header stay the URL's: the layers above the connection handle them.
+    """
+
+    def __init__(self, reach: Reach, resolve: Resolve, backend: httpcore.AsyncNetworkBackend) -> None:
+        self._reach = reach
+        self._resolve = resolve
+        self._backend = backend
+
+    async def connect_tcp(self, host: str, port: int, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:  # noqa: ANN401  httpcore's
+        """Resolve, check every address, connect to the first that accepts; raises NotReachable.
+
+        One address that is not allowed is enough: a name with a public and a private one is how filters are got around.
+        """
+        addresses = await self._resolve(host, port)
+        if not addresses:
+            raise NotReachable("it has no address")
+        if not all(self._reach.reaches(host, port, address) for address in addresses):
+            raise NotReachable("it has an address that is not public")
+        for address in addresses[:_ATTEMPTS]:
+            try:
+                return HeadLimited(await self._backend.connect_tcp(str(address), port, *args, **options))
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+        raise failure
+
+
+async def _resolved(threads: ThreadPoolExecutor, host: str, port: int) -> list[Address]:
+    """The addresses of `host` by the system's resolver, best first; none where it has none."""
+    lookup = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    try:
+        found = await asyncio.get_running_loop().run_in_executor(threads, lookup)
+    except (OSError, UnicodeError):
+        return []
+    return [ip_address(str(each[4][0])) for each in found]
+
+
+class _Target(NamedTuple):
     """A URL that may be fetched, its host in the one spelling that was checked."""
 
     url: httpx.URL
     host: str
     port: int
-
-    @property
-    def core(self) -> httpcore.URL:
-        """The same for httpcore."""
-        return httpcore.URL(scheme=self.url.raw_scheme, host=self.host, port=self.port, target=self.url.raw_path)
-
-    @property
-    def authority(self) -> str:
-        """The `Host` header."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == DEFAULT_PORTS[self.url.scheme] else f"{host}:{self.port}"
 
 
 @dataclass(slots=True)
@@ -61,19 +140,19 @@ class _Budget:
     def take(self, count: int) -> None:
         """Raises ImageTooLarge when there are not as many left."""
         self.left -= count
-        if self.left < 0:
-            raise self.exceeded()
+        self.require(0)
 
-    def exceeded(self) -> ImageTooLarge:
-        """The error for the client."""
-        return ImageTooLarge(
-            f"the images that the request fetches are larger than {self.limit / 1e6:g} MB in all, which "
-            "PVT_MAX_BODY_MB allows"
-        )
+    def require(self, count: int) -> None:
+        """The same, without taking them."""
+        if self.left < count:
+            raise ImageTooLarge(
+                f"the images that the request fetches are larger than {self.limit / 1e6:g} MB in all, which "
+                "PVT_MAX_BODY_MB allows"
+            )
 
 
-class Fetcher:
-    """Use as an async context manager. The images of one request have `max_bytes` in all, each one `seconds`."""
+class Fetcher(AbstractAsyncContextManager["Fetcher"]):
+    """The images of one request have `max_bytes` in all, each one `seconds`."""
 
     def __init__(
         self,
@@ -91,18 +170,16 @@ class Fetcher:
         self._fetch_seconds = Histogram("pvt_url_fetch_seconds", "Seconds that fetching one took.", registry=registry)
         self._max_bytes = max_bytes
         self._seconds = seconds
-        self._resolver = Resolver()
+        self._threads = ThreadPoolExecutor(_RESOLVERS, thread_name_prefix="pvt-resolve")
         self._turns = asyncio.Semaphore(CONNECTIONS)
         self._ssl_context = httpx.create_ssl_context() if reach.rules else None
-        self._backend = CheckedBackend(reach, resolve or self._resolver, backend or httpcore.AnyIOBackend())
+        self._backend = CheckedBackend(
+            reach, resolve or partial(_resolved, self._threads), backend or httpcore.AnyIOBackend()
+        )
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._resolver.close()
+    async def __aexit__(self, *_: object) -> None:
+        """Do not wait for the threads: one may hang."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def fetched(self, sent: Sequence[Upload | Link], request_id: str) -> list[Upload]:
         """`sent`, with each link replaced by the image's bytes, or by the error of fetching it."""
@@ -120,36 +197,35 @@ class Fetcher:
 
     async def _fetch(self, link: Link, budget: _Budget, request_id: str) -> Upload:
         """The image at `link`, or the error of fetching it; counted and logged."""
-        start, host, name, cause = perf_counter(), None, None, None
+        start, name, details = perf_counter(), None, dict[str, object]()
         data: bytes | ServiceError
         try:
             target = self._target(link.url)
-            host, name = target.host, PurePosixPath(target.url.path).name or None
+            details["host"], name = target.host, PurePosixPath(target.url.path).name or None
             data = await self._within_time(target, budget)
+            outcome, details["bytes"] = "fetched", len(data)
         except ServiceError as error:
-            data, cause = error, _cause(error)
+            data, outcome = error, type(error).__name__
+            if cause := error.__cause__:
+                # Its message only where that can't contain what a client or a server sent.
+                known = isinstance(cause, NotReachable | httpcore.NetworkError)
+                details["cause"] = str(cause) if known else type(cause).__name__
         seconds = perf_counter() - start
-        outcome = "fetched" if isinstance(data, bytes) else type(data).__name__
         self._fetches.labels(outcome).inc()
         self._fetch_seconds.observe(seconds)
-        size = len(data) if isinstance(data, bytes) else None
-        fields = {"host": host, "outcome": outcome, "bytes": size, "cause": cause, "ms": round(seconds * 1000, 2)}
-        log.info(
-            "image_by_url", request_id=request_id, **{key: each for key, each in fields.items() if each is not None}
-        )
+        log.info("image_by_url", request_id=request_id, outcome=outcome, ms=round(seconds * 1000, 2), **details)
         return Upload(name, data)
 
-    def _target(self, url: str | httpx.URL) -> _Target:
-        """`url`, if it is one that may be fetched.
+    def _target(self, url: str, base: httpx.URL | None = None) -> _Target:
+        """`url`, which may be relative to `base`, if it is one that may be fetched.
 
-        Raises:
-            ImageUrlRefused: it is not. The message names no host: a redirect may lead to a secret one.
+        Raises ImageUrlRefused, whose message names no host: a redirect may lead to a secret one.
         """
         if not self._reach.rules:
             raise ImageUrlRefused("images by URL are off; PVT_URL_HOSTS is to name the hosts that they may come from")
         try:
-            parsed = httpx.URL(url)
-        except httpx.InvalidURL as error:
+            parsed = base.join(url) if base else httpx.URL(url)
+        except (httpx.InvalidURL, ValueError) as error:  # `join` lets some of the standard library's through
             raise ImageUrlRefused("the URL is malformed") from error
         if parsed.scheme not in DEFAULT_PORTS:
             raise ImageUrlRefused("the URL is neither http:// nor https://")
@@ -167,7 +243,12 @@ class Fetcher:
         host = target.host
         try:
             async with asyncio.timeout(self._seconds):
-                return await self._follow(target, budget)
+                for _ in range(REDIRECTS + 1):
+                    response = await self._get(target, budget)
+                    if isinstance(response, bytes):
+                        return response
+                    target = self._redirected(target, response)
+                raise ImageUnreachable(f"the URL redirects more than {REDIRECTS} times")
         except (TimeoutError, httpcore.TimeoutException) as error:
             raise ImageTimedOut(
                 f"the URL's host {host} did not send the image within the {self._seconds:g} s of PVT_URL_TIMEOUT_MS"
@@ -178,21 +259,10 @@ class Fetcher:
         except (httpcore.ProtocolError, httpcore.UnsupportedProtocol) as error:
             raise ImageUnreachable(f"the URL's host {host} does not speak HTTP as it should") from error
 
-    async def _follow(self, first: _Target, budget: _Budget) -> bytes:
-        target = first
-        for _ in range(REDIRECTS + 1):
-            response = await self._get(target, budget)
-            if isinstance(response, bytes):
-                return response
-            target = self._redirected(target, response)
-        raise ImageUnreachable(f"the URL redirects more than {REDIRECTS} times")
-
     def _redirected(self, target: _Target, location: str) -> _Target:
         """Where `location` leads, checked like a URL that a client sends."""
         try:
-            following = self._target(target.url.join(location))
-        except (httpx.InvalidURL, ValueError) as error:  # `join` lets some of the standard library's through
-            raise ImageUrlRefused("the URL redirects to where it may not: the URL is malformed") from error
+            following = self._target(location, target.url)
         except ImageUrlRefused as error:
             raise ImageUrlRefused(f"the URL redirects to where it may not: {error}") from error
         if (target.url.scheme, following.url.scheme) == ("https", "http"):
@@ -201,55 +271,43 @@ class Fetcher:
 
     async def _get(self, target: _Target, budget: _Budget) -> bytes | str:
         """The body of the response, or where it redirects to."""
+        url, host, port = target.url, target.host, target.port
+        address = httpcore.URL(scheme=url.raw_scheme, host=host, port=port, target=url.raw_path)
+        authority = f"[{host}]" if ":" in host else host
         headers: dict[bytes | str, bytes | str] = {
-            "Host": target.authority,
+            "Host": authority if port == DEFAULT_PORTS[url.scheme] else f"{authority}:{port}",
             "Accept": "image/*, */*;q=0.1",
             "Accept-Encoding": "identity",
             "User-Agent": f"pvt-serve/{version('pvt-serve')}",
         }
-        timeout = {"connect": _CONNECT_SECONDS, "read": self._seconds, "write": self._seconds, "pool": self._seconds}
         # A pool for each request: a shared one may never get a connection back from a request that is cancelled.
         pool = httpcore.AsyncConnectionPool(self._ssl_context, network_backend=self._backend, max_connections=1)
-        send = partial(pool.stream, "GET", target.core, headers=headers, extensions={"timeout": timeout})
-        async with pool, send() as response:
+        request = pool.stream("GET", address, headers=headers, extensions={"timeout": {"connect": _CONNECT_SECONDS}})
+        async with pool, request as response:
             if isinstance(stream := response.extensions["network_stream"], HeadLimited):
                 stream.end_head()
             fields = {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in response.headers}
             if response.status in _REDIRECT and "location" in fields:
                 return fields["location"]
             if response.status != 200:  # noqa: PLR2004  OK
-                raise ImageUnreachable(f"the URL's host {target.host} answered {response.status}")
+                raise ImageUnreachable(f"the URL's host {host} answered {response.status}")
             if fields.get("content-encoding", "identity").lower() != "identity":
-                raise ImageUnreachable(
-                    f"the URL's host {target.host} responds with a content encoding that was not requested"
-                )
+                raise ImageUnreachable(f"the URL's host {host} responds with a content encoding that was not requested")
             return await _body(response, fields.get("content-length", ""), budget)
 
 
 async def _body(response: httpcore.Response, announced: str, budget: _Budget) -> bytes:
-    if announced.isdecimal() and int(announced) > budget.left:
-        raise budget.exceeded()
+    if announced.isdecimal():
+        budget.require(int(announced))
     body, chunks = bytearray(), 0
     try:
         async for chunk in response.aiter_stream():
             body += chunk
             chunks += 1
             budget.take(len(chunk))
-            _refuse_tiny_chunks(chunks, len(body))
+            if chunks > _FREE_CHUNKS + len(body) / _LEAST_MEAN_CHUNK:
+                raise ImageUnreachable("the URL's host sends the image in too many tiny chunks")  # noqa: TRY301  counted
     except BaseException:
         budget.left += len(body)  # what is discarded does not count
         raise
     return bytes(body)
-
-
-def _refuse_tiny_chunks(chunks: int, size: int) -> None:
-    if chunks > _FREE_CHUNKS + size / _LEAST_MEAN_CHUNK:
-        raise ImageUnreachable("the URL's host sends the image in too many tiny chunks")
-
-
-def _cause(error: ServiceError) -> str | None:
-    """Why the network failed, for the log; its message only where that can't contain what a client or a server sent."""
-    cause = error.__cause__
-    if isinstance(cause, NotReachable | httpcore.NetworkError):
-        return str(cause)
-    return None if cause is None else type(cause).__name__

@@ -2,27 +2,17 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from time import perf_counter
-from typing import Annotated, Any, Protocol, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import mimeparse
 from annotated_types import Ge, Le
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
@@ -30,43 +20,27 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
 from app.bodies import Upload, read_uploads
-from app.dependencies import bearer, require_key
-from app.openapi import IMAGE_PROBLEMS, IMAGES
-from app.problems import NotAcceptable, Problem, documented, problem
+from app.dependencies import bearer, max_wait_seconds, require_key
+from app.problems import NotAcceptable
 from service.engine import Engine
 from service.errors import ServiceError
 from service.lifecycle import time_limit
-from service.postprocess.classes import Prediction
-from service.results import ImageResult
+from service.results import InferenceResult
+from service.store.cards import ModelCard
 
 LARGE = 32_768  # numbers; more, even as JSON on the event loop, would hold it up for over a millisecond and a half
 JSON = "application/json"
-# What every endpoint that takes images documents.
-DOCUMENTED: Mapping[str, Any] = {"openapi_extra": {"requestBody": IMAGES}, "responses": documented(*IMAGE_PROBLEMS)}
-# The start of each example of a response.
-EXAMPLE_MODEL: dict[str, Any] = {"model": "pvt_v2_b0.digits", "version": "1"}
-EXAMPLE_IMAGE: dict[str, Any] = {"filename": "seven.png", "width": 64, "height": 64}
 
 _SIZE = re.compile(r"(?P<height>[1-9]\d{0,4})(x(?P<width>[1-9]\d{0,4}))?", re.ASCII)
-_OUT_OF_RANGE = {"greater_than_equal", "less_than_equal"}
 
 T = TypeVar("T")
-
-
-class Result(Protocol):
-    """The results of a model for all images of a request."""
-
-    @property
-    def model(self) -> str: ...  # noqa: D102
-    @property
-    def results(self) -> Sequence[ImageResult | Prediction | ServiceError]: ...  # noqa: D102
 
 
 class InferenceRoute(APIRoute):
     """A route that FastAPI documents and that runs as a plain Starlette endpoint.
 
     The endpoint takes the request and its `query`. Exit stacks and dependencies, which FastAPI's own route has, would
-    double what HTTP costs (docs/architecture.md, decision 21).
+    double what HTTP costs (docs/decisions/http.md, decision 21).
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:  # noqa: ANN401  FastAPI's
@@ -85,18 +59,13 @@ class InferenceRoute(APIRoute):
         request = Request(scope, receive, send)
         if (settings := request.state.settings).api_keys:
             await require_key(await bearer(request), settings)
-        query = self._parsed(request) if scope["query_string"] else self._defaults
+        try:
+            query = self._query.model_validate(dict(request.query_params)) if scope["query_string"] else self._defaults
+        except ValidationError as error:
+            in_query = [{**each, "loc": ("query", *each["loc"])} for each in error.errors()]
+            raise RequestValidationError(in_query) from error  # in the framework's own words
         response = await self.endpoint(request, query)
         await response(scope, receive, send)
-
-    def _parsed(self, request: Request) -> BaseModel:
-        try:
-            return self._query.model_validate(dict(request.query_params))
-        except ValidationError as error:
-            # In the framework's own words.
-            raise RequestValidationError(
-                [{**each, "loc": ("query", *each["loc"])} for each in error.errors()]
-            ) from error
 
 
 def _is_size(value: str) -> str:
@@ -105,27 +74,22 @@ def _is_size(value: str) -> str:
     return value
 
 
-def _bounds(field: FieldInfo) -> str:
-    low = [str(each.ge) for each in field.metadata if isinstance(each, Ge)]
-    high = [str(each.le) for each in field.metadata if isinstance(each, Le)]
-    return f"from {low[0]} to {high[0]}" if low and high else f"at least {low[0]}" if low else ""
-
-
-class InferenceQuery(BaseModel):
+class InferenceQuery(BaseModel, extra="forbid"):
     """Parameters of every endpoint that takes images."""
-
-    model_config = ConfigDict(extra="forbid")
 
     @field_validator("*", mode="wrap")
     @classmethod
-    def _in_range(cls, value: object, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> object:
+    def _in_range(cls, value: object, check: Callable[[object], object], info: ValidationInfo) -> object:
         """As `check`, but the error of a number out of range names the whole range, not the bound that it broke."""
         try:
             return check(value)
         except ValidationError as error:
-            bounds = _bounds(cls.model_fields[info.field_name or ""])
-            if not bounds or error.errors()[0]["type"] not in _OUT_OF_RANGE:
+            limits = cls.model_fields[info.field_name or ""].metadata
+            low = [each.ge for each in limits if isinstance(each, Ge)]
+            high = [each.le for each in limits if isinstance(each, Le)]
+            if not low or error.errors()[0]["type"] not in {"greater_than_equal", "less_than_equal"}:
                 raise
+            bounds = f"from {low[0]} to {high[0]}" if high else f"at least {low[0]}"
             raise PydanticCustomError("out_of_range", "must be {range}", {"range": bounds}) from error
 
     model: Annotated[
@@ -146,38 +110,14 @@ class InferenceQuery(BaseModel):
     ] = None
 
     @property
-    def timeout_seconds(self) -> float | None:
-        """The timeout in seconds."""
-        return None if self.timeout_ms is None else self.timeout_ms / 1000
-
-    @property
     def input_size(self) -> tuple[int, int] | None:
         """Height and width; None for the model's own."""
         match = _SIZE.fullmatch(self.size) if self.size else None
         return match and (int(match["height"]), int(match["width"] or match["height"]))
 
 
-InputSize = Annotated[tuple[int, int], Field(description="Of the model's input: height and width, in pixels.")]
-
-
-class ImageError(BaseModel):
-    """The problem of one image among several."""
-
-    filename: str | None
-    error: Problem
-
-
-def image_error(filename: str | None, error: ServiceError, request_id: str) -> dict[str, object]:
-    """An ImageError, for orjson."""
-    return {"filename": filename, "error": problem(error, request_id).model_dump()}
-
-
 def chosen_media_type(request: Request, offered: Sequence[str]) -> str:
-    """The media type of `offered`, the default first, that the request's `Accept` prefers.
-
-    Raises:
-        NotAcceptable: it allows none of them, or is malformed.
-    """
+    """The media type of `offered`, the default first, that the request's `Accept` prefers; raises NotAcceptable."""
     accept = ", ".join(request.headers.getlist("accept")) or "*/*"
     try:
         best: str = mimeparse.best_match(offered[::-1], accept)  # of equals the last one wins
@@ -188,66 +128,75 @@ def chosen_media_type(request: Request, offered: Sequence[str]) -> str:
     return best
 
 
-@asynccontextmanager
-async def uploaded(request: Request, query: InferenceQuery) -> AsyncIterator[list[Upload]]:
-    """The images of `request`, those by URL fetched. What runs inside is cancelled when the client disconnects.
+async def infer(
+    request: Request,
+    query: InferenceQuery,
+    *,
+    stages: bool = False,
+    check: Callable[[ModelCard], None] | None = None,
+    check_count: Callable[[int], None] | None = None,
+) -> tuple[list[str | None], InferenceResult]:
+    """Read the images of `request`, fetch those by URL, and infer: their file names, and the result.
 
-    The timeout of `query` is for fetching and what runs inside together; without URLs the engine keeps time.
-
-    Raises:
-        ServiceError: the body can't be read, or the engine takes no new work.
-        ClientDisconnect: the client is gone.
+    `check` is the engine's; `check_count` is called with the number of images, and may raise. The timeout of `query`
+    is for fetching and inference together. Raises what reading and `Engine.infer` raise, and ClientDisconnect.
     """
-    state = request.state
-    with state.engine.request():
+    state, engine = request.state, request.state.engine
+    timeout = query.timeout_ms and query.timeout_ms / 1000
+    with engine.request():
         sent = await read_uploads(request)
+        if check_count:
+            check_count(len(sent))
         uploads = [each for each in sent if isinstance(each, Upload)]
-        async with CancelOnDisconnect(request):
-            if len(uploads) == len(sent):
-                yield uploads
-                return
-            async with time_limit(query.timeout_seconds or state.engine.options.timeout_seconds):
+        fetches = len(uploads) < len(sent)
+        limit = time_limit(timeout or engine.options.timeout_seconds) if fetches else nullcontext()
+        async with cancel_on_disconnect(request), limit:
+            if fetches:
                 start = perf_counter()
                 uploads = await state.fetcher.fetched(sent, state.request_id)
                 state.fetch_seconds = perf_counter() - start
-                yield uploads
+            result: InferenceResult = await engine.infer(
+                [upload.data for upload in uploads],
+                model=query.model,
+                size=query.input_size,
+                stages=stages,
+                check=check,
+                max_wait_seconds=await max_wait_seconds(request),
+                timeout_seconds=timeout,
+            )
+    note(request, result)
+    return [upload.filename for upload in uploads], result
 
 
-class CancelOnDisconnect:
-    """Cancels what runs inside `async with` when the client disconnects; the request's body must have been read.
+@asynccontextmanager
+async def cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
+    """Cancel what runs inside when the client disconnects, and raise ClientDisconnect. The body must have been read."""
+    task, gone = asyncio.current_task(), False
+    assert task is not None  # noqa: S101  a coroutine that runs has a task
 
-    Raises:
-        ClientDisconnect: the client is gone.
-    """
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._gone = False
-
-    async def __aenter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101  a coroutine that runs has a task
-        self._task = task
-        self._watcher = asyncio.create_task(self._watch())
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        self._watcher.cancel()
-        if kind is asyncio.CancelledError and self._gone:
-            self._task.uncancel()
-            raise ClientDisconnect from None
-
-    async def _watch(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
             pass
-        self._gone = True
-        self._task.cancel()
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        task.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        watcher.cancel()
 
 
-def note(request: Request, result: Result) -> None:
+def note(request: Request, result: InferenceResult) -> None:
     """Leave what the middleware writes into headers and log; of several images the times of the slowest.
 
-    Raises:
-        ServiceError: there is one image, and it failed.
+    Raises the error of an image that failed alone.
     """
     results, state = result.results, request.state
     state.log = {"model": result.model, "images": len(results)}
@@ -260,14 +209,14 @@ def note(request: Request, result: Result) -> None:
         raise error
 
 
-async def encoded(request: Request, model: str, make: Callable[[], T], numbers: int = 0) -> T:
-    """What `make` makes of a result of so many `numbers`, a large one on a thread; measures its time."""
+async def encoded(request: Request, result: InferenceResult, encode: Callable[[], T], numbers: int = 0) -> T:
+    """What `encode` returns, which encodes so many `numbers` of `result`: many on a thread. Measures its time."""
     state = request.state
     engine: Engine = state.engine
     start = perf_counter()
-    content = await engine.encode(make) if numbers > LARGE else make()
+    content = await engine.encode(encode) if numbers > LARGE else encode()
     seconds = perf_counter() - start
-    engine.encoded(model, seconds)
+    engine.encoded(result.model, seconds)
     if hasattr(state, "timing"):  # every image may have failed
         state.timing["encode"] = seconds
     return content

@@ -1,26 +1,25 @@
-"""What changes the models in memory, and the aliases of the store; for those who manage the service."""
+"""What changes the models in memory and the aliases of the store, and shows the scheduler; for those who run it all."""
 
-from typing import Annotated, Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from app.dependencies import (
-    APPLIED,
-    EngineDep,
-    MaxWaitDep,
-    SettingsDep,
-    audited,
-    require_management,
-    require_one_process,
-)
+from app.dependencies import APPLIED, EngineDep, MaxWaitDep, audited, require_management, require_one_process
 from app.problems import documented
-from app.routes.model_info import ModelInfo, ModelList, model_info
+from app.routes.models import BatchSize, ModelInfo, ModelList, milliseconds, model_info
+from service.engine import Engine
 from service.errors import ModelLoading
 from service.lifecycle import time_limit
+from service.scheduling.activity import InstanceActivity, PastRelease, QueueActivity
 
 router = APIRouter(tags=["management"], dependencies=[Depends(require_management)])
 _models = APIRouter(prefix="/models", dependencies=[Depends(require_one_process)])
+_post = partial(_models.post, response_model_exclude_none=True)
 
 ACCEPTED: dict[int | str, dict[str, Any]] = {
     202: {"model": ModelInfo, "description": "It is on its way (`Prefer: respond-async`, or `wait` ended)."}
@@ -28,10 +27,8 @@ ACCEPTED: dict[int | str, dict[str, Any]] = {
 CHANGED = documented(401, 403, 404, 422, 503)
 
 
-class AliasTarget(BaseModel):
+class AliasTarget(BaseModel, extra="forbid"):
     """What an alias is to stand for."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: Annotated[
         str, Field(description="`<variant>.<tag>` or `<variant>.<tag>@<version>`.", examples=["pvt_v2_b0.digits@1"])
@@ -44,86 +41,114 @@ class AliasList(BaseModel):
     aliases: dict[str, str]
 
 
-@_models.post(
+class QueueInfo(BaseModel):
+    """One model's queue, in images; their way is `to_decode`, `decoding`, `waiting` (for an instance), `running`."""
+
+    model: str
+    to_decode: int
+    decoding: int
+    waiting: int
+    running: int
+    admitted: Annotated[int, Field(description="Places taken, from admission to result; never more than `capacity`.")]
+    capacity: int
+    virtual_seconds: Annotated[
+        float, Field(description="Instance time it was given so far; of queues that wait, the least is served first.")
+    ]
+    batch_plan: list[BatchSize]
+
+
+class InstanceInfo(BaseModel):
+    """One instance; model, size, alone and ms describe the batch that it runs, and for how long."""
+
+    instance: int
+    busy: bool
+    model: str | None = None
+    size: int | None = None
+    alone: bool | None = None
+    ms: float | None = None
+
+
+class ReleaseInfo(BaseModel):
+    """A batch that was released to an instance."""
+
+    seconds_ago: float
+    model: str
+    reason: Annotated[
+        Literal["idle", "full", "delay"],
+        Field(description="An idle instance took what there was; the batch was full; its delay had passed."),
+    ]
+    size: int
+    instance: int
+    alone: Annotated[bool, Field(description="Nothing else was in the scheduler.")]
+    wait_ms: Annotated[float, Field(description="How long its oldest image had waited for an instance.")]
+    run_ms: Annotated[float | None, Field(description="How long it ran; null while it does.")]
+
+
+class SchedulerInfo(BaseModel):
+    """One moment of the scheduler; the last releases, newest first."""
+
+    queues: list[QueueInfo]
+    instances: list[InstanceInfo]
+    releases: list[ReleaseInfo]
+
+
+@asynccontextmanager
+async def changing(request: Request, engine: Engine, action: str, **what: str) -> AsyncIterator[None]:
+    """What runs inside is audited, and has PVT_TIMEOUT_MS."""
+    with audited(request, engine, action, **what):
+        async with time_limit(engine.options.timeout_seconds):
+            yield
+
+
+@_post(
     "/refresh",
     summary="Look for new versions and aliases",
-    response_model_exclude_none=True,
-    responses={**documented(401, 403, 503, 504), **ACCEPTED, 202: {"model": ModelList, "description": "It goes on."}},
+    responses={**documented(401, 403, 503, 504), 202: {"model": ModelList, "description": "It goes on."}},
 )
 async def refresh(
-    request: Request,
-    response: Response,
-    background: BackgroundTasks,
-    *,
-    engine: EngineDep,
-    settings: SettingsDep,
-    max_wait: MaxWaitDep,
+    request: Request, response: Response, background: BackgroundTasks, engine: EngineDep, max_wait: MaxWaitDep
 ) -> ModelList:
     """Take over what is new in the store now, also what failed before; responds when all that is loaded."""
-    with audited(request, engine, "refresh"):
+    async with changing(request, engine, "refresh"):
         if max_wait is None:
-            async with time_limit(settings.timeout_ms / 1000):
-                await engine.refresh(again=True)
+            await engine.refresh(again=True)
         else:
             background.add_task(engine.refresh, again=True)
-            response.status_code, response.headers["Preference-Applied"] = 202, APPLIED["Preference-Applied"]
+            response.status_code = 202
+            response.headers.update(APPLIED)
     return ModelList(models=[model_info(model) for model in await engine.models()])
 
 
-@_models.post(
-    "/{model_id}/load",
-    summary="Load a model",
-    response_model_exclude_none=True,
-    responses={**documented(401, 403, 404, 422, 503, 504), **ACCEPTED},
-)
+@_post("/{model_id}/load", summary="Load a model", responses={**CHANGED, **documented(504), **ACCEPTED})
 async def load(
-    request: Request,
-    response: Response,
-    model_id: str,
-    *,
-    engine: EngineDep,
-    settings: SettingsDep,
-    max_wait: MaxWaitDep,
+    request: Request, response: Response, model_id: str, engine: EngineDep, max_wait: MaxWaitDep
 ) -> ModelInfo:
     """Load a model, if it is not in memory; responds when it is, or at once with `Prefer: respond-async`."""
-    with audited(request, engine, "load", model=model_id):
+    async with changing(request, engine, "load", model=model_id):
         try:
-            async with time_limit(settings.timeout_ms / 1000):
-                await engine.load(model_id, max_wait)
+            await engine.load(model_id, max_wait)
         except ModelLoading:
             response.status_code = 202
             response.headers.update(APPLIED)
     return model_info(await engine.model(model_id))
 
 
-@_models.post(
-    "/{model_id}/unload",
-    summary="Unload a model",
-    response_model_exclude_none=True,
-    responses=documented(401, 403, 404, 409, 422, 503, 504),
-)
-async def unload(request: Request, model_id: str, engine: EngineDep, settings: SettingsDep) -> ModelInfo:
+@_post("/{model_id}/unload", summary="Unload a model", responses={**CHANGED, **documented(409, 504)})
+async def unload(request: Request, model_id: str, engine: EngineDep) -> ModelInfo:
     """Free a model's memory, in all its versions unless one is named, once no request uses it.
 
     The next request for it loads it again; one that comes while others still use it keeps it, and `state` tells.
     """
-    with audited(request, engine, "unload", model=model_id):
-        async with time_limit(settings.timeout_ms / 1000):
-            await engine.unload(model_id)
+    async with changing(request, engine, "unload", model=model_id):
+        await engine.unload(model_id)
     return model_info(await engine.model(model_id))
 
 
-@_models.post(
-    "/{model_id}/pin",
-    summary="Pin a model",
-    response_model_exclude_none=True,
-    responses=documented(401, 403, 404, 422, 503, 504),
-)
-async def pin(request: Request, model_id: str, engine: EngineDep, settings: SettingsDep) -> ModelInfo:
+@_post("/{model_id}/pin", summary="Pin a model", responses={**CHANGED, **documented(504)})
+async def pin(request: Request, model_id: str, engine: EngineDep) -> ModelInfo:
     """Load a model and never evict it, nor the versions that take its place; until the process ends."""
-    with audited(request, engine, "pin", model=model_id):
-        async with time_limit(settings.timeout_ms / 1000):
-            await engine.pin(model_id)
+    async with changing(request, engine, "pin", model=model_id):
+        await engine.pin(model_id)
     return model_info(await engine.model(model_id))
 
 
@@ -158,6 +183,38 @@ async def remove_alias(request: Request, name: str, engine: EngineDep) -> AliasL
     with audited(request, engine, "remove_alias", alias=name):
         await engine.remove_alias(name)
     return AliasList(aliases=await engine.aliases())
+
+
+@router.get("/debug/scheduler", summary="Look at the scheduler", responses=documented(401, 403))
+async def get_scheduler(engine: EngineDep) -> SchedulerInfo:
+    """Queues, instances, and the last batches that were released, with reason, size, wait and run time."""
+    activity = engine.activity()
+    return SchedulerInfo(
+        queues=[_queue(queue) for queue in activity.queues],
+        instances=[_instance(instance) for instance in activity.instances],
+        releases=[_release(past) for past in activity.releases],
+    )
+
+
+def _queue(queue: QueueActivity) -> QueueInfo:
+    plan = [BatchSize(size=n, ms=milliseconds(seconds)) for n, seconds in queue.plan.items()]
+    return QueueInfo(**{**asdict(queue), "model": queue.lane}, batch_plan=plan)
+
+
+def _instance(instance: InstanceActivity) -> InstanceInfo:
+    if not instance.release:
+        return InstanceInfo(instance=instance.instance, busy=False)
+    return InstanceInfo(**asdict(instance.release), busy=True, ms=milliseconds(instance.seconds))
+
+
+def _release(past: PastRelease) -> ReleaseInfo:
+    seconds = past.release.run_seconds
+    return ReleaseInfo(
+        **asdict(past.release),
+        seconds_ago=round(past.seconds_ago, 3),
+        wait_ms=milliseconds(past.release.waited_seconds),
+        run_ms=None if seconds is None else milliseconds(seconds),
+    )
 
 
 router.include_router(_models)

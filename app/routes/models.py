@@ -1,40 +1,212 @@
-"""`GET /models`."""
+"""`GET /models`, and what it shows of a model."""
+
+from dataclasses import fields
+from functools import partial
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
+from pydantic import AfterValidator, BaseModel, Field
 
 from app.dependencies import EngineDep
 from app.problems import documented
-from app.routes.model_info import ModelInfo, ModelList, model_info, remote_info
+from service.acquisition.pulling import RemoteModel
 from service.errors import WeightsUnavailable
+from service.registry.status import ModelStatus, VersionStatus
+from service.store.cards import Accuracy
 
 router = APIRouter(prefix="/models", tags=["models"])
 
+Seconds = Annotated[float, AfterValidator(partial(round, ndigits=3))]
+Share = Annotated[float, AfterValidator(partial(round, ndigits=6))]
 
-@router.get(
-    "",
-    operation_id="list_models",
-    summary="List the models",
-    response_model_exclude_none=True,
-    responses=documented(401, 503),
-)
-async def models(engine: EngineDep) -> ModelList:
+
+class BatchSize(BaseModel):
+    """A compiled batch size and its measured time, while all instances run."""
+
+    size: int
+    ms: float
+
+
+class PlannedBatch(BatchSize):
+    """A batch size of a model's plan."""
+
+    precision: Annotated[str | None, Field(description="What it computes in, where not in the model's.")] = None
+
+
+class ReferenceCheck(BaseModel):
+    """How far the logits are from float32's for the model's reference images: the worst of the batch plan's graphs."""
+
+    images: Annotated[int, Field(description="That were tried; from the plan cache as many as time allows.")]
+    cosine: Annotated[Share, Field(description="Similarity of all logits as one vector; 16 bits must have 0.999.")]
+    deviation: Annotated[
+        Share,
+        Field(description="Largest difference of a logit, as a share of the logits' spread; 16 bits may have 0.03."),
+    ]
+    changed: Annotated[int, Field(description="Images whose top class is another one.")]
+    worst_swap: Annotated[
+        Share,
+        Field(
+            description="Greatest distance in float32's logits between a top class and the one in its place, as a "
+            "share of their spread; 0 where none changed. 16 bits may have 0.03."
+        ),
+    ]
+
+
+class CoreLayout(BaseModel):
+    """`streams` batches run at a time, each on `threads` cores."""
+
+    streams: int
+    threads: int
+
+
+class VersionInfo(BaseModel):
+    """A version of a model: in the store, in memory, or both."""
+
+    version: str
+    state: Literal["available", "loading", "ready", "failed"]
+    reason: Annotated[str | None, Field(description="Why it failed.")] = None
+    aliases: Annotated[list[str] | None, Field(description="The aliases that stand for it.")] = None
+    leases: Annotated[int | None, Field(description="Requests that use it, or wait for it.")] = None
+    pinned: bool | None = None
+    idle_seconds: Annotated[Seconds | None, Field(description="Since it was last used.")] = None
+    memory_bytes: Annotated[int | None, Field(description="Resident memory that it takes, as measured.")] = None
+
+
+class PullProgress(BaseModel):
+    """How much of a file that is being fetched has arrived."""
+
+    bytes: int
+    total: int | None = None
+
+
+class ModelInfo(BaseModel):
+    """A model, in the version that its name stands for; the second half is present once that is loaded."""
+
+    id: str
+    variant: str
+    version: str
+    state: Annotated[
+        Literal["available", "remote", "loading", "ready", "failed"],
+        Field(description="`remote` is not in the store, and `pvt-serve pull` or PVT_PULL=on_demand fetches it."),
+    ]
+    default: bool
+    reason: Annotated[str | None, Field(description="Why the model failed.")] = None
+    pull: Annotated[PullProgress | None, Field(description="While it is being fetched into the store.")] = None
+    num_classes: int | None = None
+    input_size: Annotated[tuple[int, int] | None, Field(description="Height and width, in pixels.")] = None
+    parameters: int | None = None
+    accuracy: Accuracy | None = None
+    licence: str | None = None
+    backend: str | None = None
+    device: Annotated[str | None, Field(description="`cpu`, or the GPUs that run it.")] = None
+    precision: Annotated[
+        str | None, Field(description="What it computes in; `batch_plan` and `notes` name the graphs that do not.")
+    ] = None
+    reference_check: ReferenceCheck | None = None
+    memory_bytes: Annotated[
+        int | None,
+        Field(
+            description="Memory that it takes, resident or on GPUs, as measured; some of the first one's is libraries'."
+        ),
+    ] = None
+    pinned: Annotated[bool | None, Field(description="Whether it is never evicted.")] = None
+    leases: Annotated[int | None, Field(description="Requests that use it, or wait for it.")] = None
+    idle_seconds: Annotated[Seconds | None, Field(description="Since it was last used.")] = None
+    versions: Annotated[list[VersionInfo] | None, Field(description="All versions, the newest first.")] = None
+    aliases: Annotated[list[str] | None, Field(description="The aliases that stand for it.")] = None
+    batch_plan: list[PlannedBatch] | None = None
+    alone_ms: Annotated[
+        float | None, Field(description="Measured time of a lone image on all cores, where that pays.")
+    ] = None
+    layout: CoreLayout | None = None
+    plan_cached: Annotated[bool | None, Field(description="Whether plan and graphs came from PVT_CACHE_DIR.")] = None
+    notes: Annotated[list[str] | None, Field(description="What was tried and left out, and why.")] = None
+    load_seconds: Seconds | None = None
+    improving: Annotated[
+        bool | None, Field(description="Whether faster graphs are still being made, while it serves.")
+    ] = None
+
+
+class ModelList(BaseModel):
+    """Every model of the store."""
+
+    models: list[ModelInfo]
+
+
+_get = partial(router.get, response_model_exclude_none=True)
+
+
+@_get("", summary="List the models", responses=documented(401, 503))
+async def list_models(engine: EngineDep) -> ModelList:
     """Every model of the store, and where it stands; then the published ones that could be fetched into it."""
     found = await engine.models()
-    return ModelList(models=[*map(model_info, found), *map(remote_info, engine.remote_models(found))])
+    return ModelList(models=[*map(model_info, found), *map(_remote_info, engine.remote_models(found))])
 
 
-@router.get(
-    "/{model_id}",
-    operation_id="get_model",
-    summary="Describe one model",
-    response_model_exclude_none=True,
-    responses=documented(401, 404, 422, 503),
-)
-async def model(model_id: str, engine: EngineDep) -> ModelInfo:
+@_get("/{model_id}", summary="Describe one model", responses=documented(401, 404, 422, 503))
+async def get_model(model_id: str, engine: EngineDep) -> ModelInfo:
     """One model; a variant alone finds what it would find in a request."""
     try:
         return model_info(await engine.model(model_id))
     except WeightsUnavailable:
         if remote := engine.remote_model(model_id):
-            return remote_info(remote)
+            return _remote_info(remote)
         raise
+
+
+def model_info(model: ModelStatus) -> ModelInfo:
+    """What is known of `model`: from its card, and from memory once it is loaded."""
+    shown = _shown(model)
+    shown["versions"] = [VersionInfo(**_shown(version)) for version in model.versions]
+    if card := model.card:
+        shown["input_size"] = (card.preprocessing.height, card.preprocessing.width)
+        shown["num_classes"] = len(card.labels)
+        shown |= {"parameters": card.parameters, "accuracy": card.accuracy, "licence": card.licence}
+    if model.plan is not None and model.layout is not None:  # it is loaded
+        precisions = model.other_precisions or {}
+        shown["batch_plan"] = [
+            PlannedBatch(size=n, ms=milliseconds(seconds), precision=precisions.get(n))
+            for n, seconds in model.plan.items()
+        ]
+        shown["alone_ms"] = model.alone_seconds and milliseconds(model.alone_seconds)
+        if found := model.deviation:
+            worst = {"cosine": found.cosine, "deviation": found.share, "worst_swap": found.swap}
+            shown["reference_check"] = ReferenceCheck(images=found.images, changed=found.changed, **worst)
+        shown["layout"] = CoreLayout(**model.layout._asdict())
+        shown["notes"] = model.notes or []
+        shown["improving"] = model.optimizing or None
+    return ModelInfo(variant=model.variant, **shown)
+
+
+def _shown(status: VersionStatus) -> dict[str, Any]:
+    """Its fields, also those that no response has; how it is used only while it is in memory or being loaded."""
+    shown = {field.name: getattr(status, field.name) for field in fields(status)}
+    shown["reason"] = str(status.failure) if status.failure else None
+    shown["aliases"] = shown.get("aliases") or None
+    if status.state not in {"ready", "loading"}:
+        shown |= {"leases": None, "pinned": None, "idle_seconds": None}
+    return shown
+
+
+def _remote_info(model: RemoteModel) -> ModelInfo:
+    """What is known of published weights that are not in the store."""
+    published = model.published
+    return ModelInfo(
+        id=published.id,
+        variant=published.variant,
+        version="",
+        state=model.state,
+        default=model.default,
+        reason=str(model.failure) if model.failure else None,
+        pull=None if model.pulled_bytes is None else PullProgress(bytes=model.pulled_bytes, total=model.total_bytes),
+        num_classes=CLASSES,
+        input_size=(SIDE, SIDE),
+        parameters=published.parameters,
+        accuracy=published.accuracy,
+        licence=LICENCE,
+    )
+
+
+def milliseconds(seconds: float) -> float:
+    """`seconds` as a response has them."""
+    return round(seconds * 1000, 3)

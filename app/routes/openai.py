@@ -1,13 +1,12 @@
 """Embeddings and models in OpenAI's form, under `/v1`."""
 
 import base64
-from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from app.bodies import DATA_URL, EXAMPLE, LARGE_JSON, check_count, from_base64, parse_json, read_body
@@ -15,35 +14,31 @@ from app.dependencies import EngineDep, MaxWaitDep
 from app.encodings import json_array, little_endian
 from app.openapi import json_body
 from app.problems import refusals
-from app.routes.inference import JSON, CancelOnDisconnect, encoded, note
+from app.routes.inference import JSON, cancel_on_disconnect, encoded, note
 from service.errors import InvalidRequest
 from service.results import InferenceResult, require_all
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
+_NO_TOKENS = {"prompt_tokens": 0, "total_tokens": 0}
 
-class ImageUrl(BaseModel):
+
+class ImageUrl(BaseModel, extra="forbid"):
     """The URL of an image."""
-
-    model_config = ConfigDict(extra="forbid")
 
     url: str
     detail: str | None = None
 
 
-class ImageInput(BaseModel):
+class ImageInput(BaseModel, extra="forbid"):
     """An image, in the form of OpenAI's other endpoints."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["image_url"]
     image_url: ImageUrl | str
 
 
-class EmbeddingsRequest(BaseModel):
+class EmbeddingsRequest(BaseModel, extra="forbid"):
     """The body of `POST /v1/embeddings`. `user` is ignored."""
-
-    model_config = ConfigDict(extra="forbid")
 
     input: Annotated[
         str | ImageInput | list[str | ImageInput],
@@ -58,7 +53,8 @@ class EmbeddingsRequest(BaseModel):
     def urls(self) -> list[str]:
         """The data: URLs of all images."""
         inputs = self.input if isinstance(self.input, list) else [self.input]
-        return [_url(each) for each in inputs]
+        urls = [each.image_url if isinstance(each, ImageInput) else each for each in inputs]
+        return [each.url if isinstance(each, ImageUrl) else each for each in urls]
 
 
 class Embedding(BaseModel):
@@ -80,14 +76,12 @@ _EXAMPLE: dict[str, Any] = {
     "object": "list",
     "data": [{"object": "embedding", "index": 0, "embedding": [-0.2731, 1.204]}],
     "model": "pvt_v2_b0.digits",
-    "usage": {"prompt_tokens": 0, "total_tokens": 0},
+    "usage": {**_NO_TOKENS},
 }
 
 
-class EmbeddingsResponse(BaseModel):
+class EmbeddingsResponse(BaseModel, json_schema_extra={"examples": [_EXAMPLE]}):
     """All embeddings, in the order of the images."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     object: Literal["list"]
     data: list[Embedding]
@@ -122,14 +116,17 @@ class OpenAiModels(BaseModel):
 )
 async def embeddings(request: Request, engine: EngineDep, max_wait: MaxWaitDep) -> Response:
     """The embedding of each image; one that fails fails the request."""
+    settings = request.state.settings
     with engine.request():
-        message = await _read(request)
-        async with CancelOnDisconnect(request):
+        body = await read_body(request, settings.max_body_bytes)
+        message = _parse(body) if len(body) < LARGE_JSON else await run_in_threadpool(_parse, body)
+        check_count(len(message.urls), settings.max_images)
+        async with cancel_on_disconnect(request):
             images = [from_base64(url) for url in message.urls]
             result = await engine.infer(images, model=message.model, max_wait_seconds=max_wait)
     note(request, result)
-    body = await encoded(request, result.model, partial(_body, result, message.encoding_format), result.numbers)
-    return Response(body, media_type=JSON)
+    content = await encoded(request, result, partial(_content, result, message.encoding_format), result.numbers)
+    return Response(content, media_type=JSON)
 
 
 @router.get("/models", summary="The models of the store", responses=refusals("/v1", 401, 503))
@@ -142,14 +139,6 @@ async def models(engine: EngineDep) -> OpenAiModels:
 async def model(engine: EngineDep, name: str) -> OpenAiModel:
     """As clients of OpenAI's ask for one."""
     return OpenAiModel(id=(await engine.model(name)).id)
-
-
-async def _read(request: Request) -> EmbeddingsRequest:
-    settings = request.state.settings
-    body = await read_body(request, settings.max_body_bytes)
-    message = _parse(body) if len(body) < LARGE_JSON else await run_in_threadpool(_parse, body)
-    check_count(len(message.urls), settings.max_images)
-    return message
 
 
 def _parse(body: bytes) -> EmbeddingsRequest:
@@ -168,19 +157,11 @@ def _parse(body: bytes) -> EmbeddingsRequest:
     return message
 
 
-def _url(given: str | ImageInput) -> str:
-    if isinstance(given, str):
-        return given
-    return given.image_url if isinstance(given.image_url, str) else given.image_url.url
-
-
-def _body(result: InferenceResult, encoding_format: str) -> bytes:
+def _content(result: InferenceResult, encoding_format: str) -> bytes:
     """An EmbeddingsResponse."""
-    names: Sequence[None] = [None] * len(result.results)
     data: list[dict[str, Any]] = []
-    for i, each in enumerate(require_all(result.results, names)):
+    for i, each in enumerate(require_all(result.results, [None] * len(result.results))):
         vector = each.outputs.embedding
         content = json_array(vector) if encoding_format == "float" else base64.b64encode(little_endian(vector)).decode()
         data.append({"object": "embedding", "index": i, "embedding": content})
-    usage = {"prompt_tokens": 0, "total_tokens": 0}
-    return orjson.dumps({"object": "list", "data": data, "model": result.model, "usage": usage})
+    return orjson.dumps({"object": "list", "data": data, "model": result.model, "usage": _NO_TOKENS})

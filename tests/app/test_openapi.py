@@ -7,10 +7,8 @@ from starlette.testclient import TestClient
 from app.bodies import BODY_EXAMPLES
 from app.open_inference.messages import InferResponse
 from app.problems import MEANING, Problem
-from app.routes.explain import ExplainResponse
-from app.routes.features import FeaturesResponse
+from app.routes.images import ExplainResponse, FeaturesResponse, PredictResponse
 from app.routes.openai import EmbeddingsResponse
-from app.routes.predict import PredictResponse
 from tests.app.conftest import MakeClient
 
 Json = dict[str, Any]

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from starlette.testclient import TestClient
 
-from app.routes.explain import ExplainResponse, ImageExplanation
+from app.routes.images import ExplainResponse, ImageExplanation
 from tests.app.conftest import MakeClient, png
 
 DIGITS = "0123456789"

@@ -6,7 +6,7 @@ import pytest
 import safetensors.numpy
 from starlette.testclient import TestClient
 
-from app.routes.features import FeaturesResponse
+from app.routes.images import FeaturesResponse
 from tests.app.conftest import png
 from tests.service.stores import add_model
 

@@ -14,10 +14,8 @@ from starlette.testclient import TestClient
 
 from app.main import create_app
 from app.problems import NotAcceptable
-from app.routes.explain import ExplainQuery
-from app.routes.features import FeaturesQuery
+from app.routes.images import ExplainQuery, FeaturesQuery, PredictQuery
 from app.routes.inference import InferenceRoute, chosen_media_type
-from app.routes.predict import PredictQuery
 from app.settings import Settings
 from tests.app.conftest import png
 

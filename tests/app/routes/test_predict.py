@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from app.routes.predict import PredictResponse
+from app.routes.images import PredictResponse
 from service.errors import QueueFull
 from tests.app.conftest import MakeClient, png
 from training.digits import render, split

@@ -1,0 +1,83 @@
+"""Health for orchestrators, metrics for Prometheus, a page for people. Open to all, whatever PVT_API_KEYS says."""
+
+from dataclasses import asdict
+from importlib.metadata import version
+from string import Template
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+
+from app.dependencies import EngineDep, HealthDep, LivenessDep, RegistryDep, SettingsDep
+
+router = APIRouter(tags=["operations"])
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>pvt-serve</title>
+<link rel="icon" href="data:,">
+<style>
+  body { font: 16px/1.6 system-ui, sans-serif; max-width: 42rem; margin: 4rem auto; padding: 0 1rem; color: #1d2733; }
+  code, pre { background: #f1f4f8; border-radius: 6px; padding: .15em .4em; }
+  pre { padding: 1rem; overflow-x: auto; }
+  a { color: #0b5cad; }
+</style>
+<h1>pvt-serve</h1>
+<p>This service classifies images with Pyramid Vision Transformer v2 models. Its default model is
+<code>$model</code>.</p>
+<pre>curl -F image=@image.png $url/predict</pre>
+<ul>
+  <li><a href="docs">Every endpoint, to try out</a></li>
+  <li><a href="models">The models of the store</a></li>
+  <li><a href="health">Health</a> and <a href="metrics">metrics</a></li>
+</ul>
+<p>Version $version</p>
+</html>
+""")
+
+
+class HealthResponse(BaseModel):
+    """`reasons` says what is wrong; empty when nothing is."""
+
+    live: bool
+    ready: bool
+    reasons: list[str]
+
+
+UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": HealthResponse, "description": "Not so; see `reasons`."}}
+
+
+@router.get("/health", summary="Liveness and readiness", response_model=HealthResponse, responses=UNHEALTHY)
+async def get_health(state: HealthDep) -> JSONResponse:
+    """Liveness and readiness, with reasons."""
+    return JSONResponse(asdict(state), 200 if state.live and state.ready else 503)
+
+
+@router.get("/health/live", summary="Liveness", response_model=HealthResponse, responses=UNHEALTHY)
+async def get_liveness(state: LivenessDep) -> JSONResponse:
+    """Whether the process does its work; if not, restart it."""
+    return JSONResponse(asdict(state), 200 if state.live else 503)
+
+
+@router.get("/health/ready", summary="Readiness", response_model=HealthResponse, responses=UNHEALTHY)
+async def get_readiness(state: HealthDep) -> JSONResponse:
+    """Whether to send requests here."""
+    return JSONResponse(asdict(state), 200 if state.ready else 503)
+
+
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+async def get_metrics(engine: EngineDep, registry: RegistryDep) -> Response:
+    """Prometheus text."""
+    engine.collect_metrics()
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/", response_class=HTMLResponse, include_in_schema=False)
+async def index(settings: SettingsDep) -> str:
+    """A short page that says what this is."""
+    url = f"http://localhost:{settings.port}"
+    return _PAGE.substitute(model=settings.default_model, url=url, version=version("pvt-serve"))
