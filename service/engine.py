@@ -19,12 +19,11 @@ from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.pipeline import Pipeline
 from service.postprocess.classes import Predictions, predictions
-from service.registry.catalog import Catalog
-from service.registry.loading import Loading
+from service.registry.catalog import Catalog, watch
+from service.registry.loader import Loading
 from service.registry.registry import Registry
 from service.registry.resident import Resident
-from service.registry.status import ModelStatus, RemoteModel
-from service.registry.watcher import Watch
+from service.registry.versions import ModelStatus, RemoteModel
 from service.results import Health, Image, InferenceResult, Size
 from service.scheduling.activity import Activity
 from service.store.cards import ModelCard
@@ -65,7 +64,7 @@ class Engine:
         for name in self.options.preload:
             self._background(self._preload(name, self.load))
         if self.options.reload_seconds:
-            self._background(Watch(self._catalog.folder, self.options.reload_seconds, self.refresh).run())
+            self._background(watch(self._catalog.folder, self.options.reload_seconds, self.refresh))
         return self
 
     async def __aexit__(

@@ -28,11 +28,11 @@ LAYERS = {
         {"arrays", "errors", "files", "metrics"},
     ],
     "registry": [
-        {"loading"},
+        {"loader"},
         {"catalog"},
-        {"registry", "resident", "pulls", "loader", "watcher"},
-        {"entries"},
-        {"residency", "status"},
+        {"registry", "resident", "pulls"},
+        {"versions"},
+        {"residency"},
     ],
     "acquisition": [
         {"pulling", "importing"},

@@ -69,7 +69,7 @@ class ModelConfig(BaseModel):
 async def model_metadata(engine: EngineDep, name: ModelName, version: str | None = None) -> ModelMetadata:
     """Inputs and outputs, at the model's own input size."""
     model = await engine.model(named(name, version))
-    card = model.require_card()
+    card = model.stored.require_card()
     return ModelMetadata(
         name=model.id,
         versions=[each.version for each in model.versions] or [model.version],
@@ -105,7 +105,7 @@ async def model_ready(engine: EngineDep, name: ModelName, version: str | None = 
 async def model_config(engine: EngineDep, name: ModelName, version: str | None = None) -> ModelConfig:
     """Triton's model configuration extension, which Triton's tools request."""
     model = await engine.model(named(name, version))
-    card, platform = model.require_card(), model.backend or "pytorch"
+    card, platform = model.stored.require_card(), model.backend or "pytorch"
     return ModelConfig(
         name=model.id,
         platform=platform,

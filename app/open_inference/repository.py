@@ -11,7 +11,7 @@ from app.dependencies import EngineDep, audited, require_management, require_one
 from app.problems import refusals
 from service.errors import InvalidRequest, reasons
 from service.lifecycle import time_limit
-from service.registry.status import VersionStatus
+from service.registry.versions import VersionStatus
 
 router = APIRouter(prefix="/v2/repository", tags=["open inference protocol"])
 management = APIRouter(

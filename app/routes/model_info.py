@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from service.execution.reference import Deviation
-from service.registry.status import ModelStatus, RemoteModel, VersionStatus
+from service.registry.versions import ModelStatus, RemoteModel, VersionStatus
 from service.store.cards import Accuracy
 
 
@@ -126,13 +126,13 @@ def model_info(model: ModelStatus) -> ModelInfo:
     """What is known of `model`: from its card, and from memory once it is loaded."""
     info = ModelInfo(
         id=model.id,
-        variant=model.variant,
+        variant=model.stored.variant,
         default=model.default,
         versions=[_version(version) for version in model.versions],
         memory_bytes=model.memory_bytes,
         **_common(model),
     )
-    if card := model.card:
+    if card := model.stored.card:
         size = (card.preprocessing.height, card.preprocessing.width)
         known = {"num_classes": len(card.labels), "input_size": size, "parameters": card.parameters}
         info = info.model_copy(update={**known, "accuracy": card.accuracy, "licence": card.licence})

@@ -1,31 +1,40 @@
 """What models there are and where each stands: in the store, in memory, or published and yet to be pulled."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager
+from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import structlog
+from watchfiles import awatch
+
 from service.errors import ServiceError, WeightsUnavailable
 from service.machine.workers import Workers, detached
 from service.options import EngineOptions
-from service.registry.entries import Candidate, EntryStatus
 from service.registry.pulls import Pulls
 from service.registry.registry import Registry
 from service.registry.resident import Resident
-from service.registry.status import ModelStatus, VersionStatus
+from service.registry.versions import Candidate, ModelStatus, VersionStatus
 from service.sharing import fresh
 from service.store.remote import open_store
 from service.store.store import Contents, StoredModel
 
+log = structlog.get_logger(component="catalog")
+
 FETCHES = 4  # at a time; they wait for one another's room in the cache, but not for one that has its files
+DEBOUNCE_MS = 1000  # changes are gathered for so long at the most,
+QUIET_MS = 200  # or until there have been none for so long
 
 
 class Catalog:
-    """Finds every model that could be loaded, and fetches its files to this machine. It lives until it is closed.
+    """A `Finder` of every model that could be loaded; fetches its files to this machine. It lives until it is closed.
 
-    A `registry.Finder`. `folder` is where to watch for changes, if that can be watched.
+    `folder` is where to watch for changes.
     """
 
     def __init__(self, options: EngineOptions) -> None:
@@ -66,16 +75,10 @@ class Catalog:
                 return found
         except WeightsUnavailable:
             # Detached, since the threads that pull may all be busy for long.
-            if published is None or not await detached(self._has_folder):
+            if published is None or not await detached(partial(os.path.isdir, self.folder)):
                 raise
         await self.pulls.pull(published, max_wait_seconds)
         return await self.find(name)
-
-    def _has_folder(self) -> bool:
-        try:
-            return self.folder.is_dir()
-        except OSError:  # a folder around it can't be entered
-            return False
 
     @asynccontextmanager
     async def fetched(self, stored: StoredModel) -> AsyncIterator[StoredModel]:
@@ -109,11 +112,11 @@ class Catalog:
                 raise
             contents = Contents({}, {})
         default = await self._default_id(registry)
-        ids = {*contents.versions} | {each.stored.id for each in registry.all() if not each.failure}
-        all_versions = {id_: _versions(id_, contents, registry) for id_ in sorted(ids)}
+        ids = {*contents.versions} | {each.id for each in registry.all() if not each.failure}
         return [
-            _model(_answering(id_, versions, registry), versions, contents, default=id_ == default)
-            for id_, versions in all_versions.items()
+            _model(_answering(id_, versions, registry), versions, contents, registry, default=id_ == default)
+            for id_ in sorted(ids)
+            if (versions := _versions(id_, contents, registry))
         ]
 
     async def model(self, name: str, registry: Registry[Resident]) -> ModelStatus:
@@ -134,72 +137,65 @@ class Catalog:
         answering = _answering(id_, versions, registry)
         if answering not in {each.key for each in found}:
             answering = found[0].key
-            versions = {answering: (found[0], None), **versions}
-        return _model(answering, versions, contents, default=id_ == default)
+            versions = {answering: _stored_only(found[0], contents), **versions}
+        return _model(answering, versions, contents, registry, default=id_ == default)
 
     async def _default_id(self, registry: Registry[Resident]) -> str | None:
         if named := registry.named(self._default_model):
-            return named.stored.id
+            return named.id
         try:
             return (await self.find(self._default_model))[0].stored.id
         except ServiceError:
             return None
 
 
-_Versions = Mapping[str, tuple[StoredModel, EntryStatus[Resident] | None]]
+def _model(
+    answering: str,
+    versions: Mapping[str, VersionStatus],
+    contents: Contents,
+    registry: Registry[Resident],
+    *,
+    default: bool,
+) -> ModelStatus:
+    """The model in the version `answering`, a key of `versions`."""
+    version = versions[answering]
+    model = ModelStatus(**vars(version), default=default, versions=[*versions.values()])
+    model = replace(model, aliases=contents.aliases_of(version.id))
+    loaded = [each for each in registry.loaded() if each.executable.stored.key == answering]
+    return replace(model, **_details(loaded[-1])) if loaded else model
 
 
-def _model(answering: str, versions: _Versions, contents: Contents, *, default: bool) -> ModelStatus:
-    """The model in the version `answering`."""
-    stored, entry = versions[answering]
-    return ModelStatus(
-        id=stored.id,
-        version=stored.version,
-        **_state(stored, entry),
-        aliases=contents.aliases_of(stored.id),
-        default=default,
-        card=stored.card,
-        versions=[
-            VersionStatus(id=each.id, version=each.version, **_state(each, status), aliases=contents.aliases_of(key))
-            for key, (each, status) in versions.items()
-        ],
-        **(_loaded(entry.loaded) if entry and entry.loaded else {}),
+def _versions(id_: str, contents: Contents, registry: Registry[Resident]) -> dict[str, VersionStatus]:
+    """By key: what is in memory counts, whatever has become of its folder since."""
+    versions = {stored.key: _stored_only(stored, contents) for stored in contents.versions.get(id_, ())}
+    for status in registry.all():
+        key = status.stored.key
+        if status.id == id_ and (key in versions or not status.failure):
+            versions[key] = replace(
+                status, failure=status.failure and fresh(status.failure), aliases=contents.aliases_of(key)
+            )
+    return versions
+
+
+def _stored_only(stored: StoredModel, contents: Contents) -> VersionStatus:
+    failure = stored.failure and fresh(stored.failure)
+    return VersionStatus(
+        stored=stored,
+        state="failed" if failure else "available",
+        failure=failure,
+        aliases=contents.aliases_of(stored.key),
     )
 
 
-def _versions(id_: str, contents: Contents, registry: Registry[Resident]) -> _Versions:
-    """By key: what is in memory counts, whatever has become of its folder since."""
-    found: dict[str, tuple[StoredModel, EntryStatus[Resident] | None]] = {
-        stored.key: (stored, None) for stored in contents.versions.get(id_, ())
-    }
-    for entry in registry.all():
-        if entry.stored.id == id_ and not (entry.failure and entry.stored.key not in found):
-            found[entry.stored.key] = (entry.stored, entry)
-    return found
-
-
-def _answering(id_: str, versions: _Versions, registry: Registry[Resident]) -> str:
+def _answering(id_: str, versions: Mapping[str, VersionStatus], registry: Registry[Resident]) -> str:
     """The version that answers to the model's name; else the newest that may, else the newest."""
     if (named := registry.named(id_)) and named.stored.key in versions:
         return named.stored.key
-    whole = (key for key, (stored, entry) in versions.items() if not (stored.failure or (entry and entry.failure)))
-    return next(whole, next(iter(versions), ""))
+    return next((key for key, version in versions.items() if not version.failure), next(iter(versions), ""))
 
 
-def _state(stored: StoredModel, entry: EntryStatus[Resident] | None) -> dict[str, Any]:
-    failure = (entry and entry.failure) or stored.failure
-    if entry is None or failure:
-        return {"state": "failed" if failure else "available", "failure": failure and fresh(failure)}
-    return {
-        "state": entry.state,
-        "leases": entry.leases,
-        "pinned": entry.pinned,
-        "idle_seconds": entry.idle_seconds,
-        "memory_bytes": entry.memory_bytes,
-    }
-
-
-def _loaded(resident: Resident) -> dict[str, Any]:
+def _details(resident: Resident) -> dict[str, Any]:
+    """What a ModelStatus says of a model that is loaded."""
     executable, report = resident.executable, resident.executable.report
     return {
         "backend": report.backend,
@@ -226,3 +222,41 @@ def _candidate(stored: StoredModel) -> Candidate:
         files = []  # it has none on this machine
     mark = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
     return Candidate(stored, f"{stored.key}#{card}", mark)
+
+
+async def watch(folder: Path, seconds: float, refresh: Callable[[], Awaitable[None]]) -> None:
+    """Call `refresh` when something below `folder` has changed, and every `seconds` besides, until cancelled.
+
+    The kernel reports changes on local disks only, and a folder that was replaced or mounted over is another one. Where
+    the folder can't be watched, it is looked for again later.
+    """
+    reason: str | None = None
+    while True:
+        try:
+            watched = await asyncio.to_thread(_identity, folder)
+            batches = awatch(folder, watch_filter=None, debounce=DEBOUNCE_MS, step=QUIET_MS,
+                             rust_timeout=max(1, int(1000 * seconds)), yield_on_timeout=True)  # fmt: skip
+            async with aclosing(batches):
+                async for _ in batches:
+                    reason = None
+                    await _logged(refresh)
+                    if await asyncio.to_thread(_identity, folder) != watched:
+                        break
+        except (OSError, RuntimeError) as error:
+            if reason != str(error):
+                log.warning("store_not_watched", folder=str(folder), reason=str(error), looked_at_every=seconds)
+            reason = str(error)
+            await asyncio.sleep(seconds)
+        await _logged(refresh)
+
+
+async def _logged(refresh: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await refresh()
+    except Exception:
+        log.exception("refresh_failed")
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino

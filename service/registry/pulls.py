@@ -14,7 +14,7 @@ from service.acquisition.pulling import Pulled, PullOptions, pull
 from service.errors import ModelLoading, ModelNotFound
 from service.machine.workers import Workers
 from service.options import EngineOptions
-from service.registry.status import RemoteModel
+from service.registry.versions import RemoteModel
 from service.sharing import RecentErrors, shared
 
 log = structlog.get_logger(component="on_demand")

@@ -23,8 +23,6 @@ from service.store.store import StoredModel
 
 log = structlog.get_logger(component="residency")
 
-Hold = Literal["", "pinned", "in use", "loading", "unloading"]
-
 # For a model that was never loaded here, as measured (docs/operations.md). Compiled graphs keep the weights and one
 # repacked copy for each batch size; that there is but one is assumed, since what is guessed too large is never tried.
 BYTES_PER_PARAMETER = {"torch": 4, "compiled": 12}  # "torch" on a GPU too, where half of it is weights in 16 bits
@@ -33,7 +31,7 @@ SECONDS, SECONDS_PER_PARAMETER = 2.0, 1.5e-7
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """A model in memory, or being loaded. `hold` is what keeps it from being evicted, if anything does.
+    """A model in memory, or being loaded. `kept_by` is what keeps it from being evicted, if anything does.
 
     `key` is unique, `name` is for messages. `evictable_at` is when its minimum residency ends, `used_at` when it was
     last used; both on the caller's clock.
@@ -45,7 +43,7 @@ class MemoryUse:
     credit: float
     used_at: float
     evictable_at: float
-    hold: Hold = ""
+    kept_by: Literal["", "pinned", "in use", "loading", "unloading"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +78,7 @@ def make_room(
     excess = used_bytes(models) + needed - budget
     if excess <= 0:
         return Evict((), inflation)
-    evictable = [each for each in models if not each.hold and each.evictable_at <= now]
+    evictable = [each for each in models if not each.kept_by and each.evictable_at <= now]
     if used_bytes(evictable) < excess:
         return Full(_room_at(models, excess, now))
     evicted = _cheapest(evictable, excess)
@@ -103,7 +101,7 @@ def _cheapest(evictable: Sequence[MemoryUse], excess: int) -> list[MemoryUse]:
 def _room_at(models: Sequence[MemoryUse], excess: int, now: float) -> float:
     """When enough could have been evicted, at the earliest."""
     freed = 0
-    for each in sorted((each for each in models if each.hold != "pinned"), key=lambda model: model.evictable_at):
+    for each in sorted((each for each in models if each.kept_by != "pinned"), key=lambda model: model.evictable_at):
         freed += each.bytes
         if freed >= excess:
             return max(now, each.evictable_at)
@@ -125,7 +123,7 @@ def no_room(
 ) -> MemoryBudgetExceeded:
     """The refusal of `name`, which `needed` room within `limit` beside `models`; there may be some in `seconds`."""
     about = "" if needed.measured else "about "
-    kept = ", ".join(f"{each.name} {_mb(each.bytes)} {each.hold or 'just loaded'}" for each in models)
+    kept = ", ".join(f"{each.name} {_mb(each.bytes)} {each.kept_by or 'just loaded'}" for each in models)
     taken = (
         f"{_mb(used_bytes(models))} are taken by what can't be evicted now ({kept})" if kept else "nothing is loaded"
     )

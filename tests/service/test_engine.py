@@ -26,7 +26,7 @@ from service.execution.executable import Executable
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.postprocess.classes import Prediction
-from service.registry import loading
+from service.registry import loader
 from service.registry.loader import load as real_load
 from service.results import ImageResult
 from tests.app.conftest import png
@@ -51,7 +51,7 @@ def gated_load(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
         asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(30)
         return real_load(*args)
 
-    monkeypatch.setattr(loading, "load", gated)
+    monkeypatch.setattr(loader, "load", gated)
     return gate
 
 
@@ -84,7 +84,7 @@ async def test_a_model_unloaded_while_its_latency_graph_is_made_is_freed_at_once
         gc.collect()
         freed.append(executable[0]() is None)
 
-    monkeypatch.setattr("service.registry.loading.give_back", give_back)
+    monkeypatch.setattr("service.registry.loader.give_back", give_back)
     async with engine(tmp_path) as e:
         await e.predict([png()])
         assert await asyncio.to_thread(begun.wait, 30)
@@ -158,7 +158,7 @@ async def test_an_unexpected_error_of_a_load_is_reported_with_its_kind(
     def broken(*_: Any) -> Executable:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(loading, "load", broken)
+    monkeypatch.setattr(loader, "load", broken)
     async with engine(tmp_path) as e:
         with pytest.raises(ModelLoadFailed, match="could not be loaded: ZeroDivisionError: of all things"):
             await e.predict([png()])
@@ -174,7 +174,7 @@ async def test_a_preload_that_failed_is_tried_again(tmp_path: Path, monkeypatch:
             raise WeightsCorrupt("not yet")
         return real_load(*args)
 
-    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(loader, "load", load)
     async with engine(tmp_path, preload=(NAME,)) as e, asyncio.timeout(30):
         while not (await e.health()).ready:  # noqa: ASYNC110  its turn is what the preload needs
             await asyncio.sleep(0)
@@ -184,7 +184,7 @@ async def test_a_preload_that_failed_is_tried_again(tmp_path: Path, monkeypatch:
 
 async def test_aborting_ends_what_is_under_way_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
-    monkeypatch.setattr(loading, "load", lambda *_: never.wait(30))
+    monkeypatch.setattr(loader, "load", lambda *_: never.wait(30))
     async with engine(tmp_path) as e:
         under_way = asyncio.create_task(e.predict([png()]))
         await asyncio.sleep(0)

@@ -214,10 +214,10 @@ async def test_a_caller_that_would_not_wait_learns_what_failed_meanwhile(
     source: FakeSource, registry: Registry[str]
 ) -> None:
     source.broken.add("a@1")
-    source.gate.set()
     with pytest.raises(ModelLoading):
         async with registry.lease("a", max_wait_seconds=0):
             pass
+    source.gate.set()
     await settled()
 
     with pytest.raises(ModelLoadFailed, match="a@1 is broken"):
