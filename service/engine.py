@@ -3,7 +3,6 @@
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -36,10 +35,11 @@ STORE_SECONDS = 2.0  # a store on a network that takes longer to list its cards 
 PRELOAD_AGAIN_SECONDS = 15.0
 
 
-class Engine:
+class Engine(Requests):
     """Use as an async context manager: leaving it finishes what is under way. It belongs to one event loop."""
 
     def __init__(self, options: EngineOptions, metrics: EngineMetrics) -> None:
+        super().__init__()
         self.options = options
         self._metrics = metrics
         self._devices = DeviceHealth()
@@ -47,7 +47,6 @@ class Engine:
         self._catalog = Catalog(options)
         self._loading = Loading(options, metrics, self._pipeline, self._catalog, self._devices)
         self._registry = Registry[Resident](self._catalog, self._loading, options.budget)
-        self._requests = Requests()
         # Two, so that a small response need not wait for a large one; more would take the event loop's turns.
         self._encoders = Workers("encode", 2)
         # Mutable state: work that no request waits for, and what is to be loaded before the service is ready.
@@ -77,31 +76,10 @@ class Engine:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._registry.close()
         await self._loading.stop()
-        await self._pipeline.scheduler.close(wait=not self._requests.aborted)
+        await self._pipeline.scheduler.close(wait=not self.aborted)
         self._loading.close()  # nothing runs a model any more
         self._catalog.close()
-        self._encoders.close(wait=not self._requests.aborted)
-
-    @property
-    def draining(self) -> bool:
-        """Whether new requests are refused."""
-        return self._requests.draining
-
-    async def drain(self) -> None:
-        """Refuse new requests from now on and wait for those under way."""
-        await self._requests.drain()
-
-    def abort(self) -> None:
-        """End those under way too: each raises `ShuttingDown` at once."""
-        self._requests.abort()
-
-    def request(self) -> AbstractContextManager[None]:
-        """What `drain` waits for: enter it before reading a request's body, so that an upload is not cut off.
-
-        Raises:
-            ShuttingDown: the engine takes no new work, or has just ended this one.
-        """
-        return self._requests.enter()
+        self._encoders.close(wait=not self.aborted)
 
     async def predict(
         self,
@@ -132,26 +110,24 @@ class Engine:
     ) -> InferenceResult:
         """The model's outputs for each of `images`; with stage maps and the head's weights, if `stages` says so.
 
-        `size` is the height and width to which images are resized, the model's own by default; images that are pixels
-        already must have it. `check` is called with the model's card before anything runs, and may raise. A model that
-        is not loaded is waited for, `max_wait_seconds` at the most; None leaves that to the options.
+        `size` is the height and width to which images are resized, the model's own by default; pixels must have it.
+        `check` may refuse the model's card. `max_wait_seconds` limits the wait for a load; None is what the options say.
 
         Raises:
-            InvalidRequest: no such size; more images than the model's queue ever takes; stage maps that would take more
-                memory than a request may.
+            InvalidRequest: no such size, or more images or larger stage maps than one request may have.
             ModelNotFound, WeightsUnavailable, ModelLoadFailed, MemoryBudgetExceeded: `model` can't be had.
             ModelLoading: `max_wait_seconds` are over; the load goes on.
             QueueFull: too many images wait for that model already, or it is in use at too many sizes.
-            DeadlineExceeded: `timeout_seconds` passed.
-            ShuttingDown: the engine takes no new work.
+            DeadlineExceeded, ShuttingDown: `timeout_seconds` are over, or the engine takes no new work.
         """
         self._check_size(size)
         if max_wait_seconds is None and self.options.cold == "refuse":
             max_wait_seconds = 0.0
         name = self.options.default_model if model is None else model
-        with self._requests.enter():
+        timeout_seconds = timeout_seconds or self.options.timeout_seconds
+        with self.request():
             async with (
-                time_limit(timeout_seconds or self.options.timeout_seconds) as deadline,
+                time_limit(timeout_seconds) as deadline,
                 self._registry.lease(name, max_wait_seconds) as resident,
             ):
                 if check:
@@ -160,21 +136,12 @@ class Engine:
                     self._check_maps(resident.executable, size, len(images))
                 async with resident.at(size, stages=stages) as sized:
                     results = await self._pipeline.infer(sized, images, deadline, stages=stages)
-        executable = sized.executable
-        return InferenceResult(
-            executable.card,
-            executable.stored.version,
-            (executable.height, executable.width),
-            executable.head if stages else None,
-            results,
-        )
+        ran = sized.executable
+        head = ran.head if stages else None
+        return InferenceResult(ran.card, ran.stored.version, (ran.height, ran.width), head, results)
 
     async def models(self) -> list[ModelStatus]:
-        """Every model of the store, and every other that is loaded.
-
-        Raises:
-            WeightsUnavailable: the store can't be read, and nothing is loaded.
-        """
+        """Every model of the store, and every other that is loaded; raises WeightsUnavailable where there is neither."""
         return await self._catalog.models(self._registry)
 
     async def model(self, name: str) -> ModelStatus:
@@ -198,8 +165,7 @@ class Engine:
         """Free the model called `name` once nobody uses it, unless it is requested meanwhile.
 
         Raises:
-            ModelPinned: it is pinned.
-            ModelNotFound, WeightsUnavailable: there is none.
+            ModelPinned, ModelNotFound, WeightsUnavailable: it is pinned, or there is none.
         """
         await self.model(name)
         await self._registry.unload(name)
@@ -246,11 +212,10 @@ class Engine:
         """Live while the threads move and no GPU failed; says nothing of readiness, and reads no disk."""
         threads = (self._catalog.thread, self._encoders)
         busy = self._pipeline.scheduler.stalled_seconds() | {each.name: each.stalled_seconds() for each in threads}
-        reasons = [self._devices.failure] * bool(self._devices.failure) + [
-            f"a thread for {name} has been at one job for {seconds:.0f} s"
-            for name, seconds in busy.items()
-            if seconds > self.options.stall_seconds
-        ]
+        reasons = [self._devices.failure] if self._devices.failure else []
+        for name, seconds in busy.items():
+            if seconds > self.options.stall_seconds:
+                reasons.append(f"a thread for {name} has been at one job for {seconds:.0f} s")
         return Health(live=not reasons, ready=not reasons, reasons=reasons)
 
     async def health(self) -> Health:
@@ -272,8 +237,7 @@ class Engine:
 
     def collect_metrics(self) -> None:
         """Bring the gauges up to date; call before they are read."""
-        activity = self.activity()
-        waiting = Counter[str]()
+        activity, waiting, sizes = self.activity(), Counter[str](), Counter[str]()
         for queue in activity.queues:
             waiting[queue.model] += queue.waiting
         for name, images in waiting.items():
@@ -282,7 +246,6 @@ class Engine:
         self._metrics.instances_busy.set(sum(each.release is not None for each in activity.instances))
         loaded = self._registry.loaded()
         self._metrics.models_loaded.set(len(loaded))
-        sizes = Counter[str]()
         for resident in loaded:
             sizes[resident.executable.stored.id] += resident.memory_bytes
         self._metrics.report_memory(sizes)

@@ -18,9 +18,6 @@ class Requests:
         self.draining = False
         self.aborted = False
 
-    def __repr__(self) -> str:
-        return f"<Requests under_way={len(self._under_way)} draining={self.draining}>"
-
     async def drain(self) -> None:
         """Refuse new requests from now on and wait for those under way."""
         self.draining = True
@@ -34,8 +31,10 @@ class Requests:
             task.cancel()
 
     @contextmanager
-    def enter(self) -> Iterator[None]:
+    def request(self) -> Iterator[None]:
         """Count this task as a request while the context lasts; nested contexts count once.
+
+        Enter it before reading a request's body, so that a shutdown does not cut off an upload.
 
         Raises:
             ShuttingDown: no new requests are accepted, or this one has just been ended.

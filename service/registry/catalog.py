@@ -2,13 +2,13 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 from watchfiles import awatch
@@ -113,11 +113,7 @@ class Catalog:
             contents = Contents({}, {})
         default = await self._default_id(registry)
         ids = {*contents.versions} | {each.id for each in registry.all() if not each.failure}
-        return [
-            _model(_answering(id_, versions, registry), versions, contents, registry, default=id_ == default)
-            for id_ in sorted(ids)
-            if (versions := _versions(id_, contents, registry))
-        ]
+        return [_model(id_, contents, registry, default) for id_ in sorted(ids)]
 
     async def model(self, name: str, registry: Registry[Resident]) -> ModelStatus:
         """The model called `name`; by name and version, or by an alias, in that version.
@@ -132,13 +128,7 @@ class Catalog:
         except WeightsUnavailable:
             # A folder that can't be listed, though what is named in it can be read.
             contents = Contents({found[0].id: found}, {})
-        default, id_ = await self._default_id(registry), found[0].id
-        versions = _versions(id_, contents, registry)
-        answering = _answering(id_, versions, registry)
-        if answering not in {each.key for each in found}:
-            answering = found[0].key
-            versions = {answering: _stored_only(found[0], contents), **versions}
-        return _model(answering, versions, contents, registry, default=id_ == default)
+        return _model(found[0].id, contents, registry, await self._default_id(registry), found)
 
     async def _default_id(self, registry: Registry[Resident]) -> str | None:
         if named := registry.named(self._default_model):
@@ -150,48 +140,36 @@ class Catalog:
 
 
 def _model(
-    answering: str,
-    versions: Mapping[str, VersionStatus],
-    contents: Contents,
-    registry: Registry[Resident],
-    *,
-    default: bool,
+    id_: str, contents: Contents, registry: Registry[Resident], default: str | None, found: Sequence[StoredModel] = ()
 ) -> ModelStatus:
-    """The model in the version `answering`, a key of `versions`."""
-    version = versions[answering]
-    model = ModelStatus(**vars(version), default=default, versions=[*versions.values()])
-    model = replace(model, aliases=contents.aliases_of(version.id))
-    loaded = [each for each in registry.loaded() if each.executable.stored.key == answering]
-    return replace(model, **_details(loaded[-1])) if loaded else model
+    """The model in the version that answers to its name, or else in the newest that may; if `found`, in one of these.
 
-
-def _versions(id_: str, contents: Contents, registry: Registry[Resident]) -> dict[str, VersionStatus]:
-    """By key: what is in memory counts, whatever has become of its folder since."""
-    versions = {stored.key: _stored_only(stored, contents) for stored in contents.versions.get(id_, ())}
+    What is in memory counts, whatever has become of its folder since.
+    """
+    versions = {stored.key: _in_store(stored, contents) for stored in contents.versions.get(id_, ())}
     for status in registry.all():
         key = status.stored.key
         if status.id == id_ and (key in versions or not status.failure):
-            versions[key] = replace(
-                status, failure=status.failure and fresh(status.failure), aliases=contents.aliases_of(key)
-            )
-    return versions
-
-
-def _stored_only(stored: StoredModel, contents: Contents) -> VersionStatus:
-    failure = stored.failure and fresh(stored.failure)
-    return VersionStatus(
-        stored=stored,
-        state="failed" if failure else "available",
-        failure=failure,
-        aliases=contents.aliases_of(stored.key),
+            versions[key] = replace(status, aliases=contents.aliases_of(key))
+    answering = next((key for key, each in versions.items() if not each.failure), next(iter(versions), ""))
+    if (named := registry.named(id_)) and named.stored.key in versions:
+        answering = named.stored.key
+    if found and answering not in {each.key for each in found}:
+        answering = found[0].key
+        versions = {answering: _in_store(found[0], contents), **versions}
+    loaded = [each for each in registry.loaded() if each.executable.stored.key == answering]
+    return ModelStatus(
+        **{**vars(versions[answering]), "aliases": contents.aliases_of(id_)},
+        default=id_ == default,
+        versions=[*versions.values()],
+        **(_details(loaded[-1]) if loaded else {}),
     )
 
 
-def _answering(id_: str, versions: Mapping[str, VersionStatus], registry: Registry[Resident]) -> str:
-    """The version that answers to the model's name; else the newest that may, else the newest."""
-    if (named := registry.named(id_)) and named.stored.key in versions:
-        return named.stored.key
-    return next((key for key, version in versions.items() if not version.failure), next(iter(versions), ""))
+def _in_store(stored: StoredModel, contents: Contents) -> VersionStatus:
+    failure = stored.failure and fresh(stored.failure)
+    state: Literal["available", "failed"] = "failed" if failure else "available"
+    return VersionStatus(stored=stored, state=state, failure=failure, aliases=contents.aliases_of(stored.key))
 
 
 def _details(resident: Resident) -> dict[str, Any]:

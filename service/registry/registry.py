@@ -275,8 +275,8 @@ class Registry(Generic[M]):
         else:
             entry.footprint = self._loader.footprint(entry.stored)
             entry.state = "ready"  # 4
-        entry.ended_at = now()
-        self._use(entry)
+        entry.ended_at = entry.used_at = now()
+        entry.inflation = self._inflation
         self._settle(entry)
 
     async def _ready(self, entry: Entry[M], name: str, max_wait_seconds: float | None) -> None:
@@ -299,13 +299,9 @@ class Registry(Generic[M]):
     def _release(self, entry: Entry[M], *, used: bool = True) -> None:
         entry.leases -= 1
         if used:
-            self._use(entry)
+            entry.used_at, entry.inflation = now(), self._inflation
         if not entry.leases:
             self._settle(entry)
-
-    def _use(self, entry: Entry[M]) -> None:
-        entry.used_at = now()
-        entry.credit = credit(self._inflation, entry.footprint.seconds, self._bytes(entry))
 
     def _settle(self, entry: Entry[M]) -> None:
         """Something about `entry` has changed: unload it if nothing keeps it, then what is too much beside it."""
@@ -369,7 +365,7 @@ class Registry(Generic[M]):
                 key=each.candidate.identity,
                 name=each.stored.key,
                 bytes=self._bytes(each),
-                credit=each.credit,
+                credit=credit(each.inflation, each.footprint.seconds, self._bytes(each)),
                 used_at=each.used_at,
                 evictable_at=min(each.ended_at, time) + stay,
                 kept_by=(
@@ -393,7 +389,7 @@ class Registry(Generic[M]):
         return VersionStatus(
             stored=entry.stored,
             state="failed" if entry.failure else "ready" if ready else "loading",
-            failure=entry.failure,
+            failure=entry.failure and fresh(entry.failure),
             leases=entry.leases,
             pinned=self._pinned(entry),
             idle_seconds=(0.0 if entry.leases else now() - entry.used_at) if ready else None,

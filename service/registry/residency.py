@@ -9,6 +9,7 @@ it again.
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -129,8 +130,8 @@ def no_room(
     )
     advice = "ask again later, unpin or unload a model, or raise" if needed.bytes <= limit else "it never fits; raise"
     return MemoryBudgetExceeded(
-        f"{name} needs {about}{_mb(needed.bytes)}, PVT_MEMORY_BUDGET_MB allows {_mb(limit)} and "
-        f"{taken if kept else 'nothing is loaded'}; {advice} PVT_MEMORY_BUDGET_MB",
+        f"{name} needs {about}{_mb(needed.bytes)}, PVT_MEMORY_BUDGET_MB allows {_mb(limit)} and {taken}; {advice} "
+        "PVT_MEMORY_BUDGET_MB",
         seconds if seconds < inf else None,
     )
 
@@ -150,15 +151,16 @@ class Footprints:
         self._folder = folder / "footprints" if folder else None
         self._kind = re.sub(r"[^\w.-]", "_", kind)
         self._per_parameter = BYTES_PER_PARAMETER["compiled" if compiled else "torch"]
-        # Mutable state: what is known, by model version; None where the disk has nothing.
-        self._known: dict[str, Footprint | None] = {}
+        # Mutable state: what is known, by model version.
+        self._known: dict[str, Footprint] = {}
 
     def of(self, stored: StoredModel) -> Footprint:
         """What a load of `stored` took last, else an estimate."""
-        if stored.key not in self._known:
-            self._known[stored.key] = self._read(stored)
-        if known := self._known[stored.key]:
+        if known := self._known.get(stored.key):
             return known
+        if path := self._path(stored):
+            with suppress(OSError, ValidationError):
+                return self._known.setdefault(stored.key, Footprint.model_validate_json(path.read_bytes()))
         parameters = stored.card.parameters if stored.card else 0
         seconds = SECONDS + SECONDS_PER_PARAMETER * parameters
         return Footprint(bytes=self._per_parameter * parameters, seconds=seconds, measured=False)
@@ -166,21 +168,12 @@ class Footprints:
     def remember(self, stored: StoredModel, footprint: Footprint) -> None:
         """Keep what was measured. A folder that can't be written is no error."""
         self._known[stored.key] = footprint
-        if (path := self._path(stored)) is None:
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            atomic_write(path, footprint.model_dump_json() + "\n")
-        except OSError as error:
-            log.warning("footprint_not_written", model=stored.id, file=str(path), reason=str(error))
-
-    def _read(self, stored: StoredModel) -> Footprint | None:
-        if (path := self._path(stored)) is None:
-            return None
-        try:
-            return Footprint.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError):
-            return None
+        if path := self._path(stored):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                atomic_write(path, footprint.model_dump_json() + "\n")
+            except OSError as error:
+                log.warning("footprint_not_written", model=stored.id, file=str(path), reason=str(error))
 
     def _path(self, stored: StoredModel) -> Path | None:
         return self._folder / f"{stored.key}.{self._kind}.json" if self._folder else None

@@ -62,7 +62,8 @@ class Entry(Generic[M]):
     began_at: float
     task: "asyncio.Task[None]" = field(init=False)  # loads it, or frees it
     # Mutable state: where it stands; what was loaded, or why that failed; who uses it or waits for it; why it is
-    # unloaded once nobody does and no name stands for it; when its load ended; and its standing among others.
+    # unloaded once nobody does and no name stands for it; when its load ended; when it was last used, and the
+    # registry's inflation then.
     state: Literal["waiting", "loading", "ready", "failed", "unloading"] = "waiting"
     loaded: M | None = None
     failure: BaseException | None = None
@@ -70,7 +71,7 @@ class Entry(Generic[M]):
     reason: UnloadReason = "replaced"
     ended_at: float = inf
     used_at: float = 0.0
-    credit: float = 0.0
+    inflation: float = 0.0
 
     @property
     def stored(self) -> StoredModel:
