@@ -110,15 +110,15 @@ class Engine(Requests):
     ) -> InferenceResult:
         """The model's outputs for each of `images`; with stage maps and the head's weights, if `stages` says so.
 
-        `size` is the height and width to which images are resized, the model's own by default; pixels must have it.
-        `check` may refuse the model's card. `max_wait_seconds` limits the wait for a load; None is what the options say.
+        Images are resized to `size`, height and width, the model's own by default; pixels must have it already.
+        `check` may refuse the model's card. `max_wait_seconds` limits the wait for a load; None: as the options say.
 
         Raises:
             InvalidRequest: no such size, or more images or larger stage maps than one request may have.
             ModelNotFound, WeightsUnavailable, ModelLoadFailed, MemoryBudgetExceeded: `model` can't be had.
             ModelLoading: `max_wait_seconds` are over; the load goes on.
             QueueFull: too many images wait for that model already, or it is in use at too many sizes.
-            DeadlineExceeded, ShuttingDown: `timeout_seconds` are over, or the engine takes no new work.
+            DeadlineExceeded, ShuttingDown: `timeout_seconds` are over, or the engine stops.
         """
         self._check_size(size)
         if max_wait_seconds is None and self.options.cold == "refuse":
@@ -136,12 +136,11 @@ class Engine(Requests):
                     self._check_maps(resident.executable, size, len(images))
                 async with resident.at(size, stages=stages) as sized:
                     results = await self._pipeline.infer(sized, images, deadline, stages=stages)
-        ran = sized.executable
-        head = ran.head if stages else None
+        ran, head = sized.executable, sized.executable.head if stages else None
         return InferenceResult(ran.card, ran.stored.version, (ran.height, ran.width), head, results)
 
     async def models(self) -> list[ModelStatus]:
-        """Every model of the store, and every other that is loaded; raises WeightsUnavailable where there is neither."""
+        """Every model of the store or in memory; raises WeightsUnavailable where neither can be had."""
         return await self._catalog.models(self._registry)
 
     async def model(self, name: str) -> ModelStatus:
@@ -162,11 +161,7 @@ class Engine(Requests):
             pass
 
     async def unload(self, name: str) -> None:
-        """Free the model called `name` once nobody uses it, unless it is requested meanwhile.
-
-        Raises:
-            ModelPinned, ModelNotFound, WeightsUnavailable: it is pinned, or there is none.
-        """
+        """Free the model called `name` once nobody uses it; raises ModelPinned, or as `model`."""
         await self.model(name)
         await self._registry.unload(name)
 
@@ -190,13 +185,13 @@ class Engine(Requests):
         """Let `name` stand for `target`: in the store at once, for requests as soon as that is loaded.
 
         Raises:
-            InvalidRequest, ModelNotFound, ModelLoadFailed, AliasesInvalid, StoreNotWritable: nothing was changed.
+            ServiceError: as `Store.set_alias`; nothing was changed.
         """
         await self._catalog.thread.run(self._catalog.store.set_alias, name, target)
         self._background(self.refresh())
 
     async def remove_alias(self, name: str) -> None:
-        """Let `name` stand for nothing; raises ModelNotFound, AliasesInvalid or StoreNotWritable as `set_alias`."""
+        """Let `name` stand for nothing; raises as `Store.remove_alias`."""
         await self._catalog.thread.run(self._catalog.store.remove_alias, name)
         await self.refresh()
 

@@ -1,7 +1,7 @@
 """Work that several callers wait for, done once.
 
-A task keeps the error it ended with, and an error keeps the frames it went through, with all that these hold: of a
-caller, its images. So each caller gets a copy of the error, and only copies are kept.
+An error keeps the frames it went through, with all that these refer to: of a caller, its images. So each caller gets a
+copy of the error, and only copies are kept.
 """
 
 import asyncio
@@ -51,7 +51,6 @@ class RecentErrors:
             self._errors[key] = asyncio.get_running_loop().time(), fresh(error)
 
     def get(self, key: Hashable) -> ServiceError | None:
-        """The error of `key`, if it is recent; a copy."""
+        """A copy of the error of `key`, if it is recent."""
         at, error = self._errors.get(key, (0.0, None))
-        recent = error and asyncio.get_running_loop().time() - at < self._seconds
-        return fresh(error) if error and recent else None
+        return fresh(error) if error and asyncio.get_running_loop().time() - at < self._seconds else None

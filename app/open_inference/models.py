@@ -73,7 +73,7 @@ async def model_metadata(engine: EngineDep, name: ModelName, version: str | None
     return ModelMetadata(
         name=model.id,
         versions=[each.version for each in model.versions] or [model.version],
-        platform=model.backend or "pytorch",
+        platform=model.report.backend if model.report else "pytorch",
         inputs=[_metadata(spec) for spec in input_specs(card)],
         outputs=[_metadata(spec) for spec in output_specs(card)],
     )
@@ -105,7 +105,7 @@ async def model_ready(engine: EngineDep, name: ModelName, version: str | None = 
 async def model_config(engine: EngineDep, name: ModelName, version: str | None = None) -> ModelConfig:
     """Triton's model configuration extension, which Triton's tools request."""
     model = await engine.model(named(name, version))
-    card, platform = model.stored.require_card(), model.backend or "pytorch"
+    card, platform = model.stored.require_card(), model.report.backend if model.report else "pytorch"
     return ModelConfig(
         name=model.id,
         platform=platform,

@@ -136,7 +136,7 @@ def model_info(model: ModelStatus) -> ModelInfo:
         size = (card.preprocessing.height, card.preprocessing.width)
         known = {"num_classes": len(card.labels), "input_size": size, "parameters": card.parameters}
         info = info.model_copy(update={**known, "accuracy": card.accuracy, "licence": card.licence})
-    return info.model_copy(update=_loaded(model)) if model.backend else info
+    return info.model_copy(update=_loaded(model)) if model.report else info
 
 
 def remote_info(model: RemoteModel) -> ModelInfo:
@@ -178,21 +178,22 @@ def _common(version: VersionStatus) -> dict[str, Any]:
 
 def _loaded(model: ModelStatus) -> dict[str, object]:
     """What is known of a model once it is in memory."""
-    assert model.plan is not None and model.layout is not None  # noqa: S101, PT018  it is loaded
+    report, plan = model.report, model.plan
+    assert report is not None and plan is not None  # noqa: S101, PT018  it is loaded
     return {
-        "backend": model.backend,
-        "device": model.device,
-        "precision": model.precision,
-        "reference_check": model.deviation and _reference_check(model.deviation),
+        "backend": report.backend,
+        "device": report.device,
+        "precision": report.precision,
+        "reference_check": report.deviation and _reference_check(report.deviation),
         "batch_plan": [
-            PlannedBatch(size=n, ms=round(t * 1000, 3), precision=(model.other_precisions or {}).get(n))
-            for n, t in model.plan.items()
+            PlannedBatch(size=n, ms=round(t * 1000, 3), precision=model.other_precisions.get(n))
+            for n, t in plan.seconds.items()
         ],
-        "alone_ms": None if model.alone_seconds is None else round(model.alone_seconds * 1000, 3),
-        "layout": CoreLayout(**model.layout._asdict()),
-        "plan_cached": model.plan_cached,
-        "notes": list(model.notes or ()),
-        "load_seconds": round(model.load_seconds or 0.0, 3),
+        "alone_ms": None if plan.alone_seconds is None else round(plan.alone_seconds * 1000, 3),
+        "layout": CoreLayout(**report.layout._asdict()),
+        "plan_cached": report.cached,
+        "notes": list(model.notes),
+        "load_seconds": round(report.load_seconds, 3),
         "improving": model.optimizing or None,
     }
 

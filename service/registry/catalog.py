@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import structlog
 from watchfiles import awatch
@@ -54,20 +54,11 @@ class Catalog:
             workers.close(wait=False)
 
     async def find(self, name: str) -> Sequence[Candidate]:
-        """The versions in the store that `name` may stand for, the best first; at least one.
-
-        Raises:
-            ModelNotFound, WeightsUnavailable, AliasesInvalid: there is none.
-        """
+        """The versions in the store that `name` may stand for, the best first; raises as `Store.candidates`."""
         return await self.thread.run(lambda: [_candidate(stored) for stored in self.store.candidates(name)])
 
     async def obtain(self, name: str, max_wait_seconds: float | None = None) -> Sequence[Candidate]:
-        """The same, after pulling the published weights that `name` means, if they are not in the store.
-
-        Raises:
-            ModelNotFound, WeightsUnavailable, AliasesInvalid: there is none.
-            WeightsUnavailable, WeightsInvalid, StoreNotWritable, ModelLoading: see `Pulls.pull`.
-        """
+        """The same, after pulling the published weights that `name` means, if need be; raises as `Pulls.pull`, too."""
         published = self.pulls.wanted(name)
         try:
             found = await self.find(name)
@@ -87,11 +78,11 @@ class Catalog:
         Raises:
             WeightsUnavailable, ModelLoadFailed: they can't be fetched, or are not what they should be.
         """
-        held = ExitStack()
-        fetching = asyncio.ensure_future(self._fetching.run(held.enter_context, self.store.holding(stored)))
+        files = ExitStack()
+        fetching = asyncio.ensure_future(self._fetching.run(files.enter_context, self.store.holding(stored)))
 
         def release(done: "asyncio.Future[StoredModel]") -> None:
-            held.close()
+            files.close()
             _ = done.cancelled() or done.exception()  # retrieved, should the caller have gone
 
         try:
@@ -100,11 +91,7 @@ class Catalog:
             fetching.add_done_callback(release)
 
     async def models(self, registry: Registry[Resident]) -> list[ModelStatus]:
-        """Every model of the store, and every other that is loaded in `registry`.
-
-        Raises:
-            WeightsUnavailable: the store can't be read, and nothing is loaded.
-        """
+        """Every model of the store or in `registry`; raises WeightsUnavailable where neither can be had."""
         try:
             contents = await self.thread.run(self.store.contents)
         except WeightsUnavailable:
@@ -116,11 +103,7 @@ class Catalog:
         return [_model(id_, contents, registry, default) for id_ in sorted(ids)]
 
     async def model(self, name: str, registry: Registry[Resident]) -> ModelStatus:
-        """The model called `name`; by name and version, or by an alias, in that version.
-
-        Raises:
-            ModelNotFound, WeightsUnavailable: the store has none.
-        """
+        """The model called `name`; by name and version, or by an alias, in that version. Raises as `find`."""
         named = registry.named(name)
         found = [named.stored] if named else [each.stored for each in await self.find(name)]
         try:
@@ -157,38 +140,25 @@ def _model(
     if found and answering not in {each.key for each in found}:
         answering = found[0].key
         versions = {answering: _in_store(found[0], contents), **versions}
-    loaded = [each for each in registry.loaded() if each.executable.stored.key == answering]
-    return ModelStatus(
+    model = ModelStatus(
         **{**vars(versions[answering]), "aliases": contents.aliases_of(id_)},
         default=id_ == default,
         versions=[*versions.values()],
-        **(_details(loaded[-1]) if loaded else {}),
     )
+    for resident in registry.loaded():
+        executable, report = resident.executable, resident.executable.report
+        if executable.stored.key == answering:
+            others = {n: each for n, each in executable.precisions.items() if each != report.precision}
+            optimizing, notes = executable.optimizer is not None, resident.notes
+            return replace(model, report=report, plan=executable.plan, notes=notes, optimizing=optimizing,
+                           other_precisions=others)  # fmt: skip
+    return model
 
 
 def _in_store(stored: StoredModel, contents: Contents) -> VersionStatus:
     failure = stored.failure and fresh(stored.failure)
     state: Literal["available", "failed"] = "failed" if failure else "available"
     return VersionStatus(stored=stored, state=state, failure=failure, aliases=contents.aliases_of(stored.key))
-
-
-def _details(resident: Resident) -> dict[str, Any]:
-    """What a ModelStatus says of a model that is loaded."""
-    executable, report = resident.executable, resident.executable.report
-    return {
-        "backend": report.backend,
-        "device": report.device,
-        "precision": report.precision,
-        "layout": report.layout,
-        "plan": executable.plan.seconds,
-        "alone_seconds": executable.plan.alone_seconds,
-        "plan_cached": report.cached,
-        "notes": resident.notes,
-        "load_seconds": report.load_seconds,
-        "optimizing": executable.optimizer is not None,
-        "deviation": report.deviation,
-        "other_precisions": {n: each for n, each in executable.precisions.items() if each != report.precision},
-    }
 
 
 def _candidate(stored: StoredModel) -> Candidate:

@@ -64,21 +64,17 @@ class Loading:
         limits, backends = Limits(options.cores, options.max_batch_size, options.precision), make_backends(options)
         self._load = lambda stored: load(stored, backends, limits, plans, devices)
         self._resident = partial(Resident, pipeline=pipeline, max_others=options.sizes_per_model)
-        kind = f"{options.backend}-{options.precision or 'auto'}-{options.instances}x{options.cores}"
-        where = "".join(f"-{name}" for name in options.devices)
+        kind = (options.backend, options.precision or "auto", f"{options.instances}x{options.cores}",
+                str(options.max_batch_size), *options.devices)  # fmt: skip
         compiled = options.backend != "torch" and not options.devices
-        self._footprints = Footprints(options.cache, f"{kind}-{options.max_batch_size}{where}", compiled=compiled)
+        self._footprints = Footprints(options.cache, "-".join(kind), compiled=compiled)
         self._thread = Workers("load", 1)
         self._preparing = asyncio.Lock()
         # Mutable state: for each model, the task that optimizes its graphs.
         self._optimizing: dict[Resident, asyncio.Task[None]] = {}
 
     async def load(self, stored: StoredModel) -> Resident:
-        """`stored`, ready to run.
-
-        Raises:
-            ModelLoadFailed, WeightsUnavailable: it can't be loaded; the message says why.
-        """
+        """`stored`, ready to run; raises ModelLoadFailed or WeightsUnavailable, which say why it can't be."""
         start = perf_counter()
         try:
             async with self._catalog.fetched(stored) as local:
@@ -128,17 +124,13 @@ class Loading:
         self._thread.close(wait=False)
 
     async def _end_optimizing(self, resident: Resident) -> None:
-        # Apart from `unload`, which would keep the task, and with its cancellation all frames that lead to the model.
+        # Not in `unload`, which would keep the task, and with its cancellation all frames that refer to the model.
         if task := self._optimizing.pop(resident, None):
             task.cancel()
             await asyncio.wait([task])
 
     async def _extend(self, stored: StoredModel, make: Callable[[], T]) -> T:
-        """What `make` compiles for `stored`, which is loaded.
-
-        Raises:
-            ModelLoadFailed, WeightsUnavailable: it can't be compiled; the message says why.
-        """
+        """What `make` compiles for `stored`, which is loaded; raises as `load`."""
         start = perf_counter()
         async with self._catalog.fetched(stored):  # `make` may read the weights again
             extension = await self._on_thread("model_extension_failed", "compiled anew", stored, make)

@@ -94,11 +94,7 @@ class Registry(Generic[M]):
                 raise fresh(entry.failure)
 
     async def pin(self, name: str) -> None:
-        """Load the model called `name`, and never evict it, nor what that name stands for later.
-
-        Raises:
-            ServiceError: as `lease`; it is not pinned then.
-        """
+        """Load the model called `name`, and never evict it, nor what the name stands for later; raises as `lease`."""
         attempt = object()
         self._pinning[attempt] = name
         try:
@@ -118,10 +114,7 @@ class Registry(Generic[M]):
     async def unload(self, name: str) -> None:
         """Free every version in memory of the model called `name`, or the one it names, once nobody uses them.
 
-        A version that is requested or pinned meanwhile stays.
-
-        Raises:
-            ModelPinned: one of them is pinned; nothing was done.
+        A version that is requested or pinned meanwhile stays. Raises ModelPinned if one is; nothing was done then.
         """
         named = self._names.get(name)
         entries = [e for e in self._entries.values() if e is named or name in {e.stored.id, e.stored.key}]

@@ -26,16 +26,16 @@ log = structlog.get_logger(component="residency")
 
 # For a model that was never loaded here, as measured (docs/operations.md). Compiled graphs keep the weights and one
 # repacked copy for each batch size; that there is but one is assumed, since what is guessed too large is never tried.
-BYTES_PER_PARAMETER = {"torch": 4, "compiled": 12}  # "torch" on a GPU too, where half of it is weights in 16 bits
+BYTES_PER_PARAMETER = {"torch": 4, "compiled": 12}  # 4 on a GPU too, where half of it is weights in 16 bits
 SECONDS, SECONDS_PER_PARAMETER = 2.0, 1.5e-7
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """A model in memory, or being loaded. `kept_by` is what keeps it from being evicted, if anything does.
+    """A model in memory, or being loaded. `key` is unique, `name` is for messages.
 
-    `key` is unique, `name` is for messages. `evictable_at` is when its minimum residency ends, `used_at` when it was
-    last used; both on the caller's clock.
+    `evictable_at` is when its minimum residency ends, `used_at` when it was last used, both on the caller's clock;
+    `kept_by` is what keeps it from being evicted, if anything does.
     """
 
     key: str
@@ -49,7 +49,7 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """There is room once these are evicted, first to last, and then the inflation is this. None: there is room now."""
+    """There is room once these are evicted, first to last, and then the inflation is this."""
 
     keys: tuple[str, ...]
     inflation: float
@@ -81,32 +81,20 @@ def make_room(
         return Evict((), inflation)
     evictable = [each for each in models if not each.kept_by and each.evictable_at <= now]
     if used_bytes(evictable) < excess:
-        return Full(_room_at(models, excess, now))
-    evicted = _cheapest(evictable, excess)
-    return Evict(tuple(each.key for each in evicted), max(inflation, *(each.credit for each in evicted)))
-
-
-def _cheapest(evictable: Sequence[MemoryUse], excess: int) -> list[MemoryUse]:
-    """The least credit first, until it is enough; then those that it is enough without stay, the dearest first."""
-    chosen: list[MemoryUse] = []
+        freed = 0
+        for each in sorted(models, key=lambda model: model.evictable_at):
+            freed += 0 if each.kept_by == "pinned" else each.bytes
+            if freed >= excess:
+                return Full(max(now, each.evictable_at))
+        return Full(inf)
+    evicted: list[MemoryUse] = []
     for each in sorted(evictable, key=lambda model: (model.credit, model.used_at)):
-        if used_bytes(chosen) >= excess:
-            break
-        chosen.append(each)
-    for each in reversed(chosen[:]):
-        if used_bytes(chosen) - each.bytes >= excess:
-            chosen.remove(each)
-    return chosen
-
-
-def _room_at(models: Sequence[MemoryUse], excess: int, now: float) -> float:
-    """When enough could have been evicted, at the earliest."""
-    freed = 0
-    for each in sorted((each for each in models if each.kept_by != "pinned"), key=lambda model: model.evictable_at):
-        freed += each.bytes
-        if freed >= excess:
-            return max(now, each.evictable_at)
-    return inf
+        if used_bytes(evicted) < excess:
+            evicted.append(each)
+    for each in reversed(evicted[:]):  # what need not be evicted stays, the dearest first
+        if used_bytes(evicted) - each.bytes >= excess:
+            evicted.remove(each)
+    return Evict(tuple(each.key for each in evicted), max(inflation, *(each.credit for each in evicted)))
 
 
 class Footprint(BaseModel):

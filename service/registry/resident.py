@@ -18,11 +18,7 @@ T = TypeVar("T")
 
 
 class Compile(Protocol):
-    """Calls a blocking function that compiles graphs, on the thread for loads.
-
-    Raises:
-        ModelLoadFailed, WeightsUnavailable: it failed.
-    """
+    """Compiles graphs on the thread for loads; raises ModelLoadFailed or WeightsUnavailable."""
 
     def __call__(self, function: Callable[[], T]) -> Coroutine[None, None, T]: ...  # noqa: D102
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Generic, Literal, Protocol, TypeVar
 
-from service.backends.base import Layout
 from service.errors import ServiceError
-from service.execution.reference import Deviation
+from service.execution.executable import LoadReport
+from service.execution.plan import BatchPlan
 from service.registry.residency import Footprint
 from service.store.cards import Accuracy
 from service.store.store import StoredModel
@@ -110,27 +110,17 @@ class VersionStatus:
 class ModelStatus(VersionStatus):
     """A model, in the version that answers to its name, or would; then all versions.
 
-    What follows `backend` is None until it is loaded. `device` is `cpu` or names of GPUs; `plan` is t(n) in seconds by
-    batch size, `alone_seconds` the time of one image in the latency graph, where there is one;
-    `plan_cached` says whether plan and graphs came from the cache, `notes` what was tried and left out, `optimizing`
-    whether better graphs are still being made, `deviation` how far its logits are from the reference's.
-    `other_precisions` is by batch size, for graphs that do not compute in `precision`.
+    The rest is known once it is loaded: how that went, its batch plan, what was tried and left out at any input size,
+    whether better graphs are still being made, and by batch size the precision of graphs with another than the model's.
     """
 
     default: bool
     versions: Sequence[VersionStatus] = ()
-    backend: str | None = None
-    device: str | None = None
-    precision: str | None = None
-    layout: Layout | None = None
-    plan: Mapping[int, float] | None = None
-    alone_seconds: float | None = None
-    plan_cached: bool | None = None
-    notes: Sequence[str] | None = None
-    load_seconds: float | None = None
-    optimizing: bool | None = None
-    deviation: Deviation | None = None
-    other_precisions: Mapping[int, str] | None = None
+    report: LoadReport | None = None
+    plan: BatchPlan | None = None
+    notes: Sequence[str] = ()
+    optimizing: bool = False
+    other_precisions: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
