@@ -2,22 +2,21 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from types import TracebackType
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from time import monotonic
 from typing import Self, TypeVar
 
 import structlog
 
 from service.architecture.variants import VARIANTS
-from service.errors import InvalidRequest, ServiceError, WeightsUnavailable
+from service.errors import DeadlineExceeded, InvalidRequest, ServiceError, ShuttingDown, WeightsUnavailable
 from service.execution.executable import Executable
-from service.lifecycle import Requests, time_limit
 from service.machine.devices import DeviceHealth
 from service.machine.workers import Workers
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.pipeline import Pipeline
-from service.postprocess.classes import Predictions, predictions
 from service.registry.catalog import Catalog, watch
 from service.registry.loader import Loading
 from service.registry.registry import Registry
@@ -35,11 +34,10 @@ STORE_SECONDS = 2.0  # a store on a network that takes longer to list its cards 
 PRELOAD_AGAIN_SECONDS = 15.0
 
 
-class Engine(Requests):
+class Engine:
     """Use as an async context manager: leaving it finishes what is under way. It belongs to one event loop."""
 
     def __init__(self, options: EngineOptions, metrics: EngineMetrics) -> None:
-        super().__init__()
         self.options = options
         self._metrics = metrics
         self._devices = DeviceHealth()
@@ -49,9 +47,13 @@ class Engine(Requests):
         self._registry = Registry[Resident](self._catalog, self._loading, options.budget)
         # Two, so that a small response need not wait for a large one; more would take the event loop's turns.
         self._encoders = Workers("encode", 2)
-        # Mutable state: work that no request waits for, and what is to be loaded before the service is ready.
+        # Mutable state: work that no request waits for; what is to be loaded before the service is ready; the tasks of
+        # the requests under way; whether new ones are refused, and whether those under way are ended too.
         self._tasks: set[asyncio.Task[None]] = set()
         self._preloading = {*options.preload, *options.pinned}
+        self._requests: set[asyncio.Task[object]] = set()
+        self.draining = False
+        self._aborted = False
 
     async def __aenter__(self) -> Self:
         """Begin to load what is to be preloaded, and log why the default model can't be had, if so."""
@@ -66,9 +68,7 @@ class Engine(Requests):
             self._background(watch(self._catalog.folder, self.options.reload_seconds, self.refresh))
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.drain()
         tasks = [*self._tasks]
         for task in tasks:
@@ -76,26 +76,48 @@ class Engine(Requests):
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._registry.close()
         await self._loading.stop()
-        await self._pipeline.scheduler.close(wait=not self.aborted)
+        await self._pipeline.scheduler.close(wait=not self._aborted)
         self._loading.close()  # nothing runs a model any more
         self._catalog.close()
-        self._encoders.close(wait=not self.aborted)
+        self._encoders.close(wait=not self._aborted)
 
-    async def predict(
-        self,
-        images: Sequence[Image],
-        *,
-        model: str | None = None,
-        top_k: int = 5,
-        size: Size | None = None,
-        max_wait_seconds: float | None = None,
-        timeout_seconds: float | None = None,
-    ) -> Predictions:
-        """The `top_k` best classes of each of `images`; see `infer`."""
-        result = await self.infer(
-            images, model=model, size=size, max_wait_seconds=max_wait_seconds, timeout_seconds=timeout_seconds
-        )
-        return predictions(result, top_k)
+    async def drain(self) -> None:
+        """Refuse new requests from now on and wait for those under way."""
+        self.draining = True
+        while self._requests:
+            await asyncio.wait(self._requests)
+
+    def abort(self) -> None:
+        """End those under way too: each raises `ShuttingDown` at once."""
+        self.draining = self._aborted = True
+        for task in self._requests:
+            task.cancel()
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Count this task as a request while the context lasts; nested contexts count once.
+
+        Enter it before reading a request's body, so that a shutdown does not cut off an upload.
+
+        Raises:
+            ShuttingDown: no new requests are accepted, or this one has just been ended.
+        """
+        task = asyncio.current_task()
+        if task is None or task in self._requests:
+            yield
+            return
+        if self.draining:
+            raise ShuttingDown("the service is shutting down and takes no new work; send the request again")
+        self._requests.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._aborted:
+                raise
+            task.uncancel()
+            raise ShuttingDown("the service stopped before this request was answered; send it again") from None
+        finally:
+            self._requests.discard(task)
 
     async def infer(
         self,
@@ -274,9 +296,8 @@ class Engine(Requests):
             return [] if pulled and not preloading else [f"{name}: {error}"]
         if model.failure:
             return [f"{name}: {model.failure}"]
-        if preloading and model.state != "ready":
-            return [f"{name}: {model.state}, to be loaded before the service is ready"]
-        return []
+        waiting = preloading and model.state != "ready"
+        return [f"{name}: {model.state}, to be loaded before the service is ready"] if waiting else []
 
     def _check_size(self, size: Size | None) -> None:
         most = self.options.max_input_side
@@ -292,3 +313,22 @@ class Engine(Requests):
                 f"allows {most / 1e6:g}; send {most * images // needed} images a request at the most, or ask for a "
                 "smaller size"
             )
+
+
+@asynccontextmanager
+async def time_limit(seconds: float) -> AsyncIterator[float]:
+    """Limit the time of one request; yields its deadline, on `monotonic`.
+
+    Raises:
+        DeadlineExceeded: the time is over.
+    """
+    scope = asyncio.timeout(seconds)
+    try:
+        async with scope:
+            yield monotonic() + seconds
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        raise DeadlineExceeded(
+            f"no answer within {seconds * 1000:.0f} ms; allow more with timeout_ms or PVT_TIMEOUT_MS"
+        ) from error

@@ -24,7 +24,7 @@ LAYERS = {
         {"images"},
         {"architecture"},
         {"machine"},
-        {"lifecycle", "sharing"},
+        {"sharing"},
         {"arrays", "errors", "files", "metrics"},
     ],
     "registry": [

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from app.bodies import parse_json, read_body
 from app.dependencies import EngineDep, audited, require_management, require_one_process
 from app.problems import refusals
+from service.engine import time_limit
 from service.errors import InvalidRequest, reasons
-from service.lifecycle import time_limit
 from service.registry.versions import VersionStatus
 
 router = APIRouter(prefix="/v2/repository", tags=["open inference protocol"])

@@ -33,9 +33,8 @@ from app.bodies import Upload, read_uploads
 from app.dependencies import bearer, require_key
 from app.openapi import IMAGE_PROBLEMS, IMAGES
 from app.problems import NotAcceptable, Problem, documented, problem
-from service.engine import Engine
+from service.engine import Engine, time_limit
 from service.errors import ServiceError
-from service.lifecycle import time_limit
 from service.postprocess.classes import Prediction
 from service.results import ImageResult
 

@@ -16,8 +16,8 @@ from app.dependencies import (
 )
 from app.problems import documented
 from app.routes.model_info import ModelInfo, ModelList, model_info
+from service.engine import time_limit
 from service.errors import ModelLoading
-from service.lifecycle import time_limit
 
 router = APIRouter(tags=["management"], dependencies=[Depends(require_management)])
 _models = APIRouter(prefix="/models", dependencies=[Depends(require_one_process)])

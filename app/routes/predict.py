@@ -24,7 +24,7 @@ from app.routes.inference import (
     uploaded,
 )
 from service.errors import ServiceError
-from service.postprocess.classes import Predictions
+from service.postprocess.classes import Predictions, predictions
 
 router = APIRouter(tags=[INFERENCE], route_class=InferenceRoute, dependencies=[Depends(require_key)])
 
@@ -83,16 +83,16 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
     """
     state = request.state
     async with uploaded(request, query) as uploads:
-        predictions = await state.engine.predict(
+        result = await state.engine.infer(
             [upload.data for upload in uploads],
             model=query.model,
-            top_k=query.top_k,
             size=query.input_size,
             max_wait_seconds=await max_wait_seconds(request),
             timeout_seconds=query.timeout_seconds,
         )
-    note(request, predictions)
-    body = await encoded(request, predictions.model, lambda: _body(uploads, predictions, state.request_id))
+    best = predictions(result, query.top_k)
+    note(request, best)
+    body = await encoded(request, best.model, lambda: _body(uploads, best, state.request_id))
     return Response(body, media_type=JSON)
 
 

@@ -181,14 +181,14 @@ async def watch(folder: Path, seconds: float, refresh: Callable[[], Awaitable[No
     reason: str | None = None
     while True:
         try:
-            watched = await asyncio.to_thread(_identity, folder)
+            watched = await asyncio.to_thread(folder.stat)
             batches = awatch(folder, watch_filter=None, debounce=DEBOUNCE_MS, step=QUIET_MS,
                              rust_timeout=max(1, int(1000 * seconds)), yield_on_timeout=True)  # fmt: skip
             async with aclosing(batches):
                 async for _ in batches:
                     reason = None
                     await _logged(refresh)
-                    if await asyncio.to_thread(_identity, folder) != watched:
+                    if not os.path.samestat(watched, await asyncio.to_thread(folder.stat)):
                         break
         except (OSError, RuntimeError) as error:
             if reason != str(error):
@@ -203,8 +203,3 @@ async def _logged(refresh: Callable[[], Awaitable[None]]) -> None:
         await refresh()
     except Exception:
         log.exception("refresh_failed")
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino

@@ -8,6 +8,7 @@ no request ever waits for a swap. What a loaded model is, only the loader knows:
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from math import inf
 from typing import Generic, TypeVar
 
 import structlog
@@ -170,10 +171,8 @@ class Registry(Generic[M]):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._entries.clear()
-        self._unloading.clear()
-        self._names.clear()
-        self._pins.clear()
+        for state in (self._entries, self._unloading, self._names, self._pins):
+            state.clear()
 
     # Names, and what they stand for.
 
@@ -277,12 +276,9 @@ class Registry(Generic[M]):
         try:
             await shared(entry.task, max_wait_seconds)
         except TimeoutError:
-            # Loads take turns.
-            queued = [
-                e for e in self._entries.values() if e.state in {"waiting", "loading"} and e.began_at <= entry.began_at
-            ]
-            elapsed = now() - min((each.began_at for each in queued), default=now())
-            seconds = max(0.0, sum(each.footprint.seconds for each in queued) - elapsed)
+            began = [e for e in self._entries.values() if e.ended_at == inf and e.began_at <= entry.began_at]
+            elapsed = now() - min((each.began_at for each in began), default=now())
+            seconds = max(0.0, sum(each.footprint.seconds for each in began) - elapsed)  # loads take turns
             raise ModelLoading(
                 f"{name} is being loaded, which takes about {seconds:.1f} s more; ask again then, or wait for it: "
                 "without 'Prefer: respond-async', and with PVT_COLD=wait",
@@ -308,8 +304,7 @@ class Registry(Generic[M]):
         del self._entries[entry.candidate.identity]
         self._unloading.add(entry)
         self._forget_names(entry)
-        stored = entry.stored
-        log.info("model_unloading", model=stored.id, version=stored.version, reason=reason)
+        log.info("model_unloading", model=entry.stored.id, version=entry.stored.version, reason=reason)
         entry.task = asyncio.create_task(self._free(entry, reason))
         return entry.task
 

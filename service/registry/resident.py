@@ -62,9 +62,9 @@ class Resident:
 
     @asynccontextmanager
     async def at(self, size: Size | None = None, *, stages: bool = False) -> AsyncIterator[Sized]:
-        """The model at `size`, its own by default, for as long as the context lasts; it is compiled first if need be.
+        """The model at `size`, its own by default, for as long as the context lasts.
 
-        If a caller is cancelled while it waits, the compiling goes on.
+        It is compiled first if need be, which goes on if a caller is cancelled.
 
         Raises:
             InvalidRequest: the model can't take that size.
