@@ -24,6 +24,7 @@ from service.registry.resident import Resident
 from service.registry.versions import ModelStatus, RemoteModel
 from service.results import Health, Image, InferenceResult, Size
 from service.scheduling.activity import Activity
+from service.sharing import cancel
 from service.store.cards import ModelCard
 
 T = TypeVar("T")
@@ -70,10 +71,7 @@ class Engine:
 
     async def __aexit__(self, *_: object) -> None:
         await self.drain()
-        tasks = [*self._tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel(self._tasks)
         await self._registry.close()
         await self._loading.stop()
         await self._pipeline.scheduler.close(wait=not self._aborted)
@@ -138,9 +136,8 @@ class Engine:
         Raises:
             InvalidRequest: no such size, or more images or larger stage maps than one request may have.
             ModelNotFound, WeightsUnavailable, ModelLoadFailed, MemoryBudgetExceeded: `model` can't be had.
-            ModelLoading: `max_wait_seconds` are over; the load goes on.
             QueueFull: too many images wait for that model already, or it is in use at too many sizes.
-            DeadlineExceeded, ShuttingDown: `timeout_seconds` are over, or the engine stops.
+            ModelLoading, DeadlineExceeded, ShuttingDown: no time is left to wait, to answer, or for the engine.
         """
         self._check_size(size)
         if max_wait_seconds is None and self.options.cold == "refuse":

@@ -1,13 +1,13 @@
-"""Work that several callers wait for, done once.
+"""Work that several callers wait for, done once, and its end.
 
 An error keeps the frames it went through, with all that these refer to: of a caller, its images. So each caller gets a
 copy of the error, and only copies are kept.
 """
 
 import asyncio
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from copy import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from service.errors import ServiceError
 
@@ -34,6 +34,14 @@ async def shared(task: asyncio.Task[T], max_wait_seconds: float | None = None) -
         return task.result()
     except ServiceError as error:
         raise fresh(error) from None
+
+
+async def cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel all of `tasks`, and return when they have ended."""
+    cancelled = [*tasks]
+    for task in cancelled:
+        task.cancel()
+    await asyncio.gather(*cancelled, return_exceptions=True)
 
 
 class RecentErrors:

@@ -39,6 +39,7 @@ from service.registry.catalog import Catalog
 from service.registry.residency import Footprint, Footprints
 from service.registry.resident import Resident
 from service.registry.versions import UnloadReason
+from service.sharing import cancel
 from service.store.store import StoredModel
 
 T = TypeVar("T")
@@ -114,10 +115,7 @@ class Loading:
 
     async def stop(self) -> None:
         """Stop optimizing all models."""
-        tasks = [*self._optimizing.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel(self._optimizing.values())
 
     def close(self) -> None:
         """Drop what waits; a load under way ends in its own time."""
@@ -198,8 +196,7 @@ def load(
 ) -> Executable:
     """Load `stored` on the first of `backends` that can run it, with the plan in `cache`, else with a measured one.
 
-    A backend that does not reproduce the model's reference logits counts as one that can't run it. The failure of a
-    GPU is noted in `devices`.
+    A backend that does not reproduce the model's reference logits can't run it. `devices` notes the failure of a GPU.
 
     Raises:
         ModelLoadFailed: the card or the weights are wrong, or the model computes no finite numbers.
@@ -223,11 +220,12 @@ def load(
             if isinstance(error, ServiceError) and not isinstance(error, GoldenMismatch | OutOfMemory | DeviceFailed):
                 raise
             failures.append(f"{name} failed: {error if wrong else f'{type(error).__name__}: {error}'}")
-            if i == len(backends):
-                if wrong:
-                    raise _mismatch(stored, failures, limits) from error
+            if i < len(backends):
+                log.warning("backend_failed", model=stored.id, reason=failures[-1])
+            elif wrong:
+                raise _mismatch(stored, failures, limits) from error
+            else:
                 raise
-            log.warning("backend_failed", model=stored.id, reason=failures[-1])
     raise ValueError("no backend to load on")
 
 

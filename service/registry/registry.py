@@ -17,7 +17,7 @@ from service.errors import ModelLoadFailed, ModelLoading, ModelNotFound, ModelPi
 from service.options import Budget
 from service.registry.residency import Full, MemoryUse, credit, make_room, no_room
 from service.registry.versions import Candidate, Entry, Finder, Loader, UnloadReason, VersionStatus
-from service.sharing import fresh, shared
+from service.sharing import cancel, fresh, shared
 
 M = TypeVar("M")
 
@@ -167,10 +167,7 @@ class Registry(Generic[M]):
 
     async def close(self) -> None:
         """Give up loads under way and forget everything."""
-        tasks = [entry.task for entry in (*self._entries.values(), *self._unloading)]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel(entry.task for entry in (*self._entries.values(), *self._unloading))
         for state in (self._entries, self._unloading, self._names, self._pins):
             state.clear()
 

@@ -1,10 +1,9 @@
 """What models take of the memory budget, and which of them are evicted when another needs room.
 
-The decisions are pure: times are the caller's. They are those of GreedyDual-Size (P. Cao and S. Irani, "Cost-Aware WWW
-Proxy Caching Algorithms", USITS 1997), with the measured seconds of a load as cost: each use of a model gives it the
-credit `inflation + seconds / bytes`, the least credit is evicted first, and the inflation rises to the credit of what
-was evicted. So what has not been used for long goes, and among equals what frees most bytes for each second of loading
-it again.
+The decisions are pure, and those of GreedyDual-Size (P. Cao and S. Irani, "Cost-Aware WWW Proxy Caching Algorithms",
+USITS 1997), with the measured seconds of a load as cost: each use of a model gives it the credit
+`inflation + seconds / bytes`, the least credit is evicted first, and the inflation rises to the credit of what was
+evicted. So what has not been used for long goes, and among equals what frees most bytes for each second of loading.
 """
 
 import re
@@ -24,8 +23,8 @@ from service.store.store import StoredModel
 
 log = structlog.get_logger(component="residency")
 
-# For a model that was never loaded here, as measured (docs/operations.md). Compiled graphs keep the weights and one
-# repacked copy for each batch size; that there is but one is assumed, since what is guessed too large is never tried.
+# For a model that was never loaded, as measured (docs/operations.md). Compiled graphs keep the weights and one repacked
+# copy for each batch size; one batch size is assumed, since what is guessed too large is never tried.
 BYTES_PER_PARAMETER = {"torch": 4, "compiled": 12}  # 4 on a GPU too, where half of it is weights in 16 bits
 SECONDS, SECONDS_PER_PARAMETER = 2.0, 1.5e-7
 

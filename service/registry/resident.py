@@ -11,7 +11,7 @@ from service.errors import InvalidRequest, QueueFull
 from service.execution.executable import Executable
 from service.pipeline import Pipeline, Sized
 from service.results import Size
-from service.sharing import shared
+from service.sharing import cancel, shared
 
 STRIDE = 32  # of the last stage: sides are multiples of it, so that every stage map fits
 T = TypeVar("T")
@@ -90,11 +90,8 @@ class Resident:
 
     async def close(self) -> None:
         """Close the model's lanes in the scheduler and cancel what is being compiled."""
-        tasks = [*self._staging.values(), *(other.task for other in self._others.values())]
         self._evicted += self._compiled()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel([*self._staging.values(), *(other.task for other in self._others.values())])
         await self._close_evicted()
         self._others.clear()
 
