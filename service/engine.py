@@ -2,9 +2,9 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import AbstractContextManager
-from types import TracebackType
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from time import monotonic
 from typing import Self, TypeVar
 
 import structlog
@@ -12,21 +12,19 @@ import structlog
 from service.acquisition.pulling import RemoteModel
 from service.architecture.variants import VARIANTS
 from service.backends.base import DeviceHealth
-from service.errors import InvalidRequest, ServiceError, WeightsUnavailable
+from service.errors import DeadlineExceeded, InvalidRequest, ServiceError, ShuttingDown, WeightsUnavailable
 from service.execution.executable import Executable
-from service.lifecycle import Requests, time_limit
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.pipeline import Pipeline
-from service.postprocess.classes import Predictions, predictions
-from service.registry.catalog import Catalog
-from service.registry.loading import Loading
+from service.registry.catalog import Catalog, watch
+from service.registry.loader import Loading
 from service.registry.registry import Registry
 from service.registry.resident import Resident
-from service.registry.status import ModelStatus
-from service.registry.watcher import Watch
+from service.registry.versions import ModelStatus
 from service.results import Health, Image, InferenceResult, Size
 from service.scheduling.activity import Activity
+from service.sharing import cancel
 from service.store.cards import ModelCard
 from service.workers import Workers
 
@@ -49,12 +47,15 @@ class Engine:
         self._catalog = Catalog(options)
         self._loading = Loading(options, metrics, self._pipeline, self._catalog, self._devices)
         self._registry = Registry[Resident](self._catalog, self._loading, options.budget)
-        self._requests = Requests()
         # Two, so that a small response need not wait for a large one; more would take the event loop's turns.
         self._encoders = Workers("encode", 2)
-        # Mutable state: work that no request waits for, and what is to be loaded before the service is ready.
+        # Mutable state: work that no request waits for; what is to be loaded before the service is ready; the tasks of
+        # the requests under way; whether new ones are refused, and whether those under way are ended too.
         self._tasks: set[asyncio.Task[None]] = set()
         self._preloading = {*options.preload, *options.pinned}
+        self._requests: set[asyncio.Task[object]] = set()
+        self.draining = False
+        self._aborted = False
 
     async def __aenter__(self) -> Self:
         """Begin to load what is to be preloaded, and log why the default model can't be had, if so."""
@@ -66,60 +67,56 @@ class Engine:
         for name in self.options.preload:
             self._background(self._preload(name, self.load))
         if self.options.reload_seconds:
-            self._background(Watch(self._catalog.folder, self.options.reload_seconds, self.refresh).run())
+            self._background(watch(self._catalog.folder, self.options.reload_seconds, self.refresh))
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.drain()
-        tasks = [*self._tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel(self._tasks)
         await self._registry.close()
         await self._loading.stop()
-        await self._pipeline.scheduler.close(wait=not self._requests.aborted)
+        await self._pipeline.scheduler.close(wait=not self._aborted)
         self._loading.close()  # nothing runs a model any more
         self._catalog.close()
-        self._encoders.close(wait=not self._requests.aborted)
-
-    @property
-    def draining(self) -> bool:
-        """Whether new requests are refused."""
-        return self._requests.draining
+        self._encoders.close(wait=not self._aborted)
 
     async def drain(self) -> None:
         """Refuse new requests from now on and wait for those under way."""
-        await self._requests.drain()
+        self.draining = True
+        while self._requests:
+            await asyncio.wait(self._requests)
 
     def abort(self) -> None:
         """End those under way too: each raises `ShuttingDown` at once."""
-        self._requests.abort()
+        self.draining = self._aborted = True
+        for task in self._requests:
+            task.cancel()
 
-    def request(self) -> AbstractContextManager[None]:
-        """What `drain` waits for: enter it before reading a request's body, so that an upload is not cut off.
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Count this task as a request while the context lasts; nested contexts count once.
+
+        Enter it before reading a request's body, so that a shutdown does not cut off an upload.
 
         Raises:
-            ShuttingDown: the engine takes no new work, or has just ended this one.
+            ShuttingDown: no new requests are accepted, or this one has just been ended.
         """
-        return self._requests.enter()
-
-    async def predict(
-        self,
-        images: Sequence[Image],
-        *,
-        model: str | None = None,
-        top_k: int = 5,
-        size: Size | None = None,
-        max_wait_seconds: float | None = None,
-        timeout_seconds: float | None = None,
-    ) -> Predictions:
-        """The `top_k` best classes of each of `images`; see `infer`."""
-        result = await self.infer(
-            images, model=model, size=size, max_wait_seconds=max_wait_seconds, timeout_seconds=timeout_seconds
-        )
-        return predictions(result, top_k)
+        task = asyncio.current_task()
+        if task is None or task in self._requests:
+            yield
+            return
+        if self.draining:
+            raise ShuttingDown("the service is shutting down and takes no new work; send the request again")
+        self._requests.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._aborted:
+                raise
+            task.uncancel()
+            raise ShuttingDown("the service stopped before this request was answered; send it again") from None
+        finally:
+            self._requests.discard(task)
 
     async def infer(
         self,
@@ -134,26 +131,23 @@ class Engine:
     ) -> InferenceResult:
         """The model's outputs for each of `images`; with stage maps and the head's weights, if `stages` says so.
 
-        `size` is the height and width to which images are resized, the model's own by default; images that are pixels
-        already must have it. `check` is called with the model's card before anything runs, and may raise. A model that
-        is not loaded is waited for, `max_wait_seconds` at the most; None leaves that to the options.
+        Images are resized to `size`, height and width, the model's own by default; pixels must have it already.
+        `check` may refuse the model's card. `max_wait_seconds` limits the wait for a load; None: as the options say.
 
         Raises:
-            InvalidRequest: no such size; more images than the model's queue ever takes; stage maps that would take more
-                memory than a request may.
+            InvalidRequest: no such size, or more images or larger stage maps than one request may have.
             ModelNotFound, WeightsUnavailable, ModelLoadFailed, MemoryBudgetExceeded: `model` can't be had.
-            ModelLoading: `max_wait_seconds` are over; the load goes on.
             QueueFull: too many images wait for that model already, or it is in use at too many sizes.
-            DeadlineExceeded: `timeout_seconds` passed.
-            ShuttingDown: the engine takes no new work.
+            ModelLoading, DeadlineExceeded, ShuttingDown: no time is left to wait, to answer, or for the engine.
         """
         self._check_size(size)
         if max_wait_seconds is None and self.options.cold == "refuse":
             max_wait_seconds = 0.0
         name = self.options.default_model if model is None else model
-        with self._requests.enter():
+        timeout_seconds = timeout_seconds or self.options.timeout_seconds
+        with self.request():
             async with (
-                time_limit(timeout_seconds or self.options.timeout_seconds) as deadline,
+                time_limit(timeout_seconds) as deadline,
                 self._registry.lease(name, max_wait_seconds) as resident,
             ):
                 if check:
@@ -162,21 +156,11 @@ class Engine:
                     self._check_maps(resident.executable, size, len(images))
                 async with resident.at(size, stages=stages) as sized:
                     results = await self._pipeline.infer(sized, images, deadline, stages=stages)
-        executable = sized.executable
-        return InferenceResult(
-            executable.card,
-            executable.stored.version,
-            (executable.height, executable.width),
-            executable.head if stages else None,
-            results,
-        )
+        ran, head = sized.executable, sized.executable.head if stages else None
+        return InferenceResult(ran.card, ran.stored.version, (ran.height, ran.width), head, results)
 
     async def models(self) -> list[ModelStatus]:
-        """Every model of the store, and every other that is loaded.
-
-        Raises:
-            WeightsUnavailable: the store can't be read, and nothing is loaded.
-        """
+        """Every model of the store or in memory; raises WeightsUnavailable where neither can be had."""
         return await self._catalog.models(self._registry)
 
     async def model(self, name: str) -> ModelStatus:
@@ -197,12 +181,7 @@ class Engine:
             pass
 
     async def unload(self, name: str) -> None:
-        """Free the model called `name` once nobody uses it, unless it is requested meanwhile.
-
-        Raises:
-            ModelPinned: it is pinned.
-            ModelNotFound, WeightsUnavailable: there is none.
-        """
+        """Free the model called `name` once nobody uses it; raises ModelPinned, or as `model`."""
         await self.model(name)
         await self._registry.unload(name)
 
@@ -226,13 +205,13 @@ class Engine:
         """Let `name` stand for `target`: in the store at once, for requests as soon as that is loaded.
 
         Raises:
-            InvalidRequest, ModelNotFound, ModelLoadFailed, AliasesInvalid, StoreNotWritable: nothing was changed.
+            ServiceError: as `Store.set_alias`; nothing was changed.
         """
         await self._catalog.thread.run(self._catalog.store.set_alias, name, target)
         self._background(self.refresh())
 
     async def remove_alias(self, name: str) -> None:
-        """Let `name` stand for nothing; raises ModelNotFound, AliasesInvalid or StoreNotWritable as `set_alias`."""
+        """Let `name` stand for nothing; raises as `Store.remove_alias`."""
         await self._catalog.thread.run(self._catalog.store.remove_alias, name)
         await self.refresh()
 
@@ -248,11 +227,10 @@ class Engine:
         """Live while the threads move and no GPU failed; says nothing of readiness, and reads no disk."""
         threads = (self._catalog.thread, self._encoders)
         busy = self._pipeline.scheduler.stalled_seconds() | {each.name: each.stalled_seconds() for each in threads}
-        reasons = [self._devices.failure] * bool(self._devices.failure) + [
-            f"a thread for {name} has been at one job for {seconds:.0f} s"
-            for name, seconds in busy.items()
-            if seconds > self.options.stall_seconds
-        ]
+        reasons = [self._devices.failure] if self._devices.failure else []
+        for name, seconds in busy.items():
+            if seconds > self.options.stall_seconds:
+                reasons.append(f"a thread for {name} has been at one job for {seconds:.0f} s")
         return Health(live=not reasons, ready=not reasons, reasons=reasons)
 
     async def health(self) -> Health:
@@ -274,8 +252,7 @@ class Engine:
 
     def collect_metrics(self) -> None:
         """Bring the gauges up to date; call before they are read."""
-        activity = self.activity()
-        waiting = Counter[str]()
+        activity, waiting, sizes = self.activity(), Counter[str](), Counter[str]()
         for queue in activity.queues:
             waiting[queue.model] += queue.waiting
         for name, images in waiting.items():
@@ -284,7 +261,6 @@ class Engine:
         self._metrics.instances_busy.set(sum(each.release is not None for each in activity.instances))
         loaded = self._registry.loaded()
         self._metrics.models_loaded.set(len(loaded))
-        sizes = Counter[str]()
         for resident in loaded:
             sizes[resident.executable.stored.id] += resident.memory_bytes
         self._metrics.report_memory(sizes)
@@ -318,9 +294,8 @@ class Engine:
             return [] if pulled and not preloading else [f"{name}: {error}"]
         if model.failure:
             return [f"{name}: {model.failure}"]
-        if preloading and model.state != "ready":
-            return [f"{name}: {model.state}, to be loaded before the service is ready"]
-        return []
+        waiting = preloading and model.state != "ready"
+        return [f"{name}: {model.state}, to be loaded before the service is ready"] if waiting else []
 
     def _check_size(self, size: Size | None) -> None:
         most = self.options.max_input_side
@@ -336,3 +311,22 @@ class Engine:
                 f"allows {most / 1e6:g}; send {most * images // needed} images a request at the most, or ask for a "
                 "smaller size"
             )
+
+
+@asynccontextmanager
+async def time_limit(seconds: float) -> AsyncIterator[float]:
+    """Limit the time of one request; yields its deadline, on `monotonic`.
+
+    Raises:
+        DeadlineExceeded: the time is over.
+    """
+    scope = asyncio.timeout(seconds)
+    try:
+        async with scope:
+            yield monotonic() + seconds
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        raise DeadlineExceeded(
+            f"no answer within {seconds * 1000:.0f} ms; allow more with timeout_ms or PVT_TIMEOUT_MS"
+        ) from error

@@ -35,11 +35,10 @@ class Budget:
 class EngineOptions:
     """Sizes are images, times are seconds. `precision` None leaves it to the batch plan, `cache` None keeps no plan.
 
-    `remote_store` takes the place of the folder `model_store`.
-    `budget` bounds the models' memory; `cold` says whether a request for a model that is not loaded waits;
-    `reload_seconds` 0 never looks for new versions. `pull` fetches published weights when they are first requested,
-    `mirror` is a base URL in place of their hosts. `devices` are the GPUs to use, by torch's names, none for the CPU;
-    `compile` makes their graphs faster in the background.
+    `remote_store` takes the place of the folder `model_store`. `cold` says whether a request for a model that is not
+    loaded waits; `reload_seconds` 0 never looks for new versions. `pull` fetches published weights when they are first
+    requested, `mirror` is a base URL in place of their hosts. `devices` are the GPUs to use, by torch's names, none for
+    the CPU; `compile` makes their graphs faster in the background.
     """
 
     model_store: Path
@@ -80,16 +79,9 @@ def default_instances(devices: Sequence[str], cores: int) -> int:
 def make_backends(options: EngineOptions) -> tuple[MakeBackend, ...]:
     """The backends to try, best first, each made when first called for and only once."""
     torch.set_num_threads(options.cores)  # loading uses torch too, which knows nothing of quotas
-    openvino, eager = (
-        cache(partial(OpenVinoBackend, options.instances)),
-        cache(partial(TorchBackend, options.instances)),
-    )
-    choices: dict[BackendName, tuple[MakeBackend, ...]] = {
-        "auto": (openvino, eager),
-        "openvino": (openvino,),
-        "torch": (eager,),
-    }
-    on_cpu = choices[options.backend]
+    openvino = cache(partial(OpenVinoBackend, options.instances))
+    eager = cache(partial(TorchBackend, options.instances))
+    on_cpu = {"auto": (openvino, eager), "openvino": (openvino,), "torch": (eager,)}[options.backend]
     return (cache(partial(_on_gpus, options)), *on_cpu) if options.devices else on_cpu
 
 

@@ -1,13 +1,13 @@
-"""Work that several callers wait for, done once.
+"""Work that several callers wait for, done once, and its end.
 
-A task keeps the error it ended with, and an error keeps the frames it went through, with all that these hold: of a
-caller, its images. So each caller gets a copy of the error, and only copies are kept.
+An error keeps the frames it went through, with all that these refer to: of a caller, its images. So each caller gets a
+copy of the error, and only copies are kept.
 """
 
 import asyncio
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from copy import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from service.errors import ServiceError
 
@@ -36,6 +36,14 @@ async def shared(task: asyncio.Task[T], max_wait_seconds: float | None = None) -
         raise fresh(error) from None
 
 
+async def cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel all of `tasks`, and return when they have ended."""
+    cancelled = [*tasks]
+    for task in cancelled:
+        task.cancel()
+    await asyncio.gather(*cancelled, return_exceptions=True)
+
+
 class RecentErrors:
     """Remembers for each key the error of its last attempt, for `seconds` on the event loop's clock."""
 
@@ -51,7 +59,6 @@ class RecentErrors:
             self._errors[key] = asyncio.get_running_loop().time(), fresh(error)
 
     def get(self, key: Hashable) -> ServiceError | None:
-        """The error of `key`, if it is recent; a copy."""
+        """A copy of the error of `key`, if it is recent."""
         at, error = self._errors.get(key, (0.0, None))
-        recent = error and asyncio.get_running_loop().time() - at < self._seconds
-        return fresh(error) if error and recent else None
+        return fresh(error) if error and asyncio.get_running_loop().time() - at < self._seconds else None

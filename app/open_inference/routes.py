@@ -150,11 +150,11 @@ async def server_ready(state: HealthDep) -> JSONResponse:
 async def model_metadata(engine: EngineDep, name: ModelName, version: str | None = None) -> ModelMetadata:
     """Inputs and outputs, at the model's own input size."""
     model = await engine.model(_versioned(name, version))
-    card = model.require_card()
+    card = model.stored.require_card()
     return ModelMetadata(
         name=model.id,
         versions=[each.version for each in model.versions] or [model.version],
-        platform=model.backend or "pytorch",
+        platform=model.report.backend if model.report else "pytorch",
         inputs=tensors.inputs_of(card),
         outputs=tensors.outputs_of(card),
     )
@@ -175,7 +175,7 @@ async def model_ready(engine: EngineDep, name: ModelName, version: str | None = 
 async def model_config(engine: EngineDep, name: ModelName, version: str | None = None) -> ModelConfig:
     """Triton's model configuration extension, which Triton's tools request."""
     model = await engine.model(_versioned(name, version))
-    card, platform = model.require_card(), model.backend or "pytorch"
+    card, platform = model.stored.require_card(), model.report.backend if model.report else "pytorch"
     return ModelConfig(
         name=model.id,
         platform=platform,

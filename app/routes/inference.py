@@ -22,9 +22,8 @@ from typing_extensions import override
 from app.bodies import Upload, read_uploads
 from app.dependencies import bearer, max_wait_seconds, require_key
 from app.problems import NotAcceptable
-from service.engine import Engine
+from service.engine import Engine, time_limit
 from service.errors import ServiceError
-from service.lifecycle import time_limit
 from service.results import InferenceResult
 from service.store.cards import ModelCard
 

@@ -12,9 +12,8 @@ from pydantic import BaseModel, Field
 from app.dependencies import APPLIED, EngineDep, MaxWaitDep, audited, require_management, require_one_process
 from app.problems import documented
 from app.routes.models import BatchSize, ModelInfo, ModelList, milliseconds, model_info
-from service.engine import Engine
+from service.engine import Engine, time_limit
 from service.errors import ModelLoading
-from service.lifecycle import time_limit
 from service.scheduling.activity import InstanceActivity, PastRelease, QueueActivity
 
 router = APIRouter(tags=["management"], dependencies=[Depends(require_management)])

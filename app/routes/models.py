@@ -1,6 +1,5 @@
 """`GET /models`, and what it shows of a model."""
 
-from dataclasses import fields
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -9,9 +8,10 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from app.dependencies import EngineDep
 from app.problems import documented
+from service.acquisition.catalogue import CLASSES, LICENCE, SIDE
 from service.acquisition.pulling import RemoteModel
 from service.errors import WeightsUnavailable
-from service.registry.status import ModelStatus, VersionStatus
+from service.registry.versions import ModelStatus, VersionStatus
 from service.store.cards import Accuracy
 
 router = APIRouter(prefix="/models", tags=["models"])
@@ -156,35 +156,39 @@ async def get_model(model_id: str, engine: EngineDep) -> ModelInfo:
 
 def model_info(model: ModelStatus) -> ModelInfo:
     """What is known of `model`: from its card, and from memory once it is loaded."""
-    shown = _shown(model)
-    shown["versions"] = [VersionInfo(**_shown(version)) for version in model.versions]
-    if card := model.card:
-        shown["input_size"] = (card.preprocessing.height, card.preprocessing.width)
-        shown["num_classes"] = len(card.labels)
-        shown |= {"parameters": card.parameters, "accuracy": card.accuracy, "licence": card.licence}
-    if model.plan is not None and model.layout is not None:  # it is loaded
-        precisions = model.other_precisions or {}
-        shown["batch_plan"] = [
-            PlannedBatch(size=n, ms=milliseconds(seconds), precision=precisions.get(n))
-            for n, seconds in model.plan.items()
+    known: dict[str, Any] = {}
+    if card := model.stored.card:
+        known["input_size"] = (card.preprocessing.height, card.preprocessing.width)
+        known["num_classes"] = len(card.labels)
+        known |= {"parameters": card.parameters, "accuracy": card.accuracy, "licence": card.licence}
+    if (report := model.report) and (plan := model.plan):  # it is loaded
+        known |= {name: getattr(report, name) for name in ("backend", "device", "precision", "load_seconds")}
+        known["batch_plan"] = [
+            PlannedBatch(size=n, ms=milliseconds(seconds), precision=model.other_precisions.get(n))
+            for n, seconds in plan.seconds.items()
         ]
-        shown["alone_ms"] = model.alone_seconds and milliseconds(model.alone_seconds)
-        if found := model.deviation:
+        known["alone_ms"] = plan.alone_seconds and milliseconds(plan.alone_seconds)
+        if found := report.deviation:
             worst = {"cosine": found.cosine, "deviation": found.share, "worst_swap": found.swap}
-            shown["reference_check"] = ReferenceCheck(images=found.images, changed=found.changed, **worst)
-        shown["layout"] = CoreLayout(**model.layout._asdict())
-        shown["notes"] = model.notes or []
-        shown["improving"] = model.optimizing or None
-    return ModelInfo(variant=model.variant, **shown)
+            known["reference_check"] = ReferenceCheck(images=found.images, changed=found.changed, **worst)
+        known["layout"] = CoreLayout(**report.layout._asdict())
+        known |= {"plan_cached": report.cached, "notes": list(model.notes), "improving": model.optimizing or None}
+    versions = [VersionInfo(**_shown(version)) for version in model.versions]
+    known |= {"id": model.id, "variant": model.stored.variant, "default": model.default}
+    return ModelInfo(versions=versions, **_shown(model), **known)
 
 
 def _shown(status: VersionStatus) -> dict[str, Any]:
-    """Its fields, also those that no response has; how it is used only while it is in memory or being loaded."""
-    shown = {field.name: getattr(status, field.name) for field in fields(status)}
-    shown["reason"] = str(status.failure) if status.failure else None
-    shown["aliases"] = shown.get("aliases") or None
-    if status.state not in {"ready", "loading"}:
-        shown |= {"leases": None, "pinned": None, "idle_seconds": None}
+    """What is known of a model and of each version; how it is used only while it is in memory or being loaded."""
+    shown: dict[str, Any] = {
+        "version": status.version,
+        "state": status.state,
+        "reason": str(status.failure) if status.failure else None,
+        "aliases": list(status.aliases) or None,
+        "memory_bytes": status.memory_bytes,
+    }
+    if status.state in {"ready", "loading"}:
+        shown |= {name: getattr(status, name) for name in ("leases", "pinned", "idle_seconds")}
     return shown
 
 

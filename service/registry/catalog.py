@@ -1,31 +1,40 @@
 """What models there are and where each stands: in the store, in memory, or published and yet to be pulled."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager
+from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+import structlog
+from watchfiles import awatch
 
 from service.acquisition.pulling import Pulls
 from service.errors import ServiceError, WeightsUnavailable
 from service.options import EngineOptions
-from service.registry.entries import Candidate, EntryStatus
 from service.registry.registry import Registry
 from service.registry.resident import Resident
-from service.registry.status import ModelStatus, VersionStatus
+from service.registry.versions import Candidate, ModelStatus, VersionStatus
 from service.sharing import fresh
 from service.store.remote import open_store
 from service.store.store import Contents, StoredModel
 from service.workers import Workers, detached
 
+log = structlog.get_logger(component="catalog")
+
 FETCHES = 4  # at a time; they wait for one another's room in the cache, but not for one that has its files
+DEBOUNCE_MS = 1000  # changes are gathered for so long at the most,
+QUIET_MS = 200  # or until there have been none for so long
 
 
 class Catalog:
-    """Finds every model that could be loaded, and fetches its files to this machine. It lives until it is closed.
+    """A `Finder` of every model that could be loaded; fetches its files to this machine. It lives until it is closed.
 
-    A `registry.Finder`. `folder` is where to watch for changes, if that can be watched.
+    `folder` is where to watch for changes.
     """
 
     def __init__(self, options: EngineOptions) -> None:
@@ -45,20 +54,11 @@ class Catalog:
             workers.close(wait=False)
 
     async def find(self, name: str) -> Sequence[Candidate]:
-        """The versions in the store that `name` may stand for, the best first; at least one.
-
-        Raises:
-            ModelNotFound, WeightsUnavailable, AliasesInvalid: there is none.
-        """
+        """The versions in the store that `name` may stand for, the best first; raises as `Store.candidates`."""
         return await self.thread.run(lambda: [_candidate(stored) for stored in self.store.candidates(name)])
 
     async def obtain(self, name: str, max_wait_seconds: float | None = None) -> Sequence[Candidate]:
-        """The same, after pulling the published weights that `name` means, if they are not in the store.
-
-        Raises:
-            ModelNotFound, WeightsUnavailable, AliasesInvalid: there is none.
-            WeightsUnavailable, WeightsInvalid, StoreNotWritable, ModelLoading: see `Pulls.pull`.
-        """
+        """The same, after pulling the published weights that `name` means, if need be; raises as `Pulls.pull`, too."""
         published = self.pulls.wanted(name)
         try:
             found = await self.find(name)
@@ -66,16 +66,10 @@ class Catalog:
                 return found
         except WeightsUnavailable:
             # Detached, since the threads that pull may all be busy for long.
-            if published is None or not await detached(self._has_folder):
+            if published is None or not await detached(partial(os.path.isdir, self.folder)):
                 raise
         await self.pulls.pull(published, max_wait_seconds)
         return await self.find(name)
-
-    def _has_folder(self) -> bool:
-        try:
-            return self.folder.is_dir()
-        except OSError:  # a folder around it can't be entered
-            return False
 
     @asynccontextmanager
     async def fetched(self, stored: StoredModel) -> AsyncIterator[StoredModel]:
@@ -84,11 +78,11 @@ class Catalog:
         Raises:
             WeightsUnavailable, ModelLoadFailed: they can't be fetched, or are not what they should be.
         """
-        held = ExitStack()
-        fetching = asyncio.ensure_future(self._fetching.run(held.enter_context, self.store.holding(stored)))
+        files = ExitStack()
+        fetching = asyncio.ensure_future(self._fetching.run(files.enter_context, self.store.holding(stored)))
 
         def release(done: "asyncio.Future[StoredModel]") -> None:
-            held.close()
+            files.close()
             _ = done.cancelled() or done.exception()  # retrieved, should the caller have gone
 
         try:
@@ -97,11 +91,7 @@ class Catalog:
             fetching.add_done_callback(release)
 
     async def models(self, registry: Registry[Resident]) -> list[ModelStatus]:
-        """Every model of the store, and every other that is loaded in `registry`.
-
-        Raises:
-            WeightsUnavailable: the store can't be read, and nothing is loaded.
-        """
+        """Every model of the store or in `registry`; raises WeightsUnavailable where neither can be had."""
         try:
             contents = await self.thread.run(self.store.contents)
         except WeightsUnavailable:
@@ -109,19 +99,11 @@ class Catalog:
                 raise
             contents = Contents({}, {})
         default = await self._default_id(registry)
-        ids = {*contents.versions} | {each.stored.id for each in registry.all() if not each.failure}
-        all_versions = {id_: _versions(id_, contents, registry) for id_ in sorted(ids)}
-        return [
-            _model(_answering(id_, versions, registry), versions, contents, default=id_ == default)
-            for id_, versions in all_versions.items()
-        ]
+        ids = {*contents.versions} | {each.id for each in registry.all() if not each.failure}
+        return [_model(id_, contents, registry, default) for id_ in sorted(ids)]
 
     async def model(self, name: str, registry: Registry[Resident]) -> ModelStatus:
-        """The model called `name`; by name and version, or by an alias, in that version.
-
-        Raises:
-            ModelNotFound, WeightsUnavailable: the store has none.
-        """
+        """The model called `name`; by name and version, or by an alias, in that version. Raises as `find`."""
         named = registry.named(name)
         found = [named.stored] if named else [each.stored for each in await self.find(name)]
         try:
@@ -129,92 +111,54 @@ class Catalog:
         except WeightsUnavailable:
             # A folder that can't be listed, though what is named in it can be read.
             contents = Contents({found[0].id: found}, {})
-        default, id_ = await self._default_id(registry), found[0].id
-        versions = _versions(id_, contents, registry)
-        answering = _answering(id_, versions, registry)
-        if answering not in {each.key for each in found}:
-            answering = found[0].key
-            versions = {answering: (found[0], None), **versions}
-        return _model(answering, versions, contents, default=id_ == default)
+        return _model(found[0].id, contents, registry, await self._default_id(registry), found)
 
     async def _default_id(self, registry: Registry[Resident]) -> str | None:
         if named := registry.named(self._default_model):
-            return named.stored.id
+            return named.id
         try:
             return (await self.find(self._default_model))[0].stored.id
         except ServiceError:
             return None
 
 
-_Versions = Mapping[str, tuple[StoredModel, EntryStatus[Resident] | None]]
+def _model(
+    id_: str, contents: Contents, registry: Registry[Resident], default: str | None, found: Sequence[StoredModel] = ()
+) -> ModelStatus:
+    """The model in the version that answers to its name, or else in the newest that may; if `found`, in one of these.
 
-
-def _model(answering: str, versions: _Versions, contents: Contents, *, default: bool) -> ModelStatus:
-    """The model in the version `answering`."""
-    stored, entry = versions[answering]
-    return ModelStatus(
-        id=stored.id,
-        version=stored.version,
-        **_state(stored, entry),
-        aliases=contents.aliases_of(stored.id),
-        default=default,
-        card=stored.card,
-        versions=[
-            VersionStatus(id=each.id, version=each.version, **_state(each, status), aliases=contents.aliases_of(key))
-            for key, (each, status) in versions.items()
-        ],
-        **(_loaded(entry.loaded) if entry and entry.loaded else {}),
-    )
-
-
-def _versions(id_: str, contents: Contents, registry: Registry[Resident]) -> _Versions:
-    """By key: what is in memory counts, whatever has become of its folder since."""
-    found: dict[str, tuple[StoredModel, EntryStatus[Resident] | None]] = {
-        stored.key: (stored, None) for stored in contents.versions.get(id_, ())
-    }
-    for entry in registry.all():
-        if entry.stored.id == id_ and not (entry.failure and entry.stored.key not in found):
-            found[entry.stored.key] = (entry.stored, entry)
-    return found
-
-
-def _answering(id_: str, versions: _Versions, registry: Registry[Resident]) -> str:
-    """The version that answers to the model's name; else the newest that may, else the newest."""
+    What is in memory counts, whatever has become of its folder since.
+    """
+    versions = {stored.key: _in_store(stored, contents) for stored in contents.versions.get(id_, ())}
+    for status in registry.all():
+        key = status.stored.key
+        if status.id == id_ and (key in versions or not status.failure):
+            versions[key] = replace(status, aliases=contents.aliases_of(key))
+    answering = next((key for key, each in versions.items() if not each.failure), next(iter(versions), ""))
     if (named := registry.named(id_)) and named.stored.key in versions:
-        return named.stored.key
-    whole = (key for key, (stored, entry) in versions.items() if not (stored.failure or (entry and entry.failure)))
-    return next(whole, next(iter(versions), ""))
+        answering = named.stored.key
+    if found and answering not in {each.key for each in found}:
+        answering = found[0].key
+        versions = {answering: _in_store(found[0], contents), **versions}
+    model = ModelStatus(
+        **{**vars(versions[answering]), "aliases": contents.aliases_of(id_)},
+        default=id_ == default,
+        versions=[*versions.values()],
+    )
+    for resident in registry.loaded():
+        executable, report = resident.executable, resident.executable.report
+        if executable.stored.key == answering:
+            others = {n: each for n, each in executable.precisions.items() if each != report.precision}
+            optimizing, notes = executable.optimizer is not None, resident.notes
+            return replace(model, report=report, plan=executable.plan, notes=notes, optimizing=optimizing,
+                           other_precisions=others)  # fmt: skip
+    return model
 
 
-def _state(stored: StoredModel, entry: EntryStatus[Resident] | None) -> dict[str, Any]:
-    failure = (entry and entry.failure) or stored.failure
-    if entry is None or failure:
-        return {"state": "failed" if failure else "available", "failure": failure and fresh(failure)}
-    return {
-        "state": entry.state,
-        "leases": entry.leases,
-        "pinned": entry.pinned,
-        "idle_seconds": entry.idle_seconds,
-        "memory_bytes": entry.memory_bytes,
-    }
-
-
-def _loaded(resident: Resident) -> dict[str, Any]:
-    executable, report = resident.executable, resident.executable.report
-    return {
-        "backend": report.backend,
-        "device": report.device,
-        "precision": report.precision,
-        "layout": report.layout,
-        "plan": executable.plan.seconds,
-        "alone_seconds": executable.plan.alone_seconds,
-        "plan_cached": report.cached,
-        "notes": resident.notes,
-        "load_seconds": report.load_seconds,
-        "optimizing": executable.optimizer is not None,
-        "deviation": report.deviation,
-        "other_precisions": {n: each for n, each in executable.precisions.items() if each != report.precision},
-    }
+def _in_store(stored: StoredModel, contents: Contents) -> VersionStatus:
+    failure = stored.failure and fresh(stored.failure)
+    state: Literal["available", "failed"] = "failed" if failure else "available"
+    return VersionStatus(stored=stored, state=state, failure=failure, aliases=contents.aliases_of(stored.key))
 
 
 def _candidate(stored: StoredModel) -> Candidate:
@@ -226,3 +170,36 @@ def _candidate(stored: StoredModel) -> Candidate:
         files = []  # it has none on this machine
     mark = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
     return Candidate(stored, f"{stored.key}#{card}", mark)
+
+
+async def watch(folder: Path, seconds: float, refresh: Callable[[], Awaitable[None]]) -> None:
+    """Call `refresh` when something below `folder` has changed, and every `seconds` besides, until cancelled.
+
+    The kernel reports changes on local disks only, and a folder that was replaced or mounted over is another one. Where
+    the folder can't be watched, it is looked for again later.
+    """
+    reason: str | None = None
+    while True:
+        try:
+            watched = await asyncio.to_thread(folder.stat)
+            batches = awatch(folder, watch_filter=None, debounce=DEBOUNCE_MS, step=QUIET_MS,
+                             rust_timeout=max(1, int(1000 * seconds)), yield_on_timeout=True)  # fmt: skip
+            async with aclosing(batches):
+                async for _ in batches:
+                    reason = None
+                    await _logged(refresh)
+                    if not os.path.samestat(watched, await asyncio.to_thread(folder.stat)):
+                        break
+        except (OSError, RuntimeError) as error:
+            if reason != str(error):
+                log.warning("store_not_watched", folder=str(folder), reason=str(error), looked_at_every=seconds)
+            reason = str(error)
+            await asyncio.sleep(seconds)
+        await _logged(refresh)
+
+
+async def _logged(refresh: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await refresh()
+    except Exception:
+        log.exception("refresh_failed")

@@ -1,15 +1,20 @@
-"""From a model in the store to one that can run: module, weights, graphs, batch plan. Blocking; takes seconds."""
+"""From a model in the store to one that can run: module, weights, graphs, batch plan; and free again.
 
+`load` is blocking, and takes seconds. `Loading` calls it on a thread for that, and optimizes graphs while they serve.
+"""
+
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
+from typing import TypeVar
 
 import numpy as np
 import structlog
 
 from service.backends.base import Backend, DeviceHealth, build, plain_logits
-from service.errors import DeviceFailed, GoldenMismatch, OutOfMemory, ReferenceInvalid, ServiceError
+from service.errors import DeviceFailed, GoldenMismatch, ModelLoadFailed, OutOfMemory, ReferenceInvalid, ServiceError
 from service.execution.executable import CheckedGraphs, Executable, LoadReport
 from service.execution.plan import BatchPlan
 from service.execution.plan_cache import CachedPlan, PlanCache, digest, machine
@@ -21,20 +26,161 @@ from service.execution.reference import (
     reference_of,
 )
 from service.execution.tuning import LatencyGraph, Limits, Optimizer, Tuned, Tuning
+from service.machine import give_back, held_bytes
+from service.metrics import EngineMetrics
+from service.options import EngineOptions, make_backends
+from service.pipeline import Pipeline
+from service.registry.catalog import Catalog
+from service.registry.residency import Footprint, Footprints
+from service.registry.resident import Resident
+from service.registry.versions import UnloadReason
+from service.sharing import cancel
 from service.store.store import StoredModel
+from service.workers import Workers, detached
+
+T = TypeVar("T")
 
 log = structlog.get_logger(component="loader")
 
 
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """Plan and graphs on `backend`, whether the cache had them, what checks their logits, and what optimizes them."""
+class Loading:
+    """A `Loader`. One load at a time, since each measures what it takes; it lives until it is closed."""
 
-    backend: Backend
-    tuned: Tuned
-    cached: bool
-    check: ReferenceCheck
-    optimizer: Optimizer | None = None
+    def __init__(
+        self,
+        options: EngineOptions,
+        metrics: EngineMetrics,
+        pipeline: Pipeline,
+        catalog: Catalog,
+        devices: DeviceHealth,
+    ) -> None:
+        self._metrics = metrics
+        self._catalog = catalog
+        self._devices = devices
+        plans = PlanCache(options.cache) if options.cache else None
+        limits, backends = Limits(options.cores, options.max_batch_size, options.precision), make_backends(options)
+        self._load = lambda stored: load(stored, backends, limits, plans, devices)
+        self._resident = partial(Resident, pipeline=pipeline, max_others=options.sizes_per_model)
+        kind = (options.backend, options.precision or "auto", f"{options.instances}x{options.cores}",
+                str(options.max_batch_size), *options.devices)  # fmt: skip
+        compiled = options.backend != "torch" and not options.devices
+        self._footprints = Footprints(options.cache, "-".join(kind), compiled=compiled)
+        self._thread = Workers("load", 1)
+        self._preparing = asyncio.Lock()
+        # Mutable state: for each model, the task that optimizes its graphs.
+        self._optimizing: dict[Resident, asyncio.Task[None]] = {}
+
+    async def load(self, stored: StoredModel) -> Resident:
+        """`stored`, ready to run; raises ModelLoadFailed or WeightsUnavailable, which say why it can't be."""
+        start = perf_counter()
+        try:
+            async with self._catalog.fetched(stored) as local:
+                executable = await self._on_thread("model_load_failed", "loaded", stored, partial(self._load, local))
+        except ServiceError:
+            self._metrics.model_loads.labels(stored.id, "failed").inc()
+            raise
+        report = executable.report
+        self._metrics.model_loads.labels(stored.id, "loaded").inc()
+        self._metrics.model_load_seconds.labels(stored.id).observe(perf_counter() - start)
+        self._remember(executable)
+        log.info("model_loaded", model=stored.id, backend=report.backend, precision=report.precision,
+                 layout=f"{report.layout.streams}x{report.layout.threads}", batch_sizes=executable.plan.sizes,
+                 cached=report.cached, seconds=round(report.load_seconds, 3),
+                 version=stored.version, memory_bytes=report.memory_bytes)  # fmt: skip
+        resident = self._resident(executable, compile_=partial(self._extend, executable.stored))
+        self._optimizing[resident] = asyncio.create_task(self._optimize(resident))
+        self._optimizing[resident].add_done_callback(lambda _: self._optimizing.pop(resident, None))
+        return resident
+
+    async def unload(self, only: list[Resident], reason: UnloadReason) -> None:
+        """Take out the one model in `only`, to which nothing else refers, and return its memory to the kernel."""
+        self._metrics.evictions.labels(reason).inc()
+        await self._end_optimizing(only[0])
+        await only[0].close()
+        stored, before = only[0].executable.stored, held_bytes()
+        await self._thread.run(_drop, only)
+        log.info("model_unloaded", model=stored.id, version=stored.version, freed_bytes=before - held_bytes())
+
+    def memory_bytes(self, loaded: Resident) -> int:
+        """The measured memory that it takes now."""
+        return loaded.memory_bytes
+
+    def footprint(self, stored: StoredModel) -> Footprint:
+        """What loading `stored` took last, else an estimate."""
+        return self._footprints.of(stored)
+
+    async def stop(self) -> None:
+        """Stop optimizing all models."""
+        await cancel(self._optimizing.values())
+
+    def close(self) -> None:
+        """Drop what waits; a load under way ends in its own time."""
+        self._thread.close(wait=False)
+
+    async def _end_optimizing(self, resident: Resident) -> None:
+        # Not in `unload`, which would keep the task, and with its cancellation all frames that refer to the model.
+        if task := self._optimizing.pop(resident, None):
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _extend(self, stored: StoredModel, make: Callable[[], T]) -> T:
+        """What `make` compiles for `stored`, which is loaded; raises as `load`."""
+        start = perf_counter()
+        async with self._catalog.fetched(stored):  # `make` may read the weights again
+            extension = await self._on_thread("model_extension_failed", "compiled anew", stored, make)
+        log.info("model_extended", model=stored.id, seconds=round(perf_counter() - start, 3))
+        return extension
+
+    async def _on_thread(self, event: str, done: str, stored: StoredModel, blocking: Callable[[], T]) -> T:
+        """`blocking`, on the thread for loading; every failure is logged as `event`, and a ServiceError."""
+        try:
+            with self._devices.watched():
+                return await self._thread.run(blocking)
+        except ServiceError as error:
+            log.warning(event, model=stored.id, reason=str(error))
+            raise
+        except Exception as error:
+            log.exception(event, model=stored.id)
+            raise ModelLoadFailed(f"{stored.id} could not be {done}: {type(error).__name__}: {error}") from error
+
+    async def _optimize(self, resident: Resident) -> None:
+        """Make the graphs that a model's first responses can do without; if that fails, the model serves as it is.
+
+        The part that takes minutes runs for one model at a time, while others load; the rest takes turns with loads.
+        Cancelling this waits for nothing, and stops the compiler.
+        """
+        executable, start = resident.executable, perf_counter()
+        notes: list[str] = []
+        try:
+            await self._thread.run(executable.add_latency_graph)
+            self._remember(executable)
+        except Exception:
+            log.exception("latency_graph_failed", model=executable.stored.id)
+        while optimizer := executable.optimizer:
+            notes = optimizer.notes
+            async with self._preparing:
+                try:
+                    await detached(optimizer.prepare)
+                except asyncio.CancelledError:
+                    optimizer.stop()
+                    raise
+            if optimized := await self._thread.run(executable.optimize):
+                self._remember(executable)
+                resident.replan()
+                log.info("model_improved", model=executable.stored.id, batch_size=optimized.size,
+                         ms=round(optimized.seconds * 1000, 3), seconds=round(perf_counter() - start, 3))  # fmt: skip
+        for note in notes:
+            log.warning("plan_note", model=executable.stored.id, note=note)
+
+    def _remember(self, executable: Executable) -> None:
+        taken = executable.report.memory_bytes + executable.added_bytes
+        footprint = Footprint(bytes=max(0, taken), seconds=executable.report.load_seconds)
+        self._footprints.remember(executable.stored, footprint)
+
+
+def _drop(only: list[T]) -> None:
+    only.clear()
+    give_back()
 
 
 def load(
@@ -46,43 +192,14 @@ def load(
 ) -> Executable:
     """Load `stored` on the first of `backends` that can run it, with the plan in `cache`, else with a measured one.
 
-    A backend that does not reproduce the model's reference logits counts as one that can't run it. The failure of a
-    GPU is noted in `devices`.
+    A backend that does not reproduce the model's reference logits can't run it. `devices` notes the failure of a GPU.
 
     Raises:
         ModelLoadFailed: the card or the weights are wrong, or the model computes no finite numbers.
         Exception: the last backend's, if none could run it.
     """
-    start, failures = perf_counter(), list[str]()
-    ready, memory = _first_ready(stored, backends, limits, cache, devices=devices or DeviceHealth(), failures=failures)
-    backend, tuned = ready.backend, ready.tuned
-    for note in () if ready.cached else tuned.notes:
-        log.warning("plan_note", model=stored.id, note=note)
-    report = LoadReport(
-        backend=backend.name,
-        device=backend.device,
-        precision=tuned.precision,
-        layout=tuned.layout,
-        notes=(*failures, *tuned.notes),
-        cached=ready.cached,
-        memory_bytes=max(stored.require_card().weights.bytes, backend.memory_bytes() - memory),
-        load_seconds=perf_counter() - start,
-        deviation=tuned.deviation,
-    )
-    checked = CheckedGraphs(stored.id, tuned.precision, ready.check, forced=limits.precision is not None)
-    return Executable(stored, backend, tuned, report, checked=checked, optimizer=ready.optimizer)
-
-
-def _first_ready(
-    stored: StoredModel,
-    backends: Sequence[Callable[[], Backend]],
-    limits: Limits,
-    cache: PlanCache | None,
-    *,
-    devices: DeviceHealth,
-    failures: list[str],
-) -> tuple[_Ready, int]:
-    """The model on the first backend that can run it, and the memory in use before; adds to `failures` of others."""
+    start, devices = perf_counter(), devices or DeviceHealth()
+    failures: list[str] = []
     for i, make in enumerate(backends, 1):
         name = f"backend number {i}"
         try:
@@ -91,19 +208,20 @@ def _first_ready(
                 name = backend.name if backend.device == "cpu" else f"{backend.name} on {backend.device}"
                 memory = backend.memory_bytes()  # after its libraries, which are not the model's memory
                 own = reference_of(stored.require_card(), stored.folder)
-                attempt = _Attempt(stored, backend, limits, cache, devices, own)
-                return attempt.restored() or attempt.measured(), memory
+                attempt = _Attempt(stored, backend, limits, cache, devices, own, failures, memory, start)
+                return attempt.restored() or attempt.measured()
         except Exception as error:
             wrong = isinstance(error, GoldenMismatch)
             # Other errors of ours are about the model's files, which are the same on every backend.
             if isinstance(error, ServiceError) and not isinstance(error, GoldenMismatch | OutOfMemory | DeviceFailed):
                 raise
             failures.append(f"{name} failed: {error if wrong else f'{type(error).__name__}: {error}'}")
-            if i == len(backends):
-                if wrong:
-                    raise _mismatch(stored, failures, limits) from error
+            if i < len(backends):
+                log.warning("backend_failed", model=stored.id, reason=failures[-1])
+            elif wrong:
+                raise _mismatch(stored, failures, limits) from error
+            else:
                 raise
-            log.warning("backend_failed", model=stored.id, reason=failures[-1])
     raise ValueError("no backend to load on")
 
 
@@ -119,7 +237,10 @@ def _mismatch(stored: StoredModel, failures: Sequence[str], limits: Limits) -> G
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """Makes `stored` ready on `backend`. `own` is the reference that its card names."""
+    """Loads `stored` on `backend`. `own` is the reference that its card names.
+
+    `failures` are those of other backends; the load began at `start` with `memory` bytes in use.
+    """
 
     stored: StoredModel
     backend: Backend
@@ -127,8 +248,11 @@ class _Attempt:
     cache: PlanCache | None
     devices: DeviceHealth
     own: Reference | None
+    failures: Sequence[str]
+    memory: int
+    start: float
 
-    def restored(self) -> _Ready | None:
+    def restored(self) -> Executable | None:
         """The model with plan and graphs from the cache, if it has an entry."""
         stored, cache, restore = self.stored, self.cache, self.backend.restore
         if not (cache and restore and (found := cache.read(stored.id, stored.version, self._key()))):
@@ -144,13 +268,13 @@ class _Attempt:
             check = self._check(self.own or self._cached_reference(cache, entry))
             deviation = check.check_restored(graphs, plan.time(1))
             tuned = Tuned(entry.precision, entry.layout, plan, graphs, latency, entry.notes, deviation)
-            return _Ready(self.backend, tuned, cached=True, check=check)
+            return self._executable(tuned, check, cached=True)
         except Exception as error:  # noqa: BLE001  whatever is wrong with it, it can be made anew
             log.warning("plan_cache_ignored", model=stored.id, reason=f"{type(error).__name__}: {error}")
             return None
 
-    def measured(self) -> _Ready:
-        """The model with a plan and graphs that were made and measured now, and written to the cache."""
+    def measured(self) -> Executable:
+        """The model with a plan and graphs that are made and measured now, and written to the cache."""
         card = self.stored.require_card()
         shape = card.preprocessing.height, card.preprocessing.width
         module = build(card, self.stored.folder)
@@ -165,7 +289,27 @@ class _Attempt:
             )  # fmt: skip
         if self.cache and self.backend.restore:
             self._write(self.cache, tuned, check.reference)
-        return _Ready(self.backend, tuned, cached=False, check=check, optimizer=optimizer)
+        for note in tuned.notes:
+            log.warning("plan_note", model=self.stored.id, note=note)
+        return self._executable(tuned, check, optimizer, cached=False)
+
+    def _executable(
+        self, tuned: Tuned, check: ReferenceCheck, optimizer: Optimizer | None = None, *, cached: bool
+    ) -> Executable:
+        stored, backend = self.stored, self.backend
+        report = LoadReport(
+            backend=backend.name,
+            device=backend.device,
+            precision=tuned.precision,
+            layout=tuned.layout,
+            notes=(*self.failures, *tuned.notes),
+            cached=cached,
+            memory_bytes=max(stored.require_card().weights.bytes, backend.memory_bytes() - self.memory),
+            load_seconds=perf_counter() - self.start,
+            deviation=tuned.deviation,
+        )
+        checked = CheckedGraphs(stored.id, tuned.precision, check, forced=self.limits.precision is not None)
+        return Executable(stored, backend, tuned, report, checked=checked, optimizer=optimizer)
 
     def _write(self, cache: PlanCache, tuned: Tuned, reference: Reference) -> None:
         """Cache the plan and its graphs, and the reference if it was computed."""

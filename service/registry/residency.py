@@ -1,14 +1,14 @@
 """What models take of the memory budget, and which of them are evicted when another needs room.
 
-The decisions are pure: times are the caller's. They are those of GreedyDual-Size (P. Cao and S. Irani, "Cost-Aware WWW
-Proxy Caching Algorithms", USITS 1997), with the measured seconds of a load as cost: each use of a model gives it the
-credit `inflation + seconds / bytes`, the least credit is evicted first, and the inflation rises to the credit of what
-was evicted. So what has not been used for long goes, and among equals what frees most bytes for each second of loading
-it again.
+The decisions are pure, and those of GreedyDual-Size (P. Cao and S. Irani, "Cost-Aware WWW Proxy Caching Algorithms",
+USITS 1997), with the measured seconds of a load as cost: each use of a model gives it the credit
+`inflation + seconds / bytes`, the least credit is evicted first, and the inflation rises to the credit of what was
+evicted. So what has not been used for long goes, and among equals what frees most bytes for each second of loading.
 """
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -23,20 +23,18 @@ from service.store.store import StoredModel
 
 log = structlog.get_logger(component="residency")
 
-Hold = Literal["", "pinned", "in use", "loading", "unloading"]
-
-# For a model that was never loaded here, as measured (docs/operations.md). Compiled graphs keep the weights and one
-# repacked copy for each batch size; that there is but one is assumed, since what is guessed too large is never tried.
-BYTES_PER_PARAMETER = {"torch": 4, "compiled": 12}  # "torch" on a GPU too, where half of it is weights in 16 bits
+# For a model that was never loaded, as measured (docs/operations.md). Compiled graphs keep the weights and one repacked
+# copy for each batch size; one batch size is assumed, since what is guessed too large is never tried.
+BYTES_PER_PARAMETER = {"torch": 4, "compiled": 12}  # 4 on a GPU too, where half of it is weights in 16 bits
 SECONDS, SECONDS_PER_PARAMETER = 2.0, 1.5e-7
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """A model in memory, or being loaded. `hold` is what keeps it from being evicted, if anything does.
+    """A model in memory, or being loaded. `key` is unique, `name` is for messages.
 
-    `key` is unique, `name` is for messages. `evictable_at` is when its minimum residency ends, `used_at` when it was
-    last used; both on the caller's clock.
+    `evictable_at` is when its minimum residency ends, `used_at` when it was last used, both on the caller's clock;
+    `kept_by` is what keeps it from being evicted, if anything does.
     """
 
     key: str
@@ -45,12 +43,12 @@ class MemoryUse:
     credit: float
     used_at: float
     evictable_at: float
-    hold: Hold = ""
+    kept_by: Literal["", "pinned", "in use", "loading", "unloading"] = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """There is room once these are evicted, first to last, and then the inflation is this. None: there is room now."""
+    """There is room once these are evicted, first to last, and then the inflation is this."""
 
     keys: tuple[str, ...]
     inflation: float
@@ -80,34 +78,22 @@ def make_room(
     excess = used_bytes(models) + needed - budget
     if excess <= 0:
         return Evict((), inflation)
-    evictable = [each for each in models if not each.hold and each.evictable_at <= now]
+    evictable = [each for each in models if not each.kept_by and each.evictable_at <= now]
     if used_bytes(evictable) < excess:
-        return Full(_room_at(models, excess, now))
-    evicted = _cheapest(evictable, excess)
-    return Evict(tuple(each.key for each in evicted), max(inflation, *(each.credit for each in evicted)))
-
-
-def _cheapest(evictable: Sequence[MemoryUse], excess: int) -> list[MemoryUse]:
-    """The least credit first, until it is enough; then those that it is enough without stay, the dearest first."""
-    chosen: list[MemoryUse] = []
+        freed = 0
+        for each in sorted(models, key=lambda model: model.evictable_at):
+            freed += 0 if each.kept_by == "pinned" else each.bytes
+            if freed >= excess:
+                return Full(max(now, each.evictable_at))
+        return Full(inf)
+    evicted: list[MemoryUse] = []
     for each in sorted(evictable, key=lambda model: (model.credit, model.used_at)):
-        if used_bytes(chosen) >= excess:
-            break
-        chosen.append(each)
-    for each in reversed(chosen[:]):
-        if used_bytes(chosen) - each.bytes >= excess:
-            chosen.remove(each)
-    return chosen
-
-
-def _room_at(models: Sequence[MemoryUse], excess: int, now: float) -> float:
-    """When enough could have been evicted, at the earliest."""
-    freed = 0
-    for each in sorted((each for each in models if each.hold != "pinned"), key=lambda model: model.evictable_at):
-        freed += each.bytes
-        if freed >= excess:
-            return max(now, each.evictable_at)
-    return inf
+        if used_bytes(evicted) < excess:
+            evicted.append(each)
+    for each in reversed(evicted[:]):  # what need not be evicted stays, the dearest first
+        if used_bytes(evicted) - each.bytes >= excess:
+            evicted.remove(each)
+    return Evict(tuple(each.key for each in evicted), max(inflation, *(each.credit for each in evicted)))
 
 
 class Footprint(BaseModel):
@@ -125,14 +111,14 @@ def no_room(
 ) -> MemoryBudgetExceeded:
     """The refusal of `name`, which `needed` room within `limit` beside `models`; there may be some in `seconds`."""
     about = "" if needed.measured else "about "
-    kept = ", ".join(f"{each.name} {_mb(each.bytes)} {each.hold or 'just loaded'}" for each in models)
+    kept = ", ".join(f"{each.name} {_mb(each.bytes)} {each.kept_by or 'just loaded'}" for each in models)
     taken = (
         f"{_mb(used_bytes(models))} are taken by what can't be evicted now ({kept})" if kept else "nothing is loaded"
     )
     advice = "ask again later, unpin or unload a model, or raise" if needed.bytes <= limit else "it never fits; raise"
     return MemoryBudgetExceeded(
-        f"{name} needs {about}{_mb(needed.bytes)}, PVT_MEMORY_BUDGET_MB allows {_mb(limit)} and "
-        f"{taken if kept else 'nothing is loaded'}; {advice} PVT_MEMORY_BUDGET_MB",
+        f"{name} needs {about}{_mb(needed.bytes)}, PVT_MEMORY_BUDGET_MB allows {_mb(limit)} and {taken}; {advice} "
+        "PVT_MEMORY_BUDGET_MB",
         seconds if seconds < inf else None,
     )
 
@@ -152,15 +138,16 @@ class Footprints:
         self._folder = folder / "footprints" if folder else None
         self._kind = re.sub(r"[^\w.-]", "_", kind)
         self._per_parameter = BYTES_PER_PARAMETER["compiled" if compiled else "torch"]
-        # Mutable state: what is known, by model version; None where the disk has nothing.
-        self._known: dict[str, Footprint | None] = {}
+        # Mutable state: what is known, by model version.
+        self._known: dict[str, Footprint] = {}
 
     def of(self, stored: StoredModel) -> Footprint:
         """What a load of `stored` took last, else an estimate."""
-        if stored.key not in self._known:
-            self._known[stored.key] = self._read(stored)
-        if known := self._known[stored.key]:
+        if known := self._known.get(stored.key):
             return known
+        if path := self._path(stored):
+            with suppress(OSError, ValidationError):
+                return self._known.setdefault(stored.key, Footprint.model_validate_json(path.read_bytes()))
         parameters = stored.card.parameters if stored.card else 0
         seconds = SECONDS + SECONDS_PER_PARAMETER * parameters
         return Footprint(bytes=self._per_parameter * parameters, seconds=seconds, measured=False)
@@ -168,21 +155,12 @@ class Footprints:
     def remember(self, stored: StoredModel, footprint: Footprint) -> None:
         """Keep what was measured. A folder that can't be written is no error."""
         self._known[stored.key] = footprint
-        if (path := self._path(stored)) is None:
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            atomic_write(path, footprint.model_dump_json() + "\n")
-        except OSError as error:
-            log.warning("footprint_not_written", model=stored.id, file=str(path), reason=str(error))
-
-    def _read(self, stored: StoredModel) -> Footprint | None:
-        if (path := self._path(stored)) is None:
-            return None
-        try:
-            return Footprint.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError):
-            return None
+        if path := self._path(stored):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                atomic_write(path, footprint.model_dump_json() + "\n")
+            except OSError as error:
+                log.warning("footprint_not_written", model=stored.id, file=str(path), reason=str(error))
 
     def _path(self, stored: StoredModel) -> Path | None:
         return self._folder / f"{stored.key}.{self._kind}.json" if self._folder else None

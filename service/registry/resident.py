@@ -11,18 +11,14 @@ from service.errors import InvalidRequest, QueueFull
 from service.execution.executable import Executable
 from service.pipeline import Pipeline, Sized
 from service.results import Size
-from service.sharing import shared
+from service.sharing import cancel, shared
 
 STRIDE = 32  # of the last stage: sides are multiples of it, so that every stage map fits
 T = TypeVar("T")
 
 
 class Compile(Protocol):
-    """Calls a blocking function that compiles graphs, on the thread for loads.
-
-    Raises:
-        ModelLoadFailed, WeightsUnavailable: it failed.
-    """
+    """Compiles graphs on the thread for loads; raises ModelLoadFailed or WeightsUnavailable."""
 
     def __call__(self, function: Callable[[], T]) -> Coroutine[None, None, T]: ...  # noqa: D102
 
@@ -57,37 +53,28 @@ class Resident:
     @property
     def memory_bytes(self) -> int:
         """Measured memory of the model and of all graphs that were added since the load."""
-        added = [self.executable, *(each.executable for each in self._compiled())]
-        return self.executable.report.memory_bytes + sum(each.added_bytes for each in added)
+        return self.executable.report.memory_bytes + sum(each.executable.added_bytes for each in self._compiled())
 
     @property
     def notes(self) -> list[str]:
         """What was tried and left out, and why, at any of its sizes."""
-        executables = [self.executable, *(each.executable for each in self._compiled())]
-        return [note for each in executables for note in each.notes]
-
-    @property
-    def sizes(self) -> list[Size]:
-        """The input sizes that are compiled."""
-        executables = [self.executable, *(each.executable for each in self._compiled())]
-        return [(each.height, each.width) for each in executables]
+        return [note for each in self._compiled() for note in each.executable.notes]
 
     @asynccontextmanager
     async def at(self, size: Size | None = None, *, stages: bool = False) -> AsyncIterator[Sized]:
-        """The model at `size`, its own by default, for as long as the context lasts; it is compiled first if need be.
+        """The model at `size`, its own by default, for as long as the context lasts.
 
-        If a caller is cancelled while it waits, the compiling goes on.
+        It is compiled first if need be, which goes on if a caller is cancelled.
 
         Raises:
             InvalidRequest: the model can't take that size.
             QueueFull: all other sizes that may be kept are in use.
             ModelLoadFailed: the model's files have changed since it was loaded, or can't be compiled for that.
         """
-        if size in {None, (self.executable.height, self.executable.width)}:
+        if size is None or size == (self.executable.height, self.executable.width):
             await self._stage(self._own, stages=stages)
             yield self._own
             return
-        assert size is not None  # noqa: S101  None is in the set
         other = self._other(size)
         other.users += 1
         try:
@@ -103,17 +90,15 @@ class Resident:
 
     async def close(self) -> None:
         """Close the model's lanes in the scheduler and cancel what is being compiled."""
-        tasks = [*self._staging.values(), *(other.task for other in self._others.values())]
-        self._evicted += [self._own, *self._compiled()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._evicted += self._compiled()
+        await cancel([*self._staging.values(), *(other.task for other in self._others.values())])
         await self._close_evicted()
         self._others.clear()
 
     def _compiled(self) -> list[Sized]:
+        """The model at its own size, and at the others that are compiled."""
         tasks = [other.task for other in self._others.values()]
-        return [task.result() for task in tasks if task.done() and not _failed(task)]
+        return [self._own, *(task.result() for task in tasks if task.done() and not _failed(task))]
 
     def _other(self, size: Size) -> _Other:
         other = self._others.get(size)

@@ -33,7 +33,7 @@ async def test_as_many_images_are_decoded_at_once_as_there_are_cores(
 
     monkeypatch.setattr(pipeline, "decode", decode)
     async with engine(tmp_path, cores=CORES, instances=1) as e:
-        await e.predict([png()] * (4 * CORES))
+        await e.infer([png()] * (4 * CORES))
 
     assert most == CORES
     assert all(name.startswith("pvt-work") for name in threads)
@@ -51,6 +51,6 @@ async def test_the_switch_of_scaled_decoding_reaches_the_decoder(
 
     monkeypatch.setattr(pipeline, "decode", decode)
     async with engine(tmp_path, scaled_jpeg=switch) as e:
-        await e.predict([png()])
+        await e.infer([png()])
 
     assert seen == [switch]

@@ -25,8 +25,8 @@ from service.errors import (
 from service.execution.executable import Executable
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.postprocess.classes import Prediction
-from service.registry import loading
+from service.postprocess.classes import Prediction, predictions
+from service.registry import loader
 from service.registry.loader import load as real_load
 from service.results import ImageResult
 from tests.app.conftest import png
@@ -51,17 +51,17 @@ def gated_load(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
         asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(30)
         return real_load(*args)
 
-    monkeypatch.setattr(loading, "load", gated)
+    monkeypatch.setattr(loader, "load", gated)
     return gate
 
 
 async def test_an_image_is_answered_by_the_default_model(tmp_path: Path) -> None:
     async with engine(tmp_path) as e:
-        predictions = await e.predict([png(size=(40, 30))], top_k=2)
+        answer = await e.infer([png(size=(40, 30))])
 
-    (result,) = predictions.results
+    (result,) = predictions(answer, 2).results
     assert isinstance(result, Prediction)
-    assert (predictions.model, predictions.version) == (NAME, "1")
+    assert (answer.model, answer.version) == (NAME, "1")
     assert (result.width, result.height, len(result.classes)) == (40, 30, 2)
     assert all(seconds >= 0 for seconds in result.timing)
 
@@ -84,9 +84,9 @@ async def test_a_model_unloaded_while_its_latency_graph_is_made_is_freed_at_once
         gc.collect()
         freed.append(executable[0]() is None)
 
-    monkeypatch.setattr("service.registry.loading.give_back", give_back)
+    monkeypatch.setattr("service.registry.loader.give_back", give_back)
     async with engine(tmp_path) as e:
-        await e.predict([png()])
+        await e.infer([png()])
         assert await asyncio.to_thread(begun.wait, 30)
         unloading = asyncio.create_task(e.unload(NAME))
         await asyncio.wait([*e._loading._optimizing.values()])  # it is given up
@@ -114,18 +114,18 @@ async def test_all_that_the_model_yields_comes_at_any_size(tmp_path: Path) -> No
 async def test_a_size_above_the_limit_is_refused_before_anything_is_done(tmp_path: Path) -> None:
     async with engine(tmp_path, max_input_side=64) as e:
         with pytest.raises(InvalidRequest, match="size 32x96: PVT_MAX_INPUT_SIDE allows sides of up to 64 pixels"):
-            await e.predict([png()], size=(32, 96))
+            await e.infer([png()], size=(32, 96))
 
         assert e._registry.loaded() == []
 
 
 async def test_a_bad_image_fails_alone(tmp_path: Path) -> None:
     async with engine(tmp_path) as e:
-        first, second, third = (await e.predict([png(), b"none", png()])).results
+        first, second, third = (await e.infer([png(), b"none", png()])).results
 
-    assert isinstance(first, Prediction)
+    assert isinstance(first, ImageResult)
     assert isinstance(second, InvalidImage)
-    assert isinstance(third, Prediction)
+    assert isinstance(third, ImageResult)
 
 
 async def test_a_preloaded_model_is_waited_for_by_readiness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ async def test_a_preloaded_model_is_waited_for_by_readiness(tmp_path: Path, monk
         await asyncio.sleep(0)
         before = await e.health()
         gate.set()
-        await e.predict([png()])
+        await e.infer([png()])
         after = await e.health()
 
     assert (before.live, before.ready) == (True, False)
@@ -146,10 +146,10 @@ async def test_a_deadline_covers_the_loading_of_the_model(tmp_path: Path, monkey
     gate = gated_load(monkeypatch)
     async with engine(tmp_path) as e:
         with pytest.raises(DeadlineExceeded, match="no answer within 10 ms"):
-            await e.predict([png()], timeout_seconds=0.01)
+            await e.infer([png()], timeout_seconds=0.01)
         gate.set()
 
-        assert (await e.predict([png()])).model == NAME
+        assert (await e.infer([png()])).model == NAME
 
 
 async def test_an_unexpected_error_of_a_load_is_reported_with_its_kind(
@@ -158,10 +158,10 @@ async def test_an_unexpected_error_of_a_load_is_reported_with_its_kind(
     def broken(*_: Any) -> Executable:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(loading, "load", broken)
+    monkeypatch.setattr(loader, "load", broken)
     async with engine(tmp_path) as e:
         with pytest.raises(ModelLoadFailed, match="could not be loaded: ZeroDivisionError: of all things"):
-            await e.predict([png()])
+            await e.infer([png()])
 
 
 async def test_a_preload_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ async def test_a_preload_that_failed_is_tried_again(tmp_path: Path, monkeypatch:
             raise WeightsCorrupt("not yet")
         return real_load(*args)
 
-    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(loader, "load", load)
     async with engine(tmp_path, preload=(NAME,)) as e, asyncio.timeout(30):
         while not (await e.health()).ready:  # noqa: ASYNC110  its turn is what the preload needs
             await asyncio.sleep(0)
@@ -184,9 +184,9 @@ async def test_a_preload_that_failed_is_tried_again(tmp_path: Path, monkeypatch:
 
 async def test_aborting_ends_what_is_under_way_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
-    monkeypatch.setattr(loading, "load", lambda *_: never.wait(30))
+    monkeypatch.setattr(loader, "load", lambda *_: never.wait(30))
     async with engine(tmp_path) as e:
-        under_way = asyncio.create_task(e.predict([png()]))
+        under_way = asyncio.create_task(e.infer([png()]))
         await asyncio.sleep(0)
         e.abort()
 
@@ -197,13 +197,13 @@ async def test_aborting_ends_what_is_under_way_with_a_reason(tmp_path: Path, mon
 
 async def test_draining_answers_what_is_under_way_and_refuses_the_rest(tmp_path: Path) -> None:
     async with engine(tmp_path) as e:
-        under_way = asyncio.create_task(e.predict([png()] * 8))
+        under_way = asyncio.create_task(e.infer([png()] * 8))
         await asyncio.sleep(0)
         draining = asyncio.create_task(e.drain())
         await asyncio.sleep(0)
 
         with pytest.raises(ShuttingDown):
-            await e.predict([png()])
+            await e.infer([png()])
         assert not (await e.health()).ready
         await draining
 
@@ -236,13 +236,13 @@ async def test_a_model_serves_before_its_latency_graph_is_made_and_if_that_fails
 
     monkeypatch.setattr(Executable, "add_latency_graph", failing)
     async with engine(tmp_path) as e:
-        first = await e.predict([png()])
+        first = await e.infer([png()])
         async with asyncio.timeout(30):
             await begun.wait()
-        second = await e.predict([png()])
+        second = await e.infer([png()])
 
     assert seen == [NAME]
-    assert all(isinstance(each.results[0], Prediction) for each in (first, second))
+    assert all(isinstance(each.results[0], ImageResult) for each in (first, second))
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -17,7 +17,7 @@ from service.backends.cuda_compiling import Function, Job
 from service.engine import Engine
 from service.errors import DeviceFailed, OutOfMemory
 from service.options import EngineOptions, default_instances
-from service.postprocess.classes import Prediction
+from service.results import ImageResult
 from tests.app.conftest import png
 from tests.service.fake_device import FakeDevice
 from tests.service.stores import add_model
@@ -100,8 +100,8 @@ def plan(e: Engine) -> list[int]:
 
 
 async def answered(e: Engine, count: int) -> int:
-    predictions = await e.predict([png() for _ in range(count)])
-    return sum(isinstance(result, Prediction) for result in predictions.results)
+    answer = await e.infer([png() for _ in range(count)])
+    return sum(isinstance(result, ImageResult) for result in answer.results)
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -285,7 +285,7 @@ async def test_only_one_model_is_prepared_at_a_time_while_others_load(tmp_path: 
     add_model(tmp_path, "pvt_v2_b0.other")
     async with on_gpus(tmp_path) as e:
         for model in (NAME, "pvt_v2_b0.other"):
-            await e.predict([png()], model=model)
+            await e.infer([png()], model=model)
         waiting = [*e._loading._optimizing.values()]
 
         assert len(waiting) == 2

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from service.errors import ModelLoadFailed, ModelNotFound, WeightsUnavailable
-from service.registry.entries import Candidate, UnloadReason
 from service.registry.residency import Footprint
+from service.registry.versions import Candidate, UnloadReason
 from service.store.store import StoredModel
 
 T = TypeVar("T")
@@ -57,7 +57,8 @@ class FakeSource:
         self.in_memory.append(stored.key)
         return stored.key
 
-    async def unload(self, only: list[str]) -> None:
+    async def unload(self, only: list[str], reason: UnloadReason) -> None:
+        self.unloaded_for.append(reason)
         await self.closing.wait()
         self.in_memory.remove(only.pop())
 
@@ -66,9 +67,6 @@ class FakeSource:
 
     def footprint(self, stored: StoredModel) -> Footprint:
         return Footprint(bytes=self.guesses.get(stored.key, self.memory_bytes(stored.key)), seconds=2.0)
-
-    def unloading(self, reason: UnloadReason) -> None:
-        self.unloaded_for.append(reason)
 
 
 class _NoWaiting(selectors.SelectSelector):

@@ -165,9 +165,9 @@ async def test_a_model_whose_files_are_wrong_says_how_and_every_other_goes_on(st
     async with Engine(options, EngineMetrics(CollectorRegistry())) as engine:
         for name, (_, _, words) in FAULTS.items():
             with pytest.raises(ServiceError) as caught:
-                await engine.predict([png()], model=f"pvt_v2_b0.{name}")
+                await engine.infer([png()], model=f"pvt_v2_b0.{name}")
             reported[name] = type(caught.value).__name__, words in str(caught.value)
-            assert (await engine.predict([png()])).model == GOOD
+            assert (await engine.infer([png()])).model == GOOD
         statuses = {each.id: each for each in await engine.models()}
 
     assert reported == {name: (kind.__name__, True) for name, (_, kind, _) in FAULTS.items()}

@@ -11,7 +11,7 @@ import pytest
 
 from service.engine import Engine
 from service.errors import WeightsUnavailable
-from service.postprocess.classes import Prediction
+from service.results import ImageResult
 from tests.app.conftest import png
 from tests.service.stores import add_model
 from tests.service.test_engine import NAME, engine, gated_load
@@ -45,9 +45,9 @@ async def callers(e: Engine, model: str = NAME) -> AsyncIterator[Versions]:
 
     async def call() -> None:
         while not stopped:
-            predictions = await e.predict([png()], model=model, max_wait_seconds=0)
-            assert all(isinstance(result, Prediction) for result in predictions.results)
-            versions.add(predictions.version)
+            answer = await e.infer([png()], model=model, max_wait_seconds=0)
+            assert all(isinstance(result, ImageResult) for result in answer.results)
+            versions.add(answer.version)
             await asyncio.sleep(0.005)  # two cores have a model to load meanwhile
 
     async with asyncio.TaskGroup() as group:
@@ -63,7 +63,7 @@ async def test_under_constant_load_no_request_fails_or_waits_while_a_new_version
     gate = gated_load(monkeypatch)
     gate.set()
     async with engine(tmp_path, max_batch_size=1) as e:
-        await e.predict([png()])
+        await e.infer([png()])
         async with e._registry.lease(NAME) as resident:
             old = weakref.ref(resident.executable)
             del resident
@@ -92,7 +92,7 @@ async def test_under_constant_load_no_request_fails_or_waits_while_a_new_version
 
 async def test_a_broken_new_version_leaves_the_old_one_serving_and_is_said_to_be_broken(tmp_path: Path) -> None:
     async with engine(tmp_path, max_batch_size=1) as e:
-        await e.predict([png()])
+        await e.infer([png()])
         weights = add_model(tmp_path, NAME, "2") / "model.safetensors"
         good = weights.read_bytes()
         weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
@@ -116,7 +116,7 @@ async def test_at_first_use_an_older_version_answers_for_a_broken_one(tmp_path: 
     weights = add_model(tmp_path, NAME, "2") / "model.safetensors"
     weights.write_bytes(b"\0" * weights.stat().st_size)
     async with engine(tmp_path, max_batch_size=1) as e:
-        assert (await e.predict([png()])).version == "1"
+        assert (await e.infer([png()])).version == "1"
         model = await e.model(NAME)
 
     assert [each.state for each in model.versions] == ["failed", "ready"]
@@ -126,7 +126,7 @@ async def test_a_changed_alias_takes_its_callers_along(tmp_path: Path) -> None:
     add_model(tmp_path, NAME, "2")
     async with engine(tmp_path, max_batch_size=1) as e:
         await e.set_alias("production", f"{NAME}@1")
-        await e.predict([png()], model="production")
+        await e.infer([png()], model="production")
         async with callers(e, "production") as versions:
             await versions.more("1")
             await e.set_alias("production", f"{NAME}@2")
@@ -137,22 +137,22 @@ async def test_a_store_that_vanishes_takes_nothing_along_that_serves(tmp_path: P
     root, elsewhere = tmp_path / "store", tmp_path / "elsewhere"
     async with engine(root, max_batch_size=1) as e:
         add_model(root, "pvt_v2_b0.other")
-        await e.predict([png()])
+        await e.infer([png()])
         async with callers(e) as versions:
             root.rename(elsewhere)
             await e.refresh()
             await versions.more("1")
             with pytest.raises(WeightsUnavailable, match="can't be read"):
-                await e.predict([png()], model="pvt_v2_b0.other")
+                await e.infer([png()], model="pvt_v2_b0.other")
             assert [(model.id, model.state) for model in await e.models()] == [(NAME, "ready")]
             assert (await e.health()).ready
             elsewhere.rename(root)
-            assert (await e.predict([png()], model="pvt_v2_b0.other")).version == "1"
+            assert (await e.infer([png()], model="pvt_v2_b0.other")).version == "1"
 
 
 async def test_the_store_is_watched(tmp_path: Path) -> None:
     async with engine(tmp_path, reload_seconds=0.5, max_batch_size=1) as e:
-        await e.predict([png()])
+        await e.infer([png()])
         async with callers(e) as versions:
             add_model(tmp_path, NAME, "2")
             await versions.more("2", 1)

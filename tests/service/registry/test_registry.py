@@ -214,16 +214,33 @@ async def test_a_caller_that_would_not_wait_learns_what_failed_meanwhile(
     source: FakeSource, registry: Registry[str]
 ) -> None:
     source.broken.add("a@1")
-    source.gate.set()
     with pytest.raises(ModelLoading):
         async with registry.lease("a", max_wait_seconds=0):
             pass
+    source.gate.set()
     await settled()
 
     with pytest.raises(ModelLoadFailed, match="a@1 is broken"):
         async with registry.lease("a", max_wait_seconds=0):
             pass
     assert source.loads == ["a@1"]
+
+
+async def test_callers_that_would_not_wait_reach_the_older_version_where_the_newest_fails(
+    source: FakeSource, registry: Registry[str]
+) -> None:
+    source.versions["a"] = ["2", "1"]
+    source.broken.add("a@2")
+    for _ in range(2):
+        with pytest.raises(ModelLoading):
+            async with registry.lease("a", max_wait_seconds=0):
+                pass
+        source.gate.set()
+        await settled()
+        source.gate.clear()
+
+    async with registry.lease("a", max_wait_seconds=0) as loaded:
+        assert loaded == "a@1"
 
 
 async def test_another_name_of_a_ready_model_waits_for_nothing(source: FakeSource, registry: Registry[str]) -> None:

@@ -41,7 +41,9 @@ class RegistryMachine(RuleBasedStateMachine):
                 await work()
             for _ in range(30):
                 await asyncio.sleep(0)
-            self.leases = {status.stored.key: status.leases for status in self.registry.all() if status.loaded}
+            self.leases = {
+                status.stored.key: status.leases for status in self.registry.all() if status.state == "ready"
+            }
 
         self.loop.run_until_complete(main())
 

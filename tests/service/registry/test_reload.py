@@ -104,6 +104,21 @@ async def test_a_changed_alias_takes_its_callers_along_and_nobody_else(
     assert sorted(source.in_memory) == ["a@1", "b@1"]
 
 
+async def test_an_alias_that_changes_during_its_first_load_is_followed(source: FakeSource) -> None:
+    source.gate.clear()
+    registry = Registry(source, source)
+    waiting = asyncio.create_task(use(registry, "alpha"))
+    await begun(source)
+    source.aliases["alpha"] = "b"
+    refreshing = asyncio.create_task(registry.refresh())
+    await begun(source, 2)
+    source.gate.set()
+    await refreshing
+
+    assert await waiting == "a@1"
+    assert await use(registry, "alpha") == "b@1"
+
+
 async def test_a_version_that_is_taken_away_gives_its_place_back_to_the_one_before(
     source: FakeSource, registry: Registry[str]
 ) -> None:

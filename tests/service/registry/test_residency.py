@@ -11,9 +11,9 @@ NOW = 100.0
 
 
 def held(
-    key: str, size: int, *, seconds: float = 1.0, used: float = 0.0, evictable_at: float = 0.0, **hold: str
+    key: str, size: int, *, seconds: float = 1.0, used: float = 0.0, evictable_at: float = 0.0, kept_by: str = ""
 ) -> MemoryUse:
-    return MemoryUse(key, key, size, credit(0.0, seconds, size), used, evictable_at, **hold)  # type: ignore[arg-type]
+    return MemoryUse(key, key, size, credit(0.0, seconds, size), used, evictable_at, kept_by)  # type: ignore[arg-type]
 
 
 def test_nothing_is_evicted_while_there_is_room() -> None:
@@ -53,8 +53,8 @@ def test_what_need_not_be_evicted_stays() -> None:
 
 
 def test_what_is_held_is_never_evicted() -> None:
-    holds = ("pinned", "in use", "loading", "unloading")
-    models = [held(hold, 2, hold=hold) for hold in holds]
+    kept = ("pinned", "in use", "loading", "unloading")
+    models = [held(kept_by, 2, kept_by=kept_by) for kept_by in kept]
 
     assert make_room(models, 3, 10, NOW) == Full(NOW)
     assert make_room(models, 9, 10, NOW) == Full(inf)
@@ -77,7 +77,7 @@ MODELS = st.lists(
         credit=st.floats(0, 10),
         used_at=st.floats(0, NOW),
         evictable_at=st.sampled_from([0.0, NOW - 1, NOW + 1, NOW + 5]),
-        hold=st.sampled_from(["", "", "", "pinned", "in use", "loading", "unloading"]),
+        kept_by=st.sampled_from(["", "", "", "pinned", "in use", "loading", "unloading"]),
     ),
     max_size=8,
     unique_by=lambda each: each.key,
@@ -88,12 +88,12 @@ MODELS = st.lists(
 def test_it_evicts_enough_and_no_more_than_needed_or_says_when_there_may_be_room(
     models: list[MemoryUse], needed: int, budget: int
 ) -> None:
-    free = [each for each in models if not each.hold and each.evictable_at <= NOW]
+    free = [each for each in models if not each.kept_by and each.evictable_at <= NOW]
     decision = make_room(models, needed, budget, NOW)
 
     if isinstance(decision, Full):
         assert used_bytes(models) - used_bytes(free) + needed > budget
-        pinned = used_bytes(each for each in models if each.hold == "pinned")
+        pinned = used_bytes(each for each in models if each.kept_by == "pinned")
         assert (decision.until == inf) == (pinned + needed > budget)
         return
     evicted = [each for each in models if each.key in decision.keys]

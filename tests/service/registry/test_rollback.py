@@ -30,9 +30,9 @@ async def test_a_newest_version_that_fails_its_golden_outputs_is_passed_over_and
     options = EngineOptions(model_store=tmp_path, default_model=TINY, backend="torch", instances=1, max_batch_size=1)
 
     async with Engine(options, EngineMetrics(CollectorRegistry())) as engine:
-        answered = await engine.predict([png()])
+        answered = await engine.infer([png()])
         with pytest.raises(ReferenceInvalid):
-            await engine.predict([png()], model=f"{TINY}@2")
+            await engine.infer([png()], model=f"{TINY}@2")
         status = await engine.model(TINY)
 
     assert (answered.model, answered.version) == (TINY, "1")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.registry.watcher import Watch
+from service.registry.catalog import watch
 from tests.service.stores import add_model
 
 
@@ -31,9 +31,9 @@ class Looks:
 
 
 @asynccontextmanager
-async def watching(folder: Path | None, seconds: float) -> AsyncIterator[Looks]:
+async def watching(folder: Path, seconds: float) -> AsyncIterator[Looks]:
     looks = Looks()
-    task = asyncio.create_task(Watch(folder, seconds, looks.refresh).run())
+    task = asyncio.create_task(watch(folder, seconds, looks.refresh))
     try:
         yield looks
     finally:
@@ -66,8 +66,8 @@ async def test_a_change_is_noticed_long_before_the_next_look_would_be_due(tmp_pa
         await looks.next()
 
 
-async def test_without_a_folder_to_watch_it_looks_now_and_then() -> None:
-    async with watching(None, 0.01) as looks:
+async def test_where_nothing_changes_it_looks_now_and_then(tmp_path: Path) -> None:
+    async with watching(tmp_path, 0.01) as looks:
         for _ in range(3):
             await looks.next()
 
