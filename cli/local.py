@@ -20,11 +20,10 @@ from pvt_client import ClassScore, Embedding, Explanation, ImageUnreadable, Mode
 from pvt_client.calls import CommonOptions, ExplainOptions, FeaturesOptions, MapOptions, PredictOptions
 from pvt_client.concurrency import in_tasks
 from pvt_client.results import read_model
+from service import postprocess
 from service.engine import Engine
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
 from service.metrics import EngineMetrics
-from service.postprocess import activation_maps
-from service.postprocess.classes import top_k
 from service.results import ImageResult, InferenceResult
 
 T = TypeVar("T")
@@ -62,7 +61,7 @@ class LocalEngine:
 
         async def predict(path: Path) -> Prediction:
             answered, result = await self._infer(path, options)
-            scores = top_k(result.outputs.logits, answered.card.labels, options.get("top_k", 5))
+            scores = postprocess.top_k(result.outputs.logits, answered.card.labels, options.get("top_k", 5))
             classes = tuple(ClassScore(each.class_id, each.label, each.score) for each in scores)
             return Prediction(path.name, result.width, result.height, classes, answered.model, answered.version)
 
@@ -91,7 +90,7 @@ class LocalEngine:
         _, explanation = await self._explain(image, options.get("class_id"), options)
         alpha = options.get("alpha")
         return await asyncio.to_thread(
-            activation_maps.overlay, explanation, ExplainQuery().alpha if alpha is None else alpha
+            postprocess.overlay, explanation, ExplainQuery().alpha if alpha is None else alpha
         )
 
     async def explain_map(self, image: Path, /, **options: Unpack[MapOptions]) -> Explanation:
@@ -124,9 +123,9 @@ class LocalEngine:
 
     async def _explain(
         self, path: Path, class_id: int | None, options: CommonOptions
-    ) -> tuple[InferenceResult, activation_maps.Explanation]:
+    ) -> tuple[InferenceResult, postprocess.Explanation]:
         answered, _ = await self._infer(path, options, stages=True)
-        (found,) = activation_maps.explain(answered, class_id)
+        (found,) = postprocess.explain(answered, class_id)
         if isinstance(found, ServiceError):
             raise found
         return answered, found

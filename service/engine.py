@@ -18,7 +18,7 @@ from service.machine.workers import Workers
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.pipeline import Pipeline
-from service.postprocess.classes import Predictions, predictions
+from service.postprocess import Predictions, predictions
 from service.registry.catalog import Catalog
 from service.registry.loading import Loading
 from service.registry.registry import Registry

@@ -43,7 +43,6 @@ LAYERS = {
     "execution": [{"executable"}, {"optimizer"}, {"tuning"}, {"plan_cache", "reference"}, {"plan"}],
     "backends": [{"cuda", "openvino", "torch_cpu"}, {"base"}, {"module"}],
     "backends/cuda": [{"backend"}, {"device"}, {"compiling"}],
-    "postprocess": [{"features", "activation_maps"}, {"classes"}],
     "store": [
         {"remote", "changes"},
         {"store", "byte_cache", "location"},

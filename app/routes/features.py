@@ -30,7 +30,7 @@ from app.routes.inference import (
     uploaded,
 )
 from service.errors import ServiceError
-from service.postprocess.features import FeatureOptions, features, numbers, stacked
+from service.postprocess import FeatureOptions, features, numbers, stacked
 from service.results import InferenceResult
 
 router = APIRouter(tags=[INFERENCE], route_class=InferenceRoute, dependencies=[Depends(require_key)])
@@ -154,7 +154,7 @@ async def extract(request: Request, query: Annotated[FeaturesQuery, Query()]) ->
             timeout_seconds=query.timeout_seconds,
         )
     note(request, result)
-    count = numbers(result, wanted)
+    count = numbers(result, wanted.stages)
     make: Callable[[], Response]
     if media_type == JSON:
         make = partial(_json, uploads, result, wanted, request.state.request_id, large=count > LARGE)

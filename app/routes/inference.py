@@ -36,7 +36,7 @@ from app.problems import NotAcceptable, Problem, documented, problem
 from service.engine import Engine
 from service.errors import ServiceError
 from service.lifecycle import time_limit
-from service.postprocess.classes import Prediction
+from service.postprocess import Prediction
 from service.results import ImageResult
 
 LARGE = 32_768  # numbers; more, even as JSON on the event loop, would hold it up for over a millisecond and a half

@@ -24,7 +24,7 @@ from app.routes.inference import (
     uploaded,
 )
 from service.errors import ServiceError
-from service.postprocess.classes import Predictions
+from service.postprocess import Predictions
 
 router = APIRouter(tags=[INFERENCE], route_class=InferenceRoute, dependencies=[Depends(require_key)])
 

@@ -25,7 +25,7 @@ from service.errors import (
 from service.execution.executable import Executable
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.postprocess.classes import Prediction
+from service.postprocess import Prediction
 from service.registry import loading
 from service.registry.loader import load as real_load
 from service.results import ImageResult

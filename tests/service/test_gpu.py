@@ -17,7 +17,7 @@ from service.backends.cuda.device import Captured
 from service.engine import Engine
 from service.errors import DeviceFailed, OutOfMemory
 from service.options import EngineOptions, default_instances
-from service.postprocess.classes import Prediction
+from service.postprocess import Prediction
 from tests.app.conftest import png
 from tests.service.fake_device import FakeDevice
 from tests.service.stores import add_model

@@ -11,7 +11,7 @@ import pytest
 
 from service.engine import Engine
 from service.errors import WeightsUnavailable
-from service.postprocess.classes import Prediction
+from service.postprocess import Prediction
 from tests.app.conftest import png
 from tests.service.stores import add_model
 from tests.service.test_engine import NAME, engine, gated_load
