@@ -26,7 +26,7 @@ from service.registry.resident import Resident
 from service.registry.status import ModelStatus, RemoteModel
 from service.registry.watcher import Watch
 from service.results import Health, Image, InferenceResult, Size
-from service.scheduling.activity import Activity
+from service.scheduling.dispatcher import Activity
 from service.store.cards import ModelCard
 
 T = TypeVar("T")
@@ -280,7 +280,7 @@ class Engine:
         for name, images in waiting.items():
             self._metrics.queue_depth.labels(name).set(images)
         self._metrics.instances.set(len(activity.instances))
-        self._metrics.instances_busy.set(sum(each.release is not None for each in activity.instances))
+        self._metrics.instances_busy.set(sum(each is not None for each in activity.instances))
         loaded = self._registry.loaded()
         self._metrics.models_loaded.set(len(loaded))
         sizes = Counter[str]()

@@ -39,7 +39,7 @@ LAYERS = {
         {"publishing", "preprocessing"},
         {"catalogue", "download"},
     ],
-    "scheduling": [{"scheduler"}, {"dispatcher"}, {"activity"}, {"queues"}],
+    "scheduling": [{"scheduler"}, {"dispatcher"}, {"queues"}],
     "execution": [{"executable"}, {"optimizer"}, {"tuning"}, {"plan_cache", "reference"}, {"plan"}],
     "backends": [{"cuda", "openvino", "torch_cpu"}, {"base"}, {"module"}],
     "backends/cuda": [{"backend"}, {"device"}, {"compiling"}],

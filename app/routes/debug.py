@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from app.dependencies import EngineDep, require_management
 from app.problems import documented
 from app.routes.model_info import BatchSize
-from service.scheduling.activity import Activity, InstanceActivity, PastRelease, QueueActivity
+from service.scheduling.dispatcher import Activity, QueueActivity, Release
 
 router = APIRouter(prefix="/debug", tags=["management"], dependencies=[Depends(require_management)])
 
@@ -74,8 +74,8 @@ async def scheduler(engine: EngineDep) -> SchedulerInfo:
 def _info(activity: Activity) -> SchedulerInfo:
     return SchedulerInfo(
         queues=[_queue(queue) for queue in activity.queues],
-        instances=[_instance(instance) for instance in activity.instances],
-        releases=[_release(past) for past in activity.releases],
+        instances=[_instance(i, release, activity.now) for i, release in enumerate(activity.instances)],
+        releases=[_release(release, activity.now) for release in activity.releases],
     )
 
 
@@ -86,23 +86,22 @@ def _queue(queue: QueueActivity) -> QueueInfo:
     return QueueInfo(**fields, batch_plan=plan)
 
 
-def _instance(instance: InstanceActivity) -> InstanceInfo:
-    if not (release := instance.release):
-        return InstanceInfo(instance=instance.instance, busy=False)
+def _instance(instance: int, release: Release | None, now: float) -> InstanceInfo:
+    if not release:
+        return InstanceInfo(instance=instance, busy=False)
     return InstanceInfo(
-        instance=instance.instance,
+        instance=instance,
         busy=True,
         model=release.model,
         size=release.size,
         alone=release.alone,
-        ms=_ms(instance.seconds),
+        ms=_ms(now - release.started),
     )
 
 
-def _release(past: PastRelease) -> ReleaseInfo:
-    release = past.release
+def _release(release: Release, now: float) -> ReleaseInfo:
     return ReleaseInfo(
-        seconds_ago=round(past.seconds_ago, 3),
+        seconds_ago=round(now - release.started, 3),
         model=release.model,
         reason=release.reason,
         size=release.size,

@@ -11,12 +11,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from service.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, QueueFull, ShuttingDown
 from service.execution.plan import BatchPlan
-from service.scheduling.activity import RELEASES, Activity, InstanceActivity, PastRelease, QueueActivity, Release
-from service.scheduling.queues import Batch, Item, Queue, Queues, fair_seconds
+from service.scheduling.queues import Batch, Item, Queue, Queues, ReleaseReason
 
 S = TypeVar("S")  # the source: an encoded image
 T = TypeVar("T")  # the payload: what decoding makes of it
@@ -24,8 +23,8 @@ R = TypeVar("R")  # the result of running it
 T_contra = TypeVar("T_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
 
-# A deadline is refused only if it would be missed even were the machine this much faster than when it was measured.
-SPEED_MARGIN = 2.0
+SPEED_MARGIN = 2.0  # a deadline is refused if it would be missed on a machine this much faster than the measured one
+RELEASES = 64  # how many are remembered
 
 
 class Run(Protocol[T_contra, R_co]):
@@ -42,6 +41,53 @@ class Observer(Protocol):
 
     def batch_released(self, model: str, reason: str, size: int) -> None: ...  # noqa: D102
     def cancelled(self, stage: str) -> None: ...  # noqa: D102
+
+
+@dataclass(eq=False, slots=True)
+class Release:
+    """A batch of `size` images that went to an instance; `waited_seconds` is the longest that one of them had waited.
+
+    `run_seconds` is None while the batch runs; it covers the second runs of a batch that failed.
+    """
+
+    model: str
+    reason: ReleaseReason
+    size: int
+    instance: int
+    alone: bool
+    waited_seconds: float
+    started: float
+    run_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueActivity:
+    """The queue of one `lane` of `model`: images to decode, in decoding, waiting for an instance, running.
+
+    `admitted` counts all of these, and images that are about to enter or have just left. `virtual_seconds` is the share
+    of the instances it has had, for fairness; `plan` is t(n) in seconds by batch size.
+    """
+
+    lane: str
+    model: str
+    to_decode: int
+    decoding: int
+    waiting: int
+    running: int
+    admitted: int
+    capacity: int
+    virtual_seconds: float
+    plan: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """The scheduler at the time `now`: its queues, what each instance runs, and the last releases, newest first."""
+
+    now: float
+    queues: list[QueueActivity]
+    instances: list[Release | None]
+    releases: list[Release]
 
 
 class Lane(Generic[S, T, R]):
@@ -86,10 +132,25 @@ class Lane(Generic[S, T, R]):
         """Images that are admitted and in no batch yet."""
         return max(0, self.admitted - self.running)  # a caller that went frees its place before its batch ends
 
+    def activity(self) -> QueueActivity:
+        """The state of the lane."""
+        return QueueActivity(
+            lane=self.name,
+            model=self.model,
+            to_decode=len(self.sources.waiting),
+            decoding=self.decoding,
+            waiting=len(self.payloads.waiting),
+            running=self.running,
+            admitted=self.admitted,
+            capacity=self.capacity,
+            virtual_seconds=self.payloads.virtual_time,
+            plan=dict(self.plan.seconds),
+        )
+
 
 @dataclass(eq=False, slots=True)
 class Call(Item, Generic[S, T, R]):
-    """One image on its way. As an `Item` it is what waits in the queues."""
+    """One image on its way, which waits in the queues."""
 
     lane: Lane[S, T, R]
     source: S
@@ -204,8 +265,10 @@ class Dispatcher(Generic[S, T, R]):
 
     def seconds_until_empty(self, lane: Lane[S, T, R]) -> float:
         """When all that `lane` holds now is likely to be answered, its instances shared fairly with other lanes."""
-        others = (other.seconds(other.admitted) for other in self.lanes if other is not lane)
-        return fair_seconds(lane.seconds(lane.admitted), others, self._instances)
+        own = lane.seconds(lane.admitted)
+        # By the time that one lane has had its time, each other has had as much, or all of its work.
+        others = (min(own, other.seconds(other.admitted)) for other in self.lanes if other is not lane)
+        return (own + sum(others)) / self._instances
 
     def least_seconds(self, lane: Lane[S, T, R], count: int) -> float:
         """Before that, `count` more images of `lane` can't all be answered at the measured speed; 0 when all is idle.
@@ -306,14 +369,12 @@ class Dispatcher(Generic[S, T, R]):
 
     def activity(self, now: float) -> Activity:
         """All that can be seen."""
-        instances = [
-            InstanceActivity(i, job.release, now - job.release.started)
-            if (job := self._running.get(i))
-            else InstanceActivity(i)
-            for i in range(self._instances)
-        ]
-        releases = [PastRelease(replace(release), now - release.started) for release in reversed(self._releases)]
-        return Activity([_queue_activity(lane) for lane in self.lanes], instances, releases)
+        instances = [job.release if (job := self._running.get(i)) else None for i in range(self._instances)]
+        queues, releases = (
+            [lane.activity() for lane in self.lanes],
+            [replace(each) for each in reversed(self._releases)],
+        )
+        return Activity(now, queues, instances, releases)
 
     def _may_decode(self) -> bool:
         return len(self._decoding) < self._decoders
@@ -358,18 +419,3 @@ class Dispatcher(Generic[S, T, R]):
         job.lane.running -= job.release.size
         del self._running[job.release.instance]
         self._idle.append(job.release.instance)
-
-
-def _queue_activity(lane: Lane[Any, Any, Any]) -> QueueActivity:
-    return QueueActivity(
-        lane=lane.name,
-        model=lane.model,
-        to_decode=len(lane.sources.waiting),
-        decoding=lane.decoding,
-        waiting=len(lane.payloads.waiting),
-        running=lane.running,
-        admitted=lane.admitted,
-        capacity=lane.capacity,
-        virtual_seconds=lane.payloads.virtual_time,
-        plan={n: lane.plan.time(n) for n in lane.plan.sizes},
-    )

@@ -14,8 +14,18 @@ from time import monotonic
 from typing import Generic, ParamSpec, TypeVar
 
 from service.execution.plan import BatchPlan
-from service.scheduling.activity import Activity
-from service.scheduling.dispatcher import Call, Completed, Decoding, Dispatcher, Lane, Observer, Outcome, Run, Running
+from service.scheduling.dispatcher import (
+    Activity,
+    Call,
+    Completed,
+    Decoding,
+    Dispatcher,
+    Lane,
+    Observer,
+    Outcome,
+    Run,
+    Running,
+)
 
 S = TypeVar("S")
 T = TypeVar("T")

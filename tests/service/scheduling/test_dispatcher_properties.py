@@ -233,7 +233,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 check(image)
                 assert image.gone != (len(image.outcomes) == 1)
         assert not self.open
-        assert not any(each.release for each in self.dispatcher.activity(self.now).instances)
+        assert not any(self.dispatcher.activity(self.now).instances)
         assert all(lane.admitted == lane.running == lane.decoding == 0 for lane in self.lanes)
 
 
