@@ -52,10 +52,9 @@ LAYERS = {
     "images": [
         {"decoding"},
         {"tiff"},
-        {"bmp", "jpeg", "png"},
+        {"formats"},
         {"limits", "resampling"},
-        {"visible"},
-        {"geometry", "webp"},
+        {"geometry"},
     ],
     "architecture": [{"weights", "pvt_v2"}, {"variants"}],
     "machine": [{"devices", "cores", "memory", "workers"}],
