@@ -142,18 +142,17 @@ def _check(bounds: str, ok: Callable[[Any], bool], **arguments: object) -> None:
             raise ValueError(f"{name} must be {bounds}, not {value!r}")
 
 
-def _check_arguments(
-    num_stages: int, rates: Mapping[str, float], lists: Mapping[str, Sequence[float]], **sizes: int
-) -> None:
-    """Check the arguments of `PVT_V2`: drop rates, the lists with a value for each stage, and the other sizes."""
-    _check("1, 2, 3 or 4", lambda n: n in range(1, 5), num_stages=num_stages)
-    num_classes = sizes.pop("num_classes")
-    _check("at least 1", lambda n: n >= 1, **sizes)
-    _check("at least 0", lambda n: n >= 0, num_classes=num_classes)
-    _check("from 0 to 1", lambda rate: 0 <= rate <= 1, **rates)
-    _check(f"{num_stages} positive numbers", lambda v: len(v) in {num_stages, 4} and min(v) > 0, **lists)
-    dims, heads = lists["embed_dims"], lists["num_heads"]
-    undivided = any(dim % count for dim, count in zip(dims[:num_stages], heads[:num_stages], strict=True))
+def _check_arguments(a: Mapping[str, Any]) -> None:
+    """Check the arguments of `PVT_V2`, by their names."""
+    count = a["num_stages"]
+    _check("1, 2, 3 or 4", lambda n: n in range(1, 5), num_stages=count)
+    _check("at least 1", lambda n: n >= 1, patch_size=a["patch_size"], in_channels=a["in_channels"])
+    _check("at least 0", lambda n: n >= 0, num_classes=a["num_classes"])
+    _check("from 0 to 1", lambda rate: 0 <= rate <= 1, **{name: a[name] for name in a if name.endswith("_rate")})
+    lists = {name: a[name] for name in ("embed_dims", "num_heads", "mlp_ratios", "sr_ratios", "depths")}
+    _check(f"{count} positive numbers", lambda v: len(v) in {count, 4} and min(v) > 0, **lists)
+    dims, heads = a["embed_dims"], a["num_heads"]
+    undivided = any(dim % of for dim, of in zip(dims[:count], heads[:count], strict=True))
     _check(f"divisible by num_heads {heads}", lambda _: not undivided, embed_dims=dims)
 
 
@@ -197,13 +196,8 @@ class PVT_V2(nn.Module):
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm, depths: Sequence[int] = [3, 4, 6, 3],
         sr_ratios: Sequence[int] = [8, 4, 2, 1], num_stages: int = 4, linear: bool = False,  # noqa: FBT001, FBT002
     ) -> None:  # fmt: skip
+        _check_arguments(locals())
         super().__init__()
-        rates = {"drop_rate": drop_rate, "attn_drop_rate": attn_drop_rate, "drop_path_rate": drop_path_rate}
-        lists = {"embed_dims": embed_dims, "num_heads": num_heads, "mlp_ratios": mlp_ratios, "sr_ratios": sr_ratios,
-                 "depths": depths}  # fmt: skip
-        _check_arguments(
-            num_stages, rates, lists, patch_size=patch_size, in_channels=in_channels, num_classes=num_classes
-        )
         kernels = (patch_size, 3, 3, 3)[:num_stages]
         self.in_channels, self.num_stages = in_channels, num_stages
         self.min_side = _min_side(kernels, [1] * num_stages if linear else sr_ratios)
