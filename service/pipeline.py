@@ -59,15 +59,15 @@ class Pipeline:
         """Open a lane for `executable`."""
         height, width, model = executable.height, executable.width, executable.stored.id
         geometry = replace(executable.card.preprocessing.geometry, height=height, width=width)
-        lane = self.scheduler.open_lane(
+        lane = Lane(
             model if executable.own_size else f"{model} at {height}x{width}",
             executable.plan,
             partial(self._decode, geometry),
             partial(self._run, executable),
             self._options.queue_size,
-            model=model,
+            model,
         )
-        return Sized(executable, lane)
+        return Sized(executable, self.scheduler.open_lane(lane))
 
     def _decode(self, geometry: Geometry, source: _Source) -> _Prepared:
         image, shape = source.image, (geometry.height, geometry.width, 3)

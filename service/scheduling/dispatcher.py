@@ -1,10 +1,8 @@
 """Who does what next: places, decoding, batches, instances, deadlines.
 
-Synchronous, without a clock, thread or lock: `service.scheduling.scheduler` adds those, tests drive it step by step.
-Times are seconds on the caller's clock.
-
-The way of a call, by its stage: `decode` (it waits for a thread, or is decoded), `queue` (it waits for an instance),
-`infer` (it is in a batch), `ended`. It may end at any of them: with a result, an error, or because its caller has gone.
+Synchronous, without a clock, thread or lock: `service.scheduling.scheduler` adds those. Times are seconds on the
+caller's clock. A call's stages are `decode` (it waits for a thread, or is decoded), `queue` (it waits for an instance),
+`infer` (it is in a batch) and `ended`. It may end at any of them: with a result, an error, or as its caller has gone.
 """
 
 from collections import deque
@@ -90,30 +88,32 @@ class Activity:
     releases: list[Release]
 
 
+@dataclass(eq=False)
 class Lane(Generic[S, T, R]):
     """One model's way through the scheduler: `decode` makes payloads of sources, `run` results of payloads.
 
-    `capacity` bounds the images it holds, from their admission to their result. `name` is unique; several lanes may
-    share a `model`, which metrics go by.
+    `capacity` bounds its images, from their admission to their result. `name` is unique; several lanes may share a
+    `model`, which metrics go by.
     """
 
-    def __init__(
-        self, name: str, plan: BatchPlan, decode: Callable[[S], T], run: Run[T, R], capacity: int, *, model: str = ""
-    ) -> None:
-        self.name = name
-        self.model = model or name
-        self.decode = decode
-        self.run = run
-        self.capacity = capacity
-        # Mutable state: the batch plan, and the batch size that ran out of memory, if one did; what waits to be decoded
-        # and what waits for an instance; how many images are admitted, are being decoded, are in a batch.
-        self.plan = plan
-        self._too_large: int | None = None
-        self.sources = Queue["Call[S, T, R]"](None)
-        self.payloads = Queue["Call[S, T, R]"](plan)
-        self.admitted = 0
-        self.decoding = 0
-        self.running = 0
+    name: str
+    plan: BatchPlan
+    decode: Callable[[S], T]
+    run: Run[T, R]
+    capacity: int
+    model: str = ""
+    # Mutable state: the plan; what waits to be decoded and what waits for an instance; how many images are admitted,
+    # are being decoded, are in a batch; the batch size that ran out of memory, if one did.
+    sources: Queue["Call[S, T, R]"] = field(default_factory=lambda: Queue(None))
+    payloads: Queue["Call[S, T, R]"] = field(init=False)
+    admitted: int = 0
+    decoding: int = 0
+    running: int = 0
+    _too_large: int | None = None
+
+    def __post_init__(self) -> None:
+        self.model = self.model or self.name
+        self.payloads = Queue(self.plan)
 
     def cap_batch_size(self, size: int) -> None:
         """Never again run `size` images at once."""
@@ -130,7 +130,7 @@ class Lane(Generic[S, T, R]):
 
     def ahead(self) -> int:
         """Images that are admitted and in no batch yet."""
-        return max(0, self.admitted - self.running)  # a caller that went frees its place before its batch ends
+        return max(0, self.admitted - self.running)  # a caller that has gone frees its place before its batch ends
 
     def activity(self) -> QueueActivity:
         """The state of the lane."""
@@ -172,6 +172,7 @@ class Completed(Generic[R]):
 
 
 Outcome = Completed[R] | Exception
+Ended = list[tuple[Call[S, T, R], Outcome[R]]]
 
 
 @dataclass(eq=False, slots=True)
@@ -180,6 +181,11 @@ class Decoding(Generic[S, T, R]):
 
     call: Call[S, T, R]
     started: float
+
+    @property
+    def lane(self) -> Lane[S, T, R]:
+        """Its call's."""
+        return self.call.lane
 
 
 @dataclass(eq=False, slots=True)
@@ -196,6 +202,9 @@ class Running(Generic[S, T, R]):
     def payloads(self) -> list[T]:
         """What `lane.run` takes."""
         return [call.payload for call in self.part]  # type: ignore[misc]  # what runs has been decoded
+
+
+Job = Decoding[S, T, R] | Running[S, T, R]
 
 
 class Dispatcher(Generic[S, T, R]):
@@ -215,7 +224,7 @@ class Dispatcher(Generic[S, T, R]):
         self._running: dict[int, Running[S, T, R]] = {}
         self._idle = list(range(instances))
         self._releases: deque[Release] = deque(maxlen=RELEASES)
-        self._ended: list[tuple[Call[S, T, R], Outcome[R]]] = []
+        self._ended: Ended[S, T, R] = []
 
     def __repr__(self) -> str:
         return (
@@ -224,13 +233,13 @@ class Dispatcher(Generic[S, T, R]):
         )
 
     def close(self) -> None:
-        """Refuse new work, and hold no batch back any longer."""
+        """Refuse new work, and delay no batch any longer."""
         self.closed = True
         self._payloads.max_delay_seconds = 0.0
 
     @property
     def admitted(self) -> int:
-        """Images that hold a place, in all lanes."""
+        """Images that have a place, in all lanes."""
         return sum(lane.admitted for lane in self.lanes)
 
     def admit(self, lane: Lane[S, T, R], count: int, now: float, deadline: float = inf) -> None:
@@ -299,8 +308,8 @@ class Dispatcher(Generic[S, T, R]):
         """Whether there is, or may soon be, a job that a thread could do now."""
         return (self._may_decode() and len(self._sources) > 0) or (bool(self._idle) and len(self._payloads) > 0)
 
-    def next_job(self, now: float) -> Decoding[S, T, R] | Running[S, T, R] | float | None:
-        """What to do now; or when to ask again, if a batch is held back; or None, until something changes."""
+    def next_job(self, now: float) -> Job[S, T, R] | float | None:
+        """What to do now; or when to ask again, if a batch is delayed; or None, until something changes."""
         self._expire(now)
         decision = self._payloads.take(now, len(self._idle)) if self._idle else None
         if isinstance(decision, Batch):
@@ -343,7 +352,14 @@ class Dispatcher(Generic[S, T, R]):
                 job.lane.cap_batch_size(len(part))
             middle = len(part) // 2
             job.rest.extendleft((part[middle:], part[:middle]))
-        self._next_part(job, now)
+        job.part, job.started = [], now
+        while job.rest and not job.part:
+            job.part = [call for call in job.rest.popleft() if call.stage != "ended"]
+        if not job.part:
+            job.release.run_seconds = now - job.release.started
+            job.lane.running -= job.release.size
+            del self._running[job.release.instance]
+            self._idle.append(job.release.instance)
 
     def end_all(self) -> None:
         """End every call with `ShuttingDown`."""
@@ -354,7 +370,7 @@ class Dispatcher(Generic[S, T, R]):
             self._discard(call)
             self._end(call, ShuttingDown("the service stopped before this image was answered"))
 
-    def take_ended(self) -> list[tuple[Call[S, T, R], Outcome[R]]]:
+    def take_ended(self) -> Ended[S, T, R]:
         """Calls that have ended since the last call of this, each once, and how."""
         ended, self._ended = self._ended, []
         return ended
@@ -370,11 +386,8 @@ class Dispatcher(Generic[S, T, R]):
     def activity(self, now: float) -> Activity:
         """All that can be seen."""
         instances = [job.release if (job := self._running.get(i)) else None for i in range(self._instances)]
-        queues, releases = (
-            [lane.activity() for lane in self.lanes],
-            [replace(each) for each in reversed(self._releases)],
-        )
-        return Activity(now, queues, instances, releases)
+        past = [replace(release) for release in reversed(self._releases)]
+        return Activity(now, [lane.activity() for lane in self.lanes], instances, past)
 
     def _may_decode(self) -> bool:
         return len(self._decoding) < self._decoders
@@ -408,14 +421,3 @@ class Dispatcher(Generic[S, T, R]):
         self._releases.append(release)
         self._observer.batch_released(lane.model, batch.reason, size)
         return job
-
-    def _next_part(self, job: Running[S, T, R], now: float) -> None:
-        job.part, job.started = [], now
-        while job.rest and not job.part:
-            job.part = [call for call in job.rest.popleft() if call.stage != "ended"]
-        if job.part:
-            return
-        job.release.run_seconds = now - job.release.started
-        job.lane.running -= job.release.size
-        del self._running[job.release.instance]
-        self._idle.append(job.release.instance)

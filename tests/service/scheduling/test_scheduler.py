@@ -79,7 +79,7 @@ class Bench:
     ) -> None:
         self.seen = Seen()
         self.scheduler = Scheduler[int, int, int](instances, self.seen, **options)
-        self.lane: Lane[int, int, int] = self.scheduler.open_lane("m", PLAN, decode, machine.run, capacity)
+        self.lane: Lane[int, int, int] = self.scheduler.open_lane(Lane("m", PLAN, decode, machine.run, capacity))
         self.decoded = Count()
         dispatcher = self.scheduler._dispatcher
         report = dispatcher.decoded
@@ -399,7 +399,7 @@ async def test_a_closed_lane_is_waited_for_until_no_thread_uses_it() -> None:
         return payloads
 
     scheduler = Scheduler[int, int, int](1, Seen())
-    lane = scheduler.open_lane("a", BatchPlan({1: 0.01}), lambda x: x, run, 8)
+    lane = scheduler.open_lane(Lane("a", BatchPlan({1: 0.01}), lambda x: x, run, 8))
     with scheduler.reserve(lane, 1):
         caller = asyncio.create_task(scheduler.submit(lane, 1))
         await running.wait()
@@ -430,7 +430,7 @@ async def test_a_closed_lane_is_waited_for_until_threads_hold_nothing_of_its_las
 
     monkeypatch.setattr(Scheduler, "_hand_over", slow)
     scheduler = Scheduler[int, int, int](1, Seen())
-    lane = scheduler.open_lane("a", PLAN, int, Machine().run, 8)
+    lane = scheduler.open_lane(Lane("a", PLAN, int, Machine().run, 8))
     with scheduler.reserve(lane, 1):
         assert (await scheduler.submit(lane, 1)).result == 2
     closing = asyncio.create_task(scheduler.close_lane(lane))
@@ -479,7 +479,7 @@ async def test_nothing_holds_an_image_once_its_call_has_ended(outcome: str) -> N
         return weakref.ref(body)
 
     scheduler = Scheduler[Body, list[Body], int](1, Seen())
-    lane = scheduler.open_lane("m", PLAN, decode, run, 8)
+    lane = scheduler.open_lane(Lane("m", PLAN, decode, run, 8))
     gc.collect()
     gc.disable()
     try:
