@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from service.arrays import Outputs, Pixels
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
 from service.execution.executable import Executable
 from service.images.decoding import Decoded, decode
@@ -16,7 +15,7 @@ from service.images.geometry import Geometry
 from service.machine.devices import DeviceHealth
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.results import Image, ImageResult, Timing
+from service.results import Image, ImageResult, Outputs, Pixels, Timing
 from service.scheduling.dispatcher import Lane
 from service.scheduling.scheduler import Scheduler
 

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.arrays import Floats, Outputs
 from service.errors import InvalidRequest, ServiceError
-from service.results import JSON_INSTEAD, ImageResult, InferenceResult, Timing, require_all
+from service.results import JSON_INSTEAD, Floats, ImageResult, InferenceResult, Outputs, Timing, require_all
 from service.store.cards import ModelCard
 
 Array = NDArray[np.floating]

@@ -25,7 +25,7 @@ LAYERS = {
         {"architecture"},
         {"machine"},
         {"lifecycle", "sharing"},
-        {"arrays", "errors", "files", "metrics"},
+        {"errors", "files", "metrics"},
     ],
     "registry": [
         {"loading"},

@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.variants import VARIANTS
 from service.architecture.weights import State, load_into
-from service.arrays import Floats
 from service.backends.module import Served, build, plain_logits
 from service.errors import ServiceError, WeightsMismatch, WeightsNotFinite
 from service.execution.reference import Reference, packed, reference_of, synthetic_images
 from service.files import file_sha256, staging_folder, sync
+from service.results import Floats
 from service.store.cards import Accuracy, ModelCard, Origin, Preprocessing, WeightsFile
 from service.store.changes import WEIGHTS_FILE, write_model
 from service.store.folder import check_room, writing

@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.arrays import Floats
 from service.backends.module import Served
 from service.machine.memory import settled_bytes
+from service.results import Floats
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Batch = NDArray[np.uint8]  # (n, height, width, 3)

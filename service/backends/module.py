@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.weights import load_weights
-from service.arrays import Floats, Head
 from service.errors import CardInvalid
+from service.results import Floats, Head
 from service.store.cards import ModelCard
 
 

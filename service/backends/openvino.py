@@ -14,10 +14,10 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from openvino.properties import hint
 from torch.jit import _recursive, _state
 
-from service.arrays import Floats
 from service.backends.base import Batch, Blob, CpuBackend, Graph, Layout, Precision, Program
 from service.backends.module import Served
 from service.errors import OutOfMemory
+from service.results import Floats
 
 _TYPES: dict[Precision, ov.Type] = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16, "float16": ov.Type.f16}
 

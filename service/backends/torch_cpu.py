@@ -5,10 +5,10 @@ from contextlib import contextmanager
 
 import torch
 
-from service.arrays import Floats
 from service.backends.base import Batch, CpuBackend, Graph, Layout, Precision, Program, Restore
 from service.backends.module import Served
 from service.errors import OutOfMemory
+from service.results import Floats
 
 
 class TorchBackend(CpuBackend):

@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 import structlog
 
-from service.arrays import Head, Outputs, Pixels
 from service.backends.base import Backend, Batch, Graph, Layout, Precision, Program
 from service.backends.module import Served, build
 from service.errors import ModelLoadFailed
@@ -16,6 +15,7 @@ from service.execution.optimizer import OptimizedGraph, Optimizer
 from service.execution.plan import BatchPlan
 from service.execution.reference import Deviation, ReferenceCheck, computed_reference, is_of_all_precisions, reason
 from service.execution.tuning import LatencyGraph, Tuned, graph_seconds
+from service.results import Head, Outputs, Pixels
 from service.store.store import StoredModel
 
 log = structlog.get_logger(component="executable")

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from service.arrays import Floats
 from service.backends.base import Batch
 from service.backends.cuda.compiling import Function, Placed
 from service.backends.cuda.device import Captured, CudaDevice
 from service.backends.module import Served
 from service.errors import OutOfMemory
+from service.results import Floats
 
 
 @dataclass(eq=False)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from service.arrays import Floats
 from service.backends.base import Batch, Graph, Layout, Precision, Program, TuningOptions
 from service.backends.cuda.compiling import Compiler, Function, Job
 from service.backends.cuda.device import Captured, CudaDevice
 from service.backends.module import Served
 from service.machine.memory import give_back
+from service.results import Floats
 
 IN_FLIGHT = 2  # batches for each card: one is computed while another is copied
 _KINDS: dict[Precision, torch.dtype] = {

@@ -15,11 +15,11 @@ from threading import Lock
 import torch
 from torch import Tensor, nn
 
-from service.arrays import Floats
 from service.backends.base import Batch
 from service.backends.cuda.compiling import Function, Placed, set_up_cudnn
 from service.backends.module import Served
 from service.errors import DeviceFailed, OutOfMemory
+from service.results import Floats
 
 # Before a capture, so that it does not capture what the first runs decide or compile. torch's documentation asks for
 # three, on a separate stream.

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from service.arrays import Floats
 from service.backends.base import Batch, Blob, Graph, Layout, OptimizedProgram, Precision, Program
 from service.backends.module import Served
 from service.backends.torch_cpu import TorchBackend
+from service.results import Floats
 
 Skew = Callable[[Floats, Precision], Floats]
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from service.arrays import Floats
 from service.backends.base import Backend, Batch, Layout, Precision
 from service.backends.module import build
 from service.backends.openvino import OpenVinoBackend
@@ -14,6 +13,7 @@ from service.execution.executable import STAGES, Executable
 from service.execution.optimizer import OptimizedGraph
 from service.execution.plan import BatchPlan
 from service.execution.tuning import LatencyGraph, Tuned
+from service.results import Floats
 from tests.service.registry.test_loader import load_tiny, random_images
 from tests.service.stores import add_model
 

@@ -5,13 +5,13 @@ from threading import Event
 import numpy as np
 import pytest
 
-from service.arrays import Floats
 from service.backends.base import Batch, Graph, Layout, Precision
 from service.errors import DeviceFailed, GoldenMismatch, OutOfMemory
 from service.execution.optimizer import OptimizedGraph, Optimizer
 from service.execution.plan import BatchPlan
 from service.execution.tuning import Limits
 from service.machine.devices import DeviceHealth
+from service.results import Floats
 
 LAYOUT = Layout(1, 1)
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from service.arrays import Floats
 from service.backends.base import Batch, Blob, CpuBackend, Graph, Layout, Precision, Program, TuningOptions
 from service.backends.module import Served
 from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid
 from service.execution.reference import TOLERANCE, Reference, ReferenceCheck
 from service.execution.tuning import Limits, Tuned, Tuning
+from service.results import Floats
 
 SHAPE = (32, 32)
 OPTIONS = TuningOptions()

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from service.architecture.variants import VARIANTS
-from service.arrays import Outputs
 from service.backends.base import Backend
 from service.backends.openvino import OpenVinoBackend
 from service.backends.torch_cpu import TorchBackend
 from service.errors import ImageTooLarge, InvalidImage, InvalidRequest
 from service.postprocess import Explanation, FeatureOptions, explain, features, numbers, stacked
-from service.results import ImageResult, InferenceResult, Timing, require_all
+from service.results import ImageResult, InferenceResult, Outputs, Timing, require_all
 from tests.service.postprocess.twins import answer, executable_of, make_twin, theirs
 
 TORCH, OPENVINO = TorchBackend(1), OpenVinoBackend(1)

@@ -424,7 +424,7 @@ async def test_a_closed_lane_is_waited_for_until_threads_hold_nothing_of_its_las
     go = threading.Event()
     hand_over = Scheduler._hand_over
 
-    def slow(scheduler: Any, loop: Any, ended: Sequence[Any]) -> None:
+    def slow(scheduler: Any, loop: Any, ended: list[Any]) -> None:
         hand_over(scheduler, loop, ended)
         assert not ended or go.wait(BOUND)
 
