@@ -150,7 +150,10 @@ class Lane(Generic[S, T, R]):
 
 @dataclass(eq=False, slots=True)
 class Call(Item, Generic[S, T, R]):
-    """One image on its way, which waits in the queues."""
+    """One image on its way, which waits in the queues.
+
+    As a job: call `lane.decode(source)`, then `Dispatcher.decoded`.
+    """
 
     lane: Lane[S, T, R]
     source: S
@@ -176,19 +179,6 @@ Ended = list[tuple[Call[S, T, R], Outcome[R]]]
 
 
 @dataclass(eq=False, slots=True)
-class Decoding(Generic[S, T, R]):
-    """A job: call `lane.decode(source)`, then `Dispatcher.decoded`."""
-
-    call: Call[S, T, R]
-    started: float
-
-    @property
-    def lane(self) -> Lane[S, T, R]:
-        """Its call's."""
-        return self.call.lane
-
-
-@dataclass(eq=False, slots=True)
 class Running(Generic[S, T, R]):
     """A job: run `part` on `release.instance`, then call `Dispatcher.ran`; repeat until no part is left."""
 
@@ -204,7 +194,7 @@ class Running(Generic[S, T, R]):
         return [call.payload for call in self.part]  # type: ignore[misc]  # what runs has been decoded
 
 
-Job = Decoding[S, T, R] | Running[S, T, R]
+Job = Call[S, T, R] | Running[S, T, R]
 
 
 class Dispatcher(Generic[S, T, R]):
@@ -220,7 +210,7 @@ class Dispatcher(Generic[S, T, R]):
         self.closed = False
         self._sources: Queues[Call[S, T, R]] = Queues()
         self._payloads: Queues[Call[S, T, R]] = Queues(max_delay_seconds)
-        self._decoding: set[Decoding[S, T, R]] = set()
+        self._decoding: dict[Call[S, T, R], float] = {}  # since when
         self._running: dict[int, Running[S, T, R]] = {}
         self._idle = list(range(instances))
         self._releases: deque[Release] = deque(maxlen=RELEASES)
@@ -315,26 +305,22 @@ class Dispatcher(Generic[S, T, R]):
         if isinstance(decision, Batch):
             return self._start(decision, now)
         if self._may_decode() and isinstance(batch := self._sources.take(now, 1), Batch):
-            job = Decoding(batch.items[0], now)
-            job.call.lane.decoding += 1
-            self._decoding.add(job)
-            return job
+            (call,) = batch.items
+            call.lane.decoding += 1
+            self._decoding[call] = now
+            return call
         return decision
 
-    def decoded(self, job: Decoding[S, T, R], payload: T | Exception, now: float) -> None:
-        """`job` is done: its call waits for an instance from now on, or has ended with an error."""
-        call = job.call
-        self._decoding.remove(job)
+    def decoded(self, call: Call[S, T, R], payload: T | Exception, now: float) -> None:
+        """`call` is decoded: it waits for an instance from now on, or has ended with an error."""
         call.lane.decoding -= 1
-        call.lane.sources.virtual_time += now - job.started
-        if call.stage == "ended":
-            return
+        call.lane.sources.virtual_time += now - self._decoding.pop(call)
         if isinstance(payload, Exception):
             self._end(call, payload)
-            return
-        call.payload, call.stage = payload, "queue"
-        call.decode_seconds, call.arrived = now - call.arrived, now
-        self._payloads.add(call.lane.payloads, call)
+        elif call.stage != "ended":
+            call.payload, call.stage = payload, "queue"
+            call.decode_seconds, call.arrived = now - call.arrived, now
+            self._payloads.add(call.lane.payloads, call)
 
     def ran(self, job: Running[S, T, R], results: Sequence[R] | Exception, now: float) -> None:
         """`job.part` is done. It becomes what to run next: half of what failed, or nothing, and the job is done."""
@@ -364,9 +350,8 @@ class Dispatcher(Generic[S, T, R]):
     def end_all(self) -> None:
         """End every call with `ShuttingDown`."""
         calls = [call for lane in self.lanes for queue in (lane.sources, lane.payloads) for call in queue.waiting]
-        calls += [job.call for job in self._decoding]
         calls += [call for job in self._running.values() for part in (job.part, *job.rest) for call in part]
-        for call in calls:
+        for call in [*calls, *self._decoding]:
             self._discard(call)
             self._end(call, ShuttingDown("the service stopped before this image was answered"))
 
@@ -378,7 +363,7 @@ class Dispatcher(Generic[S, T, R]):
     def stalled_seconds(self, now: float) -> dict[str, float]:
         """How long the longest-running job of each kind has been running; 0 when there is none."""
         started = {
-            "decode": [job.started for job in self._decoding],
+            "decode": self._decoding.values(),
             "infer": [job.release.started for job in self._running.values()],
         }
         return {kind: now - min(times, default=now) for kind, times in started.items()}

@@ -13,17 +13,7 @@ from time import monotonic
 from typing import Generic, ParamSpec, TypeVar
 
 from service.execution.plan import BatchPlan
-from service.scheduling.dispatcher import (
-    Activity,
-    Call,
-    Completed,
-    Decoding,
-    Dispatcher,
-    Ended,
-    Job,
-    Lane,
-    Observer,
-)
+from service.scheduling.dispatcher import Activity, Call, Completed, Dispatcher, Ended, Job, Lane, Observer
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -162,8 +152,8 @@ class Scheduler(Generic[S, T, R]):
         """Wait for a job and do it; False when there will be none."""
         # An error's traceback leads to this frame, which must not lead back to the error: no variable has an outcome.
         job, finish = self._next(loop), partial(self._finish, loop)
-        if isinstance(job, Decoding):
-            finish(self._dispatcher.decoded, job, _attempt(job.lane.decode, job.call.source))
+        if isinstance(job, Call):
+            finish(self._dispatcher.decoded, job, _attempt(job.lane.decode, job.source))
         elif job:
             while job.part:
                 run, (instance, alone) = job.lane.run, (job.release.instance, job.release.alone)
