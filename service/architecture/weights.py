@@ -44,11 +44,7 @@ MAX_DEPTH = 8  # of wrappers in one another; a pickle may hold itself
 
 FOREIGN = re.compile(r"^(patch_embed|stages|classifier|pvt_v2|encoder)\.")
 STAGE_PART = re.compile(r"^(?:pvt_v2\.)?(?:stages|encoder\.layers)\.(\d+)\.([a-z_]+)\.")
-STAGE_PARTS = {
-    "downsample": "patch_embed", "patch_embedding": "patch_embed",
-    "blocks": "block",
-    "norm": "norm", "layer_norm": "norm",
-}  # fmt: skip
+STAGE_PARTS = {"downsample": "patch_embed", "patch_embedding": "patch_embed", "blocks": "block", "layer_norm": "norm"}
 RENAMES = (
     (re.compile(r"^patch_embed\."), "patch_embed1."),
     (re.compile(r"^classifier\."), "head."),
@@ -64,11 +60,7 @@ UNSAFE = ("GLOBAL", "unrecognized function", "allowlisted")  # in torch's words 
 
 
 def _official(name: str) -> str:
-    def stage(match: re.Match[str]) -> str:
-        index, part = match.groups()
-        return f"{STAGE_PARTS.get(part, part)}{int(index) + 1}."
-
-    name = STAGE_PART.sub(stage, name)
+    name = STAGE_PART.sub(lambda part: f"{STAGE_PARTS.get(part[2], part[2])}{int(part[1]) + 1}.", name)
     for pattern, replacement in RENAMES:
         name = pattern.sub(replacement, name)
     return name
@@ -87,11 +79,7 @@ def _joined_keys_and_values(state: State) -> dict[str, Tensor]:
 
 
 def remap_keys(state: State) -> dict[str, Tensor]:
-    """The same tensors under official names; unchanged where no name is foreign.
-
-    Raises:
-        WeightsMismatch: two tensors end up with one name.
-    """
+    """The same tensors under official names; raises WeightsMismatch where two end up with one name."""
     if state and all(name.startswith("module.") for name in state):  # left by DistributedDataParallel
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if not any(FOREIGN.match(name) for name in state):
@@ -108,12 +96,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _parse(path: Path, data: bytes) -> object:
-    """The objects in the file's bytes; code inside never runs.
-
-    Raises:
-        WeightsUnsafe: a pickle asks for more than tensors.
-        WeightsCorrupt: the bytes are not in the format that the suffix says.
-    """
+    """The objects in the file's bytes; code inside never runs. Raises WeightsUnsafe or WeightsCorrupt."""
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(data)
@@ -168,22 +151,21 @@ def _averages(content: object, where: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _unswapped(content: object) -> object:
-    """`content` with the average under the average's name: `EMAHook` of mmengine swaps it and the trained weights.
+    """`content` with the average under its own name: `EMAHook` of mmengine swaps it and the trained weights.
 
     A counter beside the weights under `ema_state_dict` shows that it did.
     """
-    if isinstance(content, Mapping) and isinstance(trained := content.get("ema_state_dict"), Mapping):
-        without_steps = {name: tensor for name, tensor in trained.items() if name != "steps"}
-        if len(without_steps) < len(trained):
-            return {**content, "state_dict": without_steps, "ema_state_dict": content.get("state_dict")}
+    trained = content.get("ema_state_dict") if isinstance(content, Mapping) else None
+    if isinstance(content, Mapping) and isinstance(trained, Mapping) and "steps" in trained:
+        weights = {name: tensor for name, tensor in trained.items() if name != "steps"}
+        return {**content, "state_dict": weights, "ema_state_dict": content.get("state_dict")}
     return content
 
 
 def _choose(path: Path, content: object, requested: Weights | None) -> tuple[object, Weights, str]:
     """The plain weights in `content` or their average, which of the two, and an explanation of the choice.
 
-    Raises:
-        WeightsMismatch: the `requested` ones are missing, or there are several averages.
+    Raises WeightsMismatch where the `requested` ones are missing, or there are several averages.
     """
     content = _unswapped(content)
     plain, averages = _unwrapped(content, WRAPPERS), dict(_averages(content))
@@ -209,11 +191,7 @@ def _choose(path: Path, content: object, requested: Weights | None) -> tuple[obj
 
 
 def _tensors(path: Path, content: object, limit: int) -> dict[str, Tensor]:
-    """The float32 state dict in `content`, none of whose tensors has more than `limit` elements.
-
-    Raises:
-        WeightsCorrupt: it is none, or has something beside floating-point tensors in it.
-    """
+    """The float32 state dict in `content`, none of whose tensors has more than `limit` elements, or WeightsCorrupt."""
     if not isinstance(content, Mapping) or not content:
         raise WeightsCorrupt(f"{path}: holds no tensors; save the model's state_dict()")
     for name, tensor in content.items():
@@ -310,7 +288,6 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
     """Read `path` into `model`: the plain weights, since a file that a card names has always been read so.
 
     Raises:
-        WeightsUnavailable: as `read_checkpoint`.
-        WeightsInvalid: as `read_checkpoint` and `load_into`.
+        WeightsUnavailable, WeightsInvalid: as `open_checkpoint` and `load_into`.
     """
     load_into(model, read_checkpoint(path, sha256=sha256, weights="plain"), source=str(path))

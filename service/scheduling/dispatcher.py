@@ -13,6 +13,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 from service.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, QueueFull, ShuttingDown
 from service.execution.plan import BatchPlan
+from service.metrics import EngineMetrics
 from service.scheduling.queues import Batch, Item, Queue, Queues, ReleaseReason
 
 S = TypeVar("S")  # the source: an encoded image
@@ -26,26 +27,16 @@ RELEASES = 64  # how many are remembered
 
 
 class Run(Protocol[T_contra, R_co]):
-    """Runs one batch on the numbered instance; returns one result for each payload, in their order.
-
-    `alone`: nothing else is in the scheduler, so that the batch may use every core.
-    """
+    """Returns a result for each payload, in order; `alone` in the scheduler, the batch may use every core."""
 
     def __call__(self, instance: int, payloads: Sequence[T_contra], *, alone: bool) -> Sequence[R_co]: ...  # noqa: D102
 
 
-class Observer(Protocol):
-    """Counts what happens; `service.metrics` is one."""
-
-    def batch_released(self, model: str, reason: str, size: int) -> None: ...  # noqa: D102
-    def cancelled(self, stage: str) -> None: ...  # noqa: D102
-
-
 @dataclass(eq=False, slots=True)
 class Release:
-    """A batch of `size` images that went to an instance; `waited_seconds` is the longest that one of them had waited.
+    """A batch that went to an instance, after its oldest image had waited `waited_seconds`.
 
-    `run_seconds` is None while the batch runs; it covers the second runs of a batch that failed.
+    `run_seconds` is None while it runs, and covers the second runs of a batch that failed.
     """
 
     model: str
@@ -60,10 +51,9 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class QueueActivity:
-    """The queue of one `lane` of `model`: images to decode, in decoding, waiting for an instance, running.
+    """One lane in images, of which `admitted` counts also those that are about to enter or have just left.
 
-    `admitted` counts all of these, and images that are about to enter or have just left. `virtual_seconds` is the share
-    of the instances it has had, for fairness; `plan` is t(n) in seconds by batch size.
+    `virtual_seconds` is the instance time it has had, for fairness; `plan` is t(n) in seconds by batch size.
     """
 
     lane: str
@@ -200,10 +190,10 @@ Job = Call[S, T, R] | Running[S, T, R]
 class Dispatcher(Generic[S, T, R]):
     """Returns the next job to a thread that asks: a batch where an instance is idle, else an image to decode."""
 
-    def __init__(self, instances: int, decoders: int, observer: Observer, max_delay_seconds: float = 0.0) -> None:
+    def __init__(self, instances: int, decoders: int, metrics: EngineMetrics, max_delay_seconds: float = 0.0) -> None:
         self._instances = instances
         self._decoders = decoders
-        self._observer = observer
+        self._metrics = metrics
         # Mutable state: the lanes, and whether new work is refused; what waits to be decoded and what waits for an
         # instance; the jobs under way, idle instances, the last releases; calls that ended since `take_ended`.
         self.lanes: list[Lane[S, T, R]] = []
@@ -236,8 +226,7 @@ class Dispatcher(Generic[S, T, R]):
         """Take `count` of the lane's places; `lane.admitted -= count` frees them.
 
         Raises:
-            InvalidRequest: it never has that many.
-            QueueFull: it has not that many left.
+            InvalidRequest, QueueFull: it never has that many, or has not that many left.
             DeadlineExceeded: what is admitted already keeps these images from being answered by `deadline`.
             ShuttingDown: new work is refused.
         """
@@ -254,7 +243,7 @@ class Dispatcher(Generic[S, T, R]):
         least, left = self.least_seconds(lane, count), deadline - now
         if least > SPEED_MARGIN * left:
             for _ in range(count):
-                self._observer.cancelled("admission")
+                self._metrics.cancelled("admission")
             raise DeadlineExceeded(
                 f"{lane.ahead()} images wait for {lane.name!r} already: at the measured speed an answer is "
                 f"{least:.3g} s away or more, and {max(0.0, left):.3g} s are left; "
@@ -263,7 +252,7 @@ class Dispatcher(Generic[S, T, R]):
         lane.admitted += count
 
     def seconds_until_empty(self, lane: Lane[S, T, R]) -> float:
-        """When all that `lane` holds now is likely to be answered, its instances shared fairly with other lanes."""
+        """When all images of `lane` are likely to be answered, its instances shared fairly with other lanes."""
         own = lane.seconds(lane.admitted)
         # By the time that one lane has had its time, each other has had as much, or all of its work.
         others = (min(own, other.seconds(other.admitted)) for other in self.lanes if other is not lane)
@@ -290,7 +279,7 @@ class Dispatcher(Generic[S, T, R]):
         """The caller of `call` has gone: unless it has ended, nothing more is done for it."""
         if call.stage == "ended":
             return
-        self._observer.cancelled(call.stage)
+        self._metrics.cancelled(call.stage)
         self._discard(call)
         call.stage = "ended"
 
@@ -380,7 +369,7 @@ class Dispatcher(Generic[S, T, R]):
     def _expire(self, now: float) -> None:
         for queues in (self._sources, self._payloads):
             for _, call in queues.expire(now):
-                self._observer.cancelled(call.stage)
+                self._metrics.cancelled(call.stage)
                 self._end(call, DeadlineExceeded("the request's time ran out while the image waited"))
 
     def _discard(self, call: Call[S, T, R]) -> None:
@@ -404,5 +393,5 @@ class Dispatcher(Generic[S, T, R]):
         lane.running += size
         self._running[release.instance] = job
         self._releases.append(release)
-        self._observer.batch_released(lane.model, batch.reason, size)
+        self._metrics.batch_released(lane.model, batch.reason, size)
         return job

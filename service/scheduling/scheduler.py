@@ -13,7 +13,8 @@ from time import monotonic
 from typing import Generic, ParamSpec, TypeVar
 
 from service.execution.plan import BatchPlan
-from service.scheduling.dispatcher import Activity, Call, Completed, Dispatcher, Ended, Job, Lane, Observer
+from service.metrics import EngineMetrics
+from service.scheduling.dispatcher import Activity, Call, Completed, Dispatcher, Ended, Job, Lane
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -30,14 +31,14 @@ class Scheduler(Generic[S, T, R]):
     """
 
     def __init__(
-        self, instances: int, observer: Observer, *, decoders: int = 1, max_delay_seconds: float = 0.0
+        self, instances: int, metrics: EngineMetrics, *, decoders: int = 1, max_delay_seconds: float = 0.0
     ) -> None:
         """`decoders`: how many images are decoded at the same time."""
         self._count = instances + decoders  # of threads, so that decoding goes on beside running
         # Mutable state. Used under `_changed` only: the dispatcher; whether the threads are to end; the lane whose job
         # each thread has, until it asks for the next; what to call once no thread has a job of a closed lane. Used by
         # the event loop only: the threads, and the futures of callers.
-        self._dispatcher = Dispatcher[S, T, R](instances, decoders, observer, max_delay_seconds)
+        self._dispatcher = Dispatcher[S, T, R](instances, decoders, metrics, max_delay_seconds)
         self._changed = Condition()
         self._stopped = False
         self._at: dict[int, Lane[S, T, R]] = {}
@@ -80,15 +81,15 @@ class Scheduler(Generic[S, T, R]):
 
     async def close_lane(self, lane: Lane[S, T, R]) -> None:
         """Remove `lane`, which holds no places; returns once no thread uses its `decode` and `run`."""
-        loop, rested = asyncio.get_running_loop(), asyncio.Event()
+        loop, unused = asyncio.get_running_loop(), asyncio.Event()
         with self._changed:
             if lane.admitted:
                 raise RuntimeError(f"the lane of {lane.name!r} still holds {lane.admitted} images")
             self._dispatcher.lanes.remove(lane)
             if lane not in self._at.values():
                 return
-            self._closing[lane] = partial(loop.call_soon_threadsafe, rested.set)
-        await rested.wait()
+            self._closing[lane] = partial(loop.call_soon_threadsafe, unused.set)
+        await unused.wait()
 
     @contextmanager
     def reserve(self, lane: Lane[S, T, R], count: int, deadline: float = inf) -> Iterator[None]:
@@ -186,9 +187,9 @@ class Scheduler(Generic[S, T, R]):
     def _leave_lane(self) -> None:
         """This thread holds nothing of its last job any more, which may be what the closing of its lane waits for."""
         lane = self._at.pop(get_ident(), None)
-        if lane and lane not in self._at.values() and (rested := self._closing.pop(lane, None)):
+        if lane and lane not in self._at.values() and (unused := self._closing.pop(lane, None)):
             del lane  # whoever waits may free the model at once
-            rested()
+            unused()
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop, ended: Ended[S, T, R]) -> None:
         """All that ended at once, in one turn of the loop."""

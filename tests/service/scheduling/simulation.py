@@ -6,22 +6,26 @@ from dataclasses import dataclass, field
 from itertools import count
 from math import inf
 
+from prometheus_client import CollectorRegistry
+
 from service.execution.plan import BatchPlan
+from service.metrics import EngineMetrics
 from service.scheduling.dispatcher import Call, Completed, Dispatcher, Lane, Outcome, Running
 
 
-class Seen:
-    """An observer that remembers."""
+class Seen(EngineMetrics):
+    """Metrics that remember what was counted."""
 
     def __init__(self) -> None:
+        super().__init__(CollectorRegistry())
         self.releases: list[tuple[str, str, int]] = []
-        self.cancellations: list[str] = []
+        self.stages: list[str] = []
 
     def batch_released(self, model: str, reason: str, size: int) -> None:
         self.releases.append((model, reason, size))
 
     def cancelled(self, stage: str) -> None:
-        self.cancellations.append(stage)
+        self.stages.append(stage)
 
 
 def double(instance: int, payloads: Sequence[int], *, alone: bool) -> Sequence[int]:  # noqa: ARG001

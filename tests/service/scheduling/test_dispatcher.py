@@ -151,7 +151,7 @@ def test_an_image_whose_caller_has_gone_never_runs(when: str) -> None:
         dispatcher.decoded(job, 1, 0.0)
     dispatcher.ran(first, [0], 1.0)
     assert dispatcher.next_job(2.0) is None
-    assert seen.cancellations == ["queue" if when == "waiting" else "decode"]
+    assert seen.stages == ["queue" if when == "waiting" else "decode"]
     assert 1 not in outcomes(dispatcher)
 
 
@@ -166,7 +166,7 @@ def test_a_caller_that_goes_while_its_batch_runs_harms_nobody_and_is_counted() -
     dispatcher.abandon(calls[0])
     dispatcher.ran(job, [2, 4], 1.0)
 
-    assert seen.cancellations == ["infer"]
+    assert seen.stages == ["infer"]
     assert {*outcomes(dispatcher)} == {0, 2}
 
 
@@ -182,7 +182,7 @@ def test_an_image_whose_time_runs_out_while_it_waits_costs_nothing_more(decoded_
 
     assert dispatcher.next_job(6.0) is None
     assert isinstance(outcomes(dispatcher)[1], DeadlineExceeded)
-    assert seen.cancellations == ["queue" if decoded_before else "decode"]
+    assert seen.stages == ["queue" if decoded_before else "decode"]
 
 
 def test_an_image_that_can_not_be_decoded_fails_alone() -> None:

@@ -103,13 +103,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(image=consumes(images))
     def caller_goes(self, image: TrackedImage) -> None:
-        counted = len(self.seen.cancellations)
+        counted = len(self.seen.stages)
         if image.over:
             self.dispatcher.abandon(image.call)
-            assert len(self.seen.cancellations) == counted
+            assert len(self.seen.stages) == counted
             return
         self.dispatcher.abandon(image.call)
-        assert len(self.seen.cancellations) == counted + 1
+        assert len(self.seen.stages) == counted + 1
         image.gone = True
         self.changed()
 

@@ -190,7 +190,7 @@ async def test_a_cancelled_caller_leaves_its_batch_mates_unharmed() -> None:
 
     assert [each.result for each in results] == [0, 2, 6]
     assert machine.batches == [[0], [1, 3]]
-    assert made.seen.cancellations == ["queue"]
+    assert made.seen.stages == ["queue"]
     assert made.lane.admitted == 0
 
 
@@ -203,7 +203,7 @@ async def test_a_caller_cancelled_while_its_batch_runs_harms_nobody() -> None:
         machine.gate.set()
 
         assert (await made.submit(5)).result == 10
-        assert made.seen.cancellations == ["infer"]
+        assert made.seen.stages == ["infer"]
 
 
 async def test_a_caller_cancelled_while_its_image_is_decoded_is_not_run() -> None:
@@ -223,7 +223,7 @@ async def test_a_caller_cancelled_while_its_image_is_decoded_is_not_run() -> Non
         await made.submit(2)
 
     assert machine.batches == [[2]]
-    assert made.seen.cancellations == ["decode"]
+    assert made.seen.stages == ["decode"]
 
 
 async def test_a_poisoned_image_fails_alone() -> None:
@@ -303,7 +303,7 @@ async def test_a_hopeless_deadline_is_refused_before_anything_is_done_and_counte
         with pytest.raises(DeadlineExceeded, match="wait for 'm' already"):
             made.scheduler.reserve(made.lane, 2, deadline=monotonic() + 0.5).__enter__()
 
-        assert made.seen.cancellations == ["admission", "admission"]
+        assert made.seen.stages == ["admission", "admission"]
         assert made.decoded.value == decoded
 
 
