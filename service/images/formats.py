@@ -97,13 +97,12 @@ def check_scans(image: Image.Image, raw: bytes, start: int) -> int:
 
 def _check_coefficients(raw: bytes) -> None:
     frame, components = 0, b""
-    missing: set[tuple[int, int]] = set()  # components, and those of their 64 coefficients that lack a bit
+    whole: set[tuple[int, int]] = set()  # components, and those of their 64 coefficients that have all bits
     for marker, body, _ in _segments(raw):
         if marker in _FRAMES and not frame:
             if marker in _ARITHMETIC:
                 raise InvalidImage("not a supported image (JPEG with arithmetic coding); save it with Huffman coding")
             frame, components = marker, body[6 : 6 + 3 * body[5] : 3]
-            missing = {(component, k) for component in components for k in range(64)}
         elif marker == _START_OF_SCAN and body:
             ids, (first, last, bits) = body[1 : 1 + 2 * body[0] : 2], body[1 + 2 * body[0] :][:3]
             if frame not in _PROGRESSIVE:
@@ -111,8 +110,8 @@ def _check_coefficients(raw: bytes) -> None:
                     return
                 first, last, bits = 0, 63, 0
             if bits & 15 == 0:  # the lowest bit in it
-                missing -= {(component, k) for component in ids for k in range(first, last + 1)}
-    if missing:
+                whole |= {(component, k) for component in ids for k in range(first, last + 1)}
+    if not whole.issuperset((component, k) for component in components for k in range(64)):
         raise InvalidImage("truncated JPEG: its last scans are missing")
 
 
