@@ -13,10 +13,10 @@ from torch import Tensor
 from bench.gpu_results import GpuEngine
 from bench.ours import OnDevice
 from bench.peers.common import make_model
-from service.arrays import Floats
 from service.backends.base import Batch
 from service.backends.cuda import CudaDevice
 from service.backends.cuda_compiling import TorchCompiler
+from service.results import Floats
 
 SIDE = 224
 ENGINES = ("transformers", "max-autotune", "pvt-serve")

@@ -48,10 +48,7 @@ import numpy as np
 import service.pipeline
 from service.images.decoding import Decoded
 from service.execution.executable import Executable
-try:
-    from service.arrays import Outputs
-except ImportError:  # an older checkout
-    from service.answers.outputs import Outputs
+from service.results import Outputs
 
 decoded = Decoded(np.zeros((224, 224, 3), np.uint8), 640, 427)
 output = Outputs(np.linspace(0, 5, 1000, dtype=np.float32), np.zeros(256, np.float32))

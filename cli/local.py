@@ -24,8 +24,7 @@ from pvt_client.images import AnyImage
 from service.engine import Engine
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
 from service.metrics import EngineMetrics
-from service.postprocess.activation_maps import explain, overlay
-from service.postprocess.classes import top_k
+from service.postprocess import explain, overlay, top_k
 from service.results import ImageResult, InferenceResult
 
 T = TypeVar("T")

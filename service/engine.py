@@ -23,7 +23,7 @@ from service.registry.registry import Registry
 from service.registry.resident import Resident
 from service.registry.versions import ModelStatus
 from service.results import Health, Image, InferenceResult, Size
-from service.scheduling.activity import Activity
+from service.scheduling.dispatcher import Activity
 from service.sharing import cancel
 from service.store.cards import ModelCard
 from service.workers import Workers
@@ -258,7 +258,7 @@ class Engine:
         for name, images in waiting.items():
             self._metrics.queue_depth.labels(name).set(images)
         self._metrics.instances.set(len(activity.instances))
-        self._metrics.instances_busy.set(sum(each.release is not None for each in activity.instances))
+        self._metrics.instances_busy.set(sum(each is not None for each in activity.instances))
         loaded = self._registry.loaded()
         self._metrics.models_loaded.set(len(loaded))
         for resident in loaded:

@@ -1,36 +1,4 @@
-"""Everything this service can say no with. No HTTP here: `app.problems` gives each one its status.
-
-- ServiceError
-  - InvalidRequest          the caller's parameters
-    - InvalidImage          the bytes are no image that can be decoded
-  - ImageTooLarge           more bytes or pixels than a setting allows
-  - ModelNotFound           no such model, version or variant
-  - WeightsUnavailable      a known model whose weights are not in the store
-    - PullFailed            nor can they be fetched
-    - StoreUnreachable      a remote store that does not answer, or refuses
-    - StoreCacheFailed      the local copy of a remote store has no room, or can't be written
-  - AliasesInvalid          the store's aliases.json is broken
-  - StoreNotWritable        the store can't be changed from here
-  - ModelLoadFailed         the model is in the store and can't be loaded
-    - CardInvalid           its card.json
-    - WeightsInvalid        its weights file
-      - WeightsCorrupt      truncated or not in its own format
-      - WeightsDigestMismatch   not the bytes the card speaks of
-      - WeightsUnsafe       a pickle that would run code
-      - WeightsMismatch     tensors missing, unexpected or misshapen
-      - WeightsNotFinite    NaN or infinity inside
-    - ReferenceInvalid      its reference images
-    - GoldenMismatch        what runs it does not give the logits it should
-    - BackendUnavailable    the backend that was asked for can't run here
-  - ModelLoading            on its way into memory, and the caller would not wait; carries when to come back
-  - MemoryBudgetExceeded    the model does not fit beside those that can't leave memory now
-  - ModelPinned             the model is to stay in memory
-  - OutOfMemory             a batch did not fit; the scheduler retries with less
-  - DeviceFailed            a GPU that no longer works; only a restart helps
-  - QueueFull               refused at admission; carries when to come back
-  - DeadlineExceeded        not answered in the time the request allowed
-  - ShuttingDown            the service takes no new work
-"""
+"""Every error that a caller may see; a class's base says what kind it is. `app.problems` gives each its HTTP status."""
 
 from pydantic import ValidationError
 
@@ -39,10 +7,15 @@ _LONGEST_PLACE = 200  # characters of a place, which may be the sender's own wor
 
 
 class ServiceError(Exception):
-    """Base of all errors that a caller may be told of; `str()` is the sentence to show.
+    """Base of all errors that a caller may see; `str()` is the sentence to show.
 
-    The message alone makes one, as `copy` does it: each of those who waited for the same thing has one of its own.
+    `retry_after_seconds` says when the request may succeed, where that is known. The message alone makes an error, so
+    `copy` gives each of those who waited for the same thing one of its own.
     """
+
+    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class InvalidRequest(ServiceError):
@@ -130,25 +103,11 @@ class BackendUnavailable(ModelLoadFailed):
 
 
 class ModelLoading(ServiceError):
-    """The model is being loaded, and the caller asked not to wait for longer.
-
-    `retry_after_seconds` is when it is likely to be ready, from what loading it took before.
-    """
-
-    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after_seconds = retry_after_seconds
+    """The model is being loaded, and the caller asked not to wait for longer."""
 
 
 class MemoryBudgetExceeded(ServiceError):
-    """The model does not fit into memory beside what can't be evicted; the message gives the figures.
-
-    `retry_after_seconds` is when it may fit; None if it never will, as things are.
-    """
-
-    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after_seconds = retry_after_seconds
+    """The model does not fit into memory beside what can't be evicted; the message gives the figures."""
 
 
 class ModelPinned(ServiceError):
@@ -164,14 +123,7 @@ class DeviceFailed(ServiceError):
 
 
 class QueueFull(ServiceError):
-    """The queue is at its bound.
-
-    `retry_after_seconds` is when a place is likely to be free, from the queue's length and measured batch times.
-    """
-
-    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after_seconds = retry_after_seconds
+    """The queue is at its bound."""
 
 
 class DeadlineExceeded(ServiceError):

@@ -4,13 +4,7 @@ import os
 from collections.abc import Mapping
 from functools import cache, partial
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client import Gauge as AnyGauge
-
-# Of several worker processes, gauges are added up, and a dead one's do not count.
-Gauge = partial(AnyGauge, multiprocess_mode="livesum")
-
-_SHARED = "PROMETHEUS_MULTIPROC_DIR"
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 # From a digit on one core (half a millisecond) to a b5 behind a full queue.
 STAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -22,52 +16,41 @@ class EngineMetrics:
     """Every metric of the engine, registered in `registry`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.stage_seconds = Histogram(
+        counter, histogram = partial(Counter, registry=registry), partial(Histogram, registry=registry)
+        # Of several worker processes, gauges are added up, and a dead one's do not count.
+        gauge = partial(Gauge, registry=registry, multiprocess_mode="livesum")
+        self.stage_seconds = histogram(
             "pvt_stage_seconds",
             "Seconds an image spends in each stage of a request.",
             ["stage", "model"],
             buckets=STAGE_BUCKETS,
-            registry=registry,
         )
-        self.batch_size = Histogram(
-            "pvt_batch_size",
-            "Images per batch, padding not counted.",
-            ["model"],
-            buckets=SIZE_BUCKETS,
-            registry=registry,
+        self.batch_size = histogram(
+            "pvt_batch_size", "Images per batch, padding not counted.", ["model"], buckets=SIZE_BUCKETS
         )
-        self.batch_releases = Counter(
-            "pvt_batch_releases", "Batches released to an instance.", ["reason", "model"], registry=registry
-        )
-        self.queue_depth = Gauge("pvt_queue_depth", "Images that wait for an instance.", ["model"], registry=registry)
-        self.images = Counter("pvt_images", "Images by what became of them.", ["model", "outcome"], registry=registry)
-        self.cancellations = Counter(
-            "pvt_cancelled", "Images whose caller hung up or whose time ran out.", ["stage"], registry=registry
-        )
-        self.model_loads = Counter(
-            "pvt_model_loads", "Attempts to load a model.", ["model", "outcome"], registry=registry
-        )
-        self.model_load_seconds = Histogram(
+        self.batch_releases = counter("pvt_batch_releases", "Batches released to an instance.", ["reason", "model"])
+        self.queue_depth = gauge("pvt_queue_depth", "Images that wait for an instance.", ["model"])
+        self.images = counter("pvt_images", "Images by what became of them.", ["model", "outcome"])
+        self.cancellations = counter("pvt_cancelled", "Images whose caller hung up or whose time ran out.", ["stage"])
+        self.model_loads = counter("pvt_model_loads", "Attempts to load a model.", ["model", "outcome"])
+        self.model_load_seconds = histogram(
             "pvt_model_load_seconds",
             "Seconds from the first request for a model to its being ready.",
             ["model"],
             buckets=LOAD_BUCKETS,
-            registry=registry,
         )
-        self.model_memory_bytes = Gauge(
-            "pvt_model_memory_bytes", "Resident memory that each loaded model takes.", ["model"], registry=registry
+        self.model_memory_bytes = gauge(
+            "pvt_model_memory_bytes", "Resident memory that each loaded model takes.", ["model"]
         )
-        self.evictions = Counter(
-            "pvt_evictions",
-            "Models that left memory: for want of room, replaced, unloaded.",
-            ["reason"],
-            registry=registry,
+        self.evictions = counter(
+            "pvt_evictions", "Models that left memory: for want of room, replaced, unloaded.", ["reason"]
         )
-        self.models_loaded = Gauge("pvt_models_loaded", "Models that are ready.", registry=registry)
-        self.instances = Gauge("pvt_instances", "Batches that can run at the same time.", registry=registry)
-        self.instances_busy = Gauge("pvt_instances_busy", "Instances that run a batch.", registry=registry)
+        self.models_loaded = gauge("pvt_models_loaded", "Models that are ready.")
+        self.instances = gauge("pvt_instances", "Batches that can run at the same time.")
+        self.instances_busy = gauge("pvt_instances_busy", "Instances that run a batch.")
         for metric in (self.stage_seconds, self.batch_size, self.batch_releases, self.images):
-            _find_once(metric)
+            # Looking for a series costs several times what counting does, so each is looked for once.
+            metric.__dict__["labels"] = cache(metric.labels)
         # Mutable state: the models whose memory is reported.
         self._reported: set[str] = set()
 
@@ -76,22 +59,17 @@ class EngineMetrics:
         self.batch_releases.labels(reason, model).inc()
         self.batch_size.labels(model).observe(size)
 
-    def report_memory(self, sizes: Mapping[str, int]) -> None:
-        """Report the bytes that each loaded model takes, and no other model any more."""
-        for model in self._reported - {*sizes}:
-            # What several processes share can't be removed.
-            self.model_memory_bytes.labels(model).set(0) if _SHARED in os.environ else self.model_memory_bytes.remove(
-                model
-            )
-        self._reported = {*sizes}
-        for model, size in sizes.items():
-            self.model_memory_bytes.labels(model).set(size)
-
     def cancelled(self, stage: str) -> None:
         """An image left at `stage` because its caller hung up or its time ran out."""
         self.cancellations.labels(stage).inc()
 
-
-def _find_once(metric: Counter | Histogram) -> None:
-    """Let each series of `metric` be looked for but once: that costs several times what counting does."""
-    metric.__dict__["labels"] = cache(metric.labels)
+    def report_memory(self, sizes: Mapping[str, int]) -> None:
+        """Report the bytes that each loaded model takes, and no other model any more."""
+        for model in self._reported - {*sizes}:
+            if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # what several processes share can't be removed
+                self.model_memory_bytes.labels(model).set(0)
+            else:
+                self.model_memory_bytes.remove(model)
+        self._reported = {*sizes}
+        for model, size in sizes.items():
+            self.model_memory_bytes.labels(model).set(size)

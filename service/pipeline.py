@@ -3,11 +3,11 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from service.arrays import Outputs, Pixels
 from service.backends.base import DeviceHealth
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
 from service.execution.executable import Executable
@@ -15,7 +15,7 @@ from service.images.decoding import Decoded, decode
 from service.images.geometry import Geometry
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.results import Image, ImageResult, Timing
+from service.results import Image, ImageResult, Outputs, Pixels, Timing
 from service.scheduling.dispatcher import Lane
 from service.scheduling.scheduler import Scheduler
 
@@ -28,17 +28,11 @@ class _Source(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A decoded image."""
-
     decoded: Decoded
     stages: bool
 
 
-class _Inferred(NamedTuple):
-    """A decoded image and its outputs."""
-
-    decoded: Decoded
-    outputs: Outputs
+_Inferred = tuple[Decoded, Outputs]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,39 +43,6 @@ class Sized:
     lane: Lane[_Source, _Prepared, _Inferred]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Work:
-    """What the scheduler's threads do for `executable`."""
-
-    executable: Executable
-    geometry: Geometry
-    options: EngineOptions
-    devices: DeviceHealth
-
-    def decode(self, source: _Source) -> _Prepared:
-        height, width = self.executable.height, self.executable.width
-        if isinstance(source.image, np.ndarray):
-            pixels = source.image
-            if pixels.dtype != np.uint8 or pixels.shape != (height, width, 3):
-                raise InvalidImage(
-                    f"pixels are {pixels.dtype} {pixels.shape}; the model takes uint8 ({height}, {width}, 3)"
-                )
-            return _Prepared(Decoded(np.ascontiguousarray(pixels), width, height), source.stages)
-        most, scaled = self.options.max_image_pixels, self.options.scaled_jpeg
-        return _Prepared(decode(source.image, self.geometry, max_pixels=most, scaled_jpeg=scaled), source.stages)
-
-    def run(self, instance: int, payloads: Sequence[_Prepared], *, alone: bool) -> Sequence[_Inferred]:
-        stages = any(each.stages for each in payloads)  # one forward for all of them
-        with self.devices.watched():
-            outputs = self.executable.run(
-                instance, [each.decoded.pixels for each in payloads], alone=alone, stages=stages
-            )
-        return [
-            _Inferred(each.decoded, out if each.stages else out._replace(stages=()))
-            for each, out in zip(payloads, outputs, strict=True)
-        ]
-
-
 class Pipeline:
     """The scheduler, and the work of its threads for each model. It lives until the scheduler is closed."""
 
@@ -90,22 +51,42 @@ class Pipeline:
         self._metrics = metrics
         self._devices = devices
         self.scheduler = Scheduler[_Source, _Prepared, _Inferred](
-            options.instances,
-            metrics,
-            decoders=options.cores,
-            max_delay_seconds=options.max_batch_delay_seconds,
+            options.instances, metrics, decoders=options.cores, max_delay_seconds=options.max_batch_delay_seconds
         )
 
     def open(self, executable: Executable) -> Sized:
         """Open a lane for `executable`."""
         height, width, model = executable.height, executable.width, executable.stored.id
         geometry = replace(executable.card.preprocessing.geometry, height=height, width=width)
-        work = _Work(executable, geometry, self._options, self._devices)
-        name = model if executable.own_size else f"{model} at {height}x{width}"
-        lane = self.scheduler.open_lane(
-            name, executable.plan, work.decode, work.run, self._options.queue_size, model=model
+        lane = Lane(
+            model if executable.own_size else f"{model} at {height}x{width}",
+            executable.plan,
+            partial(self._decode, geometry),
+            partial(self._run, executable),
+            self._options.queue_size,
+            model,
         )
-        return Sized(executable, lane)
+        return Sized(executable, self.scheduler.open_lane(lane))
+
+    def _decode(self, geometry: Geometry, source: _Source) -> _Prepared:
+        image, shape = source.image, (geometry.height, geometry.width, 3)
+        if not isinstance(image, np.ndarray):
+            most, scaled = self._options.max_image_pixels, self._options.scaled_jpeg
+            return _Prepared(decode(image, geometry, max_pixels=most, scaled_jpeg=scaled), source.stages)
+        if image.dtype != np.uint8 or image.shape != shape:
+            raise InvalidImage(f"pixels are {image.dtype} {image.shape}; the model takes uint8 {shape}")
+        return _Prepared(Decoded(np.ascontiguousarray(image), geometry.width, geometry.height), source.stages)
+
+    def _run(
+        self, executable: Executable, instance: int, payloads: Sequence[_Prepared], *, alone: bool
+    ) -> list[_Inferred]:
+        stages = any(each.stages for each in payloads)  # one forward for all of them
+        with self._devices.watched():
+            outputs = executable.run(instance, [each.decoded.pixels for each in payloads], alone=alone, stages=stages)
+        return [
+            (each.decoded, output if each.stages else output._replace(stages=()))
+            for each, output in zip(payloads, outputs, strict=True)
+        ]
 
     async def infer(
         self, sized: Sized, images: Sequence[Image], deadline: float, *, stages: bool = False

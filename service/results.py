@@ -1,4 +1,4 @@
-"""What the engine takes and returns."""
+"""What models and the engine take and return."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -6,17 +6,38 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from service.arrays import Head, Outputs, Pixels
 from service.errors import ServiceError
 from service.store.cards import ModelCard
 
 T = TypeVar("T")
+Floats = NDArray[np.float32]
+Pixels = NDArray[np.uint8]  # (height, width, 3)
 # An encoded image; pixels (height, width, 3) in the model's own size; or the error that reading it already met.
 Image = bytes | Pixels | ServiceError
 Size = tuple[int, int]  # height and width
 JSON_INSTEAD = ", application/json answers the others"
 _MOST_LISTED = 3  # of the images that failed
+
+
+class Outputs(NamedTuple):
+    """The outputs for one image: `logits` of shape (classes,), the pooled `embedding` of shape (channels,), `stages`.
+
+    `stages` are the four feature maps of shape (channels, height, width) with strides 4, 8, 16 and 32, after their
+    norms; it is empty where they were not requested. The embedding is the mean of the last one.
+    """
+
+    logits: Floats
+    embedding: Floats
+    stages: tuple[Floats, ...] = ()
+
+
+class Head(NamedTuple):
+    """The last layer: logits are `weight` (classes, channels) times the embedding, plus `bias` (classes,)."""
+
+    weight: Floats
+    bias: Floats
 
 
 class Timing(NamedTuple):
@@ -50,7 +71,7 @@ class InferenceResult:
 
     card: ModelCard
     version: str
-    size: tuple[int, int]
+    size: Size
     head: Head | None
     results: list[ImageResult | ServiceError]
 
@@ -82,16 +103,15 @@ def require_all(results: Sequence[T | ServiceError], names: Sequence[str | None]
         ServiceError: an image failed. The error has the class of the first failure and lists the images.
     """
     failed = [(i, each) for i, each in enumerate(results) if isinstance(each, ServiceError)]
-    if failed:
-        _, first = failed[0]
-        if len(results) == 1:
-            raise first
-        listed = [
-            f"image {i + 1}{f' ({name[:100]!r})' if (name := names[i]) else ''}: {each}"
-            for i, each in failed[:_MOST_LISTED]
-        ]
-        more = [f"and {len(failed) - _MOST_LISTED} more"] if len(failed) > _MOST_LISTED else []
-        error = copy(first)
-        error.args = ("; ".join([*listed, *more, f"this form of answer holds all images or none{alternative}"]),)
-        raise error
-    return [result for result in results if not isinstance(result, ServiceError)]
+    if not failed:
+        return [result for result in results if not isinstance(result, ServiceError)]
+    if len(results) == 1:
+        raise failed[0][1]
+    listed = [
+        f"image {i + 1}{f' ({name[:100]!r})' if (name := names[i]) else ''}: {each}"
+        for i, each in failed[:_MOST_LISTED]
+    ]
+    more = [f"and {len(failed) - _MOST_LISTED} more"] if len(failed) > _MOST_LISTED else []
+    error = copy(failed[0][1])
+    error.args = ("; ".join([*listed, *more, f"this form of answer holds all images or none{alternative}"]),)
+    raise error

@@ -25,7 +25,7 @@ LAYERS = {
         {"architecture"},
         {"machine", "workers"},
         {"sharing"},
-        {"arrays", "errors", "files", "metrics"},
+        {"errors", "files", "metrics"},
     ],
     "registry": [
         {"loader"},
@@ -40,10 +40,9 @@ LAYERS = {
         {"preprocessing"},
         {"catalogue", "download"},
     ],
-    "scheduling": [{"scheduler"}, {"dispatcher"}, {"activity"}, {"queues"}],
+    "scheduling": [{"scheduler"}, {"dispatcher"}, {"queues"}],
     "execution": [{"executable"}, {"tuning"}, {"plan_cache", "reference"}, {"plan"}],
     "backends": [{"cpu", "cuda"}, {"cuda_compiling"}, {"base"}],
-    "postprocess": [{"features", "activation_maps"}, {"classes"}],
     "store": [
         {"remote"},
         {"folder", "location"},
@@ -53,10 +52,9 @@ LAYERS = {
     "images": [
         {"decoding"},
         {"tiff"},
-        {"bmp", "jpeg", "png"},
+        {"formats"},
         {"limits", "resampling"},
-        {"visible"},
-        {"geometry", "webp"},
+        {"geometry"},
     ],
     "architecture": [{"weights", "pvt_v2"}, {"variants"}],
 }

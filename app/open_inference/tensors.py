@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from app.encodings import json_array, little_endian
 from service.architecture.variants import VARIANTS
 from service.errors import InvalidRequest
-from service.postprocess.classes import softmax
+from service.postprocess import softmax
 from service.results import Image, ImageResult, InferenceResult, Size, require_all
 from service.store.cards import ModelCard
 

@@ -16,11 +16,10 @@ from app.encodings import NPY, NPZ, SAFETENSORS, check_holds, encode, json_bytes
 from app.openapi import BINARY_CONTENT, IMAGE_PROBLEMS, IMAGES, INFERENCE, operation_id
 from app.problems import Problem, documented, problem
 from app.routes.inference import JSON, LARGE, InferenceQuery, InferenceRoute, chosen_media_type, encoded, infer
+from service import postprocess
 from service.errors import InvalidRequest, ServiceError
-from service.postprocess import activation_maps
-from service.postprocess.classes import top_k
-from service.postprocess.features import FeatureOptions, numbers, stacked
-from service.postprocess.features import features as selected_features
+from service.postprocess import FeatureOptions, numbers, stacked, top_k
+from service.postprocess import features as selected_features
 from service.results import JSON_INSTEAD, InferenceResult, require_all
 
 router = APIRouter(
@@ -200,7 +199,7 @@ async def features(request: Request, query: Annotated[FeaturesQuery, Query()]) -
     media_type, wanted = chosen_media_type(request, (JSON, NPZ, SAFETENSORS, NPY)), query.wanted
     check_holds(media_type, wanted.names)
     names, result = await infer(request, query, stages=bool(wanted.stages))
-    count = numbers(result, wanted)
+    count = numbers(result, wanted.stages)
     if media_type != JSON:
         body = await encoded(request, result, partial(_arrays, media_type, names, result, wanted), count)
         return Response(body, media_type=media_type)
@@ -228,7 +227,7 @@ def _features(request: Request, names: Names, result: InferenceResult, wanted: F
             maps = {str(i): arrays[f"stage{i}"] for i in wanted.stages}
             entry["stages"] = {i: {"shape": array.shape, "data": array.ravel()} for i, array in maps.items()}
     content = {"model": result.model, "version": result.version, "size": result.size, "results": results}
-    return json_chunks(content) if numbers(result, wanted) > LARGE else [json_bytes(content)]
+    return json_chunks(content) if numbers(result, wanted.stages) > LARGE else [json_bytes(content)]
 
 
 async def _one_by_one(chunks: Sequence[bytes]) -> AsyncIterator[bytes]:
@@ -281,10 +280,10 @@ async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> 
         request,
         query,
         stages=True,
-        check=partial(activation_maps.check_class, query.class_id),
+        check=partial(postprocess.check_class, query.class_id),
         check_count=partial(_check_count, media_type),
     )
-    count = LARGE + 1 if media_type == PNG else activation_maps.numbers(result)  # compressing takes milliseconds
+    count = LARGE + 1 if media_type == PNG else numbers(result, [4])  # compressing takes milliseconds
     body = partial(_explanations, request, media_type, names, result, query)
     return Response(await encoded(request, result, body, count), media_type=media_type)
 
@@ -298,7 +297,7 @@ def _explanations(
     request: Request, media_type: str, names: Names, result: InferenceResult, query: ExplainQuery
 ) -> bytes:
     """A PNG, a `.npy` or, as JSON, an ExplainResponse."""
-    explanations = activation_maps.explain(result, query.class_id)
+    explanations = postprocess.explain(result, query.class_id)
     if media_type == JSON:
         results = image_results(request, names, result)
         for entry, each in zip(results, explanations, strict=True):
@@ -307,5 +306,5 @@ def _explanations(
         return json_bytes({"model": result.model, "version": result.version, "size": result.size, "results": results})
     found = require_all(explanations, names, JSON_INSTEAD)
     if media_type == PNG:
-        return activation_maps.overlay(found[0], query.alpha)
-    return encode({"map": activation_maps.maps(found)}, NPY, {})
+        return postprocess.overlay(found[0], query.alpha)
+    return encode({"map": postprocess.maps(found)}, NPY, {})

@@ -14,7 +14,7 @@ from app.problems import documented
 from app.routes.models import BatchSize, ModelInfo, ModelList, milliseconds, model_info
 from service.engine import Engine, time_limit
 from service.errors import ModelLoading
-from service.scheduling.activity import InstanceActivity, PastRelease, QueueActivity
+from service.scheduling.dispatcher import QueueActivity, Release
 
 router = APIRouter(tags=["management"], dependencies=[Depends(require_management)])
 _models = APIRouter(prefix="/models", dependencies=[Depends(require_one_process)])
@@ -190,8 +190,8 @@ async def get_scheduler(engine: EngineDep) -> SchedulerInfo:
     activity = engine.activity()
     return SchedulerInfo(
         queues=[_queue(queue) for queue in activity.queues],
-        instances=[_instance(instance) for instance in activity.instances],
-        releases=[_release(past) for past in activity.releases],
+        instances=[_instance(i, release, activity.now) for i, release in enumerate(activity.instances)],
+        releases=[_release(release, activity.now) for release in activity.releases],
     )
 
 
@@ -200,18 +200,18 @@ def _queue(queue: QueueActivity) -> QueueInfo:
     return QueueInfo(**{**asdict(queue), "model": queue.lane}, batch_plan=plan)
 
 
-def _instance(instance: InstanceActivity) -> InstanceInfo:
-    if not instance.release:
-        return InstanceInfo(instance=instance.instance, busy=False)
-    return InstanceInfo(**asdict(instance.release), busy=True, ms=milliseconds(instance.seconds))
+def _instance(instance: int, release: Release | None, now: float) -> InstanceInfo:
+    if not release:
+        return InstanceInfo(instance=instance, busy=False)
+    return InstanceInfo(**asdict(release), busy=True, ms=milliseconds(now - release.started))
 
 
-def _release(past: PastRelease) -> ReleaseInfo:
-    seconds = past.release.run_seconds
+def _release(release: Release, now: float) -> ReleaseInfo:
+    seconds = release.run_seconds
     return ReleaseInfo(
-        **asdict(past.release),
-        seconds_ago=round(past.seconds_ago, 3),
-        wait_ms=milliseconds(past.release.waited_seconds),
+        **asdict(release),
+        seconds_ago=round(now - release.started, 3),
+        wait_ms=milliseconds(release.waited_seconds),
         run_ms=None if seconds is None else milliseconds(seconds),
     )
 

@@ -25,11 +25,11 @@ from service.acquisition.preprocessing import PRESETS, PreprocessingOptions, des
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.variants import VARIANTS, Weights
 from service.architecture.weights import PICKLES, State, load_into, open_checkpoint
-from service.arrays import Floats
 from service.backends.base import Served, build, plain_logits
 from service.errors import InvalidRequest, ServiceError, WeightsCorrupt, WeightsMismatch, WeightsNotFinite
 from service.execution.reference import Reference, packed, reference_of, synthetic_images
 from service.files import file_sha256, staging_folder, sync
+from service.results import Floats
 from service.store.cards import Accuracy, ModelCard, Origin, Preprocessing, WeightsFile
 from service.store.folder import WEIGHTS_FILE, check_room, write_model, writing
 from service.store.store import MODEL_ID, VERSION, Store, StoredModel, alias_target

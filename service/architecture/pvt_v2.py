@@ -2,14 +2,14 @@
 
 Names, initialisation and arithmetic are those of the authors' `classification/pvt_v2.py` (github.com/whai362/PVT).
 Different on purpose: `patch_size` is obeyed (theirs always takes 7), attention is one fused call, and one forward can
-also return the embedding and stage maps. Odd on purpose, as theirs: `norm_layer` makes only the norms of blocks and
-stages, which the variants build with epsilon 1e-6; the norms after a patch embedding or a spatial reduction are
-`LayerNorm`s with 1e-5.
+also return the embedding and stage maps. Odd on purpose, as theirs: `norm_layer` makes the norms of blocks and stages
+(with epsilon 1e-6 in the variants), but norms after a patch embedding or a spatial reduction have 1e-5.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import mod
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ STRIDES = (4, 2, 2, 2)  # of the patch embeddings
 
 
 class Shared(NamedTuple):
-    """The arguments of `PVT_V2` that all its blocks share."""
+    """The arguments of `PVT_V2` that all blocks share."""
 
     qkv_bias: bool
     qk_scale: float | None
@@ -142,27 +142,17 @@ def _check(bounds: str, ok: Callable[[Any], bool], **arguments: object) -> None:
             raise ValueError(f"{name} must be {bounds}, not {value!r}")
 
 
-def _check_arguments(
-    num_stages: int, rates: Mapping[str, float], lists: Mapping[str, Sequence[float]], **sizes: int
-) -> None:
-    """Check the arguments of `PVT_V2`: drop rates, the lists with a value for each stage, and the other sizes."""
-    _check("1, 2, 3 or 4", lambda n: n in range(1, 5), num_stages=num_stages)
-    num_classes = sizes.pop("num_classes")
-    _check("at least 1", lambda n: n >= 1, **sizes)
-    _check("at least 0", lambda n: n >= 0, num_classes=num_classes)
-    _check("from 0 to 1", lambda rate: 0 <= rate <= 1, **rates)
-    _check(f"{num_stages} positive numbers", lambda v: len(v) in {num_stages, 4} and min(v) > 0, **lists)
-    dims, heads = lists["embed_dims"], lists["num_heads"]
-    undivided = any(dim % count for dim, count in zip(dims[:num_stages], heads[:num_stages], strict=True))
-    _check(f"divisible by num_heads {heads}", lambda _: not undivided, embed_dims=dims)
-
-
-def _min_side(kernels: Sequence[int], sides: Sequence[int]) -> int:
-    """The least H and W of an input from which each stage gets a map of at least its side in `sides`."""
-    side = 1
-    for kernel, stride, least in reversed(list(zip(kernels, STRIDES, sides, strict=False))):
-        side = max(1, (max(side, least) - 1) * stride + kernel % 2)
-    return side
+def _check_arguments(a: Mapping[str, Any]) -> None:
+    """Check the arguments of `PVT_V2`, by their names."""
+    count = a["num_stages"]
+    _check("1, 2, 3 or 4", lambda n: n in range(1, 5), num_stages=count)
+    _check("at least 1", lambda n: n >= 1, patch_size=a["patch_size"], in_channels=a["in_channels"])
+    _check("at least 0", lambda n: n >= 0, num_classes=a["num_classes"])
+    _check("from 0 to 1", lambda rate: 0 <= rate <= 1, **{name: a[name] for name in a if name.endswith("_rate")})
+    lists = {name: a[name] for name in ("embed_dims", "num_heads", "mlp_ratios", "sr_ratios", "depths")}
+    _check(f"{count} positive numbers", lambda v: len(v) in {count, 4} and min(v) > 0, **lists)
+    heads = a["num_heads"]
+    _check(f"divisible by num_heads {heads}", lambda v: not any(map(mod, v[:count], heads)), embed_dims=a["embed_dims"])
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -183,10 +173,7 @@ class PVT_V2(nn.Module):
     others have kernel 3, stride 2). `num_classes` 0 leaves the head out: logits are then the embedding. `qk_scale`
     replaces 1 / sqrt(channels of a head). The drop rates act in training only; `drop_path_rate`, stochastic depth, is
     the last block's and rises linearly from 0 in the first. `linear` takes keys and values from a map pooled to 7 x 7
-    instead of reduced by `sr_ratios`, and adds a ReLU to each MLP.
-
-    Raises:
-        ValueError: an argument is out of bounds; the message has its name and value.
+    instead of reduced by `sr_ratios`, and adds a ReLU to each MLP. Raises ValueError for an argument out of bounds.
     """
 
     def __init__(  # noqa: PLR0917 - this signature is a contract
@@ -197,18 +184,14 @@ class PVT_V2(nn.Module):
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm, depths: Sequence[int] = [3, 4, 6, 3],
         sr_ratios: Sequence[int] = [8, 4, 2, 1], num_stages: int = 4, linear: bool = False,  # noqa: FBT001, FBT002
     ) -> None:  # fmt: skip
+        _check_arguments(locals())  # by their names, before anything else has one
         super().__init__()
-        rates = {"drop_rate": drop_rate, "attn_drop_rate": attn_drop_rate, "drop_path_rate": drop_path_rate}
-        lists = {"embed_dims": embed_dims, "num_heads": num_heads, "mlp_ratios": mlp_ratios, "sr_ratios": sr_ratios,
-                 "depths": depths}  # fmt: skip
-        _check_arguments(
-            num_stages, rates, lists, patch_size=patch_size, in_channels=in_channels, num_classes=num_classes
-        )
         kernels = (patch_size, 3, 3, 3)[:num_stages]
         self.in_channels, self.num_stages = in_channels, num_stages
-        self.min_side = _min_side(kernels, [1] * num_stages if linear else sr_ratios)
+        self.min_side = 1  # the least H and W of an input from which each stage gets a map that can be reduced
+        for kernel, stride, ratio in [*zip(kernels, STRIDES, sr_ratios, strict=False)][::-1]:
+            self.min_side = max(1, (max(self.min_side, 1 if linear else ratio) - 1) * stride + kernel % 2)
         _check(f"at least {self.min_side}", lambda n: n >= self.min_side, img_size=img_size)
-
         shared = Shared(qkv_bias, qk_scale, drop_rate, attn_drop_rate, norm_layer, linear)
         ramp = iter(torch.linspace(0, drop_path_rate, sum(depths[:num_stages]), device="cpu").tolist())
         for i, kernel in enumerate(kernels):
@@ -230,9 +213,7 @@ class PVT_V2(nn.Module):
         """All that one pass over images (B, in_channels, H, W) yields, with the maps of `stages`, counted from 1.
 
         Maps are outputs of their stage's norm and have strides 4, 8, 16, 32; the embedding is the mean of the last one.
-
-        Raises:
-            ValueError: the input's shape or a stage's number is wrong; inputs are not checked while tracing.
+        Raises ValueError for a wrong input shape, unless while tracing, or a wrong stage.
         """
         if not (torch.jit.is_tracing() or torch.compiler.is_compiling()):  # type: ignore[attr-defined, no-untyped-call]
             bounds = f"(B, {self.in_channels}, H, W) with H and W at least {self.min_side}"
@@ -244,18 +225,13 @@ class PVT_V2(nn.Module):
             tokens, hw = getattr(self, f"patch_embed{i}")(x)
             for block in getattr(self, f"block{i}"):
                 tokens = block(tokens, hw)
-            x = _to_map(getattr(self, f"norm{i}")(tokens), hw)
-            maps.append(x)
+            maps.append(x := _to_map(getattr(self, f"norm{i}")(tokens), hw))
         embedding = x.mean(dim=(2, 3))
         return Outputs(self.head(embedding), embedding, tuple(maps[i - 1] for i in stages))
 
 
 def create(variant: str, **overrides: Any) -> PVT_V2:  # noqa: ANN401 - any argument of PVT_V2, checked there
-    """A model with fresh weights; `overrides` are arguments of `PVT_V2` that replace the variant's own.
-
-    Raises:
-        ValueError: the variant is unknown, or an argument out of bounds.
-    """
+    """A model with fresh weights; `overrides` replace the variant's arguments. Raises ValueError as `PVT_V2`, too."""
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
     arguments = dict(vars(VARIANTS[variant]))

@@ -23,9 +23,8 @@ class Variant:
     linear: bool = False
 
     def map_numbers(self, height: int, width: int) -> int:
-        """How many numbers the four stage maps of an image of `height` x `width` hold."""
-        strides = (4, 8, 16, 32)
-        return sum(dim * (height // s) * (width // s) for dim, s in zip(self.embed_dims, strides, strict=True))
+        """How many numbers the four stage maps of an image of `height` x `width` have."""
+        return sum(dim * (height // s) * (width // s) for dim, s in zip(self.embed_dims, (4, 8, 16, 32), strict=True))
 
 
 _WIDE = (64, 128, 320, 512)

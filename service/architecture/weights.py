@@ -10,7 +10,8 @@ A training checkpoint may hold the trained weights and a running average of them
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -43,11 +44,7 @@ MAX_DEPTH = 8  # of wrappers in one another; a pickle may hold itself
 
 FOREIGN = re.compile(r"^(patch_embed|stages|classifier|pvt_v2|encoder)\.")
 STAGE_PART = re.compile(r"^(?:pvt_v2\.)?(?:stages|encoder\.layers)\.(\d+)\.([a-z_]+)\.")
-STAGE_PARTS = {
-    "downsample": "patch_embed", "patch_embedding": "patch_embed",
-    "blocks": "block",
-    "norm": "norm", "layer_norm": "norm",
-}  # fmt: skip
+STAGE_PARTS = {"downsample": "patch_embed", "patch_embedding": "patch_embed", "blocks": "block", "layer_norm": "norm"}
 RENAMES = (
     (re.compile(r"^patch_embed\."), "patch_embed1."),
     (re.compile(r"^classifier\."), "head."),
@@ -63,11 +60,7 @@ UNSAFE = ("GLOBAL", "unrecognized function", "allowlisted")  # in torch's words 
 
 
 def _official(name: str) -> str:
-    def stage(match: re.Match[str]) -> str:
-        index, part = match.groups()
-        return f"{STAGE_PARTS.get(part, part)}{int(index) + 1}."
-
-    name = STAGE_PART.sub(stage, name)
+    name = STAGE_PART.sub(lambda part: f"{STAGE_PARTS.get(part[2], part[2])}{int(part[1]) + 1}.", name)
     for pattern, replacement in RENAMES:
         name = pattern.sub(replacement, name)
     return name
@@ -86,20 +79,15 @@ def _joined_keys_and_values(state: State) -> dict[str, Tensor]:
 
 
 def remap_keys(state: State) -> dict[str, Tensor]:
-    """The same tensors under official names; unchanged where no name is foreign.
-
-    Raises:
-        WeightsMismatch: two tensors end up with one name.
-    """
+    """The same tensors under official names; raises WeightsMismatch where two end up with one name."""
     if state and all(name.startswith("module.") for name in state):  # left by DistributedDataParallel
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if not any(FOREIGN.match(name) for name in state):
         return dict(state)
-    official = {_official(name): tensor for name, tensor in state.items()}
-    if len(official) < len(state):
-        twice = sorted(name for name in official if sum(_official(other) == name for other in state) > 1)
+    names = Counter(map(_official, state))
+    if twice := sorted(name for name, count in names.items() if count > 1):
         raise WeightsMismatch(f"dialects are mixed: more than one tensor would be {_listed(twice)}")
-    return _joined_keys_and_values(official)
+    return _joined_keys_and_values(dict(zip(names, state.values(), strict=True)))
 
 
 def _listed(names: list[str]) -> str:
@@ -108,12 +96,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _parse(path: Path, data: bytes) -> object:
-    """The objects in the file's bytes; code inside never runs.
-
-    Raises:
-        WeightsUnsafe: a pickle asks for more than tensors.
-        WeightsCorrupt: the bytes are not in the format that the suffix says.
-    """
+    """The objects in the file's bytes; code inside never runs. Raises WeightsUnsafe or WeightsCorrupt."""
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(data)
@@ -129,17 +112,14 @@ def _parse(path: Path, data: bytes) -> object:
     raise WeightsCorrupt(f"{path}: unknown format; it must end in .safetensors or .pth")
 
 
-def _unwrapped(content: object) -> object:
-    """The trained weights, without the names under which training scripts keep them."""
+def _unwrapped(content: object, wrappers: Sequence[str]) -> object:
+    """What lies under `wrappers` in `content`, without the counter that torch's `AveragedModel` keeps beside it."""
     for _ in range(MAX_DEPTH):
-        if not isinstance(content, Mapping) or not (key := next((k for k in WRAPPERS if k in content), None)):
-            break
-        content = content[key]
-    return _without_counter(content) if isinstance(content, Mapping) else content
-
-
-def _holds_tensors(content: object) -> bool:
-    return isinstance(content, Mapping) and _are_weights(content.values())
+        if isinstance(content, Mapping):
+            content = next((inner for key in wrappers if isinstance(inner := content.get(key), Mapping)), content)
+    if isinstance(content, Mapping):
+        return {name: tensor for name, tensor in content.items() if name != "n_averaged"}
+    return content
 
 
 def _are_weights(values: Iterable[object]) -> bool:
@@ -147,12 +127,17 @@ def _are_weights(values: Iterable[object]) -> bool:
     return any(isinstance(value, Tensor) and value.ndim for value in values)
 
 
-def _holds_lists(content: Mapping[object, object]) -> bool:
-    """Whether it holds an average whose tensors have no names."""
-    return any(isinstance(value, list | tuple) and _are_weights(value) for value in content.values())
+def _holds_tensors(content: object) -> bool:
+    return isinstance(content, Mapping) and _are_weights(content.values())
 
 
-def _averages(content: object, where: str = "") -> Iterator[tuple[str, Mapping[object, object]]]:
+def _holds_lists(content: object) -> bool:
+    """Whether it is or holds an average whose tensors have no names."""
+    lists = content.values() if isinstance(content, Mapping) else [content]
+    return any(isinstance(each, list | tuple) and _are_weights(each) for each in lists)
+
+
+def _averages(content: object, where: str = "") -> Iterator[tuple[str, object]]:
     """Each running average of the weights in `content`, with its name, which says where it lies."""
     if not isinstance(content, Mapping) or where.count(".") > MAX_DEPTH:
         return
@@ -160,49 +145,36 @@ def _averages(content: object, where: str = "") -> Iterator[tuple[str, Mapping[o
         if key in WRAPPERS:
             yield from _averages(value, f"{where}{key}.")
         elif isinstance(key, str) and AVERAGED.search(_HUMP.sub("_", key).lower()):
-            found: Mapping[object, object] = _average(value) if isinstance(value, Mapping) else {key: value}
-            if _holds_lists(found) or (isinstance(value, Mapping) and _holds_tensors(found)):
-                yield f"{where}{key}", found
-
-
-def _average(content: Mapping[object, object]) -> Mapping[object, object]:
-    """The state dict in it, without the counter that torch's `AveragedModel` keeps beside."""
-    for _ in range(MAX_DEPTH):
-        content = next((i for k in AVERAGE_WRAPPERS if isinstance(i := content.get(k), Mapping)), content)
-    return _without_counter(content)
-
-
-def _without_counter(content: Mapping[object, object]) -> Mapping[object, object]:
-    return {name: tensor for name, tensor in content.items() if name != "n_averaged"}
+            average = _unwrapped(value, AVERAGE_WRAPPERS)
+            if _holds_tensors(average) or _holds_lists(average):
+                yield f"{where}{key}", average
 
 
 def _unswapped(content: object) -> object:
-    """`content` with the average under the average's name: `EMAHook` of mmengine swaps it and the trained weights.
+    """`content` with the average under its own name: `EMAHook` of mmengine swaps it and the trained weights.
 
     A counter beside the weights under `ema_state_dict` shows that it did.
     """
-    if isinstance(content, Mapping) and isinstance(trained := content.get("ema_state_dict"), Mapping):
-        without_steps = {name: tensor for name, tensor in trained.items() if name != "steps"}
-        if len(without_steps) < len(trained):
-            return {**content, "state_dict": without_steps, "ema_state_dict": content.get("state_dict")}
+    trained = content.get("ema_state_dict") if isinstance(content, Mapping) else None
+    if isinstance(content, Mapping) and isinstance(trained, Mapping) and "steps" in trained:
+        weights = {name: tensor for name, tensor in trained.items() if name != "steps"}
+        return {**content, "state_dict": weights, "ema_state_dict": content.get("state_dict")}
     return content
 
 
 def _choose(path: Path, content: object, requested: Weights | None) -> tuple[object, Weights, str]:
     """The plain weights in `content` or their average, which of the two, and an explanation of the choice.
 
-    Raises:
-        WeightsMismatch: the `requested` ones are missing, or there are several averages.
+    Raises WeightsMismatch where the `requested` ones are missing, or there are several averages.
     """
     content = _unswapped(content)
-    plain, averages = _unwrapped(content), dict(_averages(content))
-    names = ", ".join(map(repr, averages))
-    bare = not _holds_tensors(plain)
+    plain, averages = _unwrapped(content, WRAPPERS), dict(_averages(content))
+    names, bare = ", ".join(map(repr, averages)), not _holds_tensors(plain)
+    if requested == "ema" and not averages:
+        raise WeightsMismatch(f"{path}: it holds no EMA weights; leave --weights out for those it has")
+    if requested == "plain" and averages and bare:
+        raise WeightsMismatch(f"{path}: it holds only EMA weights ({names}); leave --weights out for those")
     if requested == "plain" or not averages:
-        if requested == "ema":
-            raise WeightsMismatch(f"{path}: it holds no EMA weights; leave --weights out for those it has")
-        if averages and bare:
-            raise WeightsMismatch(f"{path}: it holds only EMA weights ({names}); leave --weights out for those")
         return plain, "plain", f"plain weights, as requested; EMA ones ({names}) are left aside" if averages else ""
     if len(averages) > 1:
         raise WeightsMismatch(
@@ -210,7 +182,7 @@ def _choose(path: Path, content: object, requested: Weights | None) -> tuple[obj
             "ones with --weights plain"
         )
     beside = "" if bare else "; --weights plain takes the others"
-    average = averages.popitem()[1]
+    (average,) = averages.values()
     if not _holds_tensors(average):
         raise WeightsMismatch(
             f"{path}: its EMA weights ({names}) are a list without names, which fits no model{beside}"
@@ -219,11 +191,7 @@ def _choose(path: Path, content: object, requested: Weights | None) -> tuple[obj
 
 
 def _tensors(path: Path, content: object, limit: int) -> dict[str, Tensor]:
-    """The float32 state dict in `content`, none of whose tensors has more than `limit` elements.
-
-    Raises:
-        WeightsCorrupt: it is none, or has something beside floating-point tensors in it.
-    """
+    """The float32 state dict in `content`, none of whose tensors has more than `limit` elements, or WeightsCorrupt."""
     if not isinstance(content, Mapping) or not content:
         raise WeightsCorrupt(f"{path}: holds no tensors; save the model's state_dict()")
     for name, tensor in content.items():
@@ -236,10 +204,9 @@ def _tensors(path: Path, content: object, limit: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Weights under official names.
+    """Weights under official names; `dialect` is whose names the file had, `weights` which of those in the file it is.
 
-    `dialect` is whose names the file had, `weights` which of the weights in the file these are, `note` an explanation
-    of that choice where there was one.
+    `note` explains that choice, where there was one.
     """
 
     state: dict[str, Tensor]
@@ -260,10 +227,9 @@ def _dialect(state: State) -> Dialect:
 def open_checkpoint(path: Path, *, sha256: str | None = None, weights: Weights | None = None) -> Checkpoint:
     """The weights in `path`, float32 on the CPU. The file is read once.
 
-    Args:
-        path: a .safetensors file, or a .pth file, whose state dict may lie under `model` or `state_dict`.
-        sha256: what the file's bytes must hash to, in hexadecimal.
-        weights: which of several to take. None: an exponential moving average (EMA) where there is one, as timm does.
+    The state dict in a .pth file may lie under `model` or `state_dict`. `sha256` is what the file's bytes must hash to,
+    in hexadecimal. `weights` says which of several to take; None: an exponential moving average (EMA) where there is
+    one, as timm does.
 
     Raises:
         WeightsUnavailable: there is no such file, or no permission to read it.
@@ -295,24 +261,18 @@ def read_checkpoint(path: Path, *, sha256: str | None = None, weights: Weights |
 
 
 def load_into(model: nn.Module, state: State, *, source: str = "the checkpoint") -> None:
-    """Put all of `state` into `model`, whose tensors it replaces where they are on the meta device.
-
-    Args:
-        model: built for exactly these tensors.
-        state: official names.
-        source: its name in messages.
+    """Put all of `state`, of official names, into `model`, whose tensors it replaces if they are on the meta device.
 
     Raises:
         WeightsMismatch: tensors are missing, unexpected or misshapen; the model is left as it was.
-        WeightsNotFinite: a tensor holds NaN or infinity; likewise.
+        WeightsNotFinite: a tensor holds NaN or infinity; likewise. Messages name the `source`.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    misshapen = [f"{n} {found[n]} for {expected[n]}" for n in expected if n in found and found[n] != expected[n]]
     kinds = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
-        "misshapen": misshapen,
+        "misshapen": [f"{n} {found[n]} for {size}" for n, size in expected.items() if found.get(n, size) != size],
     }
     problems = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
     if problems:
@@ -328,7 +288,6 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
     """Read `path` into `model`: the plain weights, since a file that a card names has always been read so.
 
     Raises:
-        WeightsUnavailable: as `read_checkpoint`.
-        WeightsInvalid: as `read_checkpoint` and `load_into`.
+        WeightsUnavailable, WeightsInvalid: as `open_checkpoint` and `load_into`.
     """
     load_into(model, read_checkpoint(path, sha256=sha256, weights="plain"), source=str(path))

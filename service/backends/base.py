@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.weights import load_weights
-from service.arrays import Floats, Head, Pixels
 from service.errors import CardInvalid, DeviceFailed
+from service.results import Floats, Head, Pixels
 from service.store.cards import ModelCard
 
 Precision = Literal["float32", "bfloat16", "float16"]

@@ -14,10 +14,10 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from openvino.properties import hint
 from torch.jit import _recursive, _state
 
-from service.arrays import Floats
 from service.backends.base import DTYPES, Backend, Batch, Blob, Graph, Images, Layout, Precision, Program, Served
 from service.errors import OutOfMemory
 from service.machine import give_back, resident_bytes
+from service.results import Floats
 
 _OPENVINO: dict[Precision, ov.Type] = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16, "float16": ov.Type.f16}
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from service.arrays import Floats
 from service.backends.base import (
     DTYPES,
     Backend,
@@ -34,6 +33,7 @@ from service.backends.base import (
 from service.backends.cuda_compiling import Function, Job, Placed, TorchCompiler, set_up_cudnn
 from service.errors import BackendUnavailable, DeviceFailed, OutOfMemory
 from service.machine import give_back
+from service.results import Floats
 
 IN_FLIGHT = 2  # batches for each card: one is computed while another is copied
 # Before a capture, so that it does not capture what the first runs decide or compile. torch's documentation asks for

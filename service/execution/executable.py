@@ -7,12 +7,12 @@ from functools import partial
 
 import structlog
 
-from service.arrays import Head, Outputs, Pixels
 from service.backends.base import Backend, Graph, Layout, Precision, build
 from service.errors import ModelLoadFailed
 from service.execution.plan import BatchPlan
 from service.execution.reference import Deviation, ReferenceCheck, computed_reference, concerns_precision, reason
 from service.execution.tuning import LatencyGraph, OptimizedGraph, Optimizer, Tuned, graph_seconds
+from service.results import Head, Outputs, Pixels
 from service.store.store import StoredModel
 
 log = structlog.get_logger(component="executable")

@@ -16,9 +16,9 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from service.arrays import Floats
 from service.backends.base import Graph, Precision, Served, plain_logits
 from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid, ServiceError
+from service.results import Floats
 from service.store.cards import ModelCard, ReferenceFile
 
 MAX_RELATIVE = 2e-4  # allowed to float32: 200 times what rounding gives, a tenth of what bfloat16 does

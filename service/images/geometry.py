@@ -14,8 +14,8 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom; in pixels
 class Geometry:
     """The model's input size, and how an image is brought to it.
 
-    `shorter_side_crop` resizes the image, its aspect ratio kept, until it covers `resized(height)` x `resized(width)`,
-    and crops the centre. `stretch` resizes it to height x width, whatever its aspect ratio; `crop` is 1 then.
+    `shorter_side_crop` resizes the image, its aspect ratio kept, until it covers both sides divided by `crop`, and
+    crops the centre. `stretch` resizes it to height x width, whatever its aspect ratio; `crop` is 1 then.
     """
 
     height: int

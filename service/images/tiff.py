@@ -4,18 +4,19 @@ Pillow's table of TIFFs lacks some kinds that it can read, and is wrong for some
 All other kinds are refused with a description.
 """
 
+import re
 from collections.abc import Mapping
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImagePalette, TiffImagePlugin
+from PIL import ExifTags, Image, ImagePalette, TiffImagePlugin
 from PIL.ImageFile import _Tile
 
 from service.errors import InvalidImage
-from service.images.jpeg import check_pixels, ended
-from service.images.limits import BoundedReader, check_tiles
-from service.images.visible import Grey
+from service.images.formats import check_inner_jpeg
+from service.images.limits import BoundedReader, check_memory, too_large
+from service.images.resampling import Grey
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _YCBCR = 0, 1, 6
 _BYTE = 8  # bits
@@ -24,27 +25,17 @@ _SEPARATE = 2
 _LOWEST_BIT_FIRST = 2
 _JPEG = 7
 _JPEG_TABLES = 347
-_DEEP = {  # sample format and bits: Pillow's mode, and its raw mode by byte order
-    (_SIGNED, 8): ("L", {b"II": "L", b"MM": "L"}),
-    (_UNSIGNED, 12): ("I;16", {b"II": "I;12", b"MM": "I;12"}),
-    (_SIGNED, 16): ("I", {b"II": "I;16S", b"MM": "I;16BS"}),
-    (_UNSIGNED, 32): ("I", {b"II": "I;32S", b"MM": "I;32BS"}),
-    (_SIGNED, 32): ("I", {b"II": "I;32S", b"MM": "I;32BS"}),
-    (_FLOAT, 32): ("F", {b"II": "F;32F", b"MM": "F;32BF"}),
-    (_FLOAT, 64): ("F", {b"II": "F;64F", b"MM": "F;64BF"}),
+_DEEP = {  # sample format and bits: Pillow's mode, and its raw mode for little-endian samples
+    (_SIGNED, 8): ("L", "L"),
+    (_UNSIGNED, 12): ("I;16", "I;12"),
+    (_SIGNED, 16): ("I", "I;16S"),
+    (_UNSIGNED, 32): ("I", "I;32S"),
+    (_SIGNED, 32): ("I", "I;32S"),
+    (_FLOAT, 32): ("F", "F;32F"),
+    (_FLOAT, 64): ("F", "F;64F"),
 }
-_NATIVE = {  # Pillow's raw modes for samples that libtiff has decoded, which are in the machine's byte order
-    "I;16": "I;16N",
-    "I;16B": "I;16N",
-    "I;16BS": "I;16NS",
-    "I;32BS": "I;32NS",
-    "F;32BF": "F;32NF",
-    "F;64BF": "F;64NF",
-    "I;16S": "I;16NS",
-    "I;32S": "I;32NS",
-    "F;32F": "F;32NF",
-    "F;64F": "F;64NF",
-}
+# Pillow's raw modes with a byte order: none for little-endian samples, B for big-endian ones, N for the machine's own.
+_ORDERED = re.compile(r"([IF];(?:16|32|64))B?([SF]?)")
 # the type of the samples where the mode's is another
 _TYPES: dict[tuple[int, int], np.dtype[Any]] = {(_SIGNED, 8): np.dtype(np.int8), (_UNSIGNED, 32): np.dtype(np.uint32)}
 
@@ -52,47 +43,41 @@ _PHOTOMETRICS = {0: "grey with white as zero", 1: "grey", 2: "RGB", 3: "palette"
 _FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 4: "untyped", 5: "complex", 6: "complex"}
 
 
+def _ordered(raw_mode: str, order: str) -> str:
+    found = _ORDERED.fullmatch(raw_mode)
+    return f"{found[1]}{order}{found[2]}" if found else raw_mode
+
+
 def _complete_table() -> None:
     """Add deep grey to Pillow's table, in both byte orders and directions."""
     table = TiffImagePlugin.OPEN_INFO
-    for order, photometric in product((b"II", b"MM"), (_WHITE_IS_ZERO, _BLACK_IS_ZERO)):
-        for (form, bits), (mode, raw_modes) in _DEEP.items():
-            table[order, photometric, (form,), 1, (bits,), ()] = mode, raw_modes[order]
-        for fill, raw_mode in ((1, sixteen := "I;16" if order == b"II" else "I;16B"), (2, "I;16R")):
-            table[order, photometric, (_UNSIGNED,), fill, (16,), ()] = sixteen, raw_mode
+    for (prefix, order), photometric in product(((b"II", ""), (b"MM", "B")), (_WHITE_IS_ZERO, _BLACK_IS_ZERO)):
+        for (form, bits), (mode, raw_mode) in _DEEP.items():
+            table[prefix, photometric, (form,), 1, (bits,), ()] = mode, _ordered(raw_mode, order)
+        for fill, raw_mode in ((1, f"I;16{order}"), (_LOWEST_BIT_FIRST, "I;16R")):
+            table[prefix, photometric, (_UNSIGNED,), fill, (16,), ()] = f"I;16{order}", raw_mode
 
 
 _complete_table()
 
 
-class _Layout(NamedTuple):
+class _Layout:
     """The tags that describe the samples; where one is missing, TIFF's default."""
 
-    photometric: int
-    form: int
-    bits: tuple[int, ...]
-    samples: int
-    planar: int
+    def __init__(self, tags: Mapping[int, Any]) -> None:
+        self.photometric: int = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 0)
+        self.form: int = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0]
+        self.bits: tuple[int, ...] = tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+        self.samples: int = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
+        self.separate: bool = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION, 1) == _SEPARATE
 
-    @property
-    def described(self) -> str:
-        """In words."""
+    def __str__(self) -> str:
         kind = _PHOTOMETRICS.get(self.photometric, f"photometric {self.photometric}")
         bits = ", ".join(map(str, sorted(set(self.bits))))
-        planes = ", in separate planes" if self.planar == _SEPARATE and self.samples > 1 else ""
+        planes = ", in separate planes" if self.separate and self.samples > 1 else ""
         form = _FORMATS.get(self.form, f"format {self.form}")
         samples = "sample" if self.samples == 1 else "samples"
-        return f"{kind}: {self.samples} {form} {samples} of {bits} bits{planes}"
-
-
-def _layout(tags: Mapping[int, Any]) -> _Layout:
-    return _Layout(
-        tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 0),
-        tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0],
-        tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)),
-        tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1),
-        tags.get(TiffImagePlugin.PLANAR_CONFIGURATION, 1),
-    )
+        return f"TIFF of {kind}: {self.samples} {form} {samples} of {bits} bits{planes}"
 
 
 def describe(raw: bytes) -> str:
@@ -107,7 +92,7 @@ def describe(raw: bytes) -> str:
     compression = tags.get(TiffImagePlugin.COMPRESSION, 1)
     if compression not in TiffImagePlugin.COMPRESSION_INFO:
         return f"TIFF with compression {compression}"
-    return f"TIFF of {_layout(tags).described}"
+    return str(_Layout(tags))
 
 
 def prepare(image: Image.Image, raw: bytes, max_pixels: int) -> Grey | None:
@@ -115,69 +100,87 @@ def prepare(image: Image.Image, raw: bytes, max_pixels: int) -> Grey | None:
 
     Raises:
         InvalidImage: Pillow would decode it wrongly, or pixels of a JPEG inside are missing.
+        ImageTooLarge: its tiles or strips take more memory or time than its pixels.
     """
-    vars(image)["is_animated"] = True  # keeps Pillow from reading all its EXIF, which may take seconds
-    tags: Mapping[int, Any] = vars(image)["tag_v2"]
-    layout = _layout(tags)
-    if layout.planar == _SEPARATE and image.mode in {"LA", "La", "PA", "LAB"}:
-        raise InvalidImage(f"not a supported image (TIFF of {layout.described})")
-    if vars(image)["tile"][0].codec_name == "raw":
+    opened = vars(image)
+    opened["is_animated"] = True  # keeps Pillow from reading all its EXIF, which may take seconds
+    tags: Mapping[int, Any] = opened["tag_v2"]
+    layout = _Layout(tags)
+    if layout.separate and image.mode in {"LA", "La", "PA", "LAB"}:
+        raise InvalidImage(f"not a supported image ({layout})")
+    if opened["tile"][0].codec_name == "raw":
         _check_offsets(tags, layout)
     _choose_decoder(image, layout)
-    check_tiles(image, max_pixels)
+    if opened["tile"][0].codec_name == "libtiff":  # which decodes them whole; Pillow reads uncompressed ones by rows
+        _check_blocks(image, tags, layout, max_pixels)
     if tags.get(TiffImagePlugin.COMPRESSION) == _JPEG:
         _check_jpegs(tags, raw)
     if image.palette and max(colours := tags[TiffImagePlugin.COLORMAP]) < 256:  # noqa: PLR2004
         image.palette = ImagePalette.raw("RGB;L", bytes(colours))  # of 8 bits, where the standard has 16
-    if image.mode[0] not in "IF" and (layout.form, layout.bits[0]) not in _TYPES:
+    kind = layout.form, layout.bits[0]
+    if image.mode[0] not in "IF" and kind not in _TYPES:
         return None
     white = 2 ** layout.bits[0] - 1 if image.mode.startswith("I;16") else None
-    stored = _TYPES.get((layout.form, layout.bits[0]))
-    inverted, rounded = layout.photometric == _WHITE_IS_ZERO, (layout.form, layout.bits[0]) == (_FLOAT, 64)
-    return Grey(white, stored, inverted=inverted, rounded=rounded)
+    inverted = layout.photometric == _WHITE_IS_ZERO
+    return Grey(white, _TYPES.get(kind), inverted=inverted, rounded=kind == (_FLOAT, 64))
 
 
 def _choose_decoder(image: Image.Image, layout: _Layout) -> None:
     """Make libtiff decode files that Pillow would decode wrongly, and Pillow interpret libtiff's samples correctly."""
     opened = vars(image)
     codec, _, _, (raw_mode, *_) = opened["tile"][0]
-    separate = layout.planar == _SEPARATE and layout.samples > 1
+    separate = layout.separate and layout.samples > 1
     if codec == "libtiff":
-        raw_mode = _NATIVE.get(raw_mode, raw_mode)
+        raw_mode = _ordered(raw_mode, "N")
     elif layout.photometric == _YCBCR:
         opened["_mode"], raw_mode = "RGB", "RGBX"  # libtiff converts it
     elif separate and (layout.bits[0] > _BYTE or image.mode == "RGBA"):
         raw_mode = image.mode if layout.bits[0] == _BYTE else f"{image.mode};16N"
     elif opened["tag_v2"].get(TiffImagePlugin.FILLORDER) == _LOWEST_BIT_FIRST:
-        raw_mode = raw_mode.removesuffix("R").removesuffix(";")  # libtiff has turned the bits by then
-        raw_mode = _NATIVE.get(raw_mode, raw_mode)
+        raw_mode = _ordered(raw_mode.removesuffix("R").removesuffix(";"), "N")  # libtiff has turned the bits by then
     else:
         return
     opened["use_load_libtiff"] = True
     opened["tile"] = [_Tile("libtiff", (0, 0, *opened["_tile_size"]), 0, (raw_mode, False, opened["tag_v2"].offset))]
 
 
+def _sizes(tags: Mapping[int, Any], *, tiled: bool = True) -> tuple[int, int, int, int]:
+    """Width and height of the image, and of a tile, or of a strip where there is none or not `tiled`."""
+    width, height = tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
+    rows = min(height, tags.get(TiffImagePlugin.ROWSPERSTRIP, height))
+    if not tiled:
+        return width, height, width, rows
+    return width, height, tags.get(TiffImagePlugin.TILEWIDTH, width), tags.get(TiffImagePlugin.TILELENGTH, rows)
+
+
 def _check_offsets(tags: Mapping[int, Any], layout: _Layout) -> None:
-    """Refuses an uncompressed TIFF that lacks strips or tiles: Pillow makes them black, or takes the header for one."""
-    width, height = (tags[side] for side in (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH))
-    if offsets := tags.get(TiffImagePlugin.STRIPOFFSETS, ()):
-        across, down = width, min(height, tags.get(TiffImagePlugin.ROWSPERSTRIP, height))
-    else:
-        offsets = tags.get(TiffImagePlugin.TILEOFFSETS, ())
-        across, down = tags.get(TiffImagePlugin.TILEWIDTH, width), tags.get(TiffImagePlugin.TILELENGTH, height)
-    planes = layout.samples if layout.planar == _SEPARATE else 1
-    needed = -(-width // across) * -(-height // down) * planes
+    """Refuse an uncompressed TIFF that lacks strips or tiles: Pillow makes them black, or takes the header for one."""
+    strips = tags.get(TiffImagePlugin.STRIPOFFSETS)
+    width, height, across, down = _sizes(tags, tiled=not strips)
+    offsets = strips or tags.get(TiffImagePlugin.TILEOFFSETS, ())
+    needed = -(-width // across) * -(-height // down) * (layout.samples if layout.separate else 1)
     if missing := needed - sum(offset > 0 for offset in offsets[:needed]):
         raise InvalidImage(f"truncated TIFF: {missing} of its {needed} strips or tiles are missing")
+
+
+def _check_blocks(image: Image.Image, tags: Mapping[int, Any], layout: _Layout, max_pixels: int) -> None:
+    """Refuse a TIFF whose tiles or strips take more memory or time than its pixels."""
+    width, height, across, down = _sizes(tags)
+    covered = -(-width // across) * across * -(-height // down) * down
+    if covered - width * height > max_pixels:
+        raise too_large(f"{covered / 1e6:.4g}", max_pixels)
+    pixel = 1 if image.mode in {"1", "L", "P"} else 4
+    block = across * down * max(pixel, max(layout.bits) * max(len(layout.bits), layout.samples) / 8)
+    # Turned by Pillow while libtiff keeps its copy; XMP may have an orientation too.
+    turns = tags.get(ExifTags.Base.Orientation, 1) != 1 or TiffImagePlugin.XMP in tags
+    check_memory(block + pixel * (1 + turns) * width * height, max_pixels)
 
 
 def _check_jpegs(tags: Mapping[int, Any], raw: bytes) -> None:
     """Refuse a TIFF whose strips or tiles are JPEGs that lack pixels: libtiff would make them grey."""
     offsets = tags.get(TiffImagePlugin.STRIPOFFSETS) or tags.get(TiffImagePlugin.TILEOFFSETS) or ()
     counts = tags.get(TiffImagePlugin.STRIPBYTECOUNTS) or tags.get(TiffImagePlugin.TILEBYTECOUNTS) or ()
-    width, height = (tags[side] for side in (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH))
-    rows = min(height, tags.get(TiffImagePlugin.ROWSPERSTRIP, height))
-    most = tags.get(TiffImagePlugin.TILEWIDTH, width) * tags.get(TiffImagePlugin.TILELENGTH, rows)
+    *_, across, down = _sizes(tags)
     tables = bytes(tags.get(_JPEG_TABLES, b""))[:-2] or b"\xff\xd8"
     for offset, count in zip(offsets, counts, strict=False):
-        check_pixels(ended(tables + raw[offset + 2 : offset + count]), most)
+        check_inner_jpeg(tables + raw[offset + 2 : offset + count], across * down)

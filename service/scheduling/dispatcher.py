@@ -1,22 +1,20 @@
 """Who does what next: places, decoding, batches, instances, deadlines.
 
-Synchronous, without a clock, thread or lock: `service.scheduling.scheduler` adds those, tests drive it step by step.
-Times are seconds on the caller's clock.
-
-The way of a call, by its stage: `decode` (it waits for a thread, or is decoded), `queue` (it waits for an instance),
-`infer` (it is in a batch), `ended`. It may end at any of them: with a result, an error, or because its caller has gone.
+Synchronous, without a clock, thread or lock: `service.scheduling.scheduler` adds those. Times are seconds on the
+caller's clock. A call's stages are `decode` (it waits for a thread, or is decoded), `queue` (it waits for an instance),
+`infer` (it is in a batch) and `ended`. It may end at any of them: with a result, an error, or as its caller has gone.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from service.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, QueueFull, ShuttingDown
 from service.execution.plan import BatchPlan
-from service.scheduling.activity import RELEASES, Activity, InstanceActivity, PastRelease, QueueActivity, Release
-from service.scheduling.queues import Batch, Item, Queue, Queues, fair_seconds
+from service.metrics import EngineMetrics
+from service.scheduling.queues import Batch, Item, Queue, Queues, ReleaseReason
 
 S = TypeVar("S")  # the source: an encoded image
 T = TypeVar("T")  # the payload: what decoding makes of it
@@ -24,50 +22,88 @@ R = TypeVar("R")  # the result of running it
 T_contra = TypeVar("T_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
 
-# A deadline is refused only if it would be missed even were the machine this much faster than when it was measured.
-SPEED_MARGIN = 2.0
+SPEED_MARGIN = 2.0  # a deadline is refused if it would be missed on a machine this much faster than the measured one
+RELEASES = 64  # how many are remembered
 
 
 class Run(Protocol[T_contra, R_co]):
-    """Runs one batch on the numbered instance; returns one result for each payload, in their order.
-
-    `alone`: nothing else is in the scheduler, so that the batch may use every core.
-    """
+    """Returns a result for each payload, in order; `alone` in the scheduler, the batch may use every core."""
 
     def __call__(self, instance: int, payloads: Sequence[T_contra], *, alone: bool) -> Sequence[R_co]: ...  # noqa: D102
 
 
-class Observer(Protocol):
-    """Counts what happens; `service.metrics` is one."""
+@dataclass(eq=False, slots=True)
+class Release:
+    """A batch that went to an instance, after its oldest image had waited `waited_seconds`.
 
-    def batch_released(self, model: str, reason: str, size: int) -> None: ...  # noqa: D102
-    def cancelled(self, stage: str) -> None: ...  # noqa: D102
+    `run_seconds` is None while it runs, and covers the second runs of a batch that failed.
+    """
+
+    model: str
+    reason: ReleaseReason
+    size: int
+    instance: int
+    alone: bool
+    waited_seconds: float
+    started: float
+    run_seconds: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class QueueActivity:
+    """One lane in images, of which `admitted` counts also those that are about to enter or have just left.
+
+    `virtual_seconds` is the instance time it has had, for fairness; `plan` is t(n) in seconds by batch size.
+    """
+
+    lane: str
+    model: str
+    to_decode: int
+    decoding: int
+    waiting: int
+    running: int
+    admitted: int
+    capacity: int
+    virtual_seconds: float
+    plan: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """The scheduler at the time `now`: its queues, what each instance runs, and the last releases, newest first."""
+
+    now: float
+    queues: list[QueueActivity]
+    instances: list[Release | None]
+    releases: list[Release]
+
+
+@dataclass(eq=False)
 class Lane(Generic[S, T, R]):
     """One model's way through the scheduler: `decode` makes payloads of sources, `run` results of payloads.
 
-    `capacity` bounds the images it holds, from their admission to their result. `name` is unique; several lanes may
-    share a `model`, which metrics go by.
+    `capacity` bounds its images, from their admission to their result. `name` is unique; several lanes may share a
+    `model`, which metrics go by.
     """
 
-    def __init__(
-        self, name: str, plan: BatchPlan, decode: Callable[[S], T], run: Run[T, R], capacity: int, *, model: str = ""
-    ) -> None:
-        self.name = name
-        self.model = model or name
-        self.decode = decode
-        self.run = run
-        self.capacity = capacity
-        # Mutable state: the batch plan, and the batch size that ran out of memory, if one did; what waits to be decoded
-        # and what waits for an instance; how many images are admitted, are being decoded, are in a batch.
-        self.plan = plan
-        self._too_large: int | None = None
-        self.sources = Queue["Call[S, T, R]"](None)
-        self.payloads = Queue["Call[S, T, R]"](plan)
-        self.admitted = 0
-        self.decoding = 0
-        self.running = 0
+    name: str
+    plan: BatchPlan
+    decode: Callable[[S], T]
+    run: Run[T, R]
+    capacity: int
+    model: str = ""
+    # Mutable state: the plan; what waits to be decoded and what waits for an instance; how many images are admitted,
+    # are being decoded, are in a batch; the batch size that ran out of memory, if one did.
+    sources: Queue["Call[S, T, R]"] = field(default_factory=lambda: Queue(None))
+    payloads: Queue["Call[S, T, R]"] = field(init=False)
+    admitted: int = 0
+    decoding: int = 0
+    running: int = 0
+    _too_large: int | None = None
+
+    def __post_init__(self) -> None:
+        self.model = self.model or self.name
+        self.payloads = Queue(self.plan)
 
     def cap_batch_size(self, size: int) -> None:
         """Never again run `size` images at once."""
@@ -84,12 +120,30 @@ class Lane(Generic[S, T, R]):
 
     def ahead(self) -> int:
         """Images that are admitted and in no batch yet."""
-        return max(0, self.admitted - self.running)  # a caller that went frees its place before its batch ends
+        return max(0, self.admitted - self.running)  # a caller that has gone frees its place before its batch ends
+
+    def activity(self) -> QueueActivity:
+        """The state of the lane."""
+        return QueueActivity(
+            lane=self.name,
+            model=self.model,
+            to_decode=len(self.sources.waiting),
+            decoding=self.decoding,
+            waiting=len(self.payloads.waiting),
+            running=self.running,
+            admitted=self.admitted,
+            capacity=self.capacity,
+            virtual_seconds=self.payloads.virtual_time,
+            plan=dict(self.plan.seconds),
+        )
 
 
 @dataclass(eq=False, slots=True)
 class Call(Item, Generic[S, T, R]):
-    """One image on its way. As an `Item` it is what waits in the queues."""
+    """One image on its way, which waits in the queues.
+
+    As a job: call `lane.decode(source)`, then `Dispatcher.decoded`.
+    """
 
     lane: Lane[S, T, R]
     source: S
@@ -111,14 +165,7 @@ class Completed(Generic[R]):
 
 
 Outcome = Completed[R] | Exception
-
-
-@dataclass(eq=False, slots=True)
-class Decoding(Generic[S, T, R]):
-    """A job: call `lane.decode(source)`, then `Dispatcher.decoded`."""
-
-    call: Call[S, T, R]
-    started: float
+Ended = list[tuple[Call[S, T, R], Outcome[R]]]
 
 
 @dataclass(eq=False, slots=True)
@@ -137,24 +184,27 @@ class Running(Generic[S, T, R]):
         return [call.payload for call in self.part]  # type: ignore[misc]  # what runs has been decoded
 
 
+Job = Call[S, T, R] | Running[S, T, R]
+
+
 class Dispatcher(Generic[S, T, R]):
     """Returns the next job to a thread that asks: a batch where an instance is idle, else an image to decode."""
 
-    def __init__(self, instances: int, decoders: int, observer: Observer, max_delay_seconds: float = 0.0) -> None:
+    def __init__(self, instances: int, decoders: int, metrics: EngineMetrics, max_delay_seconds: float = 0.0) -> None:
         self._instances = instances
         self._decoders = decoders
-        self._observer = observer
+        self._metrics = metrics
         # Mutable state: the lanes, and whether new work is refused; what waits to be decoded and what waits for an
         # instance; the jobs under way, idle instances, the last releases; calls that ended since `take_ended`.
         self.lanes: list[Lane[S, T, R]] = []
         self.closed = False
         self._sources: Queues[Call[S, T, R]] = Queues()
         self._payloads: Queues[Call[S, T, R]] = Queues(max_delay_seconds)
-        self._decoding: set[Decoding[S, T, R]] = set()
+        self._decoding: dict[Call[S, T, R], float] = {}  # since when
         self._running: dict[int, Running[S, T, R]] = {}
         self._idle = list(range(instances))
         self._releases: deque[Release] = deque(maxlen=RELEASES)
-        self._ended: list[tuple[Call[S, T, R], Outcome[R]]] = []
+        self._ended: Ended[S, T, R] = []
 
     def __repr__(self) -> str:
         return (
@@ -163,21 +213,20 @@ class Dispatcher(Generic[S, T, R]):
         )
 
     def close(self) -> None:
-        """Refuse new work, and hold no batch back any longer."""
+        """Refuse new work, and delay no batch any longer."""
         self.closed = True
         self._payloads.max_delay_seconds = 0.0
 
     @property
     def admitted(self) -> int:
-        """Images that hold a place, in all lanes."""
+        """Images that have a place, in all lanes."""
         return sum(lane.admitted for lane in self.lanes)
 
     def admit(self, lane: Lane[S, T, R], count: int, now: float, deadline: float = inf) -> None:
         """Take `count` of the lane's places; `lane.admitted -= count` frees them.
 
         Raises:
-            InvalidRequest: it never has that many.
-            QueueFull: it has not that many left.
+            InvalidRequest, QueueFull: it never has that many, or has not that many left.
             DeadlineExceeded: what is admitted already keeps these images from being answered by `deadline`.
             ShuttingDown: new work is refused.
         """
@@ -194,7 +243,7 @@ class Dispatcher(Generic[S, T, R]):
         least, left = self.least_seconds(lane, count), deadline - now
         if least > SPEED_MARGIN * left:
             for _ in range(count):
-                self._observer.cancelled("admission")
+                self._metrics.cancelled("admission")
             raise DeadlineExceeded(
                 f"{lane.ahead()} images wait for {lane.name!r} already: at the measured speed an answer is "
                 f"{least:.3g} s away or more, and {max(0.0, left):.3g} s are left; "
@@ -203,9 +252,11 @@ class Dispatcher(Generic[S, T, R]):
         lane.admitted += count
 
     def seconds_until_empty(self, lane: Lane[S, T, R]) -> float:
-        """When all that `lane` holds now is likely to be answered, its instances shared fairly with other lanes."""
-        others = (other.seconds(other.admitted) for other in self.lanes if other is not lane)
-        return fair_seconds(lane.seconds(lane.admitted), others, self._instances)
+        """When all images of `lane` are likely to be answered, its instances shared fairly with other lanes."""
+        own = lane.seconds(lane.admitted)
+        # By the time that one lane has had its time, each other has had as much, or all of its work.
+        others = (min(own, other.seconds(other.admitted)) for other in self.lanes if other is not lane)
+        return (own + sum(others)) / self._instances
 
     def least_seconds(self, lane: Lane[S, T, R], count: int) -> float:
         """Before that, `count` more images of `lane` can't all be answered at the measured speed; 0 when all is idle.
@@ -228,7 +279,7 @@ class Dispatcher(Generic[S, T, R]):
         """The caller of `call` has gone: unless it has ended, nothing more is done for it."""
         if call.stage == "ended":
             return
-        self._observer.cancelled(call.stage)
+        self._metrics.cancelled(call.stage)
         self._discard(call)
         call.stage = "ended"
 
@@ -236,33 +287,29 @@ class Dispatcher(Generic[S, T, R]):
         """Whether there is, or may soon be, a job that a thread could do now."""
         return (self._may_decode() and len(self._sources) > 0) or (bool(self._idle) and len(self._payloads) > 0)
 
-    def next_job(self, now: float) -> Decoding[S, T, R] | Running[S, T, R] | float | None:
-        """What to do now; or when to ask again, if a batch is held back; or None, until something changes."""
+    def next_job(self, now: float) -> Job[S, T, R] | float | None:
+        """What to do now; or when to ask again, if a batch is delayed; or None, until something changes."""
         self._expire(now)
         decision = self._payloads.take(now, len(self._idle)) if self._idle else None
         if isinstance(decision, Batch):
             return self._start(decision, now)
         if self._may_decode() and isinstance(batch := self._sources.take(now, 1), Batch):
-            job = Decoding(batch.items[0], now)
-            job.call.lane.decoding += 1
-            self._decoding.add(job)
-            return job
+            (call,) = batch.items
+            call.lane.decoding += 1
+            self._decoding[call] = now
+            return call
         return decision
 
-    def decoded(self, job: Decoding[S, T, R], payload: T | Exception, now: float) -> None:
-        """`job` is done: its call waits for an instance from now on, or has ended with an error."""
-        call = job.call
-        self._decoding.remove(job)
+    def decoded(self, call: Call[S, T, R], payload: T | Exception, now: float) -> None:
+        """`call` is decoded: it waits for an instance from now on, or has ended with an error."""
         call.lane.decoding -= 1
-        call.lane.sources.virtual_time += now - job.started
-        if call.stage == "ended":
-            return
+        call.lane.sources.virtual_time += now - self._decoding.pop(call)
         if isinstance(payload, Exception):
             self._end(call, payload)
-            return
-        call.payload, call.stage = payload, "queue"
-        call.decode_seconds, call.arrived = now - call.arrived, now
-        self._payloads.add(call.lane.payloads, call)
+        elif call.stage != "ended":
+            call.payload, call.stage = payload, "queue"
+            call.decode_seconds, call.arrived = now - call.arrived, now
+            self._payloads.add(call.lane.payloads, call)
 
     def ran(self, job: Running[S, T, R], results: Sequence[R] | Exception, now: float) -> None:
         """`job.part` is done. It becomes what to run next: half of what failed, or nothing, and the job is done."""
@@ -280,18 +327,24 @@ class Dispatcher(Generic[S, T, R]):
                 job.lane.cap_batch_size(len(part))
             middle = len(part) // 2
             job.rest.extendleft((part[middle:], part[:middle]))
-        self._next_part(job, now)
+        job.part, job.started = [], now
+        while job.rest and not job.part:
+            job.part = [call for call in job.rest.popleft() if call.stage != "ended"]
+        if not job.part:
+            job.release.run_seconds = now - job.release.started
+            job.lane.running -= job.release.size
+            del self._running[job.release.instance]
+            self._idle.append(job.release.instance)
 
     def end_all(self) -> None:
         """End every call with `ShuttingDown`."""
         calls = [call for lane in self.lanes for queue in (lane.sources, lane.payloads) for call in queue.waiting]
-        calls += [job.call for job in self._decoding]
         calls += [call for job in self._running.values() for part in (job.part, *job.rest) for call in part]
-        for call in calls:
+        for call in [*calls, *self._decoding]:
             self._discard(call)
             self._end(call, ShuttingDown("the service stopped before this image was answered"))
 
-    def take_ended(self) -> list[tuple[Call[S, T, R], Outcome[R]]]:
+    def take_ended(self) -> Ended[S, T, R]:
         """Calls that have ended since the last call of this, each once, and how."""
         ended, self._ended = self._ended, []
         return ended
@@ -299,21 +352,16 @@ class Dispatcher(Generic[S, T, R]):
     def stalled_seconds(self, now: float) -> dict[str, float]:
         """How long the longest-running job of each kind has been running; 0 when there is none."""
         started = {
-            "decode": [job.started for job in self._decoding],
+            "decode": self._decoding.values(),
             "infer": [job.release.started for job in self._running.values()],
         }
         return {kind: now - min(times, default=now) for kind, times in started.items()}
 
     def activity(self, now: float) -> Activity:
         """All that can be seen."""
-        instances = [
-            InstanceActivity(i, job.release, now - job.release.started)
-            if (job := self._running.get(i))
-            else InstanceActivity(i)
-            for i in range(self._instances)
-        ]
-        releases = [PastRelease(replace(release), now - release.started) for release in reversed(self._releases)]
-        return Activity([_queue_activity(lane) for lane in self.lanes], instances, releases)
+        instances = [job.release if (job := self._running.get(i)) else None for i in range(self._instances)]
+        past = [replace(release) for release in reversed(self._releases)]
+        return Activity(now, [lane.activity() for lane in self.lanes], instances, past)
 
     def _may_decode(self) -> bool:
         return len(self._decoding) < self._decoders
@@ -321,7 +369,7 @@ class Dispatcher(Generic[S, T, R]):
     def _expire(self, now: float) -> None:
         for queues in (self._sources, self._payloads):
             for _, call in queues.expire(now):
-                self._observer.cancelled(call.stage)
+                self._metrics.cancelled(call.stage)
                 self._end(call, DeadlineExceeded("the request's time ran out while the image waited"))
 
     def _discard(self, call: Call[S, T, R]) -> None:
@@ -345,31 +393,5 @@ class Dispatcher(Generic[S, T, R]):
         lane.running += size
         self._running[release.instance] = job
         self._releases.append(release)
-        self._observer.batch_released(lane.model, batch.reason, size)
+        self._metrics.batch_released(lane.model, batch.reason, size)
         return job
-
-    def _next_part(self, job: Running[S, T, R], now: float) -> None:
-        job.part, job.started = [], now
-        while job.rest and not job.part:
-            job.part = [call for call in job.rest.popleft() if call.stage != "ended"]
-        if job.part:
-            return
-        job.release.run_seconds = now - job.release.started
-        job.lane.running -= job.release.size
-        del self._running[job.release.instance]
-        self._idle.append(job.release.instance)
-
-
-def _queue_activity(lane: Lane[Any, Any, Any]) -> QueueActivity:
-    return QueueActivity(
-        lane=lane.name,
-        model=lane.model,
-        to_decode=len(lane.sources.waiting),
-        decoding=lane.decoding,
-        waiting=len(lane.payloads.waiting),
-        running=lane.running,
-        admitted=lane.admitted,
-        capacity=lane.capacity,
-        virtual_seconds=lane.payloads.virtual_time,
-        plan={n: lane.plan.time(n) for n in lane.plan.sizes},
-    )

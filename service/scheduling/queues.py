@@ -1,6 +1,6 @@
-"""What waits, and which of it is next. Pure decisions: no clock, no task, no thread. Times are the caller's seconds."""
+"""What waits, and which of it is next. Pure decisions: no clock, task or thread."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import ceil, inf
 from typing import Generic, Literal, TypeVar
@@ -23,24 +23,19 @@ I = TypeVar("I", bound=Item)  # noqa: E741
 
 @dataclass(eq=False, slots=True)
 class Queue(Generic[I]):
-    """What waits for one model.
+    """What waits for one model; `virtual_time` is the instance time that it has had, for fairness.
 
-    `plan` rules its batches. Without one, items are taken one by one and cost nothing in advance: the caller adds the
-    time that they took to `virtual_time`, which is the share of the instances it has had, in seconds, for fairness.
+    `plan` rules its batches. Without one, items are taken one by one, and the caller adds the time that they took.
     """
 
     plan: BatchPlan | None
     virtual_time: float = 0.0
-    waiting: dict[I, None] = field(default_factory=dict)  # a dict, since it keeps the order and removes in O(1)
-
-    def oldest(self) -> I:
-        """The item that has waited longest."""
-        return next(iter(self.waiting))
+    waiting: dict[I, None] = field(default_factory=dict)  # a dict keeps the order and removes in O(1)
 
     @property
-    def full(self) -> bool:
-        """Whether the largest batch waits."""
-        return len(self.waiting) >= (self.plan.largest if self.plan else 1)
+    def since(self) -> float:
+        """When the item that has waited longest arrived."""
+        return next(iter(self.waiting)).arrived
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +48,14 @@ class Batch(Generic[I]):
 
 
 class Queues(Generic[I]):
-    """The queues of all models for threads or instances that they share."""
+    """The queues of all models for the threads or instances that they share.
+
+    `max_delay_seconds` is how long a batch that is not full may wait while an instance is idle.
+    """
 
     def __init__(self, max_delay_seconds: float = 0.0) -> None:
-        """`max_delay_seconds`: how long a batch that is not full may be held back while an instance is idle."""
         self.max_delay_seconds = max_delay_seconds
-        # Mutable state: the queues in which something waits, and the virtual time of the one that was served last.
+        # Mutable state: the queues in which something waits, and the virtual time of the last one served.
         self._active: dict[Queue[I], None] = {}
         self._virtual_time = 0.0
 
@@ -68,7 +65,7 @@ class Queues(Generic[I]):
     def add(self, queue: Queue[I], item: I) -> None:
         """Put `item` at the end of `queue`."""
         if not queue.waiting:
-            # A queue that was empty has saved nothing up: it joins at the present virtual time.
+            # An idle queue saves nothing up: it joins at the present virtual time.
             queue.virtual_time = max(queue.virtual_time, self._virtual_time)
             self._active[queue] = None
         queue.waiting[item] = None
@@ -101,16 +98,16 @@ class Queues(Generic[I]):
             return None
         due = {queue: reason for queue in self._active if (reason := self._due(queue, now))}
         if not due:
-            return min(queue.oldest().arrived for queue in self._active) + self.max_delay_seconds
-        queue = min(due, key=lambda q: (q.virtual_time, q.oldest().arrived))
+            return min(queue.since for queue in self._active) + self.max_delay_seconds
+        queue = min(due, key=lambda q: (q.virtual_time, q.since))
         return self._release(queue, due[queue], idle)
 
     def _due(self, queue: Queue[I], now: float) -> ReleaseReason | None:
-        if queue.full:
+        if len(queue.waiting) >= (queue.plan.largest if queue.plan else 1):
             return "full"
         if not self.max_delay_seconds:
             return "idle"
-        return "delay" if now >= queue.oldest().arrived + self.max_delay_seconds else None
+        return "delay" if now >= queue.since + self.max_delay_seconds else None
 
     def _release(self, queue: Queue[I], reason: ReleaseReason, idle: int) -> Batch[I]:
         # An even share for each idle instance: two of one image each end sooner than one of two.
@@ -122,11 +119,3 @@ class Queues(Generic[I]):
         self._virtual_time = queue.virtual_time
         queue.virtual_time += queue.plan.time(count) if queue.plan else 0.0
         return Batch(queue, items, reason)
-
-
-def fair_seconds(own: float, others: Iterable[float], instances: int) -> float:
-    """Seconds until `own` seconds of one queue's work are done on `instances` shared fairly with the work of `others`.
-
-    By the time that one queue has had `own`, each other has had as much, or all of its work.
-    """
-    return (own + sum(min(own, other) for other in others)) / instances

@@ -1,11 +1,10 @@
 """The dispatcher at work: a lock, threads that ask it for their next job, and futures for the callers.
 
-A thread that has finished one job finds its next by itself, without a turn of the event loop: an instance is never idle
-while the loop comes round.
+A thread finds its next job without a turn of the event loop, so that no instance is idle while the loop comes round.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from math import inf
@@ -14,13 +13,15 @@ from time import monotonic
 from typing import Generic, ParamSpec, TypeVar
 
 from service.execution.plan import BatchPlan
-from service.scheduling.activity import Activity
-from service.scheduling.dispatcher import Call, Completed, Decoding, Dispatcher, Lane, Observer, Outcome, Run, Running
+from service.metrics import EngineMetrics
+from service.scheduling.dispatcher import Activity, Call, Completed, Dispatcher, Ended, Job, Lane
 
 S = TypeVar("S")
 T = TypeVar("T")
 R = TypeVar("R")
 P = ParamSpec("P")
+J = TypeVar("J")
+O = TypeVar("O")  # noqa: E741
 
 
 class Scheduler(Generic[S, T, R]):
@@ -30,15 +31,14 @@ class Scheduler(Generic[S, T, R]):
     """
 
     def __init__(
-        self, instances: int, observer: Observer, *, decoders: int = 1, max_delay_seconds: float = 0.0
+        self, instances: int, metrics: EngineMetrics, *, decoders: int = 1, max_delay_seconds: float = 0.0
     ) -> None:
         """`decoders`: how many images are decoded at the same time."""
-        # Every slot for a job has its thread, so that decoding goes on beside running.
-        self._count = instances + decoders
-        # Mutable state. Read and changed under `_changed` only: the dispatcher; whether the threads are to end; the
-        # lane whose job each thread has, until it asks for the next; what to call once a closed lane is at rest. The
-        # event loop's own: the threads, and the futures of callers.
-        self._dispatcher = Dispatcher[S, T, R](instances, decoders, observer, max_delay_seconds)
+        self._count = instances + decoders  # of threads, so that decoding goes on beside running
+        # Mutable state. Used under `_changed` only: the dispatcher; whether the threads are to end; the lane whose job
+        # each thread has, until it asks for the next; what to call once no thread has a job of a closed lane. Used by
+        # the event loop only: the threads, and the futures of callers.
+        self._dispatcher = Dispatcher[S, T, R](instances, decoders, metrics, max_delay_seconds)
         self._changed = Condition()
         self._stopped = False
         self._at: dict[int, Lane[S, T, R]] = {}
@@ -65,13 +65,11 @@ class Scheduler(Generic[S, T, R]):
             self._stopped = True
             self._changed.notify_all()
         if wait:
-            await asyncio.to_thread(self._join)
+            for thread in self._threads:
+                await asyncio.to_thread(thread.join)
 
-    def open_lane(
-        self, name: str, plan: BatchPlan, decode: Callable[[S], T], run: Run[T, R], capacity: int, *, model: str = ""
-    ) -> Lane[S, T, R]:
-        """A queue called `name` for `model`. `decode` and `run` run on threads, `run` once at a time per instance."""
-        lane = Lane(name, plan, decode, run, capacity, model=model)
+    def open_lane(self, lane: Lane[S, T, R]) -> Lane[S, T, R]:
+        """Take calls for `lane`. Its `decode` and `run` run on threads, `run` once at a time per instance."""
         with self._changed:
             self._dispatcher.lanes.append(lane)
         return lane
@@ -83,15 +81,15 @@ class Scheduler(Generic[S, T, R]):
 
     async def close_lane(self, lane: Lane[S, T, R]) -> None:
         """Remove `lane`, which holds no places; returns once no thread uses its `decode` and `run`."""
-        loop, rested = asyncio.get_running_loop(), asyncio.Event()
+        loop, unused = asyncio.get_running_loop(), asyncio.Event()
         with self._changed:
             if lane.admitted:
                 raise RuntimeError(f"the lane of {lane.name!r} still holds {lane.admitted} images")
             self._dispatcher.lanes.remove(lane)
             if lane not in self._at.values():
                 return
-            self._closing[lane] = partial(loop.call_soon_threadsafe, rested.set)
-        await rested.wait()
+            self._closing[lane] = partial(loop.call_soon_threadsafe, unused.set)
+        await unused.wait()
 
     @contextmanager
     def reserve(self, lane: Lane[S, T, R], count: int, deadline: float = inf) -> Iterator[None]:
@@ -115,11 +113,16 @@ class Scheduler(Generic[S, T, R]):
             DeadlineExceeded: it still waited when `deadline` passed.
             Exception: what decoding it, or running it alone, raised.
         """
-        call = Call(lane, source)
-        future: asyncio.Future[Completed[R]] = asyncio.get_running_loop().create_future()
+        call, loop = Call(lane, source), asyncio.get_running_loop()
+        future: asyncio.Future[Completed[R]] = loop.create_future()
         self._futures[call] = future
         if not self._threads:
-            self._start()
+            # Daemons: a run that never ends, and was given up, does not keep the process.
+            self._threads = [
+                Thread(target=self._work, args=(loop,), name=f"pvt-work-{i}", daemon=True) for i in range(self._count)
+            ]
+            for thread in self._threads:
+                thread.start()
         with self._changed:
             self._dispatcher.add(call, monotonic(), deadline)
             self._changed.notify()
@@ -140,19 +143,6 @@ class Scheduler(Generic[S, T, R]):
         with self._changed:
             return self._dispatcher.stalled_seconds(monotonic())
 
-    def _start(self) -> None:
-        loop = asyncio.get_running_loop()
-        # Daemons: a run that never ends, and was given up, does not keep the process.
-        self._threads = [
-            Thread(target=self._work, args=(loop,), name=f"pvt-work-{i}", daemon=True) for i in range(self._count)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _join(self) -> None:
-        for thread in self._threads:
-            thread.join()
-
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         """The life of a thread."""
         with suppress(RuntimeError):  # the loop was closed while a job that was given up ran
@@ -161,33 +151,33 @@ class Scheduler(Generic[S, T, R]):
 
     def _do_next(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Wait for a job and do it; False when there will be none."""
-        job = self._next(loop)
-        if isinstance(job, Decoding):
-            payload = _attempt(job.call.lane.decode, job.call.source)
-            with self._changed:
-                self._dispatcher.decoded(job, payload, monotonic())
-                ended = self._dispatcher.take_ended()
-            self._hand_over(loop, ended)
-            del payload, ended  # an error's traceback leads to this frame, which must not lead back to the error
+        # An error's traceback leads to this frame, which must not lead back to the error: no variable has an outcome.
+        job, finish = self._next(loop), partial(self._finish, loop)
+        if isinstance(job, Call):
+            finish(self._dispatcher.decoded, job, _attempt(job.lane.decode, job.source))
         elif job:
             while job.part:
-                results = _attempt(job.lane.run, job.release.instance, job.payloads(), alone=job.release.alone)
-                with self._changed:
-                    self._dispatcher.ran(job, results, monotonic())
-                    ended = self._dispatcher.take_ended()
-                self._hand_over(loop, ended)
-                del results, ended  # as above
+                run, (instance, alone) = job.lane.run, (job.release.instance, job.release.alone)
+                finish(self._dispatcher.ran, job, _attempt(run, instance, job.payloads(), alone=alone))
         return job is not None
 
-    def _next(self, loop: asyncio.AbstractEventLoop) -> Decoding[S, T, R] | Running[S, T, R] | None:
+    def _finish(
+        self, loop: asyncio.AbstractEventLoop, finish: Callable[[J, O, float], object], job: J, outcome: O
+    ) -> None:
+        with self._changed:
+            finish(job, outcome, monotonic())
+            ended = self._dispatcher.take_ended()
+        self._hand_over(loop, ended)
+
+    def _next(self, loop: asyncio.AbstractEventLoop) -> Job[S, T, R] | None:
         with self._changed:
             self._leave_lane()
             while not self._stopped:
                 now = monotonic()
                 decision = self._dispatcher.next_job(now)
                 self._hand_over(loop, self._dispatcher.take_ended())
-                if isinstance(decision, Decoding | Running):
-                    self._at[get_ident()] = decision.lane if isinstance(decision, Running) else decision.call.lane
+                if decision is not None and not isinstance(decision, float):
+                    self._at[get_ident()] = decision.lane
                     if self._dispatcher.has_work():
                         self._changed.notify()  # one wakes the next, for as long as there is something to do
                     return decision
@@ -197,16 +187,16 @@ class Scheduler(Generic[S, T, R]):
     def _leave_lane(self) -> None:
         """This thread holds nothing of its last job any more, which may be what the closing of its lane waits for."""
         lane = self._at.pop(get_ident(), None)
-        if lane and lane not in self._at.values() and (rested := self._closing.pop(lane, None)):
+        if lane and lane not in self._at.values() and (unused := self._closing.pop(lane, None)):
             del lane  # whoever waits may free the model at once
-            rested()
+            unused()
 
-    def _hand_over(self, loop: asyncio.AbstractEventLoop, ended: Sequence[tuple[Call[S, T, R], Outcome[R]]]) -> None:
+    def _hand_over(self, loop: asyncio.AbstractEventLoop, ended: Ended[S, T, R]) -> None:
         """All that ended at once, in one turn of the loop."""
         if ended:
             loop.call_soon_threadsafe(self._settle, ended)
 
-    def _settle(self, ended: Sequence[tuple[Call[S, T, R], Outcome[R]]]) -> None:
+    def _settle(self, ended: Ended[S, T, R]) -> None:
         for call, outcome in ended:
             future = self._futures.get(call)
             if future is None or future.done():  # its caller has gone

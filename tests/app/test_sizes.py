@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from service.arrays import Outputs, Pixels
 from service.execution.executable import Executable
+from service.results import Outputs, Pixels
 from tests.app.conftest import MakeClient, png
 from tests.service.stores import add_model
 

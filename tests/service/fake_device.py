@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from service.arrays import Floats
 from service.backends.base import Batch, Served
 from service.backends.cuda import Captured, CudaDevice
 from service.backends.cuda_compiling import Function, Placed
 from service.errors import OutOfMemory
+from service.results import Floats
 
 
 @dataclass(eq=False)

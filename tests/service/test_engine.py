@@ -25,7 +25,7 @@ from service.errors import (
 from service.execution.executable import Executable
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.postprocess.classes import Prediction, predictions
+from service.postprocess import top_k
 from service.registry import loader
 from service.registry.loader import load as real_load
 from service.results import ImageResult
@@ -59,10 +59,11 @@ async def test_an_image_is_answered_by_the_default_model(tmp_path: Path) -> None
     async with engine(tmp_path) as e:
         answer = await e.infer([png(size=(40, 30))])
 
-    (result,) = predictions(answer, 2).results
-    assert isinstance(result, Prediction)
+    (result,) = answer.results
+    assert isinstance(result, ImageResult)
     assert (answer.model, answer.version) == (NAME, "1")
-    assert (result.width, result.height, len(result.classes)) == (40, 30, 2)
+    assert (result.width, result.height) == (40, 30)
+    assert len(top_k(result.outputs.logits, answer.card.labels, 2)) == 2
     assert all(seconds >= 0 for seconds in result.timing)
 
 

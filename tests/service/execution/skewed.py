@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from service.arrays import Floats
 from service.backends.base import Blob, Graph, Images, Layout, Precision, Program, Served
 from service.backends.cpu import TorchBackend
+from service.results import Floats
 
 Skew = Callable[[Floats, Precision], Floats]
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from service.arrays import Floats
 from service.backends.base import Backend, Batch, Graph, Images, Layout, Precision, build
 from service.backends.cpu import OpenVinoBackend, TorchBackend
 from service.errors import ModelLoadFailed
 from service.execution.executable import STAGES, Executable
 from service.execution.plan import BatchPlan
 from service.execution.tuning import LatencyGraph, OptimizedGraph, Tuned
+from service.results import Floats
 from tests.service.registry.test_loader import load_tiny, random_images
 from tests.service.stores import add_model
 

@@ -5,11 +5,11 @@ from threading import Event
 import numpy as np
 import pytest
 
-from service.arrays import Floats
 from service.backends.base import DeviceHealth, Graph, Images, Layout, OptimizedGraphs, Precision, Program
 from service.errors import DeviceFailed, GoldenMismatch, OutOfMemory
 from service.execution.plan import BatchPlan
 from service.execution.tuning import Limits, OptimizedGraph, Optimizer
+from service.results import Floats
 
 LAYOUT = Layout(1, 1)
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from service.arrays import Floats
 from service.backends.base import Graph, Images, Layout, Precision, Program, Served, build, plain_logits
 from service.backends.cpu import OpenVinoBackend, TorchBackend
 from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid
@@ -26,6 +25,7 @@ from service.execution.reference import (
 )
 from service.execution.tuning import Limits
 from service.registry.loader import load
+from service.results import Floats
 from service.store.store import Store
 from tests.conftest import ROOT
 from tests.service.execution.skewed import (

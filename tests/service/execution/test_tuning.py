@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from service.arrays import Floats
 from service.backends.base import Blob, Graph, Images, Layout, Precision, Program, Served
 from service.backends.cpu import TorchBackend
 from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid
 from service.execution.reference import TOLERANCE, Reference, ReferenceCheck
 from service.execution.tuning import Limits, Tuned, Tuning
+from service.results import Floats
 
 SHAPE = (32, 32)
 TUNING_SECONDS = TorchBackend.tuning_seconds

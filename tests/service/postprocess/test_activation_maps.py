@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.postprocess.activation_maps import VIRIDIS, Explanation, maps, overlay
+from service.postprocess import VIRIDIS, Explanation, maps, overlay
 from service.results import ImageResult, Timing
 
 GREY = np.full((64, 96, 3), 128, np.uint8)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.postprocess.classes import softmax, top_k
+from service.postprocess import softmax, top_k
 
 
 def test_softmax_agrees_with_torch_and_survives_large_logits() -> None:

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from service.architecture.variants import VARIANTS
-from service.arrays import Outputs
 from service.backends.base import Backend
 from service.backends.cpu import OpenVinoBackend, TorchBackend
 from service.errors import ImageTooLarge, InvalidImage, InvalidRequest
-from service.postprocess.activation_maps import Explanation, explain
-from service.postprocess.features import FeatureOptions, features, numbers, stacked
-from service.results import ImageResult, InferenceResult, Timing, require_all
+from service.postprocess import Explanation, FeatureOptions, explain, features, numbers, stacked
+from service.results import ImageResult, InferenceResult, Outputs, Timing, require_all
 from tests.service.postprocess.twins import answer, executable_of, make_twin, theirs
 
 TORCH, OPENVINO = TorchBackend(1), OpenVinoBackend(1)
@@ -106,9 +104,9 @@ def answered(*results: Any) -> InferenceResult:
 def test_maps_count_even_where_only_their_means_are_answered() -> None:
     given = answered(InvalidImage("no"), outputs())
 
-    assert numbers(given, FeatureOptions()) == 2 * 5
-    assert numbers(given, FeatureOptions(stages=(1,), pool="avg")) == 2 * (5 + 64)
-    assert numbers(answered(InvalidImage("no")), FeatureOptions()) == 0
+    assert numbers(given) == 2 * 5
+    assert numbers(given, stages=[1]) == 2 * (5 + 64)
+    assert numbers(answered(InvalidImage("no"))) == 0
 
 
 def test_what_fails_the_binary_forms_names_every_image_and_keeps_its_status() -> None:

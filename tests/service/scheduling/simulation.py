@@ -6,22 +6,26 @@ from dataclasses import dataclass, field
 from itertools import count
 from math import inf
 
+from prometheus_client import CollectorRegistry
+
 from service.execution.plan import BatchPlan
-from service.scheduling.dispatcher import Call, Completed, Decoding, Dispatcher, Lane, Outcome, Running
+from service.metrics import EngineMetrics
+from service.scheduling.dispatcher import Call, Completed, Dispatcher, Lane, Outcome, Running
 
 
-class Seen:
-    """An observer that remembers."""
+class Seen(EngineMetrics):
+    """Metrics that remember what was counted."""
 
     def __init__(self) -> None:
+        super().__init__(CollectorRegistry())
         self.releases: list[tuple[str, str, int]] = []
-        self.cancellations: list[str] = []
+        self.stages: list[str] = []
 
     def batch_released(self, model: str, reason: str, size: int) -> None:
         self.releases.append((model, reason, size))
 
     def cancelled(self, stage: str) -> None:
-        self.cancellations.append(stage)
+        self.stages.append(stage)
 
 
 def double(instance: int, payloads: Sequence[int], *, alone: bool) -> Sequence[int]:  # noqa: ARG001
@@ -59,7 +63,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.dispatcher = Dispatcher[int, int, int](self.instances, self.decoders, Seen())
-        self._events: list[tuple[float, int, Decoding[int, int, int] | Running[int, int, int]]] = []
+        self._events: list[tuple[float, int, Call[int, int, int] | Running[int, int, int]]] = []
         self._turn = count()
         self._sent: dict[Call[int, int, int], Sent] = {}
 
@@ -83,8 +87,8 @@ class Simulation:
         """Go on until then, or until nothing is left."""
         while self._events and self._events[0][0] <= until:
             self.now, _, job = heapq.heappop(self._events)
-            if isinstance(job, Decoding):
-                self.dispatcher.decoded(job, job.call.source, self.now)
+            if isinstance(job, Call):
+                self.dispatcher.decoded(job, job.source, self.now)
             else:
                 self.dispatcher.ran(job, double(0, job.payloads(), alone=False), self.now)
             for call, outcome in self.dispatcher.take_ended():
@@ -97,8 +101,6 @@ class Simulation:
             self.now = until
 
     def _begin(self) -> None:
-        while isinstance(job := self.dispatcher.next_job(self.now), Decoding | Running):
-            seconds = (
-                self.decode_seconds if isinstance(job, Decoding) else job.lane.plan.time(len(job.part)) / self.speed
-            )
+        while isinstance(job := self.dispatcher.next_job(self.now), Call | Running):
+            seconds = self.decode_seconds if isinstance(job, Call) else job.lane.plan.time(len(job.part)) / self.speed
             heapq.heappush(self._events, (self.now + seconds, next(self._turn), job))

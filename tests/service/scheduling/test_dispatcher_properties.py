@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from service.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, QueueFull
 from service.execution.plan import BatchPlan
-from service.scheduling.dispatcher import Call, Completed, Decoding, Dispatcher, Lane, Outcome, Running
+from service.scheduling.dispatcher import Call, Completed, Dispatcher, Lane, Outcome, Running
 from tests.service.scheduling.simulation import Seen, make_lane
 
 PLANS = st.builds(
@@ -66,7 +66,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.dispatcher.lanes.extend(self.lanes)
         self.longest = max(plan.time(size) for plan in plans for size in plan.sizes)
         self.open: list[Request] = []
-        self.decoding: list[Decoding[Any, Any, Any]] = []
+        self.decoding: list[Call[Any, Any, Any]] = []
         self.running: dict[int, Running[Any, Any, Any]] = {}
         self.decoded: dict[Any, list[TrackedImage]] = {lane: [] for lane in self.lanes}
 
@@ -103,13 +103,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(image=consumes(images))
     def caller_goes(self, image: TrackedImage) -> None:
-        counted = len(self.seen.cancellations)
+        counted = len(self.seen.stages)
         if image.over:
             self.dispatcher.abandon(image.call)
-            assert len(self.seen.cancellations) == counted
+            assert len(self.seen.stages) == counted
             return
         self.dispatcher.abandon(image.call)
-        assert len(self.seen.cancellations) == counted + 1
+        assert len(self.seen.stages) == counted + 1
         image.gone = True
         self.changed()
 
@@ -120,17 +120,17 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def a_job_ends(self, data: st.DataObject) -> None:
-        jobs: list[Decoding[Any, Any, Any] | Running[Any, Any, Any]] = [*self.decoding, *self.running.values()]
+        jobs: list[Call[Any, Any, Any] | Running[Any, Any, Any]] = [*self.decoding, *self.running.values()]
         if jobs:
             self.end(jobs[data.draw(st.integers(0, len(jobs) - 1))])
 
     def end(self, job: Any) -> None:
-        if isinstance(job, Decoding):
+        if isinstance(job, Call):
             self.decoding.remove(job)
-            image = job.call.source
+            image = job.source
             bad = image.fate == "undecodable"
             if not bad and not image.over:
-                self.decoded[job.call.lane].append(image)
+                self.decoded[job.lane].append(image)
             self.dispatcher.decoded(job, ValueError("undecodable") if bad else image, self.now)
         else:
             self.dispatcher.ran(job, self.results(job), self.now)
@@ -155,16 +155,16 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def changed(self) -> None:
         """What the threads do: take every job there is, and settle what ended."""
-        while isinstance(job := self.dispatcher.next_job(self.now), Decoding | Running):
-            if isinstance(job, Decoding):
+        while isinstance(job := self.dispatcher.next_job(self.now), Call | Running):
+            if isinstance(job, Call):
                 self.begin_decoding(job)
             else:
                 self.begin_running(job)
         assert job is None, "without a delay nothing is held back"
         self.settle()
 
-    def begin_decoding(self, job: Decoding[Any, Any, Any]) -> None:
-        image = job.call.source
+    def begin_decoding(self, job: Call[Any, Any, Any]) -> None:
+        image = job.source
         assert not image.over, "ended or abandoned work was decoded"
         assert image.deadline > self.now
         image.decodes += 1
@@ -233,7 +233,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 check(image)
                 assert image.gone != (len(image.outcomes) == 1)
         assert not self.open
-        assert not any(each.release for each in self.dispatcher.activity(self.now).instances)
+        assert not any(self.dispatcher.activity(self.now).instances)
         assert all(lane.admitted == lane.running == lane.decoding == 0 for lane in self.lanes)
 
 

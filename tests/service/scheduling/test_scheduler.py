@@ -79,7 +79,7 @@ class Bench:
     ) -> None:
         self.seen = Seen()
         self.scheduler = Scheduler[int, int, int](instances, self.seen, **options)
-        self.lane: Lane[int, int, int] = self.scheduler.open_lane("m", PLAN, decode, machine.run, capacity)
+        self.lane: Lane[int, int, int] = self.scheduler.open_lane(Lane("m", PLAN, decode, machine.run, capacity))
         self.decoded = Count()
         dispatcher = self.scheduler._dispatcher
         report = dispatcher.decoded
@@ -148,7 +148,7 @@ async def test_all_instances_work_at_the_same_time() -> None:
 
         assert sorted(machine.instances) == [0, 1, 2]
         activity = made.scheduler.activity()
-        assert sum(each.release is not None for each in activity.instances) == len(activity.instances) == 3
+        assert sum(each is not None for each in activity.instances) == len(activity.instances) == 3
         assert [queue.waiting for queue in activity.queues] == [2]
         machine.gate.set()
         await asyncio.gather(*tasks)
@@ -190,7 +190,7 @@ async def test_a_cancelled_caller_leaves_its_batch_mates_unharmed() -> None:
 
     assert [each.result for each in results] == [0, 2, 6]
     assert machine.batches == [[0], [1, 3]]
-    assert made.seen.cancellations == ["queue"]
+    assert made.seen.stages == ["queue"]
     assert made.lane.admitted == 0
 
 
@@ -203,7 +203,7 @@ async def test_a_caller_cancelled_while_its_batch_runs_harms_nobody() -> None:
         machine.gate.set()
 
         assert (await made.submit(5)).result == 10
-        assert made.seen.cancellations == ["infer"]
+        assert made.seen.stages == ["infer"]
 
 
 async def test_a_caller_cancelled_while_its_image_is_decoded_is_not_run() -> None:
@@ -223,7 +223,7 @@ async def test_a_caller_cancelled_while_its_image_is_decoded_is_not_run() -> Non
         await made.submit(2)
 
     assert machine.batches == [[2]]
-    assert made.seen.cancellations == ["decode"]
+    assert made.seen.stages == ["decode"]
 
 
 async def test_a_poisoned_image_fails_alone() -> None:
@@ -303,7 +303,7 @@ async def test_a_hopeless_deadline_is_refused_before_anything_is_done_and_counte
         with pytest.raises(DeadlineExceeded, match="wait for 'm' already"):
             made.scheduler.reserve(made.lane, 2, deadline=monotonic() + 0.5).__enter__()
 
-        assert made.seen.cancellations == ["admission", "admission"]
+        assert made.seen.stages == ["admission", "admission"]
         assert made.decoded.value == decoded
 
 
@@ -383,7 +383,7 @@ async def test_what_it_does_can_be_looked_at() -> None:
     async with bench(machine) as made:
         await busy(made, machine)
 
-        assert [each.release is not None for each in made.scheduler.activity().instances] == [True]
+        assert [each is not None for each in made.scheduler.activity().instances] == [True]
         stalled = made.scheduler.stalled_seconds()
         assert (stalled["decode"], stalled["infer"] > 0) == (0.0, True)
         assert repr(made.scheduler) == "<Scheduler <Dispatcher to_decode=0 decoding=0/1 waiting=0 busy=1/1>>"
@@ -399,7 +399,7 @@ async def test_a_closed_lane_is_waited_for_until_no_thread_uses_it() -> None:
         return payloads
 
     scheduler = Scheduler[int, int, int](1, Seen())
-    lane = scheduler.open_lane("a", BatchPlan({1: 0.01}), lambda x: x, run, 8)
+    lane = scheduler.open_lane(Lane("a", BatchPlan({1: 0.01}), lambda x: x, run, 8))
     with scheduler.reserve(lane, 1):
         caller = asyncio.create_task(scheduler.submit(lane, 1))
         await running.wait()
@@ -424,13 +424,13 @@ async def test_a_closed_lane_is_waited_for_until_threads_hold_nothing_of_its_las
     go = threading.Event()
     hand_over = Scheduler._hand_over
 
-    def slow(scheduler: Any, loop: Any, ended: Sequence[Any]) -> None:
+    def slow(scheduler: Any, loop: Any, ended: list[Any]) -> None:
         hand_over(scheduler, loop, ended)
         assert not ended or go.wait(BOUND)
 
     monkeypatch.setattr(Scheduler, "_hand_over", slow)
     scheduler = Scheduler[int, int, int](1, Seen())
-    lane = scheduler.open_lane("a", PLAN, int, Machine().run, 8)
+    lane = scheduler.open_lane(Lane("a", PLAN, int, Machine().run, 8))
     with scheduler.reserve(lane, 1):
         assert (await scheduler.submit(lane, 1)).result == 2
     closing = asyncio.create_task(scheduler.close_lane(lane))
@@ -479,7 +479,7 @@ async def test_nothing_holds_an_image_once_its_call_has_ended(outcome: str) -> N
         return weakref.ref(body)
 
     scheduler = Scheduler[Body, list[Body], int](1, Seen())
-    lane = scheduler.open_lane("m", PLAN, decode, run, 8)
+    lane = scheduler.open_lane(Lane("m", PLAN, decode, run, 8))
     gc.collect()
     gc.disable()
     try:
