@@ -37,10 +37,8 @@ IMAGES = 32
 FORMS: tuple[Form, ...] = ("multipart", "raw")
 # What runs in the measured checkout: its own server.
 WHOLE = """
-import sys
-from app.__main__ import main
-sys.argv = ["app"]
-sys.exit(main())
+import runpy
+runpy.run_module("app", run_name="__main__", alter_sys=True)
 """
 # The same with the two things that are not to be measured replaced.
 TRIVIAL = f"""
@@ -48,7 +46,7 @@ import numpy as np
 import service.pipeline
 from service.images.decoding import Decoded
 from service.execution.executable import Executable
-from service.results import Outputs
+from service.pipeline import Outputs
 
 decoded = Decoded(np.zeros((224, 224, 3), np.uint8), 640, 427)
 output = Outputs(np.linspace(0, 5, 1000, dtype=np.float32), np.zeros(256, np.float32))
