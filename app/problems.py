@@ -62,6 +62,10 @@ class MalformedRequest(errors.ServiceError):
     """What came over the connection is no HTTP/1.1 request, or one that can be read in two ways."""
 
 
+class RequestTimeout(errors.ServiceError):
+    """A request's head or body came too slowly, see PVT_CLIENT_TIMEOUT_SECONDS."""
+
+
 class HeadTooLarge(errors.ServiceError):
     """A request's head, or what its chunks bring along beside their data, exceeds 64 KiB."""
 
@@ -84,6 +88,7 @@ STATUS: Mapping[type[Exception], int] = {
     Forbidden: 403,
     errors.ModelNotFound: 404,
     NotAcceptable: 406,
+    RequestTimeout: 408,
     errors.ModelPinned: 409,
     errors.ImageTooLarge: 413,
     UnsupportedMediaType: 415,

@@ -1,14 +1,22 @@
 """HTTP/1.1 on a connection: uvicorn's protocol, strict about where a request ends, with bounded heads, no upgrades."""
 
+import asyncio
+import fcntl
+import socket
+import struct
+import termios
 from contextlib import suppress
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import httptools
 import structlog
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app import problems
-from app.problems import HeadTooLarge, MalformedRequest, UnsupportedRequest, UnsupportedVersion
+from app.connections import Connections
+from app.problems import HeadTooLarge, MalformedRequest, RequestTimeout, UnsupportedRequest, UnsupportedVersion
 from service.errors import ServiceError
 
 log = structlog.get_logger(component="http")
@@ -16,7 +24,14 @@ log = structlog.get_logger(component="http")
 MAX_HEAD_BYTES = 65_536  # nothing else bounds it, and parsing 80 MB of it stopped the event loop for 4.5 s
 CHUNK_ALLOWANCE = 16  # bytes around a chunk that are taken for granted, as Go's net/http does
 LINGER_SECONDS = 5.0  # closing on a client that still sends would destroy the response on its way
+MIN_BODY_RATE = 1000  # bytes/s; the slowest mobile networks carry more, and Apache demands 500
+# Their requests begin before those of others: they cost little, and an orchestrator restarts who does not answer.
+PROBES = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})
 _END = b"\r\n\r\n"
+_VERSION = b"HTTP/1.1 "  # how every response begins
+_GONE_SECONDS = 0.1  # after that a client near by that has closed has said so
+_TCP_CLOSE = 7  # `tcpi_state` of a connection that was reset (linux/tcp.h)
+_ACKED_OFFSET = 120  # of `tcpi_bytes_acked`, 8 bytes
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -28,7 +43,10 @@ class BoundedProtocol(HttpToolsProtocol):
       pieces that hold no parts of two messages: they end where a message may.
     - What can be read in more than one way is refused, after the responses to earlier requests. What follows is never
       read.
+    - A client that is too slow is refused or cut off (decision 61); one that closes its sending side gets its answers.
     """
+
+    server_state: Connections
 
     # Mutable state. Of the current message: whether its head is still coming, the bytes of that so far (or of what is
     # around its chunks), what of its body is left by Content-Length, and whether it is chunked.
@@ -41,12 +59,19 @@ class BoundedProtocol(HttpToolsProtocol):
     _tail = b""
     _ignoring = False
     _refusal: bytes | None = None
+    # Of its client: how long the service has been waiting for it to send, what it sent since the last sweep, how long
+    # it has read nothing, what it had read then, and whether it will send no more.
+    _waited = 0.0
+    _received = 0
+    _unread_seconds = 0.0
+    _acked = -1
+    _eof = False
 
     def data_received(self, data: bytes) -> None:
         """Parse what came over the connection."""
         if self._ignoring:
             return
-        self._unset_keepalive_if_required()
+        self._received += len(data)
         try:
             if len(data) <= self._body_left:
                 self.parser.feed_data(data)
@@ -103,6 +128,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.parser.feed_data(b"".join((*head, b"\r\n")))
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header, without the spaces around its value."""
+        super().on_header(name, value.strip())
+
     def on_headers_complete(self) -> None:
         """A head is complete."""
         if self.parser.should_upgrade():
@@ -114,7 +143,7 @@ class BoundedProtocol(HttpToolsProtocol):
             if name == b"content-length":
                 length = int(value)
             elif name == b"transfer-encoding":
-                codings.append(value.strip().lower())
+                codings.append(value.lower())
             elif name == b"host":
                 hosts += 1
         if codings and codings != [b"chunked"]:
@@ -126,6 +155,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self.headers = []  # trailers of a chunked body are no part of the head (RFC 9110, 6.5.1)
         self._in_head, self._framing_bytes, self._body_left, self._chunked = False, 0, length, bool(codings)
+        self._waited = 0.0
 
     def on_body(self, body: bytes) -> None:
         """Some of a body."""
@@ -143,7 +173,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._check_chunks()
             # This one takes `Connection: close` in a trailer for the request's and drops what comes next.
             self.parser = httptools.HttpRequestParser(self)
-        self._in_head, self._chunked, self._framing_bytes = True, False, 0
+        self._in_head, self._chunked, self._framing_bytes, self._waited = True, False, 0, 0.0
         self._ignoring = not self.cycle.keep_alive
         super().on_message_complete()
 
@@ -151,6 +181,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """A response is written."""
         last = not self.pipeline
         super().on_response_complete()
+        self._unset_keepalive_if_required()  # `watch` knows more: what waits in the socket, and pauses of the process
+        self._waited = 0.0
         if last and not self.transport.is_closing():
             if self._refusal is not None:
                 self._send_refusal()
@@ -196,16 +228,142 @@ class BoundedProtocol(HttpToolsProtocol):
             self._send_refusal()
 
     def _send_refusal(self) -> None:
-        if self._refusal is not None:
+        if self._refusal:
             self.transport.write(self._refusal)
-            self._refusal = None
+        self._refusal = None
         self._hang_up()
 
     def _hang_up(self) -> None:
         """Close after what was written, once the client has closed too or had its time to read it."""
         self._ignoring = True
         self._unset_keepalive_if_required()
+        if self._eof:
+            self.transport.close()
+            return
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()
         self.timeout_keep_alive_task = self.loop.call_later(LINGER_SECONDS, self.timeout_keep_alive_handler)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        start = partial(super()._start_asgi_task, cycle, app)
+        self.server_state.begin(start, first=cycle.scope["path"] in PROBES)
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's own signature
+        """The client sends nothing more; returns whether the connection stays open, to answer what came before."""
+        self._eof = self._ignoring = True
+        cut = not self._in_head
+        if cut and self.pipeline:
+            self.pipeline.popleft()  # its body will never be complete
+        elif cut or not self._responding():
+            return False
+        elif not self.pipeline:
+            self._begin_response(self.cycle)
+        if self._refusal is None:
+            self._refusal = b""  # nothing to write, only to close after the responses
+        return True
+
+    def _responding(self) -> bool:
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        return cycle is not None and not cycle.response_complete
+
+    def _begin_response(self, cycle: RequestResponseCycle) -> None:
+        """Write what every response begins with: a client that has closed altogether resets the connection then."""
+        if not cycle.response_started:
+            self.transport.write(_VERSION)
+            self.transport = cycle.transport = cast("asyncio.Transport", _Begun(self.transport))
+            self.loop.call_later(_GONE_SECONDS, self._abort_if_reset)
+
+    def _abort_if_reset(self) -> None:
+        if not self.transport.is_closing() and self._tcp_info()[0] == _TCP_CLOSE:
+            self.transport.abort()
+
+    def watch(self, seconds: float) -> None:
+        """`seconds` have passed: end what takes a client too long, and cut off one that does not read."""
+        limit = self.server_state.client_seconds
+        if self.transport.get_write_buffer_size():
+            acked = self._tcp_info()[1]
+            self._unread_seconds = 0.0 if acked != self._acked else self._unread_seconds + seconds
+            self._acked = acked
+            if self._unread_seconds > limit:
+                log.warning("client_does_not_read", seconds=limit, client=self.client and self.client[0])
+                self.evict()
+            return
+        self._unread_seconds, received, self._received = 0.0, self._received, 0
+        if self._ignoring:
+            if self._eof:
+                self._abort_if_reset()
+            return
+        if self._in_head:
+            if self._responding():
+                return
+            if not self._framing_bytes and self.cycle is not None:
+                limit = min(limit, self.timeout_keep_alive)
+        elif self.flow.read_paused or (self._responding() and self.cycle.waiting_for_100_continue):
+            return
+        else:
+            self._waited = max(0.0, self._waited - received / MIN_BODY_RATE)
+        self._waited += seconds
+        if self._waited > limit and not self._bytes_wait():
+            self._end_waiting(limit)
+
+    def _end_waiting(self, limit: float) -> None:
+        if not self._in_head:
+            self._refuse(RequestTimeout(
+                f"the request's body came at less than {MIN_BODY_RATE} bytes/s for {limit:g} s, which "
+                "PVT_CLIENT_TIMEOUT_SECONDS allows; send the request again over a faster connection"
+            ))  # fmt: skip
+        elif self._framing_bytes:
+            self._refuse(RequestTimeout(
+                f"the request's head was not complete after {limit:g} s, which PVT_CLIENT_TIMEOUT_SECONDS allows; "
+                "send it at once"
+            ))  # fmt: skip
+        else:
+            self.transport.close()
+
+    def expendability(self) -> tuple[int, float] | None:
+        """See `Connection`: silent newcomers first, then idle ones, slow bodies, and answers that nobody reads."""
+        if self.transport.is_closing():
+            return None
+        if self.transport.get_write_buffer_size():
+            return 3, -self._unread_seconds
+        if self._in_head or self._ignoring:
+            return None if self._responding() else (int(self.cycle is not None), -self._waited)
+        return 2, -self._waited
+
+    def evict(self) -> None:
+        """Reset the connection: the kernel too keeps nothing of it."""
+        with suppress(AttributeError, OSError):
+            linger = struct.pack("ii", 1, 0)
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.transport.abort()
+
+    def _bytes_wait(self) -> bool:
+        """Whether the client has sent what was not read yet."""
+        with suppress(AttributeError, OSError):
+            file = self.transport.get_extra_info("socket").fileno()
+            return fcntl.ioctl(file, termios.FIONREAD, b"\0" * 4) != b"\0" * 4
+        return False
+
+    def _tcp_info(self) -> tuple[int, int]:
+        """The connection's state and the bytes that the client's side acknowledged; without those 0 and a progress."""
+        with suppress(AttributeError, OSError, struct.error):
+            info = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+            return info[0], struct.unpack_from("Q", info, _ACKED_OFFSET)[0]
+        return 0, -self.transport.get_write_buffer_size()
+
+
+class _Begun:
+    """A transport over which the first bytes of a response, always the same, have gone already."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._written = len(_VERSION)
+
+    def write(self, data: bytes) -> None:
+        """Write what follows."""
+        self._transport.write(data[self._written :])
+        self._written = 0
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  whatever a transport has
+        return getattr(self._transport, name)

@@ -7,13 +7,13 @@ import os
 import signal
 import socket
 import threading
-from contextlib import suppress
 from functools import partial
 from types import FrameType
 
 import structlog
 import uvicorn
 
+from app.connections import Connections
 from app.main import create_app
 from app.protocol import BoundedProtocol
 from app.settings import Settings
@@ -23,6 +23,7 @@ log = structlog.get_logger(component="server")
 
 # How long clients may take to send another request on an open connection and get a response that closes it.
 LINGER_SECONDS = 0.5
+ACCEPTS_OF_A_WORKER = 8  # connections in one turn of the event loop
 
 
 def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = None) -> None:
@@ -49,7 +50,10 @@ def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = N
     # requests for some milliseconds instead of a hundred.
     gc.freeze()
     started_event = "listening" if worker is None else "worker_listening"
-    DrainingServer(config, started_event, settings.shutdown_seconds).run(sockets=list(listeners))
+    # Workers share the queue of new connections: one that takes few at a time leaves some to the others.
+    share = {} if worker is None else {"accepts_per_turn": ACCEPTS_OF_A_WORKER}
+    connections = Connections(client_seconds=settings.client_timeout_seconds, **share)
+    DrainingServer(config, started_event, settings.shutdown_seconds, connections).run(sockets=list(listeners))
     if any(thread.name.startswith("pvt-") for thread in threading.enumerate()):
         # A load that was abandoned, or a thread that is stuck: the interpreter would wait for it.
         logging.shutdown()
@@ -62,9 +66,12 @@ class DrainingServer(uvicorn.Server):
     Uvicorn alone closes its socket and every idle connection at once, on which a client may just have sent something.
     """
 
-    def __init__(self, config: uvicorn.Config, started_event: str, drain_seconds: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, started_event: str, drain_seconds: float, connections: Connections
+    ) -> None:
         """`started_event` is the name of the log line when it listens."""
         super().__init__(config)
+        self.server_state: Connections = connections
         self._started_event = started_event
         self._drain_seconds = drain_seconds
         # Mutable state: the signals that came since it listens, and the drain that the first one began.
@@ -73,9 +80,11 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then log where."""
-        await super().startup(sockets)
-        if self.started:
-            addresses = [server.sockets[0].getsockname()[:2] for server in self.servers]
+        await super().startup([])  # which would accept one connection in each turn of the event loop
+        if self.started and sockets:
+            protocol = partial(BoundedProtocol, self.config, self.server_state, self.lifespan.state)
+            self.server_state.listen(sockets, protocol)
+            addresses = [each.getsockname()[:2] for each in sockets]
             urls = dict(zip(("url", "management"), (f"http://{host}:{port}" for host, port in addresses), strict=False))
             options = self.lifespan.state["engine"].options
             log.info(self._started_event, **urls, instances=options.instances, cores=options.cores)
@@ -108,24 +117,9 @@ class DrainingServer(uvicorn.Server):
         except TimeoutError:
             log.warning("drain_timeout", seconds=self._drain_seconds)
             engine.abort()
-        await self._accept_the_last()
+        await self.server_state.stop_listening()
         # Each remaining connection is closed by the response to the last request of its client.
         loop = asyncio.get_running_loop()
         end = loop.time() + LINGER_SECONDS
         while self.server_state.connections and loop.time() < end:  # noqa: ASYNC110  uvicorn has no event for it
             await asyncio.sleep(LINGER_SECONDS / 50)
-
-    async def _accept_the_last(self) -> None:
-        """Stop listening, but take every connection that the kernel has accepted: closing the socket resets those."""
-        accepted: list[socket.socket] = []
-        for server in self.servers:
-            listeners = [socket.socket(fileno=os.dup(each.fileno())) for each in server.sockets]
-            server.close()
-            for listener in listeners:
-                with listener, suppress(BlockingIOError):
-                    listener.setblocking(False)  # noqa: FBT003  the standard library's own signature
-                    while True:
-                        accepted.append(listener.accept()[0])
-        protocol = partial(BoundedProtocol, self.config, self.server_state, self.lifespan.state)
-        for connection in accepted:
-            await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)

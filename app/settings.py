@@ -129,6 +129,9 @@ class Settings(BaseSettings):
     """A decode or inference thread that spends longer on one job makes the service unhealthy."""
     shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
     """How long requests under way may take after SIGTERM."""
+    client_timeout_seconds: Annotated[float, Field(ge=1, le=3600)] = 20
+    """How long a client may take to send a request's head, to send less than 1000 bytes/s of a body, or to read none
+    of its response."""
     api_keys: Items[SecretStr] = ()
     """Requests for predictions or models need one of these keys: `Authorization: Bearer <key>`; empty: no key."""
     management_keys: Items[SecretStr] = ()

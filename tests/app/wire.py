@@ -8,8 +8,8 @@ from typing import Any
 
 import httptools
 import uvicorn
-from uvicorn.server import ServerState
 
+from app.connections import Connections
 from app.protocol import BoundedProtocol
 
 NEXT = b"GET /next HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -82,6 +82,12 @@ class Wire(asyncio.Transport):
     def is_closing(self) -> bool:
         return False
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def abort(self) -> None:
+        self.ended = True
+
     def pause_reading(self) -> None: ...
 
     def resume_reading(self) -> None: ...
@@ -116,7 +122,7 @@ def exchange(*pieces: bytes, protocol: type[Any] = BoundedProtocol, app: App = e
     async def run() -> Wire:
         config = uvicorn.Config(app, http=protocol, ws="none", log_config=None, server_header=False, date_header=False)
         config.load()
-        state, wire = ServerState(), Wire()
+        state, wire = Connections(client_seconds=20), Wire()
         connection = protocol(config=config, server_state=state, app_state={})
         connection.connection_made(wire)
         for piece in pieces:
@@ -132,7 +138,7 @@ def exchange(*pieces: bytes, protocol: type[Any] = BoundedProtocol, app: App = e
     return asyncio.run(run())
 
 
-async def _settled(state: ServerState, wire: Wire) -> None:
+async def _settled(state: Connections, wire: Wire) -> None:
     """Until nothing more happens: the requests that are left wait for more."""
     quiet, before = 0, (-1, -1)
     while quiet < 10:
