@@ -12,11 +12,13 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from app import logs, openapi, problems
+from app.clients import Clients
 from app.dependencies import State, require_key
 from app.middleware import HttpMetrics, RequestContext
 from app.open_inference import inference, repository
 from app.open_inference import models as open_inference_models
 from app.remote_images.fetching import Fetcher
+from app.rendered import MetricsPage, openapi_route
 from app.routes import debug, explain, features, health, management, models, openai, pages, predict
 from app.settings import Settings
 from app.workers import Worker
@@ -48,12 +50,13 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     registry = CollectorRegistry()  # of this application's own, so that several can live in one process
     app = FastAPIOffline(
         **openapi.INFO,
+        redirect_slashes=False,  # a redirect would go to whatever host the client names
         lifespan=partial(_lifespan, settings, engine_options(settings), registry, worker),
         exception_handlers=dict.fromkeys(problems.EXPECTED, problems.expected),
         # First in the table of routes, so that no time is lost on others.
         routes=[*predict.router.routes, *features.router.routes, *explain.router.routes],
     )
-    app.add_middleware(RequestContext, metrics=HttpMetrics(registry))
+    app.add_middleware(RequestContext, metrics=HttpMetrics(registry), clients=Clients(settings, registry))
     # Only where keys are set: a dependency costs each request.
     protected = [Depends(require_key)] if settings.api_keys else []
     for router in PROTECTED:
@@ -61,6 +64,8 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     for router in OTHERS:
         app.include_router(router)
     openapi.describe(app, settings)
+    own = next(n for n, route in enumerate(app.routes) if getattr(route, "path", "") == app.openapi_url)
+    app.router.routes[own] = openapi_route(app)
     return app
 
 
@@ -110,6 +115,7 @@ async def _lifespan(
             shown = registry
             for collector in (ProcessCollector, PlatformCollector, GCCollector):
                 collector(registry=registry)
-        state = State(engine=engine, settings=settings, registry=shown, worker=worker, fetcher=fetcher)
+        metrics = MetricsPage(shown, engine.collect_metrics)
+        state = State(engine=engine, settings=settings, metrics=metrics, worker=worker, fetcher=fetcher)
         app.state.started = state  # for hosts without lifespan state
         yield state

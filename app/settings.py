@@ -4,8 +4,10 @@ import os
 import re
 from difflib import get_close_matches
 from functools import cached_property
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
+from unicodedata import category
 
 from pydantic import (
     BeforeValidator,
@@ -29,6 +31,10 @@ PREFIX = "PVT_"
 _SERVICE_LINK = re.compile(r"PVT_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+_\w+)")
 
 
+UNIX = "unix"  # among networks: whoever connects to a Unix socket
+_INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs"}
+
+
 class SettingsInvalid(Exception):
     """A `PVT_*` variable is no setting, or its value is out of bounds; the message says which and why."""
 
@@ -50,7 +56,41 @@ def _folder_or_url(value: object) -> object:
     return value
 
 
+def encodings(key: str) -> set[bytes]:
+    """The bytes that clients send for `key` in a header: UTF-8, as curl does, or Latin-1."""
+    given = key.encode("utf-8", "surrogateescape")  # the environment's own bytes, whatever they are
+    try:
+        given.decode()
+    except UnicodeDecodeError:
+        return {given, given.decode("latin-1").encode()}
+    try:
+        return {given, key.encode("latin-1")}
+    except UnicodeEncodeError:
+        return {given}
+
+
+def _keys(value: object) -> object:
+    """A list of keys, none of which may be blank: who sets a variable means to lock the door."""
+    if not isinstance(value, str):
+        return value
+    keys = [part.strip() for part in value.split(",")]
+    for number, key in enumerate(keys, 1):
+        if all(character.isspace() or category(character) in _INVISIBLE for character in key):
+            which = f"key {number} of {len(keys)} is blank" if len(keys) > 1 else "the key is blank"
+            raise ValueError(f"{which}; leave the variable out where no key is to be required")
+    return tuple(keys)
+
+
+def _network_or_unix(value: object) -> object:
+    try:
+        return value if value == UNIX else ip_network(str(value))
+    except ValueError as error:
+        raise ValueError(f"{error}; name addresses, networks such as 10.0.0.0/8, or {UNIX}") from error
+
+
 T = TypeVar("T")
+Proxy = Annotated[IPv4Network | IPv6Network | Literal["unix"], BeforeValidator(_network_or_unix)]
+Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)]
 Items = Annotated[tuple[T, ...], NoDecode, BeforeValidator(_split)]
 
 
@@ -129,14 +169,22 @@ class Settings(BaseSettings):
     """A decode or inference thread that spends longer on one job makes the service unhealthy."""
     shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
     """How long requests under way may take after SIGTERM."""
-    api_keys: Items[SecretStr] = ()
-    """Requests for predictions or models need one of these keys: `Authorization: Bearer <key>`; empty: no key."""
-    management_keys: Items[SecretStr] = ()
+    api_keys: Keys = ()
+    """Requests for predictions or models need one of these keys: `Authorization: Bearer <key>`; unset: no key."""
+    management_keys: Keys = ()
     """Requests for management and `/debug` need one of these keys; none may be in `PVT_API_KEYS`."""
     management_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Only this port serves management, without a key if none is set. 0: the public port, and off without keys."""
     management_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address of that port."""
+    trusted_proxies: Items[Proxy] = ()
+    """Networks of proxies whose `X-Forwarded-For` or `Forwarded` names the client; `unix`: those on a Unix socket."""
+    client_rate: Annotated[float, Field(ge=0, le=1e6)] = 0
+    """Images a second that each client may send, by its key, else its address; more are refused. 0: no limit."""
+    client_burst: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Images that a client may send at once within `PVT_CLIENT_RATE`; 0: those of one second."""
+    client_concurrency: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Requests that each client may have under way; more are refused with 429. 0: no limit."""
     url_hosts: Items[str] = ()
     """Hosts of images by URL: `example.org`, `example.org:8443`, `*.example.org`, `*`; empty: images by URL are off."""
     url_private_networks: Items[IPvAnyNetwork] = ()
@@ -156,7 +204,11 @@ class Settings(BaseSettings):
     @field_validator("management_keys")
     @classmethod
     def _distinct(cls, value: tuple[SecretStr, ...], info: ValidationInfo) -> tuple[SecretStr, ...]:
-        if {*value} & {*info.data.get("api_keys", ())}:
+        both = [
+            {form for key in keys for form in encodings(key.get_secret_value())}
+            for keys in (value, info.data.get("api_keys", ()))
+        ]
+        if set.intersection(*both):
             raise ValueError("one of these is in PVT_API_KEYS too; who may ask for predictions is not who manages")
         return value
 

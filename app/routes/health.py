@@ -4,10 +4,10 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from app.dependencies import EngineDep, HealthDep, LivenessDep, RegistryDep
+from app.dependencies import HealthDep, LivenessDep, MetricsPageDep
 
 router = APIRouter(tags=["operations"])
 
@@ -45,7 +45,6 @@ async def ready(state: HealthDep, response: Response) -> HealthResponse:
 
 
 @router.get("/metrics", operation_id="get_metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
-async def metrics(engine: EngineDep, registry: RegistryDep) -> Response:
+async def metrics(page: MetricsPageDep) -> Response:
     """Prometheus text."""
-    engine.collect_metrics()
-    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(page.text(), media_type=CONTENT_TYPE_LATEST)

@@ -30,7 +30,7 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
 from app.bodies import Upload, read_uploads
-from app.dependencies import bearer, require_key
+from app.dependencies import require_key
 from app.openapi import IMAGE_PROBLEMS, IMAGES
 from app.problems import NotAcceptable, Problem, documented, problem
 from service.engine import Engine
@@ -84,7 +84,7 @@ class InferenceRoute(APIRoute):
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
         if (settings := request.state.settings).api_keys:
-            await require_key(await bearer(request), settings)
+            await require_key(request, settings)
         query = self._parsed(request) if scope["query_string"] else self._defaults
         response = await self.endpoint(request, query)
         await response(scope, receive, send)
@@ -251,6 +251,7 @@ def note(request: Request, result: Result) -> None:
     """
     results, state = result.results, request.state
     state.log = {"model": result.model, "images": len(results)}
+    state.images = len(results)
     timings = [each.timing for each in results if not isinstance(each, ServiceError)]
     if timings:
         seconds = getattr(state, "fetch_seconds", None)
