@@ -46,7 +46,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     """
     if settings is None:
         settings = Settings.from_environment()
-        logs.configure(settings.log_format)
+        logs.configure(settings.log_format, secrets=settings.secrets)
     registry = CollectorRegistry()  # of this application's own, so that several can live in one process
     app = FastAPIOffline(
         **openapi.INFO,

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import Scope
 
+from app.disclosure import shown
 from service import errors
 
 log = structlog.get_logger(component="http")
@@ -251,6 +252,10 @@ async def expected(request: Request, error: Exception) -> Response:
         body = _problem(HTTPStatus(error.status_code).phrase, error.status_code, detail, request_id)
     else:
         body = problem(error, request_id)
+        request.state.log = {"problem": body.title, "detail": body.detail}  # the log has whole paths
+        return _response(
+            request.scope, body.model_copy(update={"detail": shown(request, body.detail)}), _headers(error)
+        )
     request.state.log = {"problem": body.title, "detail": body.detail}
     return _response(request.scope, body, _headers(error))
 

@@ -24,7 +24,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.remote_images.addresses import HostRule, Reach
 from service.store.folder import default_store, writable_default_store
-from service.store.location import RemoteOptions, is_url, objection
+from service.store.location import RemoteOptions, is_url, objection, secrets_of, without_secrets
 
 PREFIX = "PVT_"
 # What Kubernetes sets in every pod for a service named pvt-serve, or pvt-anything.
@@ -246,6 +246,11 @@ class Settings(BaseSettings):
         """From where images by URL may come."""
         return Reach([HostRule.parse(entry) for entry in self.url_hosts], self.url_private_networks)
 
+    @property
+    def secrets(self) -> list[str]:
+        """What no log line may show: passwords, tokens and signatures in URLs."""
+        return [secret for url in (str(self.model_store), self.mirror) if is_url(url) for secret in secrets_of(url)]
+
     @cached_property
     def max_body_bytes(self) -> int:
         """The limit on a request body, in bytes."""
@@ -292,7 +297,8 @@ def _reason(error: ErrorDetails) -> str:
     if not error["loc"]:  # two settings contradict each other
         return error["msg"].removeprefix("Value error, ")
     name = str(error["loc"][0])
-    shown = "" if name.endswith("_keys") else f"={error['input']}"
+    given = str(error["input"])
+    shown = "" if name.endswith("_keys") else f"={without_secrets(given) if '://' in given else given}"
     return f"{PREFIX}{name.upper()}{shown}: {error['msg']}"
 
 

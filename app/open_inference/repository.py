@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from app.bodies import parse_json, read_body
 from app.dependencies import EngineDep, audited, require_management, require_one_process
+from app.disclosure import shown
 from app.problems import refusals
 from service.errors import InvalidRequest, reasons
 from service.lifecycle import time_limit
@@ -72,7 +73,7 @@ class UnloadRequest(_Message):
 async def index(request: Request, engine: EngineDep) -> list[IndexEntry]:
     """Every version of every model of the store, and whether it is in memory."""
     wanted = await _read(request, IndexRequest)
-    entries = [_entry(version) for model in await engine.models() for version in model.versions]
+    entries = [_entry(version, request) for model in await engine.models() for version in model.versions]
     return [entry for entry in entries if entry.state == "READY" or not wanted.ready]
 
 
@@ -98,12 +99,12 @@ async def unload(request: Request, engine: EngineDep, name: ModelName) -> Respon
     return Response()
 
 
-def _entry(version: VersionStatus) -> IndexEntry:
+def _entry(version: VersionStatus, request: Request) -> IndexEntry:
     return IndexEntry(
         name=version.id,
         version=version.version,
         state=STATES.get(version.state, "UNAVAILABLE"),
-        reason=str(version.failure or ""),
+        reason=shown(request, version.failure or ""),
     )
 
 

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from app.dependencies import HealthDep, LivenessDep, MetricsPageDep
+from app.disclosure import shown
 
 router = APIRouter(tags=["operations"])
 
@@ -24,24 +25,24 @@ UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": HealthResponse, "de
 
 
 @router.get("/health", operation_id="get_health", summary="Liveness and readiness", responses=UNHEALTHY)
-async def health(state: HealthDep, response: Response) -> HealthResponse:
+async def health(request: Request, state: HealthDep, response: Response) -> HealthResponse:
     """Liveness and readiness, with reasons."""
     response.status_code = 200 if state.live and state.ready else 503
-    return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
+    return HealthResponse(live=state.live, ready=state.ready, reasons=[shown(request, each) for each in state.reasons])
 
 
 @router.get("/health/live", operation_id="get_liveness", summary="Liveness", responses=UNHEALTHY)
-async def live(state: LivenessDep, response: Response) -> HealthResponse:
+async def live(request: Request, state: LivenessDep, response: Response) -> HealthResponse:
     """Whether the process does its work; if not, restart it."""
     response.status_code = 200 if state.live else 503
-    return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
+    return HealthResponse(live=state.live, ready=state.ready, reasons=[shown(request, each) for each in state.reasons])
 
 
 @router.get("/health/ready", operation_id="get_readiness", summary="Readiness", responses=UNHEALTHY)
-async def ready(state: HealthDep, response: Response) -> HealthResponse:
+async def ready(request: Request, state: HealthDep, response: Response) -> HealthResponse:
     """Whether to send requests here."""
     response.status_code = 200 if state.ready else 503
-    return HealthResponse(live=state.live, ready=state.ready, reasons=state.reasons)
+    return HealthResponse(live=state.live, ready=state.ready, reasons=[shown(request, each) for each in state.reasons])
 
 
 @router.get("/metrics", operation_id="get_metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)

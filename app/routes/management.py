@@ -67,7 +67,7 @@ async def refresh(
         else:
             background.add_task(engine.refresh, again=True)
             response.status_code, response.headers["Preference-Applied"] = 202, APPLIED["Preference-Applied"]
-    return ModelList(models=[model_info(model) for model in await engine.models()])
+    return ModelList(models=[model_info(model, request) for model in await engine.models()])
 
 
 @_models.post(
@@ -93,7 +93,7 @@ async def load(
         except ModelLoading:
             response.status_code = 202
             response.headers.update(APPLIED)
-    return model_info(await engine.model(model_id))
+    return model_info(await engine.model(model_id), request)
 
 
 @_models.post(
@@ -110,7 +110,7 @@ async def unload(request: Request, model_id: str, engine: EngineDep, settings: S
     with audited(request, engine, "unload", model=model_id):
         async with time_limit(settings.timeout_ms / 1000):
             await engine.unload(model_id)
-    return model_info(await engine.model(model_id))
+    return model_info(await engine.model(model_id), request)
 
 
 @_models.post(
@@ -124,7 +124,7 @@ async def pin(request: Request, model_id: str, engine: EngineDep, settings: Sett
     with audited(request, engine, "pin", model=model_id):
         async with time_limit(settings.timeout_ms / 1000):
             await engine.pin(model_id)
-    return model_info(await engine.model(model_id))
+    return model_info(await engine.model(model_id), request)
 
 
 @_models.delete("/{model_id}/pin", summary="Unpin a model", response_model_exclude_none=True, responses=CHANGED)
@@ -132,7 +132,7 @@ async def unpin(request: Request, model_id: str, engine: EngineDep) -> ModelInfo
     """Let a model be evicted again."""
     with audited(request, engine, "unpin", model=model_id):
         engine.unpin(model_id)
-    return model_info(await engine.model(model_id))
+    return model_info(await engine.model(model_id), request)
 
 
 @router.get("/aliases", summary="List the aliases", responses=documented(401, 403, 503))

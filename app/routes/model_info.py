@@ -2,8 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
+from fastapi import Request
 from pydantic import BaseModel, Field
 
+from app.disclosure import shown
 from service.acquisition.catalogue import CLASSES, LICENCE, SIDE
 from service.acquisition.pulling import RemoteModel
 from service.execution.reference import Deviation
@@ -124,15 +126,15 @@ class ModelList(BaseModel):
     models: list[ModelInfo]
 
 
-def model_info(model: ModelStatus) -> ModelInfo:
-    """What is known of `model`: from its card, and from memory once it is loaded."""
+def model_info(model: ModelStatus, request: Request | None = None) -> ModelInfo:
+    """What is known of `model`: from its card, and from memory once it is loaded; as the sender of `request` may read."""
     info = ModelInfo(
         id=model.id,
         variant=model.variant,
         default=model.default,
-        versions=[_version(version) for version in model.versions],
+        versions=[_version(version, request) for version in model.versions],
         memory_bytes=model.memory_bytes,
-        **_common(model),
+        **_common(model, request),
     )
     if card := model.card:
         size = (card.preprocessing.height, card.preprocessing.width)
@@ -141,7 +143,7 @@ def model_info(model: ModelStatus) -> ModelInfo:
     return info.model_copy(update=_loaded(model)) if model.backend else info
 
 
-def remote_info(model: RemoteModel) -> ModelInfo:
+def remote_info(model: RemoteModel, request: Request) -> ModelInfo:
     """What is known of published weights that are not in the store."""
     pull = None if model.pulled_bytes is None else PullProgress(bytes=model.pulled_bytes, total=model.total_bytes)
     return ModelInfo(
@@ -150,7 +152,7 @@ def remote_info(model: RemoteModel) -> ModelInfo:
         version="",
         state=model.state,
         default=model.default,
-        reason=str(model.failure) if model.failure else None,
+        reason=shown(request, model.failure) if model.failure else None,
         pull=pull,
         num_classes=CLASSES,
         input_size=(SIDE, SIDE),
@@ -160,16 +162,16 @@ def remote_info(model: RemoteModel) -> ModelInfo:
     )
 
 
-def _version(version: VersionStatus) -> VersionInfo:
-    return VersionInfo(memory_bytes=version.memory_bytes, **_common(version))
+def _version(version: VersionStatus, request: Request | None) -> VersionInfo:
+    return VersionInfo(memory_bytes=version.memory_bytes, **_common(version, request))
 
 
-def _common(version: VersionStatus) -> dict[str, Any]:
+def _common(version: VersionStatus, request: Request | None) -> dict[str, Any]:
     """What is said of a version and of a model; how it is used, if it is in memory or on its way there."""
     common: dict[str, Any] = {
         "version": version.version,
         "state": version.state,
-        "reason": str(version.failure) if version.failure else None,
+        "reason": shown(request, version.failure) if version.failure else None,
         "aliases": list(version.aliases) or None,
     }
     if version.state not in {"ready", "loading"}:

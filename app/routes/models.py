@@ -1,6 +1,6 @@
 """`GET /models`."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from app.dependencies import EngineDep
 from app.problems import documented
@@ -17,10 +17,11 @@ router = APIRouter(prefix="/models", tags=["models"])
     response_model_exclude_none=True,
     responses=documented(401, 503),
 )
-async def models(engine: EngineDep) -> ModelList:
+async def models(request: Request, engine: EngineDep) -> ModelList:
     """Every model of the store, and where it stands; then the published ones that could be fetched into it."""
     found = await engine.models()
-    return ModelList(models=[*map(model_info, found), *map(remote_info, engine.remote_models(found))])
+    remote = [remote_info(each, request) for each in engine.remote_models(found)]
+    return ModelList(models=[*(model_info(each, request) for each in found), *remote])
 
 
 @router.get(
@@ -30,11 +31,11 @@ async def models(engine: EngineDep) -> ModelList:
     response_model_exclude_none=True,
     responses=documented(401, 404, 422, 503),
 )
-async def model(model_id: str, engine: EngineDep) -> ModelInfo:
+async def model(request: Request, model_id: str, engine: EngineDep) -> ModelInfo:
     """One model; a variant alone finds what it would find in a request."""
     try:
-        return model_info(await engine.model(model_id))
+        return model_info(await engine.model(model_id), request)
     except WeightsUnavailable:
         if remote := engine.remote_model(model_id):
-            return remote_info(remote)
+            return remote_info(remote, request)
         raise
