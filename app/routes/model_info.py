@@ -127,7 +127,7 @@ class ModelList(BaseModel):
 
 
 def model_info(model: ModelStatus, request: Request | None = None) -> ModelInfo:
-    """What is known of `model`: from its card, and from memory once it is loaded; as the sender of `request` may read."""
+    """What is known of `model`: from its card, and from memory; as the sender of `request` may read."""
     info = ModelInfo(
         id=model.id,
         variant=model.variant,
