@@ -46,7 +46,7 @@ def serve() -> int:
     """
     try:
         settings = Settings.from_environment()
-        logs.configure(settings.log_format)
+        logs.configure(settings.log_format, secrets=settings.secrets)
         if settings.pull == "on_demand":
             settings.writable_store()
         listeners = [_listen(settings.host, settings.port, "PVT_HOST and PVT_PORT")]
@@ -68,7 +68,7 @@ def _work(index: str, size: str, folder: str, listener: str, stop_pipe: str) -> 
     from app import server  # noqa: PLC0415  as above
 
     settings = Settings.from_environment()
-    logs.configure(settings.log_format, worker=int(index))
+    logs.configure(settings.log_format, int(index), secrets=settings.secrets)
     group = WorkerGroup(Path(folder), int(size))
     group.share_metrics(index)
     try:

@@ -3,7 +3,6 @@
 All are coroutines, though none awaits: FastAPI runs plain functions on a thread each, which costs more than they do.
 """
 
-import hmac
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +13,10 @@ from urllib.parse import urlsplit
 import structlog
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from prometheus_client import CollectorRegistry
-from pydantic import SecretStr
 
 from app.problems import Forbidden, Unauthorized
 from app.remote_images.fetching import Fetcher
+from app.rendered import MetricsPage
 from app.settings import Settings
 from app.workers import Worker
 from service.engine import Engine
@@ -37,7 +35,7 @@ class State(TypedDict):
 
     engine: Engine
     settings: Settings
-    registry: CollectorRegistry
+    metrics: MetricsPage
     worker: Worker | None
     fetcher: Fetcher
 
@@ -67,7 +65,7 @@ def _combined(request: Request, own: Health) -> Health:
 EngineDep = Annotated[Engine, Depends(_from_state("engine"))]
 SettingsDep = Annotated[Settings, Depends(_from_state("settings"))]
 # The metrics of this process, or of all workers where there are several.
-RegistryDep = Annotated[CollectorRegistry, Depends(_from_state("registry"))]
+MetricsPageDep = Annotated[MetricsPage, Depends(_from_state("metrics"))]
 HealthDep = Annotated[Health, Depends(get_health)]
 LivenessDep = Annotated[Health, Depends(get_liveness)]
 
@@ -91,9 +89,9 @@ bearer = HTTPBearer(auto_error=False, scheme_name=API_KEY, description="One of P
 CredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
 
 
-async def require_key(credentials: CredentialsDep, settings: SettingsDep) -> None:
-    """Refuse a request without one of PVT_API_KEYS, if there are any."""
-    if settings.api_keys and not _is_one_of(settings.api_keys, credentials):
+async def require_key(request: Request, settings: SettingsDep, _: CredentialsDep = None) -> None:
+    """Refuse a request without one of PVT_API_KEYS, if there are any; `app.clients` has read it."""
+    if settings.api_keys and request.state.role != "api":
         raise Unauthorized("this service requires an API key; send it as 'Authorization: Bearer <key>' (PVT_API_KEYS)")
 
 
@@ -105,7 +103,7 @@ _management = HTTPBearer(
 ManagerDep = Annotated[HTTPAuthorizationCredentials | None, Security(_management)]
 
 
-async def require_management(request: Request, credentials: ManagerDep, settings: SettingsDep) -> None:
+async def require_management(request: Request, settings: SettingsDep, _: ManagerDep = None) -> None:
     """Refuse a request on another port than PVT_MANAGEMENT_PORT, or without one of PVT_MANAGEMENT_KEYS, if set.
 
     Refuse every request if neither is set. `request.state.manager` says how the request was let in.
@@ -114,7 +112,7 @@ async def require_management(request: Request, credentials: ManagerDep, settings
     if port and request.scope["server"][1] != port:
         raise Forbidden(f"management is served on port {port} only (PVT_MANAGEMENT_PORT)")
     if settings.management_keys:
-        if not _is_one_of(settings.management_keys, credentials):
+        if request.state.role != "management":
             raise Unauthorized("send a management key as 'Authorization: Bearer <key>' (PVT_MANAGEMENT_KEYS)")
         request.state.manager = "key"
     elif port:
@@ -163,10 +161,3 @@ def _refuse_pages(request: Request, settings: Settings) -> None:
         ) from None
     if origin is not None and urlsplit(origin).netloc != host:
         raise Forbidden(f"a page of {origin!r} may not use the management port, which requires no key")
-
-
-def _is_one_of(keys: tuple[SecretStr, ...], credentials: HTTPAuthorizationCredentials | None) -> bool:
-    # Every key is compared, in constant time, so that the time it takes reveals nothing.
-    presented = (credentials.credentials if credentials else "").encode("utf-8", "surrogateescape")
-    expected = [key.get_secret_value().encode("utf-8", "surrogateescape") for key in keys]
-    return sum(hmac.compare_digest(presented, each) for each in expected) > 0

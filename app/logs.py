@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Literal
@@ -12,13 +13,19 @@ import orjson
 import structlog
 from structlog.typing import Processor
 
+from service.store.location import hide
+
 GATHER_SECONDS = 0.02
 MAX_WAITING_BYTES = 4_000_000
 FLUSH_SECONDS = 2.0
 
 
-def configure(log_format: Literal["json", "console"], worker: int | None = None) -> None:
+def configure(
+    log_format: Literal["json", "console"], worker: int | None = None, *, secrets: Sequence[str] = ()
+) -> None:
     """Send every log line of the process to standard error in `log_format`, with the number of the `worker`, if any.
+
+    `secrets` are hidden wherever they stand, in the messages of libraries and in tracebacks too.
 
     Our own lines, one a request, go there directly; those of libraries come through the standard library's logging.
     """
@@ -34,7 +41,7 @@ def configure(log_format: Literal["json", "console"], worker: int | None = None)
         ]
     else:
         last = [structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)]
-    writer = LogWriter(sys.stderr.fileno())
+    writer = LogWriter(sys.stderr.fileno(), secrets)
     logger = SimpleNamespace(**dict.fromkeys(("debug", "info", "warning", "error", "critical"), writer.write))
     structlog.configure(
         processors=[*shared, *last],
@@ -61,9 +68,10 @@ class LogWriter(logging.Handler):
     QueueHandler bounds lines, not bytes, and its QueueListener waits for the file without end at the exit.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, secrets: Sequence[str] = ()) -> None:
         super().__init__()
         self._descriptor = descriptor
+        self._secrets = secrets
         self._changed = threading.Condition()
         # Mutable state: the lines that wait, the bytes not yet written, how many lines were dropped, and whether
         # somebody waits for all to be written.
@@ -82,7 +90,7 @@ class LogWriter(logging.Handler):
 
     def write(self, line: str) -> None:
         """Take a line, which has no newline at its end."""
-        data = line.encode() + b"\n"
+        data = (hide(line, self._secrets) if self._secrets else line).encode() + b"\n"
         with self._changed:
             if self._bytes + len(data) > MAX_WAITING_BYTES:
                 self._dropped += 1

@@ -12,10 +12,12 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from app import logs, openapi, problems
+from app.clients import Clients
 from app.dependencies import State, require_key
 from app.middleware import HttpMetrics, RequestContext
 from app.open_inference import routes as open_inference
 from app.remote_images.fetching import Fetcher
+from app.rendered import MetricsPage, openapi_route
 from app.routes import images, management, models, openai, operations
 from app.settings import Settings
 from app.workers import Worker
@@ -43,16 +45,17 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     """
     if settings is None:
         settings = Settings.from_environment()
-        logs.configure(settings.log_format)
+        logs.configure(settings.log_format, secrets=settings.secrets)
     registry = CollectorRegistry()  # of this application's own, so that several can live in one process
     app = FastAPIOffline(
         **openapi.INFO,
+        redirect_slashes=False,  # a redirect would go to whatever host the client names
         lifespan=partial(_lifespan, settings, engine_options(settings), registry, worker),
         exception_handlers=dict.fromkeys(problems.EXPECTED, problems.expected),
         # First in the table of routes, so that no time is lost on others.
         routes=images.router.routes,
     )
-    app.add_middleware(RequestContext, metrics=HttpMetrics(registry))
+    app.add_middleware(RequestContext, metrics=HttpMetrics(registry), clients=Clients(settings, registry))
     # Only where keys are set: a dependency costs each request.
     protected = [Depends(require_key)] if settings.api_keys else []
     for router in PROTECTED:
@@ -60,6 +63,8 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     for router in OTHERS:
         app.include_router(router)
     openapi.describe(app, settings)
+    own = next(n for n, route in enumerate(app.routes) if getattr(route, "path", "") == app.openapi_url)
+    app.router.routes[own] = openapi_route(app)
     return app
 
 
@@ -109,6 +114,7 @@ async def _lifespan(
             shown = registry
             for collector in (ProcessCollector, PlatformCollector, GCCollector):
                 collector(registry=registry)
-        state = State(engine=engine, settings=settings, registry=shown, worker=worker, fetcher=fetcher)
+        metrics = MetricsPage(shown, engine.collect_metrics)
+        state = State(engine=engine, settings=settings, metrics=metrics, worker=worker, fetcher=fetcher)
         app.state.started = state  # for hosts without lifespan state
         yield state

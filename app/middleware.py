@@ -1,24 +1,30 @@
 """Around every request: its id, its log line, its metrics, its `Server-Timing`. Pure ASGI."""
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from random import getrandbits
 from time import perf_counter
+from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import problems
-from app.problems import CLIENT_CLOSED_REQUEST
+from app.clients import Clients
+from app.problems import CLIENT_CLOSED_REQUEST, ClientLimitExceeded
 
 log = structlog.get_logger(component="access")
 
 REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_UNLIMITED = nullcontext()
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 # Probes and scrapers request these every few seconds.
-_UNLOGGED = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics"})
+_PROBES = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics"})
 
 
 class HttpMetrics:
@@ -50,17 +56,56 @@ class HttpMetrics:
 class RequestContext:
     """Gives each request an id and a log line, and counts it, whatever its outcome."""
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics, clients: Clients) -> None:
         self._app = app
         self._metrics = metrics
+        self._clients = clients
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
-        state = scope.setdefault("state", {})
         if scope["type"] != "http":
+            scope.setdefault("state", {})
             await self._app(scope, receive, send)
             return
-        start = perf_counter()
+        start, state = perf_counter(), self._begun(scope)
+        status, received, sent = CLIENT_CLOSED_REQUEST, 0, 0
+
+        async def receive_counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status, sent
+            sent += len(message.get("body", b""))
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                _add_headers(message, state, start)
+            await send(message)
+
+        has_key = state["client"] in self._clients.usage
+        try:
+            with self._limited(scope):
+                await self._app(scope, receive_counted if has_key else receive, send_with_headers)
+        except ClientLimitExceeded as error:  # before the body is read
+            scope["route"] = _route_of(scope)
+            response = await problems.expected(Request(scope), error)
+            await response(scope, receive, send_with_headers)
+        except Exception as error:
+            if status != CLIENT_CLOSED_REQUEST:  # the response has begun and can't be taken back
+                raise
+            # Here, and not in the framework's outermost layer, so that this response too has its headers and its line.
+            await problems.unexpected(error, scope)(scope, receive, send_with_headers)
+        finally:
+            seconds = perf_counter() - start
+            if has_key:
+                self._clients.usage.record(state["client"], state.get("images", 0), received, sent, seconds)
+            self._record(scope, status, seconds)
+
+    def _begun(self, scope: Scope) -> dict[str, Any]:
+        """The request's state, with its id and its client."""
+        state: dict[str, Any] = scope.setdefault("state", {})
         if "engine" not in state:  # the server has no lifespan state, or this application is mounted below another one
             if not (started := getattr(scope["app"].state, "started", None)):
                 raise RuntimeError(
@@ -68,40 +113,44 @@ class RequestContext:
                 )
             state.update(started)
         state["request_id"] = _request_id(scope)
-        status = CLIENT_CLOSED_REQUEST
+        state["client"], state["role"] = self._clients.identify(scope)
+        return state
 
-        async def send_with_headers(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                if state["engine"].draining:
-                    # So that no client sends its next request into a closing socket.
-                    MutableHeaders(scope=message)["Connection"] = "close"
-                headers = message["headers"] = [*message.get("headers", ())]
-                headers.append((b"x-request-id", state["request_id"].encode()))
-                if timing := state.get("timing"):
-                    timing["total"] = perf_counter() - start
-                    entries = ", ".join(f"{k};dur={v * 1000:.2f}" for k, v in timing.items())
-                    headers.append((b"server-timing", entries.encode()))
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_headers)
-        except Exception as error:
-            if status != CLIENT_CLOSED_REQUEST:  # the response has begun and can't be taken back
-                raise
-            # Here, and not in the framework's outermost layer, so that this response too has its headers and its line.
-            await problems.unexpected(error, scope)(scope, receive, send_with_headers)
-        finally:
-            self._record(scope, status, perf_counter() - start)
+    def _limited(self, scope: Scope) -> AbstractContextManager[None]:
+        """Within the limits of its client; probes, scrapes and management have none."""
+        limits, state = self._clients.limits, scope["state"]
+        if not limits.are_set or state["role"] == "management":
+            return _UNLIMITED
+        if scope["path"].removeprefix(scope.get("root_path", "")) in _PROBES:
+            return _UNLIMITED
+        return limits.admitted(state["client"], scope)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route, state = getattr(scope.get("route"), "path", "unmatched"), scope["state"]
         self._metrics.record(route, scope["method"], status, seconds)
-        if route in _UNLOGGED and status < 400:  # noqa: PLR2004  the first status of errors
+        if route in _PROBES and status < 400:  # noqa: PLR2004  the first status of errors
             return
-        fields = {"ms": round(seconds * 1000, 2), "request_id": state["request_id"], **state.get("log", {})}
+        fields = {"ms": round(seconds * 1000, 2), "request_id": state["request_id"], "client": state["client"]}
+        fields |= state.get("log", {})
         log.info("request", method=scope["method"], path=scope["path"], status=status, **fields)
+
+
+def _add_headers(message: Message, state: dict[str, Any], start: float) -> None:
+    """Add what every response has to its first message."""
+    if state["engine"].draining:
+        # So that no client sends its next request into a closing socket.
+        MutableHeaders(scope=message)["Connection"] = "close"
+    headers = message["headers"] = [*message.get("headers", ())]
+    headers.append((b"x-request-id", state["request_id"].encode()))
+    if timing := state.get("timing"):
+        timing["total"] = perf_counter() - start
+        entries = ", ".join(f"{k};dur={v * 1000:.2f}" for k, v in timing.items())
+        headers.append((b"server-timing", entries.encode()))
+
+
+def _route_of(scope: Scope) -> BaseRoute | None:
+    """The endpoint that a request would have reached."""
+    return next((route for route in scope["app"].routes if route.matches(scope)[0] == Match.FULL), None)
 
 
 def _request_id(scope: Scope) -> str:

@@ -13,8 +13,10 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import Scope
 
+from app.disclosure import shown
 from service import errors
 
 log = structlog.get_logger(component="http")
@@ -58,6 +60,14 @@ class Forbidden(errors.ServiceError):
     """The service is configured to refuse this to everyone; the message names the setting."""
 
 
+class ClientLimitExceeded(errors.ServiceError):
+    """The client has sent too much (PVT_CLIENT_RATE), or has too many requests under way (PVT_CLIENT_CONCURRENCY)."""
+
+    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
 class MalformedRequest(errors.ServiceError):
     """What came over the connection is no HTTP/1.1 request, or one that can be read in two ways."""
 
@@ -94,6 +104,7 @@ STATUS: Mapping[type[Exception], int] = {
     UnsupportedMediaType: 415,
     errors.InvalidRequest: 422,
     errors.QueueFull: 429,
+    ClientLimitExceeded: 429,
     HeadTooLarge: 431,
     UnsupportedRequest: 501,
     ImageUnreachable: 502,
@@ -123,7 +134,7 @@ MEANING: Mapping[int, str] = {
     413: "The body or an image exceeds a limit.",
     415: "Unsupported form of body.",
     422: "A parameter or an image is wrong.",
-    429: "The model's queue is full; `Retry-After` says when to send the request again.",
+    429: "The model's queue is full, or the client is at its limit; `Retry-After` says when to send the request again.",
     500: "Unexpected; the log has it under the request id.",
     502: "An image's URL returned no image.",
     503: "The model is unavailable, or the service is shutting down; `Retry-After` says when it may be available.",
@@ -241,12 +252,26 @@ async def expected(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         body = problem(errors.InvalidRequest(_reasons(error)), request_id)
     elif isinstance(error, HTTPException):
-        detail = f"{request.method} {request.url.path}: {error.detail}; GET /docs lists what there is"
+        hint = _without_slashes(request.scope) or "GET /docs lists what there is"
+        detail = f"{request.method} {request.url.path}: {error.detail}; {hint}"
         body = _problem(HTTPStatus(error.status_code).phrase, error.status_code, detail, request_id)
     else:
         body = problem(error, request_id)
+        request.state.log = {"problem": body.title, "detail": body.detail}  # the log has whole paths
+        return _response(
+            request.scope, body.model_copy(update={"detail": shown(request, body.detail)}), _headers(error)
+        )
     request.state.log = {"problem": body.title, "detail": body.detail}
     return _response(request.scope, body, _headers(error))
+
+
+def _without_slashes(scope: Scope) -> str | None:
+    """Where a path with slashes too many should go: no redirect says it, which would go to a host of the client's."""
+    path = scope["path"].rstrip("/")
+    if path == scope["path"] or not path.strip("/"):
+        return None
+    matches = (route.matches({**scope, "path": path})[0] for route in scope["app"].routes)
+    return f"send it to {path}, without the slash" if any(match != Match.NONE for match in matches) else None
 
 
 def unexpected(error: Exception, scope: Scope) -> Response:

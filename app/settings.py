@@ -4,8 +4,10 @@ import os
 import re
 from difflib import get_close_matches
 from functools import cached_property
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
+from unicodedata import category
 
 from pydantic import (
     BeforeValidator,
@@ -22,11 +24,15 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.remote_images.addresses import HostRule, Reach
 from service.store.folder import default_store, writable_default_store
-from service.store.location import RemoteOptions, is_url, objection
+from service.store.location import RemoteOptions, is_url, objection, secrets_of, without_secrets
 
 PREFIX = "PVT_"
 # What Kubernetes sets in every pod for a service named pvt-serve, or pvt-anything.
 _SERVICE_LINK = re.compile(r"PVT_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+_\w+)")
+
+
+UNIX = "unix"  # among networks: whoever connects to a Unix socket
+_INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs"}
 
 
 class SettingsInvalid(Exception):
@@ -50,7 +56,41 @@ def _folder_or_url(value: object) -> object:
     return value
 
 
+def encodings(key: str) -> set[bytes]:
+    """The bytes that clients send for `key` in a header: UTF-8, as curl does, or Latin-1."""
+    given = key.encode("utf-8", "surrogateescape")  # the environment's own bytes, whatever they are
+    try:
+        given.decode()
+    except UnicodeDecodeError:
+        return {given, given.decode("latin-1").encode()}
+    try:
+        return {given, key.encode("latin-1")}
+    except UnicodeEncodeError:
+        return {given}
+
+
+def _keys(value: object) -> object:
+    """A list of keys, none of which may be blank: who sets a variable means to lock the door."""
+    if not isinstance(value, str):
+        return value
+    keys = [part.strip() for part in value.split(",")]
+    for number, key in enumerate(keys, 1):
+        if all(character.isspace() or category(character) in _INVISIBLE for character in key):
+            which = f"key {number} of {len(keys)} is blank" if len(keys) > 1 else "the key is blank"
+            raise ValueError(f"{which}; leave the variable out where no key is to be required")
+    return tuple(keys)
+
+
+def _network_or_unix(value: object) -> object:
+    try:
+        return value if value == UNIX else ip_network(str(value))
+    except ValueError as error:
+        raise ValueError(f"{error}; name addresses, networks such as 10.0.0.0/8, or {UNIX}") from error
+
+
 T = TypeVar("T")
+Proxy = Annotated[IPv4Network | IPv6Network | Literal["unix"], BeforeValidator(_network_or_unix)]
+Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)]
 Items = Annotated[tuple[T, ...], NoDecode, BeforeValidator(_split)]
 
 
@@ -132,14 +172,22 @@ class Settings(BaseSettings):
     client_timeout_seconds: Annotated[float, Field(ge=1, le=3600)] = 20
     """How long a client may take to send a request's head, to send less than 1000 bytes/s of a body, or to read none
     of its response."""
-    api_keys: Items[SecretStr] = ()
-    """Requests for predictions or models need one of these keys: `Authorization: Bearer <key>`; empty: no key."""
-    management_keys: Items[SecretStr] = ()
+    api_keys: Keys = ()
+    """Requests for predictions or models need one of these keys: `Authorization: Bearer <key>`; unset: no key."""
+    management_keys: Keys = ()
     """Requests for management and `/debug` need one of these keys; none may be in `PVT_API_KEYS`."""
     management_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Only this port serves management, without a key if none is set. 0: the public port, and off without keys."""
     management_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address of that port."""
+    trusted_proxies: Items[Proxy] = ()
+    """Networks of proxies whose `X-Forwarded-For` or `Forwarded` names the client; `unix`: those on a Unix socket."""
+    client_rate: Annotated[float, Field(ge=0, le=1e6)] = 0
+    """Images a second that each client may send, by its key, else its address; more are refused. 0: no limit."""
+    client_burst: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Images that a client may send at once within `PVT_CLIENT_RATE`; 0: those of one second."""
+    client_concurrency: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Requests that each client may have under way; more are refused with 429. 0: no limit."""
     url_hosts: Items[str] = ()
     """Hosts of images by URL: `example.org`, `example.org:8443`, `*.example.org`, `*`; empty: images by URL are off."""
     url_private_networks: Items[IPvAnyNetwork] = ()
@@ -159,7 +207,11 @@ class Settings(BaseSettings):
     @field_validator("management_keys")
     @classmethod
     def _distinct(cls, value: tuple[SecretStr, ...], info: ValidationInfo) -> tuple[SecretStr, ...]:
-        if {*value} & {*info.data.get("api_keys", ())}:
+        both = [
+            {form for key in keys for form in encodings(key.get_secret_value())}
+            for keys in (value, info.data.get("api_keys", ()))
+        ]
+        if set.intersection(*both):
             raise ValueError("one of these is in PVT_API_KEYS too; who may ask for predictions is not who manages")
         return value
 
@@ -196,6 +248,11 @@ class Settings(BaseSettings):
     def url_reach(self) -> Reach:
         """From where images by URL may come."""
         return Reach([HostRule.parse(entry) for entry in self.url_hosts], self.url_private_networks)
+
+    @property
+    def secrets(self) -> list[str]:
+        """What no log line may show: passwords, tokens and signatures in URLs."""
+        return [secret for url in (str(self.model_store), self.mirror) if is_url(url) for secret in secrets_of(url)]
 
     @cached_property
     def max_body_bytes(self) -> int:
@@ -243,7 +300,8 @@ def _reason(error: ErrorDetails) -> str:
     if not error["loc"]:  # two settings contradict each other
         return error["msg"].removeprefix("Value error, ")
     name = str(error["loc"][0])
-    shown = "" if name.endswith("_keys") else f"={error['input']}"
+    given = str(error["input"])
+    shown = "" if name.endswith("_keys") else f"={without_secrets(given) if '://' in given else given}"
     return f"{PREFIX}{name.upper()}{shown}: {error['msg']}"
 
 

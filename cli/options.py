@@ -12,6 +12,7 @@ from typer import Argument, Option
 from app.settings import Settings
 from cli.terminal import USAGE, CommandError, print_note
 from pvt_client.client import AsyncCalls, AsyncClient
+from service.store.location import without_secrets
 
 Url = Annotated[
     str | None,
@@ -82,7 +83,9 @@ def store_folder(option: str | None, *, write: bool = False) -> Path:
 
 def _checked(store: str) -> Path:
     if "://" in store:
-        raise CommandError(f"{store}: this command works on a store in a folder; name one with --store", USAGE)
+        raise CommandError(
+            f"{without_secrets(store)}: this command works on a store in a folder; name one with --store", USAGE
+        )
     return Path(store)
 
 

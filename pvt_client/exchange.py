@@ -207,7 +207,8 @@ class Exchange:
             raise InvalidUrl(f"{self.url!r} is not the address of a service; http://host:port is expected")
         # httpx reads certificates at once, which takes longer than a request; without TLS there is nothing to verify.
         verify = not base_url.startswith("http://")
-        return {"base_url": base_url, "headers": headers, "limits": limits, "verify": verify}
+        encoded = httpx.Headers(headers, encoding="utf-8")  # a key may have any letters
+        return {"base_url": base_url, "headers": encoded, "limits": limits, "verify": verify}
 
 
 def _excerpt(body: bytes) -> str:

@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.bodies import LARGE_JSON, parse_json, read_body
 from app.dependencies import EngineDep, HealthDep, LivenessDep, MaxWaitDep, require_management, require_one_process
+from app.disclosure import shown
 from app.open_inference import messages, tensors
 from app.open_inference.messages import HEADER_LENGTH, InferRequest, M, Message
 from app.open_inference.tensors import TensorMetadata
@@ -274,7 +275,7 @@ async def index(request: Request, engine: EngineDep) -> list[IndexEntry]:
             name=version.id,
             version=version.version,
             state=STATES.get(version.state, "UNAVAILABLE"),
-            reason=str(version.failure or ""),
+            reason=shown(request, version.failure or ""),
         )
         for model in await engine.models()
         for version in model.versions

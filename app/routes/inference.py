@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
 from app.bodies import Upload, read_uploads
-from app.dependencies import bearer, max_wait_seconds, require_key
+from app.dependencies import max_wait_seconds, require_key
 from app.problems import NotAcceptable
 from service.engine import Engine, time_limit
 from service.errors import ServiceError
@@ -57,7 +57,7 @@ class InferenceRoute(APIRoute):
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
         if (settings := request.state.settings).api_keys:
-            await require_key(await bearer(request), settings)
+            await require_key(request, settings)
         try:
             query = self._query.model_validate(dict(request.query_params)) if scope["query_string"] else self._defaults
         except ValidationError as error:
@@ -199,6 +199,7 @@ def note(request: Request, result: InferenceResult) -> None:
     """
     results, state = result.results, request.state
     state.log = {"model": result.model, "images": len(results)}
+    state.images = len(results)
     timings = [each.timing for each in results if not isinstance(each, ServiceError)]
     if timings:
         seconds = getattr(state, "fetch_seconds", None)

@@ -115,7 +115,7 @@ async def refresh(
             background.add_task(engine.refresh, again=True)
             response.status_code = 202
             response.headers.update(APPLIED)
-    return ModelList(models=[model_info(model) for model in await engine.models()])
+    return ModelList(models=[model_info(model, request) for model in await engine.models()])
 
 
 @_post("/{model_id}/load", summary="Load a model", responses={**CHANGED, **documented(504), **ACCEPTED})
@@ -129,7 +129,7 @@ async def load(
         except ModelLoading:
             response.status_code = 202
             response.headers.update(APPLIED)
-    return model_info(await engine.model(model_id))
+    return model_info(await engine.model(model_id), request)
 
 
 @_post("/{model_id}/unload", summary="Unload a model", responses={**CHANGED, **documented(409, 504)})
@@ -140,7 +140,7 @@ async def unload(request: Request, model_id: str, engine: EngineDep) -> ModelInf
     """
     async with changing(request, engine, "unload", model=model_id):
         await engine.unload(model_id)
-    return model_info(await engine.model(model_id))
+    return model_info(await engine.model(model_id), request)
 
 
 @_post("/{model_id}/pin", summary="Pin a model", responses={**CHANGED, **documented(504)})
@@ -148,7 +148,7 @@ async def pin(request: Request, model_id: str, engine: EngineDep) -> ModelInfo:
     """Load a model and never evict it, nor the versions that take its place; until the process ends."""
     async with changing(request, engine, "pin", model=model_id):
         await engine.pin(model_id)
-    return model_info(await engine.model(model_id))
+    return model_info(await engine.model(model_id), request)
 
 
 @_models.delete("/{model_id}/pin", summary="Unpin a model", response_model_exclude_none=True, responses=CHANGED)
@@ -156,7 +156,7 @@ async def unpin(request: Request, model_id: str, engine: EngineDep) -> ModelInfo
     """Let a model be evicted again."""
     with audited(request, engine, "unpin", model=model_id):
         engine.unpin(model_id)
-    return model_info(await engine.model(model_id))
+    return model_info(await engine.model(model_id), request)
 
 
 @router.get("/aliases", summary="List the aliases", responses=documented(401, 403, 503))

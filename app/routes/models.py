@@ -3,10 +3,11 @@
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import AfterValidator, BaseModel, Field
 
 from app.dependencies import EngineDep
+from app.disclosure import shown
 from app.problems import documented
 from service.acquisition.catalogue import CLASSES, LICENCE, SIDE
 from service.acquisition.pulling import RemoteModel
@@ -137,25 +138,26 @@ _get = partial(router.get, response_model_exclude_none=True)
 
 
 @_get("", summary="List the models", responses=documented(401, 503))
-async def list_models(engine: EngineDep) -> ModelList:
+async def list_models(request: Request, engine: EngineDep) -> ModelList:
     """Every model of the store, and where it stands; then the published ones that could be fetched into it."""
     found = await engine.models()
-    return ModelList(models=[*map(model_info, found), *map(_remote_info, engine.remote_models(found))])
+    remote = [_remote_info(each, request) for each in engine.remote_models(found)]
+    return ModelList(models=[*(model_info(each, request) for each in found), *remote])
 
 
 @_get("/{model_id}", summary="Describe one model", responses=documented(401, 404, 422, 503))
-async def get_model(model_id: str, engine: EngineDep) -> ModelInfo:
+async def get_model(request: Request, model_id: str, engine: EngineDep) -> ModelInfo:
     """One model; a variant alone finds what it would find in a request."""
     try:
-        return model_info(await engine.model(model_id))
+        return model_info(await engine.model(model_id), request)
     except WeightsUnavailable:
         if remote := engine.remote_model(model_id):
-            return _remote_info(remote)
+            return _remote_info(remote, request)
         raise
 
 
-def model_info(model: ModelStatus) -> ModelInfo:
-    """What is known of `model`: from its card, and from memory once it is loaded."""
+def model_info(model: ModelStatus, request: Request | None = None) -> ModelInfo:
+    """What is known of `model`: from its card, and from memory once loaded; as the sender of `request` may read it."""
     known: dict[str, Any] = {}
     if card := model.stored.card:
         known["input_size"] = (card.preprocessing.height, card.preprocessing.width)
@@ -173,26 +175,26 @@ def model_info(model: ModelStatus) -> ModelInfo:
             known["reference_check"] = ReferenceCheck(images=found.images, changed=found.changed, **worst)
         known["layout"] = CoreLayout(**report.layout._asdict())
         known |= {"plan_cached": report.cached, "notes": list(model.notes), "improving": model.optimizing or None}
-    versions = [VersionInfo(**_shown(version)) for version in model.versions]
+    versions = [VersionInfo(**_standing(version, request)) for version in model.versions]
     known |= {"id": model.id, "variant": model.stored.variant, "default": model.default}
-    return ModelInfo(versions=versions, **_shown(model), **known)
+    return ModelInfo(versions=versions, **_standing(model, request), **known)
 
 
-def _shown(status: VersionStatus) -> dict[str, Any]:
+def _standing(status: VersionStatus, request: Request | None) -> dict[str, Any]:
     """What is known of a model and of each version; how it is used only while it is in memory or being loaded."""
-    shown: dict[str, Any] = {
+    standing: dict[str, Any] = {
         "version": status.version,
         "state": status.state,
-        "reason": str(status.failure) if status.failure else None,
+        "reason": shown(request, status.failure) if status.failure else None,
         "aliases": list(status.aliases) or None,
         "memory_bytes": status.memory_bytes,
     }
     if status.state in {"ready", "loading"}:
-        shown |= {name: getattr(status, name) for name in ("leases", "pinned", "idle_seconds")}
-    return shown
+        standing |= {name: getattr(status, name) for name in ("leases", "pinned", "idle_seconds")}
+    return standing
 
 
-def _remote_info(model: RemoteModel) -> ModelInfo:
+def _remote_info(model: RemoteModel, request: Request) -> ModelInfo:
     """What is known of published weights that are not in the store."""
     published = model.published
     return ModelInfo(
@@ -201,7 +203,7 @@ def _remote_info(model: RemoteModel) -> ModelInfo:
         version="",
         state=model.state,
         default=model.default,
-        reason=str(model.failure) if model.failure else None,
+        reason=shown(request, model.failure) if model.failure else None,
         pull=None if model.pulled_bytes is None else PullProgress(bytes=model.pulled_bytes, total=model.total_bytes),
         num_classes=CLASSES,
         input_size=(SIDE, SIDE),

@@ -5,12 +5,14 @@ from importlib.metadata import version
 from string import Template
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from app.dependencies import EngineDep, HealthDep, LivenessDep, RegistryDep, SettingsDep
+from app.dependencies import HealthDep, LivenessDep, MetricsPageDep, SettingsDep
+from app.disclosure import shown
+from service.results import Health
 
 router = APIRouter(tags=["operations"])
 
@@ -52,28 +54,32 @@ UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"model": HealthResponse, "de
 
 
 @router.get("/health", summary="Liveness and readiness", response_model=HealthResponse, responses=UNHEALTHY)
-async def get_health(state: HealthDep) -> JSONResponse:
+async def get_health(request: Request, state: HealthDep) -> JSONResponse:
     """Liveness and readiness, with reasons."""
-    return JSONResponse(asdict(state), 200 if state.live and state.ready else 503)
+    return _response(request, state, healthy=state.live and state.ready)
 
 
 @router.get("/health/live", summary="Liveness", response_model=HealthResponse, responses=UNHEALTHY)
-async def get_liveness(state: LivenessDep) -> JSONResponse:
+async def get_liveness(request: Request, state: LivenessDep) -> JSONResponse:
     """Whether the process does its work; if not, restart it."""
-    return JSONResponse(asdict(state), 200 if state.live else 503)
+    return _response(request, state, healthy=state.live)
 
 
 @router.get("/health/ready", summary="Readiness", response_model=HealthResponse, responses=UNHEALTHY)
-async def get_readiness(state: HealthDep) -> JSONResponse:
+async def get_readiness(request: Request, state: HealthDep) -> JSONResponse:
     """Whether to send requests here."""
-    return JSONResponse(asdict(state), 200 if state.ready else 503)
+    return _response(request, state, healthy=state.ready)
+
+
+def _response(request: Request, state: Health, *, healthy: bool) -> JSONResponse:
+    reasons = [shown(request, each) for each in state.reasons]
+    return JSONResponse({**asdict(state), "reasons": reasons}, 200 if healthy else 503)
 
 
 @router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
-async def get_metrics(engine: EngineDep, registry: RegistryDep) -> Response:
+async def get_metrics(page: MetricsPageDep) -> Response:
     """Prometheus text."""
-    engine.collect_metrics()
-    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(page.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)

@@ -13,7 +13,7 @@ from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import quote, quote_plus, unquote, urlsplit
 
 from fsspec.core import strip_protocol, url_to_fs
 from pydantic import Field
@@ -26,11 +26,14 @@ from service.store.store import ALIASES_FILE, INDEX_FILE, MODEL_ID, VERSION, che
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 20.0  # without a byte; a request that needs the model waits meanwhile
 MAX_SMALL_BYTES = 4_000_000  # of a card or the aliases; what is cut off there is no longer JSON
+SECRET_LENGTH = 8  # characters of a value in a URL's query from which on it is hidden without its name too
+SHORTEST_PASSWORD = 4
 BLOCK_BYTES = 8 << 20  # in one request
 CHUNK_BYTES = 1 << 20
 DENIED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 _NOT_REGULAR = "no regular file"
 _ATTEMPTS = 2  # ours; s3fs alone makes five, which takes half a minute when the store is gone
+_QUERY = re.compile(r"(\w+://[^\s?'\"<>]+)\?[^\s'\"<>]*")
 _FILE = re.compile(rf"(?P<model>[\w-]+(\.[\w-]+)?)/{VERSION.pattern}/[\w-][\w.-]*")
 # The package that must be installed for each kind of URL, and the extra that installs it.
 _PACKAGES = {
@@ -56,9 +59,32 @@ class RemoteOptions:
     @property
     def folder(self) -> Path:
         """The folder for the copies of this store; its name says which store it is."""
-        url = _without_password(self.url)
-        name = re.sub(r"[^a-z0-9]+", "-", url.lower()).strip("-")[-60:]
-        return self.cache / f"{name}-{sha256(url.encode()).hexdigest()[:12]}"
+        name = re.sub(r"[^a-z0-9]+", "-", without_secrets(self.url).lower()).strip("-")[-60:]
+        return self.cache / f"{name}-{sha256(_without_password(self.url).encode()).hexdigest()[:12]}"
+
+
+def without_secrets(url: str) -> str:
+    """`url` for messages: without user, password and query, which may be a token or a signature."""
+    return re.split(r"[?#]", _without_password(url), maxsplit=1)[0].rstrip("/")
+
+
+def secrets_of(url: str) -> list[str]:
+    """What of `url` no message may show, in the forms in which it may be in there, the longest first."""
+    query, userinfo = url.partition("?")[2], urlsplit(url).netloc.rpartition("@")[0]
+    found = {f"{userinfo}@", userinfo.partition(":")[2], query, *re.split("[&#]", query)}
+    found |= {value for pair in found if len(value := pair.partition("=")[2]) >= SECRET_LENGTH}
+    found = {each for each in found if "=" in each or len(each) >= SHORTEST_PASSWORD}  # "a" would hide every a
+    forms = {form for each in found for form in (each, unquote(each), quote(unquote(each)), quote_plus(unquote(each)))}
+    return sorted(forms - {""}, key=len, reverse=True)
+
+
+def hide(text: str, secrets: Sequence[str]) -> str:
+    """`text` without `secrets`, whatever they are part of; where there are any, without the query of each URL too."""
+    if secrets:
+        text = _QUERY.sub(r"\1?***", text)
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
 
 
 def _without_password(url: str) -> str:
@@ -153,10 +179,12 @@ class Location:
     """A folder at `url`. Blocking; `name` is the URL for messages."""
 
     def __init__(self, url: str) -> None:
-        self.name = _without_password(url)
-        self._url = url.rstrip("/")
+        self.name = without_secrets(url)
         self._scheme = url.partition("://")[0]
         self._is_web = self._scheme in {"http", "https"}
+        folder, mark, query = url.partition("?") if self._is_web else (url, "", "")
+        self._url, self._query = folder.rstrip("/"), mark + query  # which goes with the path of every file
+        self._secrets = secrets_of(url)
 
     def files(self) -> Mapping[str, str]:
         """The paths of all files that a store may have, each with a tag that changes when the file does, or "".
@@ -170,12 +198,16 @@ class Location:
             raise self.unreachable(error) from error
 
     def read(self, paths: Sequence[str]) -> Mapping[str, bytes | Exception]:
-        """The bytes of small files, or why they can't be read."""
+        """The bytes of small files, or why they can't be read; raises StoreUnreachable if that is true of all."""
         names = {self._path(path): path for path in paths}
         pipes = {name: OSError(_NOT_REGULAR) for name in names if self._is_pipe(name)}
         readable = [name for name in names if name not in pipes]
-        contents = self._fs.cat(readable, on_error="return", start=0, end=MAX_SMALL_BYTES) if readable else {}
-        return {names[name]: content for name, content in (contents | pipes).items()}
+        try:  # not `cat`, which takes a question mark for a pattern
+            contents = self._fs.cat_ranges(readable, 0, MAX_SMALL_BYTES, on_error="return") if readable else []
+        except Exception as error:
+            raise self.unreachable(error) from error
+        found = dict(zip(readable, contents, strict=True)) | pipes
+        return {names[name]: content for name, content in found.items()}
 
     def chunks(self, path: str, start: int) -> Iterator[tuple[int, bytes]]:
         """The bytes of a file from `start` on, or all where the server knows no ranges, each chunk with its offset.
@@ -210,7 +242,7 @@ class Location:
         return StoreUnreachable(f"the model store {self.name!r} can't be read: {why}; PVT_MODEL_STORE names it")
 
     def reason(self, error: BaseException) -> str:
-        """What went wrong, for messages; without the URL's password."""
+        """What went wrong, for messages; without the URL's secrets."""
         error, status = _root_cause(error), status_of(error)
         if isinstance(error, _NoListing):
             return str(error)
@@ -220,7 +252,8 @@ class Location:
             return "it is not there"
         if isinstance(error, TimeoutError):
             return "no answer in time"
-        return f"{type(error).__name__}: {str(error).replace(self._url, self.name).partition(chr(10))[0][:200]}"
+        message = hide(str(error).replace(self._url, self.name).partition("\n")[0], self._secrets)
+        return f"{type(error).__name__}: {message[:200]}"
 
     @cached_property
     def _fs(self) -> Any:  # noqa: ANN401  fsspec has no types
@@ -240,7 +273,7 @@ class Location:
         return fs
 
     def _path(self, path: str) -> str:
-        return str(strip_protocol(f"{self._url}/{path}")).rstrip("/")
+        return str(strip_protocol(f"{self._url}/{path}")).rstrip("/") + self._query
 
     def _is_pipe(self, name: str) -> bool:
         """Whether reading could wait for ever, as that of a pipe or a device in a local folder does."""
@@ -290,7 +323,8 @@ class Location:
 
     def _names_in(self, folder: str) -> list[str]:
         with suppress(FileNotFoundError):
-            paths = self._fs.ls(f"{self._path(folder)}/", detail=False)
+            where = f"{self._path(folder).removesuffix(self._query)}/{self._query}"
+            paths = [path.removeprefix(where) for path in self._fs.ls(where, detail=False)]
             return sorted({path.partition("?")[0].rstrip("/").rpartition("/")[2] for path in paths})
         return []
 

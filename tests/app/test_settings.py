@@ -94,9 +94,35 @@ def test_what_kubernetes_sets_for_a_service_of_that_name_is_no_setting(
 
 
 def test_a_list_with_nothing_in_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PVT_API_KEYS", ",")
+    monkeypatch.setenv("PVT_PRELOAD", ",")
 
     with pytest.raises(SettingsInvalid, match="nothing in it"):
+        Settings.from_environment()
+
+
+@pytest.mark.parametrize("name", ["PVT_API_KEYS", "PVT_MANAGEMENT_KEYS"])
+@pytest.mark.parametrize("value", ["", " ", ",", "secret,", ",secret", "secret,,secret2", "secret, ,x", "\t", "\u200b"])
+def test_a_blank_key_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(SettingsInvalid, match=rf"^{name}: .*is blank; leave the variable out") as refused:
+        Settings.from_environment()
+    assert "secret" not in str(refused.value)
+
+
+def test_keys_that_a_client_sends_alike_are_the_same_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PVT_API_KEYS", "é")
+    monkeypatch.setenv("PVT_MANAGEMENT_KEYS", "Ã©")
+
+    with pytest.raises(SettingsInvalid, match="one of these is in PVT_API_KEYS too"):
+        Settings.from_environment()
+
+
+@pytest.mark.parametrize("value", ["here", "10.0.0.1/8", "10.0.0.0/33", "*", "127.0.0.1,Unix"])
+def test_a_proxy_that_is_no_network_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PVT_TRUSTED_PROXIES", value)
+
+    with pytest.raises(SettingsInvalid, match=r"PVT_TRUSTED_PROXIES.*name addresses, networks"):
         Settings.from_environment()
 
 

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from app import problems
+from app.clients import Clients
 from app.main import create_app
 from app.middleware import HttpMetrics
 from app.remote_images.addresses import Reach
@@ -63,6 +64,7 @@ def test_every_metric_is_on_the_page_of_operations_and_no_other_is() -> None:
     registry = CollectorRegistry()
     for make in (EngineMetrics, HttpMetrics):
         make(registry)
+    Clients(Settings(), registry)
     Fetcher(Reach(), registry, max_bytes=1, seconds=1)
     counters = {metric.name for metric in registry.collect() if metric.type == "counter"}
     expected = {f"{name}_total" if name in counters else name for name in (each.name for each in registry.collect())}

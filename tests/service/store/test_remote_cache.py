@@ -4,12 +4,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 from service.errors import ServiceError, StoreCacheFailed, StoreUnreachable
 from service.store.cards import ModelCard
-from service.store.location import RemoteOptions, objection, write_index
+from service.store.location import RemoteOptions, hide, objection, secrets_of, write_index
 from tests.conftest import ROOT
 from tests.service.remotes import S3, TINY, add_small, bytes_of, fetched, remote, site, weights
 
@@ -117,7 +118,7 @@ def test_two_processes_fetch_a_model_once(folder: Path, tmp_path: Path) -> None:
         code = f"""
 from pathlib import Path
 from service.store.remote import RemoteStore
-from service.store.location import RemoteOptions
+from service.store.location import hide, secrets_of, write_index, RemoteOptions
 store = RemoteStore(RemoteOptions(url={server.url!r}, cache=Path({str(tmp_path / "cache")!r}), cache_bytes=10**9))
 stored = store.find({TINY!r})
 print("ready", flush=True); input()
@@ -144,7 +145,7 @@ def test_a_process_killed_while_it_fetches_leaves_no_lock(s3: S3, folder: Path, 
 import os
 from pathlib import Path
 from service.store.remote import RemoteStore
-from service.store.location import RemoteOptions
+from service.store.location import hide, secrets_of, write_index, RemoteOptions
 store = RemoteStore(RemoteOptions(url={url!r}, cache=Path({str(tmp_path / "cache")!r}), cache_bytes=10**9))
 os.fsync = lambda _: os.kill(os.getpid(), 9)
 with store.holding(store.find({TINY!r})): pass
@@ -183,6 +184,43 @@ def test_a_password_in_the_url_is_not_shown_with_a_file_that_fails(folder: Path,
             fetched(remote(server.url.replace("//", "//me:hush@"), tmp_path / "cache"))
 
     assert "hush" not in str(caught.value)
+
+
+QUERY = "token=hush-hush&signature=a%2Fb%2Bc%3D%3D"
+
+
+@pytest.mark.parametrize("listed", ["index", "pages"])
+def test_a_store_whose_url_has_a_query_is_read_with_it(folder: Path, tmp_path: Path, listed: str) -> None:
+    if listed == "index":
+        write_index(folder)
+    with site(folder) as server:
+        stored = fetched(remote(f"{server.url}/?{QUERY}", tmp_path / "cache"))
+
+    assert stored.failure is None
+    assert {unquote(path.partition("?")[2]) for path in server.handler.requested} == {unquote(QUERY)}
+    assert "hush" not in str(next((tmp_path / "cache").iterdir()))
+
+
+@pytest.mark.parametrize("failing", ["index.json", "card.json", "model.safetensors", "json"])
+def test_a_secret_in_the_query_is_not_shown_whatever_fails(folder: Path, tmp_path: Path, failing: str) -> None:
+    write_index(folder)
+    with site(folder) as server:
+        server.handler.status = lambda path: (
+            500 if failing in {path.partition("?")[0][-len(failing) :], "everything"} else None
+        )
+        with pytest.raises(ServiceError) as caught:
+            fetched(remote(f"{server.url}?{QUERY}", tmp_path / "cache"))
+
+    shown = [word for word in ("hush", "signature", "b%2Bc", "b+c") if word in str(caught.value)]
+    assert shown == []
+
+
+def test_what_is_no_secret_is_not_hidden() -> None:
+    assert secrets_of("s3://bucket/store") == secrets_of("https://host/a@b") == []
+    assert hide("a store", secrets_of("https://a@host/?a&b=c")) == "a store"
+    assert hide("url='https://me:hush@host/x?token=a%2Fb'", secrets_of("https://me:hush@host/?token=a/b")) == (
+        "url='https://***host/x?***'"
+    )
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,71 @@
+"""Pages that cost the event loop more than a request for them should: rendered once, or not too often."""
+
+from asyncio import Lock
+from collections.abc import Callable
+from time import perf_counter
+
+import orjson
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, generate_latest
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from app.clients import Allowance
+
+RENDER_SHARE = 0.02  # of the event loop's time, for metrics
+RENDER_BURST = 10  # times in a row that they are rendered anew all the same
+ROOT_PATHS = 8  # below which the document is kept
+
+
+class MetricsPage:
+    """The metrics as text. Those who scrape more often than RENDER_SHARE allows get the text of the one before."""
+
+    def __init__(self, registry: CollectorRegistry, collect: Callable[[], None]) -> None:
+        """`collect` brings gauges up to date."""
+        self._registry = registry
+        self._collect = collect
+        # Mutable state: the last text, how long it took, and how often more may be made.
+        self._text = b""
+        self._seconds = 0.0
+        self._allowance = Allowance()
+
+    def text(self) -> bytes:
+        """The metrics in Prometheus's format."""
+        start = perf_counter()
+        if not self._text or not self._allowance.wait_seconds(start, self._rate, RENDER_BURST):
+            self._collect()
+            self._text = generate_latest(self._registry)
+            self._seconds = perf_counter() - start
+            self._allowance.take(start, self._rate)
+        return self._text
+
+    @property
+    def _rate(self) -> float:
+        return RENDER_SHARE / max(self._seconds, 1e-4)
+
+
+def openapi_route(app: FastAPI) -> Route:
+    """Serves the OpenAPI document of `app` as bytes that are kept, in place of the framework's own route."""
+    documents: dict[str, bytes] = {}
+    making = Lock()
+
+    def document(root_path: str) -> bytes:
+        content = app.openapi()
+        urls = {server["url"] for server in content["servers"]}
+        if root_path and root_path not in urls:
+            content = {**content, "servers": [{"url": root_path}, *content["servers"]]}
+        return orjson.dumps(content)
+
+    async def openapi(request: Request) -> Response:
+        root_path = request.scope.get("root_path", "").rstrip("/")
+        if root_path not in documents:
+            async with making:  # the first takes half a second
+                if root_path not in documents:
+                    if len(documents) >= ROOT_PATHS:
+                        documents.clear()
+                    documents[root_path] = await run_in_threadpool(document, root_path)
+        return Response(documents[root_path], media_type="application/json")
+
+    return Route(app.openapi_url or "", openapi, include_in_schema=False)
