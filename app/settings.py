@@ -127,8 +127,8 @@ class Settings(BaseSettings):
     """Memory limit for the stage maps of one request, in units of 10^6 bytes; a number takes 4 bytes."""
     stall_seconds: Annotated[float, Field(gt=0)] = 30
     """A decode or inference thread that spends longer on one job makes the service unhealthy."""
-    shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
-    """How long requests under way may take after SIGTERM."""
+    shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 25
+    """How long requests under way may take after SIGTERM, and their responses to be sent; the exit takes 3 more."""
     api_keys: Items[SecretStr] = ()
     """Requests for predictions or models need one of these keys: `Authorization: Bearer <key>`; empty: no key."""
     management_keys: Items[SecretStr] = ()
