@@ -1,5 +1,6 @@
 """`python -m app`: serve, as the environment says. `pvt-serve serve` does the same."""
 
+import faulthandler
 import os
 import socket
 import sys
@@ -44,6 +45,7 @@ def serve() -> int:
     Raises:
         StartRefused: it can't.
     """
+    faulthandler.enable()  # a crash of native code leaves the stack of each thread on standard error, as plain text
     try:
         settings = Settings.from_environment()
         logs.configure(settings.log_format, secrets=settings.secrets)
@@ -67,12 +69,14 @@ def _work(index: str, size: str, folder: str, listener: str, stop_pipe: str) -> 
     """Serve as one of several workers until the supervisor stops it."""
     from app import server  # noqa: PLC0415  as above
 
+    faulthandler.enable()
     settings = Settings.from_environment()
     logs.configure(settings.log_format, int(index), secrets=settings.secrets)
     group = WorkerGroup(Path(folder), int(size))
     group.share_metrics(index)
     try:
         worker = Worker(group, int(index), int(stop_pipe))
+        worker.watch(settings.shutdown_seconds)
         server.run(settings, socket.socket(fileno=int(listener)), worker=worker)
     except BackendUnavailable as error:
         structlog.get_logger(component="worker").error("start_refused", reason=str(error))

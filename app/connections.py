@@ -68,7 +68,7 @@ class Connections(ServerState):
         self._listeners: list[socket.socket] = []
         self._opening: set[asyncio.Task[object]] = set()
         self._begun = 0
-        self._waiting: deque[Callable[[], None]] = deque()
+        self.waiting: deque[Callable[[], None]] = deque()
         self._evicted = 0
         self._logged = float("-inf")
         self._sweeping: asyncio.TimerHandle | None = None
@@ -116,13 +116,13 @@ class Connections(ServerState):
             self._begun += 1
             start()
         else:
-            self._waiting.append(start)
+            self.waiting.append(start)
 
     def _next_turn(self) -> None:
         self._begun = 0
-        while self._waiting and self._begun < BEGUN_PER_TURN:
+        while self.waiting and self._begun < BEGUN_PER_TURN:
             self._begun += 1
-            self._waiting.popleft()()
+            self.waiting.popleft()()
         if self._begun:
             asyncio.get_running_loop().call_soon(self._next_turn)
 

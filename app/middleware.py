@@ -1,5 +1,6 @@
 """Around every request: its id, its log line, its metrics, its `Server-Timing`. Pure ASGI."""
 
+import asyncio
 import re
 from contextlib import AbstractContextManager, nullcontext
 from random import getrandbits
@@ -10,12 +11,15 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import problems
 from app.clients import Clients
+from app.dependencies import State
 from app.problems import CLIENT_CLOSED_REQUEST, ClientLimitExceeded
+from service.errors import ShuttingDown
 
 log = structlog.get_logger(component="access")
 
@@ -92,11 +96,12 @@ class RequestContext:
             scope["route"] = _route_of(scope)
             response = await problems.expected(Request(scope), error)
             await response(scope, receive, send_with_headers)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             if status != CLIENT_CLOSED_REQUEST:  # the response has begun and can't be taken back
                 raise
             # Here, and not in the framework's outermost layer, so that this response too has its headers and its line.
-            await problems.unexpected(error, scope)(scope, receive, send_with_headers)
+            response = await _failure(scope, error)
+            await response(scope, receive, send_with_headers)
         finally:
             seconds = perf_counter() - start
             if has_key:
@@ -107,12 +112,9 @@ class RequestContext:
         """The request's state, with its id and its client."""
         state: dict[str, Any] = scope.setdefault("state", {})
         if "engine" not in state:  # the server has no lifespan state, or this application is mounted below another one
-            if not (started := getattr(scope["app"].state, "started", None)):
-                raise RuntimeError(
-                    "the application was not started: its host must run `app.router.lifespan_context(app)`"
-                )
-            state.update(started)
+            state.update(_started(scope))
         state["request_id"] = _request_id(scope)
+        state["task"] = asyncio.current_task()  # for a shutdown, which may have to end it
         state["client"], state["role"] = self._clients.identify(scope)
         return state
 
@@ -151,6 +153,25 @@ def _add_headers(message: Message, state: dict[str, Any], start: float) -> None:
 def _route_of(scope: Scope) -> BaseRoute | None:
     """The endpoint that a request would have reached."""
     return next((route for route in scope["app"].routes if route.matches(scope)[0] == Match.FULL), None)
+
+
+def _started(scope: Scope) -> State:
+    """What the lifespan yielded, for a host that does not pass it on."""
+    started: State | None = getattr(scope["app"].state, "started", None)
+    if started is None:
+        raise RuntimeError("the application was not started: its host must run `app.router.lifespan_context(app)`")
+    return started
+
+
+async def _failure(scope: Scope, error: Exception | asyncio.CancelledError) -> Response:
+    """The response to what no handler knows; a cancellation goes on, unless a shutdown has ended the request."""
+    if not isinstance(error, asyncio.CancelledError):
+        return problems.unexpected(error, scope)
+    if not scope["state"]["engine"].draining:
+        raise error
+    scope["state"]["task"].uncancel()
+    stopped = ShuttingDown("the service stopped before this request was answered; send it again")
+    return await problems.expected(Request(scope), stopped)
 
 
 def _request_id(scope: Scope) -> str:

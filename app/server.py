@@ -9,9 +9,11 @@ import socket
 import threading
 from functools import partial
 from types import FrameType
+from typing import cast
 
 import structlog
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from app.connections import Connections
 from app.main import create_app
@@ -24,6 +26,9 @@ log = structlog.get_logger(component="server")
 # How long clients may take to send another request on an open connection and get a response that closes it.
 LINGER_SECONDS = 0.5
 ACCEPTS_OF_A_WORKER = 8  # connections in one turn of the event loop
+# How long after the signal an upload may go on, at most half of the drain: what it carries must still be worked on.
+UPLOAD_SECONDS = 5.0
+_POLL_SECONDS = 0.01
 
 
 def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = None) -> None:
@@ -40,7 +45,7 @@ def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = N
         access_log=False,
         log_config=None,
         server_header=False,
-        proxy_headers=False,  # nothing depends on who the client is
+        proxy_headers=False,  # `app/clients.py` reads them
         timeout_graceful_shutdown=1,  # after a drain
     )
     # Uvicorn raises a signal that came while it started again once it is done; a requested stop is no failure.
@@ -103,23 +108,65 @@ class DrainingServer(uvicorn.Server):
             self._draining = asyncio.create_task(self._drain())
         if self._draining and len(self._signals) > 1:
             self._draining.cancel()
-            self.lifespan.state["engine"].abort()
+            self._give_up()
             return True
         return self._draining is not None and self._draining.done()
 
     async def _drain(self) -> None:
+        """Refuse new work; let each request that has begun send its response to the last byte, within the limit."""
         log.info("draining", signal=signal.Signals(self._signals[0]).name)
-        engine = self.lifespan.state["engine"]
+        end = asyncio.get_running_loop().time() + self._drain_seconds
+        uploads = asyncio.create_task(self._end_uploads())
         try:
-            async with asyncio.timeout(self._drain_seconds):
-                await engine.drain()
-                await asyncio.sleep(LINGER_SECONDS)
+            async with asyncio.timeout_at(end):
+                await asyncio.gather(self.lifespan.state["engine"].drain(), _ended({*self.server_state.tasks}))
         except TimeoutError:
-            log.warning("drain_timeout", seconds=self._drain_seconds)
-            engine.abort()
+            log.warning("drain_timeout", seconds=self._drain_seconds, requests=len(self.server_state.tasks))
+            self._give_up()
+        else:
+            await asyncio.sleep(LINGER_SECONDS)
         await self.server_state.stop_listening()
-        # Each remaining connection is closed by the response to the last request of its client.
+        await self._close(end)
+        uploads.cancel()
+
+    async def _end_uploads(self) -> None:
+        """Answer 503 to the requests whose bodies are not complete in time: nothing was done for them yet."""
+        await asyncio.sleep(min(UPLOAD_SECONDS, self._drain_seconds / 2))
+        # The cycle is the connection's youngest request. One that waits for others before it has no task yet, and is
+        # refused once it has.
+        for connection in cast("set[BoundedProtocol]", self.server_state.connections):
+            cycle = cast("RequestResponseCycle | None", connection.cycle)  # None before the first request
+            task = cycle and cycle.scope["state"].get("task")
+            if cycle and task and cycle.more_body and not cycle.response_started:
+                task.cancel()
+
+    def _give_up(self) -> None:
+        """Answer 503 to the requests that are left; responses that have begun are cut off."""
+        self.lifespan.state["engine"].abort()
+        for task in self.server_state.tasks:
+            if not task.cancelling():
+                task.cancel()
+
+    async def _close(self, end: float) -> None:
+        """Wait until each connection is closed by the response to the last request of its client.
+
+        One on which nothing more is to be sent has LINGER_SECONDS, one on which something is has until `end`.
+        """
         loop = asyncio.get_running_loop()
-        end = loop.time() + LINGER_SECONDS
-        while self.server_state.connections and loop.time() < end:  # noqa: ASYNC110  uvicorn has no event for it
-            await asyncio.sleep(LINGER_SECONDS / 50)
+        idle_end = loop.time() + LINGER_SECONDS
+        while self.server_state.connections and (  # noqa: ASYNC110  uvicorn has no event for it
+            (now := loop.time()) < idle_end or (now < end and self._is_answering())
+        ):
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def _is_answering(self) -> bool:
+        """Whether a request is being answered, or a client has not read all of a response."""
+        connections = cast("set[BoundedProtocol]", self.server_state.connections)
+        return bool(self.server_state.tasks or self.server_state.waiting) or any(
+            each.transport.get_write_buffer_size() for each in connections
+        )
+
+
+async def _ended(tasks: set[asyncio.Task[None]]) -> None:
+    if tasks:
+        await asyncio.wait(tasks)

@@ -167,8 +167,8 @@ class Settings(BaseSettings):
     """Memory limit for the stage maps of one request, in units of 10^6 bytes; a number takes 4 bytes."""
     stall_seconds: Annotated[float, Field(gt=0)] = 30
     """A decode or inference thread that spends longer on one job makes the service unhealthy."""
-    shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 30
-    """How long requests under way may take after SIGTERM."""
+    shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 25
+    """How long requests under way may take after SIGTERM, and their responses to be sent; the exit takes 3 more."""
     client_timeout_seconds: Annotated[float, Field(ge=1, le=3600)] = 20
     """How long a client may take to send a request's head, to send less than 1000 bytes/s of a body, or to read none
     of its response."""

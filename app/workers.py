@@ -5,17 +5,23 @@ that replaces a dead one goes on with its counters, so that no sum ever goes bac
 """
 
 import asyncio
+import ctypes
+import logging
+import math
 import os
+import shutil
 import signal
 import socket
+import stat
 import sys
+import threading
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from time import monotonic
+from tempfile import gettempdir, mkdtemp
+from time import monotonic, sleep, time
 from typing import TYPE_CHECKING
 
 import psutil
@@ -27,7 +33,7 @@ from prometheus_client.registry import Collector
 from pydantic import BaseModel, Field, ValidationError
 
 from app.settings import Settings
-from service.files import atomic_write
+from service.files import atomic_write, locked
 from service.machine import share, usable_cores
 
 if TYPE_CHECKING:  # they import torch, which the supervisor does not need
@@ -40,23 +46,36 @@ log = structlog.get_logger(component="supervisor")
 REPORT_SECONDS = 1.0
 FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.5, 30.0
 STEADY_SECONDS = 60.0  # a worker that ran for longer ended for a new reason
-OVERTIME_SECONDS = 10.0  # beyond PVT_SHUTDOWN_SECONDS, for a worker that does not end
+OVERTIME_SECONDS = 3.0  # beyond PVT_SHUTDOWN_SECONDS, for a worker that does not end
+START_SECONDS = (
+    120.0  # in which a process writes its first report; importing torch from a cold disk takes half a minute
+)
 STARTUP_FAILURE = 3  # uvicorn's exit code
+OLD_SECONDS = 10.0  # a folder younger than that may be one that is not locked yet
+FOLDER_PREFIX, LOCK = "pvt-serve-", "lock"
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _ROOT = Path(__file__).parent.parent
 
 
 class Report(BaseModel):
-    """A worker's health, how many batches it runs at a time, and when it wrote so, on the machine's monotonic clock."""
+    """A worker's health, how many batches it runs at a time, and when it wrote so, on the machine's monotonic clock.
+
+    `starting`: its process has not been ready yet.
+    """
 
     live: bool
     ready: bool
     reasons: list[str]
+    starting: bool = False
     instances: int = 0
     at: float = Field(default_factory=monotonic)
 
     def silent_seconds(self) -> float:
         """How long ago it was written, beyond the time in which the next one was due."""
         return monotonic() - self.at - 2 * REPORT_SECONDS
+
+
+_STARTING = Report(live=True, ready=False, reasons=["starting"], starting=True, at=math.inf)  # never silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +95,32 @@ class WorkerGroup:
             return Report.model_validate_json(self.report_file(worker).read_bytes())
         except (OSError, ValidationError):
             return None
+
+    @property
+    def was_ready(self) -> bool:
+        """Whether all workers have been ready at once."""
+        return self._ready_file.exists()
+
+    def note_ready(self) -> None:
+        """Call it when all workers are ready."""
+        self._ready_file.touch()
+
+    @property
+    def _ready_file(self) -> Path:
+        return self.folder / "ready"
+
+    @contextmanager
+    def member(self) -> Iterator[None]:
+        """Hold the folder; the process that leaves it last, which may outlive the supervisor, removes it."""
+        with locked(self.folder / LOCK, shared=True):
+            yield
+        self.remove_unused()
+
+    def remove_unused(self) -> None:
+        """Remove the folder unless a process holds it, or another one is just removing it."""
+        if (self.folder / LOCK).exists():
+            with suppress(OSError), locked(self.folder / LOCK, wait=False):
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def forget(self, worker: int) -> None:
         """Call it when the process of `worker` has ended, before another replaces it."""
@@ -115,55 +160,88 @@ class Worker:
     def health(self, own: "Health", stall_seconds: float) -> "Health":
         """`own` and that of the other workers combined: a client reaches any of them, and means the service.
 
-        A worker that is silent for `stall_seconds` is neither live nor ready.
+        A worker that is silent for `stall_seconds` is neither live nor ready. One that starts makes the others unready
+        only until all have been ready once.
         """
-        live, ready, reasons = own.live, own.ready, [*own.reasons]
-        for other in range(self.group.size):
-            if other == self.index:
-                continue
-            report = self.group.last_report(other) or Report(live=True, ready=False, reasons=["starting"])
+        reports = [self.group.last_report(each) or _STARTING for each in range(self.group.size)]
+        reports[self.index] = Report(**asdict(own), starting=reports[self.index].starting and not own.ready)
+        for worker, report in enumerate(reports):
             if report.silent_seconds() > stall_seconds:
                 reason = f"has not reported for {monotonic() - report.at:.0f} s"
-                report = Report(live=False, ready=False, reasons=[reason])
-            live, ready = live and report.live, ready and report.ready
-            reasons.extend(f"worker {other}: {reason}" for reason in report.reasons)
-        return replace(own, live=live, ready=ready, reasons=reasons)
+                reports[worker] = Report(live=False, ready=False, reasons=[reason])
+        # Others serve in the place of one that starts again. At the first start, all are waited for.
+        counted = [each for each in reports if not (each.starting and self.group.was_ready)]
+        ready = bool(counted) and all(each.ready for each in counted)
+        reasons = [
+            reason if worker == self.index else f"worker {worker}: {reason}"
+            for worker, report in enumerate(reports)
+            for reason in report.reasons
+        ]
+        return replace(own, live=all(each.live for each in reports), ready=ready, reasons=reasons)
 
     @asynccontextmanager
     async def reporting(self, engine: "Engine") -> AsyncIterator[None]:
         """Report each second, keep the gauges of `engine` up to date, stop when the supervisor closes the pipe."""
-        loop = asyncio.get_running_loop()
-
-        def stop() -> None:
-            loop.remove_reader(self.stop_pipe)
-            os.kill(os.getpid(), signal.SIGTERM)
 
         async def keep_reporting() -> None:
             while True:
                 await asyncio.sleep(REPORT_SECONDS)
                 await self._report(engine)
 
-        loop.add_reader(self.stop_pipe, stop)
-        await self._report(engine)
-        task = asyncio.create_task(keep_reporting())
-        try:
-            yield
-        finally:
-            task.cancel()
-            loop.remove_reader(self.stop_pipe)
+        with self.group.member():
+            await self._report(engine)
+            task = asyncio.create_task(keep_reporting())
+            try:
+                yield
+            finally:
+                task.cancel()
+
+    def watch(self, shutdown_seconds: float) -> None:
+        """From a thread of its own: stop when the supervisor closes the pipe or dies, at the latest when time is up.
+
+        A process that is stopped (SIGSTOP) goes on when its supervisor dies: nobody else would ever let it end.
+        """
+
+        def stop() -> None:
+            os.read(self.stop_pipe, 1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            sleep(shutdown_seconds + OVERTIME_SECONDS)
+            # Only a process whose event loop hangs is still there.
+            structlog.get_logger(component="worker").error("worker_killed", worker=self.index)
+            logging.shutdown()
+            os._exit(1)
+
+        threading.Thread(target=stop, name="stop", daemon=True).start()
+        if sys.platform == "linux":
+            libc = ctypes.CDLL(None, use_errno=True)
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0)
 
     async def _report(self, engine: "Engine") -> None:
         engine.collect_metrics()
-        report = Report(**asdict(await engine.health()), instances=engine.options.instances)
+        health = await engine.health()
+        before = self.group.last_report(self.index) or _STARTING
+        starting = before.starting and not health.ready
+        report = Report(**asdict(health), starting=starting, instances=engine.options.instances)
         atomic_write(self.group.report_file(self.index), report.model_dump_json())
 
 
 def supervise(settings: Settings, listener: socket.socket) -> int:
     """Serve on `listener` with `settings.workers` processes until a signal stops it; returns the exit code."""
-    with TemporaryDirectory(prefix="pvt-serve-") as name:
-        group = WorkerGroup(Path(name), settings.workers)
+    _remove_old_folders()
+    group = WorkerGroup(Path(mkdtemp(prefix=FOLDER_PREFIX)), settings.workers)
+    with group.member():
         group.share_metrics("supervisor")
         return asyncio.run(Supervisor(settings, listener, group).run())
+
+
+def _remove_old_folders() -> None:
+    """Remove what services have left whose processes were all killed at once."""
+    for folder in Path(gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        with suppress(OSError):
+            found = folder.lstat()
+            ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+            if ours and time() - found.st_mtime > OLD_SECONDS:
+                WorkerGroup(folder, 0).remove_unused()
 
 
 class Supervisor:
@@ -182,8 +260,9 @@ class Supervisor:
             "pvt_worker_restarts", "Worker processes that ended and were replaced.", registry=CollectorRegistry()
         )
         self._stop_pipe, self._held = os.pipe()
-        # Mutable state: the processes by number, whether all were up once, whether they are to stop, and the exit code.
-        self._processes: dict[int, Process] = {}
+        # Mutable state: the processes by number, each with its start, whether all were up once, whether they are to
+        # stop, and the exit code.
+        self._processes: dict[int, tuple[Process, float]] = {}
         self._all_up = False
         self._stopping = asyncio.Event()
         self._code = 0
@@ -192,7 +271,7 @@ class Supervisor:
         """Start the workers and return when the last has ended."""
         for sig in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(sig, self._on_signal, sig)
-        tasks = asyncio.create_task(self._announce()), asyncio.create_task(self._kill_silent())
+        tasks = asyncio.create_task(self._announce()), asyncio.create_task(self._kill_hanging())
         try:
             await asyncio.gather(*(self._keep(worker) for worker in range(self._group.size)))
         finally:
@@ -218,7 +297,7 @@ class Supervisor:
         asyncio.get_running_loop().call_later(wait, self._send, signal.SIGKILL)
 
     def _send(self, sig: signal.Signals) -> None:
-        for worker, process in self._processes.items():
+        for worker, (process, _) in self._processes.items():
             if sig == signal.SIGKILL:
                 log.error("worker_killed", worker=worker)
             with suppress(ProcessLookupError):
@@ -230,29 +309,49 @@ class Supervisor:
         while not all(reports := [self._group.last_report(worker) for worker in range(size)]):  # noqa: ASYNC110
             await asyncio.sleep(REPORT_SECONDS / 20)
         self._all_up = True
+        self._note_if_ready(reports)
         url = "http://{}:{}".format(*self._listener.getsockname())
         instances = sum(report.instances for report in reports if report)
         log.info("listening", url=url, workers=size, instances=instances, cores=usable_cores())
 
-    async def _kill_silent(self) -> None:
-        """Kill each worker that has not reported for PVT_STALL_SECONDS: one that is stopped, or whose loop hangs."""
+    def _note_if_ready(self, reports: Sequence[Report | None]) -> None:
+        if all(report and report.ready for report in reports):
+            self._group.note_ready()
+
+    async def _kill_hanging(self) -> None:
+        """Kill each worker that hangs: it is stopped, or its loop or a thread hangs for PVT_STALL_SECONDS."""
         while not self._stopping.is_set():
             looked = monotonic()
             await asyncio.sleep(REPORT_SECONDS)
             if monotonic() - looked > 2 * REPORT_SECONDS:
                 continue  # this process was stopped too, a container that was paused for one: the workers report next
-            for worker, process in self._processes.items():
-                report = self._group.last_report(worker)
-                if report and report.silent_seconds() > self._settings.stall_seconds and process.returncode is None:
-                    log.error("worker_silent", worker=worker, seconds=round(monotonic() - report.at))
-                    process.kill()
+            reports = [self._group.last_report(worker) for worker in range(self._group.size)]
+            self._note_if_ready(reports)
+            for worker, (process, started) in self._processes.items():
+                if process.returncode is None:
+                    self._kill_if_hanging(worker, process, reports[worker], started)
+
+    def _kill_if_hanging(self, worker: int, process: Process, report: Report | None, started: float) -> None:
+        stall = self._settings.stall_seconds
+        if report is None:
+            if monotonic() - started < max(stall, START_SECONDS):
+                return
+            log.error("worker_silent", worker=worker, seconds=round(monotonic() - started))
+        elif report.silent_seconds() > stall:
+            log.error("worker_silent", worker=worker, seconds=round(monotonic() - report.at))
+        elif not report.live:
+            log.error("worker_stuck", worker=worker, reasons=report.reasons)
+        else:
+            return
+        process.kill()
 
     async def _keep(self, worker: int) -> None:
         """Start the process of `worker`, and another when it ends, until all are to stop."""
         delay = FIRST_DELAY_SECONDS
         while not self._stopping.is_set():
             started = monotonic()
-            process = self._processes[worker] = await self._start(worker)
+            process = await self._start(worker)
+            self._processes[worker] = process, started
             code = await process.wait()
             del self._processes[worker]
             self._group.forget(worker)

@@ -26,10 +26,15 @@ class Server:
     url: str = ""
     seen: list[dict[str, Any]] = field(default_factory=list)
     """Every log line read so far."""
+    text: list[str] = field(default_factory=list)
+    """Those that are no JSON: what a crash leaves."""
 
     def event(self, name: str) -> dict[str, Any]:
         """The next log line of that event."""
         while (line := self.lines.get(timeout=60)) is not None:
+            if not line.startswith("{"):
+                self.text.append(line)
+                continue
             record: dict[str, Any] = json.loads(line)
             self.seen.append(record)
             if record["event"] == name:
