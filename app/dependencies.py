@@ -59,6 +59,13 @@ async def get_liveness(request: Request) -> Health:
     return _combined(request, request.state.engine.live())
 
 
+def client_of(request: Request) -> str:
+    """Who asks, for fair shares of the service."""
+    if known := getattr(request.state, "client", ""):
+        return str(known)
+    return request.client.host if request.client else ""
+
+
 def _combined(request: Request, own: Health) -> Health:
     worker: Worker | None = request.state.worker
     return worker.health(own, request.state.settings.stall_seconds) if worker else own

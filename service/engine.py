@@ -128,11 +128,13 @@ class Engine:
         check: Callable[[ModelCard], None] | None = None,
         max_wait_seconds: float | None = None,
         timeout_seconds: float | None = None,
+        client: str = "",
     ) -> InferenceResult:
         """The model's outputs for each of `images`; with stage maps and the head's weights, if `stages` says so.
 
         Images are resized to `size`, height and width, the model's own by default; pixels must have it already.
         `check` may refuse the model's card. `max_wait_seconds` limits the wait for a load; None: as the options say.
+        `client` names who asks: places in the queue and the machine's time are shared fairly among clients.
 
         Raises:
             InvalidRequest: no such size, or more images or larger stage maps than one request may have.
@@ -155,7 +157,7 @@ class Engine:
                 if stages:
                     self._check_maps(resident.executable, size, len(images))
                 async with resident.at(size, stages=stages) as sized:
-                    results = await self._pipeline.infer(sized, images, deadline, stages=stages)
+                    results = await self._pipeline.infer(sized, images, deadline, stages=stages, client=client)
         ran, head = sized.executable, sized.executable.head if stages else None
         return InferenceResult(ran.card, ran.stored.version, (ran.height, ran.width), head, results)
 

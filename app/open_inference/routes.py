@@ -12,7 +12,15 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from app.bodies import LARGE_JSON, parse_json, read_body
-from app.dependencies import EngineDep, HealthDep, LivenessDep, MaxWaitDep, require_management, require_one_process
+from app.dependencies import (
+    EngineDep,
+    HealthDep,
+    LivenessDep,
+    MaxWaitDep,
+    client_of,
+    require_management,
+    require_one_process,
+)
 from app.open_inference import messages, tensors
 from app.open_inference.messages import HEADER_LENGTH, InferRequest, M, Message
 from app.open_inference.tensors import TensorMetadata
@@ -220,6 +228,7 @@ async def infer(
                 stages=any(each.name in tensors.STAGES for each in message.outputs),
                 max_wait_seconds=max_wait,
                 timeout_seconds=timeout / 1e6 if timeout else None,
+                client=client_of(request),
             )
     note(request, result)
     response = partial(_response, message, result, request.headers.get("accept-encoding", ""))

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
 from app.bodies import Upload, read_uploads
-from app.dependencies import bearer, max_wait_seconds, require_key
+from app.dependencies import bearer, client_of, max_wait_seconds, require_key
 from app.problems import NotAcceptable
 from service.engine import Engine, time_limit
 from service.errors import ServiceError
@@ -162,6 +162,7 @@ async def infer(
                 check=check,
                 max_wait_seconds=await max_wait_seconds(request),
                 timeout_seconds=timeout,
+                client=client_of(request),
             )
     note(request, result)
     return [upload.filename for upload in uploads], result

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from app.bodies import DATA_URL, EXAMPLE, LARGE_JSON, check_count, from_base64, parse_json, read_body
-from app.dependencies import EngineDep, MaxWaitDep
+from app.dependencies import EngineDep, MaxWaitDep, client_of
 from app.encodings import json_array, little_endian
 from app.openapi import json_body
 from app.problems import refusals
@@ -123,7 +123,9 @@ async def embeddings(request: Request, engine: EngineDep, max_wait: MaxWaitDep) 
         check_count(len(message.urls), settings.max_images)
         async with cancel_on_disconnect(request):
             images = [from_base64(url) for url in message.urls]
-            result = await engine.infer(images, model=message.model, max_wait_seconds=max_wait)
+            result = await engine.infer(
+                images, model=message.model, max_wait_seconds=max_wait, client=client_of(request)
+            )
     note(request, result)
     content = await encoded(request, result, partial(_content, result, message.encoding_format), result.numbers)
     return Response(content, media_type=JSON)

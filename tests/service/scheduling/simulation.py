@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from service.execution.plan import BatchPlan
 from service.metrics import EngineMetrics
-from service.scheduling.dispatcher import Call, Completed, Dispatcher, Lane, Outcome, Running
+from service.scheduling.dispatcher import Call, Completed, Dispatcher, Lane, Outcome, Places, Running
 
 
 class Seen(EngineMetrics):
@@ -31,6 +31,11 @@ class Seen(EngineMetrics):
 def double(instance: int, payloads: Sequence[int], *, alone: bool) -> Sequence[int]:  # noqa: ARG001
     """A model that knows neither batches nor instances."""
     return [2 * each for each in payloads]
+
+
+def places_of(call: Call[int, int, int]) -> Places[int, int, int]:
+    assert isinstance(call.request, Places)
+    return call.request
 
 
 def make_lane(name: str, plan: BatchPlan, capacity: int = 10_000) -> Lane[int, int, int]:
@@ -74,12 +79,12 @@ class Simulation:
 
     def send(self, lane: Lane[int, int, int], images: int = 1, deadline: float = inf) -> list[Sent]:
         """Raises what admission raises."""
-        self.dispatcher.admit(lane, images, self.now, deadline)
+        places = self.dispatcher.admit(lane, images, self.now, deadline)
         sent = [Sent(self.now) for _ in range(images)]
         for each in sent:
             call = Call(lane, 1)
             self._sent[call] = each
-            self.dispatcher.add(call, self.now)
+            self.dispatcher.add(call, self.now, places=places)
         self._begin()
         return sent
 
@@ -95,7 +100,7 @@ class Simulation:
                 assert isinstance(outcome, Completed)
                 sent = self._sent.pop(call)
                 sent.ended, sent.outcome = self.now, outcome
-                call.lane.admitted -= 1
+                self.dispatcher.release(places_of(call), 1)
             self._begin()
         if until < inf:
             self.now = until
