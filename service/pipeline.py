@@ -37,7 +37,7 @@ _Inferred = tuple[Decoded, Outputs]
 _Places = Places[_Source, _Prepared, _Inferred]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Sized:
     """A loaded model at one input size, and its lane through the scheduler."""
 
