@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from service.execution.plan import BatchPlan
 from service.metrics import EngineMetrics
-from service.scheduling.dispatcher import Call, Completed, Dispatcher, Lane, Outcome, Places, Running
+from service.scheduling.dispatcher import LARGE_MEGAPIXELS, Call, Dispatcher, Lane, Outcome, Places, Running
 
 
 class Seen(EngineMetrics):
@@ -77,14 +77,22 @@ class Simulation:
         self.dispatcher.lanes.append(made)
         return made
 
-    def send(self, lane: Lane[int, int, int], images: int = 1, deadline: float = inf) -> list[Sent]:
-        """Raises what admission raises."""
-        places = self.dispatcher.admit(lane, images, self.now, deadline)
+    def send(
+        self,
+        lane: Lane[int, int, int],
+        images: int = 1,
+        deadline: float = inf,
+        client: str = "",
+        megapixels: float = 0.0,
+    ) -> list[Sent]:
+        """Raises what admission raises; large images take `decode_seconds` for each megapixel."""
+        large = images if megapixels > LARGE_MEGAPIXELS else 0
+        places = self.dispatcher.admit(lane, images, self.now, deadline, client, large)
         sent = [Sent(self.now) for _ in range(images)]
         for each in sent:
-            call = Call(lane, 1)
+            call = Call(lane, 1, megapixels)
             self._sent[call] = each
-            self.dispatcher.add(call, self.now, places=places)
+            self.dispatcher.add(call, self.now, deadline, places)
         self._begin()
         return sent
 
@@ -96,16 +104,24 @@ class Simulation:
                 self.dispatcher.decoded(job, job.source, self.now)
             else:
                 self.dispatcher.ran(job, double(0, job.payloads(), alone=False), self.now)
-            for call, outcome in self.dispatcher.take_ended():
-                assert isinstance(outcome, Completed)
-                sent = self._sent.pop(call)
-                sent.ended, sent.outcome = self.now, outcome
-                self.dispatcher.release(places_of(call), 1)
             self._begin()
         if until < inf:
             self.now = until
 
+    def _settle(self) -> None:
+        for call, outcome in self.dispatcher.take_ended():
+            sent = self._sent.pop(call)
+            sent.ended, sent.outcome = self.now, outcome
+            if places_of(call).images:  # unless it was pushed out, which took its place
+                self.dispatcher.release(places_of(call), 1, int(call.large))
+
     def _begin(self) -> None:
+        self._settle()
         while isinstance(job := self.dispatcher.next_job(self.now), Call | Running):
-            seconds = self.decode_seconds if isinstance(job, Call) else job.lane.plan.time(len(job.part)) / self.speed
+            if isinstance(job, Call):
+                seconds = self.decode_seconds * (job.megapixels if job.large else 1.0)
+            else:
+                seconds = job.lane.plan.time(len(job.part)) / self.speed
             heapq.heappush(self._events, (self.now + seconds, next(self._turn), job))
+            self._settle()
+        self._settle()
