@@ -30,6 +30,7 @@ LARGE_MEGAPIXELS = 4.0  # images of more to decode wait in a queue of their own
 LARGE_PLACES = 4  # large images have at most this part of a lane's places
 HEADROOM = 0.75  # of the time left that the wait for an instance may take at the measured speed
 _LEAST_MEASURED = 64  # images, before a speed that was measured while they waited is trusted
+_FLOW_SECONDS, _FLOW_BATCHES = 0.5, 4  # or batches of the largest size, after which it is not trusted any more
 _FADE = 0.97  # of what was measured, at each new measurement
 _SMALL_SECONDS, _MEGAPIXEL_SECONDS = 0.0005, 0.005  # of decoding, before any was measured
 
@@ -121,8 +122,8 @@ class Lane(Generic[S, T, R]):
     model: str = ""
     # Mutable state: the plan; what waits to be decoded, large images apart, and what waits for an instance; how many
     # images are admitted, how many of these are large, for whom, and by request; how long batches take beside their
-    # plan, and images while others wait; how many are being decoded, are in a batch; the batch size that ran out of
-    # memory, if one did.
+    # plan, and images while others wait, and when that was measured; how many are being decoded, are in a batch; the
+    # batch size that ran out of memory, if one did.
     sources: Queue["Call[S, T, R]"] = field(default_factory=lambda: Queue(None))
     large: Queue["Call[S, T, R]"] = field(default_factory=lambda: Queue(None))
     payloads: Queue["Call[S, T, R]"] = field(init=False)
@@ -132,6 +133,7 @@ class Lane(Generic[S, T, R]):
     requests: dict["Places[S, T, R]", None] = field(default_factory=dict)
     pace: Speed = field(default_factory=Speed)
     flow: Speed = field(default_factory=Speed)
+    flow_at: float = -inf
     decoding: int = 0
     running: int = 0
     _too_large: int | None = None
@@ -152,6 +154,12 @@ class Lane(Generic[S, T, R]):
     def seconds(self, images: int) -> float:
         """Seconds of one instance that so many images take."""
         return images * self.plan.image_seconds()
+
+    def flow_known(self, now: float) -> bool:
+        """Whether enough images were measured lately; a speed of long ago would refuse for ever what none can test."""
+        if now > self.flow_at + max(_FLOW_SECONDS, _FLOW_BATCHES * self.plan.time(self.plan.largest)):
+            self.flow = Speed()
+        return self.flow.measured >= _LEAST_MEASURED
 
     def run_seconds(self, images: int) -> float:
         """Seconds that a batch is likely to take: what its plan says, at the pace of the last ones."""
@@ -376,7 +384,7 @@ class Dispatcher(Generic[S, T, R]):
             ahead = lane.ahead_of(client, count)
             seconds = self.least_seconds(lane, count, ahead)
         if seconds <= SPEED_MARGIN * left:
-            if lane.flow.measured < _LEAST_MEASURED or lane.flow.of(lane.admitted) <= HEADROOM * left:
+            if not lane.flow_known(now) or lane.flow.of(lane.admitted) <= HEADROOM * left:
                 return None
             ahead = lane.ahead_of(client, count)
             seconds = lane.flow.of(ahead) + lane.run_seconds(1)
@@ -598,13 +606,11 @@ class Dispatcher(Generic[S, T, R]):
     def _in_time(self, batch: Batch[Call[S, T, R]], now: float) -> list[Call[S, T, R]]:
         """Those of `batch` that can end in time; the others end now. What is alone is always tried."""
         calls = list(batch.items)
-        if all(call.deadline == inf for call in calls) or self.admitted <= 1:
-            return calls
         end = now + calls[0].lane.run_seconds(len(calls))
-        for call in calls:
-            if call.deadline < end:
-                self._end_late(call)
-        return [call for call in calls if call.stage != "ended"]
+        late = [call for call in calls if call.deadline < end] if self.admitted > 1 else []
+        for call in late:
+            self._end_late(call)
+        return [call for call in calls if call.stage != "ended"] if late else calls
 
     def _measure(self, job: Running[S, T, R], now: float) -> None:
         """How long `job` took beside its plan; and, if images waited ever since another ended, how fast they flow."""
@@ -612,13 +618,15 @@ class Dispatcher(Generic[S, T, R]):
         lane.pace.add(now - job.release.started, lane.plan.time(min(size, lane.plan.largest)))
         if self._since is not None:
             lane.flow.add(now - self._since, size)
+            lane.flow_at = now
         waits = len(self._payloads) or len(self._sources)
         self._since = now if waits else None
 
     def _expire(self, now: float) -> None:
         for queues in (self._sources, self._large, self._payloads):
-            for _, call in queues.expire(now):
-                self._end_late(call)
+            if queues.all_in_time <= now:
+                for _, call in queues.expire(now):
+                    self._end_late(call)
 
     def _end_late(self, call: Call[S, T, R]) -> None:
         self._metrics.cancelled(call.stage)

@@ -141,7 +141,7 @@ class Queues(Generic[I]):
         # which nothing is too late.
         self._active: dict[Queue[I], None] = {}
         self._virtual_time = 0.0
-        self._all_in_time = inf
+        self.all_in_time = inf
 
     def __len__(self) -> int:
         return sum(len(queue.waiting) for queue in self._active)
@@ -153,7 +153,7 @@ class Queues(Generic[I]):
             queue.virtual_time = max(queue.virtual_time, self._virtual_time)
             self._active[queue] = None
         queue.add(item)
-        self._all_in_time = min(self._all_in_time, item.latest)
+        self.all_in_time = min(self.all_in_time, item.latest)
 
     def discard(self, queue: Queue[I], item: I) -> bool:
         """Remove `item`; False if it did not wait any more."""
@@ -166,10 +166,10 @@ class Queues(Generic[I]):
 
     def expire(self, now: float) -> Iterator[tuple[Queue[I], I]]:
         """Remove and yield every item that is too late to start."""
-        if now < self._all_in_time:
+        if now < self.all_in_time:
             return
         waiting = [(queue, item) for queue in self._active for item in queue.waiting]
-        self._all_in_time = min((item.latest for _, item in waiting if item.latest > now), default=inf)
+        self.all_in_time = min((item.latest for _, item in waiting if item.latest > now), default=inf)
         for queue, item in waiting:
             if item.latest <= now:
                 self.discard(queue, item)
