@@ -148,7 +148,7 @@ class Settings(BaseSettings):
     max_batch_delay_ms: Annotated[float, Field(ge=0, le=60_000)] = 0
     """How long an idle instance waits for a fuller batch; 0: it never waits."""
     queue_size: Annotated[int, Field(ge=1, le=1_000_000)] = 256
-    """Images of each model, waiting or running; more are refused with 429."""
+    """Images of each model, waiting or running, a quarter of them large; more are refused with 429."""
     timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 30_000
     """Time limit for requests without `timeout_ms`."""
     max_body_mb: Annotated[float, Field(gt=0, le=4096)] = 32

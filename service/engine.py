@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import asynccontextmanager, contextmanager
 from time import monotonic
 from typing import Self, TypeVar
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -16,7 +17,7 @@ from service.errors import DeadlineExceeded, InvalidRequest, ServiceError, Shutt
 from service.execution.executable import Executable
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.pipeline import Pipeline
+from service.pipeline import Pipeline, Sized
 from service.registry.catalog import Catalog, watch
 from service.registry.loader import Loading
 from service.registry.registry import Registry
@@ -53,6 +54,8 @@ class Engine:
         # the requests under way; whether new ones are refused, and whether those under way are ended too.
         self._tasks: set[asyncio.Task[None]] = set()
         self._preloading = {*options.preload, *options.pinned}
+        # The models that were last used under a name, at a size, for as long as they are loaded.
+        self._last_used = WeakValueDictionary[tuple[str, Size | None], Sized]()
         self._requests: set[asyncio.Task[object]] = set()
         self.draining = False
         self._aborted = False
@@ -128,11 +131,13 @@ class Engine:
         check: Callable[[ModelCard], None] | None = None,
         max_wait_seconds: float | None = None,
         timeout_seconds: float | None = None,
+        client: str = "",
     ) -> InferenceResult:
         """The model's outputs for each of `images`; with stage maps and the head's weights, if `stages` says so.
 
         Images are resized to `size`, height and width, the model's own by default; pixels must have it already.
         `check` may refuse the model's card. `max_wait_seconds` limits the wait for a load; None: as the options say.
+        `client` names who asks: places in the queue and the machine's time are shared fairly among clients.
 
         Raises:
             InvalidRequest: no such size, or more images or larger stage maps than one request may have.
@@ -155,9 +160,28 @@ class Engine:
                 if stages:
                     self._check_maps(resident.executable, size, len(images))
                 async with resident.at(size, stages=stages) as sized:
-                    results = await self._pipeline.infer(sized, images, deadline, stages=stages)
+                    self._last_used[name, size] = sized
+                    results = await self._pipeline.infer(sized, images, deadline, stages=stages, client=client)
         ran, head = sized.executable, sized.executable.head if stages else None
         return InferenceResult(ran.card, ran.stored.version, (ran.height, ran.width), head, results)
+
+    def refusal(
+        self,
+        *,
+        model: str | None = None,
+        size: Size | None = None,
+        timeout_seconds: float | None = None,
+        client: str = "",
+    ) -> ServiceError | None:
+        """What `infer` would raise for one image for want of room or time, if it would; it costs microseconds.
+
+        Ask before a body is read: refusing must not cost what answering does. None where the model was not used yet.
+        """
+        name = self.options.default_model if model is None else model
+        if not (sized := self._last_used.get((name, size))):
+            return None
+        deadline = monotonic() + (timeout_seconds or self.options.timeout_seconds)
+        return self._pipeline.scheduler.refusal(sized.lane, deadline, client)
 
     async def models(self) -> list[ModelStatus]:
         """Every model of the store or in memory; raises WeightsUnavailable where neither can be had."""

@@ -31,7 +31,9 @@ class EngineMetrics:
         self.batch_releases = counter("pvt_batch_releases", "Batches released to an instance.", ["reason", "model"])
         self.queue_depth = gauge("pvt_queue_depth", "Images that wait for an instance.", ["model"])
         self.images = counter("pvt_images", "Images by what became of them.", ["model", "outcome"])
-        self.cancellations = counter("pvt_cancelled", "Images whose caller hung up or whose time ran out.", ["stage"])
+        self.cancellations = counter(
+            "pvt_cancelled", "Images whose caller hung up, whose time ran out, or whose place another got.", ["stage"]
+        )
         self.model_loads = counter("pvt_model_loads", "Attempts to load a model.", ["model", "outcome"])
         self.model_load_seconds = histogram(
             "pvt_model_load_seconds",

@@ -13,10 +13,11 @@ from service.errors import ImageTooLarge, InvalidImage, ServiceError
 from service.execution.executable import Executable
 from service.images.decoding import Decoded, decode
 from service.images.geometry import Geometry
+from service.images.header import megapixels
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.results import Image, ImageResult, Outputs, Pixels, Timing
-from service.scheduling.dispatcher import Lane
+from service.scheduling.dispatcher import LARGE_MEGAPIXELS, Lane, Places
 from service.scheduling.scheduler import Scheduler
 
 
@@ -33,9 +34,10 @@ class _Prepared(NamedTuple):
 
 
 _Inferred = tuple[Decoded, Outputs]
+_Places = Places[_Source, _Prepared, _Inferred]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Sized:
     """A loaded model at one input size, and its lane through the scheduler."""
 
@@ -89,30 +91,35 @@ class Pipeline:
         ]
 
     async def infer(
-        self, sized: Sized, images: Sequence[Image], deadline: float, *, stages: bool = False
+        self, sized: Sized, images: Sequence[Image], deadline: float, *, stages: bool = False, client: str = ""
     ) -> list[ImageResult | ServiceError]:
         """Each of `images` through the model, with stage maps if `stages`; one that fails does not harm the others.
+
+        `client` shares the model fairly with others.
 
         Raises:
             QueueFull: the model's queue has not that many places left; nothing was done.
             DeadlineExceeded: what is queued keeps these images from being answered by `deadline`; nothing was done.
         """
-        with self.scheduler.reserve(sized.lane, len(images), deadline):
+        sizes = [megapixels(image) if isinstance(image, bytes) else 0.0 for image in images]
+        large = sum(size > LARGE_MEGAPIXELS for size in sizes)
+        with self.scheduler.reserve(sized.lane, len(images), deadline, client, large) as places:
+            infer_one = partial(self._infer_one, sized, places, deadline, stages=stages)
             if len(images) == 1:
-                return [await self._infer_one(sized, images[0], deadline, stages=stages)]
+                return [await infer_one(images[0], sizes[0])]
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._infer_one(sized, image, deadline, stages=stages)) for image in images]
+                tasks = [group.create_task(infer_one(*each)) for each in zip(images, sizes, strict=True)]
         return [task.result() for task in tasks]
 
     async def _infer_one(
-        self, sized: Sized, image: Image, deadline: float, *, stages: bool
+        self, sized: Sized, places: _Places, deadline: float, image: Image, megapixels: float, *, stages: bool
     ) -> ImageResult | ServiceError:
         model, outcome = sized.executable.stored.id, "failed"
         try:
             if isinstance(image, ServiceError):
                 outcome = "refused"
                 return image
-            completed = await self.scheduler.submit(sized.lane, _Source(image, stages), deadline)
+            completed = await self.scheduler.submit(places, _Source(image, stages), deadline, megapixels)
             outcome = "answered"
         except asyncio.CancelledError:
             outcome = "cancelled"

@@ -53,6 +53,7 @@ LAYERS = {
         {"decoding"},
         {"tiff"},
         {"formats"},
+        {"header"},
         {"limits", "resampling"},
         {"geometry"},
     ],

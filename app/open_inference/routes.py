@@ -221,6 +221,7 @@ async def infer(
                 stages=any(each.name in tensors.STAGES for each in message.outputs),
                 max_wait_seconds=max_wait,
                 timeout_seconds=timeout / 1e6 if timeout else None,
+                client=request.state.client,
             )
     note(request, result)
     response = partial(_response, message, result, request.headers.get("accept-encoding", ""))

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from app.bodies import Upload, read_uploads
 from app.dependencies import max_wait_seconds, require_key
-from app.problems import NotAcceptable
+from app.problems import NotAcceptable, expected
 from service.engine import Engine, time_limit
 from service.errors import ServiceError
 from service.results import InferenceResult
@@ -44,7 +44,7 @@ class InferenceRoute(APIRoute):
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:  # noqa: ANN401  FastAPI's
         super().__init__(path, endpoint, **options)
-        self._query: type[BaseModel] = get_type_hints(endpoint)["query"]
+        self._query: type[InferenceQuery] = get_type_hints(endpoint)["query"]
         self._defaults = self._query()
         self.app = self._run
 
@@ -63,7 +63,13 @@ class InferenceRoute(APIRoute):
         except ValidationError as error:
             in_query = [{**each, "loc": ("query", *each["loc"])} for each in error.errors()]
             raise RequestValidationError(in_query) from error  # in the framework's own words
-        response = await self.endpoint(request, query)
+        refused = request.state.engine.refusal(
+            model=query.model,
+            size=query.input_size,
+            timeout_seconds=query.timeout_ms and query.timeout_ms / 1000,
+            client=request.state.client,
+        )
+        response = await (expected(request, refused) if refused else self.endpoint(request, query))
         await response(scope, receive, send)
 
 
@@ -162,6 +168,7 @@ async def infer(
                 check=check,
                 max_wait_seconds=await max_wait_seconds(request),
                 timeout_seconds=timeout,
+                client=request.state.client,
             )
     note(request, result)
     return [upload.filename for upload in uploads], result

@@ -123,7 +123,9 @@ async def embeddings(request: Request, engine: EngineDep, max_wait: MaxWaitDep) 
         check_count(len(message.urls), settings.max_images)
         async with cancel_on_disconnect(request):
             images = [from_base64(url) for url in message.urls]
-            result = await engine.infer(images, model=message.model, max_wait_seconds=max_wait)
+            result = await engine.infer(
+                images, model=message.model, max_wait_seconds=max_wait, client=request.state.client
+            )
     note(request, result)
     content = await encoded(request, result, partial(_content, result, message.encoding_format), result.numbers)
     return Response(content, media_type=JSON)

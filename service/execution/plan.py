@@ -44,7 +44,10 @@ class BatchPlan:
 
     def time(self, n: int) -> float:
         """Seconds that a batch of `n` takes, padded to the next compiled size."""
-        return next(seconds for size, seconds in self.seconds.items() if size >= n)
+        for size, seconds in self.seconds.items():  # a generator would take twice as long, several times an image
+            if size >= n:
+                return seconds
+        raise ValueError(f"a batch of {n}; the largest compiled size is {self.largest}")
 
     def best(self, waiting: int) -> int:
         """The number of `waiting` images to run now, for the most images per second, padding included."""

@@ -12,9 +12,10 @@ from threading import Condition, Thread, get_ident
 from time import monotonic
 from typing import Generic, ParamSpec, TypeVar
 
+from service.errors import ServiceError
 from service.execution.plan import BatchPlan
 from service.metrics import EngineMetrics
-from service.scheduling.dispatcher import Activity, Call, Completed, Dispatcher, Ended, Job, Lane
+from service.scheduling.dispatcher import Activity, Call, Completed, Dispatcher, Ended, Job, Lane, Places
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -34,7 +35,8 @@ class Scheduler(Generic[S, T, R]):
         self, instances: int, metrics: EngineMetrics, *, decoders: int = 1, max_delay_seconds: float = 0.0
     ) -> None:
         """`decoders`: how many images are decoded at the same time."""
-        self._count = instances + decoders  # of threads, so that decoding goes on beside running
+        # Of threads, so that decoding goes on beside running, and of small images beside that of a large one.
+        self._count = instances + max(2, decoders)
         # Mutable state. Used under `_changed` only: the dispatcher; whether the threads are to end; the lane whose job
         # each thread has, until it asks for the next; what to call once no thread has a job of a closed lane. Used by
         # the event loop only: the threads, and the futures of callers.
@@ -92,28 +94,40 @@ class Scheduler(Generic[S, T, R]):
         await unused.wait()
 
     @contextmanager
-    def reserve(self, lane: Lane[S, T, R], count: int, deadline: float = inf) -> Iterator[None]:
-        """Hold `count` of the lane's places while the context lasts. `deadline` is on `time.monotonic`.
+    def reserve(
+        self, lane: Lane[S, T, R], count: int, deadline: float = inf, client: str = "", large: int = 0
+    ) -> Iterator[Places[S, T, R]]:
+        """Hold `count` of the lane's places for `client` while the context lasts, `large` of them for large images.
+
+        `deadline` is on `time.monotonic`.
 
         Raises:
             InvalidRequest, QueueFull, DeadlineExceeded, ShuttingDown: see `Dispatcher.admit`.
         """
         with self._changed:
-            self._dispatcher.admit(lane, count, monotonic(), deadline)
+            places = self._dispatcher.admit(lane, count, monotonic(), deadline, client, large)
         try:
-            yield
+            yield places
         finally:
             with self._changed:
-                lane.admitted -= count
+                self._dispatcher.release(places)
 
-    async def submit(self, lane: Lane[S, T, R], source: S, deadline: float = inf) -> Completed[R]:
-        """Decode `source` and run it in some batch of `lane`. `deadline` is on `time.monotonic`.
+    def refusal(self, lane: Lane[S, T, R], deadline: float = inf, client: str = "") -> ServiceError | None:
+        """What `reserve` would raise for one small image of `client`, if it would."""
+        with self._changed:
+            return self._dispatcher.refusal(lane, monotonic(), deadline, client)
+
+    async def submit(
+        self, places: Places[S, T, R], source: S, deadline: float = inf, megapixels: float = 0.0
+    ) -> Completed[R]:
+        """Decode `source`, for which one of `places` is, and run it in some batch. `deadline` is on `time.monotonic`.
 
         Raises:
+            QueueFull: another client, which had less, has got its place.
             DeadlineExceeded: it still waited when `deadline` passed.
             Exception: what decoding it, or running it alone, raised.
         """
-        call, loop = Call(lane, source), asyncio.get_running_loop()
+        call, loop = Call(places.lane, source, megapixels), asyncio.get_running_loop()
         future: asyncio.Future[Completed[R]] = loop.create_future()
         self._futures[call] = future
         if not self._threads:
@@ -124,7 +138,7 @@ class Scheduler(Generic[S, T, R]):
             for thread in self._threads:
                 thread.start()
         with self._changed:
-            self._dispatcher.add(call, monotonic(), deadline)
+            self._dispatcher.add(call, monotonic(), deadline, places)
             self._changed.notify()
         try:
             return await future

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from service.execution.plan import BatchPlan
 from service.metrics import EngineMetrics
-from service.scheduling.dispatcher import Call, Completed, Dispatcher, Lane, Outcome, Running
+from service.scheduling.dispatcher import LARGE_MEGAPIXELS, Call, Dispatcher, Lane, Outcome, Places, Running
 
 
 class Seen(EngineMetrics):
@@ -31,6 +31,11 @@ class Seen(EngineMetrics):
 def double(instance: int, payloads: Sequence[int], *, alone: bool) -> Sequence[int]:  # noqa: ARG001
     """A model that knows neither batches nor instances."""
     return [2 * each for each in payloads]
+
+
+def places_of(call: Call[int, int, int]) -> Places[int, int, int]:
+    assert isinstance(call.request, Places)
+    return call.request
 
 
 def make_lane(name: str, plan: BatchPlan, capacity: int = 10_000) -> Lane[int, int, int]:
@@ -72,14 +77,22 @@ class Simulation:
         self.dispatcher.lanes.append(made)
         return made
 
-    def send(self, lane: Lane[int, int, int], images: int = 1, deadline: float = inf) -> list[Sent]:
-        """Raises what admission raises."""
-        self.dispatcher.admit(lane, images, self.now, deadline)
+    def send(
+        self,
+        lane: Lane[int, int, int],
+        images: int = 1,
+        deadline: float = inf,
+        client: str = "",
+        megapixels: float = 0.0,
+    ) -> list[Sent]:
+        """Raises what admission raises; large images take `decode_seconds` for each megapixel."""
+        large = images if megapixels > LARGE_MEGAPIXELS else 0
+        places = self.dispatcher.admit(lane, images, self.now, deadline, client, large)
         sent = [Sent(self.now) for _ in range(images)]
         for each in sent:
-            call = Call(lane, 1)
+            call = Call(lane, 1, megapixels)
             self._sent[call] = each
-            self.dispatcher.add(call, self.now)
+            self.dispatcher.add(call, self.now, deadline, places)
         self._begin()
         return sent
 
@@ -91,16 +104,24 @@ class Simulation:
                 self.dispatcher.decoded(job, job.source, self.now)
             else:
                 self.dispatcher.ran(job, double(0, job.payloads(), alone=False), self.now)
-            for call, outcome in self.dispatcher.take_ended():
-                assert isinstance(outcome, Completed)
-                sent = self._sent.pop(call)
-                sent.ended, sent.outcome = self.now, outcome
-                call.lane.admitted -= 1
             self._begin()
         if until < inf:
             self.now = until
 
+    def _settle(self) -> None:
+        for call, outcome in self.dispatcher.take_ended():
+            sent = self._sent.pop(call)
+            sent.ended, sent.outcome = self.now, outcome
+            if places_of(call).images:  # unless it was pushed out, which took its place
+                self.dispatcher.release(places_of(call), 1, int(call.large))
+
     def _begin(self) -> None:
+        self._settle()
         while isinstance(job := self.dispatcher.next_job(self.now), Call | Running):
-            seconds = self.decode_seconds if isinstance(job, Call) else job.lane.plan.time(len(job.part)) / self.speed
+            if isinstance(job, Call):
+                seconds = self.decode_seconds * (job.megapixels if job.large else 1.0)
+            else:
+                seconds = job.lane.plan.time(len(job.part)) / self.speed
             heapq.heappush(self._events, (self.now + seconds, next(self._turn), job))
+            self._settle()
+        self._settle()

@@ -36,9 +36,9 @@ def test_a_full_lane_refuses_at_once_and_says_when_to_come_back() -> None:
 def test_places_that_are_given_back_can_be_taken_again() -> None:
     lane = make_lane("m", ONE, capacity=3)
     dispatcher = board(1, lane)
-    dispatcher.admit(lane, 3, 0.0)
+    places = dispatcher.admit(lane, 3, 0.0)
 
-    lane.admitted -= 2
+    dispatcher.release(places, 2)
     dispatcher.admit(lane, 2, 0.0)
 
     assert lane.admitted == 3
@@ -63,7 +63,8 @@ def test_a_closed_door_takes_nobody() -> None:
 def test_a_deadline_that_the_queue_makes_hopeless_is_refused_with_the_estimate_and_what_to_do() -> None:
     lane = make_lane("m", ONE)
     dispatcher = board(2, lane)
-    dispatcher.admit(lane, 41, 100.0)
+    for _ in range(41):
+        dispatcher.admit(lane, 1, 100.0)
 
     with pytest.raises(DeadlineExceeded) as refused:
         dispatcher.admit(lane, 1, 100.0, deadline=105.0)
@@ -124,12 +125,12 @@ def test_what_is_refused_for_its_deadline_would_have_been_late_even_on_a_faster_
     simulation.run(until=after)
     deadline = simulation.now + allowed
     try:
-        simulation.dispatcher.admit(lanes[0], images, simulation.now, deadline)
+        places = simulation.dispatcher.admit(lanes[0], images, simulation.now, deadline)
     except DeadlineExceeded:
         refused = True
     else:
         refused = False
-        lanes[0].admitted -= images
+        simulation.dispatcher.release(places)
 
     sent = simulation.send(lanes[0], images)
     simulation.run()

@@ -6,7 +6,7 @@ import pytest
 from service.errors import DeadlineExceeded, OutOfMemory, ShuttingDown
 from service.execution.plan import BatchPlan
 from service.scheduling.dispatcher import Call, Completed, Dispatcher, Lane, Outcome, Running
-from tests.service.scheduling.simulation import Seen, Simulation, make_lane
+from tests.service.scheduling.simulation import Seen, Simulation, make_lane, places_of
 
 PLAN = BatchPlan({1: 1.0, 2: 1.1, 4: 1.2, 8: 1.4})
 Board = Dispatcher[int, int, int]
@@ -20,9 +20,9 @@ def board(instances: int = 1, decoders: int = 1, seen: Seen | None = None, **opt
 
 
 def call(dispatcher: Board, lane: Lane[int, int, int], source: int, now: float = 0.0, **times: float) -> Any:
-    dispatcher.admit(lane, 1, now)
+    places = dispatcher.admit(lane, 1, now)
     made = Call[int, int, int](lane, source)
-    dispatcher.add(made, now, **times)
+    dispatcher.add(made, now, places=places, **times)
     return made
 
 
@@ -109,7 +109,7 @@ def test_with_another_anywhere_in_the_scheduler_nobody_is_alone(stage: str) -> N
         other_job = running(dispatcher)
         assert other_job.release.alone
         dispatcher.abandon(other_job.part[0])
-        other.admitted -= 1  # its caller has gone, and yet it runs
+        dispatcher.release(places_of(other_job.part[0]))  # its caller has gone, and yet it runs
     first = call(dispatcher, lane, 1)
     if stage == "admitted":
         dispatcher.admit(other, 1, 0.0)
@@ -129,7 +129,8 @@ def test_a_batch_of_several_is_not_alone() -> None:
     calls = [call(dispatcher, lane, source) for source in (1, 2)]
     decoded(dispatcher, *calls)
     dispatcher.ran(first, [0], 1.0)
-    lane.admitted -= 2
+    for each in calls:
+        dispatcher.release(places_of(each))
 
     job = running(dispatcher)
     assert (len(job.part), job.release.alone) == (2, False)

@@ -4,13 +4,23 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from service.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, QueueFull
 from service.execution.plan import BatchPlan
-from service.scheduling.dispatcher import Call, Completed, Dispatcher, Lane, Outcome, Running
+from service.scheduling.dispatcher import (
+    LARGE_MEGAPIXELS,
+    LARGE_PLACES,
+    Call,
+    Completed,
+    Dispatcher,
+    Lane,
+    Outcome,
+    Places,
+    Running,
+)
 from tests.service.scheduling.simulation import Seen, make_lane
 
 PLANS = st.builds(
@@ -41,7 +51,10 @@ class TrackedImage:
 
 @dataclass(eq=False)
 class Request:
+    """A client's request, and what it holds."""
+
     lane: Lane[Any, Any, Any]
+    places: Places[Any, Any, Any]
     images: list[TrackedImage] = field(default_factory=list)
 
 
@@ -75,28 +88,31 @@ class SchedulerMachine(RuleBasedStateMachine):
         which=st.integers(0, 2),
         fates=st.lists(FATES, min_size=1, max_size=6),
         allowed=st.floats(0.1, 20.0) | st.just(inf),
+        client=st.sampled_from("abc"),
+        large=st.integers(0, 6),
     )
-    def request(self, which: int, fates: list[str], allowed: float) -> Any:
+    def request(self, which: int, fates: list[str], allowed: float, client: str, large: int) -> Any:
         lane, deadline = self.lanes[which % len(self.lanes)], self.now + allowed
-        before, idle = lane.admitted, not self.dispatcher.admitted
+        before, idle, large = lane.admitted, not self.dispatcher.admitted, min(large, len(fates))
         try:
-            self.dispatcher.admit(lane, len(fates), self.now, deadline)
+            places = self.dispatcher.admit(lane, len(fates), self.now, deadline, client, large)
         except InvalidRequest:
             assert len(fates) > lane.capacity
             return multiple()
         except QueueFull:
-            assert before + len(fates) > lane.capacity
+            assert before + len(fates) > lane.capacity or lane.large_admitted + large > lane.capacity // LARGE_PLACES
+            self.changed()
             return multiple()
         except DeadlineExceeded:
             assert not idle
             return multiple()
-        made = Request(lane)
-        for fate in fates:
-            call = Call[Any, Any, Any](lane, None)
+        made = Request(lane, places)
+        for i, fate in enumerate(fates):
+            call = Call[Any, Any, Any](lane, None, LARGE_MEGAPIXELS + 1 if i < large else 0.1)
             image = TrackedImage(call, made, fate, deadline)
             call.source = image
             made.images.append(image)
-            self.dispatcher.add(call, self.now, deadline)
+            self.dispatcher.add(call, self.now, deadline, places)
         self.open.append(made)
         self.changed()
         return multiple(*made.images)
@@ -170,7 +186,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         image.decodes += 1
         assert image.decodes == 1
         self.decoding.append(job)
-        assert len(self.decoding) <= self.decoders
+        assert len(self.decoding) <= max(2, self.decoders)
+        assert sum(each.large for each in self.decoding) <= max(1, self.decoders // 2)
 
     def begin_running(self, job: Running[Any, Any, Any]) -> None:
         instance, lane = job.release.instance, job.lane
@@ -179,9 +196,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert 1 <= len(job.part) <= lane.plan.largest
         there = [image for request in self.open for image in request.images if not image.over]
         assert job.release.alone <= (len(there) == 1 and not self.running and not self.decoding)
-        # Within a model images run in the order in which they were decoded; those that ended meanwhile are left out.
-        queue = [image for image in self.decoded[lane] if not image.over and not image.runs]
-        assert [call.source for call in job.part] == queue[: len(job.part)]
+        # Within a request images run in the order in which they were decoded; those that ended meanwhile are left out.
+        for request in {call.source.request for call in job.part}:
+            queue = [each for each in self.decoded[lane] if each.request is request and not each.over and not each.runs]
+            part = [call.source for call in job.part if call.source.request is request]
+            assert part == queue[: len(part)]
         assert all(call.source.deadline > self.now for call in job.part)
         self.running[instance] = job
         self.note_run(job)
@@ -193,21 +212,29 @@ class SchedulerMachine(RuleBasedStateMachine):
             image.outcomes.append(outcome)
         for request in [request for request in self.open if all(image.over for image in request.images)]:
             self.open.remove(request)
-            request.lane.admitted -= len(request.images)
+            self.dispatcher.release(request.places)
 
     @invariant()
     def no_slot_is_idle_while_its_work_waits(self) -> None:
         waiting = sum(len(lane.payloads.waiting) for lane in self.lanes)
-        to_decode = sum(len(lane.sources.waiting) for lane in self.lanes)
+        small = sum(len(lane.sources.waiting) for lane in self.lanes)
+        large = sum(len(lane.large.waiting) for lane in self.lanes)
+        slow = sum(call.large for call in self.decoding)
         assert len(self.running) == self.instances or not waiting
-        assert len(self.decoding) == self.decoders or not to_decode
+        assert len(self.decoding) - slow >= max(1, self.decoders - slow) or not small
+        assert slow == max(1, self.decoders // 2) or len(self.decoding) == self.decoders or not large
         assert not self.dispatcher.has_work()
 
     @invariant()
     def places_are_bounded_and_given_back(self) -> None:
         for lane in self.lanes:
-            taken = sum(len(request.images) for request in self.open if request.lane is lane)
-            assert lane.admitted == taken <= lane.capacity
+            places = [request.places for request in self.open if request.lane is lane]
+            assert lane.admitted == sum(each.images for each in places) == sum(lane.held.values()) <= lane.capacity
+            assert lane.large_admitted == sum(each.large for each in places)
+            for request in (each for each in self.open if each.lane is lane):
+                pushed = sum(isinstance(end, QueueFull) for image in request.images for end in image.outcomes)
+                assert request.places.images == len(request.images) - pushed
+            assert {*lane.requests} == {each for each in places if each.images}
 
     @invariant()
     def no_waiting_model_is_ahead_of_another_by_more_than_a_batch(self) -> None:
@@ -246,6 +273,8 @@ def check(image: TrackedImage) -> None:
             case DeadlineExceeded():
                 assert image.deadline < inf
                 assert image.runs == 0
+            case QueueFull():
+                assert image.runs == 0
             case ValueError():
                 assert str(outcome) == image.fate
             case OutOfMemory():
@@ -254,5 +283,7 @@ def check(image: TrackedImage) -> None:
                 raise AssertionError(outcome)
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, phases=[Phase.generate]
+)
 test_the_scheduler_keeps_its_promises = SchedulerMachine.TestCase

@@ -78,9 +78,9 @@ def test_with_a_delay_a_full_batch_goes_at_once() -> None:
     assert take(queues).reason == "full"
 
 
-def test_expired_items_leave_before_they_cost_anything() -> None:
+def test_items_too_late_leave_before_they_cost_anything() -> None:
     queues, a = Queues[Numbered](), queue()
-    late, early = Numbered(0, deadline=1.0), Numbered(1, deadline=3.0)
+    late, early = Numbered(0, latest=1.0), Numbered(1, latest=3.0)
     queues.add(a, late)
     queues.add(a, early)
 
@@ -139,7 +139,7 @@ def test_without_a_plan_items_go_one_by_one_and_cost_what_the_caller_says() -> N
     for _ in range(50):
         batch = take(queues, idle=3)
         assert len(batch.items) == 1
-        batch.queue.virtual_time += 4.0 if batch.queue is slow else 1.0
+        batch.queue.charge("", 4.0 if batch.queue is slow else 1.0)
         served.append(batch.queue)
 
     assert served.count(slow) == 10
@@ -155,8 +155,7 @@ def test_every_item_leaves_exactly_once_in_the_order_of_its_model(
     queues = Queues[Numbered]()
     named = {name: queue() for name in "abc"}
     items = [
-        (named[name], Numbered(i, arrived=float(i), deadline=deadline))
-        for i, (name, _, deadline) in enumerate(arrivals)
+        (named[name], Numbered(i, arrived=float(i), latest=deadline)) for i, (name, _, deadline) in enumerate(arrivals)
     ]
     left: list[Numbered] = []
     for turn, (target, item) in enumerate(items):

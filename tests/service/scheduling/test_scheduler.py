@@ -91,8 +91,8 @@ class Bench:
         setattr(dispatcher, "decoded", decoded)  # noqa: B010  the type checker knows no methods that change
 
     async def submit(self, payload: int, **options: float) -> Completed[int]:
-        with self.scheduler.reserve(self.lane, 1):
-            return await self.scheduler.submit(self.lane, payload, **options)
+        with self.scheduler.reserve(self.lane, 1) as places:
+            return await self.scheduler.submit(places, payload, **options)
 
     async def submit_all(self, payloads: Sequence[int]) -> list[asyncio.Task[Completed[int]]]:
         """Tasks whose images have been decoded; what an idle instance could take runs, the others wait."""
@@ -400,8 +400,8 @@ async def test_a_closed_lane_is_waited_for_until_no_thread_uses_it() -> None:
 
     scheduler = Scheduler[int, int, int](1, Seen())
     lane = scheduler.open_lane(Lane("a", BatchPlan({1: 0.01}), lambda x: x, run, 8))
-    with scheduler.reserve(lane, 1):
-        caller = asyncio.create_task(scheduler.submit(lane, 1))
+    with scheduler.reserve(lane, 1) as places:
+        caller = asyncio.create_task(scheduler.submit(places, 1))
         await running.wait()
         with pytest.raises(RuntimeError, match="still holds 1 images"):
             await scheduler.close_lane(lane)
@@ -431,8 +431,8 @@ async def test_a_closed_lane_is_waited_for_until_threads_hold_nothing_of_its_las
     monkeypatch.setattr(Scheduler, "_hand_over", slow)
     scheduler = Scheduler[int, int, int](1, Seen())
     lane = scheduler.open_lane(Lane("a", PLAN, int, Machine().run, 8))
-    with scheduler.reserve(lane, 1):
-        assert (await scheduler.submit(lane, 1)).result == 2
+    with scheduler.reserve(lane, 1) as places:
+        assert (await scheduler.submit(places, 1)).result == 2
     closing = asyncio.create_task(scheduler.close_lane(lane))
     await asyncio.sleep(0)
 
@@ -466,8 +466,8 @@ async def test_nothing_holds_an_image_once_its_call_has_ended(outcome: str) -> N
 
     async def call(scheduler: Scheduler[Body, list[Body], int], lane: Lane[Body, list[Body], int]) -> weakref.ref[Body]:
         body = Body()
-        with scheduler.reserve(lane, 1):
-            task = asyncio.create_task(scheduler.submit(lane, body))
+        with scheduler.reserve(lane, 1) as places:
+            task = asyncio.create_task(scheduler.submit(places, body))
             if outcome == "caller gone":
                 await running.reaches(1)
                 task.cancel()
