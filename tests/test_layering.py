@@ -51,6 +51,7 @@ LAYERS = {
     ],
     "images": [
         {"decoding"},
+        {"costs"},
         {"tiff"},
         {"formats"},
         {"limits", "resampling"},

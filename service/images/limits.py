@@ -19,7 +19,7 @@ _MAX_READS = 100_000  # by Pillow in Python, for it walks markers, chunks and bl
 _MAX_TIFF_VALUES = 65_536  # of one TIFF tag: Pillow makes a Python object of each
 _MAX_BYTES = 9  # of memory per pixel of the limit: 4 of the image, as much in the decoder, and small parts
 # Per pixel: libwebp's two canvases, libavif's planes of 16 bits and its RGB, and Pillow's copy of it.
-_HELD_BYTES = {("WEBP", "RGB"): 12, ("WEBP", "RGBA"): 12, ("AVIF", "RGB"): 12, ("AVIF", "RGBA"): 16}
+HELD_BYTES = {("WEBP", "RGB"): 12, ("WEBP", "RGBA"): 12, ("AVIF", "RGB"): 12, ("AVIF", "RGBA"): 16}
 _MOST_PIXELS = 178_956_970  # Pillow's own limit on every file, whatever the setting
 _MAX_REPEATS = 16  # of these blocks, whose handling adds up; there should be one
 _ONCE = {"JPEG": rb"Exif\0\0", "PNG": b"iCCP"}
@@ -73,7 +73,7 @@ def check_size(image: Image.Image, max_pixels: int) -> None:
         raise too_large(f"{pixels / 1e6:.4g}", max_pixels)
     if max(image.size) > _MAX_SIDE:
         raise ImageTooLarge(f"the image has {max(image.size)} pixels on a side, the limit is {_MAX_SIDE}")
-    check_memory(_HELD_BYTES.get((image.format or "", image.mode), 0) * pixels, max_pixels)
+    check_memory(HELD_BYTES.get((image.format or "", image.mode), 0) * pixels, max_pixels)
 
 
 def check_memory(size: float, max_pixels: int) -> None:
