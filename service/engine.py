@@ -45,9 +45,9 @@ class Engine:
         self._metrics = metrics
         self.memory = memory.budget(options.memory_bytes, options.max_body_bytes, options.max_map_bytes)
         self._devices = DeviceHealth()
-        self._pipeline = Pipeline(options, metrics, self._devices)
+        self._pipeline = Pipeline(options, metrics, self._devices, self.memory)
         self._catalog = Catalog(options)
-        self._loading = Loading(options, metrics, self._pipeline, self._catalog, self._devices)
+        self._loading = Loading(options, metrics, self._pipeline, self._catalog, self._devices, memory=self.memory)
         self._registry = Registry[Resident](self._catalog, self._loading, options.budget)
         # Two, so that a small response need not wait for a large one; more would take the event loop's turns.
         self._encoders = Workers("encode", 2)

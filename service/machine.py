@@ -3,9 +3,10 @@
 import ctypes
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import psutil
 import torch
@@ -15,6 +16,8 @@ MOUNTS = Path("/proc/self/mountinfo")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST_MMAP_THRESHOLD = 32 * 1024 * 1024  # 4 * 1024 * 1024 * sizeof(long), mallopt(3)
 _BLOCK = 100 * 1024  # below the least mmap threshold, above FASTBIN_CONSOLIDATION_THRESHOLD
+
+T = TypeVar("T")
 
 _process = psutil.Process()
 
@@ -116,6 +119,21 @@ def _lines(path: Path) -> list[str]:
 def resident_bytes() -> int:
     """Resident memory, with freed memory that the allocator keeps."""
     return int(_process.memory_info().rss)
+
+
+def peak_of(function: Callable[[], T]) -> tuple[T, int]:
+    """What `function` returns, and how far resident memory rose meanwhile, for whatever reason.
+
+    Linux keeps the highest (`VmHWM`), and forgets it on request: proc_pid_clear_refs(5). Elsewhere, what it is now.
+    """
+    give_back()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes()
+    result = function()
+    lines = [line.split() for line in _lines(Path("/proc/self/status"))]
+    peaks = [int(line[1]) * 1024 for line in lines if line and line[0] == "VmHWM:"]
+    return result, max(0, *peaks, resident_bytes()) - before
 
 
 def held_bytes() -> int:

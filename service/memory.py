@@ -13,7 +13,7 @@ from typing import Self
 from service.errors import MemoryExhausted
 from service.machine import resident_bytes
 
-BODIES, ANSWERS = "bodies", "answers"  # what they are reserved for; `service` has others beside them
+BODIES, ANSWERS, DECODING, MODELS = "bodies", "answers", "decoding", "models"  # what they are reserved for
 # A reservation of so many bytes is small. The last part of the budget is for small ones only: a digit is answered
 # whatever large requests hold.
 SMALL_BYTES = 256 * 1024
@@ -80,6 +80,24 @@ class MemoryBudget:
         """Raises MemoryExhausted where `add` would now; reserves nothing."""
         with self._lock:
             self._require(count, whole, what)
+
+    def require_possible(self, count: int, what: str, beside: str = "") -> None:
+        """Raises MemoryExhausted where waiting is of no use: `count` bytes do not fit though only `beside` is held."""
+        with self._lock:
+            held = self._reserved[beside] if beside else 0
+        most = self.limit - self._small
+        if self.limit and count + held > most:
+            taken = f", of which {held / 1e6:.0f} are in use for {beside}" if held else ""
+            raise MemoryExhausted(
+                f"{count / 1e6:.0f} MB for {what} do not fit into the {most / 1e6:.0f} MB that the limit of the "
+                f"container or PVT_MEMORY_MB leaves{taken}; raise it, or ask for less",
+                retry_after_seconds=RETRY_SECONDS if count <= most else None,
+            )
+
+    def left(self) -> int:
+        """The bytes that a reservation which is not small may still take."""
+        with self._lock:
+            return self.limit - self._small - self._total
 
     def reserved(self) -> dict[str, int]:
         """The bytes that are reserved now, by what for."""

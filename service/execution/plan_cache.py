@@ -67,6 +67,10 @@ class PlanCache:
         """The folder of that model version's entry."""
         return self.root / model / version
 
+    def has(self, model: str, version: str) -> bool:
+        """Whether there is an entry, valid or not."""
+        return (self.folder(model, version) / _FILE).is_file()
+
     def read(self, model: str, version: str, key: Key) -> tuple[CachedPlan, dict[int, Path]] | None:
         """The entry for `key` and its verified graph files by batch size; None when there is no valid one."""
         folder = self.folder(model, version)

@@ -6,6 +6,7 @@ The bytes are upper bounds of what `tests/service/images/test_costs.py` measures
 from dataclasses import dataclass
 
 from PIL import Image
+from PIL.ImageFile import _Tile
 
 from service.images.geometry import Box
 from service.images.limits import HELD_BYTES
@@ -53,7 +54,8 @@ def cost_of(
 
 def _pixel_bytes(image: Image.Image) -> int:
     """For each pixel of an open PNG, GIF or BMP, while its loader in `service.images.formats` works."""
-    pixel, tile = _PIXEL_BYTES.get(image.mode, 4), vars(image)["tile"][0]
+    pixel: int = _PIXEL_BYTES.get(image.mode, 4)
+    tile: _Tile = vars(image)["tile"][0]
     if image.format == "PNG" and tile.args == "RGB;16B" and "transparency" in image.info:
         return 2 * pixel
     if image.format == "GIF" and tile.extents != (0, 0, *image.size):
