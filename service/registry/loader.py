@@ -380,6 +380,7 @@ class _Attempt:
                 program, optimized, tuned.layout, tuned.precision, shape, check.check, tuned.plan, self.limits,
                 self.devices,
             )  # fmt: skip
+        del module, program, optimized  # nothing else needs the plain weights
         if self.cache and self.backend.restore:
             self._write(self.cache, tuned, check.reference)
         for note in tuned.notes:
@@ -406,10 +407,6 @@ class _Attempt:
 
     def _write(self, cache: PlanCache, tuned: Tuned, reference: Reference) -> None:
         """Cache the plan and its graphs, and the reference if it was computed."""
-        blobs = {size: graph.export() for size, graph in tuned.graphs.items()}
-        whole = {size: blob for size, blob in blobs.items() if blob is not None}
-        if len(whole) < len(blobs):
-            return
         computed = None if self.own else packed(reference)
         entry = CachedPlan(
             key=self._key(),
@@ -419,11 +416,12 @@ class _Attempt:
             alone_seconds=tuned.plan.alone_seconds,
             alone_layout=tuned.latency.layout if tuned.latency else None,
             notes=tuned.notes,
-            graphs={size: digest(blob) for size, blob in whole.items()},
+            graphs={},
             reference=computed and computed[1],
         )
         files = {computed[1].file: computed[0]} if computed else {}
-        cache.write(self.stored.id, self.stored.version, entry, whole, files)
+        exported = ((size, graph.export()) for size, graph in tuned.graphs.items())  # one after another
+        cache.write(self.stored.id, self.stored.version, entry, exported, files)
 
     def _cached_reference(self, cache: PlanCache, entry: CachedPlan) -> Reference:
         folder = cache.folder(self.stored.id, self.stored.version)
