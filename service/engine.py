@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from service import memory
 from service.acquisition.pulling import RemoteModel
 from service.architecture.variants import VARIANTS
 from service.backends.base import DeviceHealth
@@ -43,10 +44,11 @@ class Engine:
     def __init__(self, options: EngineOptions, metrics: EngineMetrics) -> None:
         self.options = options
         self._metrics = metrics
+        self.memory = memory.budget(options.memory_bytes, options.max_body_bytes, options.max_map_bytes)
         self._devices = DeviceHealth()
-        self._pipeline = Pipeline(options, metrics, self._devices)
+        self._pipeline = Pipeline(options, metrics, self._devices, self.memory)
         self._catalog = Catalog(options)
-        self._loading = Loading(options, metrics, self._pipeline, self._catalog, self._devices)
+        self._loading = Loading(options, metrics, self._pipeline, self._catalog, self._devices, memory=self.memory)
         self._registry = Registry[Resident](self._catalog, self._loading, options.budget)
         # Two, so that a small response need not wait for a large one; more would take the event loop's turns.
         self._encoders = Workers("encode", 2)
@@ -288,6 +290,9 @@ class Engine:
         for resident in loaded:
             sizes[resident.executable.stored.id] += resident.memory_bytes
         self._metrics.report_memory(sizes)
+        self._metrics.memory_limit_bytes.set(self.memory.limit)
+        for what, count in self.memory.reserved().items():
+            self._metrics.memory_reserved_bytes.labels(what).set(count)
 
     async def _preload(self, name: str, load: Callable[[str], Awaitable[None]]) -> None:
         """Load `name`; what fails is tried again, since it keeps the service from being ready."""

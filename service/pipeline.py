@@ -1,31 +1,40 @@
 """The way of an image through a loaded model: decoded on a thread, queued, run in a batch."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Condition
+from time import monotonic
 from typing import NamedTuple
 
 import numpy as np
 
 from service.backends.base import DeviceHealth
-from service.errors import ImageTooLarge, InvalidImage, ServiceError
+from service.errors import ImageTooLarge, InvalidImage, MemoryExhausted, ServiceError
 from service.execution.executable import Executable
+from service.images.costs import Cost
 from service.images.decoding import Decoded, decode
 from service.images.geometry import Geometry
 from service.images.header import megapixels
+from service.memory import DECODING, MODELS, MemoryBudget
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.results import Image, ImageResult, Outputs, Pixels, Timing
 from service.scheduling.dispatcher import LARGE_MEGAPIXELS, Lane, Places
 from service.scheduling.scheduler import Scheduler
 
+_LEFT_TO_ANSWER = 0.1  # of the time of a request
+_LOOK_AGAIN_SECONDS = 0.1  # what others free wakes nobody
+
 
 class _Source(NamedTuple):
-    """An image of a request, and whether its stage maps are requested."""
+    """An image of a request, whether its stage maps are requested, and until when, on `monotonic`, it is of use."""
 
     image: bytes | Pixels
     stages: bool
+    deadline: float
 
 
 class _Prepared(NamedTuple):
@@ -45,11 +54,56 @@ class Sized:
     lane: Lane[_Source, _Prepared, _Inferred]
 
 
+class LargeImages:
+    """Memory for large images while they are decoded, one after another. Thread-safe."""
+
+    def __init__(self, memory: MemoryBudget) -> None:
+        self._memory = memory
+        # Mutable state, under the condition: whether one is being decoded.
+        self._free = Condition()
+        self._busy = False
+
+    @contextmanager
+    def reserved(self, deadline: float, cost: Cost) -> Iterator[None]:
+        """Hold the memory that `cost` names while the context lasts; at once where that is little.
+
+        Raises:
+            MemoryExhausted: there is never so much, or not by `deadline`, on `monotonic`.
+        """
+        if not cost.large:  # there is one on each thread at the most, and memory for these is never given away
+            yield
+            return
+        self._memory.require_possible(cost.bytes, DECODING, beside=MODELS)
+        deadline -= _LEFT_TO_ANSWER * (deadline - monotonic())
+        with self._free:
+            while self._busy and (left := deadline - monotonic()) > 0:
+                self._free.wait(left)
+            while not (held := None if self._busy else self._memory.try_reserve(cost.bytes, DECODING)):
+                if (left := deadline - monotonic()) <= 0:
+                    raise MemoryExhausted(
+                        f"decoding the image takes {cost.bytes / 1e6:.0f} MB, which were not free in time: large "
+                        "images are decoded one after another; send it again, or smaller",
+                        retry_after_seconds=1.0,
+                    )
+                self._free.wait(min(left, _LOOK_AGAIN_SECONDS))
+            self._busy = True
+        try:
+            yield
+        finally:
+            with self._free:
+                held.release()
+                self._busy = False
+                self._free.notify()
+
+
 class Pipeline:
     """The scheduler, and the work of its threads for each model. It lives until the scheduler is closed."""
 
-    def __init__(self, options: EngineOptions, metrics: EngineMetrics, devices: DeviceHealth) -> None:
+    def __init__(
+        self, options: EngineOptions, metrics: EngineMetrics, devices: DeviceHealth, memory: MemoryBudget
+    ) -> None:
         self._options = options
+        self._large = LargeImages(memory)
         self._metrics = metrics
         self._devices = devices
         self.scheduler = Scheduler[_Source, _Prepared, _Inferred](
@@ -74,7 +128,9 @@ class Pipeline:
         image, shape = source.image, (geometry.height, geometry.width, 3)
         if not isinstance(image, np.ndarray):
             most, scaled = self._options.max_image_pixels, self._options.scaled_jpeg
-            return _Prepared(decode(image, geometry, max_pixels=most, scaled_jpeg=scaled), source.stages)
+            reserve = partial(self._large.reserved, source.deadline)
+            decoded = decode(image, geometry, max_pixels=most, scaled_jpeg=scaled, reserve=reserve)
+            return _Prepared(decoded, source.stages)
         if image.dtype != np.uint8 or image.shape != shape:
             raise InvalidImage(f"pixels are {image.dtype} {image.shape}; the model takes uint8 {shape}")
         return _Prepared(Decoded(np.ascontiguousarray(image), geometry.width, geometry.height), source.stages)
@@ -119,7 +175,7 @@ class Pipeline:
             if isinstance(image, ServiceError):
                 outcome = "refused"
                 return image
-            completed = await self.scheduler.submit(places, _Source(image, stages), deadline, megapixels)
+            completed = await self.scheduler.submit(places, _Source(image, stages, deadline), deadline, megapixels)
             outcome = "answered"
         except asyncio.CancelledError:
             outcome = "cancelled"

@@ -23,6 +23,7 @@ LAYERS = {
         {"store"},
         {"images"},
         {"architecture"},
+        {"memory"},
         {"machine", "workers"},
         {"sharing"},
         {"errors", "files", "metrics"},
@@ -51,6 +52,7 @@ LAYERS = {
     ],
     "images": [
         {"decoding"},
+        {"costs"},
         {"tiff"},
         {"formats"},
         {"header"},

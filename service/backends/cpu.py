@@ -142,9 +142,8 @@ class _OpenVinoGraph(Graph):
     def export(self) -> bytes:
         if self._blob is not None:  # OpenVINO can't read what a restored graph exports
             return bytes(self._blob.data)
-        stream = BytesIO()
-        self._compiled.export_model(stream)
-        return stream.getvalue()
+        exported: BytesIO = self._compiled.export_model()
+        return exported.getvalue()
 
 
 def _traced(module: Served, height: int, width: int) -> ov.Model:

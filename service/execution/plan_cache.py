@@ -12,7 +12,7 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -67,6 +67,10 @@ class PlanCache:
         """The folder of that model version's entry."""
         return self.root / model / version
 
+    def has(self, model: str, version: str) -> bool:
+        """Whether there is an entry, valid or not."""
+        return (self.folder(model, version) / _FILE).is_file()
+
     def read(self, model: str, version: str, key: Key) -> tuple[CachedPlan, dict[int, Path]] | None:
         """The entry for `key` and its verified graph files by batch size; None when there is no valid one."""
         folder = self.folder(model, version)
@@ -87,19 +91,29 @@ class PlanCache:
         model: str,
         version: str,
         entry: CachedPlan,
-        graphs: Mapping[int, bytes],
+        graphs: Iterable[tuple[int, bytes | None]],
         others: Mapping[str, bytes] = {},
     ) -> None:
-        """Replace that model version's entry by `entry`, `graphs` and other files, all at once."""
-        folder = self.folder(model, version)
-        files = {**others, **{f"{size}.graph": blob for size, blob in graphs.items()}}
+        """Replace that model version's entry by `entry`, `graphs` and other files, all at once.
+
+        Each graph, by its batch size, is fetched when the one before it is written: together they take as much memory
+        as several models. Where one is None, nothing is written. The digests in `entry` are computed here.
+        """
+        folder, digests = self.folder(model, version), {}
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.parent.mkdir(exist_ok=True)
             with staging_folder(folder.parent, ".new-") as staged:
-                for name, content in files.items():
+                for size, blob in graphs:
+                    if blob is None:
+                        return
+                    (staged / f"{size}.graph").write_bytes(blob)
+                    digests[size] = digest(blob)
+                    del blob
+                for name, content in others.items():
                     (staged / name).write_bytes(content)
-                (staged / _FILE).write_text(entry.model_dump_json(indent=2) + "\n")
+                whole = entry.model_copy(update={"graphs": digests})
+                (staged / _FILE).write_text(whole.model_dump_json(indent=2) + "\n")
                 shutil.rmtree(folder, ignore_errors=True)
                 staged.rename(folder)
         except OSError as error:

@@ -183,7 +183,8 @@ class Tuning:
         best = fastest if more > WORTHWHILE_GAIN else base
         least = min(alone, key=alone.__getitem__)
         pays = least != best and alone[least] < alone[base] * (1 - LATENCY_SAVES)
-        latency = LatencyGraph(least, alone[least], lambda: graphs[least]) if pays else None
+        quickest = graphs[least]  # which keeps no other
+        latency = LatencyGraph(least, alone[least], lambda: quickest) if pays else None
         return best, (graphs[best], seconds[best]), latency
 
     def _add_larger(

@@ -6,9 +6,11 @@ all errors are the service's own.
 """
 
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from PIL import AvifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffIma
 
 from service.errors import InvalidImage
 from service.images import formats
+from service.images.costs import Cost, cost_of
 from service.images.geometry import Box, crop_box
 from service.images.geometry import Geometry as Geometry  # noqa: PLC0414  a parameter of `decode`
 from service.images.limits import BoundedReader, check_blocks, check_size, map_errors, tags
@@ -53,45 +56,98 @@ class Decoded:
     height: int
 
 
+class Reserve(Protocol):
+    """Waits until what decoding costs may be spent, and holds that while its context lasts."""
+
+    def __call__(self, cost: Cost, /) -> AbstractContextManager[object]: ...  # noqa: D102
+
+
 def decode(
-    data: bytes | bytearray | memoryview, geometry: Geometry, *, max_pixels: int, scaled_jpeg: bool = True
+    data: bytes | bytearray | memoryview,
+    geometry: Geometry,
+    *,
+    max_pixels: int,
+    scaled_jpeg: bool = True,
+    reserve: Reserve = nullcontext,
 ) -> Decoded:
     """The image in `data`, upright, in RGB, resized and centre-cropped to `geometry`.
 
     A JPEG that is far larger than the model's input is decoded at a half, a quarter or an eighth of its sides, unless
-    `scaled_jpeg` is off. The size in the result is that of the whole image.
+    `scaled_jpeg` is off. The size in the result is that of the whole image. `reserve` is entered with the cost, known
+    from the header, before any pixel is decoded.
 
     Raises:
         InvalidImage: it is empty, in no supported format, truncated or corrupt.
         ImageTooLarge: it has more than `max_pixels` pixels, or its decoding takes more than 9 bytes for each of them;
             nothing was decoded.
+        ServiceError: what `reserve` raises.
     """
+    with (
+        _opened(data, geometry, max_pixels=max_pixels, scaled_jpeg=scaled_jpeg) as opened,
+        reserve(opened.cost),
+    ):
+        return _pixels(opened, max_pixels)
+
+
+def cost(
+    data: bytes | bytearray | memoryview, geometry: Geometry, *, max_pixels: int, scaled_jpeg: bool = True
+) -> Cost:
+    """What `decode` of the same takes, from the header alone; raises as `decode` where that can't be read."""
+    with _opened(data, geometry, max_pixels=max_pixels, scaled_jpeg=scaled_jpeg) as opened:
+        return opened.cost
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A file of which only the header has been read, and what its pixels will cost."""
+
+    file: Image.Image
+    raw: bytes
+    name: str
+    orientation: int
+    reduction: int
+    geometry: Geometry
+    cost: Cost
+
+
+@contextmanager
+def _opened(
+    data: bytes | bytearray | memoryview, geometry: Geometry, *, max_pixels: int, scaled_jpeg: bool
+) -> Iterator[_Opened]:
     name = _format(raw := bytes(data))
     with map_errors(name, max_pixels):
         check_blocks(raw, name)
         raw = formats.without_cut_chunk(raw) if name == "WebP" else raw
         with _open(reader := BoundedReader(raw), raw, name) as file:
             check_size(file, max_pixels)
-            size, reduction, grey = file.size, 1, None
-            orientation = 1 if name == "TIFF" else _orientation(file)
-            if name == "TIFF":
-                grey, image = prepare(file, raw, max_pixels), file
-                file.load()  # which turns it upright
-                size = file.size
-            elif name == "JPEG":
-                reduction = formats.check_scans(file, raw, reader.tell())
+            orientation, reduction, scans = 1 if name == "TIFF" else _orientation(file), 1, False
+            if name == "JPEG":
+                scans = formats.check_scans(file, raw, reader.tell())
+                reduction = formats.least_reduction(file, several_scans=scans)
                 if scaled_jpeg:
-                    reduction = max(reduction, _reduction(_turned(size, orientation), geometry))
-                image = formats.load_jpeg(file, raw, reduction)
-            else:
-                grey = Grey(_SIXTEEN_BITS) if file.mode[0] == "I" else None
-                image = _LOADERS[name](file, raw)
-            left, top, right, bottom = _stored_crop(size, orientation, geometry)
-            # However odd sizes are rounded up, a pixel of the reduced image covers as many source pixels.
-            box: Box = (left / reduction, top / reduction, right / reduction, bottom / reduction)
-            target = _turned((geometry.width, geometry.height), orientation)
-            pixels = resample(image, box, target, geometry.interpolation, grey)
-            return Decoded(_upright(pixels, orientation), *_turned(size, orientation))
+                    reduction = max(reduction, _reduction(_turned(file.size, orientation), geometry))
+            box, target = _stored_crop(file.size, orientation, geometry)
+            price = cost_of(file, reduction, box, target, several_scans=scans)
+            yield _Opened(file, raw, name, orientation, reduction, geometry, price)
+
+
+def _pixels(opened: _Opened, max_pixels: int) -> Decoded:
+    file, raw, orientation, reduction = opened.file, opened.raw, opened.orientation, opened.reduction
+    grey, size = None, file.size
+    if opened.name == "TIFF":
+        grey, image = prepare(file, raw, max_pixels), file
+        file.load()  # which turns it upright
+        size = file.size
+    elif opened.name == "JPEG":
+        image = formats.load_jpeg(file, raw, reduction)
+    else:
+        grey = Grey(_SIXTEEN_BITS) if file.mode[0] == "I" else None
+        image = _LOADERS[opened.name](file, raw)
+    (left, top, right, bottom), target = _stored_crop(size, orientation, opened.geometry)
+    # However odd sizes are rounded up, a pixel of the reduced image covers as many source pixels.
+    box: Box = (left / reduction, top / reduction, right / reduction, bottom / reduction)
+    pixels = resample(image, box, target, opened.geometry.interpolation, grey)
+    return Decoded(_upright(pixels, orientation), *_turned(size, orientation))
 
 
 def _format(raw: bytes) -> str:
@@ -134,8 +190,11 @@ def _reduction(size: tuple[int, int], geometry: Geometry) -> int:
     return next((r for r in (8, 4, 2) if pixels >= _MARGIN * r), 1)
 
 
-def _stored_crop(size: tuple[int, int], orientation: int, geometry: Geometry) -> Box:
-    """The region that becomes the model's input, in an image of this size as its file stores it."""
+def _stored_crop(size: tuple[int, int], orientation: int, geometry: Geometry) -> tuple[Box, tuple[int, int]]:
+    """The region that becomes the model's input, in an image of this size as its file stores it, and the input's size.
+
+    Both turned as the file is.
+    """
     width, height = size
     left, top, right, bottom = crop_box(*_turned(size, orientation), geometry)
     if orientation in _SIDEWAYS:
@@ -144,7 +203,7 @@ def _stored_crop(size: tuple[int, int], orientation: int, geometry: Geometry) ->
         left, right = width - right, width - left
     if orientation in _UPSIDE_DOWN:
         top, bottom = height - bottom, height - top
-    return left, top, right, bottom
+    return (left, top, right, bottom), _turned((geometry.width, geometry.height), orientation)
 
 
 def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:

@@ -75,24 +75,29 @@ class _Pixels(Image.Image):
         return super().load()
 
 
-def check_scans(image: Image.Image, raw: bytes, start: int) -> int:
+def check_scans(image: Image.Image, raw: bytes, start: int) -> bool:
     """Refuse a JPEG with very many scans, or too few; the data of its first one begins at `start`.
 
-    Returns by how much its sides must be reduced at least, so that it fits into memory: 1 or 2.
+    Returns whether libjpeg reads several, for which it keeps all coefficients.
 
     Raises:
         InvalidImage: libjpeg would pass over the pixels very often; a component has no scan, or a progressive one lacks
             the last bits of some coefficients; or it is coded arithmetically, where missing data looks like zeros.
     """
-    layers, pixels, least = len(image.getbands()), image.width * image.height, 1
+    layers, pixels = len(image.getbands()), image.width * image.height
     complete = raw.startswith(bytes((0xFF, 0xDA, 0, 6 + 2 * layers, layers)), max(0, start - 2 * layers - 8))
-    if not complete or "progressive" in image.info:  # else all layers are in the first scan: libjpeg reads no other
+    # Where all layers are in the first scan, libjpeg reads no other.
+    if several := not complete or "progressive" in image.info:
         limit = _MAX_SCANNED_PIXELS // max(pixels, 1_000_000)
         if more_than(limit, rb"\xff[\xda]", raw):  # [] halves the time of the search
             raise InvalidImage(f"corrupt JPEG: more than {limit} scans")
-        least = 2 if pixels > _HALVED_PIXELS else 1
     _check_coefficients(raw)
-    return least
+    return several
+
+
+def least_reduction(image: Image.Image, *, several_scans: bool) -> int:
+    """By how much the sides of a JPEG must be reduced at least, so that it fits into memory: 1 or 2."""
+    return 2 if several_scans and image.width * image.height > _HALVED_PIXELS else 1
 
 
 def _check_coefficients(raw: bytes) -> None:

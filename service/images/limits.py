@@ -11,7 +11,7 @@ from itertools import islice
 import PIL
 from PIL import Image
 
-from service.errors import ImageTooLarge, InvalidImage
+from service.errors import ImageTooLarge, InvalidImage, MemoryExhausted
 
 # Limits on a hostile file beyond its bytes and pixels; real images stay far below each.
 _MAX_SIDE = 65_535  # JPEG's own; costs per row and Pillow's float32 boxes are fine up to there
@@ -19,7 +19,7 @@ _MAX_READS = 100_000  # by Pillow in Python, for it walks markers, chunks and bl
 _MAX_TIFF_VALUES = 65_536  # of one TIFF tag: Pillow makes a Python object of each
 _MAX_BYTES = 9  # of memory per pixel of the limit: 4 of the image, as much in the decoder, and small parts
 # Per pixel: libwebp's two canvases, libavif's planes of 16 bits and its RGB, and Pillow's copy of it.
-_HELD_BYTES = {("WEBP", "RGB"): 12, ("WEBP", "RGBA"): 12, ("AVIF", "RGB"): 12, ("AVIF", "RGBA"): 16}
+HELD_BYTES = {("WEBP", "RGB"): 12, ("WEBP", "RGBA"): 12, ("AVIF", "RGB"): 12, ("AVIF", "RGBA"): 16}
 _MOST_PIXELS = 178_956_970  # Pillow's own limit on every file, whatever the setting
 _MAX_REPEATS = 16  # of these blocks, whose handling adds up; there should be one
 _ONCE = {"JPEG": rb"Exif\0\0", "PNG": b"iCCP"}
@@ -50,7 +50,9 @@ def map_errors(name: str, max_pixels: int) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise too_large(f"over {_MOST_PIXELS / 1e6:.4g}", min(max_pixels, _MOST_PIXELS)) from error
     except MemoryError as error:
-        raise ImageTooLarge(f"the {name} image does not fit into memory") from error
+        raise MemoryExhausted(
+            f"the {name} image does not fit into memory now; send it again later, or smaller", retry_after_seconds=2.0
+        ) from error
     except _FOREIGN as error:
         message = str(error).lower()
         if message.startswith("unsupported"):  # Pillow's word for a form that it can't read
@@ -73,7 +75,7 @@ def check_size(image: Image.Image, max_pixels: int) -> None:
         raise too_large(f"{pixels / 1e6:.4g}", max_pixels)
     if max(image.size) > _MAX_SIDE:
         raise ImageTooLarge(f"the image has {max(image.size)} pixels on a side, the limit is {_MAX_SIDE}")
-    check_memory(_HELD_BYTES.get((image.format or "", image.mode), 0) * pixels, max_pixels)
+    check_memory(HELD_BYTES.get((image.format or "", image.mode), 0) * pixels, max_pixels)
 
 
 def check_memory(size: float, max_pixels: int) -> None:

@@ -112,7 +112,7 @@ def prepare(image: Image.Image, raw: bytes, max_pixels: int) -> Grey | None:
         _check_offsets(tags, layout)
     _choose_decoder(image, layout)
     if opened["tile"][0].codec_name == "libtiff":  # which decodes them whole; Pillow reads uncompressed ones by rows
-        _check_blocks(image, tags, layout, max_pixels)
+        _check_blocks(image, tags, max_pixels)
     if tags.get(TiffImagePlugin.COMPRESSION) == _JPEG:
         _check_jpegs(tags, raw)
     if image.palette and max(colours := tags[TiffImagePlugin.COLORMAP]) < 256:  # noqa: PLR2004
@@ -163,17 +163,26 @@ def _check_offsets(tags: Mapping[int, Any], layout: _Layout) -> None:
         raise InvalidImage(f"truncated TIFF: {missing} of its {needed} strips or tiles are missing")
 
 
-def _check_blocks(image: Image.Image, tags: Mapping[int, Any], layout: _Layout, max_pixels: int) -> None:
+def _check_blocks(image: Image.Image, tags: Mapping[int, Any], max_pixels: int) -> None:
     """Refuse a TIFF whose tiles or strips take more memory or time than its pixels."""
     width, height, across, down = _sizes(tags)
     covered = -(-width // across) * across * -(-height // down) * down
     if covered - width * height > max_pixels:
         raise too_large(f"{covered / 1e6:.4g}", max_pixels)
+    check_memory(held_bytes(image), max_pixels)
+
+
+def held_bytes(image: Image.Image) -> int:
+    """The memory that decoding an open TIFF takes, as libtiff decodes it, which takes more than Pillow."""
+    tags: Mapping[int, Any] = vars(image)["tag_v2"]
+    layout, (width, height, across, down) = _Layout(tags), _sizes(tags)
+    if vars(image)["tile"][0].codec_name == "raw":  # by rows, or its blocks must be in the file
+        across, down = min(across, width), min(down, height)
     pixel = 1 if image.mode in {"1", "L", "P"} else 4
     block = across * down * max(pixel, max(layout.bits) * max(len(layout.bits), layout.samples) / 8)
     # Turned by Pillow while libtiff keeps its copy; XMP may have an orientation too.
     turns = tags.get(ExifTags.Base.Orientation, 1) != 1 or TiffImagePlugin.XMP in tags
-    check_memory(block + pixel * (1 + turns) * width * height, max_pixels)
+    return int(block + pixel * (1 + turns) * width * height)
 
 
 def _check_jpegs(tags: Mapping[int, Any], raw: bytes) -> None:

@@ -4,7 +4,8 @@
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -14,7 +15,15 @@ import numpy as np
 import structlog
 
 from service.backends.base import Backend, DeviceHealth, build, plain_logits
-from service.errors import DeviceFailed, GoldenMismatch, ModelLoadFailed, OutOfMemory, ReferenceInvalid, ServiceError
+from service.errors import (
+    DeviceFailed,
+    GoldenMismatch,
+    MemoryExhausted,
+    ModelLoadFailed,
+    OutOfMemory,
+    ReferenceInvalid,
+    ServiceError,
+)
 from service.execution.executable import CheckedGraphs, Executable, LoadReport
 from service.execution.plan import BatchPlan
 from service.execution.plan_cache import CachedPlan, PlanCache, digest, machine
@@ -26,14 +35,15 @@ from service.execution.reference import (
     reference_of,
 )
 from service.execution.tuning import LatencyGraph, Limits, Optimizer, Tuned, Tuning
-from service.machine import give_back, held_bytes
+from service.machine import give_back, held_bytes, peak_of
+from service.memory import MODELS, MemoryBudget, Reservation
 from service.metrics import EngineMetrics
 from service.options import EngineOptions, make_backends
 from service.pipeline import Pipeline
 from service.registry.catalog import Catalog
 from service.registry.residency import Footprint, Footprints
 from service.registry.resident import Resident
-from service.registry.versions import UnloadReason
+from service.registry.versions import Free, UnloadReason
 from service.sharing import cancel
 from service.store.store import StoredModel
 from service.workers import Workers, detached
@@ -53,13 +63,17 @@ class Loading:
         pipeline: Pipeline,
         catalog: Catalog,
         devices: DeviceHealth,
+        *,
+        memory: MemoryBudget,
     ) -> None:
         self._metrics = metrics
         self._catalog = catalog
         self._devices = devices
+        self._memory = memory
         plans = PlanCache(options.cache) if options.cache else None
         limits, backends = Limits(options.cores, options.max_batch_size, options.precision), make_backends(options)
-        self._load = lambda stored: load(stored, backends, limits, plans, devices)
+        self._plans = plans
+        self._load = lambda stored, compiling: load(stored, backends, limits, plans, devices, compiling=compiling)
         self._resident = partial(Resident, pipeline=pipeline, max_others=options.sizes_per_model)
         kind = (options.backend, options.precision or "auto", f"{options.instances}x{options.cores}",
                 str(options.max_batch_size), *options.devices)  # fmt: skip
@@ -67,38 +81,88 @@ class Loading:
         self._footprints = Footprints(options.cache, "-".join(kind), compiled=compiled)
         self._thread = Workers("load", 1)
         self._preparing = asyncio.Lock()
-        # Mutable state: for each model, the task that optimizes its graphs.
+        self._one_at_a_time = asyncio.Lock()
+        # Mutable state: for each model, the memory that is reserved for it, and the task that optimizes its graphs.
+        self._held: dict[Resident, Reservation] = {}
         self._optimizing: dict[Resident, asyncio.Task[None]] = {}
 
-    async def load(self, stored: StoredModel) -> Resident:
-        """`stored`, ready to run; raises ModelLoadFailed or WeightsUnavailable, which say why it can't be."""
+    async def load(self, stored: StoredModel, free: Free) -> Resident:
+        """`stored`, ready to run; `free` evicts others.
+
+        Raises:
+            ModelLoadFailed, WeightsUnavailable: it can't be; the message says why.
+            MemoryExhausted: what the load takes at its peak is not free, and is not made free.
+        """
         start = perf_counter()
         try:
-            async with self._catalog.fetched(stored) as local:
-                executable = await self._on_thread("model_load_failed", "loaded", stored, partial(self._load, local))
+            async with self._catalog.fetched(stored) as local, self._one_at_a_time:
+                executable, held = await self._loaded(stored, local, free)
         except ServiceError:
             self._metrics.model_loads.labels(stored.id, "failed").inc()
             raise
         report = executable.report
         self._metrics.model_loads.labels(stored.id, "loaded").inc()
         self._metrics.model_load_seconds.labels(stored.id).observe(perf_counter() - start)
-        self._remember(executable)
         log.info("model_loaded", model=stored.id, backend=report.backend, precision=report.precision,
                  layout=f"{report.layout.streams}x{report.layout.threads}", batch_sizes=executable.plan.sizes,
                  cached=report.cached, seconds=round(report.load_seconds, 3),
                  version=stored.version, memory_bytes=report.memory_bytes)  # fmt: skip
-        resident = self._resident(executable, compile_=partial(self._extend, executable.stored))
+        resident = self._resident(executable, compile_=partial(self._extend, executable.stored, held))
+        self._held[resident] = held
         self._optimizing[resident] = asyncio.create_task(self._optimize(resident))
         self._optimizing[resident].add_done_callback(lambda _: self._optimizing.pop(resident, None))
         return resident
 
+    async def _loaded(self, stored: StoredModel, local: StoredModel, free: Free) -> tuple[Executable, Reservation]:
+        """The loaded model, and the memory that it keeps; the peak of its load is reserved meanwhile.
+
+        Graphs from the plan cache take less. Where they turn out to be of no use, what compiling takes is reserved on
+        the thread, without evicting anything, or it ends there.
+        """
+        cached = self._plans is not None and self._plans.has(stored.id, stored.version)
+        held = await self._reserved(stored.key, self._footprints.peak_bytes(stored, cached=cached), free)
+        whole = self._footprints.peak_bytes(stored, cached=False)
+        compiling = lambda: self._grow(held, whole, stored.key)  # noqa: E731
+        try:
+            load_ = partial(self._load, local, compiling)
+            executable, peak = await self._on_thread("model_load_failed", "loaded", stored, partial(peak_of, load_))
+        except BaseException:
+            held.release()
+            raise
+        self._remember(executable, min(peak, whole) if not executable.report.cached else 0)
+        _settle(held, executable.report.memory_bytes)
+        return executable, held
+
+    async def _reserved(self, name: str, count: int, free: Free) -> Reservation:
+        """Memory for `name`; models that are idle are evicted for it."""
+        held: list[Reservation] = []
+
+        def missing() -> int:
+            if reserved := self._memory.try_reserve(count, MODELS):
+                held.append(reserved)
+                return 0
+            return max(1, count - self._memory.left())
+
+        with _named(name):
+            self._memory.require_possible(count, MODELS)
+            if missing():
+                await free(missing)
+            return held[0] if held else self._memory.reserve(count, MODELS)
+
+    def _grow(self, held: Reservation, whole: int, name: str) -> None:
+        if held.count < whole:
+            with _named(name):
+                held.grow(whole - held.count)
+
     async def unload(self, only: list[Resident], reason: UnloadReason) -> None:
         """Take out the one model in `only`, to which nothing else refers, and return its memory to the kernel."""
         self._metrics.evictions.labels(reason).inc()
+        held = self._held.pop(only[0])
         await self._end_optimizing(only[0])
         await only[0].close()
         stored, before = only[0].executable.stored, held_bytes()
         await self._thread.run(_drop, only)
+        held.release()
         log.info("model_unloaded", model=stored.id, version=stored.version, freed_bytes=before - held_bytes())
 
     def memory_bytes(self, loaded: Resident) -> int:
@@ -123,11 +187,16 @@ class Loading:
             task.cancel()
             await asyncio.wait([task])
 
-    async def _extend(self, stored: StoredModel, make: Callable[[], T]) -> T:
-        """What `make` compiles for `stored`, which is loaded; raises as `load`."""
-        start = perf_counter()
-        async with self._catalog.fetched(stored):  # `make` may read the weights again
-            extension = await self._on_thread("model_extension_failed", "compiled anew", stored, make)
+    async def _extend(self, stored: StoredModel, held: Reservation, make: Callable[[], T]) -> T:
+        """What `make` compiles for `stored`, which is loaded and holds memory; raises as `load`, and evicts nothing."""
+        start, before = perf_counter(), held.count
+        async with self._catalog.fetched(stored), self._one_at_a_time:  # `make` may read the weights again
+            self._grow(held, before + self._footprints.peak_bytes(stored, cached=False), stored.key)
+            taken = held_bytes()
+            try:
+                extension = await self._on_thread("model_extension_failed", "compiled anew", stored, make)
+            finally:
+                _settle(held, before + max(0, held_bytes() - taken))
         log.info("model_extended", model=stored.id, seconds=round(perf_counter() - start, 3))
         return extension
 
@@ -172,10 +241,27 @@ class Loading:
         for note in notes:
             log.warning("plan_note", model=executable.stored.id, note=note)
 
-    def _remember(self, executable: Executable) -> None:
+    def _remember(self, executable: Executable, peak_bytes: int = 0) -> None:
+        """Keep what it takes, and the peak of its load; 0: as it was."""
+        peak_bytes = peak_bytes or self._footprints.of(executable.stored).peak_bytes
         taken = executable.report.memory_bytes + executable.added_bytes
-        footprint = Footprint(bytes=max(0, taken), seconds=executable.report.load_seconds)
+        footprint = Footprint(bytes=max(0, taken), seconds=executable.report.load_seconds, peak_bytes=peak_bytes)
         self._footprints.remember(executable.stored, footprint)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Name the model in a refusal."""
+    try:
+        yield
+    except MemoryExhausted as error:
+        raise MemoryExhausted(f"{name} can't be loaded: {error}", error.retry_after_seconds) from error
+
+
+def _settle(held: Reservation, count: int) -> None:
+    """Hold `count` bytes from now on; where more than was reserved is in use already, all that was reserved."""
+    if count < held.count:
+        held.shrink(held.count - count)
 
 
 def _drop(only: list[T]) -> None:
@@ -189,13 +275,17 @@ def load(
     limits: Limits,
     cache: PlanCache | None = None,
     devices: DeviceHealth | None = None,
+    *,
+    compiling: Callable[[], object] = lambda: None,
 ) -> Executable:
     """Load `stored` on the first of `backends` that can run it, with the plan in `cache`, else with a measured one.
 
     A backend that does not reproduce the model's reference logits can't run it. `devices` notes the failure of a GPU.
+    `compiling` is called before that begins, which takes most memory.
 
     Raises:
         ModelLoadFailed: the card or the weights are wrong, or the model computes no finite numbers.
+        MemoryExhausted: what `compiling` raises.
         Exception: the last backend's, if none could run it.
     """
     start, devices = perf_counter(), devices or DeviceHealth()
@@ -209,7 +299,10 @@ def load(
                 memory = backend.memory_bytes()  # after its libraries, which are not the model's memory
                 own = reference_of(stored.require_card(), stored.folder)
                 attempt = _Attempt(stored, backend, limits, cache, devices, own, failures, memory, start)
-                return attempt.restored() or attempt.measured()
+                if restored := attempt.restored():
+                    return restored
+                compiling()
+                return attempt.measured()
         except Exception as error:
             wrong = isinstance(error, GoldenMismatch)
             # Other errors of ours are about the model's files, which are the same on every backend.
@@ -287,6 +380,7 @@ class _Attempt:
                 program, optimized, tuned.layout, tuned.precision, shape, check.check, tuned.plan, self.limits,
                 self.devices,
             )  # fmt: skip
+        del module, program, optimized  # nothing else needs the plain weights
         if self.cache and self.backend.restore:
             self._write(self.cache, tuned, check.reference)
         for note in tuned.notes:
@@ -313,10 +407,6 @@ class _Attempt:
 
     def _write(self, cache: PlanCache, tuned: Tuned, reference: Reference) -> None:
         """Cache the plan and its graphs, and the reference if it was computed."""
-        blobs = {size: graph.export() for size, graph in tuned.graphs.items()}
-        whole = {size: blob for size, blob in blobs.items() if blob is not None}
-        if len(whole) < len(blobs):
-            return
         computed = None if self.own else packed(reference)
         entry = CachedPlan(
             key=self._key(),
@@ -326,11 +416,12 @@ class _Attempt:
             alone_seconds=tuned.plan.alone_seconds,
             alone_layout=tuned.latency.layout if tuned.latency else None,
             notes=tuned.notes,
-            graphs={size: digest(blob) for size, blob in whole.items()},
+            graphs={},
             reference=computed and computed[1],
         )
         files = {computed[1].file: computed[0]} if computed else {}
-        cache.write(self.stored.id, self.stored.version, entry, whole, files)
+        exported = ((size, graph.export()) for size, graph in tuned.graphs.items())  # one after another
+        cache.write(self.stored.id, self.stored.version, entry, exported, files)
 
     def _cached_reference(self, cache: PlanCache, entry: CachedPlan) -> Reference:
         folder = cache.folder(self.stored.id, self.stored.version)

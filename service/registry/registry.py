@@ -6,7 +6,7 @@ no request ever waits for a swap. What a loaded model is, only the loader knows:
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from math import inf
 from typing import Generic, TypeVar
@@ -15,7 +15,7 @@ import structlog
 
 from service.errors import ModelLoadFailed, ModelLoading, ModelNotFound, ModelPinned, ServiceError, WeightsUnavailable
 from service.options import Budget
-from service.registry.residency import Full, MemoryUse, credit, make_room, no_room
+from service.registry.residency import Full, MemoryUse, credit, make_room, no_room, used_bytes
 from service.registry.versions import Candidate, Entry, Finder, Loader, UnloadReason, VersionStatus
 from service.sharing import cancel, fresh, shared
 
@@ -23,6 +23,7 @@ M = TypeVar("M")
 
 log = structlog.get_logger(component="registry")
 
+_LOOK_AGAIN_SECONDS = 0.25  # for memory that requests have freed, which wakes nobody
 FAILURE_SECONDS = 10.0  # how long a failure is reported to requests that would not wait for another attempt
 
 
@@ -254,7 +255,7 @@ class Registry(Generic[M]):
     async def _load(self, entry: Entry[M]) -> None:
         try:
             await self._reserve(entry)
-            entry.loaded = await self._loader.load(entry.stored)
+            entry.loaded = await self._loader.load(entry.stored, self._free_memory)
         except BaseException as error:
             entry.failure = fresh(error)
             entry.state = "failed"  # 3
@@ -317,27 +318,45 @@ class Registry(Generic[M]):
     # The budget.
 
     async def _reserve(self, entry: Entry[M]) -> None:
-        """Evict until `entry` fits, or wait a while for what is in use."""
+        """Evict until `entry` fits into the budget, or wait a while for what is in use."""
+        if full := await self._until_room(lambda: self._make_room(entry.footprint.bytes)):
+            limit, seconds = self._budget.bytes or 0, full.until - now()
+            raise no_room(entry.stored.key, entry.footprint, limit, self._memory(), seconds)
+        entry.state = "loading"  # 2
+
+    async def _free_memory(self, missing: Callable[[], int]) -> None:
+        """Evict until nothing is `missing`, or wait a while for what is in use, also by requests."""
+
+        def evict() -> "Full | list[asyncio.Task[None]]":
+            needed = missing()
+            return self._evict(needed, used_bytes(self._memory())) if needed else []
+
+        await self._until_room(evict, look_again_seconds=_LOOK_AGAIN_SECONDS)
+
+    async def _until_room(
+        self, decide: Callable[[], "Full | list[asyncio.Task[None]]"], look_again_seconds: float = inf
+    ) -> Full | None:
+        """Until `decide` has nothing to evict, or waiting is of no use: what is full then."""
         give_up = now() + self._budget.max_wait_seconds
-        while outcome := self._make_room(entry.footprint.bytes):
+        while outcome := decide():
             if not isinstance(outcome, Full):
                 await asyncio.wait(outcome)
-            elif outcome.until < give_up:
+            elif outcome.until < give_up or (look_again_seconds < inf and now() < give_up):
                 wake_at = outcome.until if outcome.until > now() else give_up
                 self._changed.clear()
                 with suppress(TimeoutError):
-                    async with asyncio.timeout_at(wake_at):
+                    async with asyncio.timeout_at(min(wake_at, give_up, now() + look_again_seconds)):
                         await self._changed.wait()
             else:
-                limit, seconds = self._budget.bytes or 0, outcome.until - now()
-                raise no_room(entry.stored.key, entry.footprint, limit, self._memory(), seconds)
-        entry.state = "loading"  # 2
+                return outcome
+        return None
 
     def _make_room(self, needed: int) -> "Full | list[asyncio.Task[None]]":
         """Evict until there is room for so many bytes more; what frees it, or that it is full."""
-        if self._budget.bytes is None:
-            return []
-        decision = make_room(self._memory(), needed, self._budget.bytes, now(), self._inflation)
+        return [] if self._budget.bytes is None else self._evict(needed, self._budget.bytes)
+
+    def _evict(self, needed: int, budget: int) -> "Full | list[asyncio.Task[None]]":
+        decision = make_room(self._memory(), needed, budget, now(), self._inflation)
         if isinstance(decision, Full):
             return decision
         self._inflation = decision.inflation

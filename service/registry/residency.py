@@ -27,6 +27,10 @@ log = structlog.get_logger(component="residency")
 # copy for each batch size; one batch size is assumed, since what is guessed too large is never tried.
 BYTES_PER_PARAMETER = {"torch": 4, "compiled": 12}  # 4 on a GPU too, where half of it is weights in 16 bits
 SECONDS, SECONDS_PER_PARAMETER = 2.0, 1.5e-7
+# At the peak of a load (decision 70): the module, graphs of two layouts or precisions, and one exported; of a load from
+# the plan cache, one graph and its file.
+PEAK_BYTES, PEAK_BYTES_PER_PARAMETER = 160_000_000, {"torch": 12, "compiled": 22}
+CACHED_PEAK_BYTES, CACHED_PEAK_BYTES_PER_PARAMETER = 50_000_000, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +101,17 @@ def make_room(
 
 
 class Footprint(BaseModel):
-    """Resident bytes and seconds of a load; `measured` unless it is an estimate."""
+    """Resident bytes and seconds of a load; `measured` unless it is an estimate.
+
+    `peak_bytes` is what it took at once while it was compiled; 0: not known.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bytes: Annotated[int, Field(ge=0)]
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     measured: bool = True
+    peak_bytes: Annotated[int, Field(ge=0)] = 0
 
 
 def no_room(
@@ -137,7 +145,8 @@ class Footprints:
     def __init__(self, folder: Path | None, kind: str = "", *, compiled: bool = True) -> None:
         self._folder = folder / "footprints" if folder else None
         self._kind = re.sub(r"[^\w.-]", "_", kind)
-        self._per_parameter = BYTES_PER_PARAMETER["compiled" if compiled else "torch"]
+        how = "compiled" if compiled else "torch"
+        self._per_parameter, self._peak_per_parameter = BYTES_PER_PARAMETER[how], PEAK_BYTES_PER_PARAMETER[how]
         # Mutable state: what is known, by model version.
         self._known: dict[str, Footprint] = {}
 
@@ -151,6 +160,13 @@ class Footprints:
         parameters = stored.card.parameters if stored.card else 0
         seconds = SECONDS + SECONDS_PER_PARAMETER * parameters
         return Footprint(bytes=self._per_parameter * parameters, seconds=seconds, measured=False)
+
+    def peak_bytes(self, stored: StoredModel, *, cached: bool) -> int:
+        """What loading `stored` takes at the peak: as measured, else an estimate; `cached`: with graphs as they are."""
+        known, parameters = self.of(stored), stored.card.parameters if stored.card else 0
+        if cached:
+            return max(known.bytes, CACHED_PEAK_BYTES + CACHED_PEAK_BYTES_PER_PARAMETER * parameters)
+        return max(known.bytes, known.peak_bytes or PEAK_BYTES + self._peak_per_parameter * parameters)
 
     def remember(self, stored: StoredModel, footprint: Footprint) -> None:
         """Keep what was measured. A folder that can't be written is no error."""

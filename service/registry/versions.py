@@ -1,7 +1,7 @@
 """A version of a model: as a candidate for a name, as the registry keeps it, and as the engine reports it."""
 
 import asyncio
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Generic, Literal, Protocol, TypeVar
@@ -38,14 +38,22 @@ class Finder(Protocol):
     async def obtain(self, name: str, max_wait_seconds: float | None) -> Sequence[Candidate]: ...  # noqa: D102
 
 
+class Free(Protocol):
+    """Evicts models that are not in use until `missing`, which returns bytes, returns 0, or waiting is of no use."""
+
+    async def __call__(self, missing: Callable[[], int]) -> None: ...  # noqa: D102
+
+
 class Loader(Protocol[M]):
     """Loads versions, where every failure is a ServiceError, and frees them again.
+
+    `load` calls `free` for memory beyond the budget of models; it evicts until nothing is missing, or gives up.
 
     `unload` frees the one model in `only`, to which nothing else refers, by taking it out, and raises nothing.
     `footprint` is an estimate before the first load, measured afterwards.
     """
 
-    async def load(self, stored: StoredModel) -> M: ...  # noqa: D102
+    async def load(self, stored: StoredModel, free: "Free") -> M: ...  # noqa: D102
     async def unload(self, only: list[M], reason: UnloadReason) -> None: ...  # noqa: D102
     def memory_bytes(self, loaded: M) -> int: ...  # noqa: D102
     def footprint(self, stored: StoredModel) -> Footprint: ...  # noqa: D102

@@ -47,9 +47,9 @@ def gated_load(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     """Loads wait for this event."""
     gate, loop = asyncio.Event(), asyncio.get_running_loop()
 
-    def gated(*args: Any) -> Executable:
+    def gated(*args: Any, **options: Any) -> Executable:
         asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(30)
-        return real_load(*args)
+        return real_load(*args, **options)
 
     monkeypatch.setattr(loader, "load", gated)
     return gate
@@ -156,7 +156,7 @@ async def test_a_deadline_covers_the_loading_of_the_model(tmp_path: Path, monkey
 async def test_an_unexpected_error_of_a_load_is_reported_with_its_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> Executable:
+    def broken(*_: Any, **_options: Any) -> Executable:
         raise ZeroDivisionError("of all things")
 
     monkeypatch.setattr(loader, "load", broken)
@@ -169,11 +169,11 @@ async def test_a_preload_that_failed_is_tried_again(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(engine_module, "PRELOAD_AGAIN_SECONDS", 0.01)
     mended = asyncio.Event()
 
-    def load(*args: Any) -> Executable:
+    def load(*args: Any, **options: Any) -> Executable:
         if not mended.is_set():
             mended.set()
             raise WeightsCorrupt("not yet")
-        return real_load(*args)
+        return real_load(*args, **options)
 
     monkeypatch.setattr(loader, "load", load)
     async with engine(tmp_path, preload=(NAME,)) as e, asyncio.timeout(30):
@@ -185,7 +185,7 @@ async def test_a_preload_that_failed_is_tried_again(tmp_path: Path, monkeypatch:
 
 async def test_aborting_ends_what_is_under_way_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
-    monkeypatch.setattr(loader, "load", lambda *_: never.wait(30))
+    monkeypatch.setattr(loader, "load", lambda *_, **_options: never.wait(30))
     async with engine(tmp_path) as e:
         under_way = asyncio.create_task(e.infer([png()]))
         await asyncio.sleep(0)

@@ -26,7 +26,7 @@ ENTRY = CachedPlan(
 @pytest.fixture
 def cache(tmp_path: Path) -> PlanCache:
     cache = PlanCache(tmp_path / "cache")
-    cache.write("pvt_v2_b0.tiny", "1", ENTRY, GRAPHS)
+    cache.write("pvt_v2_b0.tiny", "1", ENTRY, GRAPHS.items())
     return cache
 
 
@@ -102,7 +102,7 @@ def test_a_plan_without_its_graph_file_is_no_entry(cache: PlanCache) -> None:
 def test_a_new_entry_takes_the_place_of_the_old(cache: PlanCache) -> None:
     other = ENTRY.model_copy(update={"key": {**KEY, "cpu": "two"}, "graphs": {1: digest(b"new")}, "seconds": {1: 0.1}})
 
-    cache.write("pvt_v2_b0.tiny", "1", other, {1: b"new"})
+    cache.write("pvt_v2_b0.tiny", "1", other, [(1, b"new")])
 
     assert sorted(path.name for path in folder(cache).iterdir()) == ["1.graph", "plan.json"]
     assert cache.read("pvt_v2_b0.tiny", "1", {**KEY, "cpu": "two"}) is not None
@@ -114,7 +114,7 @@ def test_what_a_killed_process_has_left_is_removed(cache: PlanCache) -> None:
     left.mkdir()
     (left / "1.graph").write_bytes(b"half")
 
-    cache.write("pvt_v2_b0.tiny", "1", ENTRY, GRAPHS)
+    cache.write("pvt_v2_b0.tiny", "1", ENTRY, GRAPHS.items())
 
     assert [path.name for path in folder(cache).parent.iterdir()] == ["1"]
 
@@ -123,7 +123,7 @@ def test_a_folder_that_can_not_be_written_is_logged_and_no_error(tmp_path: Path)
     (tmp_path / "file").write_text("in the way")
 
     with capture_logs() as logs:
-        PlanCache(tmp_path / "file" / "cache").write("pvt_v2_b0.tiny", "1", ENTRY, GRAPHS)
+        PlanCache(tmp_path / "file" / "cache").write("pvt_v2_b0.tiny", "1", ENTRY, GRAPHS.items())
 
     assert [(line["event"], "PVT_CACHE_DIR" in line["hint"]) for line in logs] == [("plan_cache_not_written", True)]
 

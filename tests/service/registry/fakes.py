@@ -2,13 +2,13 @@
 
 import asyncio
 import selectors
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from service.errors import ModelLoadFailed, ModelNotFound, WeightsUnavailable
 from service.registry.residency import Footprint
-from service.registry.versions import Candidate, UnloadReason
+from service.registry.versions import Candidate, Free, UnloadReason
 from service.store.store import StoredModel
 
 T = TypeVar("T")
@@ -23,6 +23,7 @@ class FakeSource:
         self.sizes: dict[str, int] = {}
         self.guesses: dict[str, int] = {}
         self.broken: set[str] = set()
+        self.missing: Callable[[str], int] = lambda _: 0
         self.marks: dict[str, int] = {}
         self.gone = False
         self.gate = asyncio.Event()
@@ -49,7 +50,8 @@ class FakeSource:
         stored = StoredModel(id_, version, Path(), None)
         return Candidate(stored, stored.key, self.marks.get(stored.key, 0))
 
-    async def load(self, stored: StoredModel) -> str:
+    async def load(self, stored: StoredModel, free: Free) -> str:
+        await free(lambda: self.missing(stored.key))
         self.loads.append(stored.key)
         await self.gate.wait()
         if stored.key in self.broken:

@@ -149,3 +149,31 @@ def test_without_a_budget_everything_stays() -> None:
         assert source.in_memory == ["a@1", "b@1"]
 
     run_virtually(main())
+
+
+def test_idle_models_are_evicted_for_what_a_load_takes_while_it_runs_although_no_budget_is_set() -> None:
+    async def main() -> None:
+        source, registry = make(Budget(None), a=4, b=4, c=4)
+        await use(registry, "a")
+        await asyncio.sleep(1)
+        await use(registry, "b")
+        await asyncio.sleep(1)
+        source.missing = lambda key: max(0, len(source.in_memory) - 1) * MB if key == "c@1" else 0
+
+        assert await use(registry, "c") == "c@1"
+        assert source.in_memory == ["b@1", "c@1"]
+
+    run_virtually(main())
+
+
+def test_a_load_that_misses_memory_which_nothing_frees_gives_up_after_the_wait() -> None:
+    async def main() -> None:
+        source, registry = make(Budget(None, max_wait_seconds=5), a=4, c=4)
+        source.missing = lambda key: MB if key == "c@1" else 0
+        async with registry.lease("a"):
+            before = asyncio.get_running_loop().time()
+            await use(registry, "c")  # the fake loads all the same
+
+            assert 4.9 < asyncio.get_running_loop().time() - before < 5.5
+
+    run_virtually(main())

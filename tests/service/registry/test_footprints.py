@@ -49,3 +49,13 @@ def test_a_broken_file_is_no_footprint(stored: StoredModel, tmp_path: Path) -> N
     file.write_text('{"bytes": -1}')
 
     assert not Footprints(tmp_path).of(stored).measured
+
+
+def test_the_peak_is_estimated_until_it_is_measured_and_never_below_what_stays(stored: StoredModel) -> None:
+    footprints, parameters = Footprints(None), stored.require_card().parameters
+
+    assert footprints.peak_bytes(stored, cached=False) > 160_000_000 + 20 * parameters
+    assert footprints.peak_bytes(stored, cached=True) < footprints.peak_bytes(stored, cached=False)
+    footprints.remember(stored, Footprint(bytes=300_000_000, seconds=1.0, peak_bytes=400_000_000))
+    assert footprints.peak_bytes(stored, cached=False) == 400_000_000
+    assert footprints.peak_bytes(stored, cached=True) == 300_000_000

@@ -6,6 +6,7 @@ import pytest
 
 from service.errors import ModelLoadFailed, ModelLoading, ModelNotFound, ModelPinned, WeightsUnavailable
 from service.registry.registry import Registry
+from service.registry.versions import Free
 from service.store.store import StoredModel
 from tests.service.registry.fakes import FakeSource
 
@@ -374,10 +375,10 @@ async def test_an_unpin_ends_pins_that_are_still_under_way_too(source: FakeSourc
 
 async def test_where_a_versions_weights_are_missing_the_version_before_it_serves() -> None:
     class Missing(FakeSource):
-        async def load(self, stored: StoredModel) -> str:
+        async def load(self, stored: StoredModel, free: Free) -> str:
             if stored.version != "1":
                 raise WeightsUnavailable(f"the weights of {stored.key} are not there")
-            return await super().load(stored)
+            return await super().load(stored, free)
 
     source = Missing()
     source.versions = {"a": ["3", "2", "1"]}
@@ -395,9 +396,9 @@ async def test_where_a_versions_weights_are_missing_the_version_before_it_serves
 
 async def test_a_pin_that_comes_while_an_unload_waits_keeps_its_model() -> None:
     class OneSlow(FakeSource):
-        async def load(self, stored: StoredModel) -> str:
+        async def load(self, stored: StoredModel, free: Free) -> str:
             if stored.version == "2":
-                return await super().load(stored)
+                return await super().load(stored, free)
             self.in_memory.append(stored.key)
             return stored.key
 

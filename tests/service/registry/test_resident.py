@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from service.backends.base import DeviceHealth
 from service.errors import InvalidImage, InvalidRequest, ModelLoadFailed, QueueFull
+from service.memory import MemoryBudget
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.pipeline import Pipeline, Sized
@@ -45,7 +46,7 @@ class Model:
 
     def __init__(self, root: Path, max_others: int = 2) -> None:
         options = EngineOptions(model_store=root, default_model="pvt_v2_b0.tiny", instances=1, cores=1)
-        self.pipeline = Pipeline(options, EngineMetrics(CollectorRegistry()), DeviceHealth())
+        self.pipeline = Pipeline(options, EngineMetrics(CollectorRegistry()), DeviceHealth(), MemoryBudget())
         self.compiler = Compiler()
         self.resident = Resident(load_tiny(root, 2), self.pipeline, self.compiler, max_others=max_others)
 

@@ -1,0 +1,65 @@
+"""What decoding an image costs, from its header alone: pixels, for its time, and bytes of memory at the peak.
+
+The bytes are upper bounds of what `tests/service/images/test_costs.py` measures in a process of its own.
+"""
+
+from dataclasses import dataclass
+
+from PIL import Image
+from PIL.ImageFile import _Tile
+
+from service.images.geometry import Box
+from service.images.limits import HELD_BYTES
+from service.images.tiff import held_bytes
+
+LARGE_BYTES = 16_000_000  # 4 megapixels in colour
+_ENTROPY_PIXELS = 4  # pixels of a JPEG of reduced size that take as long to read as one to make
+_STRIP_BYTES = 16_000_000  # conversion of a strip of a large image to what people see, in the mode that takes most
+_PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # of Pillow's images; 4 in other modes
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What decoding takes: time in proportion to `pixels`, and `bytes` of memory beside the file itself, at most."""
+
+    pixels: int
+    bytes: int
+
+    @property
+    def large(self) -> bool:
+        """Whether so many bytes must be free before it begins; what threads keep ready is enough for smaller ones."""
+        return self.bytes > LARGE_BYTES
+
+
+def cost_of(
+    image: Image.Image, reduction: int, box: Box, target: tuple[int, int], *, several_scans: bool = False
+) -> Cost:
+    """The cost of an open image, whose `box` is resized to `target` (width, height), both as the file lies.
+
+    A JPEG is read at 1/`reduction` of its sides; `several_scans` says that libjpeg keeps its coefficients.
+    """
+    pixels = image.width * image.height
+    if image.format == "JPEG":
+        made = -(-pixels // reduction**2)
+        held = 2 * len(image.getbands()) * pixels * several_scans + 4 * made
+        pixels = pixels if several_scans else -(-pixels // min(reduction**2, _ENTROPY_PIXELS))
+    elif image.format == "TIFF":
+        held = held_bytes(image)
+    else:
+        held = (HELD_BYTES.get((image.format or "", image.mode)) or _pixel_bytes(image)) * pixels
+    # Pillow resizes rows to the target's width before columns; where it can't take the image itself, in two steps.
+    rows = (box[3] - box[1]) / reduction
+    return Cost(pixels, int(held + 8 * target[0] * rows + _STRIP_BYTES * (held > _STRIP_BYTES)))
+
+
+def _pixel_bytes(image: Image.Image) -> int:
+    """For each pixel of an open PNG, GIF or BMP, while its loader in `service.images.formats` works."""
+    pixel: int = _PIXEL_BYTES.get(image.mode, 4)
+    tile: _Tile = vars(image)["tile"][0]
+    if image.format == "PNG" and tile.args == "RGB;16B" and "transparency" in image.info:
+        return 2 * pixel
+    if image.format == "GIF" and tile.extents != (0, 0, *image.size):
+        return 14 * pixel  # the canvas twice, and of a frame that may cover it nearly: cut out, in RGBA and on white
+    if image.format == "BMP":  # the indices that were compressed, twice; of alpha that says nothing, a copy without
+        return pixel + 2 * (tile.codec_name == "bmp_rle") + (5 if image.mode in {"RGB", "RGBA"} else 0)
+    return pixel
