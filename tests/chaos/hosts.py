@@ -14,6 +14,7 @@ class Host:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._listener = socket.create_server((address, port), family=family, backlog=1024)
         self.port: int = self._listener.getsockname()[1]
+        self.address = address
         self.place = f"{address}:{self.port}"
         self._answer = answer
         self._connections: list[socket.socket] = []
