@@ -31,6 +31,7 @@ from bench.server import ROOT, Server, serving
 from bench.soak_load import MANAGEMENT_KEY, MODEL, SECOND, Load, Tally
 from bench.tables import table
 
+_HOUR = 3600.0
 SAMPLE_SECONDS, LEAST_SAMPLES = 10.0, 10
 _TITLES = {"rss_mb": "resident memory, MB", "threads": "threads", "descriptors": "descriptors",
            "p50_ms": "p50, ms", "p99_ms": "p99, ms"}  # fmt: skip
@@ -81,25 +82,36 @@ def growths(samples: Sequence[Sample]) -> list[str]:
     return found
 
 
-def report(samples: Sequence[Sample], tally: Tally, faults: Sequence[str]) -> str:
-    """The page."""
+def outlooks(samples: Sequence[Sample]) -> list[str]:
+    """What would grow beyond its bound in an hour at the slope of a shorter run, in words."""
+    found = []
+    if samples[-1].seconds < _HOUR:
+        for name, (part, more) in BOUNDS.items():
+            change = trend(samples, name)
+            if change.per_hour > change.start * part + more:
+                found.append(
+                    f"At the slope of this run, {_TITLES[name]}, would grow by {change.per_hour:.0f} in an hour, which is "
+                    "beyond the bound; the run is too short to tell whether it levels off."
+                )
+    return found
+
+
+def report(samples: Sequence[Sample], tally: Tally, faults: Sequence[str], note: str = "") -> str:
+    """The page; `note` says what else there is to know of the run."""
     trends = {name: trend(samples, name) for name in _TITLES}
     rows = [(_TITLES[name], f"{it.start:.1f}", f"{it.end:.1f}", f"{it.per_hour:+.1f}") for name, it in trends.items()]
     here = machine()
     minutes = samples[-1].seconds / 60
     loads = [(kind, tally.good[kind], tally.refused[kind]) for kind in sorted({*tally.good, *tally.refused})]
-    verdict = (
-        "Nothing grew beyond its bound, and no answer was wrong."
-        if not faults
-        else "\n".join(f"- {fault}" for fault in faults)
-    )
+    verdict = [f"- {fault}" for fault in faults] or ["Nothing grew beyond its bound, and no answer was wrong."]
+    verdict += ["", *outlooks(samples)] if outlooks(samples) else []
     return f"""# Soak
 
 You want to know whether the service can run for long. `python -m bench.soak` puts one server under mixed load for an
 hour, which is the default of `--minutes`, and writes this page. **This run took {minutes:.0f} minutes**, on
-{here["cores"]} cores of {here["processor"]}, {here["memory"]}, {here["system"]}.
+{here["cores"]} cores of {here["processor"]}, {here["memory"]}, {here["system"]}.{" " * bool(note)}{note}
 
-{verdict}
+{"\n".join(verdict)}
 
 The clock starts when everything ran once, and the second model was loaded and unloaded twice. Start is the median of
 the second fifth of the samples and end that of the last; the slope is that of a line through all but the first fifth.
@@ -125,13 +137,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "soak.md")
+    parser.add_argument("--note", default="", help="what else there is to know of the run, for the report")
     arguments = parser.parse_args()
     with TemporaryDirectory() as name:
         samples, tally, status = soak(Path(name), arguments.minutes * 60)
     faults = [*growths(samples), *tally.wrong]
     if status:
         faults.append(f"the server ended with {status}")
-    page = report(samples, tally, faults)
+    page = report(samples, tally, faults, arguments.note)
     arguments.out.write_text(page)
     print(page)
     sys.exit(bool(faults))
@@ -139,7 +152,7 @@ def main() -> None:
 
 def soak(folder: Path, seconds: float) -> tuple[list[Sample], Tally, int]:
     """A server in `folder` under load for `seconds`: samples of it, its answers, and the status with which it ended."""
-    store = _store(folder / "store")
+    store = two_models(folder / "store")
     settings = {"PVT_MANAGEMENT_KEYS": MANAGEMENT_KEY, "PVT_DEFAULT_MODEL": MODEL}
     tally = Tally()
     with serving(OURS, folder, store, settings) as server:
@@ -149,7 +162,7 @@ def soak(folder: Path, seconds: float) -> tuple[list[Sample], Tally, int]:
     return samples, tally, server.process.returncode
 
 
-def _store(folder: Path) -> Path:
+def two_models(folder: Path) -> Path:
     """The embedded model under two names."""
     for name in (MODEL, SECOND):
         version = folder / name / "1"
@@ -160,7 +173,8 @@ def _store(folder: Path) -> Path:
 
 
 async def _watched(server: Server, tally: Tally, seconds: float) -> list[Sample]:
-    pause, samples = min(SAMPLE_SECONDS, seconds / LEAST_SAMPLES), list[Sample]()
+    pause, samples = min(_HOUR = 3600.0
+SAMPLE_SECONDS, seconds / LEAST_SAMPLES), list[Sample]()
     async with Load(server.url.removesuffix(OURS.path), tally) as load:
         await load.warm()
         start = perf_counter()

@@ -77,8 +77,10 @@ def _labelled(label: str) -> Callable[[httpx.Response], bool]:
 class Load(AbstractAsyncContextManager["Load"]):
     """All callers at once, from entry to exit."""
 
-    def __init__(self, url: str, tally: Tally) -> None:
+    def __init__(self, url: str, tally: Tally, reloads: int = 2) -> None:
+        """It is warm after so many `reloads` of the second model."""
         self._tally = tally
+        self._reloads = reloads
         self._address = urlsplit(url)
         self._client = httpx.AsyncClient(base_url=url, timeout=60)
         self._images = images()
@@ -94,12 +96,16 @@ class Load(AbstractAsyncContextManager["Load"]):
 
     async def __aexit__(self, *_: object) -> None:
         """Every request under way is answered first."""
-        self._ending.set()
+        self.end()
         await asyncio.gather(*self._tasks)
         await self._client.aclose()
 
+    def end(self) -> None:
+        """Begin no other request."""
+        self._ending.set()
+
     async def warm(self) -> None:
-        """Return when every kind of load has run, with models loaded and unloaded twice; or after `WARM_SECONDS`."""
+        """Return when every kind of load has run, and the second model often enough; or after `WARM_SECONDS`."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._warm.wait(), WARM_SECONDS)
         self._tally.latencies_ms.clear()
@@ -189,6 +195,6 @@ class Load(AbstractAsyncContextManager["Load"]):
         headers = {"Authorization": f"Bearer {MANAGEMENT_KEY}"}
         unloaded = await self._client.post(f"/models/{SECOND}/unload", headers=headers)
         self._tally.add("unloads", unloaded, lambda it: it.is_success)
-        if number:
+        if number + 1 >= self._reloads:
             self._warm.set()
         await asyncio.sleep(_RELOAD_SECONDS)

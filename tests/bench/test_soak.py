@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from bench.server import ROOT
-from bench.soak import Sample, growths, report, trend
+from bench.soak import Sample, growths, outlooks, report, trend
 from bench.soak_load import Tally
 
 
@@ -31,6 +31,14 @@ def test_what_grows_is_a_fault_with_its_figures(name: str) -> None:
     assert len(found) == 1
     assert "grew to" in found[0]
     assert trend(samples(**{name: 10}), name).per_hour == pytest.approx(600)
+
+
+def test_a_short_run_says_what_its_slope_would_mean_for_an_hour() -> None:
+    growing = samples(rss_mb=3)
+
+    assert growths(growing) == []
+    assert "would grow by 180 in an hour" in report(growing, Tally(), [])
+    assert outlooks(samples()) == []
 
 
 def test_a_jump_at_the_beginning_is_no_growth() -> None:

@@ -3,12 +3,14 @@
 Requests made up from the OpenAPI document are in `tests/app/test_schema_requests.py`.
 """
 
+import asyncio
 import json
 import random
+import signal
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from urllib.parse import quote, unquote
 import httpx
 import pytest
 
+from bench.soak import two_models
+from bench.soak_load import MANAGEMENT_KEY, MODEL, Load, Tally
 from tests.app.processes import ROOT, Server, serving
 from tests.chaos.hosts import host, response
 from tests.chaos.namespace import in_namespace, name_server, with_resolver
@@ -37,6 +41,31 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("store")
     add_model(root)
     return {"PVT_MODEL_STORE": str(root), "PVT_DEFAULT_MODEL": TINY, "PVT_BACKEND": "torch", "PVT_MAX_BATCH_SIZE": "1"}
+
+
+async def test_mixed_chaos_and_sigterm_lose_nothing_and_answer_nothing_wrongly(tmp_path: Path) -> None:
+    """32 callers of every kind: good, bad, slow, hanging up, loading and unloading; then the signal amid them."""
+    environment = {
+        "PVT_MODEL_STORE": str(two_models(tmp_path / "store")),
+        "PVT_DEFAULT_MODEL": MODEL,
+        "PVT_BACKEND": "torch",
+        "PVT_MAX_BATCH_SIZE": "4",
+        "PVT_MANAGEMENT_KEYS": MANAGEMENT_KEY,
+    }
+    tally = Tally()
+    with serving(read_log=False, environment=environment) as server:
+        async with AsyncExitStack() as stack:
+            loads = [await stack.enter_async_context(Load(server.url, tally, reloads=1)) for _ in range(4)]
+            for load in loads:
+                await load.warm()
+            server.process.send_signal(signal.SIGTERM)
+            for load in loads:
+                load.end()
+
+        assert await asyncio.to_thread(server.process.wait, 30) == 0
+    lost = [each for each in tally.wrong if "ConnectError" not in each and "ConnectionRefusedError" not in each]
+    assert lost == [], "\n".join(lost)
+    assert tally.good["predictions"] > 20
 
 
 def spellings(address: str) -> list[str]:
