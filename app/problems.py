@@ -52,6 +52,10 @@ class ImageTimedOut(ImageUnreachable):
     """An image's URL did not return it within PVT_URL_TIMEOUT_MS."""
 
 
+class ImageHostBusy(errors.ServiceError):
+    """An image's URL was not requested: its host, or the client, has its share of images under way."""
+
+
 class Unauthorized(errors.ServiceError):
     """The request carries no valid key."""
 
@@ -90,7 +94,7 @@ class UnsupportedVersion(errors.ServiceError):
 
 _UNAVAILABLE = (errors.WeightsUnavailable, errors.AliasesInvalid, errors.StoreNotWritable, errors.ModelLoadFailed,
                 errors.ModelLoading, errors.MemoryBudgetExceeded, errors.MemoryExhausted, errors.OutOfMemory,
-                errors.DeviceFailed, errors.ShuttingDown)  # fmt: skip
+                errors.DeviceFailed, errors.ShuttingDown, ImageHostBusy)  # fmt: skip
 # The nearest class in an error's ancestry decides.
 STATUS: Mapping[type[Exception], int] = {
     MalformedRequest: 400,
@@ -201,6 +205,8 @@ _SAMPLES: Mapping[type[Exception], str] = {
     errors.ShuttingDown: "the service is shutting down and takes no new work; send the request again",
     ImageUrlRefused: "images by URL are off; PVT_URL_HOSTS is to name the hosts that they may come from",
     ImageUnreachable: "the URL's host example.org answered 404",
+    ImageHostBusy: "the URL's host example.org has as many images under way as it may have, and none arrived within "
+    "5 s (half of PVT_URL_TIMEOUT_MS); send this one again later",
     ImageTimedOut: "the URL's host example.org did not send the image within the 10 s of PVT_URL_TIMEOUT_MS",
     BodyTooLarge: "the request body is larger than 32 MB, which PVT_MAX_BODY_MB allows",
     Forbidden: "management is off; set PVT_MANAGEMENT_KEYS to one or more keys to turn it on",

@@ -4,14 +4,12 @@ Against server-side request forgery a name is resolved once, then checked, then 
 """
 
 import asyncio
-import socket
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from ipaddress import ip_address
+from ipaddress import IPv6Address
+from math import inf
 from pathlib import PurePosixPath
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -22,8 +20,10 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from app.bodies import Link, Upload
-from app.problems import ImageTimedOut, ImageUnreachable, ImageUrlRefused
-from app.remote_images.addresses import DEFAULT_PORTS, Address, Reach, host_name
+from app.problems import ImageHostBusy, ImageTimedOut, ImageUnreachable, ImageUrlRefused
+from app.remote_images.addresses import DEFAULT_PORTS, Address, Reach, host_name, plain
+from app.remote_images.resolving import Resolver
+from app.remote_images.shares import Key, Share, Shares, ShareTaken
 from service.errors import ImageTooLarge, ServiceError
 
 log = structlog.get_logger(component="fetch")
@@ -31,8 +31,10 @@ log = structlog.get_logger(component="fetch")
 Resolve = Callable[[str, int], Awaitable[Sequence[Address]]]
 
 REDIRECTS = 3
-CONNECTIONS, PER_REQUEST = 32, 8  # at a time
-_RESOLVERS = 8  # threads; a name server that never answers holds one of them until the C library gives up
+CONNECTIONS, LOOKUPS, PER_REQUEST = 64, 256, 16  # at a time
+# A host has half of all at most. The names of one domain, and those at one address, have more together than one of
+# them; a client has more than a few hosts that hang.
+_SHARES = {"host": Share(1, 1), "domain": Share(2, 8), "address": Share(2, 4), "client": Share(4, 128)}
 _ATTEMPTS = 3  # addresses of one host
 _CONNECT_SECONDS = 5.0
 _HEAD_BYTES, _HEAD_CHUNK = 32_768, 2048
@@ -84,42 +86,23 @@ class HeadLimited(httpcore.AsyncNetworkStream):
 
 
 class CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Opens httpcore's connections, and only to addresses that `reach` allows.
+    """Opens httpcore's connections, and only to `addresses`, which were checked.
 
     Names, certificates and the `Host` header stay the URL's: the layers above the connection handle them.
     """
 
-    def __init__(self, reach: Reach, resolve: Resolve, backend: httpcore.AsyncNetworkBackend) -> None:
-        self._reach = reach
-        self._resolve = resolve
+    def __init__(self, addresses: Sequence[Address], backend: httpcore.AsyncNetworkBackend) -> None:
+        self._addresses = addresses
         self._backend = backend
 
-    async def connect_tcp(self, host: str, port: int, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:  # noqa: ANN401  httpcore's
-        """Resolve, check every address, connect to the first that accepts; raises NotReachable.
-
-        One address that is not allowed is enough: a name with a public and a private one is how filters are got around.
-        """
-        addresses = await self._resolve(host, port)
-        if not addresses:
-            raise NotReachable("it has no address")
-        if not all(self._reach.reaches(host, port, address) for address in addresses):
-            raise NotReachable("it has an address that is not public")
-        for address in addresses[:_ATTEMPTS]:
+    async def connect_tcp(self, host: str, port: int, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:  # noqa: ANN401, ARG002  httpcore's
+        """Connect to the first address that accepts."""
+        for address in self._addresses:
             try:
                 return HeadLimited(await self._backend.connect_tcp(str(address), port, *args, **options))
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         raise failure
-
-
-async def _resolved(threads: ThreadPoolExecutor, host: str, port: int) -> list[Address]:
-    """The addresses of `host` by the system's resolver, best first; none where it has none."""
-    lookup = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-    try:
-        found = await asyncio.get_running_loop().run_in_executor(threads, lookup)
-    except (OSError, UnicodeError):
-        return []
-    return [ip_address(str(each[4][0])) for each in found]
 
 
 class _Target(NamedTuple):
@@ -128,6 +111,14 @@ class _Target(NamedTuple):
     url: httpx.URL
     host: str
     port: int
+
+    def keys(self, client: str) -> list[Key]:
+        """Who shares the places with others, before its address is known."""
+        return [Key("host", f"{self.host}:{self.port}"), *([Key("client", client)] if client else [])]
+
+    def domain(self) -> Key:
+        """The last two labels: whoever owns them can make any number of names."""
+        return Key("domain", ".".join(self.host.split(".")[-2:]))
 
 
 @dataclass(slots=True)
@@ -151,8 +142,22 @@ class _Budget:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What the images of one request have in common. `silent`: hosts that let an image of it run out of time."""
+
+    id: str
+    client: str
+    budget: _Budget
+    turns: Shares = field(default_factory=lambda: Shares(PER_REQUEST, _SHARES, room=inf))
+    silent: set[tuple[str, int]] = field(default_factory=set)
+
+
 class Fetcher(AbstractAsyncContextManager["Fetcher"]):
-    """The images of one request have `max_bytes` in all, each one `seconds`."""
+    """The images of one request have `max_bytes` in all, each one `seconds`; half of them at most go to waiting.
+
+    Lookups and connections have places, and so has each request. A host that hangs holds its share of them and no more.
+    """
 
     def __init__(
         self,
@@ -169,40 +174,40 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
         self._fetches = Counter("pvt_url_fetches", "Images requested by URL.", ["outcome"], registry=registry)
         self._fetch_seconds = Histogram("pvt_url_fetch_seconds", "Seconds that fetching one took.", registry=registry)
         self._max_bytes = max_bytes
-        self._seconds = seconds
-        self._threads = ThreadPoolExecutor(_RESOLVERS, thread_name_prefix="pvt-resolve")
-        self._turns = asyncio.Semaphore(CONNECTIONS)
+        self._seconds, self._wait_seconds = seconds, seconds / 2
+        self._lookups, self._connections = Shares(LOOKUPS, _SHARES), Shares(CONNECTIONS, _SHARES)
         self._ssl_context = httpx.create_ssl_context() if reach.rules else None
-        self._backend = CheckedBackend(
-            reach, resolve or partial(_resolved, self._threads), backend or httpcore.AnyIOBackend()
-        )
+        self._resolver = Resolver()
+        self._resolve = resolve or self._resolver
+        self._backend = backend or httpcore.AnyIOBackend()
 
     async def __aexit__(self, *_: object) -> None:
-        """Do not wait for the threads: one may hang."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        await self._resolver.close()
 
-    async def fetched(self, sent: Sequence[Upload | Link], request_id: str) -> list[Upload]:
-        """`sent`, with each link replaced by the image's bytes, or by the error of fetching it."""
-        budget, turns = _Budget(self._max_bytes, self._max_bytes), asyncio.Semaphore(PER_REQUEST)
+    async def fetched(self, sent: Sequence[Upload | Link], request_id: str, client: str = "") -> list[Upload]:
+        """`sent`, with each link replaced by the image's bytes, or by the error of fetching it.
+
+        `client` is who asks, with a share of its own; empty: nobody in particular.
+        """
+        request = _Request(request_id, client, _Budget(self._max_bytes, self._max_bytes))
 
         async def one(each: Upload | Link) -> Upload:
-            if isinstance(each, Upload):
-                return each
-            async with turns, self._turns:
-                return await self._fetch(each, budget, request_id)
+            return each if isinstance(each, Upload) else await self._fetch(each, request)
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(each)) for each in sent]
         return [task.result() for task in tasks]
 
-    async def _fetch(self, link: Link, budget: _Budget, request_id: str) -> Upload:
+    async def _fetch(self, link: Link, request: _Request) -> Upload:
         """The image at `link`, or the error of fetching it; counted and logged."""
         start, name, details = perf_counter(), None, dict[str, object]()
         data: bytes | ServiceError
         try:
             target = self._target(link.url)
             details["host"], name = target.host, PurePosixPath(target.url.path).name or None
-            data = await self._within_time(target, budget)
+            async with request.turns.place(target.keys("")):
+                start = perf_counter()
+                data = await self._in_turn(target, request)
             outcome, details["bytes"] = "fetched", len(data)
         except ServiceError as error:
             data, outcome = error, type(error).__name__
@@ -213,8 +218,22 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
         seconds = perf_counter() - start
         self._fetches.labels(outcome).inc()
         self._fetch_seconds.observe(seconds)
-        log.info("image_by_url", request_id=request_id, outcome=outcome, ms=round(seconds * 1000, 2), **details)
+        log.info("image_by_url", request_id=request.id, outcome=outcome, ms=round(seconds * 1000, 2), **details)
         return Upload(name, data)
+
+    async def _in_turn(self, target: _Target, request: _Request) -> bytes:
+        """The image, unless its host let another one of the request run out of time: the rest would take as long."""
+        host, place = target.host, (target.host, target.port)
+        if place in request.silent:
+            raise ImageTimedOut(
+                f"the URL's host {host} did not send another image of this request within the {self._seconds:g} s of "
+                "PVT_URL_TIMEOUT_MS, so this one was not requested"
+            )
+        try:
+            return await self._within_time(target, request)
+        except ImageTimedOut:
+            request.silent.add(place)
+            raise
 
     def _target(self, url: str, base: httpx.URL | None = None) -> _Target:
         """`url`, which may be relative to `base`, if it is one that may be fetched.
@@ -238,17 +257,24 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
             raise ImageUrlRefused("the URL's host and port are none that PVT_URL_HOSTS allows")
         return _Target(parsed, host, port)
 
-    async def _within_time(self, target: _Target, budget: _Budget) -> bytes:
-        """The bytes at the end of the redirects; every way in which a network fails becomes one of two errors."""
+    async def _within_time(self, target: _Target, request: _Request) -> bytes:
+        """The bytes at the end of the redirects; every way in which a network fails becomes one of three errors."""
         host = target.host
         try:
             async with asyncio.timeout(self._seconds):
                 for _ in range(REDIRECTS + 1):
-                    response = await self._get(target, budget)
+                    response = await self._response(target, request)
                     if isinstance(response, bytes):
                         return response
                     target = self._redirected(target, response)
                 raise ImageUnreachable(f"the URL redirects more than {REDIRECTS} times")
+        except ShareTaken as error:
+            whose = "this client" if error.key.kind == "client" else f"the URL's host {host}"
+            raise ImageHostBusy(
+                f"{whose} has as many images under way as it may have, and none arrived within "
+                f"{self._wait_seconds:g} s (half of PVT_URL_TIMEOUT_MS); send this one again later",
+                retry_after_seconds=self._seconds,
+            ) from error
         except (TimeoutError, httpcore.TimeoutException) as error:
             raise ImageTimedOut(
                 f"the URL's host {host} did not send the image within the {self._seconds:g} s of PVT_URL_TIMEOUT_MS"
@@ -269,7 +295,27 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
             raise ImageUrlRefused("the URL redirects from https to http")
         return following
 
-    async def _get(self, target: _Target, budget: _Budget) -> bytes | str:
+    async def _response(self, target: _Target, request: _Request) -> bytes | str:
+        """What `_get` returns, with a place for the lookup and one for the connection; raises ShareTaken."""
+        keys = target.keys(request.client)
+        async with self._lookups.place([*keys, target.domain()], self._wait_seconds):
+            addresses = await self._checked(target)
+        async with self._connections.place([*keys, *_networks(addresses, target.port)], self._wait_seconds):
+            return await self._get(target, addresses, request.budget)
+
+    async def _checked(self, target: _Target) -> Sequence[Address]:
+        """The addresses to connect to, every one of the host's checked; raises NotReachable.
+
+        One address that is not allowed is enough: a name with a public and a private one is how filters are got around.
+        """
+        addresses = await self._resolve(target.host, target.port)
+        if not addresses:
+            raise NotReachable("it has no address")
+        if not all(self._reach.reaches(target.host, target.port, address) for address in addresses):
+            raise NotReachable("it has an address that is not public")
+        return addresses[:_ATTEMPTS]
+
+    async def _get(self, target: _Target, addresses: Sequence[Address], budget: _Budget) -> bytes | str:
         """The body of the response, or where it redirects to."""
         url, host, port = target.url, target.host, target.port
         address = httpcore.URL(scheme=url.raw_scheme, host=host, port=port, target=url.raw_path)
@@ -281,7 +327,8 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
             "User-Agent": f"pvt-serve/{version('pvt-serve')}",
         }
         # A pool for each request: a shared one may never get a connection back from a request that is cancelled.
-        pool = httpcore.AsyncConnectionPool(self._ssl_context, network_backend=self._backend, max_connections=1)
+        backend = CheckedBackend(addresses, self._backend)
+        pool = httpcore.AsyncConnectionPool(self._ssl_context, network_backend=backend, max_connections=1)
         request = pool.stream("GET", address, headers=headers, extensions={"timeout": {"connect": _CONNECT_SECONDS}})
         async with pool, request as response:
             if isinstance(stream := response.extensions["network_stream"], HeadLimited):
@@ -294,6 +341,14 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
             if fields.get("content-encoding", "identity").lower() != "identity":
                 raise ImageUnreachable(f"the URL's host {host} responds with a content encoding that was not requested")
             return await _body(response, fields.get("content-length", ""), budget)
+
+
+def _networks(addresses: Sequence[Address], port: int) -> list[Key]:
+    """Keys of `addresses`, each once: of IPv6 the /64, any address of which one machine can have."""
+    networks = (
+        IPv6Address(int(each) >> 64 << 64) if isinstance(each, IPv6Address) else each for each in map(plain, addresses)
+    )
+    return [*dict.fromkeys(Key("address", f"{network} {port}") for network in networks)]
 
 
 async def _body(response: httpcore.Response, announced: str, budget: _Budget) -> bytes:

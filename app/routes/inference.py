@@ -158,7 +158,7 @@ async def infer(
         async with cancel_on_disconnect(request), limit:
             if fetches:
                 start = perf_counter()
-                uploads = await state.fetcher.fetched(sent, state.request_id)
+                uploads = await state.fetcher.fetched(sent, state.request_id, getattr(state, "client", ""))
                 state.fetch_seconds = perf_counter() - start
             result: InferenceResult = await engine.infer(
                 [upload.data for upload in uploads],

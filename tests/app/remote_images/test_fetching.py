@@ -123,7 +123,7 @@ async def test_several_are_fetched_at_once_but_not_all() -> None:
             nonlocal under_way, most
             under_way += 1
             most = max(most, under_way)
-            if under_way == PER_REQUEST:
+            if under_way == PER_REQUEST // 2:
                 full.set()
             await full.wait()
             under_way -= 1
@@ -137,7 +137,7 @@ async def test_several_are_fetched_at_once_but_not_all() -> None:
     got = await fetch(internet, *[f"http://example.org/{i}" for i in range(3 * PER_REQUEST)])
 
     assert got == [b"image"] * 3 * PER_REQUEST
-    assert most == PER_REQUEST
+    assert most == PER_REQUEST // 2  # of one host; the rest is for others
 
 
 async def test_the_log_has_the_host_alone_and_why_it_failed() -> None:
