@@ -21,7 +21,7 @@ from app.settings import Settings
 from app.workers import Worker
 from service.backends.cuda import choose, visible
 from service.engine import Engine
-from service.machine import usable_cores
+from service.machine import memory_limit_bytes, usable_cores
 from service.metrics import EngineMetrics
 from service.options import Budget, EngineOptions, default_instances
 
@@ -88,6 +88,8 @@ def engine_options(settings: Settings) -> EngineOptions:
         "timeout_seconds": settings.timeout_ms / 1000,
         "max_image_pixels": int(settings.max_image_megapixels * 1e6),
         "max_map_bytes": int(settings.max_maps_mb * 1e6),
+        "max_body_bytes": settings.max_body_bytes,
+        "memory_bytes": int(settings.memory_mb * 1e6) or memory_limit_bytes(),
     }
     return EngineOptions(**options)
 

@@ -75,8 +75,8 @@ class UnsupportedVersion(errors.ServiceError):
 
 
 _UNAVAILABLE = (errors.WeightsUnavailable, errors.AliasesInvalid, errors.StoreNotWritable, errors.ModelLoadFailed,
-                errors.ModelLoading, errors.MemoryBudgetExceeded, errors.OutOfMemory, errors.DeviceFailed,
-                errors.ShuttingDown)  # fmt: skip
+                errors.ModelLoading, errors.MemoryBudgetExceeded, errors.MemoryExhausted, errors.OutOfMemory,
+                errors.DeviceFailed, errors.ShuttingDown)  # fmt: skip
 # The nearest class in an error's ancestry decides.
 STATUS: Mapping[type[Exception], int] = {
     MalformedRequest: 400,

@@ -77,8 +77,11 @@ class DrainingServer(uvicorn.Server):
         if self.started:
             addresses = [server.sockets[0].getsockname()[:2] for server in self.servers]
             urls = dict(zip(("url", "management"), (f"http://{host}:{port}" for host, port in addresses), strict=False))
-            options = self.lifespan.state["engine"].options
-            log.info(self._started_event, **urls, instances=options.instances, cores=options.cores)
+            engine = self.lifespan.state["engine"]
+            options, budget = engine.options, engine.memory.limit // 1_000_000
+            log.info(
+                self._started_event, **urls, instances=options.instances, cores=options.cores, memory_budget_mb=budget
+            )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note the signal, nothing more: whatever it interrupted may hold a lock, the log's for one."""

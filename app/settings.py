@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     """Models to load at start; the service is ready when they are. The first request for another model loads it."""
     pinned: Items[str] = ()
     """Models to load at start and never to evict."""
+    memory_mb: Annotated[float, Field(ge=0)] = 0
+    """Memory that the service may take in all, in units of 10^6 bytes; requests and loads beyond it get 503.
+    0: the limit of the container, or what the machine has."""
     memory_budget_mb: Annotated[float, Field(ge=0)] = 0
     """Memory limit for all loaded models, in units of 10^6 bytes; others are evicted to make room. 0: no limit."""
     min_residency_seconds: Annotated[float, Field(ge=0)] = 10

@@ -9,6 +9,7 @@ from typing import Self, TypeVar
 
 import structlog
 
+from service import memory
 from service.acquisition.pulling import RemoteModel
 from service.architecture.variants import VARIANTS
 from service.backends.base import DeviceHealth
@@ -42,6 +43,7 @@ class Engine:
     def __init__(self, options: EngineOptions, metrics: EngineMetrics) -> None:
         self.options = options
         self._metrics = metrics
+        self.memory = memory.budget(options.memory_bytes, options.max_body_bytes, options.max_map_bytes)
         self._devices = DeviceHealth()
         self._pipeline = Pipeline(options, metrics, self._devices)
         self._catalog = Catalog(options)
@@ -264,6 +266,9 @@ class Engine:
         for resident in loaded:
             sizes[resident.executable.stored.id] += resident.memory_bytes
         self._metrics.report_memory(sizes)
+        self._metrics.memory_limit_bytes.set(self.memory.limit)
+        for what, count in self.memory.reserved().items():
+            self._metrics.memory_reserved_bytes.labels(what).set(count)
 
     async def _preload(self, name: str, load: Callable[[str], Awaitable[None]]) -> None:
         """Load `name`; what fails is tried again, since it keeps the service from being ready."""

@@ -114,6 +114,10 @@ class ModelPinned(ServiceError):
     """The model is pinned in memory and is not unloaded before that ends."""
 
 
+class MemoryExhausted(ServiceError):
+    """So many bytes do not fit into memory beside what is in use; the message gives the figures."""
+
+
 class OutOfMemory(ServiceError):
     """A batch did not fit into memory."""
 

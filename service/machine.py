@@ -34,8 +34,34 @@ def share(total: int, index: int, parts: int) -> int:
     return max(1, total // parts + (index < total % parts))
 
 
+def memory_limit_bytes() -> int:
+    """The least memory limit of the cgroup and of those around it; what the machine has, where that is less.
+
+    `memory.high` counts too: beyond it the kernel slows a process down until it hardly moves. See
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory and
+    https://docs.kernel.org/admin-guide/cgroup-v1/memory.html.
+    """
+    limits = [psutil.virtual_memory().total]
+    for kind, folder in _cgroups("memory"):
+        names = ("memory.max", "memory.high") if kind == "cgroup2" else ("memory.limit_in_bytes",)
+        for name in names:
+            text = "".join(_lines(folder / name))
+            if text.isdecimal() and int(text) > 0:  # else "max", or what is no number
+                limits.append(int(text))
+    return min(limits)
+
+
 def _quotas() -> Iterator[float]:
-    """Every CPU quota that holds for this process, in cores: of its own cgroup and of each around it.
+    """Every CPU quota that holds for this process, in cores: of its own cgroup and of each around it."""
+    for kind, folder in _cgroups("cpu"):
+        with suppress(ValueError, ZeroDivisionError):  # "max", or what is no number
+            quota, period = _quota(kind, folder)
+            if quota > 0:
+                yield quota / period
+
+
+def _cgroups(controller: str) -> Iterator[tuple[str, Path]]:
+    """The folders of this process's cgroup and of each around it, each with its kind, for `controller`.
 
     Of both versions, since the controller may be in either. See proc_pid_mountinfo(5) for the fields.
     """
@@ -46,27 +72,24 @@ def _quotas() -> Iterator[float]:
             kind, _, options = rest.split(maxsplit=2)
         except ValueError:
             continue
-        if kind != "cgroup2" and (kind != "cgroup" or "cpu" not in options.split(",")):
+        if kind != "cgroup2" and (kind != "cgroup" or controller not in options.split(",")):
             continue
-        point, cgroup = Path(mounted.encode().decode("unicode_escape")), _cgroup(kind)  # "\040": a space
+        point, cgroup = Path(mounted.encode().decode("unicode_escape")), _cgroup(kind, controller)  # "\040": a space
         # In a container that shows only a part of the hierarchy, the root of that part stands for the cgroup.
         inside = ".." not in cgroup.parts and cgroup.is_relative_to(root)
         own = point / cgroup.relative_to(root) if inside else point
         for folder in (own, *own.parents):
             if not folder.is_relative_to(point):
                 break
-            with suppress(ValueError, ZeroDivisionError):  # "max", or what is no number
-                quota, period = _quota(kind, folder)
-                if quota > 0:
-                    yield quota / period
+            yield kind, folder
 
 
-def _cgroup(kind: str) -> PurePosixPath:
-    """The path of this process in the hierarchy of version 2, or in that of version 1's CPU controller: cgroups(7)."""
+def _cgroup(kind: str, controller: str) -> PurePosixPath:
+    """The path of this process in the hierarchy of version 2, or in that of version 1's `controller`: cgroups(7)."""
     for line in _lines(CGROUPS):
         hierarchy, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if (hierarchy == "0" and not controllers) if kind == "cgroup2" else "cpu" in controllers.split(","):
+        if (hierarchy == "0" and not controllers) if kind == "cgroup2" else controller in controllers.split(","):
             return PurePosixPath(path or "/")
     return PurePosixPath("/")
 

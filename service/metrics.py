@@ -42,6 +42,10 @@ class EngineMetrics:
         self.model_memory_bytes = gauge(
             "pvt_model_memory_bytes", "Resident memory that each loaded model takes.", ["model"]
         )
+        self.memory_limit_bytes = gauge("pvt_memory_limit_bytes", "Memory for bodies, decoding, answers and loads.")
+        self.memory_reserved_bytes = gauge(
+            "pvt_memory_reserved_bytes", "Memory of that limit which is reserved now, by what for.", ["what"]
+        )
         self.evictions = counter(
             "pvt_evictions", "Models that left memory: for want of room, replaced, unloaded.", ["reason"]
         )

@@ -38,7 +38,8 @@ class EngineOptions:
     `remote_store` takes the place of the folder `model_store`. `cold` says whether a request for a model that is not
     loaded waits; `reload_seconds` 0 never looks for new versions. `pull` fetches published weights when they are first
     requested, `mirror` is a base URL in place of their hosts. `devices` are the GPUs to use, by torch's names, none for
-    the CPU; `compile` makes their graphs faster in the background.
+    the CPU; `compile` makes their graphs faster in the background. `memory_bytes` is what the process may take of the
+    machine's memory in all; 0: no limit.
     """
 
     model_store: Path
@@ -68,6 +69,8 @@ class EngineOptions:
     max_input_side: int = 1024
     sizes_per_model: int = 4
     max_map_bytes: int = 128_000_000
+    max_body_bytes: int = 32_000_000
+    memory_bytes: int = 0
     stall_seconds: float = 30.0
 
 

@@ -23,6 +23,7 @@ LAYERS = {
         {"store"},
         {"images"},
         {"architecture"},
+        {"memory"},
         {"machine", "workers"},
         {"sharing"},
         {"errors", "files", "metrics"},
