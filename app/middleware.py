@@ -3,6 +3,7 @@
 import re
 from random import getrandbits
 from time import perf_counter
+from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -11,10 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import problems
 from app.problems import CLIENT_CLOSED_REQUEST
+from service.memory import ANSWERS, Reservation
 
 log = structlog.get_logger(component="access")
 
 REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+PIECE_BYTES = 65_536  # of a body; more at once, and the server would hold it for a client that does not read
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 # Probes and scrapers request these every few seconds.
@@ -62,27 +65,19 @@ class RequestContext:
             return
         start = perf_counter()
         if "engine" not in state:  # the server has no lifespan state, or this application is mounted below another one
-            if not (started := getattr(scope["app"].state, "started", None)):
-                raise RuntimeError(
-                    "the application was not started: its host must run `app.router.lifespan_context(app)`"
-                )
-            state.update(started)
+            _start(scope, state)
         state["request_id"] = _request_id(scope)
         status = CLIENT_CLOSED_REQUEST
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
+                _reserve(message, state)
                 status = message["status"]
-                if state["engine"].draining:
-                    # So that no client sends its next request into a closing socket.
-                    MutableHeaders(scope=message)["Connection"] = "close"
-                headers = message["headers"] = [*message.get("headers", ())]
-                headers.append((b"x-request-id", state["request_id"].encode()))
-                if timing := state.get("timing"):
-                    timing["total"] = perf_counter() - start
-                    entries = ", ".join(f"{k};dur={v * 1000:.2f}" for k, v in timing.items())
-                    headers.append((b"server-timing", entries.encode()))
+                _complete(message, state, start)
+            elif len(message.get("body", b"")) > PIECE_BYTES:
+                await _send_in_pieces(message, send)
+                return
             await send(message)
 
         try:
@@ -93,6 +88,8 @@ class RequestContext:
             # Here, and not in the framework's outermost layer, so that this response too has its headers and its line.
             await problems.unexpected(error, scope)(scope, receive, send_with_headers)
         finally:
+            if held := state.get("answer"):
+                held.release()
             self._record(scope, status, perf_counter() - start)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
@@ -102,6 +99,52 @@ class RequestContext:
             return
         fields = {"ms": round(seconds * 1000, 2), "request_id": state["request_id"], **state.get("log", {})}
         log.info("request", method=scope["method"], path=scope["path"], status=status, **fields)
+
+
+def _start(scope: Scope, state: dict[str, Any]) -> None:
+    if not (started := getattr(scope["app"].state, "started", None)):
+        raise RuntimeError("the application was not started: its host must run `app.router.lifespan_context(app)`")
+    state.update(started)
+
+
+def _complete(message: Message, state: dict[str, Any], start: float) -> None:
+    """Add to a response's head what all have."""
+    if state["engine"].draining:
+        # So that no client sends its next request into a closing socket.
+        MutableHeaders(scope=message)["Connection"] = "close"
+    headers = message["headers"] = [*message.get("headers", ())]
+    headers.append((b"x-request-id", state["request_id"].encode()))
+    if timing := state.get("timing"):
+        timing["total"] = perf_counter() - start
+        entries = ", ".join(f"{k};dur={v * 1000:.2f}" for k, v in timing.items())
+        headers.append((b"server-timing", entries.encode()))
+
+
+def _reserve(message: Message, state: dict[str, Any]) -> None:
+    """Reserve memory for a whole body, of which `message` is the head, until it is sent; raises MemoryExhausted.
+
+    What sends its body as it is made has reserved memory before, and announces no length.
+    """
+    for name, value in message.get("headers", ()):
+        if name == b"content-length" and (length := int(value)) > PIECE_BYTES:
+            held: Reservation = state.setdefault("answer", state["engine"].memory.reserve(0, ANSWERS))
+            if held.count > length:
+                held.shrink(held.count - length)
+            else:
+                held.grow(length - held.count)
+
+
+async def _send_in_pieces(message: Message, send: Send) -> None:
+    """Send a large piece of a body as fast as its client takes it: the server holds at most one of the pieces.
+
+    The last one, which is empty, waits until the client has taken nearly all.
+    """
+    body = memoryview(message["body"])
+    for start in range(0, len(body), PIECE_BYTES):
+        piece = bytes(body[start : start + PIECE_BYTES])
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    if not message.get("more_body", False):
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _request_id(scope: Scope) -> str:
