@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from app.problems import BodyTooLarge, UnsupportedMediaType
 from app.settings import Settings
 from service.errors import InvalidImage, InvalidRequest, ServiceError
+from service.memory import Reservation
 
 FIELD = "image"  # of a form
 RAW_TYPES = re.compile(r"image/[\w.+-]+|application/octet-stream")
@@ -24,6 +25,7 @@ RAW_TYPES = re.compile(r"image/[\w.+-]+|application/octet-stream")
 EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
 DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 DISCARD_SECONDS = 5.0
+JSON_COPIES = 2  # of a body's bytes, while it is parsed: its text, and what base64 in it is decoded to
 LARGE_JSON = 65_536  # bytes; parsing more would hold up the event loop
 # The JSON parser holds the interpreter's lock, and with it the event loop, even on a thread: 40 ns for each number. No
 # request needs so many values; the tensors of `/v2` are parsed apart, in chunks.
@@ -69,22 +71,24 @@ BODY_EXAMPLES = {
 }
 
 
-async def read_uploads(request: Request) -> list[Upload | Link]:
-    """The images of a request, in their order; in JSON some may be links.
+async def read_uploads(request: Request, held: Reservation) -> list[Upload | Link]:
+    """The images of a request, in their order; in JSON some may be links. `held` grows by the memory that they take.
 
     Raises:
         UnsupportedMediaType, BodyTooLarge: the body has none of the three forms, or more than PVT_MAX_BODY_MB.
+        MemoryExhausted: it does not fit into memory beside the bodies of other requests.
         InvalidRequest: the body is not what its content type says, or holds no image or more than PVT_MAX_IMAGES.
     """
     settings: Settings = request.state.settings
     max_bytes, most = settings.max_body_bytes, settings.max_images
     content_type, options = parse_options_header(request.headers.get("content-type", ""))
     if content_type == "multipart/form-data":
-        return _multipart(await read_body(request, max_bytes), options.get("boundary", ""), most)
+        return _multipart(await read_body(request, max_bytes, held), options.get("boundary", ""), most)
     if RAW_TYPES.fullmatch(content_type):
-        return [Upload(None, await read_body(request, max_bytes))]
+        return [Upload(None, await read_body(request, max_bytes, held))]
     if content_type == "application/json":
-        body = await read_body(request, max_bytes)
+        body = await read_body(request, max_bytes, held)
+        held.grow(JSON_COPIES * len(body))
         return _json(body, most) if len(body) < LARGE_JSON else await run_in_threadpool(_json, body, most)
     raise UnsupportedMediaType(
         f"content type {content_type or '(none)'!r}; send multipart/form-data with a file field {FIELD!r}, the "
@@ -92,13 +96,19 @@ async def read_uploads(request: Request) -> list[Upload | Link]:
     )
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body; refuses one that announces, or turns out, to be larger than `max_bytes`, which is PVT_MAX_BODY_MB."""
+async def read_body(request: Request, max_bytes: int, held: Reservation) -> bytes:
+    """The body; refuses one that announces, or turns out, to be larger than `max_bytes`, which is PVT_MAX_BODY_MB.
+
+    `held` grows as it arrives, not by what is announced: who sends nothing takes no memory from others. A body that is
+    refused for want of memory is not waited for: the connection goes on, and what still comes of it is dropped.
+    """
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > max_bytes:
-        if "expect" not in request.headers:  # a client that expects 100-continue has not sent anything yet
-            await _discard(request)
-        raise _too_large(max_bytes)
+    if announced.isdecimal():
+        if int(announced) > max_bytes:
+            if "expect" not in request.headers:  # a client that expects 100-continue has not sent anything yet
+                await _discard(request)
+            raise _too_large(max_bytes)
+        held.check(int(announced))
     chunks, received, more = [], 0, True
     while more:
         chunk, more = await _receive(request)
@@ -107,6 +117,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
             if more:
                 await _discard(request)
             raise _too_large(max_bytes)
+        held.grow(len(chunk))
         chunks.append(chunk)
     return b"".join(chunks)
 

@@ -20,10 +20,12 @@ from app.clients import Clients
 from app.dependencies import State
 from app.problems import CLIENT_CLOSED_REQUEST, ClientLimitExceeded
 from service.errors import ShuttingDown
+from service.memory import ANSWERS, Reservation
 
 log = structlog.get_logger(component="access")
 
 REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+PIECE_BYTES = 65_536  # of a body; more at once, and the server would hold it for a client that does not read
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _UNLIMITED = nullcontext()
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
@@ -84,18 +86,18 @@ class RequestContext:
             nonlocal status, sent
             sent += len(message.get("body", b""))
             if message["type"] == "http.response.start":
+                _reserve(message, state)
                 status = message["status"]
                 _add_headers(message, state, start)
+            elif len(message.get("body", b"")) > PIECE_BYTES:
+                await _send_in_pieces(message, send)
+                return
             await send(message)
 
         has_key = state["client"] in self._clients.usage
         try:
             with self._limited(scope):
                 await self._app(scope, receive_counted if has_key else receive, send_with_headers)
-        except ClientLimitExceeded as error:  # before the body is read
-            scope["route"] = _route_of(scope)
-            response = await problems.expected(Request(scope), error)
-            await response(scope, receive, send_with_headers)
         except (Exception, asyncio.CancelledError) as error:
             if status != CLIENT_CLOSED_REQUEST:  # the response has begun and can't be taken back
                 raise
@@ -103,6 +105,8 @@ class RequestContext:
             response = await _failure(scope, error)
             await response(scope, receive, send_with_headers)
         finally:
+            if held := state.get("answer"):
+                held.release()
             seconds = perf_counter() - start
             if has_key:
                 self._clients.usage.record(state["client"], state.get("images", 0), received, sent, seconds)
@@ -165,6 +169,9 @@ def _started(scope: Scope) -> State:
 
 async def _failure(scope: Scope, error: Exception | asyncio.CancelledError) -> Response:
     """The response to what no handler knows; a cancellation goes on, unless a shutdown has ended the request."""
+    if isinstance(error, ClientLimitExceeded):  # before the body was read, and an endpoint was found
+        scope["route"] = _route_of(scope)
+        return await problems.expected(Request(scope), error)
     if not isinstance(error, asyncio.CancelledError):
         return problems.unexpected(error, scope)
     if not scope["state"]["engine"].draining:
@@ -172,6 +179,33 @@ async def _failure(scope: Scope, error: Exception | asyncio.CancelledError) -> R
     scope["state"]["task"].uncancel()
     stopped = ShuttingDown("the service stopped before this request was answered; send it again")
     return await problems.expected(Request(scope), stopped)
+
+
+def _reserve(message: Message, state: dict[str, Any]) -> None:
+    """Reserve memory for a whole body, of which `message` is the head, until it is sent; raises MemoryExhausted.
+
+    What sends its body as it is made has reserved memory before, and announces no length.
+    """
+    for name, value in message.get("headers", ()):
+        if name == b"content-length" and (length := int(value)) > PIECE_BYTES:
+            held: Reservation = state.setdefault("answer", state["engine"].memory.reserve(0, ANSWERS))
+            if held.count > length:
+                held.shrink(held.count - length)
+            else:
+                held.grow(length - held.count)
+
+
+async def _send_in_pieces(message: Message, send: Send) -> None:
+    """Send a large piece of a body as fast as its client takes it: the server holds at most one of the pieces.
+
+    The last one, which is empty, waits until the client has taken nearly all.
+    """
+    body = memoryview(message["body"])
+    for start in range(0, len(body), PIECE_BYTES):
+        piece = bytes(body[start : start + PIECE_BYTES])
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    if not message.get("more_body", False):
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _request_id(scope: Scope) -> str:

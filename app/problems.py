@@ -18,6 +18,7 @@ from starlette.types import Scope
 
 from app.disclosure import shown
 from service import errors
+from service.memory import RETRY_SECONDS
 
 log = structlog.get_logger(component="http")
 
@@ -281,8 +282,19 @@ def _without_slashes(scope: Scope) -> str | None:
 
 
 def unexpected(error: Exception, scope: Scope) -> Response:
-    """The response to any other error: the log has everything, the client learns nothing."""
+    """The response to any other error: the log has everything, the client learns nothing.
+
+    Memory that ran out is no fault of the code: the request may succeed when others have ended.
+    """
     request_id = scope["state"]["request_id"]
+    if isinstance(error.__cause__, errors.MemoryExhausted):  # where a response was to begin; the framework wraps it
+        error = error.__cause__
+    if isinstance(error, MemoryError):
+        log.warning("memory_exhausted", request_id=request_id, exc_info=error)
+        error = errors.MemoryExhausted("memory ran out while this was done; send it again later, or less at a time",
+                                       retry_after_seconds=RETRY_SECONDS)  # fmt: skip
+    if isinstance(error, errors.MemoryExhausted):
+        return _response(scope, problem(error, request_id), _headers(error))
     log.error("unexpected_error", request_id=request_id, exc_info=error)
     return _response(scope, problem(error, request_id))
 
@@ -306,6 +318,8 @@ def _headers(error: Exception) -> dict[str, str]:
         headers["Retry-After"] = str(max(1, ceil(seconds)))
     if isinstance(error, errors.ShuttingDown):
         headers["Retry-After"] = "1"  # nothing was done, and another instance can take it
+    if isinstance(error, errors.OutOfMemory | errors.MemoryExhausted):
+        headers.setdefault("Retry-After", str(ceil(RETRY_SECONDS)))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BodyTooLarge):

@@ -16,6 +16,7 @@ from service.architecture.variants import VARIANTS
 from service.backends.base import DeviceHealth
 from service.errors import DeadlineExceeded, InvalidRequest, ServiceError, ShuttingDown, WeightsUnavailable
 from service.execution.executable import Executable
+from service.memory import Reservation
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.pipeline import Pipeline, Sized
@@ -36,6 +37,7 @@ log = structlog.get_logger(component="engine")
 
 STORE_SECONDS = 2.0  # a store on a network that takes longer to list its cards is no good to serve from
 PRELOAD_AGAIN_SECONDS = 15.0
+ANSWER_BYTES = 1_500_000  # of an answer that is encoded and not sent yet: up to three chunks
 
 
 class Engine:
@@ -134,16 +136,19 @@ class Engine:
         max_wait_seconds: float | None = None,
         timeout_seconds: float | None = None,
         client: str = "",
+        held: Reservation | None = None,
     ) -> InferenceResult:
         """The model's outputs for each of `images`; with stage maps and the head's weights, if `stages` says so.
 
         Images are resized to `size`, height and width, the model's own by default; pixels must have it already.
         `check` may refuse the model's card. `max_wait_seconds` limits the wait for a load; None: as the options say.
         `client` names who asks: places in the queue and the machine's time are shared fairly among clients.
+        `held` grows by the memory that stage maps take, which the caller releases when it needs them no longer.
 
         Raises:
             InvalidRequest: no such size, or more images or larger stage maps than one request may have.
             ModelNotFound, WeightsUnavailable, ModelLoadFailed, MemoryBudgetExceeded: `model` can't be had.
+            MemoryExhausted: the stage maps do not fit into memory beside other answers.
             QueueFull: too many images wait for that model already, or it is in use at too many sizes.
             ModelLoading, DeadlineExceeded, ShuttingDown: no time is left to wait, to answer, or for the engine.
         """
@@ -160,7 +165,9 @@ class Engine:
                 if check:
                     check(resident.executable.card)
                 if stages:
-                    self._check_maps(resident.executable, size, len(images))
+                    needed = self._check_maps(resident.executable, size, len(images))
+                    if held:
+                        held.grow(needed)
                 async with resident.at(size, stages=stages) as sized:
                     self._last_used[name, size] = sized
                     results = await self._pipeline.infer(sized, images, deadline, stages=stages, client=client)
@@ -331,7 +338,8 @@ class Engine:
         if size and max(size) > most:
             raise InvalidRequest(f"size {size[0]}x{size[1]}: PVT_MAX_INPUT_SIDE allows sides of up to {most} pixels")
 
-    def _check_maps(self, executable: Executable, size: Size | None, images: int) -> None:
+    def _check_maps(self, executable: Executable, size: Size | None, images: int) -> int:
+        """The bytes that the stage maps of so many images take, and what is kept beside them."""
         height, width = size or (executable.height, executable.width)
         needed = 4 * images * VARIANTS[executable.stored.variant].map_numbers(height, width)
         if needed > (most := self.options.max_map_bytes):
@@ -340,6 +348,8 @@ class Engine:
                 f"allows {most / 1e6:g}; send {most * images // needed} images a request at the most, or ask for a "
                 "smaller size"
             )
+        # The pixels of each, and the maps of one, scaled to length 1 or in another type.
+        return needed + needed // max(1, images) + images * height * width * 3 + ANSWER_BYTES
 
 
 @asynccontextmanager

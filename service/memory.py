@@ -16,7 +16,7 @@ from service.machine import resident_bytes
 BODIES, ANSWERS, DECODING, MODELS = "bodies", "answers", "decoding", "models"  # what they are reserved for
 # A reservation of so many bytes is small. The last part of the budget is for small ones only: a digit is answered
 # whatever large requests hold.
-SMALL_BYTES = 256 * 1024
+SMALL_BYTES = 1_000_000  # a body of 256 kB, and what parsing its JSON takes beside it
 _SMALL_SHARE = 16  # one part of so many
 _LEAST_BUDGET = 64_000_000
 _MOST_BODIES = 32  # of the largest size at the same time

@@ -75,13 +75,17 @@ class FeatureOptions:
 
 def features(outputs: Outputs, options: FeatureOptions) -> dict[str, Array]:
     """By name: `embedding` (channels,) and `stage1` to `stage4` (channels, height, width), or (channels,) if pooled."""
-    arrays: list[Array] = [outputs.embedding] if options.embedding else []
-    for i in options.stages:
-        stage = outputs.stages[i - 1]
-        arrays.append(stage.mean(axis=(1, 2)) if options.pool == "avg" else stage)
+    return {name: feature(outputs, name, options) for name in options.names}
+
+
+def feature(outputs: Outputs, name: str, options: FeatureOptions) -> Array:
+    """The one called `name`."""
+    array: Array = outputs.embedding if name == "embedding" else outputs.stages[int(name.removeprefix("stage")) - 1]
+    if name != "embedding" and options.pool == "avg":
+        array = array.mean(axis=(1, 2))
     if options.normalize:
-        arrays = [each / np.maximum(np.linalg.norm(each, axis=0, keepdims=True), 1e-12) for each in arrays]
-    return {n: np.ascontiguousarray(each, options.dtype) for n, each in zip(options.names, arrays, strict=True)}
+        array = array / np.maximum(np.linalg.norm(array, axis=0, keepdims=True), 1e-12)
+    return np.ascontiguousarray(array, options.dtype)
 
 
 def stacked(result: InferenceResult, options: FeatureOptions, names: Sequence[str | None]) -> dict[str, Array]:

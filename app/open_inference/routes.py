@@ -1,26 +1,29 @@
 """The Open Inference Protocol v2 under `/v2`: the server, its models, inference, and the model repository extension."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.metadata import version as installed
+from itertools import chain
+from math import prod
 from typing import Annotated, Literal
 
-import orjson
 from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from app.bodies import LARGE_JSON, parse_json, read_body
+from app.bodies import JSON_COPIES, LARGE_JSON, parse_json, read_body
 from app.dependencies import EngineDep, HealthDep, LivenessDep, MaxWaitDep, require_management, require_one_process
 from app.disclosure import shown
+from app.encodings import json_pieces
 from app.open_inference import messages, tensors
 from app.open_inference.messages import HEADER_LENGTH, InferRequest, M, Message
 from app.open_inference.tensors import TensorMetadata
 from app.openapi import BINARY_CONTENT, json_body
 from app.problems import refusals
-from app.routes.inference import JSON, cancel_on_disconnect, encoded, note
+from app.routes.inference import BYTES_PER_NUMBER, JSON, LARGE, answer, cancel_on_disconnect, hold_answer, note
 from app.routes.management import changing
+from service.memory import BODIES, Reservation
 from service.results import Image, InferenceResult, Size
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
@@ -210,8 +213,8 @@ async def infer(
 
     An image that fails fails the request.
     """
-    with engine.request():
-        message, found, size = await _read(request)
+    with engine.request(), engine.memory.reserve(0, BODIES) as held:
+        message, found, size = await _read(request, held)
         timeout = message.parameters.timeout
         async with cancel_on_disconnect(request):
             result = await engine.infer(
@@ -222,17 +225,26 @@ async def infer(
                 max_wait_seconds=max_wait,
                 timeout_seconds=timeout / 1e6 if timeout else None,
                 client=request.state.client,
+                held=hold_answer(request),
             )
     note(request, result)
-    response = partial(_response, message, result, request.headers.get("accept-encoding", ""))
-    return await encoded(request, result, response, result.numbers)
+    outputs = partial(_outputs, message, result, hold_answer(request))
+    head, tails = await engine.encode(outputs) if result.numbers > LARGE else outputs()
+    pieces, headers = messages.compressed(chain(head, *tails), request.headers.get("accept-encoding", ""))
+    if not tails:
+        return await answer(request, result, pieces, result.numbers, JSON, headers=headers)
+    headers[HEADER_LENGTH] = str(sum(map(len, head)))
+    return await answer(request, result, pieces, result.numbers, BYTES, headers=headers)
 
 
-async def _read(request: Request) -> tuple[InferRequest, list[Image], Size | None]:
+async def _read(request: Request, held: Reservation) -> tuple[InferRequest, list[Image], Size | None]:
     """The request's message, its images, and their input size: None where they are encoded."""
     settings, headers = request.state.settings, request.headers
-    raw = await read_body(request, settings.max_body_bytes)
+    raw = await read_body(request, settings.max_body_bytes, held)
     length, encoding = headers.get(HEADER_LENGTH), headers.get("content-encoding", "")
+    if encoding:
+        held.grow(min(settings.max_body_bytes, messages.MAX_RATIO * len(raw)))
+    held.grow(held.count if length is not None else JSON_COPIES * held.count)
     arguments = (raw, encoding, length, settings.max_body_bytes, settings.max_images)
     # Large JSON, and all that is compressed, on a thread; the bytes of tensors cost nothing.
     at_once = not encoding and (len(raw) < LARGE_JSON or (length is not None and len(length) < _SHORT))
@@ -247,20 +259,27 @@ def _parse(
     return message, *tensors.images(tensor, max_images)
 
 
-def _response(message: InferRequest, result: InferenceResult, accepted: str) -> Response:
-    outputs, tails = [], []
+def _outputs(
+    message: InferRequest, result: InferenceResult, held: Reservation
+) -> tuple[Iterable[bytes], list[Iterable[bytes]]]:
+    """The JSON of the response, and the bytes that follow it for each output that is binary.
+
+    Where some do, the length of the JSON comes first, so it is made at once, and `held` grows by it.
+    """
+    outputs, tails, numbers = [], [], 0
     for each in message.outputs or [messages.RequestedOutput(name=name) for name in tensors.VECTORS]:
         wish, classes = each.parameters.binary_data, each.parameters.classification or None
         binary = message.parameters.binary_data_output if wish is None else wish
         tensor, tail = tensors.output(result, each.name, classes, binary=binary)
+        numbers += 0 if binary else prod(tensor["shape"])
         outputs.append(tensor)
         tails += [tail] * binary
     named = {"id": message.id} if message.id else {}
-    head = orjson.dumps({"model_name": result.model, "model_version": result.version, **named, "outputs": outputs})
-    content, headers = messages.compressed(b"".join((head, *tails)), accepted)
+    head = json_pieces({"model_name": result.model, "model_version": result.version, **named, "outputs": outputs})
     if not tails:
-        return Response(content, headers=headers, media_type=JSON)
-    return Response(content, headers={**headers, HEADER_LENGTH: str(len(head))}, media_type=BYTES)
+        return head, tails
+    held.grow(BYTES_PER_NUMBER * numbers)
+    return [*head], tails
 
 
 def _versioned(name: str, version: str | None) -> str:
@@ -306,5 +325,6 @@ async def unload(request: Request, engine: EngineDep, name: VersionedName) -> Re
 
 async def _read_message(request: Request, form: type[M]) -> M:
     """The body; an absent one is an empty object."""
-    body = await read_body(request, request.state.settings.max_body_bytes)
+    with request.state.engine.memory.reserve(0, BODIES) as held:
+        body = await read_body(request, request.state.settings.max_body_bytes, held)
     return messages.validated(form, parse_json(body) if body.strip() else {})

@@ -6,7 +6,7 @@ in Triton's documentation.
 
 import binascii
 from base64 import b64decode
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from app.encodings import json_array, little_endian
+from app.encodings import Stack
 from service.architecture.variants import VARIANTS
 from service.errors import InvalidRequest
 from service.postprocess import softmax
@@ -90,18 +90,23 @@ def images(tensor: InputTensor, most: int) -> tuple[list[Image], Size | None]:
 
 def output(
     result: InferenceResult, name: str, classification: int | None, *, binary: bool
-) -> tuple[dict[str, Any], bytes]:
+) -> tuple[dict[str, Any], Iterable[bytes]]:
     """The tensor `name` of all images as the response's JSON has it, and its little-endian bytes if `binary`.
 
-    With `classification` its so many highest values, as `value:index:label`. Raises InvalidRequest where it has no
-    classes, and the error of an image that failed.
+    The numbers of each image are made into bytes when their turn comes. With `classification` it has its so many
+    highest values, as `value:index:label`. Raises InvalidRequest where it has no classes, and the error of an image
+    that failed.
     """
-    stack = np.stack([_element(each, name) for each in require_all(result.results, [None] * len(result.results))])
-    data: Any
+    found = require_all(result.results, [None] * len(result.results))
     if classification is None:
-        datatype, shape = "FP32", stack.shape
-        data = little_endian(stack) if binary else json_array(stack.ravel())
-    elif name in VECTORS[:2]:
+        numbers = Stack.of(len(found), lambda i: _element(found[i], name))
+        message = {"name": name, "datatype": "FP32", "shape": numbers.whole_shape}
+        if binary:
+            return {**message, "parameters": {"binary_data_size": numbers.nbytes}}, numbers.pieces()
+        return {**message, "data": numbers}, ()
+    if name in VECTORS[:2]:
+        stack = np.stack([_element(each, name) for each in found])
+        data: Any
         best = (-stack).argsort(axis=1, kind="stable")[:, :classification]
         datatype, shape, labels = "BYTES", best.shape, result.card.labels
         data = [f"{row[i]:f}:{i}:{labels[i]}" for row, order in zip(stack, best, strict=True) for i in order]
@@ -111,8 +116,8 @@ def output(
         raise InvalidRequest(f"output {name!r} has no classes; classification is for {VECTORS[0]!r} and {VECTORS[1]!r}")
     message = {"name": name, "datatype": datatype, "shape": shape}
     if binary:
-        return {**message, "parameters": {"binary_data_size": len(data)}}, data
-    return {**message, "data": data}, b""
+        return {**message, "parameters": {"binary_data_size": len(data)}}, [data]
+    return {**message, "data": data}, ()
 
 
 def check_outputs(names: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from app.remote_images.addresses import DEFAULT_PORTS, Address, Reach, host_name
 from app.remote_images.resolving import Resolver
 from app.remote_images.shares import Key, Share, Shares, ShareTaken
 from service.errors import ImageTooLarge, ServiceError
+from service.memory import Reservation
 
 log = structlog.get_logger(component="fetch")
 
@@ -123,15 +124,27 @@ class _Target(NamedTuple):
 
 @dataclass(slots=True)
 class _Budget:
-    """Bytes that the images of one request may still have, of `limit` for all together. Mutable."""
+    """Bytes that the images of one request may still have, of `limit` for all together. Mutable.
+
+    `held` is the memory that is reserved for them, where it is counted.
+    """
 
     limit: int
     left: int
+    held: Reservation | None = None
 
     def take(self, count: int) -> None:
-        """Raises ImageTooLarge when there are not as many left."""
+        """Raises ImageTooLarge when there are not as many left, and MemoryExhausted when they do not fit."""
+        self.require(count)
+        if self.held:
+            self.held.grow(count)
         self.left -= count
-        self.require(0)
+
+    def give_back(self, count: int) -> None:
+        """Do not count so many, since they were discarded."""
+        self.left += count
+        if self.held:
+            self.held.shrink(count)
 
     def require(self, count: int) -> None:
         """The same, without taking them."""
@@ -184,12 +197,14 @@ class Fetcher(AbstractAsyncContextManager["Fetcher"]):
     async def __aexit__(self, *_: object) -> None:
         await self._resolver.close()
 
-    async def fetched(self, sent: Sequence[Upload | Link], request_id: str, client: str = "") -> list[Upload]:
+    async def fetched(
+        self, sent: Sequence[Upload | Link], request_id: str, client: str = "", held: Reservation | None = None
+    ) -> list[Upload]:
         """`sent`, with each link replaced by the image's bytes, or by the error of fetching it.
 
-        `client` is who asks, with a share of its own; empty: nobody in particular.
+        `client` is who asks, with a share of its own; empty: nobody in particular. `held` grows by what is fetched.
         """
-        request = _Request(request_id, client, _Budget(self._max_bytes, self._max_bytes))
+        request = _Request(request_id, client, _Budget(self._max_bytes, self._max_bytes, held))
 
         async def one(each: Upload | Link) -> Upload:
             return each if isinstance(each, Upload) else await self._fetch(each, request)
@@ -357,12 +372,12 @@ async def _body(response: httpcore.Response, announced: str, budget: _Budget) ->
     body, chunks = bytearray(), 0
     try:
         async for chunk in response.aiter_stream():
+            budget.take(len(chunk))
             body += chunk
             chunks += 1
-            budget.take(len(chunk))
             if chunks > _FREE_CHUNKS + len(body) / _LEAST_MEAN_CHUNK:
                 raise ImageUnreachable("the URL's host sends the image in too many tiny chunks")  # noqa: TRY301  counted
     except BaseException:
-        budget.left += len(body)  # what is discarded does not count
+        budget.give_back(len(body))
         raise
     return bytes(body)

@@ -1,24 +1,23 @@
 """The endpoints that take images: `POST /predict`, `/features` and `/explain`."""
 
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.responses import StreamingResponse
 from pydantic import AfterValidator, BaseModel, Field, JsonValue
 from pydantic.config import JsonDict
 
 from app.dependencies import require_key
-from app.encodings import NPY, NPZ, SAFETENSORS, check_holds, encode, json_bytes, json_chunks
+from app.encodings import NPY, NPZ, SAFETENSORS, Stack, check_holds, encode, json_bytes, json_pieces
 from app.openapi import BINARY_CONTENT, IMAGE_PROBLEMS, IMAGES, INFERENCE, operation_id
 from app.problems import Problem, documented, problem
-from app.routes.inference import JSON, LARGE, InferenceQuery, InferenceRoute, chosen_media_type, encoded, infer
+from app.routes.inference import JSON, LARGE, InferenceQuery, InferenceRoute, answer, chosen_media_type, encoded, infer
 from service import postprocess
 from service.errors import InvalidRequest, ServiceError
-from service.postprocess import FeatureOptions, numbers, stacked, top_k
+from service.postprocess import FeatureOptions, feature, numbers, top_k
 from service.postprocess import features as selected_features
 from service.results import JSON_INSTEAD, InferenceResult, require_all
 
@@ -199,40 +198,40 @@ async def features(request: Request, query: Annotated[FeaturesQuery, Query()]) -
     media_type, wanted = chosen_media_type(request, (JSON, NPZ, SAFETENSORS, NPY)), query.wanted
     check_holds(media_type, wanted.names)
     names, result = await infer(request, query, stages=bool(wanted.stages))
-    count = numbers(result, wanted.stages)
-    if media_type != JSON:
-        body = await encoded(request, result, partial(_arrays, media_type, names, result, wanted), count)
-        return Response(body, media_type=media_type)
-    chunks = await encoded(request, result, partial(_features, request, names, result, wanted), count)
-    if len(chunks) == 1:
-        return Response(chunks[0], media_type=JSON)
-    length = {"content-length": str(sum(map(len, chunks)))}
-    return StreamingResponse(_one_by_one(chunks), headers=length, media_type=JSON)
+    pieces = (
+        json_pieces(_features(request, names, result, wanted))
+        if media_type == JSON
+        else _arrays(media_type, names, result, wanted)
+    )
+    return await answer(request, result, pieces, numbers(result, wanted.stages), media_type)
 
 
-def _arrays(media_type: str, names: Names, result: InferenceResult, wanted: FeatureOptions) -> bytes:
-    return encode(stacked(result, wanted, names), media_type, {"model": result.model, "version": result.version})
+def _arrays(media_type: str, names: Names, result: InferenceResult, wanted: FeatureOptions) -> Iterator[bytes]:
+    """One of the binary forms; raises as `require_all`, before the first piece."""
+    outputs = [each.outputs for each in require_all(result.results, names, JSON_INSTEAD)]
+
+    def stack(name: str) -> Stack:
+        return Stack.of(len(outputs), lambda i: feature(outputs[i], name, wanted))
+
+    stacks = {name: stack(name) for name in wanted.names}
+    return encode(stacks, media_type, {"model": result.model, "version": result.version})
 
 
-def _features(request: Request, names: Names, result: InferenceResult, wanted: FeatureOptions) -> list[bytes]:
-    """A FeaturesResponse; a large one in several chunks, which are never copied into one."""
-    results = image_results(request, names, result)
-    for entry, image in zip(results, result.results, strict=True):
-        if isinstance(image, ServiceError):
-            continue
-        arrays = selected_features(image.outputs, wanted)
-        if wanted.embedding:
-            entry["embedding"] = arrays["embedding"]
-        if wanted.stages:
-            maps = {str(i): arrays[f"stage{i}"] for i in wanted.stages}
-            entry["stages"] = {i: {"shape": array.shape, "data": array.ravel()} for i, array in maps.items()}
-    content = {"model": result.model, "version": result.version, "size": result.size, "results": results}
-    return json_chunks(content) if numbers(result, wanted.stages) > LARGE else [json_bytes(content)]
+def _features(request: Request, names: Names, result: InferenceResult, wanted: FeatureOptions) -> dict[str, Any]:
+    """A FeaturesResponse, its results one by one as they are encoded."""
 
+    def results() -> Iterator[dict[str, Any]]:
+        for entry, image in zip(image_results(request, names, result), result.results, strict=True):
+            if not isinstance(image, ServiceError):
+                arrays = selected_features(image.outputs, wanted)
+                if wanted.embedding:
+                    entry["embedding"] = arrays["embedding"]
+                if wanted.stages:
+                    maps = {str(i): arrays[f"stage{i}"] for i in wanted.stages}
+                    entry["stages"] = {i: {"shape": array.shape, "data": array.ravel()} for i, array in maps.items()}
+            yield entry
 
-async def _one_by_one(chunks: Sequence[bytes]) -> AsyncIterator[bytes]:
-    for chunk in chunks:
-        yield chunk
+    return {"model": result.model, "version": result.version, "size": result.size, "results": results()}
 
 
 class ExplainQuery(InferenceQuery):
@@ -307,4 +306,4 @@ def _explanations(
     found = require_all(explanations, names, JSON_INSTEAD)
     if media_type == PNG:
         return postprocess.overlay(found[0], query.alpha)
-    return encode({"map": postprocess.maps(found)}, NPY, {})
+    return b"".join(encode({"map": Stack.of(len(found), lambda i: found[i].map)}, NPY, {}))

@@ -2,15 +2,18 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
+from functools import partial
+from itertools import islice
 from time import perf_counter
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import mimeparse
 from annotated_types import Ge, Le
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -21,14 +24,17 @@ from typing_extensions import override
 
 from app.bodies import Upload, read_uploads
 from app.dependencies import max_wait_seconds, require_key
+from app.encodings import chunks
 from app.problems import NotAcceptable, expected
 from service.engine import Engine, time_limit
 from service.errors import ServiceError
+from service.memory import ANSWERS, BODIES, Reservation
 from service.results import InferenceResult
 from service.store.cards import ModelCard
 
 LARGE = 32_768  # numbers; more, even as JSON on the event loop, would hold it up for over a millisecond and a half
 JSON = "application/json"
+BYTES_PER_NUMBER = 13  # as JSON: nine digits, a sign, a point, an exponent or zeros, a comma
 
 _SIZE = re.compile(r"(?P<height>[1-9]\d{0,4})(x(?P<width>[1-9]\d{0,4}))?", re.ASCII)
 
@@ -148,8 +154,8 @@ async def infer(
     """
     state, engine = request.state, request.state.engine
     timeout = query.timeout_ms and query.timeout_ms / 1000
-    with engine.request():
-        sent = await read_uploads(request)
+    with engine.request(), engine.memory.reserve(0, BODIES) as held:
+        sent = await read_uploads(request, held)
         if check_count:
             check_count(len(sent))
         uploads = [each for each in sent if isinstance(each, Upload)]
@@ -158,7 +164,7 @@ async def infer(
         async with cancel_on_disconnect(request), limit:
             if fetches:
                 start = perf_counter()
-                uploads = await state.fetcher.fetched(sent, state.request_id, getattr(state, "client", ""))
+                uploads = await state.fetcher.fetched(sent, state.request_id, state.client, held)
                 state.fetch_seconds = perf_counter() - start
             result: InferenceResult = await engine.infer(
                 [upload.data for upload in uploads],
@@ -169,6 +175,7 @@ async def infer(
                 max_wait_seconds=await max_wait_seconds(request),
                 timeout_seconds=timeout,
                 client=request.state.client,
+                held=hold_answer(request) if stages else None,
             )
     note(request, result)
     return [upload.filename for upload in uploads], result
@@ -214,6 +221,52 @@ def note(request: Request, result: InferenceResult) -> None:
         state.timing = {**fetch, **max(timings, key=sum)._asdict()}
     elif len(results) == 1 and isinstance(error := results[0], ServiceError):
         raise error
+
+
+def hold_answer(request: Request) -> Reservation:
+    """The memory that is reserved for the response; the middleware releases it once that is sent, or given up."""
+    state: dict[str, Any] = request.scope["state"]
+    held: Reservation = state.setdefault("answer", state["engine"].memory.reserve(0, ANSWERS))
+    return held
+
+
+async def answer(
+    request: Request,
+    result: InferenceResult,
+    pieces: Iterator[bytes],
+    numbers: int,
+    media_type: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """The response made of `pieces`, which encode so many `numbers` of `result`.
+
+    A large one is encoded on a thread, chunk by chunk as its client takes them. `Server-Timing` then has the time of
+    the first two.
+
+    Raises:
+        MemoryExhausted: the client speaks HTTP/1.0, which has no chunks, and there is no room for the whole.
+    """
+    if numbers <= LARGE:
+        body = await encoded(request, result, partial(b"".join, pieces))
+        return Response(body, headers=headers, media_type=media_type)
+    engine: Engine = request.state.engine
+    if request.scope["http_version"] == "1.0":
+        hold_answer(request).grow(BYTES_PER_NUMBER * numbers)
+        body = await encoded(request, result, partial(b"".join, pieces), numbers)
+        return Response(body, headers=headers, media_type=media_type)
+    parts = chunks(pieces)
+    begun = await encoded(request, result, lambda: [*islice(parts, 2)], numbers)
+    if len(begun) < 2:  # noqa: PLR2004  that is all of it
+        return Response(b"".join(begun), headers=headers, media_type=media_type)
+
+    async def body_chunks() -> AsyncIterator[bytes]:
+        while begun:
+            yield begun.pop(0)
+        while chunk := await engine.encode(partial(next, parts, b"")):
+            yield chunk
+
+    return StreamingResponse(body_chunks(), headers=headers, media_type=media_type)
 
 
 async def encoded(request: Request, result: InferenceResult, encode: Callable[[], T], numbers: int = 0) -> T:

@@ -9,13 +9,14 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from app.bodies import DATA_URL, EXAMPLE, LARGE_JSON, check_count, from_base64, parse_json, read_body
+from app.bodies import DATA_URL, EXAMPLE, JSON_COPIES, LARGE_JSON, check_count, from_base64, parse_json, read_body
 from app.dependencies import EngineDep, MaxWaitDep
 from app.encodings import json_array, little_endian
 from app.openapi import json_body
 from app.problems import refusals
 from app.routes.inference import JSON, cancel_on_disconnect, encoded, note
 from service.errors import InvalidRequest
+from service.memory import BODIES
 from service.results import InferenceResult, require_all
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -117,8 +118,9 @@ class OpenAiModels(BaseModel):
 async def embeddings(request: Request, engine: EngineDep, max_wait: MaxWaitDep) -> Response:
     """The embedding of each image; one that fails fails the request."""
     settings = request.state.settings
-    with engine.request():
-        body = await read_body(request, settings.max_body_bytes)
+    with engine.request(), engine.memory.reserve(0, BODIES) as held:
+        body = await read_body(request, settings.max_body_bytes, held)
+        held.grow(JSON_COPIES * len(body))
         message = _parse(body) if len(body) < LARGE_JSON else await run_in_threadpool(_parse, body)
         check_count(len(message.urls), settings.max_images)
         async with cancel_on_disconnect(request):

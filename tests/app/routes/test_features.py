@@ -178,7 +178,8 @@ def test_a_large_answer_comes_in_pieces_and_is_whole(features: Any) -> None:
     response = features(files[3:], stages="1,2", size="96")
 
     *good, bad = response.json()["results"]
-    assert len(response.content) == int(response.headers["content-length"]) > 2_000_000
+    assert "content-length" not in response.headers
+    assert len(response.content) > 2_000_000
     assert [(each["filename"], each["stages"]["1"]["shape"]) for each in good] == [
         (f"{i}.png", [32, 24, 24]) for i in range(3, 13)
     ]
