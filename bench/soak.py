@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -33,8 +34,8 @@ from bench.tables import table
 
 _HOUR = 3600.0
 SAMPLE_SECONDS, LEAST_SAMPLES = 10.0, 10
-_TITLES = {"rss_mb": "resident memory, MB", "threads": "threads", "descriptors": "descriptors",
-           "p50_ms": "p50, ms", "p99_ms": "p99, ms"}  # fmt: skip
+_TITLES = {"rss_mb": "resident memory (MB)", "threads": "threads", "descriptors": "descriptors",
+           "p50_ms": "p50 (ms)", "p99_ms": "p99 (ms)"}  # fmt: skip
 # By how much the end may exceed the start: a part of it, and so much more.
 BOUNDS = {"rss_mb": (0.1, 60.0), "threads": (0.0, 4.0), "descriptors": (0.0, 24.0)}
 
@@ -90,8 +91,8 @@ def outlooks(samples: Sequence[Sample]) -> list[str]:
             change = trend(samples, name)
             if change.per_hour > change.start * part + more:
                 found.append(
-                    f"At the slope of this run, {_TITLES[name]}, would grow by {change.per_hour:.0f} in an hour, which is "
-                    "beyond the bound; the run is too short to tell whether it levels off."
+                    f"At the slope of this run {_TITLES[name]} would grow by {change.per_hour:.0f} in an hour, which is "
+                    "beyond its bound; the run is too short to tell whether it levels off."
                 )
     return found
 
@@ -103,15 +104,15 @@ def report(samples: Sequence[Sample], tally: Tally, faults: Sequence[str], note:
     here = machine()
     minutes = samples[-1].seconds / 60
     loads = [(kind, tally.good[kind], tally.refused[kind]) for kind in sorted({*tally.good, *tally.refused})]
-    verdict = [f"- {fault}" for fault in faults] or ["Nothing grew beyond its bound, and no answer was wrong."]
-    verdict += ["", *outlooks(samples)] if outlooks(samples) else []
+    lines = [f"- {fault}" for fault in faults] or ["Nothing grew beyond its bound, and no answer was wrong."]
+    verdict = "\n".join([*lines, *chain.from_iterable(("", each) for each in outlooks(samples))])
     return f"""# Soak
 
 You want to know whether the service can run for long. `python -m bench.soak` puts one server under mixed load for an
 hour, which is the default of `--minutes`, and writes this page. **This run took {minutes:.0f} minutes**, on
 {here["cores"]} cores of {here["processor"]}, {here["memory"]}, {here["system"]}.{" " * bool(note)}{note}
 
-{"\n".join(verdict)}
+{verdict}
 
 The clock starts when everything ran once, and the second model was loaded and unloaded twice. Start is the median of
 the second fifth of the samples and end that of the last; the slope is that of a line through all but the first fifth.
@@ -127,7 +128,7 @@ beside everything else, and have no bound: they depend on what else the machine 
 
 
 def _bounds() -> str:
-    words = [f"{part:.0%} and {more:g} ({_TITLES[name]})" if part else f"{more:g} ({_TITLES[name]})"
+    words = [f"{part:.0%} and {more:g} of {_TITLES[name]}" if part else f"{more:g} {_TITLES[name]}"
              for name, (part, more) in BOUNDS.items()]  # fmt: skip
     return ", ".join(words[:-1]) + f" or {words[-1]}"
 
@@ -173,8 +174,7 @@ def two_models(folder: Path) -> Path:
 
 
 async def _watched(server: Server, tally: Tally, seconds: float) -> list[Sample]:
-    pause, samples = min(_HOUR = 3600.0
-SAMPLE_SECONDS, seconds / LEAST_SAMPLES), list[Sample]()
+    pause, samples = min(SAMPLE_SECONDS, seconds / LEAST_SAMPLES), list[Sample]()
     async with Load(server.url.removesuffix(OURS.path), tally) as load:
         await load.warm()
         start = perf_counter()
