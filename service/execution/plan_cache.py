@@ -91,7 +91,7 @@ class PlanCache:
         model: str,
         version: str,
         entry: CachedPlan,
-        graphs: Iterable[tuple[int, bytes | None]],
+        graphs: Iterable[tuple[int, bytes | NDArray[np.uint8] | None]],
         others: Mapping[str, bytes] = {},
     ) -> None:
         """Replace that model version's entry by `entry`, `graphs` and other files, all at once.
@@ -107,7 +107,7 @@ class PlanCache:
                 for size, blob in graphs:
                     if blob is None:
                         return
-                    (staged / f"{size}.graph").write_bytes(blob)
+                    (staged / f"{size}.graph").write_bytes(blob.data if isinstance(blob, np.ndarray) else blob)
                     digests[size] = digest(blob)
                     del blob
                 for name, content in others.items():

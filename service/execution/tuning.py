@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from service.backends.base import Backend, DeviceHealth, Graph, Layout, OptimizedGraphs, Precision, Program
+from service.backends.base import Backend, Blob, DeviceHealth, Graph, Layout, OptimizedGraphs, Precision, Program
 from service.errors import GoldenMismatch, ReferenceInvalid
 from service.execution.plan import WORTHWHILE_GAIN, BatchPlan, batch_seconds, gain
 from service.execution.reference import NOT_FINITE, Deviation, ReferenceCheck, concerns_precision, one_line, reason
@@ -33,11 +33,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class LatencyGraph:
-    """How to make the graph for an image that is alone in the service, its layout, and the measured seconds."""
+    """How to make the graph for an image that is alone in the service, its layout, and the measured seconds.
+
+    `blob` is the exported graph for one image, where the latency graph keeps that in memory.
+    """
 
     layout: Layout
     seconds: float
     make: Callable[[], Graph]
+    blob: Blob | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +163,17 @@ class Tuning:
     ) -> tuple[Layout, tuple[Graph, float], LatencyGraph | None]:
         """The layout with the most images per second, its graph for one image and t(1), and the latency graph."""
         graphs, seconds, alone = {base: first}, {}, {}
-        blob, restore = None, self.backend.restore
+        blob: Blob | None = None
+        restore = self.backend.restore
         for layout in self.backend.layouts(self.limits.cores):
             try:
                 if layout != base:
-                    blob = blob or first.export()
+                    if restore and blob is None and (exported := first.export()):
+                        blob = np.frombuffer(exported, np.uint8)
+                        del exported
                     graphs[layout] = (  # to restore an exported graph is faster
-                        restore(np.frombuffer(blob, np.uint8), layout, precision)
-                        if restore and blob
+                        restore(blob, layout, precision)
+                        if restore and blob is not None
                         else self.program.graph(1, layout, precision)
                     )
                 seconds[layout] = graph_seconds(graphs[layout], 1, self.shape, layout.streams)
@@ -184,7 +191,7 @@ class Tuning:
         least = min(alone, key=alone.__getitem__)
         pays = least != best and alone[least] < alone[base] * (1 - LATENCY_SAVES)
         quickest = graphs[least]  # which keeps no other
-        latency = LatencyGraph(least, alone[least], lambda: quickest) if pays else None
+        latency = LatencyGraph(least, alone[least], lambda: quickest, blob) if pays else None
         return best, (graphs[best], seconds[best]), latency
 
     def _add_larger(

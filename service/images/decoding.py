@@ -86,7 +86,7 @@ def decode(
         _opened(data, geometry, max_pixels=max_pixels, scaled_jpeg=scaled_jpeg) as opened,
         reserve(opened.cost),
     ):
-        return _pixels(opened, max_pixels)
+        return _pixels(opened, geometry, max_pixels)
 
 
 def cost(
@@ -99,14 +99,18 @@ def cost(
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A file of which only the header has been read, and what its pixels will cost."""
+    """A file of which only the header has been read, and what its pixels will cost.
+
+    Its `box` is resized to `target` (width, height), both as the file lies.
+    """
 
     file: Image.Image
     raw: bytes
     name: str
     orientation: int
     reduction: int
-    geometry: Geometry
+    box: Box
+    target: tuple[int, int]
     cost: Cost
 
 
@@ -128,25 +132,25 @@ def _opened(
                     reduction = max(reduction, _reduction(_turned(file.size, orientation), geometry))
             box, target = _stored_crop(file.size, orientation, geometry)
             price = cost_of(file, reduction, box, target, several_scans=scans)
-            yield _Opened(file, raw, name, orientation, reduction, geometry, price)
+            yield _Opened(file, raw, name, orientation, reduction, box, target, price)
 
 
-def _pixels(opened: _Opened, max_pixels: int) -> Decoded:
+def _pixels(opened: _Opened, geometry: Geometry, max_pixels: int) -> Decoded:
     file, raw, orientation, reduction = opened.file, opened.raw, opened.orientation, opened.reduction
-    grey, size = None, file.size
+    grey, size, (left, top, right, bottom), target = None, file.size, opened.box, opened.target
     if opened.name == "TIFF":
         grey, image = prepare(file, raw, max_pixels), file
         file.load()  # which turns it upright
         size = file.size
+        (left, top, right, bottom), target = _stored_crop(size, orientation, geometry)
     elif opened.name == "JPEG":
         image = formats.load_jpeg(file, raw, reduction)
     else:
         grey = Grey(_SIXTEEN_BITS) if file.mode[0] == "I" else None
         image = _LOADERS[opened.name](file, raw)
-    (left, top, right, bottom), target = _stored_crop(size, orientation, opened.geometry)
     # However odd sizes are rounded up, a pixel of the reduced image covers as many source pixels.
     box: Box = (left / reduction, top / reduction, right / reduction, bottom / reduction)
-    pixels = resample(image, box, target, opened.geometry.interpolation, grey)
+    pixels = resample(image, box, target, geometry.interpolation, grey)
     return Decoded(_upright(pixels, orientation), *_turned(size, orientation))
 
 

@@ -5,7 +5,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -130,7 +130,7 @@ class Loading:
             held.release()
             raise
         self._remember(executable, min(peak, whole) if not executable.report.cached else 0)
-        _settle(held, executable.report.memory_bytes)
+        _settle(held, executable.report.memory_bytes if executable.report.device == "cpu" else 0)
         return executable, held
 
     async def _reserved(self, name: str, count: int, free: Free) -> Reservation:
@@ -259,9 +259,12 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _settle(held: Reservation, count: int) -> None:
-    """Hold `count` bytes from now on; where more than was reserved is in use already, all that was reserved."""
+    """Hold `count` bytes from now on; where they are in use already and exceed the budget, what was held before."""
     if count < held.count:
         held.shrink(held.count - count)
+    else:
+        with suppress(MemoryExhausted):
+            held.grow(count - held.count)
 
 
 def _drop(only: list[T]) -> None:
@@ -420,7 +423,9 @@ class _Attempt:
             reference=computed and computed[1],
         )
         files = {computed[1].file: computed[0]} if computed else {}
-        exported = ((size, graph.export()) for size, graph in tuned.graphs.items())  # one after another
+        known = {1: tuned.latency.blob} if tuned.latency and tuned.latency.blob is not None else {}
+        # One after another: OpenVINO copies what it exports several times.
+        exported = ((size, known[size] if size in known else graph.export()) for size, graph in tuned.graphs.items())
         cache.write(self.stored.id, self.stored.version, entry, exported, files)
 
     def _cached_reference(self, cache: PlanCache, entry: CachedPlan) -> Reference:
