@@ -49,7 +49,7 @@ def descriptor_limit() -> int:
 
 
 class Connections(ServerState):
-    """The connections of one process (decisions 60 to 62).
+    """The connections of one process (decisions 57 to 59).
 
     - Those that wait in the kernel are accepted many at a time. Beyond the limit, the least needed one is closed: one
       that sends nothing, the longest silent first; never one whose request is being worked on.

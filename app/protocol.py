@@ -43,7 +43,7 @@ class BoundedProtocol(HttpToolsProtocol):
       pieces that hold no parts of two messages: they end where a message may.
     - What can be read in more than one way is refused, after the responses to earlier requests. What follows is never
       read.
-    - A client that is too slow is refused or cut off (decision 61); one that closes its sending side gets its answers.
+    - A client that is too slow is refused or cut off (decision 58); one that closes its sending side gets its answers.
     """
 
     server_state: Connections

@@ -27,7 +27,7 @@ log = structlog.get_logger(component="residency")
 # copy for each batch size; one batch size is assumed, since what is guessed too large is never tried.
 BYTES_PER_PARAMETER = {"torch": 4, "compiled": 12}  # 4 on a GPU too, where half of it is weights in 16 bits
 SECONDS, SECONDS_PER_PARAMETER = 2.0, 1.5e-7
-# At the peak of a load (decision 70): the module, graphs of two layouts or precisions, and one exported; of a load from
+# At the peak of a load (decision 65): the module, graphs of two layouts or precisions, and one exported; of a load from
 # the plan cache, one graph and its file.
 PEAK_BYTES, PEAK_BYTES_PER_PARAMETER = 160_000_000, {"torch": 12, "compiled": 22}
 CACHED_PEAK_BYTES, CACHED_PEAK_BYTES_PER_PARAMETER = 50_000_000, 12
