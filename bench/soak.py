@@ -91,8 +91,8 @@ def outlooks(samples: Sequence[Sample]) -> list[str]:
             change = trend(samples, name)
             if change.per_hour > change.start * part + more:
                 found.append(
-                    f"At the slope of this run {_TITLES[name]} would grow by {change.per_hour:.0f} in an hour, beyond "
-                    "its bound; the run is too short to tell whether it levels off."
+                    f"At the slope of this run {_TITLES[name]} would grow by {change.per_hour:.0f} in an hour, "
+                    "which is beyond its bound; the run is too short to tell whether it levels off."
                 )
     return found
 
