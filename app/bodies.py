@@ -109,17 +109,29 @@ async def read_body(request: Request, max_bytes: int, held: Reservation) -> byte
                 await _discard(request)
             raise _too_large(max_bytes)
         held.check(int(announced))
-    chunks, received, more = [], 0, True
-    while more:
-        chunk, more = await _receive(request)
-        received += len(chunk)
-        if received > max_bytes:
+    body, more = await _receive(request)
+    if not more:
+        _count(body, 0, max_bytes, held)
+        return body
+    chunk, buffer = body, bytearray()  # one block, which goes back to the system whole; chunks would leave holes
+    while True:
+        try:
+            _count(chunk, len(buffer), max_bytes, held)
+        except BodyTooLarge:
             if more:
                 await _discard(request)
-            raise _too_large(max_bytes)
-        held.grow(len(chunk))
-        chunks.append(chunk)
-    return b"".join(chunks)
+            raise
+        buffer += chunk
+        if not more:
+            return bytes(buffer)
+        chunk, more = await _receive(request)
+
+
+def _count(chunk: bytes, before: int, max_bytes: int, held: Reservation) -> None:
+    """Reserve memory for `chunk`, which comes after so many bytes; raises as `read_body`."""
+    if before + len(chunk) > max_bytes:
+        raise _too_large(max_bytes)
+    held.grow(len(chunk))
 
 
 async def _receive(request: Request) -> tuple[bytes, bool]:
