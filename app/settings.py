@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app.remote_images.addresses import HostRule, Reach
+from app.addresses import HostRule, Reach
 from service.store.folder import default_store, writable_default_store
 from service.store.location import RemoteOptions, is_url, objection, secrets_of, without_secrets
 

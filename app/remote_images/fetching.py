@@ -19,9 +19,9 @@ import httpx
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from app.addresses import DEFAULT_PORTS, Address, Reach, host_name, plain
 from app.bodies import Link, Upload
 from app.problems import ImageHostBusy, ImageTimedOut, ImageUnreachable, ImageUrlRefused
-from app.remote_images.addresses import DEFAULT_PORTS, Address, Reach, host_name, plain
 from app.remote_images.resolving import Resolver
 from app.remote_images.shares import Key, Share, Shares, ShareTaken
 from service.errors import ImageTooLarge, ServiceError

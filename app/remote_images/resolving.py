@@ -6,7 +6,7 @@ from ipaddress import ip_address
 
 import aiodns
 
-from app.remote_images.addresses import Address
+from app.addresses import Address
 
 _SECONDS, _TRIES = 2.0, 2  # for each of them; glibc's own would be 5 and 2
 

@@ -9,10 +9,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from app import problems
+from app.addresses import Reach
 from app.clients import Clients
 from app.main import create_app
 from app.middleware import HttpMetrics
-from app.remote_images.addresses import Reach
 from app.remote_images.fetching import Fetcher
 from app.settings import Settings
 from service.metrics import EngineMetrics

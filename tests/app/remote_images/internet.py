@@ -9,8 +9,8 @@ from typing import Any
 import httpcore
 from prometheus_client import CollectorRegistry
 
+from app.addresses import Address, HostRule, Reach
 from app.bodies import Link
-from app.remote_images.addresses import Address, HostRule, Reach
 from app.remote_images.fetching import Fetcher
 from service.errors import ServiceError
 

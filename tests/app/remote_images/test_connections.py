@@ -3,9 +3,9 @@ from ipaddress import ip_address
 
 import pytest
 
+from app.addresses import Address
 from app.bodies import Link, Upload
 from app.problems import ImageUnreachable, ImageUrlRefused
-from app.remote_images.addresses import Address
 from tests.app.remote_images.internet import OTHER, PRIVATE, PUBLIC, Internet, answer, fetch, fetcher, redirect
 
 

@@ -2,7 +2,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from app.remote_images.addresses import HostRule, Reach, host_name, is_public
+from app.addresses import HostRule, Reach, host_name, is_public
 
 
 def reach(*hosts: str, private: str | None = None) -> Reach:
