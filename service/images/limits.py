@@ -11,7 +11,7 @@ from itertools import islice
 import PIL
 from PIL import Image
 
-from service.errors import ImageTooLarge, InvalidImage
+from service.errors import ImageTooLarge, InvalidImage, MemoryExhausted
 
 # Limits on a hostile file beyond its bytes and pixels; real images stay far below each.
 _MAX_SIDE = 65_535  # JPEG's own; costs per row and Pillow's float32 boxes are fine up to there
@@ -50,7 +50,7 @@ def map_errors(name: str, max_pixels: int) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise too_large(f"over {_MOST_PIXELS / 1e6:.4g}", min(max_pixels, _MOST_PIXELS)) from error
     except MemoryError as error:
-        raise ImageTooLarge(f"the {name} image does not fit into memory") from error
+        raise MemoryExhausted(f"the {name} image does not fit into memory now; send it again later") from error
     except _FOREIGN as error:
         message = str(error).lower()
         if message.startswith("unsupported"):  # Pillow's word for a form that it can't read
