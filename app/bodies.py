@@ -165,6 +165,8 @@ def parse_json(body: bytes) -> Any:  # noqa: ANN401  whatever JSON holds
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
+        if "enough memory" in str(error):  # orjson's words for it
+            raise MemoryError from error
         raise InvalidRequest(f"the body is no JSON: {error}") from error
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from service.backends.base import DeviceHealth
-from service.errors import ImageTooLarge, InvalidImage, MemoryExhausted, ServiceError
+from service.errors import ImageTooLarge, InvalidImage, MemoryExhausted, OutOfMemory, ServiceError
 from service.execution.executable import Executable
 from service.images.costs import Cost
 from service.images.decoding import Decoded, decode
@@ -139,8 +139,12 @@ class Pipeline:
         self, executable: Executable, instance: int, payloads: Sequence[_Prepared], *, alone: bool
     ) -> list[_Inferred]:
         stages = any(each.stages for each in payloads)  # one forward for all of them
-        with self._devices.watched():
-            outputs = executable.run(instance, [each.decoded.pixels for each in payloads], alone=alone, stages=stages)
+        try:
+            with self._devices.watched():
+                pixels = [each.decoded.pixels for each in payloads]
+                outputs = executable.run(instance, pixels, alone=alone, stages=stages)
+        except MemoryError as error:
+            raise OutOfMemory(f"the outputs of a batch of {len(payloads)} do not fit into memory") from error
         return [
             (each.decoded, output if each.stages else output._replace(stages=()))
             for each, output in zip(payloads, outputs, strict=True)

@@ -139,3 +139,11 @@ def test_keys_are_asked_for_where_some_are_set_but_not_of_probes(make_client: Ma
         assert refused.json()["error"]
         assert client.request(method, path, headers={"Authorization": "Bearer one"}).status_code != 401
     assert [client.get(f"/v2/health/{each}").status_code for each in ("live", "ready")] == [200, 200]
+
+
+def test_memory_that_ran_out_is_no_fault_of_the_code() -> None:
+    response = problems.unexpected(MemoryError(), {"type": "http", "path": "/predict", "state": {"request_id": "id"}})
+
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "2"
+    assert b"memory-exhausted" in response.body

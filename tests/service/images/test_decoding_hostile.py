@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from service.errors import ImageTooLarge, InvalidImage
+from service.errors import ImageTooLarge, InvalidImage, MemoryExhausted
 from service.images.decoding import FORMATS, Geometry, decode
 
 GEOMETRY = Geometry(224, 224, 0.9, "bicubic")
@@ -207,11 +207,11 @@ def test_a_broken_exif_block_fails_no_image(kind: str, exif: bytes) -> None:
     assert not outcome(encode(kind, exif=b"Exif\0\0" + exif))
 
 
-def test_missing_memory_is_reported_as_the_images_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_memory_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("PIL.Image.core.new", fail)
 
-    with pytest.raises(ImageTooLarge, match="memory"):
+    with pytest.raises(MemoryExhausted, match="memory"):
         decode(VALID["PNG"], GEOMETRY, max_pixels=PIXELS)
