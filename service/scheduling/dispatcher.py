@@ -30,7 +30,7 @@ LARGE_MEGAPIXELS = 4.0  # images of more to decode wait in a queue of their own
 LARGE_PLACES = 4  # large images have at most this part of a lane's places
 HEADROOM = 0.75  # of the time left that the wait for an instance may take at the measured speed
 _LEAST_MEASURED = 64  # images, before a speed that was measured while they waited is trusted
-_FLOW_SECONDS, _FLOW_BATCHES = 0.5, 4  # or batches of the largest size, after which it is not trusted any more
+_FLOW_SECONDS, _FLOW_BATCHES = 0.5, 4  # or batches of the largest size, after which it is halved
 _FADE = 0.97  # of what was measured, at each new measurement
 _SMALL_SECONDS, _MEGAPIXEL_SECONDS = 0.0005, 0.005  # of decoding, before any was measured
 
@@ -71,6 +71,10 @@ class Speed:
         self.seconds = _FADE * self.seconds + seconds
         self.units = _FADE * self.units + units
         self.measured += units
+
+    def doubt(self, part: float) -> None:
+        """Take it to be quicker by this part: what it keeps from being tried can't correct it."""
+        self.seconds *= part
 
     def of(self, units: float) -> float:
         """Seconds that `units` are likely to take; 0 before the first measurement."""
@@ -156,9 +160,10 @@ class Lane(Generic[S, T, R]):
         return images * self.plan.image_seconds()
 
     def flow_known(self, now: float) -> bool:
-        """Whether enough images were measured lately; a speed of long ago would refuse for ever what none can test."""
+        """Whether enough images were measured lately; an older speed is halved, as nothing tests what it refuses."""
         if now > self.flow_at + max(_FLOW_SECONDS, _FLOW_BATCHES * self.plan.time(self.plan.largest)):
-            self.flow = Speed()
+            self.flow.doubt(0.5)
+            self.flow_at = now
         return self.flow.measured >= _LEAST_MEASURED
 
     def run_seconds(self, images: int) -> float:
@@ -630,6 +635,8 @@ class Dispatcher(Generic[S, T, R]):
 
     def _end_late(self, call: Call[S, T, R]) -> None:
         self._metrics.cancelled(call.stage)
+        for speed in (call.lane.pace, self._large_speed if call.large else self._small_speed):
+            speed.doubt(_FADE)
         self._end(call, DeadlineExceeded("the request's time ran out while the image waited"))
 
     def _discard(self, call: Call[S, T, R]) -> None:

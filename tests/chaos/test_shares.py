@@ -159,6 +159,21 @@ def test_who_obeys_retry_after_gets_in_beside_many_who_do_not(server: Server) ->
     assert flood.statuses[429] > 0
 
 
+def test_a_connection_goes_on_after_an_upload_that_was_refused_unread(server: Server) -> None:
+    upload = SMALL + bytes(2_000_000)
+    with Client(server, GREEDY) as client:
+        statuses = Counter[int]()
+        with Flood(server, 64, Client.post) as flood:
+            flood.wait_for(64)
+            for _ in range(10):
+                statuses[client.post(upload)[0]] += 1
+
+        assert client.post()[0] == 200
+
+    assert {*statuses} <= {200, 429}
+    assert statuses[429] > 0
+
+
 def test_answers_in_time_do_not_collapse_under_overload() -> None:
     """Closed loop, so that a machine under other load is measured against itself."""
     rates = {}

@@ -316,6 +316,16 @@ async def test_a_full_lane_refuses_at_once_and_its_places_come_back() -> None:
         assert lane.admitted == 0
 
 
+async def test_a_refusal_is_known_before_anything_is_reserved() -> None:
+    async with bench(Machine(), capacity=8) as made:
+        scheduler, lane = made.scheduler, made.lane
+        with scheduler.reserve(lane, 8, client="a"):
+            assert isinstance(scheduler.refusal(lane, client="a"), QueueFull)
+            assert scheduler.refusal(lane, client="b") is None  # it has a claim to one of a's places
+
+        assert scheduler.refusal(lane, client="a") is None
+
+
 async def test_with_a_delay_an_idle_instance_waits_for_a_fuller_batch() -> None:
     machine = Machine()
     async with bench(machine, max_delay_seconds=3600.0) as made:
