@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.errors import InvalidRequest, ServiceError
-from service.results import JSON_INSTEAD, Floats, ImageResult, InferenceResult, Outputs, require_all
+from service.results import Floats, ImageResult, InferenceResult, Outputs
 from service.store.cards import ModelCard
 
 Array = NDArray[np.floating]
@@ -88,16 +88,6 @@ def feature(outputs: Outputs, name: str, options: FeatureOptions) -> Array:
     return np.ascontiguousarray(array, options.dtype)
 
 
-def stacked(result: InferenceResult, options: FeatureOptions, names: Sequence[str | None]) -> dict[str, Array]:
-    """The features of all images, whose file names are `names`: each array has a first axis for the image.
-
-    Raises:
-        ServiceError: as `require_all`.
-    """
-    images = [features(each.outputs, options) for each in require_all(result.results, names, JSON_INSTEAD)]
-    return {name: np.stack([each[name] for each in images]) for name in images[0]}
-
-
 def numbers(result: InferenceResult, stages: Sequence[int] = ()) -> int:
     """How many numbers a response is made of that reads these `stages`, to know beforehand whether it is large."""
     first = next((each.outputs for each in result.results if isinstance(each, ImageResult)), None)
@@ -146,11 +136,6 @@ def _explained(result: InferenceResult, image: ImageResult, class_id: int | None
         bias=float(result.head.bias[chosen]),
         map=np.tensordot(result.head.weight[chosen], stages[-1], axes=1),
     )
-
-
-def maps(explanations: Sequence[Explanation]) -> Floats:
-    """All maps in one array (n, height / 32, width / 32)."""
-    return np.stack([each.map for each in explanations])
 
 
 def overlay(explanation: Explanation, alpha: float) -> bytes:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.postprocess import VIRIDIS, Explanation, maps, overlay
+from service.postprocess import VIRIDIS, Explanation, overlay
 from service.results import ImageResult, Timing
 
 GREY = np.full((64, 96, 3), 128, np.uint8)
@@ -52,7 +52,3 @@ def test_the_table_is_viridis() -> None:
     # Lightness rises without a step back, which is what makes it uniform (luma is close enough to see that).
     luma = VIRIDIS[::5] @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(luma) > 0).all()
-
-
-def test_maps_of_several_images_are_one_array() -> None:
-    assert maps([explanation([[0, 1]]), explanation([[2, 3]])]).tolist() == [[[0, 1]], [[2, 3]]]

@@ -4,12 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from service.architecture.variants import VARIANTS
 from service.backends.base import Backend
 from service.backends.cpu import OpenVinoBackend, TorchBackend
 from service.errors import ImageTooLarge, InvalidImage, InvalidRequest
-from service.postprocess import Explanation, FeatureOptions, explain, features, numbers, stacked
+from service.postprocess import Explanation, FeatureOptions, explain, features, numbers
 from service.results import ImageResult, InferenceResult, Outputs, Timing, require_all
 from tests.service.postprocess.twins import answer, executable_of, make_twin, theirs
 
@@ -17,6 +18,12 @@ TORCH, OPENVINO = TorchBackend(1), OpenVinoBackend(1)
 CASES: list[tuple[str, Backend, tuple[int, int]]] = [(variant, TORCH, (64, 64)) for variant in VARIANTS]
 CASES += [("pvt_v2_b0", TORCH, (32, 96)), ("pvt_v2_b0", OPENVINO, (64, 96)), ("pvt_v2_b1", OPENVINO, (64, 32))]
 NAMES = ("embedding", "stage1", "stage2", "stage3", "stage4")
+
+
+def stacked(result: InferenceResult, options: FeatureOptions) -> dict[str, NDArray[Any]]:
+    """The features of all images, each array with a first axis for the image."""
+    images = [features(each.outputs, options) for each in require_all(result.results, [None] * len(result.results))]
+    return {name: np.stack([each[name] for each in images]) for name in images[0]}
 
 
 def name(value: object) -> str:
@@ -33,7 +40,7 @@ def test_features_and_activation_maps_are_those_of_transformers(
     answered = answer(executable_of(twin, variant, backend, size, monkeypatch))
     reference = theirs(twin, answered)
 
-    ours = stacked(answered, FeatureOptions(stages=(1, 2, 3, 4)), [None, None])
+    ours = stacked(answered, FeatureOptions(stages=(1, 2, 3, 4)))
     stages = [each.numpy() for each in reference.hidden_states]
     assert tuple(ours) == NAMES
     for mine, true in zip(ours.values(), (stages[3].mean(axis=(2, 3)), *stages), strict=True):
