@@ -183,7 +183,8 @@ def test_answers_in_time_do_not_collapse_under_overload() -> None:
             with Flood(fresh, connections, lambda client: client.post(query="?timeout_ms=200")) as flood:
                 flood.wait_for(2 * connections)
                 before, start = flood.statuses[200], monotonic()
-                flood.wait_for(600)
+                while monotonic() - start < 4:
+                    flood.wait_for(20)
                 rates[connections] = (flood.statuses[200] - before) / (monotonic() - start)
 
     assert rates[240] >= 0.4 * rates[60], rates
