@@ -26,7 +26,7 @@ from service.registry.registry import Registry
 from service.registry.resident import Resident
 from service.registry.versions import ModelStatus
 from service.results import Health, Image, InferenceResult, Size
-from service.scheduling.dispatcher import Activity
+from service.scheduling.lanes import Activity
 from service.sharing import cancel
 from service.store.cards import ModelCard
 from service.workers import Workers

@@ -22,7 +22,7 @@ from service.memory import DECODING, MODELS, MemoryBudget
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.results import Image, ImageResult, Outputs, Pixels, Timing
-from service.scheduling.dispatcher import LARGE_MEGAPIXELS, Lane, Places
+from service.scheduling.lanes import LARGE_MEGAPIXELS, Lane, Places
 from service.scheduling.scheduler import Scheduler
 
 _LEFT_TO_ANSWER = 0.1  # of the time of a request

@@ -41,7 +41,7 @@ LAYERS = {
         {"preprocessing"},
         {"catalogue", "download"},
     ],
-    "scheduling": [{"scheduler"}, {"dispatcher"}, {"queues"}],
+    "scheduling": [{"scheduler"}, {"dispatcher"}, {"lanes"}, {"queues"}],
     "execution": [{"executable"}, {"tuning"}, {"plan_cache", "reference"}, {"plan"}],
     "backends": [{"cpu", "cuda"}, {"cuda_compiling"}, {"base"}],
     "store": [

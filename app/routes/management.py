@@ -14,7 +14,7 @@ from app.problems import documented
 from app.routes.models import BatchSize, ModelInfo, ModelList, milliseconds, model_info
 from service.engine import Engine, time_limit
 from service.errors import ModelLoading
-from service.scheduling.dispatcher import QueueActivity, Release
+from service.scheduling.lanes import QueueActivity, Release
 
 router = APIRouter(tags=["management"], dependencies=[Depends(require_management)])
 _models = APIRouter(prefix="/models", dependencies=[Depends(require_one_process)])

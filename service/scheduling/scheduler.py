@@ -15,7 +15,8 @@ from typing import Generic, ParamSpec, TypeVar
 from service.errors import ServiceError
 from service.execution.plan import BatchPlan
 from service.metrics import EngineMetrics
-from service.scheduling.dispatcher import Activity, Call, Completed, Dispatcher, Ended, Job, Lane, Places
+from service.scheduling.dispatcher import Dispatcher
+from service.scheduling.lanes import Activity, Call, Completed, Ended, Job, Lane, Places
 
 S = TypeVar("S")
 T = TypeVar("T")

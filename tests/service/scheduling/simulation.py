@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry
 
 from service.execution.plan import BatchPlan
 from service.metrics import EngineMetrics
-from service.scheduling.dispatcher import LARGE_MEGAPIXELS, Call, Dispatcher, Lane, Outcome, Places, Running
+from service.scheduling.dispatcher import Dispatcher
+from service.scheduling.lanes import LARGE_MEGAPIXELS, Call, Lane, Outcome, Places, Running
 
 
 class Seen(EngineMetrics):

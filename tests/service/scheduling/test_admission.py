@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from service.errors import DeadlineExceeded, InvalidRequest, QueueFull, ShuttingDown
 from service.execution.plan import BatchPlan
-from service.scheduling.dispatcher import Dispatcher, Lane
+from service.scheduling.dispatcher import Dispatcher
+from service.scheduling.lanes import Lane
 from tests.service.scheduling.simulation import Seen, Simulation, make_lane
 
 ONE = BatchPlan({1: 1.0})

@@ -5,7 +5,8 @@ import pytest
 
 from service.errors import DeadlineExceeded, OutOfMemory, ShuttingDown
 from service.execution.plan import BatchPlan
-from service.scheduling.dispatcher import Call, Completed, Dispatcher, Lane, Outcome, Running
+from service.scheduling.dispatcher import Dispatcher
+from service.scheduling.lanes import Call, Completed, Lane, Outcome, Running
 from tests.service.scheduling.simulation import Seen, Simulation, make_lane, places_of
 
 PLAN = BatchPlan({1: 1.0, 2: 1.1, 4: 1.2, 8: 1.4})

@@ -10,17 +10,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from service.errors import DeadlineExceeded, InvalidRequest, OutOfMemory, QueueFull
 from service.execution.plan import BatchPlan
-from service.scheduling.dispatcher import (
-    LARGE_MEGAPIXELS,
-    LARGE_PLACES,
-    Call,
-    Completed,
-    Dispatcher,
-    Lane,
-    Outcome,
-    Places,
-    Running,
-)
+from service.scheduling.dispatcher import LARGE_PLACES, Dispatcher
+from service.scheduling.lanes import LARGE_MEGAPIXELS, Call, Completed, Lane, Outcome, Places, Running
 from tests.service.scheduling.simulation import Seen, make_lane
 
 PLANS = st.builds(

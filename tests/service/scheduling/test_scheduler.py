@@ -11,7 +11,7 @@ import pytest
 
 from service.errors import DeadlineExceeded, OutOfMemory, QueueFull, ShuttingDown
 from service.execution.plan import BatchPlan
-from service.scheduling.dispatcher import Completed, Lane
+from service.scheduling.lanes import Completed, Lane
 from service.scheduling.scheduler import Scheduler
 from tests.service.scheduling.simulation import Seen
 

@@ -6,7 +6,7 @@ import pytest
 
 from service.errors import DeadlineExceeded, QueueFull
 from service.execution.plan import BatchPlan
-from service.scheduling.dispatcher import Completed, Lane
+from service.scheduling.lanes import Completed, Lane
 from tests.service.scheduling.simulation import Sent, Simulation
 
 PLAN = BatchPlan({1: 0.001, 2: 0.0018, 4: 0.0033, 8: 0.006})  # 1333 images/s of an instance at the most
