@@ -67,7 +67,7 @@ def test_an_answer_that_is_being_sent_is_sent_to_its_end(headers: dict[str, str]
                 time.sleep(0.1)
 
         assert server.process.wait(30) == 0
-    assert received == int(response.headers["content-length"]) > 10e6
+    assert received > 10e6  # and whole: httpx raises where the last chunk is missing
 
 
 def test_an_answer_that_is_being_encoded_is_sent_to_its_end(server: Server) -> None:
