@@ -171,6 +171,8 @@ class Engine:
                 async with resident.at(size, stages=stages) as sized:
                     self._last_used[name, size] = sized
                     results = await self._pipeline.infer(sized, images, deadline, stages=stages, client=client)
+                if any(isinstance(each, DeadlineExceeded) for each in results):  # all have the same time
+                    raise _late(timeout_seconds)
         ran, head = sized.executable, sized.executable.head if stages else None
         return InferenceResult(ran.card, ran.stored.version, (ran.height, ran.width), head, results)
 
@@ -366,6 +368,8 @@ async def time_limit(seconds: float) -> AsyncIterator[float]:
     except TimeoutError as error:
         if not scope.expired():
             raise
-        raise DeadlineExceeded(
-            f"no answer within {seconds * 1000:.0f} ms; allow more with timeout_ms or PVT_TIMEOUT_MS"
-        ) from error
+        raise _late(seconds) from error
+
+
+def _late(seconds: float) -> DeadlineExceeded:
+    return DeadlineExceeded(f"no answer within {seconds * 1000:.0f} ms; allow more with timeout_ms or PVT_TIMEOUT_MS")

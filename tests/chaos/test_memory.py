@@ -96,7 +96,7 @@ def test_a_load_that_does_not_fit_is_503_and_small_requests_go_on(tmp_path: Path
         assert classify(url, DIGIT).status_code == 200
 
         load = threads.submit(classify, url, DIGIT, "pvt_v2_b3.large")
-        assert latencies(url, [load])
+        latencies(url, [load])
 
         assert load.result().status_code == 503
         assert "pvt_v2_b3.large@1" in load.result().json()["detail"]
