@@ -21,7 +21,7 @@ from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.pipeline import Pipeline, Sized
 from service.registry.catalog import Catalog, watch
-from service.registry.loader import Loading
+from service.registry.loading import Loading
 from service.registry.registry import Registry
 from service.registry.resident import Resident
 from service.registry.versions import ModelStatus

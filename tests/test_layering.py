@@ -29,8 +29,8 @@ LAYERS = {
         {"errors", "files", "metrics"},
     ],
     "registry": [
-        {"loader"},
-        {"catalog"},
+        {"loading"},
+        {"catalog", "loader"},
         {"registry", "resident"},
         {"versions"},
         {"residency"},

@@ -85,7 +85,7 @@ async def test_a_model_unloaded_while_its_latency_graph_is_made_is_freed_at_once
         gc.collect()
         freed.append(executable[0]() is None)
 
-    monkeypatch.setattr("service.registry.loader.give_back", give_back)
+    monkeypatch.setattr("service.registry.loading.give_back", give_back)
     async with engine(tmp_path) as e:
         await e.infer([png()])
         assert await asyncio.to_thread(begun.wait, 30)
