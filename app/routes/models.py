@@ -9,7 +9,6 @@ from pydantic import AfterValidator, BaseModel, Field
 from app.dependencies import EngineDep
 from app.disclosure import shown
 from app.problems import documented
-from service.acquisition.catalogue import CLASSES, LICENCE, SIDE
 from service.acquisition.pulling import RemoteModel
 from service.errors import WeightsUnavailable
 from service.registry.versions import ModelStatus, VersionStatus
@@ -205,11 +204,11 @@ def _remote_info(model: RemoteModel, request: Request) -> ModelInfo:
         default=model.default,
         reason=shown(request, model.failure) if model.failure else None,
         pull=None if model.pulled_bytes is None else PullProgress(bytes=model.pulled_bytes, total=model.total_bytes),
-        num_classes=CLASSES,
-        input_size=(SIDE, SIDE),
+        num_classes=published.num_classes,
+        input_size=published.input_size,
         parameters=published.parameters,
         accuracy=published.accuracy,
-        licence=LICENCE,
+        licence=published.licence,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Literal
+from typing import ClassVar, Literal
 
 from service.architecture.variants import VARIANTS, Dialect
 from service.errors import InvalidRequest, ModelNotFound
@@ -45,6 +45,9 @@ class Published:
     parameters: int
     top1: float
     files: Mapping[SourceName, RemoteFile]
+    num_classes: ClassVar[int] = CLASSES
+    input_size: ClassVar[tuple[int, int]] = SIDE, SIDE
+    licence: ClassVar[str] = LICENCE
 
     @property
     def id(self) -> str:
