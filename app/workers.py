@@ -110,7 +110,7 @@ class WorkerGroup:
         return self.folder / "ready"
 
     @contextmanager
-    def member(self) -> Iterator[None]:
+    def folder_in_use(self) -> Iterator[None]:
         """Hold the folder; the process that leaves it last, which may outlive the supervisor, removes it."""
         with locked(self.folder / LOCK, shared=True):
             yield
@@ -189,7 +189,7 @@ class Worker:
                 await asyncio.sleep(REPORT_SECONDS)
                 await self._report(engine)
 
-        with self.group.member():
+        with self.group.folder_in_use():
             await self._report(engine)
             task = asyncio.create_task(keep_reporting())
             try:
@@ -230,7 +230,7 @@ def supervise(settings: Settings, listener: socket.socket) -> int:
     """Serve on `listener` with `settings.workers` processes until a signal stops it; returns the exit code."""
     _remove_old_folders()
     group = WorkerGroup(Path(mkdtemp(prefix=FOLDER_PREFIX)), settings.workers)
-    with group.member():
+    with group.folder_in_use():
         group.share_metrics("supervisor")
         return asyncio.run(Supervisor(settings, listener, group).run())
 

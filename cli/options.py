@@ -75,8 +75,8 @@ def store_folder(option: str | None, *, write: bool = False) -> Path:
         return _checked(settings.remote_store.url)
     if not write:
         return settings.store_folder
-    root, made = settings.writable_store()
-    if made:
+    root, is_new = settings.writable_store()
+    if is_new:
         print_note(f"pvt-serve: {root} is new, with a copy of the embedded model")
     return root
 

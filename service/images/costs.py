@@ -40,8 +40,8 @@ def cost_of(
     """
     pixels = image.width * image.height
     if image.format == "JPEG":
-        made = -(-pixels // reduction**2)
-        held = 2 * len(image.getbands()) * pixels * several_scans + 4 * made
+        decoded_pixels = -(-pixels // reduction**2)
+        held = 2 * len(image.getbands()) * pixels * several_scans + 4 * decoded_pixels
         pixels = pixels if several_scans else -(-pixels // min(reduction**2, _ENTROPY_PIXELS))
     elif image.format == "TIFF":
         held = held_bytes(image)
