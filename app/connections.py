@@ -10,6 +10,7 @@ from heapq import nsmallest
 from typing import Protocol
 
 import structlog
+from starlette.types import Scope
 from uvicorn.server import ServerState
 
 log = structlog.get_logger(component="http")
@@ -20,7 +21,7 @@ FEW_DESCRIPTORS = 1024
 SWEEP_SECONDS = 0.5
 LOG_SECONDS = 10.0  # between two log lines about connections that were closed for others
 ACCEPTS_PER_TURN = 64  # connections that one turn of the event loop accepts
-BEGUN_PER_TURN = 32  # requests that one turn of the event loop begins
+BEGUN_PER_TURN = 4  # requests that one turn of the event loop begins
 _RETRY_SECONDS = 0.05  # until it is tried again to accept, where no connection can be closed
 
 
@@ -54,21 +55,27 @@ class Connections(ServerState):
     - Those that wait in the kernel are accepted many at a time. Beyond the limit, the least needed one is closed: one
       that sends nothing, the longest silent first; never one whose request is being worked on.
     - Every half second each is told how much time passed. A time in which this process did not run does not count.
-    - One turn of the event loop begins a bounded number of requests, so that what is new is looked at soon.
+    - One turn of the event loop begins a few requests, of each client in turn: who has many waits for its own.
     """
 
-    def __init__(self, *, client_seconds: float, accepts_per_turn: int = ACCEPTS_PER_TURN) -> None:
-        """`client_seconds`: how long a client may take, see `Settings.client_timeout_seconds`."""
+    def __init__(
+        self, *, client_seconds: float, identify: Callable[[Scope], str], accepts_per_turn: int = ACCEPTS_PER_TURN
+    ) -> None:
+        """`client_seconds`: how long a client may take, see `Settings.client_timeout_seconds`.
+
+        `identify` names the client of a request.
+        """
         super().__init__()
+        self._identify = identify
         self.client_seconds = client_seconds
         self.limit = MAX_CONNECTIONS
         self._accepts_per_turn = accepts_per_turn
         # Mutable state: the listening sockets, what is accepted and has no transport yet, the requests begun in this
-        # turn and those that wait for the next, and what the log does not know yet.
+        # turn, those of each client that wait for the next one, and what the log does not know yet.
         self._listeners: list[socket.socket] = []
         self._opening: set[asyncio.Task[object]] = set()
         self._begun = 0
-        self.waiting: deque[Callable[[], None]] = deque()
+        self.waiting: dict[str, deque[Callable[[], None]]] = {}
         self._evicted = 0
         self._logged = float("-inf")
         self._sweeping: asyncio.TimerHandle | None = None
@@ -108,21 +115,28 @@ class Connections(ServerState):
         if self._sweeping:
             self._sweeping.cancel()
 
-    def begin(self, start: Callable[[], None], *, first: bool) -> None:
-        """Call `start`, which begins a request: now or, unless it is to be `first`, when earlier ones have begun."""
-        if self._begun < BEGUN_PER_TURN or first:
+    def begin(self, start: Callable[[], None], scope: Scope, *, first: bool) -> None:
+        """Call `start`, which begins the request of `scope`: now if it is to be `first` or few have begun, else later.
+
+        Those that wait are begun in the order of each client, and one of each client after another.
+        """
+        if first or (self._begun < BEGUN_PER_TURN and not self.waiting):
             if not self._begun:
                 asyncio.get_running_loop().call_soon(self._next_turn)
             self._begun += 1
             start()
         else:
-            self.waiting.append(start)
+            self.waiting.setdefault(self._identify(scope), deque()).append(start)
 
     def _next_turn(self) -> None:
         self._begun = 0
         while self.waiting and self._begun < BEGUN_PER_TURN:
             self._begun += 1
-            self.waiting.popleft()()
+            client = next(iter(self.waiting))
+            starts = self.waiting.pop(client)
+            starts.popleft()()
+            if starts:
+                self.waiting[client] = starts  # behind those of others
         if self._begun:
             asyncio.get_running_loop().call_soon(self._next_turn)
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import httptools
 import structlog
+from starlette.types import Scope
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -247,7 +248,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         start = partial(super()._start_asgi_task, cycle, app)
-        self.server_state.begin(start, first=cycle.scope["path"] in PROBES)
+        self.server_state.begin(start, cast("Scope", cycle.scope), first=cycle.scope["path"] in PROBES)
 
     def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's own signature
         """The client sends nothing more; returns whether the connection stays open, to answer what came before."""

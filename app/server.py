@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from functools import partial
 from types import FrameType
@@ -15,6 +16,7 @@ import structlog
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from app.clients import Directory
 from app.connections import Connections
 from app.main import create_app
 from app.protocol import BoundedProtocol
@@ -29,6 +31,8 @@ ACCEPTS_OF_A_WORKER = 8  # connections in one turn of the event loop
 # How long after the signal an upload may go on, at most half of the drain: what it carries must still be worked on.
 UPLOAD_SECONDS = 5.0
 _POLL_SECONDS = 0.01
+# Until a thread that computes in Python lets another one on: under load each image waits for that some five times.
+SWITCH_SECONDS = 0.001
 
 
 def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = None) -> None:
@@ -54,10 +58,14 @@ def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = N
     # What libraries made is never garbage: measuring a model's memory then looks through the rest only, and holds up
     # requests for some milliseconds instead of a hundred.
     gc.freeze()
+    sys.setswitchinterval(SWITCH_SECONDS)
     started_event = "listening" if worker is None else "worker_listening"
     # Workers share the queue of new connections: one that takes few at a time leaves some to the others.
     share = {} if worker is None else {"accepts_per_turn": ACCEPTS_OF_A_WORKER}
-    connections = Connections(client_seconds=settings.client_timeout_seconds, **share)
+    directory = Directory(settings)
+    connections = Connections(
+        client_seconds=settings.client_timeout_seconds, identify=lambda scope: directory.identify(scope)[0], **share
+    )
     DrainingServer(config, started_event, settings.shutdown_seconds, connections).run(sockets=list(listeners))
     if any(thread.name.startswith("pvt-") for thread in threading.enumerate()):
         # A load that was abandoned, or a thread that is stuck: the interpreter would wait for it.

@@ -1,13 +1,15 @@
 """One turn of the event loop begins few requests; the limit of open files is raised."""
 
 import asyncio
+from collections.abc import Sequence
+from functools import partial
 
 import pytest
 
 from app.connections import BEGUN_PER_TURN, Connections, descriptor_limit
 
 
-async def until_begun(order: list[int], count: int) -> int:
+async def until_begun(order: Sequence[object], count: int) -> int:
     """How many turns it took."""
     for turn in range(1000):
         if len(order) == count:
@@ -16,18 +18,34 @@ async def until_begun(order: list[int], count: int) -> int:
     pytest.fail("some never begin")
 
 
+def connections() -> Connections:
+    return Connections(client_seconds=1, identify=lambda scope: scope["who"])
+
+
 async def test_a_turn_begins_few_requests_in_their_order_and_a_probe_at_once() -> None:
-    state, order = Connections(client_seconds=1), list[int]()
+    state, order = connections(), list[int]()
     for number in range(100):
-        state.begin(lambda number=number: order.append(number), first=False)  # type: ignore[misc]
+        state.begin(partial(order.append, number), {"who": "one"}, first=False)
     assert order == [*range(BEGUN_PER_TURN)]
 
-    state.begin(lambda: order.append(-1), first=True)
+    state.begin(partial(order.append, -1), {"who": "one"}, first=True)
     assert order[-1] == -1
 
     turns = await until_begun(order, 101)
-    assert turns >= 100 // BEGUN_PER_TURN
+    assert turns >= 100 // BEGUN_PER_TURN - 1
     assert [number for number in order if number >= 0] == [*range(100)]
+
+
+async def test_who_has_many_requests_waits_for_its_own() -> None:
+    state, order = connections(), list[str]()
+    for _ in range(50):
+        state.begin(partial(order.append, "greedy"), {"who": "greedy"}, first=False)
+    for who in ("polite", "other", "polite"):
+        state.begin(partial(order.append, who), {"who": who}, first=False)
+
+    await until_begun(order, 53)
+    assert order[:BEGUN_PER_TURN] == ["greedy"] * BEGUN_PER_TURN
+    assert order[BEGUN_PER_TURN:][:5] == ["greedy", "polite", "other", "greedy", "polite"]
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may() -> None:

@@ -122,7 +122,7 @@ def exchange(*pieces: bytes, protocol: type[Any] = BoundedProtocol, app: App = e
     async def run() -> Wire:
         config = uvicorn.Config(app, http=protocol, ws="none", log_config=None, server_header=False, date_header=False)
         config.load()
-        state, wire = Connections(client_seconds=20), Wire()
+        state, wire = Connections(client_seconds=20, identify=lambda _: ""), Wire()
         connection = protocol(config=config, server_state=state, app_state={})
         connection.connection_made(wire)
         for piece in pieces:
