@@ -226,18 +226,17 @@ def test_mean_and_std_of_0_to_255_are_converted_and_shown(pvt_serve: PvtServe, s
 
 
 def test_a_head_of_one_logit_is_refused_and_what_is_advised_works(pvt_serve: PvtServe, store: Path) -> None:
-    state = dict(official(1))
-    (file := store.parent / "one.pth").write_bytes(pickled(state))
-    refused = pvt_serve("import", file, "--variant", "b0", "--tag", "mine", "--size", "32")
+    (file := store.parent / "one.pth").write_bytes(pickled(dict(official(1))))
+    command = ("import", file, "--variant", "b0", "--tag", "mine", "--size", "32")
+    refused, softmax = pvt_serve(*command), pvt_serve(*command, "--activation", "softmax", "--temperature", "2")
+    done = pvt_serve(*command, "--activation", "sigmoid")
 
-    state["head.weight"] = torch.cat([torch.zeros_like(state["head.weight"]), state["head.weight"]])
-    state["head.bias"] = torch.cat([torch.zeros_like(state["head.bias"]), state["head.bias"]])
-    file.write_bytes(pickled(state))
-    _, card = imported(pvt_serve, store, file)
-
-    assert refused.code == 1
-    assert "the head has one logit, of which a softmax always makes 1.0; make it two" in refused.err
-    assert len(card.labels) == 2
+    assert (refused.code, softmax.code, done.code) == (1, 1, 0)
+    for each in (refused, softmax):
+        assert "the head has one logit, of which a softmax always makes 1.0" in each.err
+        assert "add --activation sigmoid where" in each.err
+    card = Store(store).find("pvt_v2_b0.mine").require_card()
+    assert (card.labels, card.activation) == (("class 0",), "sigmoid")
 
 
 def test_a_head_without_classes_is_refused(pvt_serve: PvtServe, store: Path) -> None:
@@ -289,7 +288,10 @@ def test_labels_come_in_several_forms(pvt_serve: PvtServe, store: Path, mine: Pa
         (["--crop", "0.9", "--resize", "stretch"], "there is no crop"),
         (["--crop", "1.2"], "crop: Input should be less than or equal to 1"),
         (["--weights", "ema"], "it holds no EMA weights"),
-        (["--labels", "imagenet"], "1000 labels for 3 classes"),
+        (
+            ["--labels", "imagenet"],
+            "the head has 3 classes, and there are 1000 labels, from 'tench, Tinca tinca' to 'toilet",
+        ),
         (["--labels", "nowhere.txt"], "labels 'nowhere.txt': No such file"),
     ],
 )
@@ -309,7 +311,6 @@ def test_import_says_what_is_wrong_and_changes_nothing(
         ("x.safetensors", lambda: safetensors.torch.save(dict(official(3)))[:-100], "truncated or no .safetensors"),
         ("x.pth", lambda: b"hello", "truncated or no .pth"),
         ("x.onnx", lambda: b"hello", "it must end in .safetensors or .pth"),
-        ("x.pth", lambda: pickled({k: v for k, v in official(3).items() if "head" not in k}), "no classification head"),
         ("x.pth", lambda: pickled({k: v * torch.nan for k, v in official(3).items()}), "NaN or infinity"),
         ("x.pth", lambda: pickled({**official(3), "head.bias": print}), "asks for code"),
     ],
