@@ -252,13 +252,14 @@ def _validated(path: Path, content: dict[str, Any]) -> ModelCard:
 
 
 def _converted(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a card in a format above 1; format 1 rounded the resized side to the nearest pixel."""
-    pixels = content.get("preprocessing")
-    if content.get("format", 1) != 1 or not isinstance(pixels, dict):
+    """The content of a card in today's format; format 1 rounded the resized side to the nearest pixel."""
+    pixels, version = content.get("preprocessing"), content.get("format", 1)
+    if version not in range(1, FORMAT):
         return content
-    crop, height = pixels.get("crop", 1), pixels.get("height")
-    if crop == 1:
-        return {**content, "format": FORMAT}
+    content = {**content, "format": FORMAT}
+    if version != 1 or not isinstance(pixels, dict) or (crop := pixels.get("crop", 1)) == 1:
+        return content
+    height = pixels.get("height")
     if isinstance(crop, float) and 0 < crop < 1 and isinstance(height, int) and height > 0:
         was, now = round(height / crop), floor(height / crop)
         if was != now:
@@ -268,7 +269,7 @@ def _converted(path: Path, content: dict[str, Any]) -> dict[str, Any]:
                 f"crop {crop} of {height} goes on meaning a resize to {was} pixels, as when it was imported",
                 f"timm and torchvision resize to {now}; pull with --again, or import again, for that",
             )
-    return {**content, "format": FORMAT, "preprocessing": {"rounding": "nearest", **pixels}}
+    return {**content, "preprocessing": {"rounding": "nearest", **pixels}}
 
 
 @cache
