@@ -28,8 +28,7 @@ Blob = NDArray[np.uint8]  # (bytes,)
 class Served(nn.Module):
     """The model as it is served: uint8 pixels (n, height, width, 3) in, logits, embedding and maps of `stages` out.
 
-    It normalises the pixels itself, so that a backend compiles that into its graph. Without a head, its logits are the
-    embedding.
+    It normalises the pixels itself, so that a backend compiles that into its graph. Without a head there are no logits.
     """
 
     def __init__(self, model: PVT_V2, mean: Sequence[float], std: Sequence[float], stages: Sequence[int] = ()) -> None:
@@ -41,8 +40,12 @@ class Served(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Logits (n, classes), embedding (n, channels) and stage maps (n, channels, height, width) of `pixels`."""
-        logits, embedding, maps = self.model.forward_all(self.normalised(pixels), self.stages)
-        return logits, embedding, *maps
+        return self.outputs(self.normalised(pixels))
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The same of the model's input: images (n, 3, height, width)."""
+        logits, embedding, maps = self.model.forward_all(images, self.stages)
+        return (logits, embedding, *maps) if isinstance(self.model.head, nn.Linear) else (embedding, *maps)
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """The model's input for `pixels`: float32 images (n, 3, height, width)."""
@@ -93,7 +96,7 @@ class Graph(Protocol):
     def run(self, instance: int, images: Images) -> tuple[Floats, ...]:
         """Logits (n, classes), embedding (n, channels), and the stage maps that the module returns.
 
-        Without a head the logits are the embedding. There may be fewer images than the batch size; rows after theirs
+        Without a head there are no logits. There may be fewer images than the batch size; rows after theirs
         mean nothing. Each `instance` makes one call at a time. Raises OutOfMemory if the batch does not fit.
         """
         ...

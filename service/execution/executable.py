@@ -146,14 +146,14 @@ class Executable:
         chosen = self.staged if stages else self._plain
         if chosen is None:
             raise ModelLoadFailed(f"the graphs of {self.stored.id} with stage maps have not been made")
-        (graphs, latency), classes = chosen, len(self.card.labels)
+        (graphs, latency), has_head = chosen, bool(self.card.labels)
         outputs: list[Outputs] = []
         while images:  # more than once where no graph with stage maps is that large
             size = min((size for size in graphs if size >= len(images)), default=max(graphs))
             graph = latency if alone and latency and size == 1 else graphs[size]
             part, images = images[:size], images[size:]
-            logits, embedding, *maps = graph.run(instance, part)
-            logits = logits[:, :classes]  # none without a head
+            found = graph.run(instance, part)
+            logits, embedding, *maps = found if has_head else (found[0][:, :0], *found)
             outputs += [Outputs(logits[i], embedding[i], tuple(each[i] for each in maps)) for i in range(len(part))]
         return outputs
 

@@ -68,9 +68,10 @@ class Deviation:
 
     def __str__(self) -> str:
         swap = f", {self.swap:.2g} of the spread apart" if self.changed else ""
+        top = f", another top class in {self.changed} of {self.images}{swap}" if self.outputs == "logits" else ""
         return (
             f"largest difference {self.largest:.3g} in image {self.image}, {self.share:.2g} of the {self.outputs}' "
-            f"spread, cosine {self.cosine:.6f}, another top class in {self.changed} of {self.images}{swap}"
+            f"spread, cosine {self.cosine:.6f}{top}"
         )
 
     def objection(self, precision: Precision) -> str | None:
