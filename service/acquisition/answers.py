@@ -106,8 +106,8 @@ def read_thresholds(given: str, labels: Sequence[str] | None) -> float | tuple[f
             content = _thresholds_in_table(_rows(text))
         else:
             content = text.split()
-        return tuple(map(float, _by_class(content, labels) if isinstance(content, dict) else content))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return _numbers(_by_class(content, labels) if isinstance(content, dict) else content)
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"thresholds {given!r}: {_reason(error)}") from error
 
 
@@ -213,6 +213,12 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _numbers(content: object) -> tuple[float, ...]:
+    if isinstance(content, list) and content and all(isinstance(each, str | int | float) for each in content):
+        return tuple(map(float, content))
+    raise ValueError("neither a number for each class nor one for each label")
 
 
 def _by_class(content: Mapping[str, object], labels: Sequence[str] | None) -> list[object]:
