@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -169,7 +170,7 @@ def test_import_takes_geometry_labels_and_provenance(pvt_serve: PvtServe, store:
     }  # fmt: skip
 
 
-def imported(pvt_serve: PvtServe, store: Path, file: Path, *options: str) -> tuple[Done, ModelCard]:
+def imported(pvt_serve: PvtServe, store: Path, file: Path, *options: str | Path) -> tuple[Done, ModelCard]:
     done = pvt_serve("import", file, "--variant", "b0", "--tag", "mine", "--size", "64", *options)
     assert done.code == 0, done.err
     return done, Store(store).find("pvt_v2_b0.mine").require_card()
@@ -239,6 +240,57 @@ def test_a_head_of_one_logit_is_refused_and_what_is_advised_works(pvt_serve: Pvt
     assert (card.labels, card.activation) == (("class 0",), "sigmoid")
 
 
+def test_import_takes_what_answers_are(pvt_serve: PvtServe, store: Path, mine: Path) -> None:
+    for name in ("dog", "Cat", "bird"):
+        (store.parent / "set" / name).mkdir(parents=True)
+    (thresholds := store.parent / "thresholds.csv").write_text("label,threshold\r\nCat,0.2\r\nbird,0.3\r\ndog,0.4\r\n")
+    _, card = imported(
+        pvt_serve, store, mine, "--labels", store.parent / "set", "--activation", "sigmoid", "--temperature", "1.5",
+        "--thresholds", thresholds, "--unknown-below", "0.1",
+    )  # fmt: skip
+
+    assert card.labels == ("Cat", "bird", "dog")
+    assert (card.activation, card.temperature, card.unknown_below) == ("sigmoid", 1.5, 0.1)
+    assert card.thresholds == (0.2, 0.3, 0.4)
+    assert json.loads((store / card.id / "1" / "card.json").read_text())["format"] == 3
+
+
+def test_import_notes_a_label_that_is_there_twice(pvt_serve: PvtServe, store: Path, mine: Path) -> None:
+    (labels := store.parent / "labels.txt").write_text("crane\nowl\ncrane\n")
+
+    done, card = imported(pvt_serve, store, mine, "--labels", labels)
+
+    assert "classes 0 and 2 are both called 'crane'; tell them by class_id" in done.err
+    assert card.labels == ("crane", "owl", "crane")
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers", "official"])
+def test_a_checkpoint_without_a_head_is_imported_for_its_embeddings(
+    pvt_serve: PvtServe, store: Path, library: str
+) -> None:
+    state = dict(official(3))
+    if library == "timm":
+        torch.manual_seed(0)
+        state = timm.create_model("pvt_v2_b0", num_classes=0).state_dict()
+    elif library == "transformers":
+        state = transformers_state(3)
+    headless = {name: tensor for name, tensor in state.items() if not name.startswith(("head", "classifier"))}
+    (file := store.parent / "backbone.pth").write_bytes(pickled(headless))
+    (labels := store.parent / "labels.txt").write_text("a\nb\nc")
+    command = ("import", file, "--variant", "b0", "--tag", "mine", "--size", "32")
+
+    refused = pvt_serve(*command, "--labels", labels)
+    answers = pvt_serve(*command, "--activation", "sigmoid")
+    done, card = imported(pvt_serve, store, file)
+
+    assert (refused.code, answers.code) == (1, 1)
+    assert "no classification head ('head.weight'), and 3 labels, from 'a' to 'c', were given" in refused.err
+    assert "a model without a head has no activation" in answers.err
+    assert done.out.startswith("pvt_v2_b0.mine@1: no head: embeddings only, 3,")
+    assert card.labels == ()
+    assert "ok   pvt_v2_b0.mine@1  8 reference outputs reproduced" in pvt_serve("verify").lines
+
+
 def test_a_head_without_classes_is_refused(pvt_serve: PvtServe, store: Path) -> None:
     state = {name: tensor[:0] if name.startswith("head.") else tensor for name, tensor in official(1).items()}
     (file := store.parent / "none.pth").write_bytes(pickled(state))
@@ -292,6 +344,13 @@ def test_labels_come_in_several_forms(pvt_serve: PvtServe, store: Path, mine: Pa
             ["--labels", "imagenet"],
             "the head has 3 classes, and there are 1000 labels, from 'tench, Tinca tinca' to 'toilet",
         ),
+        (["--activation", "relu"], "'relu' is not one of 'softmax', 'sigmoid', 'none'"),
+        (["--activation", "none", "--temperature", "2"], "so there is no temperature"),
+        (["--temperature", "0"], "temperature: Input should be greater than 0"),
+        (["--temperature", "nan"], "temperature"),
+        (["--thresholds", "1.5"], "thresholds 1.5: scores of a softmax are from 0 to 1"),
+        (["--thresholds", "nowhere.txt"], "thresholds 'nowhere.txt': No such file"),
+        (["--unknown-below", "-1"], "unknown_below -1: scores of a softmax"),
         (["--labels", "nowhere.txt"], "labels 'nowhere.txt': No such file"),
     ],
 )

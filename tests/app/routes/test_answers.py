@@ -364,6 +364,14 @@ def test_commands_know_a_model_without_a_head(
         np.testing.assert_allclose(table["embedding"], truth[0][:1], rtol=5e-4, atol=2e-5)
 
 
+def test_bench_measures_a_model_without_a_head_by_its_embeddings(run: commands.PvtServe, url: str) -> None:
+    done = run("bench", "--url", url, "--model", "pvt_v2_b0.backbone", "--seconds", "0.2", "--json")
+
+    figures = json.loads(done.out)
+    assert (done.code, figures["failed"]) == (0, {})
+    assert figures["images"] > 0
+
+
 def test_verify_checks_the_embedding_of_a_model_without_a_head(run: commands.PvtServe, store: Path) -> None:
     done = run("verify")
     assert "ok   pvt_v2_b0.backbone@1  8 reference outputs reproduced" in done.lines
