@@ -21,6 +21,7 @@ from cli.terminal import SOME_FAILED, USAGE, CommandError, print_line, print_not
 from pvt_client import Embedding, Explanation, Prediction, PvtError
 from pvt_client.calls import FeaturesOptions, MapOptions, PredictOptions
 
+_Form = Callable[[Path, Prediction | PvtError], Iterator[str]]
 _LISTED = 1000  # failed files whose reasons are kept
 
 
@@ -62,18 +63,22 @@ def predict(
     if as_csv:
         print_line(_csv_line(["file", "rank", "class_id", "label", "score", "error", "unknown"]))
 
-    async def print_all() -> int:
-        failed = 0
-        async with connect(url, api_key) as inference:
-            async for path, result in inference.predict_many(paths, concurrency=concurrency, **query):
-                failed += not isinstance(result, Prediction)
-                for line in form(path, result):
-                    print_line(line)
-                sys.stdout.flush()
-        return failed
-
-    if asyncio.run(print_all()):
+    if asyncio.run(_print_all(connect(url, api_key), paths, query, concurrency, form)):
         raise Exit(SOME_FAILED)
+
+
+async def _print_all(
+    connection: Connection, paths: Iterable[Path], query: PredictOptions, concurrency: int, form: _Form
+) -> int:
+    """Print the result of each image in that form; returns how many have none."""
+    failed = 0
+    async with connection as inference:
+        async for path, result in inference.predict_many(paths, concurrency=concurrency, **query):
+            failed += not isinstance(result, Prediction)
+            for line in form(path, result):
+                print_line(line)
+            sys.stdout.flush()
+    return failed
 
 
 def _text(path: Path, result: Prediction | PvtError) -> Iterator[str]:

@@ -8,6 +8,7 @@ networks that end like this, is of Zhou et al. 2016, "Learning Deep Features for
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,8 +92,9 @@ def check_classes(card: ModelCard, class_id: int | None = None, min_score: float
         )
     if class_id is not None and class_id not in range(len(card.labels)):
         raise InvalidRequest(f"class_id {class_id}: {card.id!r} has the classes 0 to {len(card.labels) - 1}")
-    if min_score is not None and card.activation != "none" and not 0 <= min_score <= 1:
-        raise InvalidRequest(f"min_score {min_score:g}: must be from 0 to 1, as the scores of {card.id!r} are")
+    if min_score is not None and not (isfinite(min_score) if card.activation == "none" else 0 <= min_score <= 1):
+        range_ = "a number" if card.activation == "none" else "from 0 to 1"
+        raise InvalidRequest(f"min_score {min_score:g}: must be {range_}, as the scores of {card.id!r} are")
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,7 @@ class Answers(Record):
     """
 
     activation: Activation = "softmax"
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.001, le=1000)] = 1.0
     thresholds: float | tuple[float, ...] | None = None
     unknown_below: float | None = None
 

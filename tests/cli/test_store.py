@@ -9,6 +9,7 @@ import safetensors.torch
 import timm
 import torch
 from safetensors.torch import save_file
+from transformers import PvtV2Config, PvtV2Model
 
 from service.acquisition.catalogue import imagenet_labels
 from service.acquisition.preprocessing import PRESETS, describe
@@ -273,7 +274,8 @@ def test_a_checkpoint_without_a_head_is_imported_for_its_embeddings(
         torch.manual_seed(0)
         state = timm.create_model("pvt_v2_b0", num_classes=0).state_dict()
     elif library == "transformers":
-        state = transformers_state(3)
+        config = PvtV2Config(hidden_sizes=(32, 64, 160, 256), depths=(2, 2, 2, 2))
+        state = PvtV2Model(config).state_dict()
     headless = {name: tensor for name, tensor in state.items() if not name.startswith(("head", "classifier"))}
     (file := store.parent / "backbone.pth").write_bytes(pickled(headless))
     (labels := store.parent / "labels.txt").write_text("a\nb\nc")
@@ -346,7 +348,7 @@ def test_labels_come_in_several_forms(pvt_serve: PvtServe, store: Path, mine: Pa
         ),
         (["--activation", "relu"], "'relu' is not one of 'softmax', 'sigmoid', 'none'"),
         (["--activation", "none", "--temperature", "2"], "so there is no temperature"),
-        (["--temperature", "0"], "temperature: Input should be greater than 0"),
+        (["--temperature", "0"], "temperature: Input should be greater than or equal to 0.001"),
         (["--temperature", "nan"], "temperature"),
         (["--thresholds", "1.5"], "thresholds 1.5: scores of a softmax are from 0 to 1"),
         (["--thresholds", "nowhere.txt"], "thresholds 'nowhere.txt': No such file"),

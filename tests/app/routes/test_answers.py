@@ -296,6 +296,17 @@ def test_models_say_what_they_answer(http: httpx.Client) -> None:
     assert http.get("/models/pvt_v2_b1.in1k").json()["state"] == "remote"
 
 
+def test_the_openapi_document_describes_answers(http: httpx.Client) -> None:
+    document = http.get("/openapi.json").json()
+
+    parameters = {each["name"]: each for each in document["paths"]["/predict"]["post"]["parameters"]}
+    assert "thresholds of the model's card" in parameters["min_score"]["description"]
+    schemas = document["components"]["schemas"]
+    assert schemas["PredictResponse"]["properties"]["activation"]["enum"] == ["softmax", "sigmoid", "none"]
+    assert "none of the classes" in schemas["ImageResult"]["properties"]["unknown"]["description"]
+    assert schemas["ModelDetails"]["properties"].keys() >= {"labels", "thresholds", "preprocessing", "tasks"}
+
+
 def test_the_client_reads_every_kind_of_answer(url: str, http: httpx.Client, photos: list[bytes]) -> None:
     with Client(url) as client:
         multi, empty = (client.predict(photos[0], model="pvt_v2_b0.multi", min_score=bound) for bound in (None, 1.0))

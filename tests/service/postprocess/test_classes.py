@@ -130,4 +130,8 @@ def test_what_a_model_can_not_answer_is_refused(labels: tuple[str, ...], asked: 
 
 
 def test_a_score_of_a_model_whose_activation_is_none_may_be_any_number() -> None:
-    check_classes(card("a", "b", activation="none"), min_score=-12.5)
+    raw = card("a", "b", activation="none")
+
+    check_classes(raw, min_score=-12.5)
+    with pytest.raises(InvalidRequest, match="min_score nan: must be a number"):
+        check_classes(raw, min_score=float("nan"))

@@ -104,7 +104,7 @@ def test_a_card_that_an_older_release_would_misread_is_of_a_format_that_it_refus
     ("fields", "message"),
     [
         ({"activation": "relu"}, "activation: Input should be 'softmax', 'sigmoid' or 'none'"),
-        ({"temperature": 0}, "temperature: Input should be greater than 0"),
+        ({"temperature": 0}, "temperature: Input should be greater than or equal to 0.001"),
         ({"temperature": float("nan")}, "temperature"),
         ({"activation": "none", "temperature": 2}, "so there is no temperature"),
         ({"thresholds": 1.5}, "thresholds 1.5: scores of a softmax are from 0 to 1"),
