@@ -78,6 +78,16 @@ def test_a_model_without_a_head_computes_its_embedding_and_nothing_else(
     assert [each.shape for each in graph.run(0, images[:1])] == [(1, 256)]
 
 
+@pytest.mark.parametrize(("classes", "labels"), [(3, []), (0, ["a", "b"])])
+def test_a_card_and_weights_of_which_one_has_a_head_do_not_go_together(
+    tmp_path: Path, classes: int, labels: list[str]
+) -> None:
+    edit_card(add_model(tmp_path, classes=classes), labels=labels)
+
+    with pytest.raises(WeightsMismatch, match=r"head.*compare the card's variant and number of labels"):
+        load_tiny(tmp_path)
+
+
 def test_a_model_without_a_head_has_stage_maps_and_other_sizes(tmp_path: Path) -> None:
     add_model(tmp_path, classes=0)
     executable = load_tiny(tmp_path, max_batch_size=1, backends=[OpenVinoBackend(1)])
