@@ -1,6 +1,7 @@
 """How far a reduced precision is from float32, by batch size: the table of decision 36 in docs/decisions.
 
     python -m bench.precision [--precision bfloat16] [--backend openvino] [--variants pvt_v2_b0 ...] [--images 16]
+    python -m bench.precision --headless    the embeddings of models without a head: decision 75
 
 Each variant has seeded random weights and a head of 1000 classes, scaled to logits of the size of trained ones, and
 answers synthetic images of 224x224; the embedded model answers its card's reference images. `ONEDNN_MAX_CPU_ISA`
@@ -41,34 +42,39 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, EMBEDDED], default=[*VARIANTS, EMBEDDED])
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES))
+    parser.add_argument("--headless", action="store_true")
     arguments = parser.parse_args()
     here = machine()
     print(f"{here['processor']}, {here['instructions']}, at most {os.environ.get('ONEDNN_MAX_CPU_ISA', 'all of them')}")
     backend: Backend = (OpenVinoBackend if arguments.backend == "openvino" else TorchBackend)(1)
+    models = (_model(name, arguments.images, headless=arguments.headless) for name in arguments.variants)
     rows = (
-        _row(name, deviations(backend, *_model(name, arguments.images), arguments.precision, arguments.sizes))
-        for name in arguments.variants
+        _row(name, deviations(backend, *model, arguments.precision, arguments.sizes))
+        for name, model in zip(arguments.variants, models, strict=True)
     )
     print(f"{arguments.backend}, {arguments.precision}: largest differences as shares of the spread, by batch size")
     print(table(("model", *arguments.sizes, "least cosine", "other top classes", "apart"), rows))
 
 
-def _model(name: str, images: int) -> tuple[Served, Reference]:
+def _model(name: str, images: int, *, headless: bool) -> tuple[Served, Reference]:
     if name == EMBEDDED:
         stored = Store(STORE).find(name)
         card = stored.require_card()
         reference = reference_of(card, stored.folder)
         assert reference  # noqa: S101  the project's own card
-        return build(card, stored.folder), reference
-    torch.manual_seed(0)
-    module = Served(create(name, num_classes=CLASSES), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).eval()
-    samples = synthetic_images(SIDE, SIDE, images)
-    head = module.model.head
-    assert isinstance(head, nn.Linear)  # noqa: S101  it has classes
-    with torch.no_grad():
-        head.weight.mul_(TRAINED_LOGITS / float(plain_logits(module, samples[:1]).std()))
-    logits = np.concatenate([plain_logits(module, samples[i : i + 1]) for i in range(images)])
-    return module, Reference(samples, logits)
+        module, samples = build(card, stored.folder), reference.images
+    else:
+        torch.manual_seed(0)
+        module = Served(create(name, num_classes=CLASSES), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).eval()
+        samples = synthetic_images(SIDE, SIDE, images)
+        head = module.model.head
+        assert isinstance(head, nn.Linear)  # noqa: S101  it has classes
+        with torch.no_grad():
+            head.weight.mul_(TRAINED_LOGITS / float(plain_logits(module, samples[:1]).std()))
+    if headless:
+        module.model.head = nn.Identity()
+    logits = np.concatenate([plain_logits(module, samples[i : i + 1]) for i in range(len(samples))])
+    return module, Reference(samples, logits, embeddings=headless)
 
 
 def deviations(

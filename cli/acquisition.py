@@ -15,6 +15,7 @@ from service.architecture.variants import VARIANTS
 from service.architecture.variants import Weights as Kind
 from service.errors import ServiceError
 from service.images.geometry import Interpolation, Resize
+from service.store.cards import Activation
 
 if TYPE_CHECKING:
     from service.acquisition.pulling import Pulled, PullOptions
@@ -95,10 +96,32 @@ def import_(
     labels: Annotated[
         str | None,
         Option(
-            metavar="FILE",
-            help="Names of the classes: one a line, a JSON list, or JSON by number such as id2label; "
-            f"'{IMAGENET}' for those of ImageNet-1k. By default 'class 0', 'class 1', ...",
+            metavar="FILE|DIR",
+            help="Names of the classes: a .txt (one a line), .json (a list, id2label, class_to_idx) or .csv; a folder "
+            f"with a folder for each class, as ImageFolder has; '{IMAGENET}' for those of ImageNet-1k. By default "
+            "'class 0', 'class 1', ...",
         ),
+    ] = None,
+    activation: Annotated[
+        Activation | None,
+        Option(
+            help="What makes scores of logits: softmax for one class of several, the default; sigmoid for several "
+            "classes at once, or one logit; none for the logits themselves."
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, Option(metavar="T", help="Divide logits by it before the activation, to calibrate scores.")
+    ] = None,
+    thresholds: Annotated[
+        str | None,
+        Option(
+            metavar="FILE|NUMBER",
+            help="Scores that classes must have to be in an answer: a number for all, or a file with one for each. "
+            "With sigmoid 0.5 by default.",
+        ),
+    ] = None,
+    unknown_below: Annotated[
+        float | None, Option(metavar="X", help="Call an image unknown where no class has at least this score.")
     ] = None,
     size: Annotated[
         str | None, Option(metavar="PIXELS", help="Input, 224 or 256x384 (height x width); 224 by default.")
@@ -130,8 +153,9 @@ def import_(
     """Put a checkpoint of your own into the model store.
 
     It may have the tensor names of the official repository, timm, Hugging Face transformers or lucid, and any number of
-    classes, which is read from its head. Code in a .pth is never run. Geometry and normalisation must be those it was
-    trained with; the defaults are those of the library whose names it has.
+    classes, which is read from its head. Without a head the model computes embeddings. Code in a .pth is never run.
+    Geometry and normalisation must be those it was trained with; the defaults are those of the library whose names it
+    has.
 
     pvt-serve import best.pth --variant b2 --tag birds --labels birds.txt
     """
@@ -143,7 +167,8 @@ def import_(
         mean=mean, std=std,
     )  # fmt: skip
     requested = ImportOptions(
-        file=file, variant=variant, tag=tag, labels=labels, preprocessing=preprocessing, weights=weights,
+        file=file, variant=variant, tag=tag, labels=labels, activation=activation, temperature=temperature,
+        thresholds=thresholds, unknown_below=unknown_below, preprocessing=preprocessing, weights=weights,
         licence=licence, source=source, version=version,
     )  # fmt: skip
     root = options.store_folder(store, write=True)
@@ -151,7 +176,8 @@ def import_(
         stored = import_model(root, requested, print_note)
     card = stored.require_card()
     pixels = f"{card.preprocessing.height}x{card.preprocessing.width}"
-    print_line(f"{stored.key}: {len(card.labels)} classes, {card.parameters:,} parameters, input {pixels}")
+    classes = f"{len(card.labels)} classes" if card.labels else "no head: embeddings only"
+    print_line(f"{stored.key}: {classes}, {card.parameters:,} parameters, input {pixels}")
 
 
 def _size(size: str | None) -> tuple[int | None, int | None]:

@@ -21,12 +21,25 @@ from cli.terminal import SOME_FAILED, USAGE, CommandError, print_line, print_not
 from pvt_client import Embedding, Explanation, Prediction, PvtError
 from pvt_client.calls import FeaturesOptions, MapOptions, PredictOptions
 
+_Form = Callable[[Path, Prediction | PvtError], Iterator[str]]
 _LISTED = 1000  # failed files whose reasons are kept
 
 
 def predict(
     files: options.Images,
-    top_k: Annotated[int, Option("--top-k", "-k", min=1, max=1000, help="Classes for each image.")] = 3,
+    top_k: Annotated[
+        int | None,
+        Option(
+            "--top-k",
+            "-k",
+            min=1,
+            max=1000,
+            help="Classes for each image at the most: 5, or of a multi-label model all that reach their threshold.",
+        ),
+    ] = None,
+    min_score: Annotated[
+        float | None, Option(metavar="X", help="Only classes with this score; by default the model's own thresholds.")
+    ] = None,
     model: options.Model = None,
     size: options.Size = None,
     json_lines: Annotated[bool, Option("--json", help="Write one JSON object a line, one for each image.")] = False,
@@ -45,29 +58,34 @@ def predict(
     """
     if json_lines and as_csv:
         raise CommandError("--json and --csv exclude each other", USAGE)
-    paths, query = options.image_files(files), PredictOptions(model=model, size=size, top_k=top_k)
+    paths, query = options.image_files(files), PredictOptions(model=model, size=size, top_k=top_k, min_score=min_score)
     form = _json if json_lines else _csv if as_csv else _text
     if as_csv:
-        print_line(_csv_line(["file", "rank", "class_id", "label", "score", "error"]))
+        print_line(_csv_line(["file", "rank", "class_id", "label", "score", "error", "unknown"]))
 
-    async def print_all() -> int:
-        failed = 0
-        async with connect(url, api_key) as inference:
-            async for path, result in inference.predict_many(paths, concurrency=concurrency, **query):
-                failed += not isinstance(result, Prediction)
-                for line in form(path, result):
-                    print_line(line)
-                sys.stdout.flush()
-        return failed
-
-    if asyncio.run(print_all()):
+    if asyncio.run(_print_all(connect(url, api_key), paths, query, concurrency, form)):
         raise Exit(SOME_FAILED)
+
+
+async def _print_all(
+    connection: Connection, paths: Iterable[Path], query: PredictOptions, concurrency: int, form: _Form
+) -> int:
+    """Print the result of each image in that form; returns how many have none."""
+    failed = 0
+    async with connection as inference:
+        async for path, result in inference.predict_many(paths, concurrency=concurrency, **query):
+            failed += not isinstance(result, Prediction)
+            for line in form(path, result):
+                print_line(line)
+            sys.stdout.flush()
+    return failed
 
 
 def _text(path: Path, result: Prediction | PvtError) -> Iterator[str]:
     if isinstance(result, Prediction):
-        classes = "   ".join(f"{each.score:6.2%} {each.label}" for each in result.classes)
-        yield f"{path}  {classes}"
+        form = "{:.4g}" if result.activation == "none" else "{:6.2%}"
+        classes = "   ".join(f"{form.format(each.score)} {each.label}" for each in result.classes)
+        yield f"{path}  {'unknown   ' if result.unknown else ''}{classes or 'no class'}"
     else:
         yield f"{path}  no result: {reason(result)}"
 
@@ -75,17 +93,24 @@ def _text(path: Path, result: Prediction | PvtError) -> Iterator[str]:
 def _json(path: Path, result: Prediction | PvtError) -> Iterator[str]:
     if isinstance(result, Prediction):
         fields = {"width": result.width, "height": result.height, "model": result.model, "version": result.version}
-        yield json.dumps({"file": str(path), **fields, "predictions": [each._asdict() for each in result.classes]})
+        unknown = {} if result.unknown is None else {"unknown": result.unknown}
+        classes = [each._asdict() for each in result.classes]
+        yield json.dumps(
+            {"file": str(path), **fields, "activation": result.activation, "predictions": classes, **unknown}
+        )
     else:
         yield json.dumps({"file": str(path), "error": reason(result)})
 
 
 def _csv(path: Path, result: Prediction | PvtError) -> Iterator[str]:
+    """A row for each class; one without a class where there is none, or an error."""
     if isinstance(result, Prediction):
-        for rank, each in enumerate(result.classes, 1):
-            yield _csv_line([path, rank, *each, ""])
+        unknown = "" if result.unknown is None else str(result.unknown).lower()
+        rows = [[rank, *each] for rank, each in enumerate(result.classes, 1)] or [["", "", "", ""]]
+        for row in rows:
+            yield _csv_line([path, *row, "", unknown])
     else:
-        yield _csv_line([path, "", "", "", "", reason(result)])
+        yield _csv_line([path, "", "", "", "", reason(result), ""])
 
 
 def _csv_line(values: Sequence[object]) -> str:
@@ -238,13 +263,9 @@ def explain(
     if not file.is_file():
         raise CommandError(f"{file}: no such file", USAGE)
     query = MapOptions(model=model, size=size, class_id=class_id)
-
-    async def infer() -> tuple[bytes, Explanation | None]:
-        async with connect(url, api_key) as inference:
-            png = b"" if output is None else await inference.explain(file, alpha=alpha, **query)
-            return png, await inference.explain_map(file, **query) if as_json else None
-
-    png, found = asyncio.run(infer())
+    png, found = asyncio.run(
+        _explained(file, connect(url, api_key), query, alpha, png=output is not None, map_=as_json)
+    )
     if output is not None:
         output.write_bytes(png)
     if found is None:
@@ -253,3 +274,12 @@ def explain(
     names = ("model", "version", "width", "height", "class_id", "label", "score", "logit", "bias")
     numbers = {name: getattr(found, name) for name in names}
     print_line(json.dumps({"file": str(file), **numbers, "map": found.map.tolist()}))
+
+
+async def _explained(
+    file: Path, connection: Connection, query: MapOptions, alpha: float | None, *, png: bool, map_: bool
+) -> tuple[bytes, Explanation | None]:
+    """The overlay and the map, as far as they are requested."""
+    async with connection as inference:
+        overlay = await inference.explain(file, alpha=alpha, **query) if png else b""
+        return overlay, await inference.explain_map(file, **query) if map_ else None

@@ -24,8 +24,9 @@ from pvt_client.images import AnyImage
 from service.engine import Engine
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
 from service.metrics import EngineMetrics
-from service.postprocess import explain, overlay, top_k
+from service.postprocess import check_classes, classify, explain, overlay
 from service.results import ImageResult, InferenceResult
+from service.store.cards import ModelCard
 
 T = TypeVar("T")
 _TIMEOUT_SECONDS = 3600.0  # nobody else is waiting; the first image waits until its model is loaded
@@ -54,13 +55,13 @@ class LocalEngine(AsyncCalls):
         (image,) = call.uploads or ()
         options: dict[str, Any] = dict(call.options)
         try:
-            answered, result = await self._infer(image.data, options, stages=call.path == "/explain")
+            answered, result = await self._infer(image.data, options, call.path)
         except (InvalidImage, ImageTooLarge) as error:
             raise ImageUnreadable(str(error)) from error
         fields: dict[str, Any] = {"filename": image.filename, "width": result.width, "height": result.height}
         if call.path == "/predict":
-            scores = top_k(result.outputs.logits, answered.card.labels, options.get("top_k", 5))
-            fields["predictions"] = [asdict(each) for each in scores]
+            answer = classify(result.outputs.logits, answered.card, options.get("top_k"), options.get("min_score"))
+            fields |= {**answer, "predictions": [asdict(each) for each in answer["predictions"]]}
         elif call.path == "/features":
             vector = result.outputs.embedding
             norm = np.linalg.norm(vector) if options.get("normalize") else 1
@@ -75,7 +76,8 @@ class LocalEngine(AsyncCalls):
                     await asyncio.to_thread(overlay, found, ExplainQuery().alpha if alpha is None else alpha)
                 )
             fields |= {name: getattr(found, name) for name in ("class_id", "label", "score", "logit", "bias", "map")}
-        return call.read({"model": answered.model, "version": answered.version, "results": [fields]})
+        whole = {"model": answered.model, "version": answered.version, "activation": answered.card.activation}
+        return call.read({**whole, "results": [fields]})
 
     async def prepare(self, make: Callable[[], Call[T]], image: object) -> Call[T]:
         """See `AsyncCalls.prepare`; a file is checked before it is read."""
@@ -96,16 +98,24 @@ class LocalEngine(AsyncCalls):
         busy = limits.instances * limits.max_batch_size + limits.cores
         return super().many(make, images, min(busy, limits.queue_size))
 
-    async def _infer(
-        self, data: bytes, options: dict[str, Any], *, stages: bool
-    ) -> tuple[InferenceResult, ImageResult]:
+    async def _infer(self, data: bytes, options: dict[str, Any], path: str) -> tuple[InferenceResult, ImageResult]:
         size = options.get("size")
         try:
             input_size = ExplainQuery(size=str(size)).input_size if size else None
         except ValidationError as error:
             raise CommandError(f"--size {size}: {error.errors()[0]['msg']}", USAGE) from error
+
+        def check(card: ModelCard) -> None:
+            if path != "/features":
+                check_classes(card, options.get("class_id"), options.get("min_score"))
+
         answered = await self._engine.infer(
-            [data], model=options.get("model"), size=input_size, stages=stages, timeout_seconds=_TIMEOUT_SECONDS
+            [data],
+            model=options.get("model"),
+            size=input_size,
+            stages=path == "/explain",
+            check=check,
+            timeout_seconds=_TIMEOUT_SECONDS,
         )
         (result,) = answered.results
         if isinstance(result, ServiceError):

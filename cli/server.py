@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from io import BytesIO
 from itertools import count, islice
 from time import perf_counter
@@ -15,8 +15,8 @@ from typer import Argument, Exit, Option
 
 from cli import options
 from cli.terminal import SOME_FAILED, USAGE, CommandError, print_line
-from pvt_client import AsyncClient, ConnectionFailed, ConnectionLost, PvtError, Retries
-from pvt_client.calls import PredictOptions
+from pvt_client import AsyncClient, ConnectionFailed, ConnectionLost, InvalidRequest, PvtError, Retries
+from pvt_client.calls import CommonOptions
 
 _RANDOM_IMAGES, _SIZE, _COARSE = 32, (640, 427), (21, 14)
 _MAX_IMAGES = 256  # held in memory
@@ -67,7 +67,7 @@ def bench(
     not keep a very fast service busy.
     """
     bodies = [path.read_bytes() for path in islice(options.image_files(files), _MAX_IMAGES)] if files else _random()
-    query = PredictOptions(model=model, size=size)
+    query = CommonOptions(model=model, size=size)
     latencies, failures, took = asyncio.run(_load(url, api_key, bodies, query, seconds, concurrency))
     failed = ", ".join(f"{number} {name}" for name, number in failures.most_common())
     if not latencies:
@@ -100,7 +100,7 @@ def _random() -> list[bytes]:
 
 
 async def _load(
-    url: str, api_key: str | None, bodies: Sequence[bytes], query: PredictOptions, seconds: float, concurrency: int
+    url: str, api_key: str | None, bodies: Sequence[bytes], query: CommonOptions, seconds: float, concurrency: int
 ) -> tuple[list[float], Counter[str], float]:
     """Send requests for `seconds`.
 
@@ -111,13 +111,18 @@ async def _load(
     images = (bodies[number % len(bodies)] + number.to_bytes(_TRAILER, "big") for number in count())
     once = Retries(attempts=1)
     async with AsyncClient(url, api_key=api_key, timeout=options.TIMEOUT_SECONDS, retries=once) as client:
-        await client.predict(next(images), **query)
+        send: Callable[..., Awaitable[object]] = client.predict
+        try:
+            await send(next(images), **query)
+        except InvalidRequest:  # a model without a head names no classes; what else may be wrong is wrong here too
+            send = client.embedding
+            await send(next(images), **query)
         start = perf_counter()
 
         async def requests() -> None:
             while (begun := perf_counter()) < start + seconds:
                 try:
-                    await client.predict(next(images), **query)
+                    await send(next(images), **query)
                 except PvtError as error:
                     if isinstance(error, ConnectionFailed) and not isinstance(error, ConnectionLost):
                         raise  # the service has ended

@@ -39,8 +39,10 @@ class CommonOptions(TypedDict, total=False):
 class PredictOptions(CommonOptions, total=False):
     """Options of `predict`."""
 
-    top_k: int
-    """How many classes to return, best first; 5 if left out."""
+    top_k: int | None
+    """How many classes to return at the most, best first; 5 if left out, of a multi-label model all of its answer."""
+    min_score: float | None
+    """Return only classes with at least this score, in place of the model's own thresholds."""
 
 
 class FeaturesOptions(CommonOptions, total=False):
@@ -71,7 +73,7 @@ class ExplainOptions(MapOptions, total=False):
 
 
 class ClassScore(NamedTuple):
-    """One class and its share of the softmax over all classes."""
+    """One class and its score, of the kind that `Prediction.activation` names."""
 
     class_id: int
     label: str
@@ -80,7 +82,12 @@ class ClassScore(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The best classes of one image, best first; `width` and `height` are those of the image you sent, in pixels."""
+    """The best classes of one image, best first; `width` and `height` are those of the image you sent, in pixels.
+
+    `classes` is empty where none reaches its threshold. `activation` says what scores are: shares of a `softmax` over
+    all classes, of a `sigmoid` for each class by itself, or with `none` logits. `unknown` says whether the best score
+    is too low for any class; None where the model has no bound for that.
+    """
 
     filename: str | None
     width: int
@@ -88,10 +95,14 @@ class Prediction:
     classes: tuple[ClassScore, ...]
     model: str
     version: str
+    activation: str = "softmax"
+    unknown: bool | None = None
 
     @property
     def best(self) -> ClassScore:
-        """The first of `classes`."""
+        """The first of `classes`; raises LookupError where there is none."""
+        if not self.classes:
+            raise LookupError("no class reached its threshold, so there is no best one: look at classes first")
         return self.classes[0]
 
 
@@ -212,7 +223,9 @@ def predict(
     uploads = _uploads(image)
 
     def read_all(body: Mapping[str, Any]) -> list[Prediction | PvtError]:
-        return [_prediction(result, sent.filename) for result, sent in zip(_results(body), uploads, strict=True)]
+        pairs = zip(_results(body), uploads, strict=True)
+        activation = body.get("activation", "softmax")  # which older services do not say
+        return [_prediction(result, sent.filename, activation) for result, sent in pairs]
 
     def read_one(body: Mapping[str, Any]) -> Prediction:
         (result,) = read_all(body)
@@ -301,13 +314,14 @@ def _results(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**each, "model": body["model"], "version": body["version"]} for each in body["results"]]
 
 
-def _prediction(result: Mapping[str, Any], filename: str | None) -> Prediction | PvtError:
+def _prediction(result: Mapping[str, Any], filename: str | None, activation: str) -> Prediction | PvtError:
     """One of `results`; `filename` is used where the service was sent none."""
     if "error" in result:
         return problem(result["error"])
     classes = tuple(ClassScore(each["class_id"], each["label"], each["score"]) for each in result["predictions"])
     size = result["width"], result["height"]
-    return Prediction(result["filename"] or filename, *size, classes, result["model"], result["version"])
+    name, model = result["filename"] or filename, (result["model"], result["version"])
+    return Prediction(name, *size, classes, *model, activation=activation, unknown=result.get("unknown"))
 
 
 def _tensors(body: bytes) -> tuple[dict[str, Floats], Mapping[str, str]]:

@@ -132,7 +132,7 @@ class Engine:
         model: str | None = None,
         size: Size | None = None,
         stages: bool = False,
-        check: Callable[[ModelCard], None] | None = None,
+        check: Callable[[ModelCard], None] = lambda _: None,
         max_wait_seconds: float | None = None,
         timeout_seconds: float | None = None,
         client: str = "",
@@ -142,39 +142,29 @@ class Engine:
 
         Images are resized to `size`, height and width, the model's own by default; pixels must have it already.
         `check` may refuse the model's card. `max_wait_seconds` limits the wait for a load; None: as the options say.
-        `client` names who asks: places in the queue and the machine's time are shared fairly among clients.
-        `held` grows by the memory that stage maps take, which the caller releases when it needs them no longer.
+        The machine is shared fairly among clients. `held` grows by the memory of stage maps, for the caller to release.
 
         Raises:
             InvalidRequest: no such size, or more images or larger stage maps than one request may have.
             ModelNotFound, WeightsUnavailable, ModelLoadFailed, MemoryBudgetExceeded: `model` can't be had.
-            MemoryExhausted: the stage maps do not fit into memory beside other answers.
-            QueueFull: too many images wait for that model already, or it is in use at too many sizes.
+            MemoryExhausted, QueueFull: no room for stage maps beside other answers, in the queue, or for another size.
             ModelLoading, DeadlineExceeded, ShuttingDown: no time is left to wait, to answer, or for the engine.
         """
         self._check_size(size)
-        if max_wait_seconds is None and self.options.cold == "refuse":
-            max_wait_seconds = 0.0
         name = self.options.default_model if model is None else model
-        timeout_seconds = timeout_seconds or self.options.timeout_seconds
+        seconds = timeout_seconds or self.options.timeout_seconds
+        most = 0.0 if max_wait_seconds is None and self.options.cold == "refuse" else max_wait_seconds
         with self.request():
-            async with (
-                time_limit(timeout_seconds) as deadline,
-                self._registry.lease(name, max_wait_seconds) as resident,
-            ):
-                if check:
-                    check(resident.executable.card)
+            async with time_limit(seconds) as deadline, self._registry.lease(name, most) as resident:
+                check(resident.executable.card)
                 if stages:
-                    needed = self._check_maps(resident.executable, size, len(images))
-                    if held:
-                        held.grow(needed)
+                    self._reserve_maps(resident.executable, size, len(images), held)
                 async with resident.at(size, stages=stages) as sized:
                     self._last_used[name, size] = sized
                     results = await self._pipeline.infer(sized, images, deadline, stages=stages, client=client)
-                if any(isinstance(each, DeadlineExceeded) for each in results):  # all have the same time
-                    raise _late(timeout_seconds)
-        ran, head = sized.executable, sized.executable.head if stages else None
-        return InferenceResult(ran.card, ran.stored.version, (ran.height, ran.width), head, results)
+        if any(isinstance(each, DeadlineExceeded) for each in results):  # all have the same time
+            raise _late(seconds)
+        return sized.executable.result(results, stages=stages)
 
     def refusal(
         self,
@@ -340,8 +330,8 @@ class Engine:
         if size and max(size) > most:
             raise InvalidRequest(f"size {size[0]}x{size[1]}: PVT_MAX_INPUT_SIDE allows sides of up to {most} pixels")
 
-    def _check_maps(self, executable: Executable, size: Size | None, images: int) -> int:
-        """The bytes that the stage maps of so many images take, and what is kept beside them."""
+    def _reserve_maps(self, executable: Executable, size: Size | None, images: int, held: Reservation | None) -> None:
+        """Let `held` grow by the bytes that the stage maps of so many images take, and what is kept beside them."""
         height, width = size or (executable.height, executable.width)
         needed = 4 * images * VARIANTS[executable.stored.variant].map_numbers(height, width)
         if needed > (most := self.options.max_map_bytes):
@@ -350,8 +340,9 @@ class Engine:
                 f"allows {most / 1e6:g}; send {most * images // needed} images a request at the most, or ask for a "
                 "smaller size"
             )
-        # The pixels of each, and the maps of one, scaled to length 1 or in another type.
-        return needed + needed // max(1, images) + images * height * width * 3 + ANSWER_BYTES
+        if held:
+            # The pixels of each, and the maps of one, scaled to length 1 or in another type.
+            held.grow(needed + needed // max(1, images) + images * height * width * 3 + ANSWER_BYTES)
 
 
 @asynccontextmanager

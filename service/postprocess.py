@@ -8,8 +8,9 @@ networks that end like this, is of Zhou et al. 2016, "Learning Deep Features for
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +18,20 @@ from PIL import Image
 
 from service.errors import InvalidRequest, ServiceError
 from service.results import Floats, ImageResult, InferenceResult, Outputs
-from service.store.cards import ModelCard
+from service.store.cards import Answers, ModelCard
 
 Array = NDArray[np.floating]
 
 VIRIDIS = np.loadtxt(Path(__file__).parent / "data" / "viridis.tsv", np.uint8)  # (256, 3)
 
 
+DEFAULT_CLASSES = 5  # in an answer, of a model that names one class of several
+MOST_CLASSES = 1000
+
+
 @dataclass(frozen=True, slots=True)
 class ClassScore:
-    """One class and its share of the softmax over all classes."""
+    """One class and its score, which the card's activation makes of its logit."""
 
     class_id: int
     label: str
@@ -40,13 +45,56 @@ def softmax(logits: Floats) -> Floats:
     return shares
 
 
-def top_k(logits: Floats, labels: Sequence[str], k: int) -> list[ClassScore]:
-    """The `k` best classes of `logits` (classes,), best first; all of them if there are fewer."""
-    scores = softmax(logits)
-    # Of a thousand classes only the k best are sorted.
-    best = scores.argpartition(-k)[-k:] if k < len(scores) else np.arange(len(scores))
-    order = best[(-scores[best]).argsort(kind="stable")]
-    return [ClassScore(i, labels[i], score) for i, score in zip(order.tolist(), scores[order].tolist(), strict=True)]
+def sigmoid(logits: Floats) -> Floats:
+    """1 / (1 + exp(-x)) of each of `logits`, computed so that no exponential overflows and small values keep digits."""
+    small = np.exp(-np.abs(logits))
+    shares: Floats = np.where(logits >= 0, np.float32(1), small) / (1 + small)
+    return shares
+
+
+def scores(logits: Floats, answers: Answers) -> Floats:
+    """The score of each class, as `answers` says; `logits` has the classes on its last axis."""
+    if answers.temperature != 1:
+        logits = logits / np.float32(answers.temperature)
+    if answers.activation == "none":
+        return logits
+    return softmax(logits) if answers.activation == "softmax" else sigmoid(logits)
+
+
+def classify(
+    logits: Floats, card: ModelCard, top_k: int | None = None, min_score: float | None = None
+) -> dict[str, Any]:
+    """The answer for `logits` (classes,): `predictions`, best first, and `unknown` where the card has a bound for it.
+
+    The predictions are the ClassScore of each class that reaches `min_score`, by default the card's thresholds. `top_k`
+    is how many at the most; by default DEFAULT_CLASSES, but of a multi-label model all, up to MOST_CLASSES.
+    """
+    found, least = scores(logits, card), card.least_scores if min_score is None else min_score
+    k = top_k or (MOST_CLASSES if card.activation == "sigmoid" else DEFAULT_CLASSES)
+    if least is not None:
+        best = np.flatnonzero(found >= (np.array(least, np.float32) if isinstance(least, tuple) else least))
+    else:  # of a thousand classes only the k best are sorted
+        best = found.argpartition(-k)[-k:] if k < len(found) else np.arange(len(found))
+    order = best[(-found[best]).argsort(kind="stable")][:k]
+    labels, pairs = card.labels, zip(order.tolist(), found[order].tolist(), strict=True)
+    answer: dict[str, Any] = {"predictions": [ClassScore(i, labels[i], each) for i, each in pairs]}
+    if card.unknown_below is not None:
+        answer["unknown"] = bool(found.max() < card.unknown_below)
+    return answer
+
+
+def check_classes(card: ModelCard, class_id: int | None = None, min_score: float | None = None) -> None:
+    """Raises InvalidRequest when the model of `card` names no classes, has no such class, or no such scores."""
+    if not card.labels:
+        raise InvalidRequest(
+            f"model {card.id!r} has no classification head, so it names no classes; it computes embeddings and feature "
+            "maps: send the image to /features or /v1/embeddings (pvt-serve embed), or name another model"
+        )
+    if class_id is not None and class_id not in range(len(card.labels)):
+        raise InvalidRequest(f"class_id {class_id}: {card.id!r} has the classes 0 to {len(card.labels) - 1}")
+    if min_score is not None and not (isfinite(min_score) if card.activation == "none" else 0 <= min_score <= 1):
+        range_ = "a number" if card.activation == "none" else "from 0 to 1"
+        raise InvalidRequest(f"min_score {min_score:g}: must be {range_}, as the scores of {card.id!r} are")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,31 +155,25 @@ class Explanation:
     map: Floats
 
 
-def check_class(class_id: int | None, card: ModelCard) -> None:
-    """Raises InvalidRequest when the model of `card` has no such class."""
-    if class_id is not None and class_id not in range(len(card.labels)):
-        raise InvalidRequest(f"class_id {class_id}: {card.id!r} has the classes 0 to {len(card.labels) - 1}")
-
-
 def explain(result: InferenceResult, class_id: int | None) -> list[Explanation | ServiceError]:
     """For each image the map of the class `class_id`, or of the image's best class; `result` has stage maps.
 
     Raises:
-        InvalidRequest: as `check_class`.
+        InvalidRequest: as `check_classes`.
     """
-    check_class(class_id, result.card)
+    check_classes(result.card, class_id)
     return [each if isinstance(each, ServiceError) else _explained(result, each, class_id) for each in result.results]
 
 
 def _explained(result: InferenceResult, image: ImageResult, class_id: int | None) -> Explanation:
-    assert result.head is not None  # noqa: S101  it comes with stage maps
+    assert result.head is not None  # noqa: S101  it comes with stage maps and labels
     logits, _, stages = image.outputs
     chosen = int(logits.argmax()) if class_id is None else class_id
     return Explanation(
         inferred=image,
         class_id=chosen,
         label=result.card.labels[chosen],
-        score=float(softmax(logits)[chosen]),
+        score=float(scores(logits, result.card)[chosen]),
         logit=float(logits[chosen]),
         bias=float(result.head.bias[chosen]),
         map=np.tensordot(result.head.weight[chosen], stages[-1], axes=1),

@@ -25,7 +25,8 @@ class Outputs(NamedTuple):
     """The outputs for one image: `logits` of shape (classes,), the pooled `embedding` of shape (channels,), `stages`.
 
     `stages` are the four feature maps of shape (channels, height, width) with strides 4, 8, 16 and 32, after their
-    norms; it is empty where they were not requested. The embedding is the mean of the last one.
+    norms; it is empty where they were not requested. The embedding is the mean of the last one. A model without a head
+    has no classes.
     """
 
     logits: Floats
@@ -66,7 +67,8 @@ class ImageResult:
 class InferenceResult:
     """One result or error for each image, in the order of the request, and the model that made them.
 
-    `size` is the height and width of the model's input; `head` is its last layer, if stage maps were requested.
+    `size` is the height and width of the model's input; `head` is its last layer, if it has one and stage maps were
+    requested.
     """
 
     card: ModelCard

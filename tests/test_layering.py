@@ -38,7 +38,7 @@ LAYERS = {
     "acquisition": [
         {"pulling"},
         {"publishing"},
-        {"preprocessing"},
+        {"answers", "preprocessing"},
         {"catalogue", "download"},
     ],
     "scheduling": [{"scheduler"}, {"dispatcher"}, {"lanes"}, {"queues"}],

@@ -222,6 +222,7 @@ async def infer(
                 model=_versioned(name, version),
                 size=size,
                 stages=any(each.name in tensors.STAGES for each in message.outputs),
+                check=partial(tensors.check_model, [each.name for each in message.outputs]),
                 max_wait_seconds=max_wait,
                 timeout_seconds=timeout / 1e6 if timeout else None,
                 client=request.state.client,
@@ -267,7 +268,8 @@ def _outputs(
     Where some do, the length of the JSON comes first, so it is made at once, and `held` grows by it.
     """
     outputs, tails, numbers = [], [], 0
-    for each in message.outputs or [messages.RequestedOutput(name=name) for name in tensors.VECTORS]:
+    vectors = [each.name for each in tensors.outputs_of(result.card) if each.name in tensors.VECTORS]
+    for each in message.outputs or [messages.RequestedOutput(name=name) for name in vectors]:
         wish, classes = each.parameters.binary_data, each.parameters.classification or None
         binary = message.parameters.binary_data_output if wish is None else wish
         tensor, tail = tensors.output(result, each.name, classes, binary=binary)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from app.encodings import Stack
 from service.architecture.variants import VARIANTS
 from service.errors import InvalidRequest
-from service.postprocess import softmax
+from service.postprocess import scores
 from service.results import Image, ImageResult, InferenceResult, Size, require_all
 from service.store.cards import ModelCard
 
@@ -68,11 +68,23 @@ def inputs_of(card: ModelCard) -> list[TensorMetadata]:
 
 
 def outputs_of(card: ModelCard) -> list[TensorMetadata]:
-    """The outputs of the model, in the order of OUTPUTS."""
+    """The outputs of the model, in the order of OUTPUTS: without a head no logits, and probabilities only of logits.
+
+    Where the card's activation is `none` the logits are the scores, so there are no probabilities.
+    """
     channels, classes, pixels = VARIANTS[card.variant].embed_dims, len(card.labels), card.preprocessing
-    vectors = [(classes,), (classes,), (channels[-1],)]
-    maps = [(channels[i], pixels.height >> i + 2, pixels.width >> i + 2) for i in range(len(STAGES))]
-    return [TensorMetadata(name, "FP32", (-1, *each)) for name, each in zip(OUTPUTS, [*vectors, *maps], strict=True)]
+    of_classes = (VECTORS[:2] if card.activation != "none" else VECTORS[1:2]) if classes else ()
+    shapes: dict[str, tuple[int, ...]] = {**dict.fromkeys(of_classes, (classes,)), "embedding": (channels[-1],)}
+    shapes |= {name: (channels[i], pixels.height >> i + 2, pixels.width >> i + 2) for i, name in enumerate(STAGES)}
+    return [TensorMetadata(name, "FP32", (-1, *shape)) for name, shape in shapes.items()]
+
+
+def check_model(names: Sequence[str], card: ModelCard) -> None:
+    """Raises InvalidRequest when one of `names`, which are of OUTPUTS, is no output of the model of `card`."""
+    known = [output.name for output in outputs_of(card)]
+    if absent := [name for name in names if name not in known]:
+        why = "its scores are its logits (activation none)" if card.labels else "it has no classification head"
+        raise InvalidRequest(f"output {absent[0]!r}: {card.id!r} has none, since {why}; it has {', '.join(known)}")
 
 
 def images(tensor: InputTensor, most: int) -> tuple[list[Image], Size | None]:
@@ -99,13 +111,13 @@ def output(
     """
     found = require_all(result.results, [None] * len(result.results))
     if classification is None:
-        numbers = Stack.of(len(found), lambda i: _element(found[i], name))
+        numbers = Stack.of(len(found), lambda i: _element(result.card, found[i], name))
         message = {"name": name, "datatype": "FP32", "shape": numbers.whole_shape}
         if binary:
             return {**message, "parameters": {"binary_data_size": numbers.nbytes}}, numbers.pieces()
         return {**message, "data": numbers}, ()
     if name in VECTORS[:2]:
-        stack = np.stack([_element(each, name) for each in found])
+        stack = np.stack([_element(result.card, each, name) for each in found])
         data: Any
         best = (-stack).argsort(axis=1, kind="stable")[:, :classification]
         datatype, shape, labels = "BYTES", best.shape, result.card.labels
@@ -129,12 +141,12 @@ def check_outputs(names: Sequence[str]) -> None:
             raise InvalidRequest(f"output {name!r} is requested twice")
 
 
-def _element(result: ImageResult, name: str) -> NDArray[np.float32]:
+def _element(card: ModelCard, result: ImageResult, name: str) -> NDArray[np.float32]:
     if name in STAGES:
         return result.outputs.stages[STAGES.index(name)]
     if name == "embedding":
         return result.outputs.embedding
-    return softmax(result.outputs.logits) if name == "probabilities" else result.outputs.logits
+    return scores(result.outputs.logits, card) if name == "probabilities" else result.outputs.logits
 
 
 def _check(tensor: InputTensor, datatype: Datatype, shape: str, most: int, *, fits: bool) -> None:

@@ -17,9 +17,18 @@ from app.problems import Problem, documented, problem
 from app.routes.inference import JSON, LARGE, InferenceQuery, InferenceRoute, answer, chosen_media_type, encoded, infer
 from service import postprocess
 from service.errors import InvalidRequest, ServiceError
-from service.postprocess import FeatureOptions, feature, numbers, top_k
+from service.postprocess import (
+    DEFAULT_CLASSES,
+    MOST_CLASSES,
+    FeatureOptions,
+    check_classes,
+    classify,
+    feature,
+    numbers,
+)
 from service.postprocess import features as selected_features
 from service.results import JSON_INSTEAD, InferenceResult, require_all
+from service.store.cards import Activation
 
 router = APIRouter(
     tags=[INFERENCE],
@@ -81,11 +90,27 @@ def image_results(request: Request, names: Names, result: InferenceResult) -> li
 class PredictQuery(InferenceQuery):
     """Parameters of `POST /predict`."""
 
-    top_k: Annotated[int, Field(ge=1, le=1000, description="How many classes to name, best first.")] = 5
+    top_k: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=MOST_CLASSES,
+            description=f"How many classes to name at the most, best first. By default {DEFAULT_CLASSES}; of a "
+            "multi-label model (`sigmoid`) all that reach their threshold.",
+        ),
+    ] = None
+    min_score: Annotated[
+        float | None,
+        Field(
+            allow_inf_nan=False,
+            description="Name only classes with at least this score, in place of the thresholds of the model's card: "
+            "from 0 to 1, or any logit where the activation is `none`.",
+        ),
+    ] = None
 
 
 class ClassPrediction(BaseModel):
-    """One class; `score` is its share of the softmax over all classes."""
+    """One class; `score` is what the response's `activation` makes of its logit: a share of 1, or the logit itself."""
 
     class_id: int
     label: str
@@ -95,37 +120,49 @@ class ClassPrediction(BaseModel):
 class ImageResult(ImageInfo):
     """The result for one image; width and height are its own, in pixels."""
 
-    predictions: list[ClassPrediction]
+    predictions: Annotated[
+        list[ClassPrediction], Field(description="Best first; empty where no class reaches its threshold.")
+    ]
+    unknown: Annotated[
+        bool | None,
+        Field(
+            description="Whether the best score is below the card's `unknown_below`, so that the image shows none of "
+            "the classes; absent where the card has no such bound."
+        ),
+    ] = None
 
 
-class PredictResponse(BaseModel, json_schema_extra=example({"predictions": [_SEVEN, _EIGHT]})):
+class PredictResponse(BaseModel, json_schema_extra=example({"predictions": [_SEVEN, _EIGHT]}, activation="softmax")):
     """The results, in the order of the images."""
 
     model: str
     version: str
+    activation: Activation
     results: list[ImageResult | ImageError]
 
 
 @router.post("/predict", summary="Classify images", response_model=PredictResponse, **documentation())
 async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> Response:
-    """The best classes of one image or several.
+    """The best classes of one image or several; of a multi-label model all that reach their threshold.
 
-    With several, a bad one becomes an `error` in its place and the others have results. With a single image, its error
-    is the response.
+    What a score is, `activation` says. A model without a head names no classes and is refused. With several, a bad one
+    becomes an `error` in its place and the others have results. With a single image, its error is the response.
     """
-    names, result = await infer(request, query)
-    body = await encoded(request, result, partial(_predictions, request, names, result, query.top_k))
+    check = partial(check_classes, min_score=query.min_score)
+    names, result = await infer(request, query, check=check)
+    body = await encoded(request, result, partial(_predictions, request, names, result, query))
     return Response(body, media_type=JSON)
 
 
-def _predictions(request: Request, names: Names, result: InferenceResult, count: int) -> bytes:
+def _predictions(request: Request, names: Names, result: InferenceResult, query: PredictQuery) -> bytes:
     """A PredictResponse as JSON; building the model first would cost as much as all else in this module."""
     results = image_results(request, names, result)
     for entry, image in zip(results, result.results, strict=True):
         if not isinstance(image, ServiceError):
             # A ClassScore has a ClassPrediction's fields, and orjson knows dataclasses.
-            entry["predictions"] = top_k(image.outputs.logits, result.card.labels, count)
-    return orjson.dumps({"model": result.model, "version": result.version, "results": results})
+            entry.update(classify(image.outputs.logits, result.card, query.top_k, query.min_score))
+    whole = {"model": result.model, "version": result.version, "activation": result.card.activation}
+    return orjson.dumps({**whole, "results": results})
 
 
 def _are_stages(value: str) -> str:
@@ -247,7 +284,7 @@ class ExplainQuery(InferenceQuery):
 
 
 class ImageExplanation(ImageInfo):
-    """What speaks for one class where: the mean of `map`, plus `bias`, is `logit`."""
+    """What speaks for one class where: the mean of `map`, plus `bias`, is `logit`; `score` is as in `/predict`."""
 
     class_id: int
     label: str
@@ -279,7 +316,7 @@ async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> 
         request,
         query,
         stages=True,
-        check=partial(postprocess.check_class, query.class_id),
+        check=partial(check_classes, class_id=query.class_id),
         check_count=partial(_check_count, media_type),
     )
     count = LARGE + 1 if media_type == PNG else numbers(result, [4])  # compressing takes milliseconds

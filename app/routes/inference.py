@@ -144,7 +144,7 @@ async def infer(
     query: InferenceQuery,
     *,
     stages: bool = False,
-    check: Callable[[ModelCard], None] | None = None,
+    check: Callable[[ModelCard], None] = lambda _: None,
     check_count: Callable[[int], None] | None = None,
 ) -> tuple[list[str | None], InferenceResult]:
     """Read the images of `request`, fetch those by URL, and infer: their file names, and the result.

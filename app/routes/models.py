@@ -12,7 +12,7 @@ from app.problems import documented
 from service.acquisition.pulling import RemoteModel
 from service.errors import WeightsUnavailable
 from service.registry.versions import ModelStatus, VersionStatus
-from service.store.cards import Accuracy
+from service.store.cards import Accuracy, Activation, Preprocessing
 
 router = APIRouter(prefix="/models", tags=["models"])
 
@@ -34,7 +34,10 @@ class PlannedBatch(BatchSize):
 
 
 class ReferenceCheck(BaseModel):
-    """How far the logits are from float32's for the model's reference images: the worst of the batch plan's graphs."""
+    """How far the logits are from float32's for the model's reference images: the worst of the batch plan's graphs.
+
+    Of a model without a head it is the embeddings.
+    """
 
     images: Annotated[int, Field(description="That were tried; from the plan cache as many as time allows.")]
     cosine: Annotated[Share, Field(description="Similarity of all logits as one vector; 16 bits must have 0.999.")]
@@ -42,7 +45,7 @@ class ReferenceCheck(BaseModel):
         Share,
         Field(description="Largest difference of a logit, as a share of the logits' spread; 16 bits may have 0.03."),
     ]
-    changed: Annotated[int, Field(description="Images whose top class is another one.")]
+    changed: Annotated[int, Field(description="Images whose top class is another one; without a head 0.")]
     worst_swap: Annotated[
         Share,
         Field(
@@ -92,7 +95,22 @@ class ModelInfo(BaseModel):
     default: bool
     reason: Annotated[str | None, Field(description="Why the model failed.")] = None
     pull: Annotated[PullProgress | None, Field(description="While it is being fetched into the store.")] = None
-    num_classes: int | None = None
+    num_classes: Annotated[int | None, Field(description="0: the model has no classification head.")] = None
+    tasks: Annotated[
+        list[Literal["predict", "explain", "features"]] | None,
+        Field(description="The endpoints that it answers; without a head only `features`."),
+    ] = None
+    activation: Annotated[
+        Activation | None,
+        Field(
+            description="What makes scores of logits: `softmax` for one class of several, `sigmoid` for several at "
+            "once, `none` for the logits themselves; absent without a head."
+        ),
+    ] = None
+    temperature: Annotated[float | None, Field(description="Divides logits before the activation; 1 if absent.")] = None
+    unknown_below: Annotated[
+        float | None, Field(description="The best score below which `/predict` calls an image `unknown`.")
+    ] = None
     input_size: Annotated[tuple[int, int] | None, Field(description="Height and width, in pixels.")] = None
     parameters: int | None = None
     accuracy: Accuracy | None = None
@@ -127,6 +145,19 @@ class ModelInfo(BaseModel):
     ] = None
 
 
+class ModelDetails(ModelInfo):
+    """A model, and what its card says beside that."""
+
+    labels: Annotated[
+        list[str] | None, Field(description="The name of each class, in order; empty without a head.")
+    ] = None
+    thresholds: Annotated[
+        float | list[float] | None,
+        Field(description="The score that a class must have to be in an answer: one for all, or one for each."),
+    ] = None
+    preprocessing: Annotated[Preprocessing | None, Field(description="How images become the model's input.")] = None
+
+
 class ModelList(BaseModel):
     """Every model of the store."""
 
@@ -145,14 +176,18 @@ async def list_models(request: Request, engine: EngineDep) -> ModelList:
 
 
 @_get("/{model_id}", summary="Describe one model", responses=documented(401, 404, 422, 503))
-async def get_model(request: Request, model_id: str, engine: EngineDep) -> ModelInfo:
-    """One model; a variant alone finds what it would find in a request."""
+async def get_model(request: Request, model_id: str, engine: EngineDep) -> ModelDetails:
+    """One model, with its labels and preprocessing; a variant alone finds what it would find in a request."""
     try:
-        return model_info(await engine.model(model_id), request)
+        model = await engine.model(model_id)
     except WeightsUnavailable:
         if remote := engine.remote_model(model_id):
-            return _remote_info(remote, request)
+            return ModelDetails(**vars(_remote_info(remote, request)))
         raise
+    details: dict[str, Any] = {}
+    if card := model.stored.card:
+        details = {"labels": card.labels, "thresholds": card.least_scores, "preprocessing": card.preprocessing}
+    return ModelDetails(**vars(model_info(model, request)), **details)
 
 
 def model_info(model: ModelStatus, request: Request | None = None) -> ModelInfo:
@@ -161,6 +196,10 @@ def model_info(model: ModelStatus, request: Request | None = None) -> ModelInfo:
     if card := model.stored.card:
         known["input_size"] = (card.preprocessing.height, card.preprocessing.width)
         known["num_classes"] = len(card.labels)
+        known["tasks"] = ["predict", "explain", "features"] if card.labels else ["features"]
+        if card.labels:
+            known |= {"activation": card.activation, "unknown_below": card.unknown_below}
+            known["temperature"] = card.temperature if card.temperature != 1 else None
         known |= {"parameters": card.parameters, "accuracy": card.accuracy, "licence": card.licence}
     if (report := model.report) and (plan := model.plan):  # it is loaded
         known |= {name: getattr(report, name) for name in ("backend", "device", "precision", "load_seconds")}
@@ -205,6 +244,7 @@ def _remote_info(model: RemoteModel, request: Request) -> ModelInfo:
         reason=shown(request, model.failure) if model.failure else None,
         pull=None if model.pulled_bytes is None else PullProgress(bytes=model.pulled_bytes, total=model.total_bytes),
         num_classes=published.num_classes,
+        tasks=["predict", "explain", "features"],
         input_size=published.input_size,
         parameters=published.parameters,
         accuracy=published.accuracy,

@@ -5,7 +5,6 @@ outputs, which every backend and every later release must reproduce. `verify` re
 """
 
 import errno
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,20 +16,30 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from service.acquisition.catalogue import IMAGENET, PREPROCESSOR_FILE, imagenet_labels, variant_named
+from service.acquisition.answers import read_labels, read_thresholds, repeated
+from service.acquisition.catalogue import IMAGENET, PREPROCESSOR_FILE, variant_named
 from service.acquisition.preprocessing import PRESETS, PreprocessingOptions, describe, preprocessing, read_preprocessor
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.variants import VARIANTS, Weights
 from service.architecture.weights import PICKLES, State, load_into, open_checkpoint
 from service.backends.base import Served, build, plain_logits
-from service.errors import InvalidRequest, ServiceError, WeightsCorrupt, WeightsMismatch, WeightsNotFinite
+from service.errors import InvalidRequest, ServiceError, WeightsCorrupt, WeightsMismatch, WeightsNotFinite, reasons
 from service.execution.reference import Reference, packed, reference_of, synthetic_images
 from service.files import file_sha256, staging_folder, sync
 from service.results import Floats
-from service.store.cards import Accuracy, ModelCard, Origin, Preprocessing, WeightsFile
+from service.store.cards import (
+    Accuracy,
+    Activation,
+    Answers,
+    ModelCard,
+    Origin,
+    Preprocessing,
+    ReferenceFile,
+    WeightsFile,
+)
 from service.store.folder import WEIGHTS_FILE, check_room, write_model, writing
 from service.store.store import MODEL_ID, VERSION, Store, StoredModel, alias_target
 
@@ -39,14 +48,13 @@ _PIXELS = 4 * 224 * 224  # of a batch
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _SHAPES = 4  # reference images with shapes on them
 _BAR = 0.08  # half the height of a bar, as a share of the image's
-_LABELS = TypeAdapter(tuple[str, ...])
-_LABELS_BY_NUMBER = TypeAdapter(dict[int, str])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportOptions:
-    """The checkpoint `file` and its description; `labels` is a file of them, or "imagenet", or None to number them.
+    """The checkpoint `file` and its description; `labels` None numbers the classes, else it is as for `read_labels`.
 
+    `thresholds` is as for `read_thresholds`; it and the rest of the card's `Answers` are None where nothing is known.
     `weights` says which of several in it to take: see `service.architecture.weights.open_checkpoint`.
     """
 
@@ -56,6 +64,10 @@ class ImportOptions:
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
     weights: Weights | None = None
     labels: str | None = None
+    activation: Activation | None = None
+    temperature: float | None = None
+    thresholds: str | None = None
+    unknown_below: float | None = None
     licence: str = "unknown"
     source: str | None = None
     version: str | None = None
@@ -81,7 +93,7 @@ def import_model(root: Path, options: ImportOptions, on_choice: Callable[[str], 
         raise InvalidRequest(f"version {options.version!r}: it is a number from 1")
     if file.suffix not in {".safetensors", *PICKLES}:
         raise WeightsCorrupt(f"{file}: unknown format; it must end in .safetensors or .pth")
-    labels = None if options.labels is None else _read_labels(options.labels)
+    labels, answers = _read_answers(options, on_choice)
     with writing(root):
         if options.version is not None and os.path.lexists(root / id_ / options.version):
             raise InvalidRequest(f"{id_}@{options.version} is there already; leave --version out for the next one")
@@ -95,36 +107,35 @@ def import_model(root: Path, options: ImportOptions, on_choice: Callable[[str], 
     on_choice(f"tensor names of {checkpoint.dialect}; images: {describe(pixels)}")
     source = options.source or file.name
     about = Description(
-        id=id_, variant=variant, preprocessing=pixels, licence=options.licence, source=source, labels=labels
-    )
+        id=id_, variant=variant, preprocessing=pixels, licence=options.licence, source=source, labels=labels,
+        answers=answers,
+    )  # fmt: skip
     return publish(root, checkpoint.state, about, options.version)
 
 
-def _read_labels(name: str) -> tuple[str, ...]:
-    """The labels in a file: one a line, a JSON list, or a JSON object by class number such as `id2label`."""
-    if name == IMAGENET:
-        return imagenet_labels()
+def _read_answers(
+    options: ImportOptions, on_choice: Callable[[str], None]
+) -> tuple[tuple[str, ...] | None, Answers | None]:
+    """The labels, and what else the options say of answers; None where they say nothing."""
+    labels = None if options.labels is None else read_labels(options.labels)
+    if labels and options.labels != IMAGENET and (note := repeated(labels)):
+        on_choice(note)
+    given = {name: getattr(options, name) for name in Answers.model_fields if getattr(options, name) is not None}
+    if options.thresholds is not None:
+        given["thresholds"] = read_thresholds(options.thresholds, labels)
     try:
-        text = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"labels {name!r}: {getattr(error, 'strerror', None) or error}") from error
-    if not name.endswith(".json"):
-        return tuple(line.strip() for line in text.rstrip().splitlines())
-    try:
-        content = json.loads(text)
-        if isinstance(content, dict):
-            by_number = _LABELS_BY_NUMBER.validate_python(content.get("id2label", content))
-            return tuple(by_number[i] for i in range(len(by_number)))
-        return _LABELS.validate_python(content)
-    except (ValueError, ValidationError, KeyError) as error:
-        raise InvalidRequest(
-            f"labels {name!r}: neither a JSON list of names nor an object with one for each number from 0"
-        ) from error
+        return labels, Answers.model_validate(given) if given else None
+    except ValidationError as error:
+        raise InvalidRequest(reasons(error, "answers")) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """The fields of a card that are not in the weights. `labels` None names each class after its number."""
+    """The fields of a card that are not in the weights.
+
+    `labels` None names each class after its number. `answers` None says nothing of them: a softmax, where there are
+    several logits.
+    """
 
     id: str
     variant: str
@@ -132,6 +143,7 @@ class Description:
     licence: str
     source: str
     labels: Sequence[str] | None = None
+    answers: Answers | None = None
     accuracy: Accuracy | None = None
     origin: Origin | None = None
 
@@ -139,11 +151,13 @@ class Description:
 def publish(root: Path, state: State, about: Description, version: str | None = None) -> StoredModel:
     """Put the model with the weights `state`, of official names, into the store at `root`.
 
-    `version` None is the next one that is free. The folder appears whole or not at all.
+    Without `head.weight` and `head.bias` in it, it is a model without a head. `version` None is the next one that is
+    free. The folder appears whole or not at all.
 
     Raises:
         WeightsMismatch: the weights are not those of the variant, or have not one class for each label.
         WeightsNotFinite: they hold NaN or infinity, or give such logits.
+        InvalidRequest: answers of that kind can't be made of these logits.
         StoreNotWritable: the store can't be written; it is unchanged.
     """
     labels, pixels = _labels(state, about), about.preprocessing
@@ -152,19 +166,14 @@ def publish(root: Path, state: State, about: Description, version: str | None = 
     logits = _logits_in_batches(Served(model, pixels.mean, pixels.std).eval(), images)
     if not np.isfinite(logits).all():
         raise WeightsNotFinite(f"{about.source}: the model answers NaN or infinity to ordinary images")
-    reference, reference_file = packed(Reference(images, logits))
+    reference, reference_file = packed(Reference(images, logits, embeddings=not labels))
     with writing(root):
         (root / PULL_FOLDER).mkdir(parents=True, exist_ok=True)
         check_room(root, sum(tensor.nbytes for tensor in state.values()) + len(reference))
         with staging_folder(root / PULL_FOLDER, "new-") as folder:
             weights = folder / WEIGHTS_FILE
             _save(state, weights)
-            card = ModelCard(
-                **vars(about) | {"labels": labels},
-                weights=WeightsFile(file=WEIGHTS_FILE, sha256=file_sha256(weights), bytes=weights.stat().st_size),
-                parameters=sum(parameter.numel() for parameter in model.parameters()),
-                reference=reference_file,
-            )
+            card = _card(about, labels, model, weights, reference_file)
             try:
                 written = write_model(root, version, card, weights, {reference_file.file: reference})
             except BaseException:
@@ -172,6 +181,23 @@ def publish(root: Path, state: State, about: Description, version: str | None = 
                     (root / about.id).rmdir()
                 raise
     return StoredModel(about.id, written.name, written, card)
+
+
+def _card(
+    about: Description, labels: Sequence[str], model: PVT_V2, weights: Path, reference: ReferenceFile
+) -> ModelCard:
+    """Raises InvalidRequest if labels and answers do not go together."""
+    fields = vars(about) | {"labels": labels} | dict(about.answers or Answers())
+    del fields["answers"]
+    try:
+        return ModelCard(
+            **fields,
+            weights=WeightsFile(file=WEIGHTS_FILE, sha256=file_sha256(weights), bytes=weights.stat().st_size),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            reference=reference,
+        )
+    except ValidationError as error:
+        raise InvalidRequest(f"{about.source}: {reasons(error, 'card')}") from error
 
 
 def _save(state: State, path: Path) -> None:
@@ -192,25 +218,32 @@ def _save(state: State, path: Path) -> None:
 
 
 def _labels(state: State, about: Description) -> tuple[str, ...]:
-    """One label for each class of the head."""
-    weight = state.get("head.weight")
-    if weight is None or weight.ndim != 2:  # noqa: PLR2004  (classes, channels)
-        raise WeightsMismatch(
-            "the checkpoint has no classification head ('head.weight'); a backbone alone names nothing"
-        )
+    """One label for each class of the head; none where the checkpoint has no head."""
+    weight, labels = state.get("head.weight"), about.labels
+    named = f"{len(labels)} labels, from {labels[0]!r} to {labels[-1]!r}" if labels else "labels"
+    if weight is None:
+        if labels:
+            raise WeightsMismatch(
+                f"{about.source}: it has no classification head ('head.weight'), and {named}, were given; leave "
+                "--labels out, and the model computes embeddings, or save the model with its head"
+            )
+        return ()
+    if weight.ndim != 2:  # noqa: PLR2004  (classes, channels)
+        shape = tuple(weight.shape)
+        raise WeightsMismatch(f"{about.source}: 'head.weight' is {shape} and must be (classes, channels)")
     count = weight.shape[0]
     if count == 0:
         raise WeightsMismatch(f"{about.source}: the head has no classes, so there is nothing that it could name")
-    if count == 1:
+    if count == 1 and (about.answers or Answers()).activation == "softmax":
         raise WeightsMismatch(
-            f"{about.source}: the head has one logit, of which a softmax always makes 1.0; make it two, since the "
-            "softmax of (0, x) is the sigmoid of x: put a row of zeros before its weight and a zero before its bias "
-            "(torch.cat([torch.zeros_like(weight), weight]), likewise bias), then import with two labels, no and yes"
+            f"{about.source}: the head has one logit, of which a softmax always makes 1.0; say what the logit is: add "
+            "--activation sigmoid where it was trained with a binary cross-entropy, or --activation none where it is a "
+            "number to answer with as it is"
         )
-    labels = tuple(f"class {i}" for i in range(count)) if about.labels is None else tuple(about.labels)
-    if len(labels) != count:
-        raise WeightsMismatch(f"{len(labels)} labels for {count} classes; one label for each is needed")
-    return labels
+    if labels is not None and len(labels) != count:
+        classes = f"{count} classes" if count > 1 else "one class"
+        raise WeightsMismatch(f"{about.source}: the head has {classes}, and there are {named}; give one for each class")
+    return tuple(f"class {i}" for i in range(count)) if labels is None else tuple(labels)
 
 
 def _loaded(state: State, about: Description, classes: int) -> PVT_V2:

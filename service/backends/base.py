@@ -28,7 +28,7 @@ Blob = NDArray[np.uint8]  # (bytes,)
 class Served(nn.Module):
     """The model as it is served: uint8 pixels (n, height, width, 3) in, logits, embedding and maps of `stages` out.
 
-    It normalises the pixels itself, so that a backend compiles that into its graph.
+    It normalises the pixels itself, so that a backend compiles that into its graph. Without a head there are no logits.
     """
 
     def __init__(self, model: PVT_V2, mean: Sequence[float], std: Sequence[float], stages: Sequence[int] = ()) -> None:
@@ -40,17 +40,22 @@ class Served(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Logits (n, classes), embedding (n, channels) and stage maps (n, channels, height, width) of `pixels`."""
-        logits, embedding, maps = self.model.forward_all(self.normalised(pixels), self.stages)
-        return logits, embedding, *maps
+        return self.outputs(self.normalised(pixels))
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The same of the model's input: images (n, 3, height, width)."""
+        logits, embedding, maps = self.model.forward_all(images, self.stages)
+        return (logits, embedding, *maps) if isinstance(self.model.head, nn.Linear) else (embedding, *maps)
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """The model's input for `pixels`: float32 images (n, 3, height, width)."""
         return ((pixels.float() - self.mean) * self.scale).permute(0, 3, 1, 2)
 
-    def head(self) -> Head:
-        """A copy of the model's last layer."""
+    def head(self) -> Head | None:
+        """A copy of the model's last layer; None where it has no head."""
         head = self.model.head
-        assert isinstance(head, nn.Linear)  # noqa: S101  a card has labels, so it is one
+        if not isinstance(head, nn.Linear):
+            return None
         return Head(head.weight.detach().numpy().copy(), head.bias.detach().numpy().copy())
 
 
@@ -71,7 +76,7 @@ def build(card: ModelCard, folder: Path, stages: Sequence[int] = ()) -> Served:
 
 @torch.inference_mode()
 def plain_logits(module: Served, images: Batch) -> Floats:
-    """Logits (n, classes) of the module itself, eager and in float32."""
+    """Logits (n, classes) of the module itself, eager and in float32; without a head, embeddings (n, channels)."""
     logits: Floats = module(torch.tensor(images))[0].numpy()
     return logits
 
@@ -91,8 +96,8 @@ class Graph(Protocol):
     def run(self, instance: int, images: Images) -> tuple[Floats, ...]:
         """Logits (n, classes), embedding (n, channels), and the stage maps that the module returns.
 
-        There may be fewer images than the batch size; rows after theirs mean nothing. Each `instance` makes one call at
-        a time. Raises OutOfMemory if the batch does not fit.
+        Without a head there are no logits. There may be fewer images than the batch size; rows after theirs
+        mean nothing. Each `instance` makes one call at a time. Raises OutOfMemory if the batch does not fit.
         """
         ...
 

@@ -53,8 +53,7 @@ class Placed(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """As `Served.forward`."""
         images = self.served.normalised(pixels).to(self.kind, memory_format=torch.channels_last)
-        logits, embedding, maps = self.served.model.forward_all(images, self.served.stages)
-        return tuple(each.float() for each in (logits, embedding, *maps))
+        return tuple(each.float() for each in self.served.outputs(images))
 
 
 @dataclass(frozen=True, slots=True)

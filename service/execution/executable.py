@@ -8,11 +8,11 @@ from functools import partial
 import structlog
 
 from service.backends.base import Backend, Graph, Layout, Precision, build
-from service.errors import ModelLoadFailed
+from service.errors import ModelLoadFailed, ServiceError
 from service.execution.plan import BatchPlan
 from service.execution.reference import Deviation, ReferenceCheck, computed_reference, concerns_precision, reason
 from service.execution.tuning import LatencyGraph, OptimizedGraph, Optimizer, Tuned, graph_seconds
-from service.results import Head, Outputs, Pixels
+from service.results import Head, ImageResult, InferenceResult, Outputs, Pixels
 from service.store.store import StoredModel
 
 log = structlog.get_logger(component="executable")
@@ -146,15 +146,21 @@ class Executable:
         chosen = self.staged if stages else self._plain
         if chosen is None:
             raise ModelLoadFailed(f"the graphs of {self.stored.id} with stage maps have not been made")
-        graphs, latency = chosen
+        (graphs, latency), has_head = chosen, bool(self.card.labels)
         outputs: list[Outputs] = []
         while images:  # more than once where no graph with stage maps is that large
             size = min((size for size in graphs if size >= len(images)), default=max(graphs))
             graph = latency if alone and latency and size == 1 else graphs[size]
             part, images = images[:size], images[size:]
-            logits, embedding, *maps = graph.run(instance, part)
+            found = graph.run(instance, part)
+            logits, embedding, *maps = found if has_head else (found[0][:, :0], *found)
             outputs += [Outputs(logits[i], embedding[i], tuple(each[i] for each in maps)) for i in range(len(part))]
         return outputs
+
+    def result(self, results: list[ImageResult | ServiceError], *, stages: bool) -> InferenceResult:
+        """The `results` of this model's images as one, with the head's weights if they have `stages`."""
+        head = self.head if stages else None
+        return InferenceResult(self.card, self.stored.version, (self.height, self.width), head, results)
 
     def optimize(self) -> OptimizedGraph | None:
         """Make the graph that `optimizer.prepare` has prepared, and run batches of its size in it if it is faster."""

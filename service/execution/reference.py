@@ -1,5 +1,8 @@
 """Reference images, the logits that plain float32 computes for them, and the check that a graph reproduces these.
 
+Of a model without a head it is the embeddings in place of logits: there the classes below are channels, and no top
+class is looked at.
+
 Stored correct outputs are called "golden", hence `GoldenMismatch`. For a card that names none, they are computed from
 synthetic images when the model is first loaded, and kept with its batch plan.
 """
@@ -16,6 +19,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from service.architecture.variants import VARIANTS
 from service.backends.base import Graph, Precision, Served, plain_logits
 from service.errors import GoldenMismatch, ModelLoadFailed, ReferenceInvalid, ServiceError
 from service.results import Floats
@@ -48,7 +52,8 @@ class Deviation:
     `largest` is the greatest difference of one logit, in image number `image` (from 0), `relative` its share of the
     greatest reference logit, `share` its share of the reference's spread. `cosine` is the cosine similarity of all
     logits as one vector. `changed` of the `images` have another top class; `swap` is the greatest distance between old
-    and new top class in the reference logits, as a share of the spread.
+    and new top class in the reference logits, as a share of the spread. `outputs` is what the logits are: logits or, of
+    a model without a head, embeddings.
     """
 
     largest: float
@@ -59,12 +64,14 @@ class Deviation:
     changed: int
     swap: float
     images: int
+    outputs: str = "logits"
 
     def __str__(self) -> str:
         swap = f", {self.swap:.2g} of the spread apart" if self.changed else ""
+        top = f", another top class in {self.changed} of {self.images}{swap}" if self.outputs == "logits" else ""
         return (
-            f"largest difference {self.largest:.3g} in image {self.image}, {self.share:.2g} of the logits' spread, "
-            f"cosine {self.cosine:.6f}, another top class in {self.changed} of {self.images}{swap}"
+            f"largest difference {self.largest:.3g} in image {self.image}, {self.share:.2g} of the {self.outputs}' "
+            f"spread, cosine {self.cosine:.6f}{top}"
         )
 
     def objection(self, precision: Precision) -> str | None:
@@ -73,16 +80,16 @@ class Deviation:
         if precision == "float32":
             if self.relative <= MAX_RELATIVE:
                 return None
-            return f"logits are off by {self.relative:.2g} of the greatest, {MAX_RELATIVE:g} is allowed"
+            return f"{self.outputs} are off by {self.relative:.2g} of the greatest, {MAX_RELATIVE:g} is allowed"
         if not self.share <= TOLERANCE:
-            return f"logits are off by {self.share:.2g} of their spread, {TOLERANCE:g} is allowed"
+            return f"{self.outputs} are off by {self.share:.2g} of their spread, {TOLERANCE:g} is allowed"
         if not self.swap <= TOLERANCE:
             return (
                 f"the top class of {self.changed} of {self.images} reference images changes, between classes that are "
                 f"{self.swap:.2g} of the spread apart, {TOLERANCE:g} is allowed"
             )
         if not self.cosine >= MIN_COSINE:
-            return f"the cosine similarity of logits falls to {self.cosine:.6f}, {MIN_COSINE} is required"
+            return f"the cosine similarity of {self.outputs} falls to {self.cosine:.6f}, {MIN_COSINE} is required"
         return None
 
 
@@ -98,10 +105,14 @@ def worst(deviations: Sequence[Deviation]) -> Deviation:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """`images` uint8 (n, height, width, 3), and for each its `logits` float32 (n, classes)."""
+    """`images` uint8 (n, height, width, 3), and for each its `logits` float32 (n, classes).
+
+    `embeddings` says that the logits are embeddings (n, channels), of a model without a head.
+    """
 
     images: NDArray[np.uint8]
     logits: Floats
+    embeddings: bool = False
 
     @property
     def ranges(self) -> Floats:
@@ -109,6 +120,11 @@ class Reference:
         axis = 1 if self.logits.shape[1] > 1 else None
         ranges = self.logits.max(axis=axis) - self.logits.min(axis=axis)
         return np.broadcast_to(ranges, len(self.logits))
+
+    @property
+    def outputs(self) -> str:
+        """What `logits` are, in messages and in a file."""
+        return "embeddings" if self.embeddings else "logits"
 
     @property
     def spread(self) -> float:
@@ -125,7 +141,8 @@ class Reference:
         image = int(np.argmax(off))  # the first NaN, if there is one
         largest = float(off[image])
         rows, old, new = np.arange(len(numbers)), expected.argmax(axis=1), logits.argmax(axis=1)
-        gap = float((expected[rows, old] - expected[rows, new]).max())
+        changed = numbers[(old != new) & (not self.embeddings)]
+        gap = 0.0 if self.embeddings else float((expected[rows, old] - expected[rows, new]).max())
         greatest = max(float(np.abs(self.logits).max()), float(np.finfo(np.float32).tiny))
         spread = self.spread or greatest
         return Deviation(
@@ -134,9 +151,10 @@ class Reference:
             share=largest / spread,
             image=int(numbers[image]),
             cosine=cosine,
-            changed=len(set(numbers[old != new].tolist())),
+            changed=len(set(changed.tolist())),
             swap=gap / spread,
             images=len(set(numbers.tolist())),
+            outputs=self.outputs,
         )
 
 
@@ -155,7 +173,7 @@ def reference_of(card: ModelCard, folder: Path, file: ReferenceFile | None = Non
     file = file or card.reference
     if file is None:
         return None
-    path = folder / file.file
+    path, outputs = folder / file.file, "logits" if card.labels else "embeddings"
     try:
         if not S_ISREG(path.stat().st_mode):  # a pipe would be waited for
             raise ReferenceInvalid(f"{path}: no regular file; put the file that the card names there")
@@ -163,27 +181,28 @@ def reference_of(card: ModelCard, folder: Path, file: ReferenceFile | None = Non
         if (actual := sha256(data).hexdigest()) != file.sha256:
             raise ReferenceInvalid(f"{path}: SHA-256 is {actual}, expected {file.sha256}; copy the file again")
         tensors = safetensors.numpy.load(data)
-        images, logits = tensors["images"], tensors["logits"]
+        images, logits = tensors["images"], tensors[outputs]
     except OSError as error:
         raise ReferenceInvalid(f"{path}: {error.strerror or error}; put the file that the card names there") from error
     except (SafetensorError, KeyError) as error:
-        raise ReferenceInvalid(f"{path}: no safetensors file with 'images' and 'logits' ({error})") from error
+        raise ReferenceInvalid(f"{path}: no safetensors file with 'images' and {outputs!r} ({error})") from error
     pixels, n = card.preprocessing, images.shape[0] if images.ndim else 0
-    shapes = ((n, pixels.height, pixels.width, 3), (n, len(card.labels)))
+    columns = len(card.labels) or VARIANTS[card.variant].embed_dims[-1]
+    shapes = ((n, pixels.height, pixels.width, 3), (n, columns))
     types = (images.dtype.name, logits.dtype.name)
     if not n or (images.shape, logits.shape) != shapes or types != ("uint8", "float32"):
         raise ReferenceInvalid(
-            f"{path}: images {images.dtype} {images.shape} and logits {logits.dtype} {logits.shape} must be uint8 "
-            f"(n, {pixels.height}, {pixels.width}, 3) and float32 (n, {len(card.labels)})"
+            f"{path}: images {images.dtype} {images.shape} and {outputs} {logits.dtype} {logits.shape} must be uint8 "
+            f"(n, {pixels.height}, {pixels.width}, 3) and float32 (n, {columns})"
         )
     if not np.isfinite(logits).all():
-        raise ReferenceInvalid(f"{path}: the logits hold NaN or infinity; make the reference anew")
-    return Reference(images, logits)
+        raise ReferenceInvalid(f"{path}: the {outputs} hold NaN or infinity; make the reference anew")
+    return Reference(images, logits, not card.labels)
 
 
 def packed(reference: Reference) -> tuple[bytes, ReferenceFile]:
     """The file for `reference`, and its entry in a card."""
-    data = safetensors.numpy.save({"images": reference.images, "logits": reference.logits})
+    data = safetensors.numpy.save({"images": reference.images, reference.outputs: reference.logits})
     return data, ReferenceFile(file=REFERENCE_FILE, sha256=sha256(data).hexdigest())
 
 
@@ -206,7 +225,7 @@ def computed_reference(module: Served, height: int, width: int, count: int = SYN
     logits = np.concatenate([plain_logits(module, images[i : i + 1]) for i in range(count)])
     if not np.isfinite(logits).all():
         raise ModelLoadFailed(NOT_FINITE)
-    return Reference(images, logits)
+    return Reference(images, logits, module.head() is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +275,9 @@ class ReferenceCheck:
         deviation = self.reference.deviation(self.plain())
         if objection := deviation.objection("float32"):
             raise ReferenceInvalid(
-                f"{self.source}: the model itself, in plain float32, does not give the logits of its reference images: "
-                f"{objection} ({deviation}); the file and the model's weights, labels or preprocessing do not belong "
-                "together: make the file anew, or fetch or import the model again"
+                f"{self.source}: the model itself, in plain float32, does not give the {self.reference.outputs} of "
+                f"its reference images: {objection} ({deviation}); the file and the model's weights, labels or "
+                "preprocessing do not belong together: make the file anew, or fetch or import the model again"
             )
 
 

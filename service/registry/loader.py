@@ -43,16 +43,14 @@ def load(
 ) -> Executable:
     """Load `stored` on the first of `backends` that can run it, with the plan in `cache`, else with a measured one.
 
-    A backend that does not reproduce the model's reference logits can't run it. `devices` notes the failure of a GPU.
+    A backend that does not reproduce the reference logits can't run it. `devices` notes the failure of a GPU.
     `compiling` is called before that begins, which takes most memory.
 
     Raises:
         ModelLoadFailed: the card or the weights are wrong, or the model computes no finite numbers.
-        MemoryExhausted: what `compiling` raises.
-        Exception: the last backend's, if none could run it.
+        Exception: what `compiling` raises, or the last backend's, if none could run it.
     """
-    start, devices = perf_counter(), devices or DeviceHealth()
-    failures: list[str] = []
+    start, devices, failures = perf_counter(), devices or DeviceHealth(), list[str]()
     for i, make in enumerate(backends, 1):
         name = f"backend number {i}"
         try:
@@ -62,32 +60,35 @@ def load(
                 memory = backend.memory_bytes()  # after its libraries, which are not the model's memory
                 own = reference_of(stored.require_card(), stored.folder)
                 attempt = _Attempt(stored, backend, limits, cache, devices, own, failures, memory, start)
-                if restored := attempt.restored():
-                    return restored
-                compiling()
-                return attempt.measured()
+                return attempt.restored() or attempt.measured(compiling)
         except Exception as error:
-            wrong = isinstance(error, GoldenMismatch)
-            # Other errors of ours are about the model's files, which are the same on every backend.
-            if isinstance(error, ServiceError) and not isinstance(error, GoldenMismatch | OutOfMemory | DeviceFailed):
-                raise
-            failures.append(f"{name} failed: {error if wrong else f'{type(error).__name__}: {error}'}")
+            failures.append(_failure(name, error))
             if i < len(backends):
                 log.warning("backend_failed", model=stored.id, reason=failures[-1])
-            elif wrong:
+            elif isinstance(error, GoldenMismatch):
                 raise _mismatch(stored, failures, limits) from error
             else:
                 raise
     raise ValueError("no backend to load on")
 
 
+def _failure(name: str, error: Exception) -> str:
+    """Why the backend called `name` failed; raises an error that every backend would meet."""
+    wrong = isinstance(error, GoldenMismatch)
+    # Other errors of ours are about the model's files, which are the same on every backend.
+    if isinstance(error, ServiceError) and not isinstance(error, GoldenMismatch | OutOfMemory | DeviceFailed):
+        raise error
+    return f"{name} failed: {error if wrong else f'{type(error).__name__}: {error}'}"
+
+
 def _mismatch(stored: StoredModel, failures: Sequence[str], limits: Limits) -> GoldenMismatch:
     """The model's own module reproduces the logits: `ReferenceCheck` has found that out."""
+    outputs = "logits" if stored.require_card().labels else "embeddings"
     forced = limits.precision not in {None, "float32"}
     advice = "set PVT_PRECISION=auto" if forced else "try another PVT_BACKEND, or other versions of openvino and torch"
     return GoldenMismatch(
-        f"{stored.key} does not give the logits of its reference images, so it is not served: {'; '.join(failures)}; "
-        f"its plain float32 module does give them: {advice}"
+        f"{stored.key} does not give the {outputs} of its reference images, so it is not served: "
+        f"{'; '.join(failures)}; its plain float32 module does give them: {advice}"
     )
 
 
@@ -129,8 +130,9 @@ class _Attempt:
             log.warning("plan_cache_ignored", model=stored.id, reason=f"{type(error).__name__}: {error}")
             return None
 
-    def measured(self) -> Executable:
-        """The model with a plan and graphs that are made and measured now, and written to the cache."""
+    def measured(self, compiling: Callable[[], object]) -> Executable:
+        """The model with a plan and graphs that are made and measured now, after `compiling`, and are then cached."""
+        compiling()
         card = self.stored.require_card()
         shape = card.preprocessing.height, card.preprocessing.width
         module = build(card, self.stored.folder)

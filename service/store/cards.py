@@ -1,9 +1,9 @@
 """Model cards: the file beside a model's weights that says how to use them.
 
-Cards without `format` have format 1, which rounds `crop` to the nearest pixel; in 2, `preprocessing` says how to round.
-A card that needs nothing new of a format is written in the previous one, which older releases can read. A field without
-which older releases would give wrong results raises the format, so that they refuse the card. They ignore any other
-field that they do not know, with a warning.
+Cards without `format` have format 1, which rounds `crop` to the nearest pixel; in 2, `preprocessing` says how to round;
+in 3, a model may have no head, and its answers need not be a plain softmax. A card is written in the lowest format that
+says the same, which older releases can read. A field without which older releases would give wrong results raises the
+format, so that they refuse the card. They ignore any other field that they do not know, with a warning.
 """
 
 import json
@@ -22,10 +22,13 @@ from service.images.geometry import Geometry, Interpolation, Resize, Rounding
 log = structlog.get_logger(component="store")
 
 CARD_FILE = "card.json"
-FORMAT = 2
+FORMAT = 3
 MAX_BYTES = 16_000_000  # the names of 21,000 classes take one
 MAX_NAME = 100  # characters of an unknown field, in a message
 
+MULTI_LABEL = 0.5  # the threshold of multi-label models, as metrics and training scripts have it
+
+Activation = Literal["softmax", "sigmoid", "none"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Mean = Annotated[float, Field(ge=0)]
 _Std = Annotated[float, Field(gt=0)]
@@ -75,7 +78,7 @@ class WeightsFile(Record):
 
 
 class ReferenceFile(Record):
-    """The file beside the card with reference images and their float32 logits: see `service.execution.reference`."""
+    """The file beside the card with reference images and float32's outputs: see `service.execution.reference`."""
 
     file: Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]
     sha256: Sha256
@@ -102,13 +105,47 @@ class Origin(Record):
     revision: str | None = None
 
 
-class ModelCard(Record):
-    """A model's own metadata. `labels[i]` is the name of class i."""
+class Answers(Record):
+    """How a model's logits become scores, and scores an answer.
+
+    Scores are the activation of logits / `temperature`: shares of all classes (`softmax`), of each class by itself
+    (`sigmoid`, of a multi-label model or of a single logit), or the logits themselves (`none`). An answer has the
+    classes whose score is at least their threshold, one for all classes or one for each: by default MULTI_LABEL with
+    `sigmoid`, and none with the others. Where the best score is below `unknown_below`, the image shows none of them.
+    """
+
+    activation: Activation = "softmax"
+    temperature: Annotated[float, Field(ge=0.001, le=1000)] = 1.0
+    thresholds: float | tuple[float, ...] | None = None
+    unknown_below: float | None = None
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        if self.activation == "none":
+            if self.temperature != 1:
+                raise ValueError("activation none answers with the logits as they are, so there is no temperature")
+            return self
+        given = self.thresholds if isinstance(self.thresholds, tuple) else (self.thresholds,)
+        for name, values in {"thresholds": given, "unknown_below": (self.unknown_below,)}.items():
+            if wrong := [value for value in values if value is not None and not 0 <= value <= 1]:
+                raise ValueError(f"{name} {wrong[0]:g}: scores of a {self.activation} are from 0 to 1")
+        return self
+
+    @property
+    def least_scores(self) -> float | tuple[float, ...] | None:
+        """The scores that classes must have to be in an answer: one for all, or one for each; None: none is needed."""
+        if self.thresholds is None and self.activation == "sigmoid":
+            return MULTI_LABEL
+        return self.thresholds
+
+
+class ModelCard(Answers):
+    """A model's own metadata. `labels[i]` is the name of class i; without labels the model has no head."""
 
     format: Annotated[int, Field(ge=1, le=FORMAT)] = FORMAT
     id: str
     variant: str
-    labels: Annotated[tuple[str, ...], Field(min_length=1)]
+    labels: tuple[str, ...] = ()
     preprocessing: Preprocessing
     weights: WeightsFile
     parameters: Annotated[int, Field(gt=0)]
@@ -118,6 +155,14 @@ class ModelCard(Record):
     accuracy: Accuracy | None = None
     training: str | None = None
     origin: Origin | None = None
+
+    @model_validator(mode="after")
+    def _thresholds_of_classes(self) -> Self:
+        if not self.labels and (given := sorted(Answers.model_fields.keys() & self.model_dump(exclude_defaults=True))):
+            raise ValueError(f"a model without a head has no {given[0]}, since it has no scores")
+        if isinstance(self.thresholds, tuple) and len(self.thresholds) != len(self.labels):
+            raise ValueError(f"{len(self.thresholds)} thresholds for {len(self.labels)} classes; give one for each")
+        return self
 
 
 class WithCard:
@@ -143,9 +188,24 @@ class WithCard:
 def card_json(card: ModelCard) -> str:
     """The text of a card's file."""
     content = card.model_dump(mode="json", exclude_none=True)
-    if card.preprocessing.resize == "shorter_side_crop" and card.preprocessing.crop == 1:  # nothing to be rounded
+    defaults = Answers().model_dump()
+    answers = {name: content.pop(name) for name in defaults if name in content}
+    content |= {name: value for name, value in answers.items() if value != defaults[name]}
+    if not card.labels:
+        del content["labels"]
+    if (needed := _format_needed(card)) == 1:
         del content["format"], content["preprocessing"]["resize"], content["preprocessing"]["rounding"]
+    else:
+        content["format"] = needed
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _format_needed(card: ModelCard) -> int:
+    """The lowest format in which `card` means the same."""
+    if not card.labels or any(getattr(card, name) != value for name, value in Answers()):
+        return 3
+    pixels = card.preprocessing
+    return 1 if pixels.resize == "shorter_side_crop" and pixels.crop == 1 else 2  # nothing to be rounded
 
 
 def read_card(folder: Path) -> ModelCard:
@@ -173,8 +233,9 @@ def read_card(folder: Path) -> ModelCard:
         card = _validated(path, _converted(path, content))
     except ValidationError as error:
         raise CardInvalid(f"{path}: {reasons(error)}") from error
-    if len(card.labels) == 1:
-        _warn_once("card_of_one_class", path, "a softmax over one logit is always 1.0", "import it with two classes")
+    if len(card.labels) == 1 and card.activation == "softmax":
+        hint = 'write "activation": "sigmoid" into it, and "format": 3'
+        _warn_once("card_of_one_class", path, "a softmax over one logit is always 1.0", hint)
     return card
 
 
@@ -191,13 +252,14 @@ def _validated(path: Path, content: dict[str, Any]) -> ModelCard:
 
 
 def _converted(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a card in format 2; format 1 rounded the resized side to the nearest pixel."""
-    pixels = content.get("preprocessing")
-    if content.get("format", 1) != 1 or not isinstance(pixels, dict):
+    """The content of a card in today's format; format 1 rounded the resized side to the nearest pixel."""
+    pixels, version = content.get("preprocessing"), content.get("format", 1)
+    if version not in range(1, FORMAT):
         return content
-    crop, height = pixels.get("crop", 1), pixels.get("height")
-    if crop == 1:
-        return {**content, "format": FORMAT}
+    content = {**content, "format": FORMAT}
+    if version != 1 or not isinstance(pixels, dict) or (crop := pixels.get("crop", 1)) == 1:
+        return content
+    height = pixels.get("height")
     if isinstance(crop, float) and 0 < crop < 1 and isinstance(height, int) and height > 0:
         was, now = round(height / crop), floor(height / crop)
         if was != now:
@@ -207,7 +269,7 @@ def _converted(path: Path, content: dict[str, Any]) -> dict[str, Any]:
                 f"crop {crop} of {height} goes on meaning a resize to {was} pixels, as when it was imported",
                 f"timm and torchvision resize to {now}; pull with --again, or import again, for that",
             )
-    return {**content, "format": FORMAT, "preprocessing": {"rounding": "nearest", **pixels}}
+    return {**content, "preprocessing": {"rounding": "nearest", **pixels}}
 
 
 @cache

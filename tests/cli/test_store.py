@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from safetensors.torch import save_file
+from transformers import PvtV2Config, PvtV2Model
 
 from service.acquisition.catalogue import imagenet_labels
 from service.acquisition.preprocessing import PRESETS, describe
@@ -169,7 +171,7 @@ def test_import_takes_geometry_labels_and_provenance(pvt_serve: PvtServe, store:
     }  # fmt: skip
 
 
-def imported(pvt_serve: PvtServe, store: Path, file: Path, *options: str) -> tuple[Done, ModelCard]:
+def imported(pvt_serve: PvtServe, store: Path, file: Path, *options: str | Path) -> tuple[Done, ModelCard]:
     done = pvt_serve("import", file, "--variant", "b0", "--tag", "mine", "--size", "64", *options)
     assert done.code == 0, done.err
     return done, Store(store).find("pvt_v2_b0.mine").require_card()
@@ -226,18 +228,69 @@ def test_mean_and_std_of_0_to_255_are_converted_and_shown(pvt_serve: PvtServe, s
 
 
 def test_a_head_of_one_logit_is_refused_and_what_is_advised_works(pvt_serve: PvtServe, store: Path) -> None:
-    state = dict(official(1))
-    (file := store.parent / "one.pth").write_bytes(pickled(state))
-    refused = pvt_serve("import", file, "--variant", "b0", "--tag", "mine", "--size", "32")
+    (file := store.parent / "one.pth").write_bytes(pickled(dict(official(1))))
+    command = ("import", file, "--variant", "b0", "--tag", "mine", "--size", "32")
+    refused, softmax = pvt_serve(*command), pvt_serve(*command, "--activation", "softmax", "--temperature", "2")
+    done = pvt_serve(*command, "--activation", "sigmoid")
 
-    state["head.weight"] = torch.cat([torch.zeros_like(state["head.weight"]), state["head.weight"]])
-    state["head.bias"] = torch.cat([torch.zeros_like(state["head.bias"]), state["head.bias"]])
-    file.write_bytes(pickled(state))
-    _, card = imported(pvt_serve, store, file)
+    assert (refused.code, softmax.code, done.code) == (1, 1, 0)
+    for each in (refused, softmax):
+        assert "the head has one logit, of which a softmax always makes 1.0" in each.err
+        assert "add --activation sigmoid where" in each.err
+    card = Store(store).find("pvt_v2_b0.mine").require_card()
+    assert (card.labels, card.activation) == (("class 0",), "sigmoid")
 
-    assert refused.code == 1
-    assert "the head has one logit, of which a softmax always makes 1.0; make it two" in refused.err
-    assert len(card.labels) == 2
+
+def test_import_takes_what_answers_are(pvt_serve: PvtServe, store: Path, mine: Path) -> None:
+    for name in ("dog", "Cat", "bird"):
+        (store.parent / "set" / name).mkdir(parents=True)
+    (thresholds := store.parent / "thresholds.csv").write_text("label,threshold\r\nCat,0.2\r\nbird,0.3\r\ndog,0.4\r\n")
+    _, card = imported(
+        pvt_serve, store, mine, "--labels", store.parent / "set", "--activation", "sigmoid", "--temperature", "1.5",
+        "--thresholds", thresholds, "--unknown-below", "0.1",
+    )  # fmt: skip
+
+    assert card.labels == ("Cat", "bird", "dog")
+    assert (card.activation, card.temperature, card.unknown_below) == ("sigmoid", 1.5, 0.1)
+    assert card.thresholds == (0.2, 0.3, 0.4)
+    assert json.loads((store / card.id / "1" / "card.json").read_text())["format"] == 3
+
+
+def test_import_notes_a_label_that_is_there_twice(pvt_serve: PvtServe, store: Path, mine: Path) -> None:
+    (labels := store.parent / "labels.txt").write_text("crane\nowl\ncrane\n")
+
+    done, card = imported(pvt_serve, store, mine, "--labels", labels)
+
+    assert "classes 0 and 2 are both called 'crane'; tell them by class_id" in done.err
+    assert card.labels == ("crane", "owl", "crane")
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers", "official"])
+def test_a_checkpoint_without_a_head_is_imported_for_its_embeddings(
+    pvt_serve: PvtServe, store: Path, library: str
+) -> None:
+    state = dict(official(3))
+    if library == "timm":
+        torch.manual_seed(0)
+        state = timm.create_model("pvt_v2_b0", num_classes=0).state_dict()
+    elif library == "transformers":
+        config = PvtV2Config(hidden_sizes=(32, 64, 160, 256), depths=(2, 2, 2, 2))
+        state = PvtV2Model(config).state_dict()
+    headless = {name: tensor for name, tensor in state.items() if not name.startswith(("head", "classifier"))}
+    (file := store.parent / "backbone.pth").write_bytes(pickled(headless))
+    (labels := store.parent / "labels.txt").write_text("a\nb\nc")
+    command = ("import", file, "--variant", "b0", "--tag", "mine", "--size", "32")
+
+    refused = pvt_serve(*command, "--labels", labels)
+    answers = pvt_serve(*command, "--activation", "sigmoid")
+    done, card = imported(pvt_serve, store, file)
+
+    assert (refused.code, answers.code) == (1, 1)
+    assert "no classification head ('head.weight'), and 3 labels, from 'a' to 'c', were given" in refused.err
+    assert "a model without a head has no activation" in answers.err
+    assert done.out.startswith("pvt_v2_b0.mine@1: no head: embeddings only, 3,")
+    assert card.labels == ()
+    assert "ok   pvt_v2_b0.mine@1  8 reference outputs reproduced" in pvt_serve("verify").lines
 
 
 def test_a_head_without_classes_is_refused(pvt_serve: PvtServe, store: Path) -> None:
@@ -289,7 +342,17 @@ def test_labels_come_in_several_forms(pvt_serve: PvtServe, store: Path, mine: Pa
         (["--crop", "0.9", "--resize", "stretch"], "there is no crop"),
         (["--crop", "1.2"], "crop: Input should be less than or equal to 1"),
         (["--weights", "ema"], "it holds no EMA weights"),
-        (["--labels", "imagenet"], "1000 labels for 3 classes"),
+        (
+            ["--labels", "imagenet"],
+            "the head has 3 classes, and there are 1000 labels, from 'tench, Tinca tinca' to 'toilet",
+        ),
+        (["--activation", "relu"], "'relu' is not one of 'softmax', 'sigmoid', 'none'"),
+        (["--activation", "none", "--temperature", "2"], "so there is no temperature"),
+        (["--temperature", "0"], "temperature: Input should be greater than or equal to 0.001"),
+        (["--temperature", "nan"], "temperature"),
+        (["--thresholds", "1.5"], "thresholds 1.5: scores of a softmax are from 0 to 1"),
+        (["--thresholds", "nowhere.txt"], "thresholds 'nowhere.txt': No such file"),
+        (["--unknown-below", "-1"], "unknown_below -1: scores of a softmax"),
         (["--labels", "nowhere.txt"], "labels 'nowhere.txt': No such file"),
     ],
 )
@@ -309,7 +372,6 @@ def test_import_says_what_is_wrong_and_changes_nothing(
         ("x.safetensors", lambda: safetensors.torch.save(dict(official(3)))[:-100], "truncated or no .safetensors"),
         ("x.pth", lambda: b"hello", "truncated or no .pth"),
         ("x.onnx", lambda: b"hello", "it must end in .safetensors or .pth"),
-        ("x.pth", lambda: pickled({k: v for k, v in official(3).items() if "head" not in k}), "no classification head"),
         ("x.pth", lambda: pickled({k: v * torch.nan for k, v in official(3).items()}), "NaN or infinity"),
         ("x.pth", lambda: pickled({**official(3), "head.bias": print}), "asks for code"),
     ],

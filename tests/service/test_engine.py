@@ -25,7 +25,7 @@ from service.errors import (
 from service.execution.executable import Executable
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
-from service.postprocess import top_k
+from service.postprocess import classify
 from service.registry import loader
 from service.registry.loader import load as real_load
 from service.results import ImageResult
@@ -63,7 +63,7 @@ async def test_an_image_is_answered_by_the_default_model(tmp_path: Path) -> None
     assert isinstance(result, ImageResult)
     assert (answer.model, answer.version) == (NAME, "1")
     assert (result.width, result.height) == (40, 30)
-    assert len(top_k(result.outputs.logits, answer.card.labels, 2)) == 2
+    assert len(classify(result.outputs.logits, answer.card, 2)["predictions"]) == 2
     assert all(seconds >= 0 for seconds in result.timing)
 
 

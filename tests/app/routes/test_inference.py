@@ -165,6 +165,8 @@ def test_a_client_that_accepts_none_of_them_learns_which_there_are(accept: str) 
     [
         (PredictQuery, {"top_k": "0"}, "must be from 1 to 1000"),
         (PredictQuery, {"top_k": "1001"}, "must be from 1 to 1000"),
+        (PredictQuery, {"min_score": "nan"}, "Input should be a finite number"),
+        (PredictQuery, {"min_score": "much"}, "Input should be a valid number"),
         (PredictQuery, {"timeout_ms": "0"}, "must be from 1 to 3600000"),
         (ExplainQuery, {"class_id": "-1"}, "must be at least 0"),
         (ExplainQuery, {"alpha": "1.5"}, "must be from 0 to 1"),
@@ -190,6 +192,6 @@ def test_a_size_is_a_side_or_height_and_width() -> None:
 
 
 def test_the_range_is_in_the_schema_too() -> None:
-    schema = PredictQuery.model_json_schema()["properties"]["top_k"]
+    schema, _ = PredictQuery.model_json_schema()["properties"]["top_k"]["anyOf"]
 
     assert (schema["minimum"], schema["maximum"]) == (1, 1000)

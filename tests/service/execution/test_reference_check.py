@@ -1,7 +1,7 @@
 """Whatever runs a model must reproduce the logits of its plain float32 module for its reference images."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -52,13 +52,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_model(root, "pvt_v2_b0.bare")
     folder = add_model(root)
     add_reference(folder, honest(folder))
+    headless = add_model(root, "pvt_v2_b0.headless", classes=0)
+    add_reference(headless, honest(headless))
     return root
 
 
 def honest(folder: Path) -> Reference:
     images = synthetic_images(32, 32)
     card = Store(folder.parent.parent).find(folder.parent.name).require_card()
-    return Reference(images, plain_logits(build(card, folder), images))
+    return Reference(images, plain_logits(build(card, folder), images), embeddings=not card.labels)
 
 
 def add_reference(folder: Path, reference: Reference) -> None:
@@ -106,6 +108,49 @@ def test_float32_that_is_further_off_than_rounding_fails_the_model_with_the_figu
     assert said.endswith(
         "plain float32 module does give them: try another PVT_BACKEND, or other versions of openvino and torch"
     )
+
+
+def test_a_model_without_a_head_has_to_reproduce_its_embeddings(store: Path) -> None:
+    report = load_with(store, SkewedTorch(off_by(MAX_RELATIVE / 10)), name="pvt_v2_b0.headless").report
+    with pytest.raises(GoldenMismatch) as caught:
+        load_with(store, SkewedTorch(off_by(0.01)), name="pvt_v2_b0.headless", precision="float32")
+
+    assert report.deviation
+    assert MAX_RELATIVE / 20 < report.deviation.relative < MAX_RELATIVE
+    said = str(caught.value)
+    assert said.startswith("pvt_v2_b0.headless@1 does not give the embeddings of its reference images")
+    assert "embeddings are off by 0.01 of the greatest, 0.0002 is allowed" in said
+    assert "another top class" not in said
+
+
+def test_the_embedding_chooses_the_precision_of_a_model_without_a_head(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.execution.tuning.Tuning._probe", bfloat16_is_faster)
+
+    fast = load_with(store, AnyTorch(1), name="pvt_v2_b0.headless").report
+    skewed = load_with(store, SkewedTorch(rolled_in_bfloat16), name="pvt_v2_b0.headless").report
+
+    assert fast.deviation
+    assert (fast.precision, skewed.precision) == ("bfloat16", "float32")
+    assert 0 < fast.deviation.share < TOLERANCE
+    assert any("bfloat16 is not used: embeddings are off by" in note for note in skewed.notes), skewed.notes
+
+
+def test_the_greatest_channel_of_an_embedding_may_be_another_one() -> None:
+    reference = Reference(np.zeros((1, 1, 1, 3), np.uint8), np.array([[1.0, 0.9, 0.0]], np.float32), embeddings=True)
+
+    deviation = reference.deviation(np.array([[0.98, 0.99, 0.0]], np.float32))
+
+    assert (deviation.changed, deviation.swap) == (0, 0)
+
+
+def test_a_reference_of_logits_is_none_of_a_model_without_a_head(tmp_path: Path) -> None:
+    folder = add_model(tmp_path, classes=0)
+    add_reference(folder, replace(honest(folder), embeddings=False))
+
+    with pytest.raises(ReferenceInvalid, match="no safetensors file with 'images' and 'embeddings'"):
+        load_with(tmp_path, TorchBackend(1))
 
 
 def test_a_model_that_gives_nan_itself_is_told_from_a_backend_that_does(tmp_path: Path) -> None:

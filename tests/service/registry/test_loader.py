@@ -5,9 +5,10 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
+import torch
 from structlog.testing import capture_logs
 
-from service.backends.base import Backend, DeviceHealth, Precision, Program, Served
+from service.backends.base import Backend, DeviceHealth, Layout, Precision, Program, Served, build
 from service.backends.cpu import OpenVinoBackend, TorchBackend
 from service.errors import CardInvalid, DeviceFailed, ModelLoadFailed, WeightsDigestMismatch, WeightsMismatch
 from service.execution.executable import Executable
@@ -53,6 +54,52 @@ def test_images_of_a_batch_have_the_outputs_they_have_alone(tmp_path: Path) -> N
         (alone,) = executable.run(0, [image])
         np.testing.assert_allclose(outputs.logits, alone.logits, atol=1e-5)
         np.testing.assert_allclose(outputs.embedding, alone.embedding, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [TorchBackend, OpenVinoBackend])
+def test_a_model_without_a_head_computes_its_embedding_and_nothing_else(
+    tmp_path: Path, backend: Callable[[int], Backend]
+) -> None:
+    folder = add_model(tmp_path / "store", classes=0)
+    card = Store(tmp_path / "store").find("pvt_v2_b0.tiny").require_card()
+    images = random_images(2)
+    with torch.inference_mode():
+        expected = build(card, folder).model.forward_all(build(card, folder).normalised(torch.tensor(np.stack(images))))
+    load_once = partial(load_tiny, tmp_path / "store", backends=[backend(1)], cache=tmp_path / "cache")
+
+    for cached in (False, backend is OpenVinoBackend):
+        executable = load_once()
+        outputs = executable.run(0, images)
+
+        assert executable.report.cached is cached
+        assert [each.logits.shape for each in outputs] == [(0,), (0,)]
+        np.testing.assert_allclose([each.embedding for each in outputs], expected.embedding, rtol=1e-3, atol=1e-4)
+    graph = backend(1).program(build(card, folder), 32, 32).graph(1, Layout(1, 1), "float32")
+    assert [each.shape for each in graph.run(0, images[:1])] == [(1, 256)]
+
+
+@pytest.mark.parametrize(("classes", "labels"), [(3, []), (0, ["a", "b"])])
+def test_a_card_and_weights_of_which_one_has_a_head_do_not_go_together(
+    tmp_path: Path, classes: int, labels: list[str]
+) -> None:
+    edit_card(add_model(tmp_path, classes=classes), labels=labels)
+
+    with pytest.raises(WeightsMismatch, match=r"head.*compare the card's variant and number of labels"):
+        load_tiny(tmp_path)
+
+
+def test_a_model_without_a_head_has_stage_maps_and_other_sizes(tmp_path: Path) -> None:
+    add_model(tmp_path, classes=0)
+    executable = load_tiny(tmp_path, max_batch_size=1, backends=[OpenVinoBackend(1)])
+
+    executable.add_stages()
+    larger = executable.resized(64, 64)
+
+    (staged,) = executable.run(0, random_images(1), stages=True)
+    np.testing.assert_allclose(staged.stages[-1].mean(axis=(1, 2)), staged.embedding, rtol=1e-3, atol=1e-5)
+    assert executable.head is None
+    (resized,) = larger.run(0, [np.zeros((64, 64, 3), np.uint8)])
+    assert (resized.logits.shape, resized.embedding.shape) == ((0,), (256,))
 
 
 def test_the_plan_is_measured_up_to_the_setting(tmp_path: Path) -> None:

@@ -19,12 +19,15 @@ from tests.service.stores import add_model
 TINY = "pvt_v2_b0.tiny"
 
 
-async def test_a_newest_version_that_fails_its_golden_outputs_is_passed_over_and_reported(tmp_path: Path) -> None:
-    first = add_model(tmp_path, TINY)
+@pytest.mark.parametrize("classes", [3, 0])
+async def test_a_newest_version_that_fails_its_golden_outputs_is_passed_over_and_reported(
+    tmp_path: Path, classes: int
+) -> None:
+    first = add_model(tmp_path, TINY, classes=classes)
     second = first.parent / "2"
     shutil.copytree(first, second)
-    wrong = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
-    data, file = packed(Reference(synthetic_images(32, 32), wrong))
+    wrong = np.random.default_rng(0).standard_normal((4, classes or 256)).astype(np.float32)
+    data, file = packed(Reference(synthetic_images(32, 32), wrong, embeddings=not classes))
     (second / file.file).write_bytes(data)
     edit_card(second, reference=file.model_dump())
     options = EngineOptions(model_store=tmp_path, default_model=TINY, backend="torch", instances=1, max_batch_size=1)

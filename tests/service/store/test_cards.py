@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from service.errors import CardInvalid
 from service.images.geometry import Geometry
-from service.store.cards import FORMAT, card_json, read_card
+from service.store.cards import FORMAT, Answers, card_json, read_card
 from service.store.store import Store
 from tests.service.remotes import TINY, add_small
 
@@ -61,7 +61,7 @@ def test_what_is_written_now_says_its_format_and_how_it_rounds(tmp_path: Path) -
 
     content = json.loads(card_json(card.model_copy(update={"preprocessing": pixels})))
 
-    assert content["format"] == FORMAT
+    assert content["format"] == 2
     assert content["preprocessing"].items() >= {"resize": "shorter_side_crop", "crop": 0.9, "rounding": "floor"}.items()
 
 
@@ -71,6 +71,60 @@ def test_a_card_that_an_older_release_would_read_rightly_is_written_so_that_it_c
     assert "format" not in content
     assert content["preprocessing"].keys() == OLDER.keys()
     assert read_card(tmp_path / TINY / "1").preprocessing.rounding == "floor"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"activation": "sigmoid"},
+        {"activation": "none", "unknown_below": -7.0},
+        {"temperature": 1.7},
+        {"thresholds": 0.25},
+        {"thresholds": (0.5, 0.25, 1.0)},
+        {"unknown_below": 0.6},
+        {"labels": ()},
+    ],
+    ids=str,
+)
+def test_a_card_that_an_older_release_would_misread_is_of_a_format_that_it_refuses(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    folder = add_small(tmp_path)
+    card = read_card(folder).model_copy(update=fields)
+
+    (folder / "card.json").write_text(card_json(card))
+
+    content = json.loads((folder / "card.json").read_text())
+    assert content["format"] == 3
+    assert content.keys() & Answers.model_fields.keys() == fields.keys() - {"labels"}
+    assert read_card(folder) == card
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"activation": "relu"}, "activation: Input should be 'softmax', 'sigmoid' or 'none'"),
+        ({"temperature": 0}, "temperature: Input should be greater than or equal to 0.001"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"activation": "none", "temperature": 2}, "so there is no temperature"),
+        ({"thresholds": 1.5}, "thresholds 1.5: scores of a softmax are from 0 to 1"),
+        ({"thresholds": [0.5, 0.5]}, "2 thresholds for 3 classes; give one for each"),
+        ({"activation": "sigmoid", "thresholds": [0.5, 0.5, -1]}, "thresholds -1: scores of a sigmoid"),
+        ({"unknown_below": -0.1}, "unknown_below -0.1"),
+        ({"labels": [], "activation": "sigmoid"}, "a model without a head has no activation"),
+        ({"labels": [], "thresholds": [0.5]}, "a model without a head has no thresholds"),
+    ],
+    ids=str,
+)
+def test_answers_that_can_not_be_meant_fail_with_their_field(
+    tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    folder = rewritten(add_small(tmp_path), lambda content: content.update(fields))
+
+    with pytest.raises(CardInvalid, match=r"card\.json") as failed:
+        read_card(folder)
+
+    assert message in str(failed.value)
 
 
 def test_fields_of_a_newer_release_are_ignored_with_a_warning(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_other_folders_and_files_are_no_models(store: Store) -> None:
     [
         ({"id": "pvt_v2_b0.other"}, "the card is for 'pvt_v2_b0.other' and lies in the folder of 'pvt_v2_b0.tiny'"),
         ({"variant": "pvt_v2_b1"}, "named <variant>.<tag> with the card's variant 'pvt_v2_b1'"),
-        ({"labels": []}, "labels: Tuple should have at least 1 item"),
+        ({"labels": [1]}, "labels.0: Input should be a valid string"),
         ({"parameters": -1}, "parameters: Input should be greater than 0"),
         ({"preprocessing": {"height": 16, "width": 32}}, "preprocessing.height: Input should be greater than or equal"),
         ({"weights": {"file": "../x.pth", "sha256": "0" * 64, "bytes": 1}}, "weights.file: String should match"),
