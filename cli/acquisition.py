@@ -10,12 +10,12 @@ from app.settings import Settings
 from cli import options, terminal
 from cli.terminal import USAGE, CommandError, logs_on_stderr, print_line, print_note
 from service.acquisition.catalogue import CATALOGUE, DEFAULT_SOURCE, IMAGENET, Published, SourceName, published
-from service.acquisition.preprocessing import PreprocessingOptions
+from service.acquisition.preprocessing import Like, PreprocessingOptions
 from service.architecture.variants import VARIANTS
 from service.architecture.variants import Weights as Kind
 from service.errors import ServiceError
-from service.images.geometry import Interpolation, Resize
-from service.store.cards import Activation
+from service.images.geometry import Interpolation, Kernel, Resize
+from service.store.cards import Activation, Colours
 
 if TYPE_CHECKING:
     from service.acquisition.pulling import Pulled, PullOptions
@@ -126,6 +126,9 @@ def import_(
     size: Annotated[
         str | None, Option(metavar="PIXELS", help="Input, 224 or 256x384 (height x width); 224 by default.")
     ] = None,
+    like: Annotated[
+        Like | None, Option(help="Preprocessing as this library has it by default; the options below change it.")
+    ] = None,
     resize: Annotated[
         Resize | None, Option(help="How images come to that size. By default as the library does whose names FILE has.")
     ] = None,
@@ -136,6 +139,19 @@ def import_(
         int | None, Option(metavar="PIXELS", help="In place of --crop: what the shorter side is resized to.")
     ] = None,
     interpolation: Annotated[Interpolation | None, Option(help="How images are resized.")] = None,
+    kernel: Annotated[
+        Kernel | None, Option(help="Whose way of resizing: torchvision's, which on images is Pillow's, or OpenCV's.")
+    ] = None,
+    antialias: Annotated[
+        bool | None, Option(help="Off: as torchvision on tensors with antialias=False. OpenCV never does it.")
+    ] = None,
+    fill: Annotated[
+        tuple[int, int, int] | None, Option(metavar="R G B", help="Colour around a letterbox, from 0 to 255.")
+    ] = None,
+    colours: Annotated[
+        Colours | None,
+        Option(help="Order of the model's channels: bgr if cv2.imread read them and nothing swapped them."),
+    ] = None,
     mean: Annotated[
         _Triple | None,
         Option(metavar="R G B", help="Mean of each channel in training, of pixels from 0 to 1 or from 0 to 255."),
@@ -164,11 +180,11 @@ def import_(
     height, width = _size(size)
     preprocessing = PreprocessingOptions(
         height=height, width=width, resize=resize, crop=crop, shorter_side=shorter_side, interpolation=interpolation,
-        mean=mean, std=std,
+        kernel=kernel, antialias=antialias, fill=fill, colours=colours, mean=mean, std=std,
     )  # fmt: skip
     requested = ImportOptions(
         file=file, variant=variant, tag=tag, labels=labels, activation=activation, temperature=temperature,
-        thresholds=thresholds, unknown_below=unknown_below, preprocessing=preprocessing, weights=weights,
+        thresholds=thresholds, unknown_below=unknown_below, like=like, preprocessing=preprocessing, weights=weights,
         licence=licence, source=source, version=version,
     )  # fmt: skip
     root = options.store_folder(store, write=True)

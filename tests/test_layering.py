@@ -52,7 +52,7 @@ LAYERS = {
     ],
     "images": [
         {"decoding"},
-        {"costs"},
+        {"costs", "sampling"},
         {"tiff"},
         {"formats"},
         {"header"},

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import floor, isfinite, nextafter
 from pathlib import Path
@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from service.acquisition.catalogue import SIDE
 from service.architecture.variants import Dialect
 from service.errors import InvalidRequest, reasons
-from service.images.geometry import Interpolation, Resize
-from service.store.cards import Preprocessing
+from service.images.geometry import Interpolation, Kernel, Resize
+from service.store.cards import Colours, Preprocessing
 
 MAX_PREPROCESSOR_BYTES = 1_000_000
-_LEVELS, _BILINEAR = 255, 2
+_LEVELS = 255
+_BY_NUMBER: tuple[Interpolation, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "area")  # `Image.Resampling`
 
 Triple = tuple[float, float, float]
 
@@ -33,6 +34,19 @@ PRESETS: Mapping[Dialect, Preprocessing] = MappingProxyType(
         "lucid": Preprocessing(height=SIDE, width=SIDE, crop=0.9, rounding="nearest"),
     }
 )
+Like = Literal["torchvision", "timm", "transformers", "opencv"]
+# torchvision: `torchvision.transforms._presets.ImageClassification`. OpenCV: `cv2.resize`, with the mean and std of
+# ImageNet, as OpenCV has none, and RGB, as nearly all training code converts what `cv2.imread` reads.
+LIKE: Mapping[Like, Preprocessing] = MappingProxyType(
+    {
+        "torchvision": Preprocessing(height=SIDE, width=SIDE, crop=0.875, interpolation="bilinear"),
+        "timm": PRESETS["timm"],
+        "transformers": PRESETS["transformers"],
+        "opencv": Preprocessing(
+            height=SIDE, width=SIDE, resize="stretch", interpolation="bilinear", kernel="opencv", antialias=False
+        ),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +59,10 @@ class PreprocessingOptions:
     crop: float | None = None
     shorter_side: int | None = None
     interpolation: Interpolation | None = None
+    kernel: Kernel | None = None
+    antialias: bool | None = None
+    fill: tuple[int, int, int] | None = None
+    colours: Colours | None = None
     mean: Triple | None = None
     std: Triple | None = None
 
@@ -63,11 +81,21 @@ def preprocessing(options: PreprocessingOptions, preset: Preprocessing) -> Prepr
             raise InvalidRequest("the shorter side in pixels and a crop say the same thing; leave one of the two out")
         fields["crop"] = _crop(shorter_side, fields["height"], fields["width"])
     if {"crop", "shorter_side"} & given.keys():
-        if options.resize == "stretch":
-            raise InvalidRequest("a stretch takes the whole image, so there is no crop; leave one of the two out")
+        if options.resize not in {None, "shorter_side_crop"}:
+            raise InvalidRequest(
+                f"a {options.resize} has no crop beside the input's size; leave --resize {options.resize}, or else "
+                "--crop and --shorter-side, out"
+            )
         fields |= {"resize": "shorter_side_crop", "rounding": "floor"}
-    elif fields["resize"] == "stretch":
+    elif fields["resize"] != "shorter_side_crop":
         fields["crop"] = 1.0
+    if fields["resize"] == "letterbox" and fields["fill"] is None:
+        raise InvalidRequest(
+            "a letterbox has a colour around the image: give --fill 114 114 114, as Ultralytics, or --fill 0 0 0, as "
+            "albumentations"
+        )
+    if fields["kernel"] == "opencv" and options.antialias is None:
+        fields["antialias"] = False
     try:
         return Preprocessing.model_validate(fields)
     except ValidationError as error:
@@ -77,11 +105,20 @@ def preprocessing(options: PreprocessingOptions, preset: Preprocessing) -> Prepr
 def describe(pixels: Preprocessing) -> str:
     """The preprocessing in words."""
     size, scale = f"{pixels.height}x{pixels.width}", f"mean {_text(pixels.mean)}, std {_text(pixels.std)}"
+    scale = f"channels in the order blue, green, red, {scale}" if pixels.colours == "bgr" else scale
+    if pixels.resize == "none":
+        return f"only images of {size}, {scale}"
+    if pixels.resize == "center_crop":
+        return f"not resized, centre crop {size}, on black where smaller, {scale}"
+    plain = "" if pixels.antialias else " of torch without antialiasing"
+    how = pixels.interpolation + (" of OpenCV" if pixels.kernel == "opencv" else plain)
     if pixels.resize == "stretch":
-        return f"stretched to {size}, {pixels.interpolation}, {scale}"
+        return f"stretched to {size}, {how}, {scale}"
+    if pixels.resize == "letterbox":
+        return f"fitted into {size} on the colour {_text(pixels.fill or ())}, {how}, {scale}"
     down, across = (pixels.geometry.resized(side) for side in (pixels.height, pixels.width))
     covered = f"shorter side to {down}" if down == across else f"resized to cover {down}x{across}"
-    return f"{covered}, {pixels.interpolation}, centre crop {size}, {scale}"
+    return f"{covered}, {how}, centre crop {size}, {scale}"
 
 
 def _crop(shorter_side: int, height: int, width: int) -> float:
@@ -132,7 +169,7 @@ def _scale(name: str, values: Triple) -> int:
     return 255
 
 
-def _text(values: Triple) -> str:
+def _text(values: Iterable[float]) -> str:
     return " ".join(f"{value:g}" for value in values)
 
 
@@ -161,8 +198,9 @@ class _Processor(BaseModel):
 
     do_resize: bool = True
     size: _Size | _Side | tuple[_Side, _Side] = _Size(height=SIDE, width=SIDE)
-    resample: Literal[2, 3]  # Pillow's numbers: bilinear, bicubic
+    resample: Literal[0, 1, 2, 3, 4]  # Pillow's numbers, of which 5, Hamming, is no card's
     do_center_crop: bool = False
+    do_pad: bool = False
     do_rescale: bool = True
     rescale_factor: Annotated[float, Field(gt=0)] = 1 / _LEVELS
     do_normalize: bool = True
@@ -209,6 +247,8 @@ def _as_card(processor: _Processor) -> Preprocessing:
     """
     if not processor.do_resize:
         raise InvalidRequest(f"do_resize is false, and images come in any size; {_ADVICE}")
+    if processor.do_pad:
+        raise InvalidRequest(f"do_pad is true, and the padding of transformers depends on the batch; {_ADVICE}")
     size = processor.size
     if isinstance(size, _Size):
         height, width = size.height, size.width
@@ -225,7 +265,7 @@ def _as_card(processor: _Processor) -> Preprocessing:
         height=height,
         width=width,
         resize="stretch",
-        interpolation="bilinear" if processor.resample == _BILINEAR else "bicubic",
+        interpolation=_BY_NUMBER[processor.resample],
         mean=_divided(mean, scale),
         std=_divided(std, scale),
     )

@@ -21,7 +21,15 @@ from safetensors import SafetensorError
 
 from service.acquisition.answers import read_labels, read_thresholds, repeated
 from service.acquisition.catalogue import IMAGENET, PREPROCESSOR_FILE, variant_named
-from service.acquisition.preprocessing import PRESETS, PreprocessingOptions, describe, preprocessing, read_preprocessor
+from service.acquisition.preprocessing import (
+    LIKE,
+    PRESETS,
+    Like,
+    PreprocessingOptions,
+    describe,
+    preprocessing,
+    read_preprocessor,
+)
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.variants import VARIANTS, Weights
 from service.architecture.weights import PICKLES, State, load_into, open_checkpoint
@@ -54,6 +62,7 @@ _BAR = 0.08  # half the height of a bar, as a share of the image's
 class ImportOptions:
     """The checkpoint `file` and its description; `labels` None numbers the classes, else it is as for `read_labels`.
 
+    `like` is the library whose preprocessing `preprocessing` changes; by default that whose tensor names the file has.
     `thresholds` is as for `read_thresholds`; it and the rest of the card's `Answers` are None where nothing is known.
     `weights` says which of several in it to take: see `service.architecture.weights.open_checkpoint`.
     """
@@ -61,6 +70,7 @@ class ImportOptions:
     file: Path
     variant: str
     tag: str
+    like: Like | None = None
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
     weights: Weights | None = None
     labels: str | None = None
@@ -101,7 +111,9 @@ def import_model(root: Path, options: ImportOptions, on_choice: Callable[[str], 
     if checkpoint.note:
         on_choice(checkpoint.note)
     preset, preprocessor = PRESETS[checkpoint.dialect], file.parent / PREPROCESSOR_FILE
-    if checkpoint.dialect == "transformers" and os.path.lexists(preprocessor):
+    if options.like is not None:
+        preset = LIKE[options.like]
+    elif checkpoint.dialect == "transformers" and os.path.lexists(preprocessor):
         preset = read_preprocessor(preprocessor)
     pixels = preprocessing(options.preprocessing, preset)
     on_choice(f"tensor names of {checkpoint.dialect}; images: {describe(pixels)}")
@@ -163,7 +175,7 @@ def publish(root: Path, state: State, about: Description, version: str | None = 
     labels, pixels = _labels(state, about), about.preprocessing
     model = _loaded(state, about, len(labels))
     images = _reference_images(pixels.height, pixels.width)
-    logits = _logits_in_batches(Served(model, pixels.mean, pixels.std).eval(), images)
+    logits = _logits_in_batches(Served(model, pixels.mean, pixels.std, colours=pixels.colours).eval(), images)
     if not np.isfinite(logits).all():
         raise WeightsNotFinite(f"{about.source}: the model answers NaN or infinity to ordinary images")
     reference, reference_file = packed(Reference(images, logits, embeddings=not labels))

@@ -16,7 +16,7 @@ from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.weights import load_weights
 from service.errors import CardInvalid, DeviceFailed
 from service.results import Floats, Head, Pixels
-from service.store.cards import ModelCard
+from service.store.cards import Colours, ModelCard
 
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,12 +28,21 @@ Blob = NDArray[np.uint8]  # (bytes,)
 class Served(nn.Module):
     """The model as it is served: uint8 pixels (n, height, width, 3) in, logits, embedding and maps of `stages` out.
 
-    It normalises the pixels itself, so that a backend compiles that into its graph. Without a head there are no logits.
+    Pixels are RGB. It normalises them itself, in the order of the model's channels, so that a backend compiles that
+    into its graph. Without a head there are no logits.
     """
 
-    def __init__(self, model: PVT_V2, mean: Sequence[float], std: Sequence[float], stages: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        model: PVT_V2,
+        mean: Sequence[float],
+        std: Sequence[float],
+        stages: Sequence[int] = (),
+        colours: Colours = "rgb",
+    ) -> None:
         super().__init__()
         self.model = model
+        self.reversed = colours == "bgr"
         self.stages = tuple(stages)
         self.mean = nn.Buffer(255 * torch.tensor(mean))
         self.scale = nn.Buffer(1 / (255 * torch.tensor(std)))
@@ -49,6 +58,7 @@ class Served(nn.Module):
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """The model's input for `pixels`: float32 images (n, 3, height, width)."""
+        pixels = pixels.flip(-1) if self.reversed else pixels
         return ((pixels.float() - self.mean) * self.scale).permute(0, 3, 1, 2)
 
     def head(self) -> Head | None:
@@ -71,7 +81,8 @@ def build(card: ModelCard, folder: Path, stages: Sequence[int] = ()) -> Served:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters != card.parameters:
         raise CardInvalid(f"{folder}: the card says {card.parameters} parameters, the weights have {parameters}")
-    return Served(model, card.preprocessing.mean, card.preprocessing.std, stages).eval()
+    pixels = card.preprocessing
+    return Served(model, pixels.mean, pixels.std, stages, pixels.colours).eval()
 
 
 @torch.inference_mode()

@@ -32,11 +32,18 @@ class Cost:
 
 
 def cost_of(
-    image: Image.Image, reduction: int, box: Box, target: tuple[int, int], *, several_scans: bool = False
+    image: Image.Image,
+    reduction: int,
+    box: Box,
+    target: tuple[int, int],
+    *,
+    several_scans: bool = False,
+    filtered: bool = True,
 ) -> Cost:
     """The cost of an open image, whose `box` is resized to `target` (width, height), both as the file lies.
 
-    A JPEG is read at 1/`reduction` of its sides; `several_scans` says that libjpeg keeps its coefficients.
+    A JPEG is read at 1/`reduction` of its sides; `several_scans` says that libjpeg keeps its coefficients. `filtered`
+    is `Geometry.filtered`.
     """
     pixels = image.width * image.height
     if image.format == "JPEG":
@@ -47,6 +54,8 @@ def cost_of(
         held = held_bytes(image)
     else:
         held = (HELD_BYTES.get((image.format or "", image.mode)) or _pixel_bytes(image)) * pixels
+    if not filtered:  # float32 sums of the target, and what a strip adds to them
+        return Cost(pixels, int(held + 48 * target[0] * target[1] + 2 * _STRIP_BYTES * (held > _STRIP_BYTES)))
     # Pillow resizes rows to the target's width before columns; where it can't take the image itself, in two steps.
     rows = (box[3] - box[1]) / reduction
     return Cost(pixels, int(held + 8 * target[0] * rows + _STRIP_BYTES * (held > _STRIP_BYTES)))

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import AvifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from service.errors import InvalidImage
+from service.errors import ImageTooLarge, InvalidImage
 from service.images import formats
 from service.images.costs import Cost, cost_of
-from service.images.geometry import Box, crop_box
+from service.images.geometry import Box, place
 from service.images.geometry import Geometry as Geometry  # noqa: PLC0414  a parameter of `decode`
 from service.images.limits import BoundedReader, check_blocks, check_size, map_errors, tags
 from service.images.resampling import Grey, resample
+from service.images.sampling import Taps, axes, sample
 from service.images.tiff import describe, prepare
 
 FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", *(["AVIF"] if AvifImagePlugin.SUPPORTED else []))
@@ -78,8 +79,8 @@ def decode(
 
     Raises:
         InvalidImage: it is empty, in no supported format, truncated or corrupt.
-        ImageTooLarge: it has more than `max_pixels` pixels, or its decoding takes more than 9 bytes for each of them;
-            nothing was decoded.
+        ImageTooLarge: it has more than `max_pixels` pixels, or its decoding takes more than 9 bytes for each of them,
+            or would need a JPEG of reduced size that `geometry` can't use; nothing was decoded.
         ServiceError: what `reserve` raises.
     """
     with (
@@ -99,18 +100,13 @@ def cost(
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A file of which only the header has been read, and what its pixels will cost.
-
-    Its `box` is resized to `target` (width, height), both as the file lies.
-    """
+    """A file of which only the header has been read, and what its pixels will cost."""
 
     file: Image.Image
     raw: bytes
     name: str
     orientation: int
     reduction: int
-    box: Box
-    target: tuple[int, int]
     cost: Cost
 
 
@@ -128,30 +124,55 @@ def _opened(
             if name == "JPEG":
                 scans = formats.check_scans(file, raw, reader.tell())
                 reduction = formats.least_reduction(file, several_scans=scans)
-                if scaled_jpeg:
+                _check_reduction(file, reduction, geometry)
+                if scaled_jpeg and geometry.filtered:
                     reduction = max(reduction, _reduction(_turned(file.size, orientation), geometry))
+            if name != "TIFF":  # which may be turned when it is loaded
+                _check_unresized(_turned(file.size, orientation), geometry)
             box, target = _stored_crop(file.size, orientation, geometry)
-            price = cost_of(file, reduction, box, target, several_scans=scans)
-            yield _Opened(file, raw, name, orientation, reduction, box, target, price)
+            price = cost_of(file, reduction, box, target, several_scans=scans, filtered=geometry.filtered)
+            yield _Opened(file, raw, name, orientation, reduction, price)
 
 
 def _pixels(opened: _Opened, geometry: Geometry, max_pixels: int) -> Decoded:
     file, raw, orientation, reduction = opened.file, opened.raw, opened.orientation, opened.reduction
-    grey, size, (left, top, right, bottom), target = None, file.size, opened.box, opened.target
+    grey, size = None, file.size
     if opened.name == "TIFF":
         grey, image = prepare(file, raw, max_pixels), file
         file.load()  # which turns it upright
-        size = file.size
-        (left, top, right, bottom), target = _stored_crop(size, orientation, geometry)
+        _check_unresized(size := file.size, geometry)
     elif opened.name == "JPEG":
         image = formats.load_jpeg(file, raw, reduction)
     else:
         grey = Grey(_SIXTEEN_BITS) if file.mode[0] == "I" else None
         image = _LOADERS[opened.name](file, raw)
-    # However odd sizes are rounded up, a pixel of the reduced image covers as many source pixels.
-    box: Box = (left / reduction, top / reduction, right / reduction, bottom / reduction)
-    pixels = resample(image, box, target, geometry.interpolation, grey)
-    return Decoded(_upright(pixels, orientation), *_turned(size, orientation))
+    upright = _turned(size, orientation)
+    if geometry.filtered:
+        (left, top, right, bottom), target = _stored_crop(size, orientation, geometry)
+        # However odd sizes are rounded up, a pixel of the reduced image covers as many source pixels.
+        box: Box = (left / reduction, top / reduction, right / reduction, bottom / reduction)
+        pixels = resample(image, box, target, geometry.interpolation, grey)
+    else:
+        pixels = sample(image, *_stored_taps(upright, orientation, geometry), grey)
+    return Decoded(_placed(_upright(pixels, orientation), upright, geometry), *upright)
+
+
+def _check_unresized(size: tuple[int, int], geometry: Geometry) -> None:
+    """Refuse an upright image of another size than the input's, where the model's card says that none is resized."""
+    if geometry.resize == "none" and size != (geometry.width, geometry.height):
+        raise InvalidImage(
+            f"the image is {size[0]}x{size[1]} and the model takes {geometry.width}x{geometry.height} (width x "
+            "height): its card says resize none, so send images of that size"
+        )
+
+
+def _check_reduction(file: Image.Image, least: int, geometry: Geometry) -> None:
+    """Refuse a JPEG that memory allows to be read at half its sides only, where single pixels count."""
+    if least > 1 and not geometry.filtered:
+        raise ImageTooLarge(
+            f"a progressive JPEG of {file.width}x{file.height} pixels is read at half its sides, which does not give "
+            "what the model's way of resizing (in its card) gives; send it as a baseline JPEG, or smaller"
+        )
 
 
 def _format(raw: bytes) -> str:
@@ -189,25 +210,47 @@ def _reduction(size: tuple[int, int], geometry: Geometry) -> int:
     libjpeg computes means of so many pixels squared straight from the coefficients. They are resampled as the pixels
     would be, so the crop must still have enough of them for the filter.
     """
-    left, top, right, bottom = crop_box(*size, geometry)
-    pixels = min((right - left) / geometry.width, (bottom - top) / geometry.height)
+    (left, top, right, bottom), (across, down), *_ = place(*size, geometry)
+    pixels = min((right - left) / across, (bottom - top) / down)
     return next((r for r in (8, 4, 2) if pixels >= _MARGIN * r), 1)
 
 
 def _stored_crop(size: tuple[int, int], orientation: int, geometry: Geometry) -> tuple[Box, tuple[int, int]]:
-    """The region that becomes the model's input, in an image of this size as its file stores it, and the input's size.
+    """The region that goes into the model's input, in an image of this size as its file stores it, and its size there.
 
     Both turned as the file is.
     """
     width, height = size
-    left, top, right, bottom = crop_box(*_turned(size, orientation), geometry)
+    (left, top, right, bottom), target, *_ = place(*_turned(size, orientation), geometry)
     if orientation in _SIDEWAYS:
         left, top, right, bottom = top, left, bottom, right
     if orientation in _MIRRORED:
         left, right = width - right, width - left
     if orientation in _UPSIDE_DOWN:
         top, bottom = height - bottom, height - top
-    return (left, top, right, bottom), _turned((geometry.width, geometry.height), orientation)
+    return (left, top, right, bottom), _turned(target, orientation)
+
+
+def _stored_taps(upright: tuple[int, int], orientation: int, geometry: Geometry) -> tuple[Taps, Taps]:
+    """Taps across and down in an image as its file stores it, which turned upright has the size `upright`."""
+    across, down = axes(upright, place(*upright, geometry), geometry)
+    width, height = upright
+    if orientation in _SIDEWAYS:
+        across, down, width, height = down, across, height, width
+    return (
+        across.mirrored(width) if orientation in _MIRRORED else across,
+        down.mirrored(height) if orientation in _UPSIDE_DOWN else down,
+    )
+
+
+def _placed(pixels: NDArray[np.uint8], size: tuple[int, int], geometry: Geometry) -> NDArray[np.uint8]:
+    """`pixels` of an upright image of `size`, in the model's input; what they leave free has the card's colour."""
+    if pixels.shape == (geometry.height, geometry.width, 3):
+        return pixels
+    canvas = np.full((geometry.height, geometry.width, 3), geometry.fill, np.uint8)
+    left, top = place(*size, geometry).at
+    canvas[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    return canvas
 
 
 def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:

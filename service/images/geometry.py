@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from math import floor
-from typing import Literal
+from typing import Literal, NamedTuple
 
-Interpolation = Literal["bilinear", "bicubic"]
-Resize = Literal["shorter_side_crop", "stretch"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "area"]
+Resize = Literal["shorter_side_crop", "stretch", "letterbox", "center_crop", "none"]
+Kernel = Literal["torchvision", "opencv"]
 Rounding = Literal["floor", "nearest"]
+Fill = tuple[int, int, int]
 Box = tuple[float, float, float, float]  # left, top, right, bottom; in pixels
+_BLACK: Fill = (0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +18,13 @@ class Geometry:
     """The model's input size, and how an image is brought to it.
 
     `shorter_side_crop` resizes the image, its aspect ratio kept, until it covers both sides divided by `crop`, and
-    crops the centre. `stretch` resizes it to height x width, whatever its aspect ratio; `crop` is 1 then.
+    crops the centre. `stretch` resizes it to height x width, whatever its aspect ratio. `letterbox` resizes it, its
+    aspect ratio kept, until it just fits, and puts it into the middle of the colour `fill`. `center_crop` crops the
+    centre without resizing, of a smaller image on black. `none` takes only images of that size. `crop` is 1 in all but
+    the first.
+
+    The kernel `torchvision` with `antialias` is Pillow's; without it is torch's own, on tensors. OpenCV never
+    antialiases, but its `area` averages.
     """
 
     height: int
@@ -24,6 +33,18 @@ class Geometry:
     interpolation: Interpolation
     resize: Resize = "shorter_side_crop"
     rounding: Rounding = "floor"
+    kernel: Kernel = "torchvision"
+    antialias: bool = True
+    fill: Fill = _BLACK
+
+    @property
+    def filtered(self) -> bool:
+        """Whether each pixel of the input is a smooth mean of all those that it covers, as Pillow's filters make it.
+
+        If not, it depends on where single pixels lie in the upright image, so no reduced image will do for it.
+        """
+        resized = self.resize not in {"center_crop", "none"}
+        return resized and self.antialias and self.interpolation in {"bilinear", "bicubic", "lanczos"}
 
     def resized(self, side: int) -> int:
         """The side of which the centre crop keeps `side` pixels: side / crop in double precision, then rounded.
@@ -34,14 +55,51 @@ class Geometry:
         return floor(side / self.crop) if self.rounding == "floor" else round(side / self.crop)
 
 
+class Placement(NamedTuple):
+    """Where an upright image goes: pairs are across and down.
+
+    Its `box` has become `size` when the whole image is resized to `whole`, of which `size` begins at `start`. In the
+    model's input it begins at `at`.
+    """
+
+    box: Box
+    size: tuple[int, int]
+    whole: tuple[int, int]
+    start: tuple[int, int] = (0, 0)
+    at: tuple[int, int] = (0, 0)
+
+
+def place(width: int, height: int, geometry: Geometry) -> Placement:
+    """Where an upright image of this size goes in the model's input. `none` places it as `center_crop` does."""
+    target = geometry.width, geometry.height
+    if geometry.resize == "stretch":
+        return Placement((0, 0, width, height), target, target)
+    if geometry.resize == "letterbox":
+        return _letterboxed(width, height, geometry)
+    across, down = (width, height) if geometry.resize in {"center_crop", "none"} else _resized(width, height, geometry)
+    # torchvision's CenterCrop: of an odd number of pixels more, half is rounded to even; of fewer, it is rounded down.
+    left, top = max(0, round((across - target[0]) / 2)), max(0, round((down - target[1]) / 2))
+    size = min(across, target[0]), min(down, target[1])
+    right, bottom, x, y = left + size[0], top + size[1], width / across, height / down
+    box = left * x, top * y, min(right * x, width), min(bottom * y, height)
+    at = max(0, target[0] - across) // 2, max(0, target[1] - down) // 2
+    return Placement(box, size, (across, down), (left, top), at)
+
+
 def crop_box(width: int, height: int, geometry: Geometry) -> Box:
     """The region of an upright image, in its own pixels, that becomes the model's input."""
-    if geometry.resize == "stretch":
-        return 0, 0, width, height
-    across, down = _resized(width, height, geometry)
-    left, top = round((across - geometry.width) / 2), round((down - geometry.height) / 2)
-    right, bottom, x, y = left + geometry.width, top + geometry.height, width / across, height / down
-    return left * x, top * y, min(right * x, width), min(bottom * y, height)
+    return place(width, height, geometry).box
+
+
+def _letterboxed(width: int, height: int, geometry: Geometry) -> Placement:
+    """As Ultralytics' `LetterBox`, and as albumentations' `LongestMaxSize` and `PadIfNeeded`.
+
+    Both round the sides to the nearest, and of an odd number of pixels around put the greater half below and right.
+    """
+    ratio = min(geometry.height / height, geometry.width / width)
+    size = max(1, round(width * ratio)), max(1, round(height * ratio))
+    at = (geometry.width - size[0]) // 2, (geometry.height - size[1]) // 2
+    return Placement((0, 0, width, height), size, size, at=at)
 
 
 def _resized(width: int, height: int, geometry: Geometry) -> tuple[int, int]:

@@ -121,7 +121,7 @@ def _visible(
     if image.width * image.height <= _STRIP_PIXELS:
         return grey.eight_bits(image, *scale) if grey else opaque(image), box
     left, top, right, bottom = box
-    reach = 2 + 2 * max(1, (bottom - top) / size[1])  # of the filters, in rows, rounded up
+    reach = 2 + 3 * max(1, (bottom - top) / size[1])  # of the widest filter, in rows, rounded up
     above, below = max(0, int(top - reach)), min(image.height, int(bottom + reach))
     joined = None
     for part in strips(image, above, below):
@@ -141,7 +141,13 @@ def resample(
     if grey or image.mode not in {"RGB", "RGBX", "L"} or image.has_transparency_data:
         image, box = _visible(image, box, size, filtered, grey)
     unchanged = image.size == size and box == (0, 0, *size)
-    if VECTORISED and not unchanged and image.mode == "RGB" and image.width * image.height <= _MOST_PIXELS:
+    if (
+        VECTORISED
+        and not unchanged
+        and interpolation != "lanczos"
+        and image.mode == "RGB"
+        and image.width * image.height <= _MOST_PIXELS
+    ):
         pixels = _by_torch(image, box, size, interpolation)
         if pixels is not None:
             return pixels

@@ -1,12 +1,14 @@
 """Model cards: the file beside a model's weights that says how to use them.
 
 Cards without `format` have format 1, which rounds `crop` to the nearest pixel; in 2, `preprocessing` says how to round;
-in 3, a model may have no head, and its answers need not be a plain softmax. A card is written in the lowest format that
-says the same, which older releases can read. A field without which older releases would give wrong results raises the
-format, so that they refuse the card. They ignore any other field that they do not know, with a warning.
+in 3 it has more ways to resize and the order of the colours, a model may have no head, and its answers need not be a
+plain softmax. A card is written in the lowest format that says the same, which older releases can read. A field without
+which older releases would give wrong results raises the format, so that they refuse the card. They ignore any other
+field that they do not know, with a warning.
 """
 
 import json
+from dataclasses import fields
 from functools import cache
 from math import floor
 from pathlib import Path
@@ -17,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from service.errors import CardInvalid, reasons
 from service.files import read_small
-from service.images.geometry import Geometry, Interpolation, Resize, Rounding
+from service.images.geometry import Geometry, Interpolation, Kernel, Resize, Rounding
 
 log = structlog.get_logger(component="store")
 
@@ -32,6 +34,8 @@ Activation = Literal["softmax", "sigmoid", "none"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Mean = Annotated[float, Field(ge=0)]
 _Std = Annotated[float, Field(gt=0)]
+_Level = Annotated[int, Field(ge=0, le=255)]
+Colours = Literal["rgb", "bgr"]
 
 
 class Record(BaseModel):
@@ -41,7 +45,11 @@ class Record(BaseModel):
 
 
 class Preprocessing(Record):
-    """How pixels become the model's input, as in `Geometry`; `mean` and `std` are per RGB channel scaled to 0..1."""
+    """How pixels become the model's input, as in `Geometry`.
+
+    `colours` is the order of the model's channels. `mean` and `std` are those of its channels, in that order, scaled to
+    0..1. `fill` is the colour around a letterbox in levels of 255: red, green, blue.
+    """
 
     height: Annotated[int, Field(ge=32, le=4096)]
     width: Annotated[int, Field(ge=32, le=4096)]
@@ -49,13 +57,31 @@ class Preprocessing(Record):
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     rounding: Rounding = "floor"
     interpolation: Interpolation = "bicubic"
+    kernel: Kernel = "torchvision"
+    antialias: bool = True
+    fill: tuple[_Level, _Level, _Level] | None = None
+    colours: Colours = "rgb"
     mean: tuple[_Mean, _Mean, _Mean] = (0.485, 0.456, 0.406)
     std: tuple[_Std, _Std, _Std] = (0.229, 0.224, 0.225)
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.resize == "stretch" and self.crop != 1:
-            raise ValueError(f"a stretch has no crop, but crop is {self.crop}; leave one of the two out")
+        if self.resize != "shorter_side_crop" and self.crop != 1:
+            raise ValueError(f"a {self.resize} has no crop, but crop is {self.crop}; leave one of the two out")
+        if (self.resize == "letterbox") != (self.fill is not None):
+            raise ValueError(
+                f"fill is the colour around a letterbox, and resize is {self.resize}; leave fill out"
+                if self.fill
+                else "a letterbox needs fill, the colour around the image in levels: 114 114 114 is Ultralytics', "
+                "0 0 0 albumentations'"
+            )
+        if self.kernel == "opencv" and self.antialias:
+            raise ValueError("OpenCV does not antialias; say antialias false (only its interpolation area averages)")
+        if self.kernel == "torchvision" and not self.antialias and self.interpolation in {"lanczos", "area"}:
+            raise ValueError(
+                f"torchvision has no {self.interpolation} without antialiasing; say antialias true for Pillow's, or "
+                f"kernel opencv for OpenCV's"
+            )
         if max(*self.mean, *self.std) > 1:
             raise ValueError(
                 f"mean {self.mean} and std {self.std} must be of pixels scaled to 0..1; divide those of 0..255 by 255, "
@@ -66,7 +92,17 @@ class Preprocessing(Record):
     @property
     def geometry(self) -> Geometry:
         """The part of it that `service.images.decoding` needs."""
-        return Geometry(self.height, self.width, self.crop, self.interpolation, self.resize, self.rounding)
+        names = (field.name for field in fields(Geometry))
+        return Geometry(**{name: value for name in names if (value := getattr(self, name)) is not None})
+
+    @property
+    def extended(self) -> set[str]:
+        """The fields that say what no card before format 3 can."""
+        plain: dict[str, set[object]] = {
+            "resize": {"shorter_side_crop", "stretch"}, "interpolation": {"bilinear", "bicubic"},
+            "kernel": {"torchvision"}, "antialias": {True}, "fill": {None}, "colours": {"rgb"},
+        }  # fmt: skip
+        return {name for name, values in plain.items() if getattr(self, name) not in values}
 
 
 class WeightsFile(Record):
@@ -185,27 +221,32 @@ class WithCard:
         return self.card
 
 
+def lowest_format(card: ModelCard) -> tuple[int, str]:
+    """The earliest format that can say what `card` says, and for format 3 the fields that need it."""
+    pixels = card.preprocessing
+    needed = [f"preprocessing.{name}" for name in sorted(pixels.extended)]
+    needed += [name for name, value in Answers() if getattr(card, name) != value]
+    needed += [] if card.labels else ["no labels, which means no head"]
+    if needed:
+        return 3, ", ".join(needed)
+    return (1 if pixels.resize == "shorter_side_crop" and pixels.crop == 1 else 2), ""  # 1: nothing is to be rounded
+
+
 def card_json(card: ModelCard) -> str:
-    """The text of a card's file."""
+    """The text of a card's file, in the earliest format that says the same."""
     content = card.model_dump(mode="json", exclude_none=True)
-    defaults = Answers().model_dump()
-    answers = {name: content.pop(name) for name in defaults if name in content}
-    content |= {name: value for name, value in answers.items() if value != defaults[name]}
+    content["format"], _ = lowest_format(card)
+    pixels, defaults = content["preprocessing"], Answers().model_dump()
+    for name in [name for name, value in defaults.items() if getattr(card, name) == value]:
+        content.pop(name, None)
     if not card.labels:
         del content["labels"]
-    if (needed := _format_needed(card)) == 1:
-        del content["format"], content["preprocessing"]["resize"], content["preprocessing"]["rounding"]
-    else:
-        content["format"] = needed
+    if content["format"] < FORMAT:
+        for name in ("kernel", "antialias", "colours"):
+            del pixels[name]
+    if content["format"] == 1:
+        del content["format"], pixels["resize"], pixels["rounding"]
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _format_needed(card: ModelCard) -> int:
-    """The lowest format in which `card` means the same."""
-    if not card.labels or any(getattr(card, name) != value for name, value in Answers()):
-        return 3
-    pixels = card.preprocessing
-    return 1 if pixels.resize == "shorter_side_crop" and pixels.crop == 1 else 2  # nothing to be rounded
 
 
 def read_card(folder: Path) -> ModelCard:
@@ -233,6 +274,11 @@ def read_card(folder: Path) -> ModelCard:
         card = _validated(path, _converted(path, content))
     except ValidationError as error:
         raise CardInvalid(f"{path}: {reasons(error)}") from error
+    lowest, needed = lowest_format(card)
+    if version < lowest == FORMAT:
+        raise CardInvalid(
+            f'{path}: {needed}: cards before format {lowest} have no such meaning; write "format": {lowest}'
+        )
     if len(card.labels) == 1 and card.activation == "softmax":
         hint = 'write "activation": "sigmoid" into it, and "format": 3'
         _warn_once("card_of_one_class", path, "a softmax over one logit is always 1.0", hint)

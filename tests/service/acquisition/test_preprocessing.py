@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import pytest
 import timm
@@ -17,11 +18,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
+from torchvision.transforms._presets import ImageClassification
 from transformers import PvtImageProcessor
 from transformers.models.pvt.image_processing_pil_pvt import PvtImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from service.acquisition.preprocessing import PRESETS, PreprocessingOptions, describe, preprocessing, read_preprocessor
+from service.acquisition.preprocessing import (
+    LIKE,
+    PRESETS,
+    PreprocessingOptions,
+    describe,
+    preprocessing,
+    read_preprocessor,
+)
 from service.architecture.variants import VARIANTS, Dialect
 from service.errors import InvalidRequest
 from service.images.decoding import decode
@@ -142,7 +151,10 @@ def test_transformers_processor_has_the_presets_numbers() -> None:
     "changes",
     [
         {},
+        {"resample": 0},
+        {"resample": 1},
         {"resample": 2},
+        {"resample": 4},
         {"size": {"height": 128, "width": 192}},
         {"size": {"height": 96, "width": 96}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]},
     ],
@@ -164,7 +176,8 @@ def test_a_repositorys_processor_is_read_as_transformers_reads_it(tmp_path: Path
     ("content", "message"),
     [
         ({"do_resize": False}, "do_resize is false"),
-        ({"resample": 0}, "resample: Input should be 2 or 3"),
+        ({"resample": 5}, "resample: Input should be 0, 1, 2, 3 or 4"),
+        ({"do_pad": True}, "do_pad is true"),
         ({"size": {"shortest_edge": 224}}, "it does not resize to one height and width"),
         ({"size": 256, "do_center_crop": True, "crop_size": 224}, "it does not resize to one height and width"),
         ({"rescale_factor": 1e-4}, "must be of pixels scaled to 0..1"),
@@ -302,7 +315,17 @@ def test_mean_and_std_that_can_not_both_be_meant_are_refused_by_name(mean: Any, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (PreprocessingOptions(resize="stretch", crop=0.9), "there is no crop"),
+        (PreprocessingOptions(resize="stretch", crop=0.9), "a stretch has no crop"),
+        (PreprocessingOptions(resize="letterbox", shorter_side=256), "a letterbox has no crop"),
+        (PreprocessingOptions(resize="letterbox"), "give --fill 114 114 114, as Ultralytics"),
+        (
+            PreprocessingOptions(resize="letterbox", fill=(0, 256, 0)),
+            "fill.1: Input should be less than or equal to 255",
+        ),
+        (PreprocessingOptions(fill=(0, 0, 0)), "fill is the colour around a letterbox"),
+        (PreprocessingOptions(interpolation="lanczos", antialias=False), "no lanczos without antialiasing"),
+        (PreprocessingOptions(interpolation="area", antialias=False), "no area without antialiasing"),
+        (PreprocessingOptions(kernel="opencv", antialias=True), "OpenCV does not antialias"),
         (PreprocessingOptions(shorter_side=256, crop=0.9), "say the same thing"),
         (PreprocessingOptions(shorter_side=200), "at least its 224 pixels"),
         (PreprocessingOptions(height=256, width=384, shorter_side=400), "square input"),
@@ -324,3 +347,34 @@ def test_a_stretch_takes_the_whole_of_any_image(interpolation: Literal["bilinear
     for image in images():
         wanted = np.asarray(image.resize((96, 64), Image.Resampling[interpolation.upper()]))
         assert np.abs(ours(image, geometry).astype(int) - wanted).mean() < 0.3
+
+
+def test_like_torchvision_is_its_own_preset() -> None:
+    preset, pixels = ImageClassification(crop_size=224), LIKE["torchvision"]
+
+    assert (preset.crop_size, preset.resize_size) == ([pixels.height], [pixels.geometry.resized(224)])
+    assert (preset.interpolation.value, preset.antialias) == (pixels.interpolation, pixels.antialias)
+    assert (tuple(preset.mean), tuple(preset.std)) == (pixels.mean, pixels.std)
+    preset.mean, preset.std = [0.0] * 3, [1.0] * 3
+    library = channels_last(lambda image: 255 * preset(image))
+    for difference in apart(library, pixels.geometry):
+        assert difference.max() <= 2.01
+
+
+def test_like_timm_and_transformers_are_the_presets_of_their_checkpoints() -> None:
+    assert (LIKE["timm"], LIKE["transformers"]) == (PRESETS["timm"], PRESETS["transformers"])
+
+
+def test_like_opencv_is_cv2_resize_by_default() -> None:
+    for difference in apart(lambda image: cv2.resize(np.asarray(image), (224, 224)), LIKE["opencv"].geometry):
+        assert difference.max() <= 1
+
+
+def test_single_options_override_a_library() -> None:
+    bgr = preprocessing(PreprocessingOptions(colours="bgr", interpolation="area"), LIKE["opencv"])
+
+    assert (bgr.kernel, bgr.interpolation, bgr.antialias, bgr.colours) == ("opencv", "area", False, "bgr")
+    assert describe(bgr).startswith("stretched to 224x224, area of OpenCV, channels in the order blue, green, red")
+    assert not preprocessing(PreprocessingOptions(kernel="opencv"), LIKE["torchvision"]).antialias
+    boxed = preprocessing(PreprocessingOptions(resize="letterbox", fill=(114, 114, 114)), LIKE["timm"])
+    assert describe(boxed).startswith("fitted into 224x224 on the colour 114 114 114, bicubic, mean")

@@ -149,3 +149,16 @@ import threading
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("make", [OpenVinoBackend, TorchBackend])
+def test_a_model_of_bgr_gets_its_channels_in_that_order(make: type[OpenVinoBackend] | type[TorchBackend]) -> None:
+    model, (mean, std) = create("pvt_v2_b0", num_classes=7).eval(), ((0.1, 0.4, 0.7), (0.2, 0.3, 0.5))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    served = Served(model, mean, std, colours="bgr").eval()
+    logits = make(1).program(served, 32, 32).graph(2, Layout(1, 1), "float32").run(0, pixels)[0]
+
+    with torch.inference_mode():
+        normalised = (torch.tensor(pixels[..., ::-1].copy()) / 255 - torch.tensor(mean)) / torch.tensor(std)
+        wanted = model(normalised.permute(0, 3, 1, 2)).numpy()
+    assert np.abs(logits[:2] - wanted).max() < 1e-4 * max(1.0, float(np.abs(wanted).max()))

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from service.errors import CardInvalid
 from service.images.geometry import Geometry
-from service.store.cards import FORMAT, Answers, card_json, read_card
+from service.store.cards import FORMAT, Answers, Preprocessing, card_json, read_card
 from service.store.store import Store
 from tests.service.remotes import TINY, add_small
 
@@ -130,7 +130,7 @@ def test_answers_that_can_not_be_meant_fail_with_their_field(
 def test_fields_of_a_newer_release_are_ignored_with_a_warning(tmp_path: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         content["colour"] = "red"
-        content["preprocessing"]["antialias"] = True
+        content["preprocessing"]["gamma"] = True
         content["weights"]["shards"] = []
         content["accuracy"] = {"dataset": "mine", "top1": 0.5, "images": 9, "top5": 0.9}
 
@@ -142,7 +142,7 @@ def test_fields_of_a_newer_release_are_ignored_with_a_warning(tmp_path: Path) ->
     assert cards[0].preprocessing == before.preprocessing
     assert cards[0].accuracy
     assert [(line["event"], line["log_level"]) for line in logs] == [("card_fields_ignored", "warning")]
-    assert logs[0]["what"] == "accuracy.top5, colour, preprocessing.antialias, weights.shards"
+    assert logs[0]["what"] == "accuracy.top5, colour, preprocessing.gamma, weights.shards"
 
 
 def test_a_model_of_one_class_is_warned_of(tmp_path: Path) -> None:
@@ -167,7 +167,8 @@ def test_a_card_of_a_newer_format_fails_its_version_alone(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        ({"resize": "letterbox"}, "preprocessing.resize: Input should be 'shorter_side_crop' or 'stretch'"),
+        ({"resize": "letterbox", "crop": 1.0}, "a letterbox needs fill"),
+        ({"resize": "tile"}, "preprocessing.resize: Input should be 'shorter_side_crop', 'stretch'"),
         ({"resize": "stretch", "crop": 0.9}, "a stretch has no crop"),
         ({"rounding": "up"}, "preprocessing.rounding"),
         ({"mean": [123.675, 116.28, 103.53]}, "divide those of 0..255 by 255"),
@@ -204,3 +205,31 @@ def test_what_is_no_card_fails_with_the_files_name(tmp_path: Path, text: str) ->
 
     with pytest.raises(CardInvalid, match=r"card\.json"):
         read_card(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"resize": "letterbox", "fill": (114, 114, 114)},
+        {"resize": "center_crop"},
+        {"resize": "none"},
+        {"interpolation": "area"},
+        {"antialias": False},
+        {"kernel": "opencv", "antialias": False},
+        {"colours": "bgr"},
+    ],
+    ids=str,
+)
+def test_what_only_format_3_can_say_is_written_in_it_and_refused_in_an_earlier_one(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    card = read_card(folder := add_small(tmp_path))
+    pixels = Preprocessing.model_validate(card.preprocessing.model_dump() | changes)
+    (folder / "card.json").write_text(text := card_json(card.model_copy(update={"preprocessing": pixels})))
+
+    assert json.loads(text)["format"] == 3
+    assert read_card(folder).preprocessing == pixels
+    for earlier in (1, 2):
+        (folder / "card.json").write_text(json.dumps(json.loads(text) | {"format": earlier}))
+        with pytest.raises(CardInvalid, match=r'cards before format 3 have no such meaning; write "format": 3'):
+            read_card(folder)
