@@ -242,17 +242,29 @@ def _print_alternatives(checked: "Checked", better: "Alternative | None", comman
     if written:
         print_line(f"  {written} is the model with it")
     else:
-        flags = " ".join(
-            f"--{field} {value}"
-            for field, value in better.changes.items()
-            if field in {"resize", "crop", "interpolation"}
-        )
         print_line(f"  to use it: {command}")
-        print_line(f"  or import the checkpoint again with {flags}")
+        print_line(f"  or import the checkpoint again with {_flags(better)}")
 
 
 def _changed(each: "Alternative") -> str:
-    return ", ".join(f"{field} {value}" for field, value in each.changes.items())
+    """What is other than on the card; of a resize that has no crop, nothing of a crop."""
+    cropped = each.preprocessing.resize == "shorter_side_crop"
+    return ", ".join(f"{field} {value}" for field, value in each.changes.items() if field != "crop" or cropped)
+
+
+def _flags(each: "Alternative") -> str:
+    """The options of an import that has that preprocessing."""
+    pixels, found = each.preprocessing, []
+    if pixels.resize == "shorter_side_crop":
+        found.append(f"--crop {pixels.crop:g}")
+    elif "resize" in each.changes:
+        found.append(f"--resize {pixels.resize}")
+    for field, value in each.changes.items():
+        if isinstance(value, bool):
+            found.append(f"--{field}" if value else f"--no-{field}")
+        elif field not in {"resize", "crop", "rounding"}:
+            found.append(f"--{field} {value}")
+    return " ".join(found)
 
 
 def _applied(root: Path, checked: "Checked", better: "Alternative") -> str:
