@@ -33,11 +33,18 @@ _TIMEOUT_SECONDS = 3600.0  # nobody else is waiting; the first image waits until
 
 
 @asynccontextmanager
-async def local_engine(settings: Settings) -> AsyncIterator["LocalEngine"]:
+async def running_engine(settings: Settings) -> AsyncIterator[Engine]:
     """An engine with those `settings`; its errors are logged to standard error."""
     with logs_on_stderr(logging.ERROR):
         async with Engine(engine_options(settings), EngineMetrics(CollectorRegistry())) as engine:
-            yield LocalEngine(engine, settings.max_body_bytes)
+            yield engine
+
+
+@asynccontextmanager
+async def local_engine(settings: Settings) -> AsyncIterator["LocalEngine"]:
+    """The methods of the client on an engine with those `settings`."""
+    async with running_engine(settings) as engine:
+        yield LocalEngine(engine, settings.max_body_bytes)
 
 
 class LocalEngine(AsyncCalls):
@@ -93,10 +100,7 @@ class LocalEngine(AsyncCalls):
         self, make: Callable[[AnyImage], Call[T]], images: Iterable[AnyImage], concurrency: int
     ) -> AsyncGenerator[tuple[AnyImage, T | PvtError]]:
         """See `AsyncCalls.many`; `concurrency` is what keeps every thread busy."""
-        # Full batches, and images decoded meanwhile. The queue would refuse more.
-        limits = self._engine.options
-        busy = limits.instances * limits.max_batch_size + limits.cores
-        return super().many(make, images, min(busy, limits.queue_size))
+        return super().many(make, images, self._engine.options.images_at_a_time)
 
     async def _infer(self, data: bytes, options: dict[str, Any], path: str) -> tuple[InferenceResult, ImageResult]:
         size = options.get("size")

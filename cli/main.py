@@ -9,6 +9,7 @@ from typer import Exit, Option
 
 from cli.acquisition import import_, pull
 from cli.images import embed, explain, predict
+from cli.labelled import check, fit
 from cli.server import bench, serve
 from cli.store import alias, index, ls, models, rm, verify
 from cli.terminal import print_line, short_errors
@@ -20,7 +21,7 @@ Settings are the environment variables PVT_* of docs/settings.md; every command 
 # The panels of the help, and their commands in the order of the help.
 _COMMANDS: Mapping[str, Sequence[Callable[..., None]]] = {
     "Images": (predict, embed, explain),
-    "Models": (models, pull, import_, ls, verify, rm, alias, index),
+    "Models": (models, pull, import_, check, fit, ls, verify, rm, alias, index),
     "Server": (serve, bench),
 }
 

@@ -12,6 +12,7 @@ from typer import Argument, Option
 from app.settings import Settings
 from cli.terminal import USAGE, CommandError, print_note
 from pvt_client.client import AsyncCalls, AsyncClient
+from service.labelled.folder import IMAGE_SUFFIXES
 from service.store.location import without_secrets
 
 Url = Annotated[
@@ -41,7 +42,6 @@ Images = Annotated[
 Store = Annotated[str | None, Option("--store", metavar="DIR", help="The model store; PVT_MODEL_STORE by default.")]
 
 Connection = AbstractAsyncContextManager[AsyncCalls]
-SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 TIMEOUT_SECONDS = 600.0
 
 
@@ -97,7 +97,7 @@ def image_files(arguments: Sequence[str]) -> Iterator[Path]:
     """
     for argument in arguments:
         if next(_expanded(argument), None) is None:
-            folder = f"no images in this folder ({' '.join(sorted(SUFFIXES))})"
+            folder = f"no images in this folder ({' '.join(sorted(IMAGE_SUFFIXES))})"
             raise CommandError(f"{argument}: {folder if Path(argument).is_dir() else 'no such file'}", USAGE)
     return (path for argument in arguments for path in _expanded(argument))
 
@@ -107,7 +107,7 @@ def _expanded(argument: str) -> Iterator[Path]:
         for parent, folders, names in os.walk(argument):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
-                if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+                if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
                     yield Path(parent, name)
     elif Path(argument).exists():
         yield Path(argument)

@@ -23,7 +23,15 @@ FAILED, USAGE, SOME_FAILED, INTERRUPTED = 1, 2, 3, 130
 """Exit codes beside 0: nothing was done, the command was used wrongly, done but for the failures that are listed, and
 Ctrl-C."""
 _WIDE = 250  # characters of a table that is not written to a terminal
-_NUMBERS = {"classes", "parameters", "MB", "top-1"}  # columns that are aligned to the right
+_NUMBERS = {
+    "classes",
+    "parameters",
+    "MB",
+    "top-1",
+    "images",
+    "recall",
+    "precision",
+}  # columns that are aligned to the right
 
 
 class CommandError(Exception):

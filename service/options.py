@@ -73,6 +73,11 @@ class EngineOptions:
     memory_bytes: int = 0
     stall_seconds: float = 30.0
 
+    @property
+    def images_at_a_time(self) -> int:
+        """As many as keep every thread busy: full batches, and images decoded meanwhile. The queue refuses more."""
+        return min(self.instances * self.max_batch_size + self.cores, self.queue_size)
+
 
 def default_instances(devices: Sequence[str], cores: int) -> int:
     """Batches at a time: one for each core, or as many as keep each of the GPUs busy."""

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 # Of the service, and of each of its packages. Those of one row do not import each other.
 LAYERS = {
     "": [
+        {"labelled"},
         {"engine"},
         {"registry"},
         {"acquisition", "pipeline"},
@@ -41,6 +42,7 @@ LAYERS = {
         {"answers", "preprocessing"},
         {"catalogue", "download"},
     ],
+    "labelled": [{"checking", "publishing"}, {"fitting", "running"}, {"folder", "measures"}],
     "scheduling": [{"scheduler"}, {"dispatcher"}, {"lanes"}, {"queues"}],
     "execution": [{"executable"}, {"tuning"}, {"plan_cache", "reference"}, {"plan"}],
     "backends": [{"cpu", "cuda"}, {"cuda_compiling"}, {"base"}],

@@ -7,10 +7,12 @@ outputs, which every backend and every later release must reproduce. `verify` re
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import safetensors.torch
@@ -55,6 +57,7 @@ PULL_FOLDER = ".pull"  # in the store: files that are being pulled
 _PIXELS = 4 * 224 * 224  # of a batch
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _SHAPES = 4  # reference images with shapes on them
+_NOT_GEOMETRY = "height", "width", "mean", "std", "colours"  # of a card's preprocessing
 _BAR = 0.08  # half the height of a bar, as a share of the image's
 
 
@@ -157,14 +160,21 @@ class Description:
     labels: Sequence[str] | None = None
     answers: Answers | None = None
     accuracy: Accuracy | None = None
+    training: str | None = None
     origin: Origin | None = None
 
 
-def publish(root: Path, state: State, about: Description, version: str | None = None) -> StoredModel:
+def publish(
+    root: Path,
+    state: State,
+    about: Description,
+    version: str | None = None,
+    beside: Mapping[str, bytes] = MappingProxyType({}),
+) -> StoredModel:
     """Put the model with the weights `state`, of official names, into the store at `root`.
 
     Without `head.weight` and `head.bias` in it, it is a model without a head. `version` None is the next one that is
-    free. The folder appears whole or not at all.
+    free. The folder appears whole or not at all. `beside` are other files in it, by name.
 
     Raises:
         WeightsMismatch: the weights are not those of the variant, or have not one class for each label.
@@ -181,13 +191,13 @@ def publish(root: Path, state: State, about: Description, version: str | None = 
     reference, reference_file = packed(Reference(images, logits, embeddings=not labels))
     with writing(root):
         (root / PULL_FOLDER).mkdir(parents=True, exist_ok=True)
-        check_room(root, sum(tensor.nbytes for tensor in state.values()) + len(reference))
+        check_room(root, sum(map(len, beside.values())) + sum(each.nbytes for each in state.values()) + len(reference))
         with staging_folder(root / PULL_FOLDER, "new-") as folder:
             weights = folder / WEIGHTS_FILE
             _save(state, weights)
             card = _card(about, labels, model, weights, reference_file)
             try:
-                written = write_model(root, version, card, weights, {reference_file.file: reference})
+                written = write_model(root, version, card, weights, {reference_file.file: reference, **beside})
             except BaseException:
                 with suppress(OSError):  # a model's folder without a version would count as a broken model
                     (root / about.id).rmdir()
@@ -210,6 +220,32 @@ def _card(
         )
     except ValidationError as error:
         raise InvalidRequest(f"{about.source}: {reasons(error, 'card')}") from error
+
+
+def publish_prepared(root: Path, stored: StoredModel, pixels: Preprocessing) -> StoredModel:
+    """Put `stored`, a version in the store at `root`, into it again as the next one, with the preprocessing `pixels`.
+
+    That may differ in geometry only: reference images are already what a geometry leads to, and stay as they are.
+
+    Raises:
+        InvalidRequest: `pixels` have another size, mean, std or order of colours.
+        StoreNotWritable: the store can't be written; it is unchanged.
+    """
+    card = stored.require_card()
+    if any(getattr(pixels, name) != getattr(card.preprocessing, name) for name in _NOT_GEOMETRY):
+        raise InvalidRequest(
+            f"{stored.key}: another size, mean, std or order of colours needs the checkpoint; import it again"
+        )
+    new = card.model_copy(update={"preprocessing": pixels, "accuracy": None})  # which was measured with the other one
+    others = {card.reference.file: (stored.folder / card.reference.file).read_bytes()} if card.reference else {}
+    with writing(root):
+        (root / PULL_FOLDER).mkdir(parents=True, exist_ok=True)
+        check_room(root, card.weights.bytes)
+        with staging_folder(root / PULL_FOLDER, "new-") as folder:
+            weights = Path(shutil.copyfile(stored.folder / card.weights.file, folder / card.weights.file))
+            sync(weights)
+            written = write_model(root, None, new, weights, others)
+    return StoredModel(stored.id, written.name, written, new)
 
 
 def _save(state: State, path: Path) -> None:

@@ -167,7 +167,8 @@ def test_import_takes_geometry_labels_and_provenance(pvt_serve: PvtServe, store:
     assert (stored.version, card.labels, card.licence, card.source) == ("7", ("cat", "dog", "bird"), "MIT", "our lab")
     assert card.preprocessing.model_dump() == {
         "height": 32, "width": 64, "resize": "shorter_side_crop", "crop": 1.0, "rounding": "floor",
-        "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.25,) * 3,
+        "interpolation": "bilinear", "kernel": "torchvision", "antialias": True, "fill": None, "colours": "rgb",
+        "mean": (0.5,) * 3, "std": (0.25,) * 3,
     }  # fmt: skip
 
 
@@ -339,7 +340,7 @@ def test_labels_come_in_several_forms(pvt_serve: PvtServe, store: Path, mine: Pa
         (["--std", "nan", "1", "1"], "std nan 1 1: each must be a number"),
         (["--mean", "123.675", "116.28", "103.53"], "give both in one scale"),
         (["--size", "big"], "--size big: it must be a number of pixels"),
-        (["--crop", "0.9", "--resize", "stretch"], "there is no crop"),
+        (["--crop", "0.9", "--resize", "stretch"], "a stretch has no crop"),
         (["--crop", "1.2"], "crop: Input should be less than or equal to 1"),
         (["--weights", "ema"], "it holds no EMA weights"),
         (

@@ -145,7 +145,9 @@ def test_a_repository_that_says_what_no_card_can_is_refused_before_its_weights_a
     hub.put(path_of("opengvlab"), checkpoint("opengvlab"))
     hub.put(PREPROCESSOR, b'{"resample": 5}')
 
-    with pytest.raises(PullFailed, match=r"preprocessor_config\.json: resample: Input should be 0, 1, 2, 3 or 4; try another"):
+    with pytest.raises(
+        PullFailed, match=r"preprocessor_config\.json: resample: Input should be 0, 1, 2, 3 or 4; try another"
+    ):
         fetched(hub, store, "opengvlab")
     assert len(hub.requests) == 1
     hub.put(PREPROCESSOR, b"{}")

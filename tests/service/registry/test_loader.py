@@ -82,7 +82,7 @@ def test_a_model_without_a_head_computes_its_embedding_and_nothing_else(
 def test_a_card_and_weights_of_which_one_has_a_head_do_not_go_together(
     tmp_path: Path, classes: int, labels: list[str]
 ) -> None:
-    edit_card(add_model(tmp_path, classes=classes), labels=labels)
+    edit_card(add_model(tmp_path, classes=classes), labels=labels, format=3)
 
     with pytest.raises(WeightsMismatch, match=r"head.*compare the card's variant and number of labels"):
         load_tiny(tmp_path)
