@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from app.compression import codings, decoded
 from app.problems import BodyTooLarge, UnsupportedMediaType
 from app.settings import Settings
 from service.errors import InvalidImage, InvalidRequest, ServiceError
@@ -97,7 +98,34 @@ async def read_uploads(request: Request, held: Reservation) -> list[Upload | Lin
 
 
 async def read_body(request: Request, max_bytes: int, held: Reservation) -> bytes:
-    """The body; refuses one that announces, or turns out, to be larger than `max_bytes`, which is PVT_MAX_BODY_MB.
+    """The body without its content codings, which counts as the body itself does.
+
+    Raises:
+        UnsupportedContentEncoding, BodyTooLarge: see `app.compression`; the body or its content exceeds `max_bytes`.
+        MemoryExhausted: it does not fit into memory.
+        InvalidRequest: it is not in the coding that its headers name.
+    """
+    if "content-encoding" not in request.headers:
+        return await _read_encoded(request, max_bytes, held)
+    names = codings(request.headers.getlist("content-encoding"))
+    body = await _read_encoded(request, max_bytes, held)
+    for name in reversed(names) if body else ():
+        body = await _decode(name, body, max_bytes, held)
+    return body
+
+
+async def _decode(coding: str, body: bytes, max_bytes: int, held: Reservation) -> bytes:
+    """On a thread, step by step, so that what expands without end is refused at the limit. Frees `body` in `held`."""
+    content, pieces = bytearray(), decoded(coding, body)
+    while (piece := await run_in_threadpool(next, pieces, None)) is not None:
+        _count(piece, len(content), max_bytes, held)
+        content += piece
+    held.shrink(len(body))
+    return bytes(content)
+
+
+async def _read_encoded(request: Request, max_bytes: int, held: Reservation) -> bytes:
+    """The body as it was sent; refuses one that announces, or turns out, to be larger than `max_bytes`.
 
     `held` grows as it arrives, not by what is announced: who sends nothing takes no memory from others. A body that is
     refused for want of memory is not waited for: the connection goes on, and what still comes of it is dropped.

@@ -33,6 +33,10 @@ class UnsupportedMediaType(errors.ServiceError):
     """The body's content type is none that the endpoint reads."""
 
 
+class UnsupportedContentEncoding(UnsupportedMediaType):
+    """The body's `Content-Encoding` is none that is read; `Accept-Encoding` of the response names those that are."""
+
+
 class NotAcceptable(errors.ServiceError):
     """The endpoint has no form of response that the client accepts."""
 
@@ -322,6 +326,8 @@ def _headers(error: Exception) -> dict[str, str]:
         headers.setdefault("Retry-After", str(ceil(RETRY_SECONDS)))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, UnsupportedContentEncoding):
+        headers["Accept-Encoding"] = "gzip, deflate, br, zstd"  # RFC 9110, 15.5.16
     if isinstance(error, BodyTooLarge):
         headers["Connection"] = "close"  # the rest of the body will not be read
     return headers

@@ -299,7 +299,7 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._responding():
                 return
             if not self._framing_bytes and self.cycle is not None:
-                limit = min(limit, self.timeout_keep_alive)
+                limit = self.timeout_keep_alive
         elif self.flow.read_paused or (self._responding() and self.cycle.waiting_for_100_continue):
             return
         else:

@@ -50,6 +50,7 @@ def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = N
         log_config=None,
         server_header=False,
         proxy_headers=False,  # `app/clients.py` reads them
+        timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=1,  # after a drain
     )
     # Uvicorn raises a signal that came while it started again once it is done; a requested stop is no failure.

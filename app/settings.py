@@ -175,6 +175,9 @@ class Settings(BaseSettings):
     client_timeout_seconds: Annotated[float, Field(ge=1, le=3600)] = 20
     """How long a client may take to send a request's head, to send less than 1000 bytes/s of a body, or to read none
     of its response."""
+    keep_alive_seconds: Annotated[int, Field(ge=1, le=3600)] = 75
+    """How long a connection without a request stays open; longer than a proxy in front keeps it: nginx and AWS have 60.
+    """
     api_keys: Keys = ()
     """Requests for predictions or models need one of these keys: `Authorization: Bearer <key>`; unset: no key."""
     management_keys: Keys = ()

@@ -9,11 +9,9 @@ from pydantic import BaseModel, Field, ValidationError
 
 from app.bodies import EXAMPLE, parse_json
 from app.open_inference.tensors import OUTPUTS, InputTensor
-from app.problems import BodyTooLarge, UnsupportedMediaType
 from service.errors import InvalidRequest, reasons
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-MAX_RATIO = 1032  # of deflate: 258 bytes for two bits (zlib.net/zlib_tech.html)
 _WINDOW = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _LENGTH = re.compile(r"[0-9]{1,12}", re.ASCII)
 _KEY = b'"data"'
@@ -115,26 +113,6 @@ def validated(form: type[M], value: object) -> M:
         return form.model_validate(value)
     except ValidationError as error:
         raise InvalidRequest(reasons(error, "the body")) from error
-
-
-def decompressed(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    """`body` without its Content-Encoding; raises UnsupportedMediaType, BodyTooLarge or, if broken, InvalidRequest."""
-    if encoding in {"", "identity"}:
-        return body
-    if encoding not in _WINDOW:
-        raise UnsupportedMediaType(f"content encoding {encoding[:100]!r}; send gzip, deflate or none")
-    stream = zlib.decompressobj(_WINDOW[encoding])
-    try:
-        content = stream.decompress(body, max_bytes + 1)
-    except zlib.error as error:
-        raise InvalidRequest(f"the body is no {encoding}: {error}") from error
-    if len(content) > max_bytes:
-        raise BodyTooLarge(f"the body is larger than {max_bytes / 1e6:g} MB, which PVT_MAX_BODY_MB allows")
-    if not stream.eof:
-        raise InvalidRequest(f"the body ends in the middle of its {encoding}")
-    if stream.unused_data:
-        raise InvalidRequest(f"{len(stream.unused_data)} bytes follow the body's {encoding}")
-    return content
 
 
 def compressed(content: Iterator[bytes], accepted: str) -> tuple[Iterator[bytes], dict[str, str]]:

@@ -242,20 +242,16 @@ async def _read(request: Request, held: Reservation) -> tuple[InferRequest, list
     """The request's message, its images, and their input size: None where they are encoded."""
     settings, headers = request.state.settings, request.headers
     raw = await read_body(request, settings.max_body_bytes, held)
-    length, encoding = headers.get(HEADER_LENGTH), headers.get("content-encoding", "")
-    if encoding:
-        held.grow(min(settings.max_body_bytes, messages.MAX_RATIO * len(raw)))
+    length = headers.get(HEADER_LENGTH)
     held.grow(held.count if length is not None else JSON_COPIES * held.count)
-    arguments = (raw, encoding, length, settings.max_body_bytes, settings.max_images)
-    # Large JSON, and all that is compressed, on a thread; the bytes of tensors cost nothing.
-    at_once = not encoding and (len(raw) < LARGE_JSON or (length is not None and len(length) < _SHORT))
+    arguments = (raw, length, settings.max_images)
+    # Large JSON on a thread; the bytes of tensors cost nothing.
+    at_once = len(raw) < LARGE_JSON or (length is not None and len(length) < _SHORT)
     return _parse(*arguments) if at_once else await run_in_threadpool(_parse, *arguments)
 
 
-def _parse(
-    raw: bytes, encoding: str, header_length: str | None, max_bytes: int, max_images: int
-) -> tuple[InferRequest, list[Image], Size | None]:
-    message, tensor = messages.parse(messages.decompressed(raw, encoding, max_bytes), header_length)
+def _parse(raw: bytes, header_length: str | None, max_images: int) -> tuple[InferRequest, list[Image], Size | None]:
+    message, tensor = messages.parse(raw, header_length)
     tensors.check_outputs([each.name for each in message.outputs])
     return message, *tensors.images(tensor, max_images)
 
