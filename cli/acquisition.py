@@ -18,6 +18,7 @@ from service.images.geometry import Interpolation, Resize
 
 if TYPE_CHECKING:
     from service.acquisition.pulling import Pulled, PullOptions
+    from service.store.store import StoredModel
 
 _Triple = tuple[float, float, float]
 
@@ -88,54 +89,68 @@ def _described(pulled: "Pulled", source: SourceName) -> str:
     return f"{key}: {origin.bytes / 1e6:.1f} MB from {source}, {checks[origin.digest_from]}"
 
 
+_Weights = Annotated[
+    Path,
+    Argument(metavar="FILE|FOLDER", help="A checkpoint, the index of its shards, or the folder of a model with both."),
+]
+_Tag = Annotated[str, Option(help="Its own name: the model is called VARIANT.TAG, such as pvt_v2_b2.birds.")]
+_Variant = Annotated[
+    str | None, Option(help=f"Its architecture, as a check: {', '.join(VARIANTS)}; b0, b1, ... for short.")
+]
+_Labels = Annotated[
+    str | None,
+    Option(
+        metavar="FILE",
+        help="Names of the classes: one a line, a JSON list, or JSON by number such as id2label; "
+        f"'{IMAGENET}' for those of ImageNet-1k. By default those of FOLDER's config.json, else 'class 0', ...",
+    ),
+]
+_Pixels = Annotated[
+    str | None, Option("--size", metavar="PIXELS", help="Input, 224 or 256x384 (height x width); 224 by default.")
+]
+_Resize = Annotated[
+    Resize | None,
+    Option(help="How images come to that size. By default as FOLDER's files say, else as the library of FILE's names."),
+]
+_Crop = Annotated[
+    float | None, Option(help="Share of the resized shorter side that the centre crop keeps; 1 keeps all.")
+]
+_ShorterSide = Annotated[
+    int | None, Option(metavar="PIXELS", help="In place of --crop: what the shorter side is resized to.")
+]
+_Interpolation = Annotated[Interpolation | None, Option(help="How images are resized.")]
+_Mean = Annotated[
+    _Triple | None,
+    Option(metavar="R G B", help="Mean of each channel in training, of pixels from 0 to 1 or from 0 to 255."),
+]
+_Std = Annotated[_Triple | None, Option(metavar="R G B", help="Standard deviation, in the same scale.")]
+_Kind = Annotated[
+    Kind | None,
+    Option(help="Which to take where FILE holds plain weights and EMA ones; EMA by default, as timm does."),
+]
+_Licence = Annotated[
+    str | None, Option(help="Licence of the weights, for the card. By default as FOLDER says, else 'unknown'.")
+]
+_Source = Annotated[str | None, Option(help="Where it comes from, for the card; FILE's name by default.")]
+_Version = Annotated[str | None, Option(metavar="N", help="Its number; the next free one by default.")]
+
+
 def import_(
-    file: Annotated[Path, Argument(metavar="FILE", help="A .safetensors file, or .pth as torch.save writes it.")],
-    variant: Annotated[str, Option(help=f"Its architecture: {', '.join(VARIANTS)}; b0, b1, ... for short.")],
-    tag: Annotated[str, Option(help="Its own name: the model is called VARIANT.TAG, such as pvt_v2_b2.birds.")],
-    labels: Annotated[
-        str | None,
-        Option(
-            metavar="FILE",
-            help="Names of the classes: one a line, a JSON list, or JSON by number such as id2label; "
-            f"'{IMAGENET}' for those of ImageNet-1k. By default 'class 0', 'class 1', ...",
-        ),
-    ] = None,
-    size: Annotated[
-        str | None, Option(metavar="PIXELS", help="Input, 224 or 256x384 (height x width); 224 by default.")
-    ] = None,
-    resize: Annotated[
-        Resize | None, Option(help="How images come to that size. By default as the library does whose names FILE has.")
-    ] = None,
-    crop: Annotated[
-        float | None, Option(help="Share of the resized shorter side that the centre crop keeps; 1 keeps all.")
-    ] = None,
-    shorter_side: Annotated[
-        int | None, Option(metavar="PIXELS", help="In place of --crop: what the shorter side is resized to.")
-    ] = None,
-    interpolation: Annotated[Interpolation | None, Option(help="How images are resized.")] = None,
-    mean: Annotated[
-        _Triple | None,
-        Option(metavar="R G B", help="Mean of each channel in training, of pixels from 0 to 1 or from 0 to 255."),
-    ] = None,
-    std: Annotated[_Triple | None, Option(metavar="R G B", help="Standard deviation, in the same scale.")] = None,
-    weights: Annotated[
-        Kind | None,
-        Option(help="Which to take where FILE holds plain weights and EMA ones; EMA by default, as timm does."),
-    ] = None,
-    licence: Annotated[str, Option(help="Licence of the weights, for the card.")] = "unknown",
-    source: Annotated[str | None, Option(help="Where it comes from, for the card; FILE's name by default.")] = None,
-    version: Annotated[str | None, Option(metavar="N", help="Its number; the next free one by default.")] = None,
-    store: options.Store = None,
-) -> None:
+    file: _Weights, tag: _Tag, variant: _Variant = None, labels: _Labels = None, size: _Pixels = None,
+    resize: _Resize = None, crop: _Crop = None, shorter_side: _ShorterSide = None,
+    interpolation: _Interpolation = None, mean: _Mean = None, std: _Std = None, weights: _Kind = None,
+    licence: _Licence = None, source: _Source = None, version: _Version = None, store: options.Store = None,
+) -> None:  # fmt: skip
     """Put a checkpoint of your own into the model store.
 
     It may have the tensor names of the official repository, timm, Hugging Face transformers or lucid, and any number of
-    classes, which is read from its head. Code in a .pth is never run. Geometry and normalisation must be those it was
-    trained with; the defaults are those of the library whose names it has.
+    classes, which is read from its head. Code in a .pth is never run. A folder that transformers or timm wrote says by
+    itself what its classes are and how images are prepared. For a file alone geometry and normalisation must be those
+    it was trained with; the defaults are those of the library whose names it has.
 
-    pvt-serve import best.pth --variant b2 --tag birds --labels birds.txt
+    pvt-serve import best.pth --tag birds --labels birds.txt
     """
-    from service.acquisition.publishing import ImportOptions, import_model  # noqa: PLC0415  imports torch, which --help does not need
+    from service.acquisition.importing import ImportOptions, import_model  # noqa: PLC0415  imports torch, which --help does not need
 
     height, width = _size(size)
     preprocessing = PreprocessingOptions(
@@ -148,10 +163,13 @@ def import_(
     )  # fmt: skip
     root = options.store_folder(store, write=True)
     with logs_on_stderr():
-        stored = import_model(root, requested, print_note)
+        print_line(_in_short(import_model(root, requested, print_note)))
+
+
+def _in_short(stored: "StoredModel") -> str:
     card = stored.require_card()
     pixels = f"{card.preprocessing.height}x{card.preprocessing.width}"
-    print_line(f"{stored.key}: {len(card.labels)} classes, {card.parameters:,} parameters, input {pixels}")
+    return f"{stored.key}: {len(card.labels)} classes, {card.parameters:,} parameters, input {pixels}"
 
 
 def _size(size: str | None) -> tuple[int | None, int | None]:

@@ -36,9 +36,10 @@ LAYERS = {
         {"residency"},
     ],
     "acquisition": [
-        {"pulling"},
-        {"publishing"},
-        {"preprocessing"},
+        {"importing", "pulling"},
+        {"folders", "publishing"},
+        {"configs"},
+        {"preprocessing", "proof"},
         {"catalogue", "download"},
     ],
     "scheduling": [{"scheduler"}, {"dispatcher"}, {"lanes"}, {"queues"}],
@@ -147,6 +148,7 @@ def test_the_service_knows_no_http_but_where_it_downloads() -> None:
     assert {path.name: roots(path) & FOREIGN_TO_SERVICE for path in (ROOT / "service").rglob("*.py")
             if roots(path) & FOREIGN_TO_SERVICE} == {
         "download.py": {"httpx2", "huggingface_hub"},
+        "folders.py": {"huggingface_hub"},  # how its model cards are read
         "pulling.py": {"huggingface_hub"},  # where its hub is
     }  # fmt: skip
 

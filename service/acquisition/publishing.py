@@ -1,125 +1,41 @@
-"""Weights and their description -> a checked model in the store: of a user's own checkpoint, or of a pulled file.
+"""Weights and their description -> a checked model in the store.
 
 A published model has reference images beside its card, and the logits that plain float32 gives for them: its golden
 outputs, which every backend and every later release must reproduce. `verify` repeats the same checks.
 """
 
 import errno
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from service.acquisition.catalogue import IMAGENET, PREPROCESSOR_FILE, imagenet_labels, variant_named
-from service.acquisition.preprocessing import PRESETS, PreprocessingOptions, describe, preprocessing, read_preprocessor
+from service.acquisition.proof import own_logits
 from service.architecture.pvt_v2 import PVT_V2, create
-from service.architecture.variants import VARIANTS, Weights
-from service.architecture.weights import PICKLES, State, load_into, open_checkpoint
+from service.architecture.variants import VARIANTS
+from service.architecture.weights import Checkpoint, State, load_into
 from service.backends.base import Served, build, plain_logits
-from service.errors import InvalidRequest, ServiceError, WeightsCorrupt, WeightsMismatch, WeightsNotFinite
+from service.errors import ServiceError, WeightsMismatch, WeightsNotFinite
 from service.execution.reference import Reference, packed, reference_of, synthetic_images
 from service.files import file_sha256, staging_folder, sync
 from service.results import Floats
 from service.store.cards import Accuracy, ModelCard, Origin, Preprocessing, WeightsFile
 from service.store.folder import WEIGHTS_FILE, check_room, write_model, writing
-from service.store.store import MODEL_ID, VERSION, Store, StoredModel, alias_target
+from service.store.store import Store, StoredModel, alias_target
 
 PULL_FOLDER = ".pull"  # in the store: files that are being pulled
 _PIXELS = 4 * 224 * 224  # of a batch
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _SHAPES = 4  # reference images with shapes on them
 _BAR = 0.08  # half the height of a bar, as a share of the image's
-_LABELS = TypeAdapter(tuple[str, ...])
-_LABELS_BY_NUMBER = TypeAdapter(dict[int, str])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportOptions:
-    """The checkpoint `file` and its description; `labels` is a file of them, or "imagenet", or None to number them.
-
-    `weights` says which of several in it to take: see `service.architecture.weights.open_checkpoint`.
-    """
-
-    file: Path
-    variant: str
-    tag: str
-    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
-    weights: Weights | None = None
-    labels: str | None = None
-    licence: str = "unknown"
-    source: str | None = None
-    version: str | None = None
-
-
-def import_model(root: Path, options: ImportOptions, on_choice: Callable[[str], None] = lambda _: None) -> StoredModel:
-    """Put a checkpoint in any of the four dialects into the store at `root`, with a card and reference outputs.
-
-    `on_choice` is called with each choice that was made: which of several weights, whose preprocessing.
-
-    Raises:
-        InvalidRequest: variant, tag, version, labels or preprocessing are wrong; the message says which.
-        WeightsInvalid, WeightsUnavailable: the file is not a model of that variant; the message says why.
-        StoreNotWritable: the store can't be written.
-    """
-    variant, file = variant_named(options.variant), options.file
-    id_ = f"{variant}.{options.tag}"
-    if variant not in VARIANTS:
-        raise InvalidRequest(f"variant {options.variant!r}: it must be one of {', '.join(VARIANTS)}, or b0, b1, ...")
-    if not MODEL_ID.fullmatch(id_):
-        raise InvalidRequest(f"tag {options.tag!r}: it has letters, digits, '-' and '_'")
-    if options.version is not None and not VERSION.fullmatch(options.version):
-        raise InvalidRequest(f"version {options.version!r}: it is a number from 1")
-    if file.suffix not in {".safetensors", *PICKLES}:
-        raise WeightsCorrupt(f"{file}: unknown format; it must end in .safetensors or .pth")
-    labels = None if options.labels is None else _read_labels(options.labels)
-    with writing(root):
-        if options.version is not None and os.path.lexists(root / id_ / options.version):
-            raise InvalidRequest(f"{id_}@{options.version} is there already; leave --version out for the next one")
-    checkpoint = open_checkpoint(file, weights=options.weights)
-    if checkpoint.note:
-        on_choice(checkpoint.note)
-    preset, preprocessor = PRESETS[checkpoint.dialect], file.parent / PREPROCESSOR_FILE
-    if checkpoint.dialect == "transformers" and os.path.lexists(preprocessor):
-        preset = read_preprocessor(preprocessor)
-    pixels = preprocessing(options.preprocessing, preset)
-    on_choice(f"tensor names of {checkpoint.dialect}; images: {describe(pixels)}")
-    source = options.source or file.name
-    about = Description(
-        id=id_, variant=variant, preprocessing=pixels, licence=options.licence, source=source, labels=labels
-    )
-    return publish(root, checkpoint.state, about, options.version)
-
-
-def _read_labels(name: str) -> tuple[str, ...]:
-    """The labels in a file: one a line, a JSON list, or a JSON object by class number such as `id2label`."""
-    if name == IMAGENET:
-        return imagenet_labels()
-    try:
-        text = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"labels {name!r}: {getattr(error, 'strerror', None) or error}") from error
-    if not name.endswith(".json"):
-        return tuple(line.strip() for line in text.rstrip().splitlines())
-    try:
-        content = json.loads(text)
-        if isinstance(content, dict):
-            by_number = _LABELS_BY_NUMBER.validate_python(content.get("id2label", content))
-            return tuple(by_number[i] for i in range(len(by_number)))
-        return _LABELS.validate_python(content)
-    except (ValueError, ValidationError, KeyError) as error:
-        raise InvalidRequest(
-            f"labels {name!r}: neither a JSON list of names nor an object with one for each number from 0"
-        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,17 +52,28 @@ class Description:
     origin: Origin | None = None
 
 
-def publish(root: Path, state: State, about: Description, version: str | None = None) -> StoredModel:
+def publish(
+    root: Path,
+    state: State,
+    about: Description,
+    version: str | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
+    on_note: Callable[[str], None] = lambda _: None,
+) -> StoredModel:
     """Put the model with the weights `state`, of official names, into the store at `root`.
 
-    `version` None is the next one that is free. The folder appears whole or not at all.
+    `version` None is the next one that is free. The folder appears whole or not at all. `checkpoint` is what the state
+    was converted from: the model, read again from its new file, must answer as that does, and `on_note` is called with
+    how close it comes.
 
     Raises:
-        WeightsMismatch: the weights are not those of the variant, or have not one class for each label.
+        WeightsMismatch: the weights are not those of the variant, have not one class for each label, or do not answer
+            as the checkpoint does.
         WeightsNotFinite: they hold NaN or infinity, or give such logits.
         StoreNotWritable: the store can't be written; it is unchanged.
     """
-    labels, pixels = _labels(state, about), about.preprocessing
+    labels, pixels = labels_for(state, about), about.preprocessing
     model = _loaded(state, about, len(labels))
     images = _reference_images(pixels.height, pixels.width)
     logits = _logits_in_batches(Served(model, pixels.mean, pixels.std).eval(), images)
@@ -165,6 +92,8 @@ def publish(root: Path, state: State, about: Description, version: str | None = 
                 parameters=sum(parameter.numel() for parameter in model.parameters()),
                 reference=reference_file,
             )
+            if checkpoint:
+                on_note(_proof(card, folder, images, checkpoint))
             try:
                 written = write_model(root, version, card, weights, {reference_file.file: reference})
             except BaseException:
@@ -172,6 +101,25 @@ def publish(root: Path, state: State, about: Description, version: str | None = 
                     (root / about.id).rmdir()
                 raise
     return StoredModel(about.id, written.name, written, card)
+
+
+def _proof(card: ModelCard, folder: Path, images: NDArray[np.uint8], checkpoint: Checkpoint) -> str:
+    """How close the model in `folder` comes to what its checkpoint itself answers; raises WeightsMismatch if not."""
+    pixels = card.preprocessing
+    own = own_logits(
+        checkpoint.source, checkpoint.dialect, VARIANTS[card.variant], images, mean=pixels.mean, std=pixels.std
+    )
+    reference = Reference(images, own.astype(np.float32))
+    deviation = reference.deviation(_logits_in_batches(build(card, folder), images))
+    if objection := deviation.objection("float32"):
+        raise WeightsMismatch(
+            f"{card.source}: what was converted does not answer as the checkpoint itself does: {objection} "
+            f"({deviation}); nothing was imported, and this is a fault of the conversion: please report it"
+        )
+    return (
+        f"proof: on {len(images)} images the stored model's logits are off by {deviation.relative:.1e} of the greatest "
+        f"from the checkpoint's own, computed in float64 from its tensors under their names in {checkpoint.dialect}"
+    )
 
 
 def _save(state: State, path: Path) -> None:
@@ -191,7 +139,7 @@ def _save(state: State, path: Path) -> None:
     sync(path)
 
 
-def _labels(state: State, about: Description) -> tuple[str, ...]:
+def labels_for(state: State, about: Description) -> tuple[str, ...]:
     """One label for each class of the head."""
     weight = state.get("head.weight")
     if weight is None or weight.ndim != 2:  # noqa: PLR2004  (classes, channels)

@@ -28,7 +28,7 @@ from service.acquisition.catalogue import (
 from service.acquisition.download import Download, Progress, RetryPolicy, SourceFileMissing, discard
 from service.acquisition.preprocessing import MAX_PREPROCESSOR_BYTES, PRESETS, describe, read_preprocessor
 from service.acquisition.publishing import PULL_FOLDER, Description, publish
-from service.architecture.weights import read_checkpoint
+from service.architecture.weights import open_checkpoint
 from service.errors import (
     InvalidRequest,
     ModelLoading,
@@ -109,7 +109,8 @@ def pull(
         file, about = _weights(model, options, pixels, partial(start, folder=folder, on_progress=on_progress))
         try:
             _check_unchanged(about, versions)
-            stored = publish(root, read_checkpoint(file), about)
+            checkpoint = open_checkpoint(file)
+            stored = publish(root, checkpoint.state, about, checkpoint=checkpoint)
         except ServiceError:
             discard(folder)
             raise
