@@ -9,7 +9,7 @@ from typer import Argument, Exit, Option
 from app.settings import Settings
 from cli import options, terminal
 from cli.terminal import USAGE, CommandError, logs_on_stderr, print_line, print_note
-from service.acquisition.catalogue import CATALOGUE, DEFAULT_SOURCE, IMAGENET, Published, SourceName, published
+from service.acquisition.catalogue import CATALOGUE, DEFAULT_SOURCE, IMAGENET, SourceName, published
 from service.acquisition.preprocessing import PreprocessingOptions
 from service.architecture.variants import VARIANTS
 from service.architecture.variants import Weights as Kind
@@ -23,36 +23,49 @@ if TYPE_CHECKING:
 _Triple = tuple[float, float, float]
 
 
+_Models = Annotated[
+    list[str] | None,
+    Argument(
+        metavar="MODELS...",
+        help=f"Variants: {', '.join(CATALOGUE)}; b0, b1, ... for short. Or a repository of the hub: OWNER/NAME, or "
+        "OWNER/NAME@REVISION.",
+    ),
+]
+_Every = Annotated[bool, Option("--all", help="Pull all seven, about 1 GB.")]
+_From = Annotated[SourceName, Option(help="Whose copy of the public weights to fetch.")]
+_HubTag = Annotated[
+    str | None, Option(help="Of OWNER/NAME: the model is called VARIANT.TAG. By default NAME without its variant.")
+]
+_Mirror = Annotated[
+    str | None, Option(metavar="URL", help="In place of https://huggingface.co and https://github.com; PVT_MIRROR.")
+]
+_Again = Annotated[bool, Option("--again", help="Fetch as a new version what is there already.")]
+
+
 def pull(
-    models: Annotated[
-        list[str] | None,
-        Argument(metavar="MODELS...", help=f"Variants: {', '.join(CATALOGUE)}; b0, b1, ... for short."),
-    ] = None,
-    every: Annotated[bool, Option("--all", help="Pull all seven, about 1 GB.")] = False,
-    source: Annotated[SourceName, Option(help="Whose copy of the public weights to fetch.")] = DEFAULT_SOURCE,
-    store: options.Store = None,
-    mirror: Annotated[
-        str | None, Option(metavar="URL", help="In place of https://huggingface.co and https://github.com; PVT_MIRROR.")
-    ] = None,
-    again: Annotated[bool, Option("--again", help="Fetch as a new version what is there already.")] = False,
-) -> None:
-    """Fetch public ImageNet-1k weights into the model store.
+    models: _Models = None, every: _Every = False, source: _From = DEFAULT_SOURCE, tag: _HubTag = None,
+    store: options.Store = None, mirror: _Mirror = None, again: _Again = False,
+) -> None:  # fmt: skip
+    """Fetch public ImageNet-1k weights, or anybody's model from the hub, into the model store.
 
     Each file is checked against its SHA-256, converted, and written as `<variant>.in1k` with labels, licence and
     reference outputs. A pull that was broken off goes on where it ended; what is in the store already is not fetched
-    again. Then `pvt-serve predict --model pvt_v2_b2 ...`.
+    again. A repository of the hub is imported as the folder that it is; private ones need HF_TOKEN. Then
+    `pvt-serve predict --model pvt_v2_b2 ...`.
     """
     if every == bool(models):
         raise CommandError("name the models to pull, such as 'pvt-serve pull b2', or give --all", USAGE)
-    requested = list(CATALOGUE.values()) if every else [published(name) for name in models or ()]
+    if tag and not any("/" in name for name in models or ()):
+        raise CommandError("--tag names a model of the hub, OWNER/NAME; published weights have the tag in1k", USAGE)
     from service.acquisition.pulling import PullOptions  # noqa: PLC0415  imports torch, which --help does not need
 
     pull_options = PullOptions(source=source, mirror=mirror or Settings.from_environment().mirror or None)
+    requested = list(dict.fromkeys(map(_requested, CATALOGUE if every else models or ())))
     root, failed = options.store_folder(store, write=True), 0
     with logs_on_stderr():
-        for model in dict.fromkeys(each.variant for each in requested):
+        for model in requested:
             try:
-                print_line(_described(_pulled(root, CATALOGUE[model], pull_options, again=again), source))
+                print_line(_described(_pulled(root, model, pull_options, tag, again=again), source))
             except ServiceError as error:
                 if len(requested) == 1:
                     raise
@@ -62,31 +75,47 @@ def pull(
         raise Exit(terminal.FAILED if failed == len(requested) else terminal.SOME_FAILED)
 
 
-def _pulled(root: Path, model: Published, options: "PullOptions", *, again: bool) -> "Pulled":
+def _requested(name: str) -> str:
+    """The variant of published weights, or the repository; raises a ServiceError where it is neither."""
+    if "/" not in name:
+        return published(name).variant
+    from service.acquisition.repositories import repository  # noqa: PLC0415  imports torch, which --help does not need
+
+    repository(name)
+    return name
+
+
+def _pulled(root: Path, name: str, options: "PullOptions", tag: str | None, *, again: bool) -> "Pulled":
     from service.acquisition.pulling import pull as pull_model  # noqa: PLC0415  imports torch, which --help does not need
+    from service.acquisition.repositories import pull_repository, repository  # noqa: PLC0415  likewise
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with terminal.progress_bar(*columns, transient=True) as progress:
-        bar = progress.add_task(model.id, total=None)
+        bar = progress.add_task(name, total=None)
 
         def on_progress(done: int, total: int | None) -> None:
             progress.update(bar, completed=done, total=total)
 
-        return pull_model(root, model, options, again=again, on_progress=on_progress)
+        if name in CATALOGUE:
+            return pull_model(root, CATALOGUE[name], options, again=again, on_progress=on_progress)
+        return pull_repository(
+            root, repository(name), options, tag=tag, again=again, on_progress=on_progress, on_note=print_note
+        )
 
 
 def _described(pulled: "Pulled", source: SourceName) -> str:
-    key, origin = pulled.stored.key, pulled.stored.require_card().origin
+    key, card = pulled.stored.key, pulled.stored.require_card()
     if not pulled.fresh:
         return f"{key} is in the store already; --again fetches it as a new version"
-    if origin is None:
+    if card.origin is None:
         return key
     checks = {
         "publisher": "SHA-256 as its publisher gave it",
         "hub": "SHA-256 as the hub gives it",
-        "nobody": f"SHA-256 {origin.sha256}, which nobody has published: the first file fetched is trusted",
+        "nobody": f"SHA-256 {card.origin.sha256}, which nobody has published: the first file fetched is trusted",
     }
-    return f"{key}: {origin.bytes / 1e6:.1f} MB from {source}, {checks[origin.digest_from]}"
+    whose = source if any(each.id == pulled.stored.id for each in CATALOGUE.values()) else card.source
+    return f"{key}: {card.origin.bytes / 1e6:.1f} MB from {whose}, {checks[card.origin.digest_from]}"
 
 
 _Weights = Annotated[

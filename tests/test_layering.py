@@ -36,6 +36,7 @@ LAYERS = {
         {"residency"},
     ],
     "acquisition": [
+        {"repositories"},
         {"importing", "pulling"},
         {"folders", "publishing"},
         {"configs"},

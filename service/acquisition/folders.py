@@ -24,7 +24,7 @@ MAX_INDEX_BYTES = 16_000_000
 MAX_CARD_BYTES = 1_000_000
 MAX_SHARDS = 1000
 # The order of transformers' `from_pretrained`, then that of timm's `load_state_dict_from_path`, then its `train.py`.
-_PREFERRED = (
+PREFERRED = (
     "model.safetensors", f"model.safetensors{INDEX_SUFFIX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX_SUFFIX}",
     "pytorch_model.pth", "model.pth", "model_best.pth.tar",
 )  # fmt: skip
@@ -90,7 +90,7 @@ def weights_among(names: Collection[str], where: str) -> tuple[str, list[str]]:
         and not name.startswith((*_NO_WEIGHTS, "."))
     )  # fmt: skip
     heads = [name for name in found if not _is_shard(name)]
-    preferred = [name for name in _PREFERRED if name in heads]
+    preferred = [name for name in PREFERRED if name in heads]
     indices = [name for name in heads if name.endswith(INDEX_SUFFIX)]
     candidates = preferred[:1] or (indices if len(indices) == 1 else heads)
     safe = [name for name in candidates if name.endswith(".safetensors")]

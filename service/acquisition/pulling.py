@@ -101,9 +101,9 @@ def pull(
     """
     stop, folder = stop or Event(), root / PULL_FOLDER / f"{model.id}.{options.source}"
     start = partial(Download, root=root, stop=stop, policy=options.policy)
-    with _locked(root, model.id, stop):
+    with locked(root, model.id, stop):
         versions = _versions(root, model.id)
-        if not again and (whole := next((each for each in versions if _is_whole(each)), None)):
+        if not again and (whole := next((each for each in versions if is_whole(each)), None)):
             return Pulled(whole, fresh=False)
         pixels = _preprocessing(model, options, partial(start, folder=folder.with_name(f"{folder.name}.preprocessor")))
         file, about = _weights(model, options, pixels, partial(start, folder=folder, on_progress=on_progress))
@@ -125,7 +125,7 @@ def _versions(root: Path, id_: str) -> list[StoredModel]:
         return []
 
 
-def _is_whole(stored: StoredModel) -> bool:
+def is_whole(stored: StoredModel) -> bool:
     """Whether its weights have the digest in its card; damaged ones are downloaded again."""
     if stored.card is None:
         return False
@@ -136,7 +136,7 @@ def _is_whole(stored: StoredModel) -> bool:
 
 
 @contextmanager
-def _locked(root: Path, name: str, stop: Event) -> Iterator[None]:
+def locked(root: Path, name: str, stop: Event) -> Iterator[None]:
     """Keep all others, in this process and in others, from pulling `name` into the store at `root`."""
     lock = FileLock(root / PULL_FOLDER / f"{name}.lock")
     with ExitStack() as held:
