@@ -9,7 +9,7 @@ from typer import Argument, Exit, Option
 from app.settings import Settings
 from cli import options, terminal
 from cli.terminal import USAGE, CommandError, logs_on_stderr, print_line, print_note
-from service.acquisition.catalogue import CATALOGUE, DEFAULT_SOURCE, IMAGENET, Published, SourceName, published
+from service.acquisition.catalogue import CATALOGUE, DEFAULT_SOURCE, IMAGENET, SourceName, published
 from service.acquisition.preprocessing import Like, PreprocessingOptions
 from service.architecture.variants import VARIANTS
 from service.architecture.variants import Weights as Kind
@@ -19,40 +19,54 @@ from service.store.cards import Activation, Colours
 
 if TYPE_CHECKING:
     from service.acquisition.pulling import Pulled, PullOptions
+    from service.store.store import StoredModel
 
 _Triple = tuple[float, float, float]
 
 
+_Models = Annotated[
+    list[str] | None,
+    Argument(
+        metavar="MODELS...",
+        help=f"Variants: {', '.join(CATALOGUE)}; b0, b1, ... for short. Or a repository of the hub: OWNER/NAME, or "
+        "OWNER/NAME@REVISION.",
+    ),
+]
+_Every = Annotated[bool, Option("--all", help="Pull all seven, about 1 GB.")]
+_From = Annotated[SourceName, Option(help="Whose copy of the public weights to fetch.")]
+_HubTag = Annotated[
+    str | None, Option(help="Of OWNER/NAME: the model is called VARIANT.TAG. By default NAME without its variant.")
+]
+_Mirror = Annotated[
+    str | None, Option(metavar="URL", help="In place of https://huggingface.co and https://github.com; PVT_MIRROR.")
+]
+_Again = Annotated[bool, Option("--again", help="Fetch as a new version what is there already.")]
+
+
 def pull(
-    models: Annotated[
-        list[str] | None,
-        Argument(metavar="MODELS...", help=f"Variants: {', '.join(CATALOGUE)}; b0, b1, ... for short."),
-    ] = None,
-    every: Annotated[bool, Option("--all", help="Pull all seven, about 1 GB.")] = False,
-    source: Annotated[SourceName, Option(help="Whose copy of the public weights to fetch.")] = DEFAULT_SOURCE,
-    store: options.Store = None,
-    mirror: Annotated[
-        str | None, Option(metavar="URL", help="In place of https://huggingface.co and https://github.com; PVT_MIRROR.")
-    ] = None,
-    again: Annotated[bool, Option("--again", help="Fetch as a new version what is there already.")] = False,
-) -> None:
-    """Fetch public ImageNet-1k weights into the model store.
+    models: _Models = None, every: _Every = False, source: _From = DEFAULT_SOURCE, tag: _HubTag = None,
+    store: options.Store = None, mirror: _Mirror = None, again: _Again = False,
+) -> None:  # fmt: skip
+    """Fetch public ImageNet-1k weights, or anybody's model from the hub, into the model store.
 
     Each file is checked against its SHA-256, converted, and written as `<variant>.in1k` with labels, licence and
     reference outputs. A pull that was broken off goes on where it ended; what is in the store already is not fetched
-    again. Then `pvt-serve predict --model pvt_v2_b2 ...`.
+    again. A repository of the hub is imported as the folder that it is; private ones need HF_TOKEN. Then
+    `pvt-serve predict --model pvt_v2_b2 ...`.
     """
     if every == bool(models):
         raise CommandError("name the models to pull, such as 'pvt-serve pull b2', or give --all", USAGE)
-    requested = list(CATALOGUE.values()) if every else [published(name) for name in models or ()]
+    if tag and not any("/" in name for name in models or ()):
+        raise CommandError("--tag names a model of the hub, OWNER/NAME; published weights have the tag in1k", USAGE)
     from service.acquisition.pulling import PullOptions  # noqa: PLC0415  imports torch, which --help does not need
 
     pull_options = PullOptions(source=source, mirror=mirror or Settings.from_environment().mirror or None)
+    requested = list(dict.fromkeys(map(_requested, CATALOGUE if every else models or ())))
     root, failed = options.store_folder(store, write=True), 0
     with logs_on_stderr():
-        for model in dict.fromkeys(each.variant for each in requested):
+        for model in requested:
             try:
-                print_line(_described(_pulled(root, CATALOGUE[model], pull_options, again=again), source))
+                print_line(_described(_pulled(root, model, pull_options, tag, again=again), source))
             except ServiceError as error:
                 if len(requested) == 1:
                     raise
@@ -62,120 +76,157 @@ def pull(
         raise Exit(terminal.FAILED if failed == len(requested) else terminal.SOME_FAILED)
 
 
-def _pulled(root: Path, model: Published, options: "PullOptions", *, again: bool) -> "Pulled":
+def _requested(name: str) -> str:
+    """The variant of published weights, or the repository; raises a ServiceError where it is neither."""
+    if "/" not in name:
+        return published(name).variant
+    from service.acquisition.repositories import repository  # noqa: PLC0415  imports torch, which --help does not need
+
+    repository(name)
+    return name
+
+
+def _pulled(root: Path, name: str, options: "PullOptions", tag: str | None, *, again: bool) -> "Pulled":
     from service.acquisition.pulling import pull as pull_model  # noqa: PLC0415  imports torch, which --help does not need
+    from service.acquisition.repositories import pull_repository, repository  # noqa: PLC0415  likewise
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with terminal.progress_bar(*columns, transient=True) as progress:
-        bar = progress.add_task(model.id, total=None)
+        bar = progress.add_task(name, total=None)
 
         def on_progress(done: int, total: int | None) -> None:
             progress.update(bar, completed=done, total=total)
 
-        return pull_model(root, model, options, again=again, on_progress=on_progress)
+        if name in CATALOGUE:
+            return pull_model(root, CATALOGUE[name], options, again=again, on_progress=on_progress)
+        return pull_repository(
+            root, repository(name), options, tag=tag, again=again, on_progress=on_progress, on_note=print_note
+        )
 
 
 def _described(pulled: "Pulled", source: SourceName) -> str:
-    key, origin = pulled.stored.key, pulled.stored.require_card().origin
+    key, card = pulled.stored.key, pulled.stored.require_card()
     if not pulled.fresh:
         return f"{key} is in the store already; --again fetches it as a new version"
-    if origin is None:
+    if card.origin is None:
         return key
     checks = {
         "publisher": "SHA-256 as its publisher gave it",
         "hub": "SHA-256 as the hub gives it",
-        "nobody": f"SHA-256 {origin.sha256}, which nobody has published: the first file fetched is trusted",
+        "nobody": f"SHA-256 {card.origin.sha256}, which nobody has published: the first file fetched is trusted",
     }
-    return f"{key}: {origin.bytes / 1e6:.1f} MB from {source}, {checks[origin.digest_from]}"
+    whose = source if any(each.id == pulled.stored.id for each in CATALOGUE.values()) else card.source
+    return f"{key}: {card.origin.bytes / 1e6:.1f} MB from {whose}, {checks[card.origin.digest_from]}"
+
+
+_Weights = Annotated[
+    Path,
+    Argument(metavar="FILE|FOLDER", help="A checkpoint, the index of its shards, or the folder of a model with both."),
+]
+_Tag = Annotated[str, Option(help="Its own name: the model is called VARIANT.TAG, such as pvt_v2_b2.birds.")]
+_Variant = Annotated[
+    str | None, Option(help=f"Its architecture, as a check: {', '.join(VARIANTS)}; b0, b1, ... for short.")
+]
+_Labels = Annotated[
+    str | None,
+    Option(
+        metavar="FILE|DIR",
+        help="Names of the classes: a .txt (one a line), .json (a list, id2label, class_to_idx) or .csv; a folder "
+        f"with a folder for each class, as ImageFolder has; '{IMAGENET}' for those of ImageNet-1k. By default those of "
+        "FOLDER's config.json, else 'class 0', 'class 1', ...",
+    ),
+]
+_Activation = Annotated[
+    Activation | None,
+    Option(
+        help="What makes scores of logits: softmax for one class of several, the default; sigmoid for several "
+        "classes at once, or one logit; none for the logits themselves."
+    ),
+]
+_Temperature = Annotated[
+    float | None, Option(metavar="T", help="Divide logits by it before the activation, to calibrate scores.")
+]
+_Thresholds = Annotated[
+    str | None,
+    Option(
+        metavar="FILE|NUMBER",
+        help="Scores that classes must have to be in an answer: a number for all, or a file with one for each. "
+        "With sigmoid 0.5 by default.",
+    ),
+]
+_UnknownBelow = Annotated[
+    float | None, Option(metavar="X", help="Call an image unknown where no class has at least this score.")
+]
+_Pixels = Annotated[
+    str | None, Option("--size", metavar="PIXELS", help="Input, 224 or 256x384 (height x width); 224 by default.")
+]
+_Like = Annotated[
+    Like | None, Option(help="Preprocessing as this library has it by default; the options below change it.")
+]
+_Resize = Annotated[
+    Resize | None,
+    Option(help="How images come to that size. By default as FOLDER's files say, else as the library of FILE's names."),
+]
+_Crop = Annotated[
+    float | None, Option(help="Share of the resized shorter side that the centre crop keeps; 1 keeps all.")
+]
+_ShorterSide = Annotated[
+    int | None, Option(metavar="PIXELS", help="In place of --crop: what the shorter side is resized to.")
+]
+_Interpolation = Annotated[Interpolation | None, Option(help="How images are resized.")]
+_Kernel = Annotated[
+    Kernel | None, Option(help="Whose way of resizing: torchvision's, which on images is Pillow's, or OpenCV's.")
+]
+_Antialias = Annotated[
+    bool | None,
+    Option(
+        "--antialias/--no-antialias",
+        help="Off: as torchvision on tensors with antialias=False. OpenCV never does it.",
+    ),
+]
+_Fill = Annotated[
+    tuple[int, int, int] | None, Option(metavar="R G B", help="Colour around a letterbox, from 0 to 255.")
+]
+_Colours = Annotated[
+    Colours | None,
+    Option(help="Order of the model's channels: bgr if cv2.imread read them and nothing swapped them."),
+]
+_Mean = Annotated[
+    _Triple | None,
+    Option(metavar="R G B", help="Mean of each channel in training, of pixels from 0 to 1 or from 0 to 255."),
+]
+_Std = Annotated[_Triple | None, Option(metavar="R G B", help="Standard deviation, in the same scale.")]
+_Kind = Annotated[
+    Kind | None,
+    Option(help="Which to take where FILE holds plain weights and EMA ones; EMA by default, as timm does."),
+]
+_Licence = Annotated[
+    str | None, Option(help="Licence of the weights, for the card. By default as FOLDER says, else 'unknown'.")
+]
+_Source = Annotated[str | None, Option(help="Where it comes from, for the card; FILE's name by default.")]
+_Version = Annotated[str | None, Option(metavar="N", help="Its number; the next free one by default.")]
 
 
 def import_(
-    file: Annotated[Path, Argument(metavar="FILE", help="A .safetensors file, or .pth as torch.save writes it.")],
-    variant: Annotated[str, Option(help=f"Its architecture: {', '.join(VARIANTS)}; b0, b1, ... for short.")],
-    tag: Annotated[str, Option(help="Its own name: the model is called VARIANT.TAG, such as pvt_v2_b2.birds.")],
-    labels: Annotated[
-        str | None,
-        Option(
-            metavar="FILE|DIR",
-            help="Names of the classes: a .txt (one a line), .json (a list, id2label, class_to_idx) or .csv; a folder "
-            f"with a folder for each class, as ImageFolder has; '{IMAGENET}' for those of ImageNet-1k. By default "
-            "'class 0', 'class 1', ...",
-        ),
-    ] = None,
-    activation: Annotated[
-        Activation | None,
-        Option(
-            help="What makes scores of logits: softmax for one class of several, the default; sigmoid for several "
-            "classes at once, or one logit; none for the logits themselves."
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None, Option(metavar="T", help="Divide logits by it before the activation, to calibrate scores.")
-    ] = None,
-    thresholds: Annotated[
-        str | None,
-        Option(
-            metavar="FILE|NUMBER",
-            help="Scores that classes must have to be in an answer: a number for all, or a file with one for each. "
-            "With sigmoid 0.5 by default.",
-        ),
-    ] = None,
-    unknown_below: Annotated[
-        float | None, Option(metavar="X", help="Call an image unknown where no class has at least this score.")
-    ] = None,
-    size: Annotated[
-        str | None, Option(metavar="PIXELS", help="Input, 224 or 256x384 (height x width); 224 by default.")
-    ] = None,
-    like: Annotated[
-        Like | None, Option(help="Preprocessing as this library has it by default; the options below change it.")
-    ] = None,
-    resize: Annotated[
-        Resize | None, Option(help="How images come to that size. By default as the library does whose names FILE has.")
-    ] = None,
-    crop: Annotated[
-        float | None, Option(help="Share of the resized shorter side that the centre crop keeps; 1 keeps all.")
-    ] = None,
-    shorter_side: Annotated[
-        int | None, Option(metavar="PIXELS", help="In place of --crop: what the shorter side is resized to.")
-    ] = None,
-    interpolation: Annotated[Interpolation | None, Option(help="How images are resized.")] = None,
-    kernel: Annotated[
-        Kernel | None, Option(help="Whose way of resizing: torchvision's, which on images is Pillow's, or OpenCV's.")
-    ] = None,
-    antialias: Annotated[
-        bool | None, Option(help="Off: as torchvision on tensors with antialias=False. OpenCV never does it.")
-    ] = None,
-    fill: Annotated[
-        tuple[int, int, int] | None, Option(metavar="R G B", help="Colour around a letterbox, from 0 to 255.")
-    ] = None,
-    colours: Annotated[
-        Colours | None,
-        Option(help="Order of the model's channels: bgr if cv2.imread read them and nothing swapped them."),
-    ] = None,
-    mean: Annotated[
-        _Triple | None,
-        Option(metavar="R G B", help="Mean of each channel in training, of pixels from 0 to 1 or from 0 to 255."),
-    ] = None,
-    std: Annotated[_Triple | None, Option(metavar="R G B", help="Standard deviation, in the same scale.")] = None,
-    weights: Annotated[
-        Kind | None,
-        Option(help="Which to take where FILE holds plain weights and EMA ones; EMA by default, as timm does."),
-    ] = None,
-    licence: Annotated[str, Option(help="Licence of the weights, for the card.")] = "unknown",
-    source: Annotated[str | None, Option(help="Where it comes from, for the card; FILE's name by default.")] = None,
-    version: Annotated[str | None, Option(metavar="N", help="Its number; the next free one by default.")] = None,
-    store: options.Store = None,
-) -> None:
+    file: _Weights, tag: _Tag, variant: _Variant = None, labels: _Labels = None, activation: _Activation = None,
+    temperature: _Temperature = None, thresholds: _Thresholds = None, unknown_below: _UnknownBelow = None,
+    size: _Pixels = None, like: _Like = None, resize: _Resize = None, crop: _Crop = None,
+    shorter_side: _ShorterSide = None, interpolation: _Interpolation = None, kernel: _Kernel = None,
+    antialias: _Antialias = None, fill: _Fill = None, colours: _Colours = None, mean: _Mean = None, std: _Std = None,
+    weights: _Kind = None,
+    licence: _Licence = None, source: _Source = None, version: _Version = None, store: options.Store = None,
+) -> None:  # fmt: skip
     """Put a checkpoint of your own into the model store.
 
     It may have the tensor names of the official repository, timm, Hugging Face transformers or lucid, and any number of
-    classes, which is read from its head. Without a head the model computes embeddings. Code in a .pth is never run.
-    Geometry and normalisation must be those it was trained with; the defaults are those of the library whose names it
-    has.
+    classes, which is read from its head; without one the model computes embeddings. Code in a .pth is never run. A
+    folder that transformers or timm wrote says by itself what its classes are and how images are prepared. For a file
+    alone geometry and normalisation must be those it was trained with; the defaults are those of the library whose
+    names it has.
 
-    pvt-serve import best.pth --variant b2 --tag birds --labels birds.txt
+    pvt-serve import best.pth --tag birds --labels birds.txt
     """
-    from service.acquisition.publishing import ImportOptions, import_model  # noqa: PLC0415  imports torch, which --help does not need
+    from service.acquisition.importing import ImportOptions, import_model  # noqa: PLC0415  imports torch, which --help does not need
 
     height, width = _size(size)
     preprocessing = PreprocessingOptions(
@@ -189,11 +240,14 @@ def import_(
     )  # fmt: skip
     root = options.store_folder(store, write=True)
     with logs_on_stderr():
-        stored = import_model(root, requested, print_note)
+        print_line(_in_short(import_model(root, requested, print_note)))
+
+
+def _in_short(stored: "StoredModel") -> str:
     card = stored.require_card()
     pixels = f"{card.preprocessing.height}x{card.preprocessing.width}"
     classes = f"{len(card.labels)} classes" if card.labels else "no head: embeddings only"
-    print_line(f"{stored.key}: {classes}, {card.parameters:,} parameters, input {pixels}")
+    return f"{stored.key}: {classes}, {card.parameters:,} parameters, input {pixels}"
 
 
 def _size(size: str | None) -> tuple[int | None, int | None]:

@@ -37,9 +37,11 @@ LAYERS = {
         {"residency"},
     ],
     "acquisition": [
-        {"pulling"},
-        {"publishing"},
-        {"answers", "preprocessing"},
+        {"repositories"},
+        {"importing", "pulling"},
+        {"folders", "publishing"},
+        {"configs"},
+        {"answers", "preprocessing", "proof"},
         {"catalogue", "download"},
     ],
     "labelled": [{"checking", "publishing"}, {"fitting", "running"}, {"folder", "measures"}],
@@ -149,6 +151,7 @@ def test_the_service_knows_no_http_but_where_it_downloads() -> None:
     assert {path.name: roots(path) & FOREIGN_TO_SERVICE for path in (ROOT / "service").rglob("*.py")
             if roots(path) & FOREIGN_TO_SERVICE} == {
         "download.py": {"httpx2", "huggingface_hub"},
+        "folders.py": {"huggingface_hub"},  # how its model cards are read
         "pulling.py": {"huggingface_hub"},  # where its hub is
     }  # fmt: skip
 

@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import httpx2
 import structlog
-from huggingface_hub import HfFileMetadata, get_hf_file_metadata
+from huggingface_hub import HfFileMetadata, get_hf_file_metadata, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported without saying so
 
@@ -36,6 +36,16 @@ MAX_BACKOFF_SECONDS, MAX_RETRY_AFTER_SECONDS = 30.0, 300.0
 _AGENT = {"user-agent": "pvt-serve"}
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# What to do about a refusal, by the hub's own code for it.
+_ANY_CREDENTIALS = (
+    "it requires credentials; a hub's are HF_TOKEN or 'hf auth login', else try another --source, or PVT_MIRROR"
+)
+_CREDENTIALS = {
+    "GatedRepo": "it requires credentials; a hub's are HF_TOKEN or 'hf auth login', of an account that accepted the "
+    "terms on its page of the hub; else try another --source, or PVT_MIRROR",
+    "RepoNotFound": "there is no such repository, or it is private and requires credentials: check its name, then set "
+    "HF_TOKEN or 'hf auth login'",
+}
 _STRONG_ETAG = re.compile(r'"[^"]{1,60}"')
 
 
@@ -148,6 +158,8 @@ class Download:
 
     def _metadata(self) -> HfFileMetadata | None:
         """What the hub says of the file; None where it is of no hub."""
+        if self.token and is_offline_mode():
+            raise self._failure("HF_HUB_OFFLINE is set, which forbids it")
         if "/resolve/" not in self.url:
             return None
         timeout = self.policy.timeout_seconds
@@ -264,14 +276,17 @@ def _refusal(response: httpx2.Response) -> Exception:
     code, url = response.status_code, without_secrets(str(response.url))
     if code in _RETRIED:
         return _Retry(f"{url} answers {code} {response.reason_phrase}", _retry_after(response))
+    kind = response.headers.get("x-error-code", "")
+    what = {"RepoNotFound": "repository", "RevisionNotFound": "revision"}.get(kind, "file")
     if code in {404, 410}:
-        return SourceFileMissing(f"{url} answers {code}: there is no such file; try another --source")
+        return SourceFileMissing(f"{url} answers {code}: there is no such {what}; try another --source")
     if code in {401, 403}:
-        return PullFailed(
-            f"{url} answers {code}: it requires credentials; a hub's are HF_TOKEN or 'hf auth login', else try another "
-            "--source, or PVT_MIRROR"
-        )
+        return PullFailed(f"{url} answers {code}: {_CREDENTIALS.get(kind, _ANY_CREDENTIALS)}{_of_token()}")
     return PullFailed(f"{url} answers {code} {response.reason_phrase}".rstrip() + ", which is no file")
+
+
+def _of_token() -> str:
+    return " (the token that is set does not suffice)" if get_token() else ""
 
 
 def _retry_after(response: httpx2.Response) -> float | None:

@@ -1,4 +1,4 @@
-"""Weights and their description -> a checked model in the store: of a user's own checkpoint, or of a pulled file.
+"""Weights and their description -> a checked model in the store.
 
 A published model has reference images beside its card, and the logits that plain float32 gives for them: its golden
 outputs, which every backend and every later release must reproduce. `verify` repeats the same checks.
@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,28 +21,17 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from service.acquisition.answers import read_labels, read_thresholds, repeated
-from service.acquisition.catalogue import IMAGENET, PREPROCESSOR_FILE, variant_named
-from service.acquisition.preprocessing import (
-    LIKE,
-    PRESETS,
-    Like,
-    PreprocessingOptions,
-    describe,
-    preprocessing,
-    read_preprocessor,
-)
+from service.acquisition.proof import own_logits
 from service.architecture.pvt_v2 import PVT_V2, create
-from service.architecture.variants import VARIANTS, Weights
-from service.architecture.weights import PICKLES, State, load_into, open_checkpoint
+from service.architecture.variants import VARIANTS
+from service.architecture.weights import Checkpoint, State, load_into
 from service.backends.base import Served, build, plain_logits
-from service.errors import InvalidRequest, ServiceError, WeightsCorrupt, WeightsMismatch, WeightsNotFinite, reasons
+from service.errors import InvalidRequest, ServiceError, WeightsMismatch, WeightsNotFinite, reasons
 from service.execution.reference import Reference, packed, reference_of, synthetic_images
 from service.files import file_sha256, staging_folder, sync
 from service.results import Floats
 from service.store.cards import (
     Accuracy,
-    Activation,
     Answers,
     ModelCard,
     Origin,
@@ -51,7 +40,7 @@ from service.store.cards import (
     WeightsFile,
 )
 from service.store.folder import WEIGHTS_FILE, check_room, write_model, writing
-from service.store.store import MODEL_ID, VERSION, Store, StoredModel, alias_target
+from service.store.store import Store, StoredModel, alias_target
 
 PULL_FOLDER = ".pull"  # in the store: files that are being pulled
 _PIXELS = 4 * 224 * 224  # of a batch
@@ -59,89 +48,6 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _SHAPES = 4  # reference images with shapes on them
 _NOT_GEOMETRY = "height", "width", "mean", "std", "colours"  # of a card's preprocessing
 _BAR = 0.08  # half the height of a bar, as a share of the image's
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportOptions:
-    """The checkpoint `file` and its description; `labels` None numbers the classes, else it is as for `read_labels`.
-
-    `like` is the library whose preprocessing `preprocessing` changes; by default that whose tensor names the file has.
-    `thresholds` is as for `read_thresholds`; it and the rest of the card's `Answers` are None where nothing is known.
-    `weights` says which of several in it to take: see `service.architecture.weights.open_checkpoint`.
-    """
-
-    file: Path
-    variant: str
-    tag: str
-    like: Like | None = None
-    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
-    weights: Weights | None = None
-    labels: str | None = None
-    activation: Activation | None = None
-    temperature: float | None = None
-    thresholds: str | None = None
-    unknown_below: float | None = None
-    licence: str = "unknown"
-    source: str | None = None
-    version: str | None = None
-
-
-def import_model(root: Path, options: ImportOptions, on_choice: Callable[[str], None] = lambda _: None) -> StoredModel:
-    """Put a checkpoint in any of the four dialects into the store at `root`, with a card and reference outputs.
-
-    `on_choice` is called with each choice that was made: which of several weights, whose preprocessing.
-
-    Raises:
-        InvalidRequest: variant, tag, version, labels or preprocessing are wrong; the message says which.
-        WeightsInvalid, WeightsUnavailable: the file is not a model of that variant; the message says why.
-        StoreNotWritable: the store can't be written.
-    """
-    variant, file = variant_named(options.variant), options.file
-    id_ = f"{variant}.{options.tag}"
-    if variant not in VARIANTS:
-        raise InvalidRequest(f"variant {options.variant!r}: it must be one of {', '.join(VARIANTS)}, or b0, b1, ...")
-    if not MODEL_ID.fullmatch(id_):
-        raise InvalidRequest(f"tag {options.tag!r}: it has letters, digits, '-' and '_'")
-    if options.version is not None and not VERSION.fullmatch(options.version):
-        raise InvalidRequest(f"version {options.version!r}: it is a number from 1")
-    if file.suffix not in {".safetensors", *PICKLES}:
-        raise WeightsCorrupt(f"{file}: unknown format; it must end in .safetensors or .pth")
-    labels, answers = _read_answers(options, on_choice)
-    with writing(root):
-        if options.version is not None and os.path.lexists(root / id_ / options.version):
-            raise InvalidRequest(f"{id_}@{options.version} is there already; leave --version out for the next one")
-    checkpoint = open_checkpoint(file, weights=options.weights)
-    if checkpoint.note:
-        on_choice(checkpoint.note)
-    preset, preprocessor = PRESETS[checkpoint.dialect], file.parent / PREPROCESSOR_FILE
-    if options.like is not None:
-        preset = LIKE[options.like]
-    elif checkpoint.dialect == "transformers" and os.path.lexists(preprocessor):
-        preset = read_preprocessor(preprocessor)
-    pixels = preprocessing(options.preprocessing, preset)
-    on_choice(f"tensor names of {checkpoint.dialect}; images: {describe(pixels)}")
-    source = options.source or file.name
-    about = Description(
-        id=id_, variant=variant, preprocessing=pixels, licence=options.licence, source=source, labels=labels,
-        answers=answers,
-    )  # fmt: skip
-    return publish(root, checkpoint.state, about, options.version)
-
-
-def _read_answers(
-    options: ImportOptions, on_choice: Callable[[str], None]
-) -> tuple[tuple[str, ...] | None, Answers | None]:
-    """The labels, and what else the options say of answers; None where they say nothing."""
-    labels = None if options.labels is None else read_labels(options.labels)
-    if labels and options.labels != IMAGENET and (note := repeated(labels)):
-        on_choice(note)
-    given = {name: getattr(options, name) for name in Answers.model_fields if getattr(options, name) is not None}
-    if options.thresholds is not None:
-        given["thresholds"] = read_thresholds(options.thresholds, labels)
-    try:
-        return labels, Answers.model_validate(given) if given else None
-    except ValidationError as error:
-        raise InvalidRequest(reasons(error, "answers")) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,19 +76,25 @@ def publish(
     about: Description,
     version: str | None = None,
     beside: Mapping[str, bytes] = MappingProxyType({}),
+    *,
+    checkpoint: Checkpoint | None = None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> StoredModel:
     """Put the model with the weights `state`, of official names, into the store at `root`.
 
     Without `head.weight` and `head.bias` in it, it is a model without a head. `version` None is the next one that is
-    free. The folder appears whole or not at all. `beside` are other files in it, by name.
+    free. The folder appears whole or not at all. `beside` are other files in it, by name. `checkpoint` is what the
+    state was converted from: the model, read again from its new file, must answer as that does, and `on_note` is called
+    with how close it comes.
 
     Raises:
-        WeightsMismatch: the weights are not those of the variant, or have not one class for each label.
+        WeightsMismatch: the weights are not those of the variant, have not one class for each label, or do not answer
+            as the checkpoint does.
         WeightsNotFinite: they hold NaN or infinity, or give such logits.
         InvalidRequest: answers of that kind can't be made of these logits.
         StoreNotWritable: the store can't be written; it is unchanged.
     """
-    labels, pixels = _labels(state, about), about.preprocessing
+    labels, pixels = labels_for(state, about), about.preprocessing
     model = _loaded(state, about, len(labels))
     images = _reference_images(pixels.height, pixels.width)
     logits = _logits_in_batches(Served(model, pixels.mean, pixels.std, colours=pixels.colours).eval(), images)
@@ -196,6 +108,8 @@ def publish(
             weights = folder / WEIGHTS_FILE
             _save(state, weights)
             card = _card(about, labels, model, weights, reference_file)
+            if checkpoint:
+                on_note(_proof(card, folder, images, checkpoint))
             try:
                 written = write_model(root, version, card, weights, {reference_file.file: reference, **beside})
             except BaseException:
@@ -248,6 +162,27 @@ def publish_prepared(root: Path, stored: StoredModel, pixels: Preprocessing) -> 
     return StoredModel(stored.id, written.name, written, new)
 
 
+def _proof(card: ModelCard, folder: Path, images: NDArray[np.uint8], checkpoint: Checkpoint) -> str:
+    """How close the model in `folder` comes to what its checkpoint itself answers; raises WeightsMismatch if not."""
+    pixels = card.preprocessing
+    seen = images[..., ::-1] if pixels.colours == "bgr" else images
+    own = own_logits(
+        checkpoint.source, checkpoint.dialect, VARIANTS[card.variant], seen, mean=pixels.mean, std=pixels.std
+    )
+    reference = Reference(images, own.astype(np.float32), embeddings=not card.labels)
+    deviation = reference.deviation(_logits_in_batches(build(card, folder), images))
+    if objection := deviation.objection("float32"):
+        raise WeightsMismatch(
+            f"{card.source}: what was converted does not answer as the checkpoint itself does: {objection} "
+            f"({deviation}); nothing was imported, and this is a fault of the conversion: please report it"
+        )
+    return (
+        f"proof: on {len(images)} images the stored model's outputs are off by {deviation.relative:.1e} of the "
+        "greatest from the checkpoint's own, computed in float64 from its tensors under their names in "
+        f"{checkpoint.dialect}"
+    )
+
+
 def _save(state: State, path: Path) -> None:
     """Write with safetensors, which needs no copy in memory. Its own error for an OSError becomes that OSError.
 
@@ -265,7 +200,7 @@ def _save(state: State, path: Path) -> None:
     sync(path)
 
 
-def _labels(state: State, about: Description) -> tuple[str, ...]:
+def labels_for(state: State, about: Description) -> tuple[str, ...]:
     """One label for each class of the head; none where the checkpoint has no head."""
     weight, labels = state.get("head.weight"), about.labels
     named = f"{len(labels)} labels, from {labels[0]!r} to {labels[-1]!r}" if labels else "labels"

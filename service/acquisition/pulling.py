@@ -28,7 +28,7 @@ from service.acquisition.catalogue import (
 from service.acquisition.download import Download, Progress, RetryPolicy, SourceFileMissing, discard
 from service.acquisition.preprocessing import MAX_PREPROCESSOR_BYTES, PRESETS, describe, read_preprocessor
 from service.acquisition.publishing import PULL_FOLDER, Description, publish
-from service.architecture.weights import read_checkpoint
+from service.architecture.weights import open_checkpoint
 from service.errors import (
     InvalidRequest,
     ModelLoading,
@@ -101,15 +101,16 @@ def pull(
     """
     stop, folder = stop or Event(), root / PULL_FOLDER / f"{model.id}.{options.source}"
     start = partial(Download, root=root, stop=stop, policy=options.policy)
-    with _locked(root, model.id, stop):
+    with locked(root, model.id, stop):
         versions = _versions(root, model.id)
-        if not again and (whole := next((each for each in versions if _is_whole(each)), None)):
+        if not again and (whole := next((each for each in versions if is_whole(each)), None)):
             return Pulled(whole, fresh=False)
         pixels = _preprocessing(model, options, partial(start, folder=folder.with_name(f"{folder.name}.preprocessor")))
         file, about = _weights(model, options, pixels, partial(start, folder=folder, on_progress=on_progress))
         try:
             _check_unchanged(about, versions)
-            stored = publish(root, read_checkpoint(file), about)
+            checkpoint = open_checkpoint(file)
+            stored = publish(root, checkpoint.state, about, checkpoint=checkpoint)
         except ServiceError:
             discard(folder)
             raise
@@ -124,7 +125,7 @@ def _versions(root: Path, id_: str) -> list[StoredModel]:
         return []
 
 
-def _is_whole(stored: StoredModel) -> bool:
+def is_whole(stored: StoredModel) -> bool:
     """Whether its weights have the digest in its card; damaged ones are downloaded again."""
     if stored.card is None:
         return False
@@ -135,7 +136,7 @@ def _is_whole(stored: StoredModel) -> bool:
 
 
 @contextmanager
-def _locked(root: Path, name: str, stop: Event) -> Iterator[None]:
+def locked(root: Path, name: str, stop: Event) -> Iterator[None]:
     """Keep all others, in this process and in others, from pulling `name` into the store at `root`."""
     lock = FileLock(root / PULL_FOLDER / f"{name}.lock")
     with ExitStack() as held:

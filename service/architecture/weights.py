@@ -206,22 +206,61 @@ def _tensors(path: Path, content: object, limit: int) -> dict[str, Tensor]:
 class Checkpoint:
     """Weights under official names; `dialect` is whose names the file had, `weights` which of those in the file it is.
 
-    `note` explains that choice, where there was one.
+    `source` has the same tensors under the names of the dialect. `note` explains the choice of weights, where there was
+    one.
     """
 
     state: dict[str, Tensor]
     dialect: Dialect
+    source: State
     weights: Weights = "plain"
     note: str = ""
 
 
 def _dialect(state: State) -> Dialect:
-    names = [name.removeprefix("module.") for name in state]
-    if any(name.startswith(("pvt_v2.", "encoder.")) for name in names):
+    if any(name.startswith(("pvt_v2.", "encoder.")) for name in state):
         return "transformers"
-    if not any(name.startswith(("patch_embed.", "stages.")) for name in names):
+    if not any(name.startswith(("patch_embed.", "stages.")) for name in state):
         return "official"
-    return "lucid" if any(name.startswith("classifier.") for name in names) else "timm"
+    return "lucid" if any(name.startswith("classifier.") for name in state) else "timm"
+
+
+def _bytes(path: Path, sha256: str | None = None) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise WeightsUnavailable(f"{path}: {error.strerror or error}; pull the model or correct its card") from error
+    actual = hashlib.sha256(data).hexdigest() if sha256 else sha256
+    if actual != sha256:
+        raise WeightsDigestMismatch(f"{path}: SHA-256 is {actual}, expected {sha256}; {FETCH_AGAIN}")
+    if not data:
+        raise WeightsCorrupt(f"{path}: the file is empty; {FETCH_AGAIN}")
+    return data
+
+
+def read_content(path: Path) -> tuple[object, int]:
+    """What is in the file at `path`, not looked into any further, and how many bytes it has; code in it never runs.
+
+    Raises:
+        WeightsUnavailable, WeightsCorrupt, WeightsUnsafe: as `open_checkpoint`.
+    """
+    data = _bytes(path)
+    return _parse(path, data), len(data)
+
+
+def checkpoint_of(content: object, path: Path, *, limit: int, weights: Weights | None = None) -> Checkpoint:
+    """The weights in `content`, float32 on the CPU; none of its tensors may have more than `limit` elements.
+
+    Messages call it `path`. Raises WeightsCorrupt or WeightsMismatch as `open_checkpoint`.
+    """
+    content, kind, note = _choose(path, content, weights)
+    state: State = _tensors(path, content, limit)
+    if state and all(name.startswith("module.") for name in state):  # left by DistributedDataParallel
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    try:
+        return Checkpoint(remap_keys(state), _dialect(state), state, kind, note)
+    except WeightsMismatch as error:
+        raise WeightsMismatch(f"{path}: {error}; {FETCH_AGAIN}") from error
 
 
 def open_checkpoint(path: Path, *, sha256: str | None = None, weights: Weights | None = None) -> Checkpoint:
@@ -238,21 +277,8 @@ def open_checkpoint(path: Path, *, sha256: str | None = None, weights: Weights |
         WeightsUnsafe: a pickle with code in it, which did not run.
         WeightsMismatch: a mixture of dialects, or not the requested `weights`.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise WeightsUnavailable(f"{path}: {error.strerror or error}; pull the model or correct its card") from error
-    actual = hashlib.sha256(data).hexdigest() if sha256 else sha256
-    if actual != sha256:
-        raise WeightsDigestMismatch(f"{path}: SHA-256 is {actual}, expected {sha256}; {FETCH_AGAIN}")
-    if not data:
-        raise WeightsCorrupt(f"{path}: the file is empty; {FETCH_AGAIN}")
-    content, kind, note = _choose(path, _parse(path, data), weights)
-    state = _tensors(path, content, limit=len(data))
-    try:
-        return Checkpoint(remap_keys(state), _dialect(state), kind, note)
-    except WeightsMismatch as error:
-        raise WeightsMismatch(f"{path}: {error}; {FETCH_AGAIN}") from error
+    data = _bytes(path, sha256)
+    return checkpoint_of(_parse(path, data), path, limit=len(data), weights=weights)
 
 
 def read_checkpoint(path: Path, *, sha256: str | None = None, weights: Weights | None = None) -> dict[str, Tensor]:

@@ -1,12 +1,14 @@
 """A server on a thread that behaves like the model hub and like GitHub's releases, faults at will."""
 
 import hashlib
+import json
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
@@ -46,12 +48,28 @@ class Hub:
     """Whether redirects name the SHA-256 and the commit, as those of the hub do, and those of a plain mirror do not."""
     token: str | None = None
     """What requests for files of the hub must come with, if anything."""
+    refusal: str = "GatedRepo"
+    """The hub's own code for why a request without the token is refused."""
     lengths: bool = True
 
     def put(self, path: str, content: bytes) -> str:
         """Have that file; its URL."""
         self.files[path] = content
         return self.url + path
+
+    def put_repository(
+        self, name: str, folder: Path, *, revision: str = "main", licence: str | None = None, api: bool = True
+    ) -> str:
+        """Have the files of `folder` as a repository; its commit. Without `api` they are what a plain mirror has."""
+        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        sha = hashlib.sha1(b"".join(files.values()), usedforsecurity=False).hexdigest()
+        for file, content in files.items():
+            self.put(f"/{name}/resolve/{sha if api else revision}/{file}", content)
+        if api:
+            siblings = [{"rfilename": file} for file in [*files, ".gitattributes", "runs/events.pt"]]
+            answer = {"id": name, "sha": sha, "siblings": siblings, "cardData": {"license": licence}}
+            self.put(f"/api/models/{name}/revision/{revision}", json.dumps(answer).encode())
+        return sha
 
 
 class QuietServer(ThreadingHTTPServer):
@@ -100,8 +118,10 @@ class _Handler(BaseHTTPRequestHandler):
             assert "Authorization" not in self.headers  # which is for the hub alone
             hub.requests.append(dict(self.headers))
             self._send(hub, content, hub.faults.pop(0) if hub.faults else Fault())
-        elif "/resolve/" in path and hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
-            self._answer(401, {"X-Error-Code": "GatedRepo"})
+        elif path.startswith("/files/"):
+            self._answer(404)
+        elif hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            self._answer(401, {"X-Error-Code": hub.refusal})
         elif path in hub.files:
             content = hub.files[path]
             headers = {"Location": f"{hub.url.replace('127.0.0.1', 'localhost')}{redirect_of(path)}?Signature=secret"}

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from tritonclient.utils import InferenceServerException
 
 from pvt_client import AsyncClient, Client, InvalidRequest
+from service.acquisition.importing import ImportOptions, import_model
 from service.acquisition.preprocessing import PreprocessingOptions
-from service.acquisition.publishing import ImportOptions, import_model
 from service.results import Floats
 from tests.app.processes import serving
 from tests.cli import conftest as commands

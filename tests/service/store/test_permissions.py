@@ -249,7 +249,7 @@ import os, sys, threading
 from pathlib import Path
 os.umask(int(sys.argv[2], 8))
 import torch
-from service.acquisition.publishing import ImportOptions, import_model
+from service.acquisition.importing import ImportOptions, import_model
 from service.acquisition.preprocessing import PreprocessingOptions
 from service.architecture.pvt_v2 import create
 from service.store.location import write_index
