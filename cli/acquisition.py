@@ -89,9 +89,14 @@ def _described(pulled: "Pulled", source: SourceName) -> str:
 
 
 def import_(
-    file: Annotated[Path, Argument(metavar="FILE", help="A .safetensors file, or .pth as torch.save writes it.")],
-    variant: Annotated[str, Option(help=f"Its architecture: {', '.join(VARIANTS)}; b0, b1, ... for short.")],
+    file: Annotated[Path, Argument(metavar="FILE", help="A file of safetensors or of torch.save, of any name.")],
     tag: Annotated[str, Option(help="Its own name: the model is called VARIANT.TAG, such as pvt_v2_b2.birds.")],
+    variant: Annotated[
+        str | None,
+        Option(
+            help=f"A check of its architecture, which the file tells: {', '.join(VARIANTS)}; b0, b1, ... for short."
+        ),
+    ] = None,
     labels: Annotated[
         str | None,
         Option(
@@ -133,7 +138,7 @@ def import_(
     classes, which is read from its head. Code in a .pth is never run. Geometry and normalisation must be those it was
     trained with; the defaults are those of the library whose names it has.
 
-    pvt-serve import best.pth --variant b2 --tag birds --labels birds.txt
+    pvt-serve import best.pth --tag birds --labels birds.txt
     """
     from service.acquisition.publishing import ImportOptions, import_model  # noqa: PLC0415  imports torch, which --help does not need
 

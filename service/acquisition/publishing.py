@@ -24,9 +24,9 @@ from service.acquisition.catalogue import IMAGENET, PREPROCESSOR_FILE, imagenet_
 from service.acquisition.preprocessing import PRESETS, PreprocessingOptions, describe, preprocessing, read_preprocessor
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.variants import VARIANTS, Weights
-from service.architecture.weights import PICKLES, State, load_into, open_checkpoint
+from service.architecture.weights import State, load_into, open_checkpoint
 from service.backends.base import Served, build, plain_logits
-from service.errors import InvalidRequest, ServiceError, WeightsCorrupt, WeightsMismatch, WeightsNotFinite
+from service.errors import InvalidRequest, ServiceError, WeightsMismatch, WeightsNotFinite
 from service.execution.reference import Reference, packed, reference_of, synthetic_images
 from service.files import file_sha256, staging_folder, sync
 from service.results import Floats
@@ -45,14 +45,16 @@ _LABELS_BY_NUMBER = TypeAdapter(dict[int, str])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportOptions:
-    """The checkpoint `file` and its description; `labels` is a file of them, or "imagenet", or None to number them.
+    """The checkpoint `file` and its description; `variant` is a check, or None.
+
+    `labels` is a file of them, or "imagenet", or None to number them.
 
     `weights` says which of several in it to take: see `service.architecture.weights.open_checkpoint`.
     """
 
     file: Path
-    variant: str
     tag: str
+    variant: str | None = None
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
     weights: Weights | None = None
     labels: str | None = None
@@ -62,7 +64,7 @@ class ImportOptions:
 
 
 def import_model(root: Path, options: ImportOptions, on_choice: Callable[[str], None] = lambda _: None) -> StoredModel:
-    """Put a checkpoint in any of the four dialects into the store at `root`, with a card and reference outputs.
+    """Put a checkpoint in any dialect into the store at `root`, with a card and reference outputs.
 
     `on_choice` is called with each choice that was made: which of several weights, whose preprocessing.
 
@@ -71,21 +73,21 @@ def import_model(root: Path, options: ImportOptions, on_choice: Callable[[str], 
         WeightsInvalid, WeightsUnavailable: the file is not a model of that variant; the message says why.
         StoreNotWritable: the store can't be written.
     """
-    variant, file = variant_named(options.variant), options.file
-    id_ = f"{variant}.{options.tag}"
-    if variant not in VARIANTS:
+    expected, file = None if options.variant is None else variant_named(options.variant), options.file
+    if expected is not None and expected not in VARIANTS:
         raise InvalidRequest(f"variant {options.variant!r}: it must be one of {', '.join(VARIANTS)}, or b0, b1, ...")
-    if not MODEL_ID.fullmatch(id_):
+    if not MODEL_ID.fullmatch(f"{expected or next(iter(VARIANTS))}.{options.tag}"):
         raise InvalidRequest(f"tag {options.tag!r}: it has letters, digits, '-' and '_'")
     if options.version is not None and not VERSION.fullmatch(options.version):
         raise InvalidRequest(f"version {options.version!r}: it is a number from 1")
-    if file.suffix not in {".safetensors", *PICKLES}:
-        raise WeightsCorrupt(f"{file}: unknown format; it must end in .safetensors or .pth")
     labels = None if options.labels is None else _read_labels(options.labels)
+    with writing(root):
+        pass  # whether it can be written, before a large file is read
+    checkpoint = open_checkpoint(file, variant=expected, weights=options.weights)
+    variant, id_ = checkpoint.variant, f"{checkpoint.variant}.{options.tag}"
     with writing(root):
         if options.version is not None and os.path.lexists(root / id_ / options.version):
             raise InvalidRequest(f"{id_}@{options.version} is there already; leave --version out for the next one")
-    checkpoint = open_checkpoint(file, weights=options.weights)
     if checkpoint.note:
         on_choice(checkpoint.note)
     preset, preprocessor = PRESETS[checkpoint.dialect], file.parent / PREPROCESSOR_FILE
