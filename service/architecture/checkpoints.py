@@ -28,7 +28,7 @@ INNER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrap
 AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|avg|averag(e|ed|es|ing)|polyak|shadow)([^a-z]|$)")
 HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # in modelEMA, emaModel and EMAModel
 AUXILIARY = re.compile(
-    r"aux|decod|fpn|neck|rpn|roi|bbox|mask|seg|metric|acc|loss|criteri|optim|queue|teacher|project|contrast|momentum"
+    r"aux|decod|fpn|rpn|roi|bbox|mask|seg|metric|acc|loss|criteri|optim|queue|teacher|project|contrast|momentum"
 )
 SITE = re.compile(
     r"(?P<before>(?:.*?\.)??)(?:"
@@ -89,13 +89,13 @@ def checkpoint_of(
     state = _joined({official: flat[name] for name, official in trunks[names].items()})
     found = _variant(state, source, variant, flat)
     rest = _rest(flat, trunks, names)
+    _check_backbone(rest, trunks[names], source)
     head = None if backbone else _head(rest, names, state["norm4.weight"].shape[0], source)
     if head is not None:
-        weight = rest[f"{head}.weight"]
-        state |= {"head.weight": weight, "head.bias": rest.get(f"{head}.bias", weight.new_zeros(weight.shape[0]))}
-    aside = _summary(
-        name for name in flat if name not in trunks[names] and name not in {f"{head}.weight", f"{head}.bias"}
-    )
+        weight, bias = rest[f"{head}.weight"], _bias(rest, head)
+        state |= {"head.weight": weight, "head.bias": rest[bias] if bias else weight.new_zeros(weight.shape[0])}
+    of_head = () if head is None else (f"{head}.weight", _bias(rest, head))
+    aside = _summary(name for name in flat if name not in trunks[names] and name not in of_head)
     lucid = dialects[names] == "timm" and head == f"{names}classifier"
     return Checkpoint(
         {name: tensor.detach().float().contiguous() for name, tensor in state.items()},
@@ -266,6 +266,24 @@ def _rest(flat: State, trunks: Mapping[str, Mapping[str, str]], chosen: str) -> 
     return rest
 
 
+def _check_backbone(rest: State, names: Mapping[str, str], source: str) -> None:
+    """Refuse other weights inside the backbone's modules, such as adapters: without them it would answer otherwise."""
+    modules = set()
+    for name in names:
+        if found := _official(name):
+            modules.add(found[0] + name.removeprefix(found[0]).split(".")[0] + ".")
+    inside = [
+        name
+        for name, tensor in rest.items()
+        if tensor.is_floating_point() and tensor.numel() != 1 and name.startswith(tuple(modules))
+    ]
+    if inside:
+        raise WeightsMismatch(
+            f"{source}: its backbone has weights that PVT-v2 has not: {_listed(inside)}; merge adapters into the "
+            "model before its state_dict() is saved"
+        )
+
+
 def _head(rest: State, before: str, channels: int, source: str) -> str | None:
     """The path of the one linear layer that reads the embedding of `channels` numbers, or None where there is none.
 
@@ -290,6 +308,15 @@ def _head(rest: State, before: str, channels: int, source: str) -> str | None:
             "save the backbone's state_dict()"
         )
     return parts[0]
+
+
+def _bias(rest: State, head: str) -> str | None:
+    """The name of the bias of `head`, which may lack the prefix that its weight has, or have one."""
+    if f"{head}.bias" in rest:
+        return f"{head}.bias"
+    end = f".{head.rpartition('.')[2]}.bias"
+    alone = (name for name in rest if f".{name}".endswith(end) and f"{name.removesuffix('bias')}weight" not in rest)
+    return next(alone, None)
 
 
 def _reads(rest: State, layer: str, channels: int) -> bool:

@@ -85,7 +85,7 @@ def test_containers_prefixes_and_dialects(
 
 
 def test_a_prefix_on_some_of_the_names_only() -> None:
-    state = weights()
+    state = weights() | {"head.bias": torch.tensor([1.0, 2.0, 3.0])}
 
     found = checkpoint_of({("net." if i % 2 else "") + name: state[name] for i, name in enumerate(state)}, "a.pth")
 
@@ -139,6 +139,18 @@ def test_a_head_of_more_layers_is_refused_by_name_unless_a_backbone_is_wanted() 
     with pytest.raises(WeightsMismatch, match=r"not one linear layer but head\.0, head\.2"):
         checkpoint_of(named, "a.pth")
     assert_same(checkpoint_of(named, "a.pth", backbone=True).state, state)
+
+
+@pytest.mark.parametrize("name", ["block1.0.ls1.gamma", "block1.0.attn.q.lora_A.weight", "norm4.running_mean"])
+def test_weights_inside_the_backbone_that_are_not_pvt_v2s_are_refused(name: str) -> None:
+    with pytest.raises(WeightsMismatch, match=f"PVT-v2 has not: {name}"):
+        checkpoint_of(weights() | {name: torch.ones(4, 32)}, "a.pth")
+
+
+@pytest.mark.parametrize("extra", ["bottleneck.weight", "neck.bn.weight", "bn.weight"])
+def test_a_layer_between_embedding_and_head_is_refused(extra: str) -> None:
+    with pytest.raises(WeightsMismatch, match="not one linear layer but"):
+        checkpoint_of(weights() | {extra: torch.ones(256)}, "a.pth")
 
 
 def test_averages_are_taken_unless_plain_weights_are_requested() -> None:
