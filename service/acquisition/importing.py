@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
 
 from service.acquisition.answers import activation_of, read_labels, read_thresholds, repeated
@@ -22,10 +21,9 @@ from service.acquisition.preprocessing import (
     read_preprocessor,
 )
 from service.acquisition.publishing import Description, labels_for, publish
-from service.architecture.pvt_v2 import create
 from service.architecture.variants import VARIANTS, Weights
-from service.architecture.weights import PICKLES, Checkpoint, State, checkpoint_of, open_checkpoint
-from service.errors import InvalidRequest, WeightsCorrupt, WeightsMismatch, reasons
+from service.architecture.weights import Checkpoint, State, checkpoint_of, open_checkpoint
+from service.errors import InvalidRequest, reasons
 from service.store.cards import Activation, Answers, Origin, Preprocessing
 from service.store.folder import writing
 from service.store.store import MODEL_ID, VERSION, StoredModel
@@ -60,7 +58,7 @@ class ImportOptions:
 
 
 def import_model(root: Path, options: ImportOptions, on_note: Callable[[str], None] = lambda _: None) -> StoredModel:
-    """Put a checkpoint in any of the four dialects into the store at `root`, with a card and reference outputs.
+    """Put a checkpoint in any dialect into the store at `root`, with a card and reference outputs.
 
     `on_note` is called with each line of a summary: what was found, which of it was taken, and the proof.
 
@@ -73,9 +71,8 @@ def import_model(root: Path, options: ImportOptions, on_note: Callable[[str], No
     config = folder.config if folder else None
     wanted = _checked_variant(options, config)
     labels, answers = _read_answers(options, config, on_note)
-    checkpoint = _opened(options, folder)
-    variant = wanted or _variant_of(checkpoint.state, file)
-    id_ = f"{variant}.{options.tag}"
+    checkpoint = _opened(options, folder, wanted)
+    id_ = f"{checkpoint.variant}.{options.tag}"
     with writing(root):
         if options.version is not None and os.path.lexists(root / id_ / options.version):
             raise InvalidRequest(f"{id_}@{options.version} is there already; leave --version out for the next one")
@@ -84,7 +81,7 @@ def import_model(root: Path, options: ImportOptions, on_note: Callable[[str], No
         labels = _configured_labels(config, checkpoint.state, file)
     about = Description(
         id=id_,
-        variant=variant,
+        variant=checkpoint.variant,
         preprocessing=pixels,
         licence=options.licence or (config and config.licence) or (folder and folder.licence) or "unknown",
         source=options.source or (config and config.source) or file.absolute().name,
@@ -112,13 +109,14 @@ def _summary(
     with_config = f" with the {CONFIG_FILE} of {config.library}" if config else ""
     yield f"found {described(folder.weights) if folder else options.file.name}{with_config}: {about.variant}"
     yield f"weights: {checkpoint.note or f'{checkpoint.weights}, the only ones'}"
-    yield f"head: {count} classes, {names}" if count else "head: none, so that the model computes embeddings only"
+    head = f" ({checkpoint.head})" if checkpoint.head not in {None, "head", "classifier"} else ""
+    yield f"head{head}: {count} classes, {names}" if count else "head: none, so that the model computes embeddings only"
     if config and config.problem_type:
         yield f"problem_type of {CONFIG_FILE}: {config.problem_type}"
     if about.answers:
         yield f"activation: {about.answers.activation}"
-    if folder and folder.left_aside:
-        yield f"left aside: {', '.join(folder.left_aside)}"
+    if left_aside := (*(folder.left_aside if folder else ()), *checkpoint.left_aside):
+        yield f"left aside: {', '.join(left_aside)}"
 
 
 def _checked_variant(options: ImportOptions, config: Config | None) -> str | None:
@@ -135,25 +133,12 @@ def _checked_variant(options: ImportOptions, config: Config | None) -> str | Non
     return wanted or (config.variant if config else None)
 
 
-def _opened(options: ImportOptions, folder: ModelFolder | None) -> Checkpoint:
+def _opened(options: ImportOptions, folder: ModelFolder | None, variant: str | None) -> Checkpoint:
     file = folder.weights if folder else options.file
     if file.name.endswith(INDEX_SUFFIX):
         state, size = read_shards(file)
-        return checkpoint_of(state, file, limit=size, weights=options.weights)
-    if file.suffix not in {".safetensors", *PICKLES}:
-        raise WeightsCorrupt(f"{file}: unknown format; it must end in .safetensors or .pth")
-    return open_checkpoint(file, weights=options.weights)
-
-
-def _variant_of(state: State, file: Path) -> str:
-    """The variant whose tensors, but for the head, have the names and shapes of `state`."""
-    found = {name: tensor.shape for name, tensor in state.items() if not name.startswith("head.")}
-    for variant in VARIANTS:
-        with torch.device("meta"):
-            expected = create(variant, num_classes=0).state_dict()
-        if found == {name: tensor.shape for name, tensor in expected.items()}:
-            return variant
-    raise WeightsMismatch(f"{file}: its tensors are those of no variant; --variant b2 says how they differ from b2's")
+        return checkpoint_of(state, str(file), variant=variant, weights=options.weights, limit=size)
+    return open_checkpoint(file, variant=variant, weights=options.weights)
 
 
 def _pixels(options: ImportOptions, checkpoint: Checkpoint, folder: ModelFolder | None) -> tuple[Preprocessing, str]:

@@ -30,6 +30,7 @@ PRESETS: Mapping[Dialect, Preprocessing] = MappingProxyType(
     {
         "timm": Preprocessing(height=SIDE, width=SIDE, crop=0.9),
         "official": Preprocessing(height=SIDE, width=SIDE, crop=0.875),
+        "mmdetection": Preprocessing(height=SIDE, width=SIDE, crop=0.875),  # it trains from the authors' weights
         "transformers": Preprocessing(height=SIDE, width=SIDE, resize="stretch"),
         "lucid": Preprocessing(height=SIDE, width=SIDE, crop=0.9, rounding="nearest"),
     }

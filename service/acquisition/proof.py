@@ -37,6 +37,7 @@ class _Names:
     head: str
     parts: Mapping[str, str]
     first_patches: str | None = None
+    patch_conv: str = "proj"
     patch_norm: str = "norm"
     eps: float = 1e-5
 
@@ -68,6 +69,17 @@ _NAMES: Mapping[Dialect, _Names] = MappingProxyType(
             ),
             patch_norm="layer_norm", eps=1e-6,
         ),
+        # `PyramidVisionTransformerV2`: query, key and value are one tensor, 1 x 1 convolutions are linear layers.
+        "mmdetection": _Names(
+            "layers.{0}.0", "layers.{0}.1.{2}", "layers.{0}.2", "head",
+            MappingProxyType(
+                {
+                    **_PARTS, "qkv": "attn.attn.in_proj", "proj": "attn.attn.out_proj", "fc1": "ffn.layers.0",
+                    "dwconv": "ffn.layers.1", "fc2": "ffn.layers.4",
+                }
+            ),
+            patch_conv="projection", eps=1e-6,
+        ),
     }
 )  # fmt: skip
 
@@ -84,7 +96,14 @@ class _Layer:
         return self._state[f"{path}.weight"].double(), None if bias is None else bias.double()
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, *self._pair(name))
+        weight, bias = self._pair(name)
+        return F.linear(x, weight.flatten(1), bias)
+
+    def third(self, name: str, number: int, x: Tensor) -> Tensor:
+        """One of three linear layers that are one tensor."""
+        path = f"{self._prefix}.{name}"
+        weight, bias = (self._state[f"{path}_{kind}"].double().chunk(3)[number] for kind in ("weight", "bias"))
+        return F.linear(x, weight, bias)
 
     def norm(self, name: str, x: Tensor, eps: float = 1e-6) -> Tensor:
         weight, bias = self._pair(name)
@@ -128,11 +147,16 @@ class _Block:
         elif self.reduction > 1:
             smaller = layer.conv(part["sr"], _map(x, height, width), self.reduction)
             reduced = layer.norm(part["sr_norm"], _tokens(smaller), self.names.eps)
-        if "kv" in part:
-            keys, values = layer.linear(part["kv"], reduced).chunk(2, dim=-1)
+        if "qkv" in part:
+            queries, keys, values = (
+                layer.third(part["qkv"], number, each) for number, each in enumerate((x, reduced, reduced))
+            )
+        elif "kv" in part:
+            queries, (keys, values) = layer.linear(part["q"], x), layer.linear(part["kv"], reduced).chunk(2, dim=-1)
         else:
+            queries = layer.linear(part["q"], x)
             keys, values = layer.linear(part["k"], reduced), layer.linear(part["v"], reduced)
-        queries, keys, values = (self._by_head(each) for each in (layer.linear(part["q"], x), keys, values))
+        queries, keys, values = map(self._by_head, (queries, keys, values))
         weights = (queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5).softmax(dim=-1)
         return layer.linear(part["proj"], (weights @ values).transpose(1, 2).flatten(2))
 
@@ -167,7 +191,7 @@ def _forward(state: Mapping[str, Tensor], names: _Names, row: Variant, x: Tensor
     for stage, depth in enumerate(row.depths):
         first = names.first_patches if stage == 0 else None
         patches = _Layer(state, first or names.patches.format(stage, stage + 1))
-        x = patches.conv("proj", x, _STRIDES[stage], 3 if stage == 0 else 1)
+        x = patches.conv(names.patch_conv, x, _STRIDES[stage], 3 if stage == 0 else 1)
         height, width = x.shape[2:]
         tokens = patches.norm(names.patch_norm, _tokens(x), names.eps)
         for number in range(depth):

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-Dialect = Literal["official", "timm", "transformers", "lucid"]  # whose names the tensors of a checkpoint have
+Dialect = Literal[
+    "official", "timm", "transformers", "lucid", "mmdetection"
+]  # whose names the tensors of a checkpoint have
 Weights = Literal["plain", "ema"]  # those that were trained, or their exponential moving average
 
 

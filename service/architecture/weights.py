@@ -10,16 +10,20 @@ A training checkpoint may hold the trained weights and a running average of them
 import hashlib
 import io
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from threading import Lock
+from typing import Self
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from service.architecture.checkpoints import Checkpoint, checkpoint_of
 from service.architecture.variants import Dialect, Weights
 from service.errors import (
     WeightsCorrupt,
@@ -30,10 +34,22 @@ from service.errors import (
     WeightsUnsafe,
 )
 
+__all__ = [
+    "Checkpoint",
+    "State",
+    "checkpoint_of",
+    "load_into",
+    "load_weights",
+    "open_checkpoint",
+    "read_checkpoint",
+    "read_content",
+    "read_state_file",
+    "remap_keys",
+]
+
 State = Mapping[str, Tensor]
 
 LISTED = 8  # names in a message, at most
-PICKLES = {".pth", ".pt", ".bin"}  # suffixes of what torch.save writes
 FETCH_AGAIN = "fetch it again from its source"
 WRAPPERS = ("model", "state_dict")  # names under which training scripts keep the weights
 # Names under which they keep a running average beside them, such as timm's `state_dict_ema`, and names inside that.
@@ -56,6 +72,42 @@ RENAMES = (
     (re.compile(r"\.dense([12])\."), r".fc\1."),
     (re.compile(r"\.mlp\.dwconv\.(?=weight$|bias$)"), ".mlp.dwconv.dwconv."),
 )
+_CLASS = re.compile(r"(?:GLOBAL|unrecognized function) (\S+)")
+_LOADING = Lock()  # torch's allow-list is the process's
+
+
+class Inert:
+    """Stands for data of another class in a pickle: it takes any arguments and any state, and keeps nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: object) -> Self:
+        """Any arguments make the same."""
+        return super().__new__(cls)
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+# Names in pickles that are read as data; none of those classes is ever looked up.
+INERT = tuple(
+    (Inert, name)
+    for name in (
+        "argparse.Namespace", "types.SimpleNamespace", "datetime.datetime", "datetime.date", "datetime.timedelta",
+        *(f"pathlib{m}.{n}" for m in ("", "._local") for n in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")),
+        *(f"numpy.{core}.multiarray.{n}" for core in ("core", "_core") for n in ("scalar", "_reconstruct")),
+        "numpy.ndarray", "numpy.dtype",
+        *(f"numpy.dtypes.{n}DType"
+          for n in ("Float16", "Float32", "Float64", "Int32", "Int64", "Bool", "UInt8", "Str")),
+        *(f"builtins.{n}" for n in ("int", "float", "str", "bool", "list", "dict", "tuple")),
+        "mmengine.logging.history_buffer.HistoryBuffer", "typing.Any",
+        "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig", "omegaconf.base.ContainerMetadata",
+        "omegaconf.base.Metadata", "omegaconf.nodes.AnyNode", "omegaconf.nodes.StringNode",
+    )
+)  # fmt: skip
 UNSAFE = ("GLOBAL", "unrecognized function", "allowlisted")  # in torch's words for a pickle that asks for code
 
 
@@ -98,18 +150,40 @@ def _listed(names: list[str]) -> str:
 def _parse(path: Path, data: bytes) -> object:
     """The objects in the file's bytes; code inside never runs. Raises WeightsUnsafe or WeightsCorrupt."""
     try:
-        if path.suffix == ".safetensors":
+        if data[8:9] == b"{" and len(data) >= int.from_bytes(data[:8], "little"):  # the length of its JSON header
             return safetensors.torch.load(data)
-        if path.suffix in PICKLES:
+        if data[:2] == b"PK":
+            _check_sizes(path, data)
+        with _LOADING, torch.serialization.safe_globals(list(INERT)):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except WeightsCorrupt:
+        raise
     except Exception as error:  # broken bytes make the parsers raise almost anything
         if isinstance(error, UnpicklingError) and any(words in str(error) for words in UNSAFE):
+            wanted = _CLASS.search(str(error))
+            what = f"asks for {wanted[1]}" if wanted else "asks for code"
             raise WeightsUnsafe(
-                f"{path}: the pickle asks for code, not only tensors, and was not run; convert it to .safetensors"
+                f"{path}: the pickle {what}, not only tensors, and was not run; where it was made, write "
+                "torch.save(model.state_dict(), 'weights.pth') and import that"
             ) from error
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise WeightsCorrupt(f"{path}: truncated or no {path.suffix} file ({reason}); {FETCH_AGAIN}") from error
-    raise WeightsCorrupt(f"{path}: unknown format; it must end in .safetensors or .pth")
+        raise WeightsCorrupt(
+            f"{path}: truncated, or neither a safetensors file nor one of torch.save ({reason}); {FETCH_AGAIN}"
+        ) from error
+
+
+def _check_sizes(path: Path, data: bytes) -> None:
+    """Refuse an archive that unpacks to more than it is: torch.save compresses nothing."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        size = sum(each.file_size for each in archive.infolist())
+        if size > 2 * len(data):
+            raise WeightsCorrupt(
+                f"{path}: a zip of {len(data)} bytes that unpacks to {size}, which torch.save never writes"
+            )
+        if not any(name.endswith("data.pkl") for name in archive.namelist()):
+            raise WeightsCorrupt(
+                f"{path}: a zip without data.pkl, which torch.save writes; it has {archive.namelist()[:3]}"
+            )
 
 
 def _unwrapped(content: object, wrappers: Sequence[str]) -> object:
@@ -203,29 +277,28 @@ def _tensors(path: Path, content: object, limit: int) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class StateFile:
     """Weights under official names; `dialect` is whose names the file had, `weights` which of those in the file it is.
 
-    `source` has the same tensors under the names of the dialect. `note` explains the choice of weights, where there was
-    one.
+    `note` explains that choice, where there was one.
     """
 
     state: dict[str, Tensor]
     dialect: Dialect
-    source: State
     weights: Weights = "plain"
     note: str = ""
 
 
 def _dialect(state: State) -> Dialect:
-    if any(name.startswith(("pvt_v2.", "encoder.")) for name in state):
+    names = [name.removeprefix("module.") for name in state]
+    if any(name.startswith(("pvt_v2.", "encoder.")) for name in names):
         return "transformers"
-    if not any(name.startswith(("patch_embed.", "stages.")) for name in state):
+    if not any(name.startswith(("patch_embed.", "stages.")) for name in names):
         return "official"
-    return "lucid" if any(name.startswith("classifier.") for name in state) else "timm"
+    return "lucid" if any(name.startswith("classifier.") for name in names) else "timm"
 
 
-def _bytes(path: Path, sha256: str | None = None) -> bytes:
+def _read(path: Path, sha256: str | None) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -244,26 +317,26 @@ def read_content(path: Path) -> tuple[object, int]:
     Raises:
         WeightsUnavailable, WeightsCorrupt, WeightsUnsafe: as `open_checkpoint`.
     """
-    data = _bytes(path)
+    data = _read(path, None)
     return _parse(path, data), len(data)
 
 
-def checkpoint_of(content: object, path: Path, *, limit: int, weights: Weights | None = None) -> Checkpoint:
-    """The weights in `content`, float32 on the CPU; none of its tensors may have more than `limit` elements.
+def open_checkpoint(
+    path: Path, *, variant: str | None = None, weights: Weights | None = None, backbone: bool = False
+) -> Checkpoint:
+    """The model in a checkpoint as its trainer wrote it, of any name: see `checkpoint_of`.
 
-    Messages call it `path`. Raises WeightsCorrupt or WeightsMismatch as `open_checkpoint`.
+    Raises:
+        WeightsUnavailable: there is no such file, or no permission to read it.
+        WeightsCorrupt: truncated, of another format, or without tensors.
+        WeightsUnsafe: a pickle with other classes than harmless data, which did not run; the message names one.
+        WeightsMismatch: as `checkpoint_of`.
     """
-    content, kind, note = _choose(path, content, weights)
-    state: State = _tensors(path, content, limit)
-    if state and all(name.startswith("module.") for name in state):  # left by DistributedDataParallel
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    try:
-        return Checkpoint(remap_keys(state), _dialect(state), state, kind, note)
-    except WeightsMismatch as error:
-        raise WeightsMismatch(f"{path}: {error}; {FETCH_AGAIN}") from error
+    content, size = read_content(path)
+    return checkpoint_of(content, str(path), variant=variant, weights=weights, backbone=backbone, limit=size)
 
 
-def open_checkpoint(path: Path, *, sha256: str | None = None, weights: Weights | None = None) -> Checkpoint:
+def read_state_file(path: Path, *, sha256: str | None = None, weights: Weights | None = None) -> StateFile:
     """The weights in `path`, float32 on the CPU. The file is read once.
 
     The state dict in a .pth file may lie under `model` or `state_dict`. `sha256` is what the file's bytes must hash to,
@@ -277,13 +350,18 @@ def open_checkpoint(path: Path, *, sha256: str | None = None, weights: Weights |
         WeightsUnsafe: a pickle with code in it, which did not run.
         WeightsMismatch: a mixture of dialects, or not the requested `weights`.
     """
-    data = _bytes(path, sha256)
-    return checkpoint_of(_parse(path, data), path, limit=len(data), weights=weights)
+    data = _read(path, sha256)
+    content, kind, note = _choose(path, _parse(path, data), weights)
+    state = _tensors(path, content, limit=len(data))
+    try:
+        return StateFile(remap_keys(state), _dialect(state), kind, note)
+    except WeightsMismatch as error:
+        raise WeightsMismatch(f"{path}: {error}; {FETCH_AGAIN}") from error
 
 
 def read_checkpoint(path: Path, *, sha256: str | None = None, weights: Weights | None = None) -> dict[str, Tensor]:
-    """The weights alone: see `open_checkpoint`."""
-    return open_checkpoint(path, sha256=sha256, weights=weights).state
+    """The weights alone: see `read_state_file`."""
+    return read_state_file(path, sha256=sha256, weights=weights).state
 
 
 def load_into(model: nn.Module, state: State, *, source: str = "the checkpoint") -> None:
@@ -314,6 +392,6 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
     """Read `path` into `model`: the plain weights, since a file that a card names has always been read so.
 
     Raises:
-        WeightsUnavailable, WeightsInvalid: as `open_checkpoint` and `load_into`.
+        WeightsUnavailable, WeightsInvalid: as `read_state_file` and `load_into`.
     """
     load_into(model, read_checkpoint(path, sha256=sha256, weights="plain"), source=str(path))

@@ -370,11 +370,11 @@ def test_import_says_what_is_wrong_and_changes_nothing(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.safetensors", lambda: safetensors.torch.save(dict(official(3)))[:-100], "truncated or no .safetensors"),
-        ("x.pth", lambda: b"hello", "truncated or no .pth"),
-        ("x.onnx", lambda: b"hello", "it must end in .safetensors or .pth"),
+        ("x.safetensors", lambda: safetensors.torch.save(dict(official(3)))[:-100], "truncated, or neither"),
+        ("x.pth", lambda: b"hello", "truncated, or neither"),
+        ("x.onnx", lambda: b"hello", "truncated, or neither"),
         ("x.pth", lambda: pickled({k: v * torch.nan for k, v in official(3).items()}), "NaN or infinity"),
-        ("x.pth", lambda: pickled({**official(3), "head.bias": print}), "asks for code"),
+        ("x.pth", lambda: pickled({**official(3), "head.bias": print}), "asks for print"),
     ],
 )
 def test_a_bad_checkpoint_is_refused_with_the_reason(

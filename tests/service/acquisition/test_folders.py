@@ -350,7 +350,7 @@ def test_code_in_a_shard_is_refused(tmp_path: Path) -> None:
     index = tmp_path / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": {"head.bias": "pytorch_model-00001-of-00001.bin"}}))
 
-    with pytest.raises(WeightsUnsafe, match="asks for code"):
+    with pytest.raises(WeightsUnsafe, match=r"asks for posix\.system"):
         read_shards(index)
 
 
@@ -360,7 +360,7 @@ def test_a_shard_of_a_tensor_that_claims_more_than_its_bytes_is_refused(root: Pa
     index = tmp_path / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": {"head.bias": "pytorch_model-00001-of-00001.bin"}}))
 
-    with pytest.raises(WeightsCorrupt, match="no dense floating-point tensor"):
+    with pytest.raises(WeightsCorrupt, match="no dense tensor of the file"):
         imported(root, tmp_path)
 
 

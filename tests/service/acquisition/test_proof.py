@@ -13,11 +13,12 @@ from torch import Tensor
 from service.acquisition.importing import ImportOptions, import_model
 from service.acquisition.preprocessing import PreprocessingOptions
 from service.acquisition.proof import own_logits
-from service.architecture import weights
+from service.architecture import checkpoints, weights
 from service.architecture.variants import VARIANTS, Dialect
 from service.errors import WeightsMismatch
 from service.store.store import Store
 from tests.service.acquisition.saved import in_timm, in_transformers, spread_out
+from tests.service.architecture.test_checkpoints import in_mmdetection, prefixed
 from tests.service.architecture.test_weights import in_lucid
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -65,12 +66,11 @@ def test_the_names_of_lucid_and_of_the_authors_give_the_same(variant: str) -> No
 
 def swapped(one: str, other: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """The conversion, but for two names that it takes for each other."""
-    remap = weights.remap_keys
+    convert = checkpoints._joined
 
-    def wrong(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        fine = remap(state)
-        stored = state.keys() == fine.keys()  # under official names, which need no conversion
-        return fine if stored else {**fine, one: fine[other], other: fine[one]}
+    def wrong(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        fine = convert(parts)
+        return {**fine, one: fine[other], other: fine[one]}
 
     return wrong
 
@@ -89,10 +89,42 @@ def test_tensors_of_one_shape_in_each_others_place_are_noticed_and_nothing_is_im
 ) -> None:
     save(tmp_path / "hub")
     (root := tmp_path / "store").mkdir()
-    monkeypatch.setattr(weights, "remap_keys", swapped(one, other))
+    monkeypatch.setattr(checkpoints, "_joined", swapped(one, other))
     small = PreprocessingOptions(height=32, width=32)
 
     with pytest.raises(WeightsMismatch, match="does not answer as the checkpoint itself does: logits are off by"):
         import_model(root, ImportOptions(file=tmp_path / "hub", tag="birds", preprocessing=small))
     assert Store(root).models() == []
     assert [path.name for path in root.rglob("*") if path.is_file()] == []
+
+
+def only_features(variant: str) -> dict[str, Tensor]:
+    return dict(spread_out(timm.create_model(variant, features_only=True)).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("content", "dialect"),
+    [
+        (lambda: {"state_dict": prefixed("backbone.", in_mmdetection(headless()))}, "mmdetection"),
+        (lambda: {"model": prefixed("module.", only_features("pvt_v2_b0"))}, "timm"),
+        (lambda: {"net": prefixed("model.", {**headless(), "fc.weight": torch.randn(4, 256)})}, "official"),
+        (lambda: {"ema": in_lucid(weights.remap_keys(of_timm("pvt_v2_b0").state_dict()))}, "lucid"),
+    ],
+)
+def test_what_trainers_wrap_is_proved_under_its_own_names(
+    tmp_path: Path, content: Callable[[], object], dialect: str
+) -> None:
+    torch.save(content(), tmp_path / "last.ckpt")
+    (root := tmp_path / "store").mkdir()
+    notes: list[str] = []
+    small = PreprocessingOptions(height=32, width=32)
+
+    import_model(root, ImportOptions(file=tmp_path / "last.ckpt", tag="mine", preprocessing=small), notes.append)
+
+    (proof,) = [note for note in notes if note.startswith("proof")]
+    assert proof.endswith(f"under their names in {dialect}")
+
+
+def headless() -> dict[str, Tensor]:
+    state = weights.remap_keys(of_timm("pvt_v2_b0").state_dict())
+    return {name: tensor for name, tensor in state.items() if not name.startswith("head.")}

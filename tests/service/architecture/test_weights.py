@@ -16,7 +16,7 @@ from transformers import PvtV2Backbone, PvtV2Config, PvtV2ForImageClassification
 
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.variants import VARIANTS
-from service.architecture.weights import load_into, load_weights, open_checkpoint, read_checkpoint, remap_keys
+from service.architecture.weights import load_into, load_weights, read_checkpoint, read_state_file, remap_keys
 from service.errors import (
     WeightsCorrupt,
     WeightsDigestMismatch,
@@ -186,14 +186,14 @@ def test_noise_is_corrupt(tmp_path: Path, name: str) -> None:
         read_checkpoint(path)
 
 
-def test_formats_are_not_confused(model: PVT_V2, tmp_path: Path) -> None:
-    pth, safe = tmp_path / "is_safetensors.pth", tmp_path / "is_pickle.safetensors"
+def test_a_format_is_told_by_content(model: PVT_V2, tmp_path: Path) -> None:
+    pth, safe, bare = tmp_path / "is_safetensors.pth", tmp_path / "is_pickle.safetensors", tmp_path / "bare"
     save_file(model.state_dict(), pth)
     torch.save(model.state_dict(), safe)
+    torch.save(model.state_dict(), bare, _use_new_zipfile_serialization=False)
 
-    for path in (pth, safe):
-        with pytest.raises(WeightsCorrupt, match=path.name):
-            read_checkpoint(path)
+    for path in (pth, safe, bare):
+        assert_same(read_checkpoint(path), dict(model.state_dict()))
 
 
 def test_missing_file_and_folder_are_unavailable(tmp_path: Path) -> None:
@@ -340,14 +340,14 @@ BOTH: dict[str, dict[str, object]] = {
 def test_ema_weights_are_taken_unless_the_plain_ones_are_requested(tmp_path: Path, layout: str) -> None:
     path = written(tmp_path / "both.pth", BOTH[layout])
 
-    found = open_checkpoint(path)
+    found = read_state_file(path)
 
     assert (found.weights, found.dialect) == ("ema", "official")
     assert found.note.startswith("EMA weights (")
     assert "--weights plain" in found.note
     assert_same(found.state, EMA)
-    assert_same(open_checkpoint(path, weights="ema").state, EMA)
-    plain = open_checkpoint(path, weights="plain")
+    assert_same(read_state_file(path, weights="ema").state, EMA)
+    plain = read_state_file(path, weights="plain")
     assert_same(plain.state, PLAIN)
     assert "left aside" in plain.note
 
@@ -362,21 +362,21 @@ def test_ema_weights_are_taken_unless_the_plain_ones_are_requested(tmp_path: Pat
 def test_plain_weights_alone_are_taken_without_a_word(tmp_path: Path, content: object) -> None:
     path = written(tmp_path / "plain.pth", content)
 
-    found = open_checkpoint(path)
+    found = read_state_file(path)
 
     assert (found.weights, found.note) == ("plain", "")
     assert_same(found.state, PLAIN)
     with pytest.raises(WeightsMismatch, match="no EMA weights"):
-        open_checkpoint(path, weights="ema")
+        read_state_file(path, weights="ema")
 
 
 def test_ema_weights_alone_are_taken_and_plain_ones_are_not_made_up(tmp_path: Path) -> None:
     path = written(tmp_path / "ema.pth", {"state_dict_ema": EMA, "epoch": 3})
 
-    assert_same(open_checkpoint(path).state, EMA)
-    assert "plain" not in open_checkpoint(path).note
+    assert_same(read_state_file(path).state, EMA)
+    assert "plain" not in read_state_file(path).note
     with pytest.raises(WeightsMismatch, match="only EMA weights"):
-        open_checkpoint(path, weights="plain")
+        read_state_file(path, weights="plain")
 
 
 @pytest.mark.parametrize(
@@ -394,15 +394,15 @@ def test_ema_weights_that_are_not_clear_are_refused_and_plain_ones_can_be_had(
     path = written(tmp_path / "unclear.pth", {"model": PLAIN, **averages})
 
     with pytest.raises(WeightsMismatch, match=message):
-        open_checkpoint(path)
-    assert_same(open_checkpoint(path, weights="plain").state, PLAIN)
+        read_state_file(path)
+    assert_same(read_state_file(path, weights="plain").state, PLAIN)
 
 
 def test_timm_loads_the_same_of_what_it_writes(tmp_path: Path) -> None:
     path = written(tmp_path / "timm.pth", BOTH["timm"])
 
-    assert_same(open_checkpoint(path).state, timm.models.load_state_dict(str(path), use_ema=True))
-    assert_same(open_checkpoint(path, weights="plain").state, timm.models.load_state_dict(str(path), use_ema=False))
+    assert_same(read_state_file(path).state, timm.models.load_state_dict(str(path), use_ema=True))
+    assert_same(read_state_file(path, weights="plain").state, timm.models.load_state_dict(str(path), use_ema=False))
 
 
 @pytest.mark.parametrize("name", ["model", "ema"])
@@ -411,4 +411,4 @@ def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path, name: str) ->
     content[name] = {"model": content, "module": content}
 
     with pytest.raises(WeightsCorrupt):
-        open_checkpoint(written(tmp_path / "loop.pth", content))
+        read_state_file(written(tmp_path / "loop.pth", content))
