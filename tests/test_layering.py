@@ -55,6 +55,7 @@ LAYERS = {
         {"costs"},
         {"tiff"},
         {"formats"},
+        {"kinds", "camera_raw"},
         {"header"},
         {"limits", "resampling"},
         {"geometry"},
