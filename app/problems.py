@@ -205,7 +205,7 @@ _SAMPLE_ID = "e0a4aa4ff30f41ab9122180526e30d37"
 # Details for the examples of the OpenAPI document; the others show the docstring of their class.
 _SAMPLES: Mapping[type[Exception], str] = {
     errors.InvalidRequest: "query top_k: must be from 1 to 1000",
-    errors.InvalidImage: "not a supported image (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF)",
+    errors.InvalidImage: "not a supported image (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIF)",
     errors.DeadlineExceeded: "no answer within 100 ms; allow more with timeout_ms or PVT_TIMEOUT_MS",
     errors.ShuttingDown: "the service is shutting down and takes no new work; send the request again",
     ImageUrlRefused: "images by URL are off; PVT_URL_HOSTS is to name the hosts that they may come from",

@@ -142,6 +142,12 @@ def held_bytes() -> int:
     return resident_bytes() + sum(torch.cuda.memory_reserved(i) for i in gpus)
 
 
+def trim() -> None:
+    """Return the pages of freed memory to the kernel, of all threads; without the GIL. Does nothing without glibc."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def give_back() -> None:
     """Collect garbage, and make torch and glibc return the memory they keep; takes some tens of milliseconds."""
     gc.collect()
@@ -149,9 +155,9 @@ def give_back() -> None:
         with suppress(RuntimeError):  # raised again by a card that has failed, which does not concern models on the CPU
             torch.cuda.empty_cache()
             torch._C._host_emptyCache()  # noqa: SLF001  pinned memory, for which there is no public way
+    trim()
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.malloc_trim(0)  # without the GIL, as every call through CDLL
         # It keeps what is free at the end of this thread's arena, some 50 MB after a load: only when the thread frees
         # a block of at least 64 KB is that returned, if it is more than the threshold.
         libc.mallopt(_M_TRIM_THRESHOLD, 0)

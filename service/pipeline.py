@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Condition
+from threading import Condition, Timer
 from time import monotonic
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from service.images.costs import Cost
 from service.images.decoding import Decoded, decode
 from service.images.geometry import Geometry
 from service.images.header import megapixels
+from service.machine import trim
 from service.memory import DECODING, MODELS, MemoryBudget
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
@@ -26,6 +27,7 @@ from service.scheduling.lanes import LARGE_MEGAPIXELS, Lane, Places
 from service.scheduling.scheduler import Scheduler
 
 _LEFT_TO_ANSWER = 0.1  # of the time of a request
+_TRIM_SECONDS = 1.0  # after the last large image
 _LOOK_AGAIN_SECONDS = 0.1  # what others free wakes nobody
 
 
@@ -55,13 +57,17 @@ class Sized:
 
 
 class LargeImages:
-    """Memory for large images while they are decoded, one after another. Thread-safe."""
+    """Memory for large images while they are decoded, one after another. Thread-safe.
+
+    Once none has been decoded for a second, what the allocator kept of their memory is returned to the kernel.
+    """
 
     def __init__(self, memory: MemoryBudget) -> None:
         self._memory = memory
-        # Mutable state, under the condition: whether one is being decoded.
+        # Mutable state, under the condition: whether one is being decoded, and what will trim when it is long ago.
         self._free = Condition()
         self._busy = False
+        self._trimming: Timer | None = None
 
     @contextmanager
     def reserved(self, deadline: float, cost: Cost) -> Iterator[None]:
@@ -94,6 +100,15 @@ class LargeImages:
                 held.release()
                 self._busy = False
                 self._free.notify()
+                self._trim_later()
+
+    def _trim_later(self) -> None:
+        """Under the condition. Pillow's blocks of 16 MB are below glibc's threshold for memory that is unmapped."""
+        if self._trimming:
+            self._trimming.cancel()
+        self._trimming = Timer(_TRIM_SECONDS, trim)
+        self._trimming.daemon = True
+        self._trimming.start()
 
 
 class Pipeline:

@@ -59,6 +59,7 @@ LAYERS = {
         {"costs", "sampling"},
         {"tiff"},
         {"formats"},
+        {"kinds", "camera_raw"},
         {"header"},
         {"limits", "resampling"},
         {"geometry"},

@@ -17,22 +17,24 @@ from numpy.typing import NDArray
 from PIL import AvifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from service.errors import ImageTooLarge, InvalidImage
-from service.images import formats
+from service.images import camera_raw, formats
 from service.images.costs import Cost, cost_of
 from service.images.geometry import Box, place
 from service.images.geometry import Geometry as Geometry  # noqa: PLC0414  a parameter of `decode`
+from service.images.kinds import FORMATS as FORMATS  # noqa: PLC0414
+from service.images.kinds import HEIF, format_of
 from service.images.limits import BoundedReader, check_blocks, check_size, map_errors, tags
 from service.images.resampling import Grey, resample
 from service.images.sampling import Taps, axes, sample
 from service.images.tiff import describe, prepare
 
-FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", *(["AVIF"] if AvifImagePlugin.SUPPORTED else []))
 _LOADERS = {
     "PNG": formats.load_png,
     "WebP": formats.load_webp,
     "GIF": formats.load_gif,
     "BMP": formats.load_bmp,
     "AVIF": formats.load_avif,
+    "HEIF": formats.load_heif,
 }
 _ORIENTATION = (0x0112, 3, 1)  # the tag, its type SHORT, one value
 # EXIF orientations by what sets them upright: mirrored left-right, top-bottom, and then width and height swapped
@@ -42,6 +44,8 @@ _MARGIN = 2
 _SIXTEEN_BITS = 65_535
 
 Image.init()  # all plugins now, not in the first request's thread
+if HEIF:
+    formats.register_heif()
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the thread pool already has one thread per core
 # Pillow reports odd metadata by `warnings`, which nobody would read here, and `catch_warnings` is not thread-safe.
 for _module in (Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin):
@@ -114,13 +118,15 @@ class _Opened:
 def _opened(
     data: bytes | bytearray | memoryview, geometry: Geometry, *, max_pixels: int, scaled_jpeg: bool
 ) -> Iterator[_Opened]:
-    name = _format(raw := bytes(data))
+    name, turn = format_of(raw := bytes(data)), 1
+    if name == "TIFF" and (preview := camera_raw.preview(raw)):
+        name, raw, turn = format_of(preview.data), preview.data, preview.orientation
     with map_errors(name, max_pixels):
         check_blocks(raw, name)
         raw = formats.without_cut_chunk(raw) if name == "WebP" else raw
         with _open(reader := BoundedReader(raw), raw, name) as file:
             check_size(file, max_pixels)
-            orientation, reduction, scans = 1 if name == "TIFF" else _orientation(file), 1, False
+            orientation, reduction, scans = _turn(file, name, raw) or turn, 1, False
             if name == "JPEG":
                 scans = formats.check_scans(file, raw, reader.tell())
                 reduction = formats.least_reduction(file, several_scans=scans)
@@ -175,14 +181,6 @@ def _check_reduction(file: Image.Image, least: int, geometry: Geometry) -> None:
         )
 
 
-def _format(raw: bytes) -> str:
-    for name in FORMATS:
-        _, accept = Image.OPEN[name.upper()]
-        if accept and accept(raw[:16]) is True:
-            return name
-    raise InvalidImage(f"not a supported image ({', '.join(FORMATS)})" if raw else "empty: the image has no bytes")
-
-
 def _open(reader: BoundedReader, raw: bytes, name: str) -> Image.Image:
     try:
         return Image.open(reader, formats=(name.upper(),))
@@ -192,16 +190,26 @@ def _open(reader: BoundedReader, raw: bytes, name: str) -> Image.Image:
         raise
 
 
-def _orientation(file: Image.Image) -> int:
-    """1 to 8, from EXIF; 1 where there is none or the block is broken, as in browsers."""
-    exif = file.info.get("exif", b"")
+def _turn(file: Image.Image, name: str, raw: bytes) -> int:
+    """The orientation that is still to be applied: Pillow's TIFF and HEIF decoders apply their own."""
+    return (
+        0
+        if name in {"TIFF", "HEIF"}
+        else _orientation(
+            formats.late_exif(raw) if name == "PNG" and "exif" not in file.info else file.info.get("exif", b"")
+        )
+    )
+
+
+def _orientation(exif: bytes) -> int:
+    """1 to 8, from EXIF; 0 where there is none or the block is broken, as in browsers."""
     with suppress(struct.error, TypeError, InvalidImage):  # TypeError: a PNG's text chunk named "exif" is no bytes
         tiff = exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
         for *entry, value in tags(tiff):
             if tuple(entry) == _ORIENTATION:
                 orientation = int.from_bytes(value[:2], "little" if tiff[:2] == b"II" else "big")
-                return orientation if orientation in range(1, 9) else 1
-    return 1
+                return orientation if orientation in range(1, 9) else 0
+    return 0
 
 
 def _reduction(size: tuple[int, int], geometry: Geometry) -> int:

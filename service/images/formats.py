@@ -7,6 +7,7 @@ reports them. A JPEG without an end marker is whole if nothing else is missing, 
 import re
 import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -42,10 +43,11 @@ _MOST_GIF_BLOCKS = 2**17  # of up to 255 bytes, in the first frame: 33 MB; walki
 
 _EXTENDED_WEBP, _ANIMATED = b"VP8X", 2  # https://developers.google.com/speed/webp/docs/riff_container
 _MOST_CHUNKS = 2**16
+_PNG = b"\x89PNG\r\n\x1a\n"
 _HEAD = 8  # bytes of a chunk's name and length
-# An AVIF may hold a larger frame than its header says, up to libavif's own limit of 268 megapixels, which costs a
-# gigabyte and can't be known beforehand: one at a time, so that it is one gigabyte.
-_ONE_AVIF = threading.Lock()
+# An AVIF or HEIF may hold a larger frame than its header says, up to libavif's own limit of 268 megapixels, which costs
+# a gigabyte and can't be known beforehand: one at a time, so that it is one gigabyte.
+_ONE_AT_A_TIME = threading.Lock()
 
 _OLDEST_BMP = 12  # bytes of its header; its palette has three bytes a colour
 _BMP_WITH_ALPHA = 56  # bytes of the first header that has a mask for alpha, its last field
@@ -224,6 +226,19 @@ def load_png(image: Image.Image, raw: bytes) -> Image.Image:
     return image
 
 
+def late_exif(raw: bytes) -> bytes:
+    """The EXIF block of a PNG, wherever it stands; Pillow has not seen one behind the pixels yet."""
+    at = len(_PNG)
+    for _ in range(_MOST_CHUNKS):
+        size, name = int.from_bytes(raw[at : at + 4]), raw[at + 4 : at + _HEAD]
+        if name in {b"eXIf", b"IEND", b""}:
+            body = raw[at + _HEAD : at + _HEAD + size]
+            whole = raw[at + _HEAD + size : at + _HEAD + size + 4] == zlib.crc32(name + body).to_bytes(4)
+            return body if whole and name == b"eXIf" else b""
+        at += _HEAD + size + 4
+    return b""
+
+
 def load_gif(image: Image.Image, raw: bytes) -> Image.Image:
     """The first frame, on white where it does not cover the canvas, as browsers show it on a white page."""
     opened = vars(image)
@@ -270,10 +285,28 @@ def load_webp(image: Image.Image, raw: bytes) -> Image.Image:
 def load_avif(image: Image.Image, _: bytes) -> Image.Image:
     """The first frame, without the copies that Pillow keeps."""
     decoder = vars(image).pop("_decoder")
-    with _ONE_AVIF:
+    with _ONE_AT_A_TIME:
         frame = decoder.get_frame(0)
     del decoder  # with its canvases
     return _from_bytes(image, frame[0], image.mode)
+
+
+def register_heif() -> None:
+    """Let Pillow open HEIF, of which it reads the image alone: no thumbnails, depth maps and other auxiliary images."""
+    import pillow_heif  # noqa: PLC0415  an extra
+
+    pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+
+
+def load_heif(image: Image.Image, _: bytes) -> Image.Image:
+    """The primary image as libheif turns it, without the copies that its plugin keeps."""
+    opened = vars(image)
+    frame = opened["_heif_file"][image.tell()]
+    with _ONE_AT_A_TIME:
+        pixels, stride = frame.data, frame.stride
+    if frame.size != image.size:
+        raise InvalidImage("corrupt HEIF: its image has another size than its header says")
+    return Image.frombuffer(image.mode, image.size, pixels, "raw", image.mode, stride, 1)
 
 
 def _from_bytes(image: Image.Image, pixels: bytes, mode: str) -> Image.Image:

@@ -1,5 +1,6 @@
 """How many pixels an image has, from a few bytes of its header and in microseconds: enough to queue it by."""
 
+import re
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,9 +13,10 @@ from service.images.limits import tags
 _JPEG_SPEED = 4  # a JPEG far larger than the model's input is decoded at reduced size, which takes a quarter
 _SMALLEST_LARGE_JPEG = 16_384  # bytes; one of several megapixels has more
 _MARKERS = 1000  # of a JPEG before its size; real files have some twenty
+_LOSSLESS = {0xC3, 0xC7, 0xCB, 0xCF}
 _NO_SIZE = {0xC4, 0xC8, 0xCC}  # markers among those of a JPEG's frames that say something else
 _TIFF_SIZES, _TIFF_TAGS, _SHORT = {256, 257}, 64, 3  # tags of width and height, among so many; a type
-_AVIF_HEAD = 4096  # bytes that its size is looked for in
+_BOXES_HEAD = 4096  # bytes that the size of an AVIF or HEIF is looked for in
 
 
 def megapixels(data: bytes) -> float:
@@ -28,7 +30,7 @@ def _pixels(data: bytes) -> float:
     for magic, read in _READERS.items():
         if data.startswith(magic):
             return read(data)
-    return _avif(data) if data[4:8] == b"ftyp" else 0
+    return _box_size(data) if data[4:8] == b"ftyp" else 0
 
 
 def _product(form: str, data: bytes, start: int) -> int:
@@ -36,14 +38,17 @@ def _product(form: str, data: bytes, start: int) -> int:
     return int(width * height)
 
 
-def _jpeg(data: bytes) -> int:
-    """Of the first frame: segments have their length, up to the one with the size."""
+def jpeg_size(data: bytes, *, lossless: bool = True) -> int:
+    """The pixels of a JPEG's first frame; 0 where it has none, or is lossless where that does not count.
+
+    Segments have their length, up to the one with the size.
+    """
     at = 2
     for _ in range(_MARKERS):
         at = data.index(b"\xff", at) if b"\xff" in data[at : at + 64] else len(data)
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in _NO_SIZE:  # noqa: PLR2004  frames
-            return _product(">HH", data, at + 5)
+            return _product(">HH", data, at + 5) if lossless or marker not in _LOSSLESS else 0
         if marker == 0xFF or 0xD0 <= marker <= 0xD8 or marker == 1:  # noqa: PLR2004  fill bytes, and no segments
             at += 1 if marker == 0xFF else 2  # noqa: PLR2004
             continue
@@ -76,14 +81,16 @@ def _tiff(data: bytes) -> int:
     return prod(sizes.values()) if len(sizes) == len(_TIFF_SIZES) else 0
 
 
-def _avif(data: bytes) -> int:
-    found = data.find(b"ispe", 0, _AVIF_HEAD)
-    return _product(">II", data, found + 8) if found > 0 else 0
+def _box_size(data: bytes) -> int:
+    """Of AVIF and HEIF: the largest size, for a HEIF may have tiles and a thumbnail."""
+    return max(
+        (_product(">II", data, found.end() + 4) for found in re.finditer(b"ispe", data[:_BOXES_HEAD])), default=0
+    )
 
 
 _READERS: dict[bytes, Callable[[bytes], float]] = {
     b"\x89PNG": lambda data: _product(">II", data, 16),
-    b"\xff\xd8": lambda data: _jpeg(data) / _JPEG_SPEED if len(data) > _SMALLEST_LARGE_JPEG else 0,
+    b"\xff\xd8": lambda data: jpeg_size(data) / _JPEG_SPEED if len(data) > _SMALLEST_LARGE_JPEG else 0,
     b"RIFF": _webp,
     b"GIF8": lambda data: _product("<HH", data, 6),
     b"BM": _bmp,

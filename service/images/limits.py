@@ -18,8 +18,18 @@ _MAX_SIDE = 65_535  # JPEG's own; costs per row and Pillow's float32 boxes are f
 _MAX_READS = 100_000  # by Pillow in Python, for it walks markers, chunks and blocks there: 0.1 s
 _MAX_TIFF_VALUES = 65_536  # of one TIFF tag: Pillow makes a Python object of each
 _MAX_BYTES = 9  # of memory per pixel of the limit: 4 of the image, as much in the decoder, and small parts
-# Per pixel: libwebp's two canvases, libavif's planes of 16 bits and its RGB, and Pillow's copy of it.
-HELD_BYTES = {("WEBP", "RGB"): 12, ("WEBP", "RGBA"): 12, ("AVIF", "RGB"): 12, ("AVIF", "RGBA"): 16}
+# Per pixel: libwebp's two canvases, the planes of 16 bits of libavif and libheif and their RGB, Pillow's copy.
+HELD_BYTES = {
+    ("WEBP", "RGB"): 12,
+    ("WEBP", "RGBA"): 12,
+    ("AVIF", "RGB"): 12,
+    ("AVIF", "RGBA"): 16,
+    ("HEIF", "L"): 12,
+    ("HEIF", "LA"): 16,
+    ("HEIF", "I;16"): 12,
+    ("HEIF", "RGB"): 12,
+    ("HEIF", "RGBA"): 16,
+}
 _MOST_PIXELS = 178_956_970  # Pillow's own limit on every file, whatever the setting
 _MAX_REPEATS = 16  # of these blocks, whose handling adds up; there should be one
 _ONCE = {"JPEG": rb"Exif\0\0", "PNG": b"iCCP"}

@@ -1,0 +1,104 @@
+"""Which format a file is in, by its first bytes; what is not read is called by its name, with what to do instead."""
+
+import re
+from importlib.util import find_spec
+
+from PIL import AvifImagePlugin, Image
+
+from service.errors import InvalidImage
+
+HEIF = find_spec("pillow_heif") is not None
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WebP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    *(["AVIF"] if AvifImagePlugin.SUPPORTED else []),
+    *(["HEIF"] if HEIF else []),
+)
+_BRANDS = 256  # bytes of a file type box that are read, 60 brands
+_ITEMS = 4096  # bytes in which an image of no telling brand says how it is coded
+_HEVC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}  # ISO/IEC 23008-12, annex B
+_AV1 = {b"avif", b"avis"}
+_ANY_CODEC = {b"mif1", b"mif2", b"msf1"}
+_RENDERED = "; send a rendered image such as the camera's JPEG"
+_AS_JPEG = "; convert it to JPEG or PNG"
+_NOT_INSTALLED = "; convert it to JPEG, or install pvt-serve[heif] where the service runs"
+# Patterns of first bytes, and what such a file is. A camera's raw file that is a TIFF is told by
+# `service.images.camera_raw`.
+_OTHERS = (
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL" + _AS_JPEG),
+    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "JPEG 2000" + _AS_JPEG),
+    (rb"\xff\xd8\xff\xf7|\xff\xd8\xff\xf0", "JPEG-LS" + _AS_JPEG),
+    (rb"(?s)....ftypcrx ", "camera raw: CR3" + _RENDERED),
+    (rb"IIRO|IIRS|MMOR", "camera raw: ORF" + _RENDERED),
+    (rb"IIU\0", "camera raw: RW2" + _RENDERED),
+    (rb"FOVb", "camera raw: X3F" + _RENDERED),
+    (rb"\0MRM", "camera raw: MRW" + _RENDERED),
+    (rb"FUJIFILMCCD-RAW", "camera raw: RAF" + _RENDERED),
+    (rb"II\xbc\x01", "JPEG XR" + _AS_JPEG),
+    (rb"8BPS", "Photoshop document" + _AS_JPEG),
+    (rb"gimp xcf", "GIMP document" + _AS_JPEG),
+    (rb"%PDF-", "PDF; render its page to JPEG or PNG"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript; render its page to JPEG or PNG"),
+    (
+        rb"(?i)(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)?(?:<!doctype svg[^>]*>\s*)?<svg[\s>]",
+        "SVG; render it to PNG",
+    ),
+    (rb"(?i)(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|body)", "an HTML page; send the image that it shows"),
+    (rb"(?i)data:image/", "a data URL; send the bytes that it encodes, or send it as JSON"),
+    (rb"P[1-7F f]\s", "PNM" + _AS_JPEG),
+    (rb"\0\0[\1\2]\0[^\0]", "icon or cursor" + _AS_JPEG),
+    (rb"\x76\x2f\x31\x01", "OpenEXR" + _AS_JPEG),
+    (rb"#\?RADIANCE|#\?RGBE", "Radiance HDR" + _AS_JPEG),
+    (rb"qoif", "QOI" + _AS_JPEG),
+    (rb"DDS ", "DDS" + _AS_JPEG),
+    (rb"SIMPLE  =", "FITS" + _AS_JPEG),
+    (rb"(?s).{128}DICM", "DICOM; send its pixels as PNG"),
+    (rb"\x93NUMPY", "a NumPy file; send its pixels as PNG, or as a tensor through /v2"),
+    (rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf", "an archive; send the images in it one by one"),
+    (rb"(?s)....ftyp|\x1aE\xdf\xa3|RIFF....AVI |\0\0\x01\xba", "a video; send one of its frames as JPEG or PNG"),
+)
+_OTHER_KINDS = tuple((re.compile(pattern), kind) for pattern, kind in _OTHERS)
+
+
+def format_of(raw: bytes) -> str:
+    """The one of `FORMATS` that the file begins as.
+
+    Raises:
+        InvalidImage: it is empty, or in another format, whose name and way out the message gives where it is known.
+    """
+    if not raw:
+        raise InvalidImage("empty: the image has no bytes")
+    if coded := _coding(raw):
+        if coded not in FORMATS:
+            raise InvalidImage(f"not a supported image (HEIC{_NOT_INSTALLED})" if coded == "HEIF" else _unknown())
+        return coded
+    for name in FORMATS[:6]:
+        _, accept = Image.OPEN[name.upper()]
+        if accept and accept(raw[:16]) is True and not raw.startswith((b"\xff\xd8\xff\xf7", b"\xff\xd8\xff\xf0")):
+            return name
+    for pattern, kind in _OTHER_KINDS:
+        if pattern.match(raw, 0, _ITEMS):
+            raise InvalidImage(f"not a supported image ({kind})")
+    raise InvalidImage(_unknown())
+
+
+def _unknown() -> str:
+    return f"not a supported image ({', '.join(FORMATS)})"
+
+
+def _coding(raw: bytes) -> str:
+    """AVIF or HEIF, for a file of still images in ISO's base media format; empty for another."""
+    if raw[4:8] != b"ftyp":
+        return ""
+    end = min(int.from_bytes(raw[:4]), _BRANDS)
+    brands = [raw[8:12], *(raw[at : at + 4] for at in range(16, end - 3, 4))]
+    for brand in brands:
+        if brand in _HEVC | _AV1:
+            return "HEIF" if brand in _HEVC else "AVIF"
+    if not _ANY_CODEC.intersection(brands):
+        return ""
+    return "HEIF" if b"hvc1" in raw[:_ITEMS] else "AVIF"

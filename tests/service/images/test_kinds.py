@@ -1,0 +1,108 @@
+"""What is not read is called by its name, with what to do; never "corrupt"."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from service.errors import InvalidImage
+from service.images import kinds
+from service.images.decoding import Geometry, decode
+from tests.service.images.test_wholeness import PHOTO
+
+
+def refusal(data: bytes) -> str:
+    with pytest.raises(InvalidImage) as caught:
+        decode(data, Geometry(64, 64, 0.9, "bicubic"), max_pixels=10**6)
+    return str(caught.value)
+
+
+def by_pillow(kind: str, **options: Any) -> bytes:
+    PHOTO.save(buffer := io.BytesIO(), kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (by_pillow("JPEG2000"), "JPEG 2000; convert it"),
+        (by_pillow("JPEG2000", no_jp2=True), "JPEG 2000; convert it"),
+        (by_pillow("PPM"), "PNM; convert it"),
+        (by_pillow("ICO"), "icon or cursor; convert it"),
+        (by_pillow("PDF"), "PDF; render"),
+        (by_pillow("EPS"), "PostScript; render"),
+        (by_pillow("DDS"), "DDS; convert it"),
+        (b"\xff\x0a\xfa\x1f\x01", "JPEG XL; convert it"),
+        (b"\0\0\0\x0cJXL \x0d\x0a\x87\x0a", "JPEG XL; convert it"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "camera raw: CR3; send a rendered image"),
+        (b"IIRO\x08\0\0\0", "camera raw: ORF; send a rendered image"),
+        (b"FUJIFILMCCD-RAW 0201", "camera raw: RAF; send a rendered image"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41", "a video; send one of its frames"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG; render it"),
+        (b"\n<!DOCTYPE html><html></html>", "an HTML page; send the image that it shows"),
+        (b"data:image/png;base64,iVBO", "a data URL; send the bytes"),
+        (b"8BPS\0\1", "Photoshop document; convert it"),
+        (b"PK\x03\x04", "an archive; send the images in it"),
+        (bytes(128) + b"DICM", "DICOM; send its pixels as PNG"),
+    ],
+)  # fmt: skip
+def test_other_kinds_are_named(data: bytes, words: str) -> None:
+    assert refusal(data).startswith(f"not a supported image ({words}")
+
+
+def test_heic_without_its_decoder_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "FORMATS", tuple(name for name in kinds.FORMATS if name != "HEIF"))
+
+    for brand in (b"heic", b"heix", b"hevc"):
+        assert refusal(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic") == (
+            "not a supported image (HEIC; convert it to JPEG, or install pvt-serve[heif] where the service runs)"
+        )
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (np.zeros((32, 32, 3), np.float32), "3 floating-point samples of 32 bits"),
+        (np.zeros((32, 32, 3), np.uint32), "3 unsigned samples of 32 bits"),
+        (np.zeros((32, 32, 3), np.int16), "3 signed samples of 16 bits"),
+        (np.zeros((32, 32, 3), np.float16), "3 floating-point samples of 16 bits"),
+        (np.zeros((32, 32), np.complex64), "1 complex sample of 64 bits"),
+    ],
+)
+def test_samples_that_are_not_read_are_described(pixels: Any, words: str, compression: Any) -> None:
+    photometric: Any = "rgb" if pixels.ndim == 3 else "minisblack"
+    tifffile.imwrite(buffer := io.BytesIO(), pixels, photometric=photometric, compression=compression)
+
+    message = refusal(buffer.getvalue())
+
+    assert message.startswith("not a supported image (TIFF")
+    assert words in message
+
+
+def test_bytes_of_no_known_kind_get_the_list_of_formats() -> None:
+    assert refusal(b"hello, world") == f"not a supported image ({', '.join(kinds.FORMATS)})"
+    assert refusal(b"") == "empty: the image has no bytes"
+
+
+def test_a_png_is_turned_by_an_exif_block_behind_its_pixels() -> None:
+    (exif := Image.Exif())[0x0112] = 6
+    PHOTO.save(buffer := io.BytesIO(), "PNG", exif=exif)
+    data = buffer.getvalue()
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4])
+    late = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+    geometry = Geometry(64, 64, 0.9, "bicubic")
+
+    with Image.open(io.BytesIO(late)) as image:
+        image.load()
+        assert image.getexif()[0x0112] == 6
+    expected, found = (decode(each, geometry, max_pixels=10**6) for each in (data, late))
+
+    assert (found.width, found.height) == (107, 160)
+    assert np.array_equal(found.pixels, expected.pixels)
+    for cut in (late[: len(late) - 20], late[:-12]):
+        assert decode(cut, geometry, max_pixels=10**6).pixels.shape == (64, 64, 3)
