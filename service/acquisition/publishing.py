@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -94,13 +94,9 @@ def publish(
         InvalidRequest: answers of that kind can't be made of these logits.
         StoreNotWritable: the store can't be written; it is unchanged.
     """
-    labels, pixels = labels_for(state, about), about.preprocessing
+    labels = labels_for(state, about)
     model = _loaded(state, about, len(labels))
-    images = _reference_images(pixels.height, pixels.width)
-    logits = _logits_in_batches(Served(model, pixels.mean, pixels.std, colours=pixels.colours).eval(), images)
-    if not np.isfinite(logits).all():
-        raise WeightsNotFinite(f"{about.source}: the model answers NaN or infinity to ordinary images")
-    reference, reference_file = packed(Reference(images, logits, embeddings=not labels))
+    reference, reference_file = packed(outputs := _reference(model, about, embeddings=not labels))
     with writing(root):
         (root / PULL_FOLDER).mkdir(parents=True, exist_ok=True)
         check_room(root, sum(map(len, beside.values())) + sum(each.nbytes for each in state.values()) + len(reference))
@@ -109,14 +105,32 @@ def publish(
             _save(state, weights)
             card = _card(about, labels, model, weights, reference_file)
             if checkpoint:
-                on_note(_proof(card, folder, images, checkpoint))
-            try:
-                written = write_model(root, version, card, weights, {reference_file.file: reference, **beside})
-            except BaseException:
-                with suppress(OSError):  # a model's folder without a version would count as a broken model
-                    (root / about.id).rmdir()
-                raise
+                on_note(_proof(card, folder, outputs.images, checkpoint))
+            files = {reference_file.file: reference, **beside}
+            with _without_empty_folder(root / about.id):
+                written = write_model(root, version, card, weights, files)
     return StoredModel(about.id, written.name, written, card)
+
+
+@contextmanager
+def _without_empty_folder(folder: Path) -> Iterator[None]:
+    """Where what runs inside fails, remove the folder if it is empty: it would count as a broken model."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
+
+
+def _reference(model: PVT_V2, about: Description, *, embeddings: bool) -> Reference:
+    """Reference images and what plain float32 gives for them; raises WeightsNotFinite where that is no number."""
+    pixels = about.preprocessing
+    images = _reference_images(pixels.height, pixels.width)
+    outputs = _logits_in_batches(Served(model, pixels.mean, pixels.std, colours=pixels.colours).eval(), images)
+    if not np.isfinite(outputs).all():
+        raise WeightsNotFinite(f"{about.source}: the model answers NaN or infinity to ordinary images")
+    return Reference(images, outputs, embeddings=embeddings)
 
 
 def _card(

@@ -74,26 +74,37 @@ def fit_head(
     if len(present := np.unique(classes)) < 2:  # noqa: PLR2004
         names = ", ".join(repr(labels[i]) for i in present) or "none"
         raise InvalidRequest(f"a head needs images of at least two classes; there are images of: {names}")
-    scale = embeddings.astype(np.float64).std(axis=0)
-    scaled = (embeddings - embeddings.mean(axis=0, dtype=np.float64)) / np.where(scale > 0, scale, 1)
+    mean, spread = embeddings.mean(axis=0, dtype=np.float64), embeddings.astype(np.float64).std(axis=0)
+    scale = np.where(spread > 0, spread, 1)
+    scaled = (embeddings - mean) / scale
     fit = partial(_fit, scaled, classes, len(labels), balanced=balanced)
     folds = _folds(classes, seed)
     count = int(folds.max()) + 1
     step((len(STRENGTHS) * (count - 1) if count > 2 else 0) + count + 1)  # noqa: PLR2004  fold 0 has no say in strength
     strength = _strength(fit, scaled, classes, folds, step)
-    logits, known = np.zeros((len(classes), len(labels))), folds != _NEVER
-    for fold in range(count):
-        step(0)
-        logits[folds == fold] = fit(strength, folds != fold).logits(scaled[folds == fold])
+    logits, known = _held_out_logits(fit, strength, scaled, folds, len(labels), step), folds != _NEVER
     temperature = _temperature(logits[known], classes[known]) if known.any() else 1.0
-    held_out = folds == 0
-    table = Confusion.of(labels, classes[held_out].tolist(), logits[held_out].argmax(1).tolist())
+    table = Confusion.of(labels, classes[held_out := folds == 0].tolist(), logits[held_out].argmax(1).tolist())
     step(0)
-    final = fit(strength, np.ones(len(classes), bool)).unscaled(
-        embeddings.mean(axis=0, dtype=np.float64), np.where(scale > 0, scale, 1)
-    )
+    final = fit(strength, np.ones(len(classes), bool)).unscaled(mean, scale)
     head = Head((final.weight / temperature).astype(np.float32), (final.bias / temperature).astype(np.float32))
     return Fitted(head, strength, temperature, table if held_out.any() else None)
+
+
+def _held_out_logits(  # noqa: PLR0917  as `fit_head` has them
+    fit: "Callable[..., _Linear]",
+    strength: float,
+    scaled: Doubles,
+    folds: Ints,
+    classes: int,
+    step: Callable[[int], None],
+) -> Doubles:
+    """Logits (n, classes) of each image by a head that was fitted to the other folds."""
+    logits = np.zeros((len(scaled), classes))
+    for fold in range(int(folds.max()) + 1):
+        step(0)
+        logits[folds == fold] = fit(strength, folds != fold).logits(scaled[folds == fold])
+    return logits
 
 
 @dataclass(frozen=True, slots=True, eq=False)
