@@ -249,7 +249,11 @@ def _print_alternatives(checked: "Checked", better: "Alternative | None", comman
 def _changed(each: "Alternative") -> str:
     """What is other than on the card; of a resize that has no crop, nothing of a crop."""
     cropped = each.preprocessing.resize == "shorter_side_crop"
-    return ", ".join(f"{field} {value}" for field, value in each.changes.items() if field != "crop" or cropped)
+    return ", ".join(
+        f"{field} {value}"
+        for field, value in each.changes.items()
+        if (field != "crop" or cropped) and value is not None
+    )
 
 
 def _flags(each: "Alternative") -> str:
@@ -262,6 +266,8 @@ def _flags(each: "Alternative") -> str:
     for field, value in each.changes.items():
         if isinstance(value, bool):
             found.append(f"--{field}" if value else f"--no-{field}")
+        elif field == "fill":
+            found += [f"--fill {' '.join(map(str, value))}"] if value else []
         elif field not in {"resize", "crop", "rounding"}:
             found.append(f"--{field} {value}")
     return " ".join(found)

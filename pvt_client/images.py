@@ -3,6 +3,7 @@
 import os
 import struct
 import zlib
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
@@ -36,15 +37,33 @@ class PilImage(Protocol):
         """Write it into `fp`."""
 
 
-Image: TypeAlias = str | os.PathLike[str] | bytes | BinaryFile | PilImage | NDArray[np.uint8]
-"""An image: a path, encoded bytes, an open file, a PIL image, or `uint8` pixels (H, W) or (H, W, 1 | 3 | 4)."""
+@runtime_checkable
+class Tensor(Protocol):
+    """The part of `torch.Tensor` that is used, so that torch need not be installed."""
+
+    def detach(self) -> Any:  # noqa: ANN401  torch's own
+        """The same without its history."""
+
+    def is_floating_point(self) -> bool:
+        """Whether it holds floats."""
+
+
+Image: TypeAlias = str | os.PathLike[str] | bytes | BinaryFile | PilImage | NDArray[Any] | Tensor
+"""An image: a path, encoded bytes, an open file, a PIL image, pixels (H, W) or (H, W, 1 | 3 | 4), or a torch tensor
+(H, W) or (1 | 3 | 4, H, W). Pixels are `uint8`, `uint16` or floats from 0 to 1."""
 
 # Not a Sequence: text and bytes are sequences too.
 AnyImage = TypeVar("AnyImage", bound=Image)
 Images: TypeAlias = list[AnyImage] | tuple[AnyImage, ...]
 
-# Modes that PNG holds as they are; others are converted.
-_PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
+# Modes that PNG holds as they are, those that only TIFF does, and those with alpha; others are converted to RGB.
+_PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
+_TIFF_MODES = {"I", "F", "I;16B", "LAB"}
+_ALPHA_MODES = {"PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
+_ORIENTATION, _UPRIGHT = 0x0112, 1
+# An EXIF block of nothing but the orientation, whose number follows: where a camera was is nobody's business.
+_EXIF = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0"
+_DTYPES = {np.dtype(np.uint8), np.dtype(np.uint16)}  # of a PNG's values
 _COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # PNG's number for grey, RGB and RGBA
 _FAST = 1  # zlib level: each of these images is sent once
 
@@ -80,37 +99,99 @@ def upload(image: Image) -> Upload:
 def _encoded(image: Image) -> bytes:
     match image:
         case str() | os.PathLike():
-            return Path(image).read_bytes()
+            return _of_path(image)
         case np.ndarray():
             return encode_png(image)
         case PilImage():
-            buffer = BytesIO()
-            (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG", compress_level=_FAST)
-            return buffer.getvalue()
+            return _of_pil(image)
+        case Tensor():
+            return encode_png(_of_tensor(image))
         case BinaryFile():
             return image.read()
-    message = "pass a path, bytes, a file opened with 'rb', a PIL image or an array"
+    message = "pass a path, bytes, a file opened with 'rb', a PIL image, an array or a tensor"
     raise ImageUnreadable(f"{type(image).__name__} is not an image: {message}")
 
 
+def _of_path(path: str | os.PathLike[str]) -> bytes:
+    if isinstance(path, str) and path.lower().startswith(("http://", "https://", "s3://", "gs://")):
+        raise ImageUnreadable("that is a URL; fetch it and pass its bytes, or POST it to the service as JSON")
+    if (file := Path(path)).is_dir():
+        raise ImageUnreadable("that is a folder; pass the files in it, as predict_many(sorted(Path(folder).iterdir()))")
+    return file.read_bytes()
+
+
+def _of_pil(image: PilImage) -> bytes:
+    """The current frame, with the values and the orientation that its file has: the service gives the same answer."""
+    getattr(image, "load", lambda: None)()  # which turns a TIFF, and then its orientation is gone
+    exif: Mapping[int, Any] = getattr(image, "getexif", dict)()
+    buffer, options = BytesIO(), dict[str, Any]()
+    if image.mode in _TIFF_MODES:
+        image.save(buffer, "TIFF")
+        return buffer.getvalue()
+    if (orientation := exif.get(_ORIENTATION, _UPRIGHT)) in range(2, 9):
+        options["exif"] = _EXIF + bytes((orientation,)) + bytes(6)
+    image = image if image.mode in _PNG_MODES else image.convert(_ALPHA_MODES.get(image.mode, "RGB"))
+    image.save(buffer, "PNG", compress_level=_FAST, **options)
+    return buffer.getvalue()
+
+
+def _of_tensor(tensor: Any) -> NDArray[Any]:  # noqa: ANN401  torch's own
+    """The pixels of a torch tensor (C, H, W) or (H, W), channels last."""
+    tensor = tensor.detach().cpu()
+    array: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    if array.ndim == 3 and array.shape[0] in _COLOUR_TYPES:  # noqa: PLR2004
+        return array.transpose(1, 2, 0)
+    if array.ndim == 2:  # noqa: PLR2004
+        return array
+    advice = "; pass its images one by one, as a list" if array.ndim == 4 else ""  # noqa: PLR2004
+    raise ImageUnreadable(
+        f"a tensor of shape {array.shape} is not an image: (H, W) or (1 | 3 | 4, H, W) is expected{advice}"
+    )
+
+
+def _whole_numbers(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Floats from 0 to 1 as `uint8`; other types as they are."""
+    if pixels.dtype.kind != "f" or not pixels.size:
+        return pixels
+    low, high = float(pixels.min()), float(pixels.max())
+    if not 0 <= low <= high <= 1:
+        raise ImageUnreadable(
+            f"an array of {pixels.dtype} from {low:g} to {high:g} is not an image: floats must be from 0 to 1; undo a "
+            "normalisation, or convert values up to 255 to uint8"
+        )
+    scaled: NDArray[Any] = np.rint(pixels.astype(np.float64) * 255).astype(np.uint8)
+    return scaled
+
+
 def encode_png(pixels: NDArray[Any]) -> bytes:
-    """`uint8` pixels (H, W) or (H, W, 1 | 3 | 4) as a PNG, lossless.
+    """Pixels (H, W) or (H, W, 1 | 3 | 4) as a PNG: `uint8` and `uint16` as they are, floats from 0 to 1 in 8 bits.
 
     Raises:
-        ImageUnreadable: another dtype or shape.
+        ImageUnreadable: another dtype or shape, or floats beyond.
     """
     planes = pixels[:, :, None] if pixels.ndim == 2 else pixels  # noqa: PLR2004
-    if planes.dtype != np.uint8 or planes.ndim != 3 or planes.shape[2] not in _COLOUR_TYPES or not planes.size:  # noqa: PLR2004
+    expected = planes.ndim == 3 and planes.shape[2] in _COLOUR_TYPES and bool(planes.size)  # noqa: PLR2004
+    planes = _whole_numbers(planes) if expected else planes
+    if not expected or planes.dtype.newbyteorder("=") not in _DTYPES:
         raise ImageUnreadable(
-            f"an array of {pixels.dtype} {pixels.shape} is not an image: "
-            "uint8 (H, W) or (H, W, 1 | 3 | 4) is expected, one array for each image"
+            f"an array of {pixels.dtype} {pixels.shape} is not an image: uint8 (H, W) or (H, W, 1 | 3 | 4) is expected,"
+            f" one array for each image, or uint16, or floats from 0 to 1{_advice(pixels)}"
         )
     height, width, channels = planes.shape
-    rows = np.zeros((height, 1 + width * channels), np.uint8)  # each row begins with its filter's number: 0, none
-    rows[:, 1:] = planes.reshape(height, -1)
-    header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
+    values = planes.astype(planes.dtype.newbyteorder(">")).reshape(height, -1).view(np.uint8)
+    rows = np.zeros((height, 1 + values.shape[1]), np.uint8)  # each row begins with its filter's number: 0, none
+    rows[:, 1:] = values
+    header = struct.pack(">IIBBBBB", width, height, 8 * planes.itemsize, _COLOUR_TYPES[channels], 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), _FAST)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, data) for name, data in chunks)
+
+
+def _advice(pixels: NDArray[Any]) -> str:
+    if pixels.ndim == 4:  # noqa: PLR2004
+        return "; pass a batch as list(array), or to predict_many"
+    if pixels.ndim == 3 and pixels.shape[0] in _COLOUR_TYPES:  # noqa: PLR2004
+        return "; where channels come first, pass array.transpose(1, 2, 0)"
+    return ""
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:

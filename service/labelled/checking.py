@@ -23,7 +23,14 @@ from service.store.store import StoredModel
 
 CROPS = 0.875, 0.9, 1.0  # the authors' release, timm, and none
 ALPHA = 0.01  # the chance of calling any of all alternatives better that is as good as the card's
-_OTHER_FIELDS = {"interpolation": get_args(Interpolation), "antialias": (True, False)}  # as far as cards have them
+FILLS = (114, 114, 114), (0, 0, 0)  # Ultralytics', albumentations'
+# Other ways to compute the same crop. OpenCV never antialiases.
+_COMPUTED: Sequence[Mapping[str, Any]] = (
+    *({"interpolation": each} for each in get_args(Interpolation)),
+    {"kernel": "torchvision", "antialias": True},
+    {"kernel": "torchvision", "antialias": False},
+    {"kernel": "opencv", "antialias": False},
+)
 
 Step = Callable[[str, int], None]
 """Reports progress: what is done, and how many images that takes in all, before the first; then 0 for each image."""
@@ -176,14 +183,17 @@ def _judged(each: Alternative, alternatives: int) -> Alternative:
 
 
 def _resizes(own: Preprocessing) -> list[Preprocessing]:
-    """Every other `resize` that a card can say, where it has a crop with each of `CROPS`."""
-    return _distinct(own, [{"resize": resize, "crop": crop} for resize, crop in product(get_args(Resize), CROPS)])
+    """Every other `resize` that a card can say, where it has a crop with each of `CROPS`, where a colour with each."""
+    return _distinct(own, [
+        {"resize": resize, "crop": crop, "fill": fill}
+        for resize, crop in product(get_args(Resize), CROPS)
+        for fill in (FILLS if resize == "letterbox" else (None,))
+    ])  # fmt: skip
 
 
 def _others(base: Preprocessing) -> list[Preprocessing]:
-    """`base` with each other value of each other field that says how pixels are computed."""
-    fields = {name: values for name, values in _OTHER_FIELDS.items() if name in Preprocessing.model_fields}
-    return _distinct(base, [{name: value} for name, values in fields.items() for value in values])
+    """`base` with each other way to compute its pixels."""
+    return _distinct(base, _COMPUTED)
 
 
 def _distinct(base: Preprocessing, changes: Sequence[Mapping[str, Any]]) -> list[Preprocessing]:
