@@ -22,7 +22,7 @@ HEALTH = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(**LIGHT, client_timeout_seconds="1", preload="pvt_v2_b0.digits") as server:
+    with serving(**LIGHT, client_timeout_seconds="1", keep_alive_seconds="1", preload="pvt_v2_b0.digits") as server:
         yield server
 
 

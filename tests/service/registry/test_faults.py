@@ -128,14 +128,14 @@ def card_larger_than_any(folder: Path) -> None:
 SIZE = {"height": 32, "width": 32}
 FAULTS: dict[str, tuple[Callable[[Path], None], type[ServiceError], str]] = {
     "truncated": (truncated, errors.WeightsCorrupt, "1000 bytes, the card says"),
-    "cut": (truncated_with_its_card, errors.WeightsCorrupt, "truncated or no .safetensors file"),
-    "empty": (emptied_with_its_card, errors.WeightsCorrupt, "truncated or no .safetensors file"),
+    "cut": (truncated_with_its_card, errors.WeightsCorrupt, "truncated, or neither"),
+    "empty": (emptied_with_its_card, errors.WeightsCorrupt, "truncated, or neither"),
     "flipped": (bit_flipped, errors.WeightsDigestMismatch, "SHA-256 is"),
     "swapped": (of_another_model, errors.WeightsDigestMismatch, "SHA-256 is"),
     "swapped-card": (of_another_model_with_its_card, errors.ReferenceInvalid, "logits are off by"),
     "variant": (of_another_variant, errors.WeightsMismatch, "1 missing: norm1.bias; 1 misshapen: patch_embed1.proj"),
     "nan": (nan_laden, errors.WeightsNotFinite, "block2.0.attn.q.weight holds NaN"),
-    "code": (pickled_code, errors.WeightsUnsafe, "asks for code"),
+    "code": (pickled_code, errors.WeightsUnsafe, "the pickle asks for"),
     "ref-shape": (reference_of_another_shape, errors.ReferenceInvalid, "must be uint8"),
     "ref-nan": (reference_not_a_number, errors.ReferenceInvalid, "NaN or infinity"),
     "newer-format": (card_with(format=99), errors.CardInvalid, "format 99"),
