@@ -92,7 +92,7 @@ def checkpoint_of(
         WeightsCorrupt: no tensors, or some that claim more than the file holds.
         WeightsMismatch: no PVT-v2, several, another variant, or a head that is not one linear layer.
     """
-    flat = dict(_tensors(content))
+    flat = _with_dots(dict(_tensors(content)))
     if not flat:
         raise WeightsCorrupt(f"{source}: holds no tensors; save the model's state_dict()")
     _check_dense(flat, source, limit)
@@ -117,6 +117,21 @@ def checkpoint_of(
         {name: tensor.detach().float().contiguous() for name, tensor in state.items()},
         found, dialect, of, head, aside, note, {name: tensor.detach() for name, tensor in own.items()},
     )  # fmt: skip
+
+
+def _with_dots(flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same under names with dots: `LitEma` of latent-diffusion keeps averages of `a.b.weight` as `abweight`."""
+    dotted = {}
+    for name in flat:
+        parts = name.split(".")
+        for first in range(len(parts) - 1):
+            dotted["".join(parts[first:])] = ".".join(parts[first:])
+    found = {}
+    for name, tensor in flat.items():
+        before, _, last = name.rpartition(".")
+        known = dotted.get(last) if _is_average(f"{before}.") else None
+        found[f"{before}.{known}" if known and last != known else name] = tensor
+    return found
 
 
 def _own_name(name: str) -> str:

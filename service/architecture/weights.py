@@ -8,22 +8,17 @@ A training checkpoint may hold the trained weights and a running average of them
 """
 
 import hashlib
-import io
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from threading import Lock
-from typing import Self
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from service.architecture.checkpoints import Checkpoint, checkpoint_of
+from service.architecture.pickles import FETCH_AGAIN, parse
 from service.architecture.variants import Dialect, Weights
 from service.errors import (
     WeightsCorrupt,
@@ -31,7 +26,6 @@ from service.errors import (
     WeightsMismatch,
     WeightsNotFinite,
     WeightsUnavailable,
-    WeightsUnsafe,
 )
 
 __all__ = [
@@ -50,7 +44,6 @@ __all__ = [
 State = Mapping[str, Tensor]
 
 LISTED = 8  # names in a message, at most
-FETCH_AGAIN = "fetch it again from its source"
 WRAPPERS = ("model", "state_dict")  # names under which training scripts keep the weights
 # Names under which they keep a running average beside them, such as timm's `state_dict_ema`, and names inside that.
 AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|avg|averag(e|ed|es|ing)|polyak|shadow)([^a-z]|$)")
@@ -72,43 +65,6 @@ RENAMES = (
     (re.compile(r"\.dense([12])\."), r".fc\1."),
     (re.compile(r"\.mlp\.dwconv\.(?=weight$|bias$)"), ".mlp.dwconv.dwconv."),
 )
-_CLASS = re.compile(r"(?:GLOBAL|unrecognized function) (\S+)")
-_LOADING = Lock()  # torch's allow-list is the process's
-
-
-class Inert:
-    """Stands for data of another class in a pickle: it takes any arguments and any state, and keeps nothing."""
-
-    __slots__ = ()
-
-    def __new__(cls, *_: object) -> Self:
-        """Any arguments make the same."""
-        return super().__new__(cls)
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-# Names in pickles that are read as data; none of those classes is ever looked up.
-INERT = tuple(
-    (Inert, name)
-    for name in (
-        "argparse.Namespace", "types.SimpleNamespace", "datetime.datetime", "datetime.date", "datetime.timedelta",
-        *(f"pathlib{m}.{n}" for m in ("", "._local") for n in ("Path", "PosixPath", "WindowsPath", "PurePosixPath")),
-        *(f"numpy.{core}.multiarray.{n}" for core in ("core", "_core") for n in ("scalar", "_reconstruct")),
-        "numpy.ndarray", "numpy.dtype",
-        *(f"numpy.dtypes.{n}DType"
-          for n in ("Float16", "Float32", "Float64", "Int32", "Int64", "Bool", "UInt8", "Str")),
-        *(f"builtins.{n}" for n in ("int", "float", "str", "bool", "list", "dict", "tuple")),
-        "mmengine.logging.history_buffer.HistoryBuffer", "typing.Any",
-        "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig", "omegaconf.base.ContainerMetadata",
-        "omegaconf.base.Metadata", "omegaconf.nodes.AnyNode", "omegaconf.nodes.StringNode",
-    )
-)  # fmt: skip
-UNSAFE = ("GLOBAL", "unrecognized function", "allowlisted")  # in torch's words for a pickle that asks for code
 
 
 def _official(name: str) -> str:
@@ -145,45 +101,6 @@ def remap_keys(state: State) -> dict[str, Tensor]:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
-
-
-def _parse(path: Path, data: bytes) -> object:
-    """The objects in the file's bytes; code inside never runs. Raises WeightsUnsafe or WeightsCorrupt."""
-    try:
-        if data[8:9] == b"{" and len(data) >= int.from_bytes(data[:8], "little"):  # the length of its JSON header
-            return safetensors.torch.load(data)
-        if data[:2] == b"PK":
-            _check_sizes(path, data)
-        with _LOADING, torch.serialization.safe_globals(list(INERT)):
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except WeightsCorrupt:
-        raise
-    except Exception as error:  # broken bytes make the parsers raise almost anything
-        if isinstance(error, UnpicklingError) and any(words in str(error) for words in UNSAFE):
-            wanted = _CLASS.search(str(error))
-            what = f"asks for {wanted[1]}" if wanted else "asks for code"
-            raise WeightsUnsafe(
-                f"{path}: the pickle {what}, not only tensors, and was not run; where it was made, write "
-                "torch.save(model.state_dict(), 'weights.pth') and import that"
-            ) from error
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise WeightsCorrupt(
-            f"{path}: truncated, or neither a safetensors file nor one of torch.save ({reason}); {FETCH_AGAIN}"
-        ) from error
-
-
-def _check_sizes(path: Path, data: bytes) -> None:
-    """Refuse an archive that unpacks to more than it is: torch.save compresses nothing."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        size = sum(each.file_size for each in archive.infolist())
-        if size > 2 * len(data):
-            raise WeightsCorrupt(
-                f"{path}: a zip of {len(data)} bytes that unpacks to {size}, which torch.save never writes"
-            )
-        if not any(name.endswith("data.pkl") for name in archive.namelist()):
-            raise WeightsCorrupt(
-                f"{path}: a zip without data.pkl, which torch.save writes; it has {archive.namelist()[:3]}"
-            )
 
 
 def _unwrapped(content: object, wrappers: Sequence[str]) -> object:
@@ -318,7 +235,7 @@ def read_content(path: Path) -> tuple[object, int]:
         WeightsUnavailable, WeightsCorrupt, WeightsUnsafe: as `open_checkpoint`.
     """
     data = _read(path, None)
-    return _parse(path, data), len(data)
+    return parse(path, data), len(data)
 
 
 def open_checkpoint(
@@ -351,7 +268,7 @@ def read_state_file(path: Path, *, sha256: str | None = None, weights: Weights |
         WeightsMismatch: a mixture of dialects, or not the requested `weights`.
     """
     data = _read(path, sha256)
-    content, kind, note = _choose(path, _parse(path, data), weights)
+    content, kind, note = _choose(path, parse(path, data), weights)
     state = _tensors(path, content, limit=len(data))
     try:
         return StateFile(remap_keys(state), _dialect(state), kind, note)

@@ -1,9 +1,12 @@
 """Checkpoints as trainers write them: containers, prefixes, dialects, averages, heads, and what is refused."""
 
 import argparse
+import pickle
 import zipfile
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,3 +229,96 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
 
     with pytest.raises(WeightsCorrupt, match="unpacks to 50000000"):
         open_checkpoint(tmp_path / "bomb.pth")
+
+
+def test_averages_under_names_without_dots_are_taken() -> None:
+    plain, average = weights(), {name: tensor + 0.01 for name, tensor in weights().items()}
+    dotless = {f"model_ema.{name.replace('.', '')}": tensor for name, tensor in average.items()}
+    counters = {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(7)}
+    content = {"state_dict": {**prefixed("model.", plain), **dotless, **counters}}
+
+    found = checkpoint_of(content, "a.ckpt")
+
+    assert (found.weights, found.variant) == ("ema", "pvt_v2_b0")
+    assert_same(found.state, average)
+    assert_same(checkpoint_of(content, "a.ckpt", weights="plain").state, plain)
+
+
+def test_what_timm_saves_during_training_gives_its_average(tmp_path: Path) -> None:
+    model = timm.create_model("pvt_v2_b0", num_classes=3)
+    average = timm.utils.ModelEmaV3(model, decay=0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    average.update(model, step=10)
+    saver = timm.utils.CheckpointSaver(
+        model, torch.optim.AdamW(model.parameters()), model_ema=average, checkpoint_dir=str(tmp_path),
+        args=argparse.Namespace(model="pvt_v2_b0", smoothing=0.1),
+    )  # fmt: skip
+    saver.save_checkpoint(0, metric=0.9)
+
+    found = open_checkpoint(tmp_path / "last.pth.tar")
+
+    assert (found.weights, found.dialect) == ("ema", "timm")
+    assert torch.equal(found.state["head.weight"], average.module.head.weight)
+    plain = open_checkpoint(tmp_path / "last.pth.tar", weights="plain")
+    assert torch.equal(plain.state["head.weight"], model.head.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.compile uses it too
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_wrapped_models_of_any_precision(tmp_path: Path, wrap: Callable[..., Any], dtype: torch.dtype) -> None:
+    model = timm.create_model("pvt_v2_b0", num_classes=3).to(dtype)
+    torch.save(wrap(model).state_dict(), tmp_path / "best")
+
+    found = open_checkpoint(tmp_path / "best")
+
+    assert found.dialect == "timm"
+    assert torch.equal(found.state["norm4.weight"], model.stages[3].norm.weight.float())
+    assert found.state["head.weight"].dtype == torch.float32
+
+
+def test_a_pickle_that_makes_much_of_little_is_refused(tmp_path: Path) -> None:
+    text = pickle.dumps("x" * 1_000_000, 2)[2:-1]
+    encoded = b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R"
+    many = b"\x80\x02" + text + b"q\x00](" + encoded * 2000 + b"e."
+    zeros = b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."
+
+    for data, refused in ((many, "could make 2000000000 bytes"), (zeros, "bytearray")):
+        with zipfile.ZipFile(tmp_path / "much.pth", "w") as archive:
+            archive.writestr("archive/data.pkl", data)
+            archive.writestr("archive/version", "3")
+        with pytest.raises((WeightsCorrupt, WeightsUnsafe), match=refused):
+            open_checkpoint(tmp_path / "much.pth")
+
+
+def test_mappings_and_lists_of_collections_are_data(tmp_path: Path) -> None:
+    history = {"loss": defaultdict(list, {"train": [1.0]}), "last": deque([1, 2], maxlen=3), "seen": Counter("aab")}
+    torch.save({"net": weights(), "history": history}, tmp_path / "last.ckpt")
+
+    assert_same(open_checkpoint(tmp_path / "last.ckpt").state, weights())
+
+
+@pytest.mark.parametrize(
+    ("data", "refused"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"GGUF\x03\x00\x00\x00", "GGUF"),
+        (b"\x1f\x8b\x08\x00", "gunzip"),
+    ],
+)
+def test_files_of_other_kinds_are_named(tmp_path: Path, data: bytes, refused: str) -> None:
+    (tmp_path / "x.pth").write_bytes(data)
+
+    with pytest.raises(WeightsCorrupt, match=refused):
+        open_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.compile uses it too
+def test_a_program_of_torchscript_is_named_and_not_run(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "x.pt")
+
+    with pytest.raises(WeightsUnsafe, match="TorchScript"):
+        open_checkpoint(tmp_path / "x.pt")
