@@ -111,11 +111,9 @@ def checkpoint_of(
     aside = _summary(name for name in flat if name not in trunks[names] and name not in of_head)
     lucid = dialects[names] == "timm" and head == f"{names}classifier"
     dialect: Dialect = "lucid" if lucid else dialects[names]
-    own = {_own_name(name): flat[name] for name in trunks[names]}
-    own |= {name.replace("head.", f"{HEADS[dialect]}."): state[name] for name in state if name.startswith("head.")}
     return Checkpoint(
         {name: tensor.detach().float().contiguous() for name, tensor in state.items()},
-        found, dialect, of, head, aside, note, {name: tensor.detach() for name, tensor in own.items()},
+        found, dialect, of, head, aside, note, _own(trunks[names], flat, state, dialect),
     )  # fmt: skip
 
 
@@ -132,6 +130,13 @@ def _with_dots(flat: dict[str, Tensor]) -> dict[str, Tensor]:
         known = dotted.get(last) if _is_average(f"{before}.") else None
         found[f"{before}.{known}" if known and last != known else name] = tensor
     return found
+
+
+def _own(names: Mapping[str, str], flat: State, state: State, dialect: Dialect) -> dict[str, Tensor]:
+    """The tensors `names` of a backbone, and the head of `state`, under the names of their library's own model."""
+    own = {_own_name(name): flat[name].detach() for name in names}
+    heads = {name: tensor.detach() for name, tensor in state.items() if name.startswith("head.")}
+    return own | {name.replace("head.", f"{HEADS[dialect]}."): tensor for name, tensor in heads.items()}
 
 
 def _own_name(name: str) -> str:
@@ -348,6 +353,12 @@ def _head(rest: State, before: str, channels: int, source: str) -> str | None:
     if not near:
         return None
     parts = sorted(layer for root in near for layer in owners[root])
+    shapes = [tuple(rest[f"{layer}.weight"].shape) if f"{layer}.weight" in rest else () for layer in parts]
+    if len(parts) > 1 and all(len(shape) == 2 and shape[0] != channels == shape[1] for shape in shapes):  # noqa: PLR2004
+        raise WeightsMismatch(
+            f"{source}: it has several heads, {_listed(parts)}, and a model answers with one; save it with the one "
+            "that is meant, or the backbone's state_dict() for its embeddings"
+        )
     if len(parts) > 1:
         raise WeightsMismatch(
             f"{source}: its head is not one linear layer but {_listed(parts)}; the embeddings alone can be served: "

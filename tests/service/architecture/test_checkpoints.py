@@ -2,6 +2,8 @@
 
 import argparse
 import pickle
+import sys
+import types
 import zipfile
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
@@ -154,6 +156,12 @@ def test_weights_inside_the_backbone_that_are_not_pvt_v2s_are_refused(name: str)
 def test_a_layer_between_embedding_and_head_is_refused(extra: str) -> None:
     with pytest.raises(WeightsMismatch, match="not one linear layer but"):
         checkpoint_of(weights() | {extra: torch.ones(256)}, "a.pth")
+
+
+def test_several_heads_are_told_as_such() -> None:
+    two = {"color.weight": torch.ones(2, 256), "kind.weight": torch.ones(3, 256)}
+    with pytest.raises(WeightsMismatch, match="several heads, color, kind"):
+        checkpoint_of({name: t for name, t in weights().items() if "head" not in name} | two, "a.pth")
 
 
 def test_averages_are_taken_unless_plain_weights_are_requested() -> None:
@@ -322,3 +330,29 @@ def test_a_program_of_torchscript_is_named_and_not_run(tmp_path: Path) -> None:
 
     with pytest.raises(WeightsUnsafe, match="TorchScript"):
         open_checkpoint(tmp_path / "x.pt")
+
+
+def test_mmengines_history_buffers_are_opaque_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As mmengine's own class is pickled: arrays, counts, and functions of the class by their names."""
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    source = """
+class HistoryBuffer:
+    def __init__(self, log, counts):
+        self._log_history, self._count_history, self._max_length = log, counts, 1000000
+        self._statistics_methods = {"min": HistoryBuffer.min}
+    def min(self):
+        raise RuntimeError("it ran")
+    def __setstate__(self, state):
+        raise RuntimeError("it ran")
+"""
+    exec(source, module.__dict__)  # noqa: S102  the text above
+    for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer"):
+        monkeypatch.setitem(sys.modules, name, module)
+    buffer = module.HistoryBuffer(np.array([1.0, 0.5]), np.array([1, 1]))
+    content = {"message_hub": {"log_scalars": {"train/loss": buffer}}, "state_dict": weights()}
+    torch.save(content, tmp_path / "epoch_1.pth")
+
+    assert_same(open_checkpoint(tmp_path / "epoch_1.pth").state, weights())
+    for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer"):
+        monkeypatch.delitem(sys.modules, name)
+    assert_same(open_checkpoint(tmp_path / "epoch_1.pth").state, weights())
