@@ -1,6 +1,7 @@
 """The commands that put models into the store: `pvt-serve pull` and `import`."""
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
@@ -66,7 +67,10 @@ def pull(
     with logs_on_stderr():
         for model in requested:
             try:
-                print_line(_described(_pulled(root, model, pull_options, tag, again=again), source))
+                pulled = _pulled(root, model, pull_options, tag, again=again)
+                if pulled.fresh:
+                    _note_next(pulled.stored, store)
+                print_line(_described(pulled, source))
             except ServiceError as error:
                 if len(requested) == 1:
                     raise
@@ -218,11 +222,11 @@ def import_(
 ) -> None:  # fmt: skip
     """Put a checkpoint of your own into the model store.
 
-    It may have the tensor names of the official repository, timm, Hugging Face transformers or lucid, and any number of
-    classes, which is read from its head; without one the model computes embeddings. Code in a .pth is never run. A
-    folder that transformers or timm wrote says by itself what its classes are and how images are prepared. For a file
-    alone geometry and normalisation must be those it was trained with; the defaults are those of the library whose
-    names it has.
+    It may have the tensor names of the official repository, timm, Hugging Face transformers, lucid or mmdetection, and
+    any number of classes, which is read from its head; without one the model computes embeddings. Code in a .pth is
+    never run. A folder that transformers or timm wrote says by itself what its classes are and how images are prepared.
+    For a file alone geometry and normalisation must be those it was trained with; the defaults are those of the library
+    whose names it has.
 
     pvt-serve import best.pth --tag birds --labels birds.txt
     """
@@ -240,7 +244,16 @@ def import_(
     )  # fmt: skip
     root = options.store_folder(store, write=True)
     with logs_on_stderr():
-        print_line(_in_short(import_model(root, requested, print_note)))
+        stored = import_model(root, requested, print_note)
+        _note_next(stored, store)
+        print_line(_in_short(stored))
+
+
+def _note_next(stored: "StoredModel", store: str | None) -> None:
+    """Say what to type next; commands that answer images find a store by its setting."""
+    command = "predict" if stored.require_card().labels else "embed -o embeddings.npz"
+    setting = f"PVT_MODEL_STORE={quote(store)} " if store else ""
+    print_note(f"next: {setting}pvt-serve {command} --model {stored.key} IMAGE")
 
 
 def _in_short(stored: "StoredModel") -> str:

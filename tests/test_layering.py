@@ -64,7 +64,7 @@ LAYERS = {
         {"limits", "resampling"},
         {"geometry"},
     ],
-    "architecture": [{"weights"}, {"checkpoints", "pickles"}, {"pvt_v2"}, {"variants"}],
+    "architecture": [{"weights"}, {"checkpoints", "pickles"}, {"dialects", "pvt_v2"}, {"variants"}],
 }
 FOREIGN_TO_APP = {"cli", "pvt_client", "torch", "PIL", "openvino"}
 ARRAYS = {"numpy", "safetensors"}  # known only where arrays become bytes, and bytes arrays

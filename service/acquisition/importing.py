@@ -92,9 +92,7 @@ def import_model(root: Path, options: ImportOptions, on_note: Callable[[str], No
     for line in _summary(options, about, checkpoint, folder):
         on_note(line)
     on_note(f"tensor names of {checkpoint.dialect}; images: {describe(pixels)} ({about_images})")
-    stored = publish(root, checkpoint.state, about, options.version, checkpoint=checkpoint, on_note=on_note)
-    on_note(f"next: pvt-serve {'predict' if stored.require_card().labels else 'embed'} --model {stored.key} IMAGE")
-    return stored
+    return publish(root, checkpoint.state, about, options.version, checkpoint=checkpoint, on_note=on_note)
 
 
 def _summary(

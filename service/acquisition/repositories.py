@@ -153,8 +153,7 @@ def pull_repository(
         InvalidRequest, WeightsInvalid, WeightsUnavailable: it holds no model that can be served; nothing is kept.
         StoreNotWritable: the store can't be written.
     """
-    fetch = _Fetch(root=root, of=of, options=options, stop=stop or Event(), on_progress=on_progress)
-    tag = tag or of.tag
+    fetch, tag = _Fetch(root=root, of=of, options=options, stop=stop or Event(), on_progress=on_progress), tag or of.tag
     with locked(root, f"hub.{of.name.replace('/', '--')}", fetch.stop):
         listing = fetch.listing()
         if not again and (present := _present(root, of, listing.sha, tag)):

@@ -1,8 +1,7 @@
 """A model's tensors among all that a training script saved: found by the names and shapes of PVT-v2 itself.
 
 Containers (`state_dict`, `model`, ...) and prefixes (`module.`, `backbone.`, ...) are one thing: what stands before a
-name of PVT-v2 in the path of a tensor. Names are those of the official repository, timm, lucid, transformers, or
-mmdetection's `PyramidVisionTransformerV2`, which joins query, key and value in `in_proj_weight`.
+name of PVT-v2 in the path of a tensor.
 """
 
 import re
@@ -11,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from service.architecture.dialects import HEADS, joined, official_name, own_name
 from service.architecture.pvt_v2 import create
 from service.architecture.variants import VARIANTS, Dialect, Weights
 from service.errors import WeightsCorrupt, WeightsMismatch
@@ -25,34 +24,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 MAX_DEPTH = 12  # of containers in one another; a pickle may hold itself
 LISTED = 5  # names in a message, at most
-HEADS: Mapping[Dialect, str] = MappingProxyType(
-    {"official": "head", "timm": "head", "lucid": "classifier", "transformers": "classifier", "mmdetection": "head"}
-)  # each library's name of the head
 INNER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|avg|averag(e|ed|es|ing)|polyak|shadow)([^a-z]|$)")
 HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # in modelEMA, emaModel and EMAModel
 AUXILIARY = re.compile(
     r"aux|decod|fpn|rpn|roi|bbox|mask|seg|metric|acc|loss|criteri|optim|queue|teacher|project|contrast|momentum"
 )
-SITE = re.compile(
-    r"(?P<before>(?:.*?\.)??)(?:"
-    r"patch_embed(?P<embed>[1-4])|block(?P<block>[1-4])\.(?P<at>\d+)|norm(?P<norm>[1-4])"
-    r"|(?P<timm>patch_embed|stages[._](?P<stage>[0-3])\.(?:downsample|norm|blocks\.(?P<timm_at>\d+)))"
-    r"|(?P<hf>encoder\.layers\.(?P<hf_stage>[0-3])\.(?:patch_embedding|layer_norm|blocks\.(?P<hf_at>\d+)))"
-    r"|(?P<mm>layers\.(?P<mm_stage>[0-3])\.(?:0|2|1\.(?P<mm_at>\d+)))"
-    r")(?P<layer>(?:\.[\w.]+?)?)[._](?P<kind>weight|bias)"
-)
-EMBED_LAYERS = {".proj": "proj", ".norm": "norm", ".layer_norm": "norm", ".projection": "proj"}
-BLOCK_LAYERS = {
-    **{f".{name}": name for name in ("norm1", "norm2", "attn.q", "attn.kv", "attn.proj", "attn.sr", "attn.norm")},
-    ".mlp.fc1": "mlp.fc1", ".mlp.fc2": "mlp.fc2", ".mlp.dwconv": "mlp.dwconv.dwconv",
-    ".mlp.dwconv.dwconv": "mlp.dwconv.dwconv", ".layer_norm_1": "norm1", ".layer_norm_2": "norm2",
-    ".attention.query": "attn.q", ".attention.key": "attn.k", ".attention.value": "attn.v",
-    ".attention.proj": "attn.proj", ".attention.spatial_reduction": "attn.sr", ".attention.layer_norm": "attn.norm",
-    ".mlp.dense1": "mlp.fc1", ".mlp.dense2": "mlp.fc2", ".attn.attn.in_proj": "attn.qkv",
-    ".attn.attn.out_proj": "attn.proj", ".ffn.layers.0": "mlp.fc1", ".ffn.layers.1": "mlp.dwconv.dwconv",
-    ".ffn.layers.4": "mlp.fc2",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +70,22 @@ def checkpoint_of(
         WeightsMismatch: no PVT-v2, several, another variant, or a head that is not one linear layer.
     """
     flat = _with_dots(dict(_tensors(content)))
-    if not flat:
-        raise WeightsCorrupt(f"{source}: holds no tensors; save the model's state_dict()")
-    _check_dense(flat, source, limit)
+    _check_tensors(flat, source, limit)
     trunks, dialects = _trunks(flat, source)
-    swapped = any(re.search(r"(^|\.)ema_state_dict\.steps$", name) for name in flat)  # mmengine's EMAHook swaps them
-    names, of, note = _chosen(trunks, flat, weights, source, swapped=swapped)
-    state = _joined({official: flat[name] for name, official in trunks[names].items()})
+    _check_averages(content, weights, source)
+    names, of, note = _chosen(trunks, flat, weights, source)
+    state = joined({official: flat[name] for name, official in trunks[names].items()})
     found = _variant(state, source, variant, flat)
     rest = _rest(flat, trunks, names)
     _check_backbone(rest, trunks[names], source)
     head = None if backbone else _head(rest, names, state["norm4.weight"].shape[0], source)
+    bias = _bias(rest, head) if head else None
     if head is not None:
-        weight, bias = rest[f"{head}.weight"], _bias(rest, head)
+        weight = rest[f"{head}.weight"]
         state |= {"head.weight": weight, "head.bias": rest[bias] if bias else weight.new_zeros(weight.shape[0])}
-    of_head = () if head is None else (f"{head}.weight", _bias(rest, head))
-    aside = _summary(name for name in flat if name not in trunks[names] and name not in of_head)
-    lucid = dialects[names] == "timm" and head == f"{names}classifier"
-    dialect: Dialect = "lucid" if lucid else dialects[names]
+    taken = {*trunks[names], f"{head}.weight", bias}
+    aside = _summary(name for name in flat if name not in taken)
+    dialect: Dialect = "lucid" if dialects[names] == "timm" and head == f"{names}classifier" else dialects[names]
     return Checkpoint(
         {name: tensor.detach().float().contiguous() for name, tensor in state.items()},
         found, dialect, of, head, aside, note, _own(trunks[names], flat, state, dialect),
@@ -134,19 +109,15 @@ def _with_dots(flat: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _own(names: Mapping[str, str], flat: State, state: State, dialect: Dialect) -> dict[str, Tensor]:
     """The tensors `names` of a backbone, and the head of `state`, under the names of their library's own model."""
-    own = {_own_name(name): flat[name].detach() for name in names}
+    own = {own_name(name): flat[name].detach() for name in names}
     heads = {name: tensor.detach() for name, tensor in state.items() if name.startswith("head.")}
     return own | {name.replace("head.", f"{HEADS[dialect]}."): tensor for name, tensor in heads.items()}
 
 
-def _own_name(name: str) -> str:
-    """The name of a backbone's tensor in its library's own model: without what stands before it."""
-    found = _official(name)
-    return re.sub(r"^stages_(?=\d)", "stages.", name[len(found[0]) :] if found else name)
-
-
-def _check_dense(flat: State, source: str, limit: int | None) -> None:
-    """Refuse tensors that are larger than their bytes: views of one number, or sparse ones."""
+def _check_tensors(flat: State, source: str, limit: int | None) -> None:
+    """Raises WeightsCorrupt if there are none, or some larger than their bytes: views of one number, or sparse ones."""
+    if not flat:
+        raise WeightsCorrupt(f"{source}: holds no tensors; save the model's state_dict()")
     for name, tensor in flat.items():
         if tensor.is_sparse or (limit is not None and (tensor.is_meta or tensor.numel() > limit)):
             raise WeightsCorrupt(
@@ -164,32 +135,32 @@ def _tensors(content: object, where: str = "", depth: int = 0) -> Iterator[tuple
                 yield from _tensors(value, f"{where}{key}.", depth + 1)
 
 
-def _official(name: str) -> tuple[str, str, Dialect] | None:
-    """What stands before it, official name (also `attn.k`, `attn.v`, `attn.qkv`) and dialect of a backbone's tensor."""
-    if (at := SITE.fullmatch(name)) is None:
-        return None
-    dialect: Dialect = (
-        "timm" if at["timm"] else "transformers" if at["hf"] else "mmdetection" if at["mm"] else "official"
-    )
-    stage = (
-        at["embed"] or at["block"] or at["norm"] or str(int(at["stage"] or at["hf_stage"] or at["mm_stage"] or 0) + 1)
-    )
-    block = at["at"] or at["timm_at"] or at["hf_at"] or at["mm_at"]
-    site = name[len(at["before"]) :]
-    if block is not None:
-        layer, path = BLOCK_LAYERS.get(at["layer"]), f"block{stage}.{block}"
-    elif at["norm"] or re.match(r"stages[._]\d\.norm|encoder\.layers\.\d\.layer_norm|layers\.\d\.2", site):
-        return (at["before"], f"norm{stage}.{at['kind']}", dialect) if not at["layer"] else None
-    else:
-        layer, path = EMBED_LAYERS.get(at["layer"]), f"patch_embed{stage}"
-    return None if layer is None else (at["before"], f"{path}.{layer}.{at['kind']}", dialect)
+def _check_averages(content: object, requested: Weights | None, source: str) -> None:
+    """Raises WeightsMismatch where an average's tensors have no names, unless the trained weights are requested."""
+    if requested != "plain" and (nameless := next(_nameless_averages(content), None)):
+        raise WeightsMismatch(
+            f"{source}: its EMA weights ({nameless!r}) are a list without names, which fits no model; --weights plain "
+            "takes the others"
+        )
+
+
+def _nameless_averages(content: object, where: str = "", depth: int = 0) -> Iterator[str]:
+    """The path of each average in `content` whose tensors are a list; single numbers are metrics."""
+    if isinstance(content, Mapping) and depth < MAX_DEPTH:
+        for key, value in content.items():
+            path = f"{where}{key}"
+            if isinstance(value, list | tuple):
+                if _is_average(path) and any(isinstance(each, Tensor) and each.ndim for each in value):
+                    yield path
+            else:
+                yield from _nameless_averages(value, f"{path}.", depth + 1)
 
 
 def _trunks(flat: State, source: str) -> tuple[dict[str, dict[str, str]], dict[str, Dialect]]:
     """By what stands before its names: each whole backbone, as official names of the file's; and their dialects."""
     groups: dict[tuple[str, Dialect], dict[str, str]] = {}
     for name, tensor in flat.items():
-        if tensor.is_floating_point() and (found := _official(name)):
+        if tensor.is_floating_point() and (found := official_name(name)):
             groups.setdefault((found[0], found[2]), {})[name] = found[1]
     for kind in {(dialect, _is_average(before)) for before, dialect in groups}:  # a prefix on some of the names only
         parts = {key: groups[key] for key in groups if (key[1], _is_average(key[0])) == kind}
@@ -224,9 +195,10 @@ def _is_whole(names: Mapping[str, str]) -> bool:
 
 
 def _chosen(
-    trunks: Mapping[str, Mapping[str, str]], flat: State, requested: Weights | None, source: str, *, swapped: bool
+    trunks: Mapping[str, Mapping[str, str]], flat: State, requested: Weights | None, source: str
 ) -> tuple[str, Weights, str | None]:
     """Which of the backbones is meant, which weights those are, and an explanation of the choice."""
+    swapped = any(re.search(r"(^|\.)ema_state_dict\.steps$", name) for name in flat)  # mmengine's EMAHook swaps them
     kinds: dict[Weights, list[str]] = {"plain": [], "ema": []}
     for before, names in trunks.items():
         average = _is_average(before) != swapped
@@ -260,23 +232,6 @@ def _equal(names: Mapping[str, str], others: Mapping[str, str], flat: State) -> 
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def _joined(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under official names, of which query, key and value may be split or joined otherwise."""
-    state = {}
-    for name, tensor in parts.items():
-        if ".attn.k." in name and (value := name.replace(".attn.k.", ".attn.v.")) in parts:
-            state[name.replace(".attn.k.", ".attn.kv.")] = torch.cat([tensor, parts[value]])
-        elif ".attn.qkv." in name:
-            third = tensor.shape[0] // 3
-            state[name.replace(".attn.qkv.", ".attn.q.")] = tensor[:third]
-            state[name.replace(".attn.qkv.", ".attn.kv.")] = tensor[third:]
-        elif ".mlp.fc" in name and tensor.ndim == 4:  # noqa: PLR2004  a 1 x 1 convolution
-            state[name] = tensor.flatten(1)
-        elif ".attn.v." not in name or name.replace(".attn.v.", ".attn.k.") not in parts:
-            state[name] = tensor
-    return state
-
-
 @cache
 def _shapes(variant: str) -> Shapes:
     with torch.device("meta"):
@@ -293,7 +248,7 @@ def _variant(state: State, source: str, expected: str | None, flat: State) -> st
         return variant
     near = sorted((expected,) if expected else VARIANTS, key=lambda name: len(_differences(found, _shapes(name))))[:2]
     lines = "; ".join(f"{name} differs in {_listed(_differences(found, _shapes(name)))}" for name in near)
-    extra = [name for name in flat if _official(name) is None]
+    extra = [name for name in flat if official_name(name) is None]
     beside = f"; it also holds {_listed(extra)}" if extra else ""
     raise WeightsMismatch(f"{source}: its tensors fit no variant of PVT-v2; {lines}{beside}")
 
@@ -321,7 +276,7 @@ def _check_backbone(rest: State, names: Mapping[str, str], source: str) -> None:
     """Refuse other weights inside the backbone's modules, such as adapters: without them it would answer otherwise."""
     modules = set()
     for name in names:
-        if found := _official(name):
+        if found := official_name(name):
             modules.add(found[0] + name.removeprefix(found[0]).split(".")[0] + ".")
     inside = [
         name

@@ -3,15 +3,12 @@
 The model speaks the official repository's names. The other dialects are timm's (its `models/pvt_v2.py`), lucid's (its
 `models/vision/pvt/_model.py`: timm's names, with `classifier` for `head`) and Hugging Face transformers' (its
 `models/pvt_v2/modeling_pvt_v2.py`), which also splits `kv` into a key and a value.
-
-A training checkpoint may hold the trained weights and a running average of them, which training scripts evaluate.
 """
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +16,7 @@ from torch import Tensor, nn
 
 from service.architecture.checkpoints import Checkpoint, checkpoint_of
 from service.architecture.pickles import FETCH_AGAIN, parse
-from service.architecture.variants import Dialect, Weights
+from service.architecture.variants import Weights
 from service.errors import (
     WeightsCorrupt,
     WeightsDigestMismatch,
@@ -37,7 +34,6 @@ __all__ = [
     "open_checkpoint",
     "read_checkpoint",
     "read_content",
-    "read_state_file",
     "remap_keys",
 ]
 
@@ -45,10 +41,6 @@ State = Mapping[str, Tensor]
 
 LISTED = 8  # names in a message, at most
 WRAPPERS = ("model", "state_dict")  # names under which training scripts keep the weights
-# Names under which they keep a running average beside them, such as timm's `state_dict_ema`, and names inside that.
-AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|avg|averag(e|ed|es|ing)|polyak|shadow)([^a-z]|$)")
-_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # in modelEMA, emaModel and EMAModel
-AVERAGE_WRAPPERS = (*WRAPPERS, "module", "shadow")
 MAX_DEPTH = 8  # of wrappers in one another; a pickle may hold itself
 
 FOREIGN = re.compile(r"^(patch_embed|stages|classifier|pvt_v2|encoder)\.")
@@ -103,82 +95,20 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
-def _unwrapped(content: object, wrappers: Sequence[str]) -> object:
-    """What lies under `wrappers` in `content`, without the counter that torch's `AveragedModel` keeps beside it."""
+def _trained(content: object) -> object:
+    """The trained weights in `content`, under `model` or `state_dict`.
+
+    `EMAHook` of mmengine swaps them and their average; a counter under `ema_state_dict` shows that it did.
+    """
+    swapped = content.get("ema_state_dict") if isinstance(content, Mapping) else None
+    if isinstance(swapped, Mapping) and "steps" in swapped:
+        content = {name: tensor for name, tensor in swapped.items() if name != "steps"}
     for _ in range(MAX_DEPTH):
         if isinstance(content, Mapping):
-            content = next((inner for key in wrappers if isinstance(inner := content.get(key), Mapping)), content)
-    if isinstance(content, Mapping):
+            content = next((inner for key in WRAPPERS if isinstance(inner := content.get(key), Mapping)), content)
+    if isinstance(content, Mapping):  # torch's `AveragedModel` counts beside its tensors
         return {name: tensor for name, tensor in content.items() if name != "n_averaged"}
     return content
-
-
-def _are_weights(values: Iterable[object]) -> bool:
-    """Whether there are tensors among them other than single numbers: metrics may be tensors, too."""
-    return any(isinstance(value, Tensor) and value.ndim for value in values)
-
-
-def _holds_tensors(content: object) -> bool:
-    return isinstance(content, Mapping) and _are_weights(content.values())
-
-
-def _holds_lists(content: object) -> bool:
-    """Whether it is or holds an average whose tensors have no names."""
-    lists = content.values() if isinstance(content, Mapping) else [content]
-    return any(isinstance(each, list | tuple) and _are_weights(each) for each in lists)
-
-
-def _averages(content: object, where: str = "") -> Iterator[tuple[str, object]]:
-    """Each running average of the weights in `content`, with its name, which says where it lies."""
-    if not isinstance(content, Mapping) or where.count(".") > MAX_DEPTH:
-        return
-    for key, value in content.items():
-        if key in WRAPPERS:
-            yield from _averages(value, f"{where}{key}.")
-        elif isinstance(key, str) and AVERAGED.search(_HUMP.sub("_", key).lower()):
-            average = _unwrapped(value, AVERAGE_WRAPPERS)
-            if _holds_tensors(average) or _holds_lists(average):
-                yield f"{where}{key}", average
-
-
-def _unswapped(content: object) -> object:
-    """`content` with the average under its own name: `EMAHook` of mmengine swaps it and the trained weights.
-
-    A counter beside the weights under `ema_state_dict` shows that it did.
-    """
-    trained = content.get("ema_state_dict") if isinstance(content, Mapping) else None
-    if isinstance(content, Mapping) and isinstance(trained, Mapping) and "steps" in trained:
-        weights = {name: tensor for name, tensor in trained.items() if name != "steps"}
-        return {**content, "state_dict": weights, "ema_state_dict": content.get("state_dict")}
-    return content
-
-
-def _choose(path: Path, content: object, requested: Weights | None) -> tuple[object, Weights, str]:
-    """The plain weights in `content` or their average, which of the two, and an explanation of the choice.
-
-    Raises WeightsMismatch where the `requested` ones are missing, or there are several averages.
-    """
-    content = _unswapped(content)
-    plain, averages = _unwrapped(content, WRAPPERS), dict(_averages(content))
-    names, bare = ", ".join(map(repr, averages)), not _holds_tensors(plain)
-    if requested == "ema" and not averages:
-        raise WeightsMismatch(f"{path}: it holds no EMA weights; leave --weights out for those it has")
-    if requested == "plain" and averages and bare:
-        raise WeightsMismatch(f"{path}: it holds only EMA weights ({names}); leave --weights out for those")
-    if requested == "plain" or not averages:
-        return plain, "plain", f"plain weights, as requested; EMA ones ({names}) are left aside" if averages else ""
-    if len(averages) > 1:
-        raise WeightsMismatch(
-            f"{path}: it holds several EMA weights ({names}); save the ones that are meant alone, or take the plain "
-            "ones with --weights plain"
-        )
-    beside = "" if bare else "; --weights plain takes the others"
-    (average,) = averages.values()
-    if not _holds_tensors(average):
-        raise WeightsMismatch(
-            f"{path}: its EMA weights ({names}) are a list without names, which fits no model{beside}"
-        )
-    return average, "ema", f"EMA weights ({names}), as timm evaluates{beside}"
 
 
 def _tensors(path: Path, content: object, limit: int) -> dict[str, Tensor]:
@@ -191,28 +121,6 @@ def _tensors(path: Path, content: object, limit: int) -> dict[str, Tensor]:
         if not tensor.is_floating_point() or tensor.is_sparse or tensor.is_meta or tensor.numel() > limit:
             raise WeightsCorrupt(f"{path}: {name!r}, {tensor.dtype}, is no dense floating-point tensor; {FETCH_AGAIN}")
     return {str(name): tensor.detach().float().contiguous() for name, tensor in content.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class StateFile:
-    """Weights under official names; `dialect` is whose names the file had, `weights` which of those in the file it is.
-
-    `note` explains that choice, where there was one.
-    """
-
-    state: dict[str, Tensor]
-    dialect: Dialect
-    weights: Weights = "plain"
-    note: str = ""
-
-
-def _dialect(state: State) -> Dialect:
-    names = [name.removeprefix("module.") for name in state]
-    if any(name.startswith(("pvt_v2.", "encoder.")) for name in names):
-        return "transformers"
-    if not any(name.startswith(("patch_embed.", "stages.")) for name in names):
-        return "official"
-    return "lucid" if any(name.startswith("classifier.") for name in names) else "timm"
 
 
 def _read(path: Path, sha256: str | None) -> bytes:
@@ -253,32 +161,25 @@ def open_checkpoint(
     return checkpoint_of(content, str(path), variant=variant, weights=weights, backbone=backbone, limit=size)
 
 
-def read_state_file(path: Path, *, sha256: str | None = None, weights: Weights | None = None) -> StateFile:
-    """The weights in `path`, float32 on the CPU. The file is read once.
+def read_checkpoint(path: Path, *, sha256: str | None = None) -> dict[str, Tensor]:
+    """The trained weights in a file that a card names, float32 on the CPU, under official names. It is read once.
 
-    The state dict in a .pth file may lie under `model` or `state_dict`. `sha256` is what the file's bytes must hash to,
-    in hexadecimal. `weights` says which of several to take; None: an exponential moving average (EMA) where there is
-    one, as timm does.
+    The state dict in a .pth file may lie under `model` or `state_dict`, which is what such a file has always meant; an
+    average beside it is left aside. `sha256` is what the file's bytes must hash to, in hexadecimal.
 
     Raises:
         WeightsUnavailable: there is no such file, or no permission to read it.
         WeightsDigestMismatch: the bytes are others than `sha256` says.
         WeightsCorrupt: truncated, of another format, or with more in it than floating-point tensors.
         WeightsUnsafe: a pickle with code in it, which did not run.
-        WeightsMismatch: a mixture of dialects, or not the requested `weights`.
+        WeightsMismatch: a mixture of dialects.
     """
     data = _read(path, sha256)
-    content, kind, note = _choose(path, parse(path, data), weights)
-    state = _tensors(path, content, limit=len(data))
+    state = _tensors(path, _trained(parse(path, data)), limit=len(data))
     try:
-        return StateFile(remap_keys(state), _dialect(state), kind, note)
+        return remap_keys(state)
     except WeightsMismatch as error:
         raise WeightsMismatch(f"{path}: {error}; {FETCH_AGAIN}") from error
-
-
-def read_checkpoint(path: Path, *, sha256: str | None = None, weights: Weights | None = None) -> dict[str, Tensor]:
-    """The weights alone: see `read_state_file`."""
-    return read_state_file(path, sha256=sha256, weights=weights).state
 
 
 def load_into(model: nn.Module, state: State, *, source: str = "the checkpoint") -> None:
@@ -306,9 +207,9 @@ def load_into(model: nn.Module, state: State, *, source: str = "the checkpoint")
 
 
 def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> None:
-    """Read `path` into `model`: the plain weights, since a file that a card names has always been read so.
+    """Read `path` into `model`.
 
     Raises:
-        WeightsUnavailable, WeightsInvalid: as `read_state_file` and `load_into`.
+        WeightsUnavailable, WeightsInvalid: as `read_checkpoint` and `load_into`.
     """
-    load_into(model, read_checkpoint(path, sha256=sha256, weights="plain"), source=str(path))
+    load_into(model, read_checkpoint(path, sha256=sha256), source=str(path))

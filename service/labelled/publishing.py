@@ -214,7 +214,7 @@ def _kept(stored: StoredModel) -> _Images:
 def _state(stored: StoredModel, fitted: Fitted) -> dict[str, torch.Tensor]:
     """The backbone's weights, and the head."""
     card = stored.require_card()
-    state = read_checkpoint(stored.folder / card.weights.file, sha256=card.weights.sha256, weights="plain")
+    state = read_checkpoint(stored.folder / card.weights.file, sha256=card.weights.sha256)
     backbone = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     weight, bias = map(torch.tensor, fitted.head)
     return backbone | {"head.weight": weight, "head.bias": bias}

@@ -1,6 +1,7 @@
 """The commands that read and write a model store, but for `pvt-serve alias`."""
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import PvtV2Config, PvtV2Model
 
@@ -264,6 +266,26 @@ def test_import_notes_a_label_that_is_there_twice(pvt_serve: PvtServe, store: Pa
 
     assert "classes 0 and 2 are both called 'crane'; tell them by class_id" in done.err
     assert card.labels == ("crane", "owl", "crane")
+
+
+@pytest.mark.parametrize("classes", [3, 0])
+@pytest.mark.usefixtures("local_engine")
+def test_the_line_that_an_import_prints_to_type_next_works(
+    pvt_serve: PvtServe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int
+) -> None:
+    state = {name: tensor for name, tensor in official(3).items() if classes or not name.startswith("head")}
+    (file := tmp_path / "best.pth").write_bytes(pickled(state))
+    Image.new("RGB", (32, 32), "red").save(image := tmp_path / "red.png")
+    monkeypatch.chdir(tmp_path)
+
+    done = pvt_serve("import", file, "--tag", "mine", "--size", "32", "--store", tmp_path / "my store")
+    (line,) = [each.removeprefix("next: ") for each in done.err.splitlines() if each.startswith("next: ")]
+    setting, command, *arguments = shlex.split(line)
+    name, _, value = setting.partition("=")
+    monkeypatch.setenv(name, value)
+
+    assert (command, arguments[-1]) == ("pvt-serve", "IMAGE")
+    assert pvt_serve(*arguments[:-1], image).code == 0
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers", "official"])

@@ -63,7 +63,6 @@ def test_shards_of_transformers_become_the_model_that_transformers_has(
     assert f"found {INDEX} with {count} shards with the config.json of transformers: {variant}" in notes
     assert "head: 3 classes, wren, robin, kite (from config.json)" in notes
     assert "proof: on 8 images" in notes
-    assert f"next: pvt-serve predict --model {stored.key} IMAGE" in notes
 
 
 def test_the_index_of_shards_stands_for_its_folder(root: Path, tmp_path: Path) -> None:

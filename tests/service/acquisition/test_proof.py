@@ -13,7 +13,7 @@ from torch import Tensor
 from service.acquisition.importing import ImportOptions, import_model
 from service.acquisition.preprocessing import PreprocessingOptions
 from service.acquisition.proof import own_logits
-from service.architecture import checkpoints, weights
+from service.architecture import checkpoints, dialects, weights
 from service.architecture.variants import VARIANTS, Dialect
 from service.errors import WeightsMismatch
 from service.store.store import Store
@@ -66,7 +66,7 @@ def test_the_names_of_lucid_and_of_the_authors_give_the_same(variant: str) -> No
 
 def swapped(one: str, other: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """The conversion, but for two names that it takes for each other."""
-    convert = checkpoints._joined
+    convert = dialects.joined
 
     def wrong(parts: dict[str, Tensor]) -> dict[str, Tensor]:
         fine = convert(parts)
@@ -89,7 +89,7 @@ def test_tensors_of_one_shape_in_each_others_place_are_noticed_and_nothing_is_im
 ) -> None:
     save(tmp_path / "hub")
     (root := tmp_path / "store").mkdir()
-    monkeypatch.setattr(checkpoints, "_joined", swapped(one, other))
+    monkeypatch.setattr(checkpoints, "joined", swapped(one, other))
     small = PreprocessingOptions(height=32, width=32)
 
     with pytest.raises(WeightsMismatch, match="does not answer as the checkpoint itself does: logits are off by"):

@@ -356,3 +356,111 @@ class HistoryBuffer:
     for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer"):
         monkeypatch.delitem(sys.modules, name)
     assert_same(open_checkpoint(tmp_path / "epoch_1.pth").state, weights())
+
+
+def written(path: Path, content: object) -> Path:
+    torch.save(content, path)
+    return path
+
+
+PLAIN = weights()
+EMA = {name: tensor + 0.01 for name, tensor in PLAIN.items()}
+OTHER = {name: tensor + 0.02 for name, tensor in PLAIN.items()}
+AVERAGED_MODEL = {"n_averaged": torch.tensor(7), **{f"module.{name}": tensor for name, tensor in EMA.items()}}
+BOTH: dict[str, dict[str, object]] = {
+    "timm": {"state_dict": PLAIN, "state_dict_ema": EMA, "epoch": 3},
+    "the authors' main.py": {"model": PLAIN, "model_ema": EMA, "optimizer": {"state": {}}},
+    "short": {"model": PLAIN, "ema": EMA},
+    "nested": {"model": PLAIN, "ema": {"decay": 0.999, "module": EMA}},
+    "shadow": {"state_dict": PLAIN, "ema": {"shadow": EMA, "num_updates": 3}},
+    "within": {"model": {"state_dict": PLAIN, "state_dict_ema": EMA}},
+    "torch": {"state_dict": PLAIN, "swa_model": AVERAGED_MODEL},
+    "beside": {"state_dict": PLAIN, "ema_state_dict": EMA},
+    "mmengine, which swaps them": {
+        "state_dict": EMA,
+        "ema_state_dict": {"steps": torch.tensor(3), **{f"module.{n}": t for n, t in PLAIN.items()}},
+    },
+    "camel case": {"model": PLAIN, "modelEMA": EMA},
+    "camel case, turned": {"model": PLAIN, "emaModel": EMA},
+    "plural": {"model": PLAIN, "moving_averages": EMA},
+    "shadow beside": {"model": PLAIN, "shadow": EMA},
+    "by decay": {"state_dict": PLAIN, "EMA-0.9999": EMA},
+}
+
+
+@pytest.mark.parametrize("layout", BOTH)
+def test_ema_weights_are_taken_unless_the_plain_ones_are_requested(tmp_path: Path, layout: str) -> None:
+    path = written(tmp_path / "both.pth", BOTH[layout])
+
+    found = open_checkpoint(path)
+
+    assert (found.weights, found.dialect) == ("ema", "official")
+    assert (found.note or "").startswith("EMA weights (")
+    assert "--weights plain" in (found.note or "")
+    assert_same(found.state, EMA)
+    assert_same(open_checkpoint(path, weights="ema").state, EMA)
+    plain = open_checkpoint(path, weights="plain")
+    assert_same(plain.state, PLAIN)
+    assert "left aside" in (plain.note or "")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [PLAIN, {"model": PLAIN}, {"state_dict": PLAIN, "state_dict_ema": None}, {"model": PLAIN, "model_ema": {}},
+     {"model": PLAIN, "ema_decay": 0.99, "avg_metrics": {"top1": 0.8}},
+     {"model": PLAIN, "avg_metrics": {"loss": torch.tensor(0.1)}, "ema_losses": [torch.tensor(0.1), 0.2]},
+     {"model": PLAIN, "ema": {"losses": [0.1, 0.2]}}, {**PLAIN, "n_averaged": torch.tensor(7)}],
+)  # fmt: skip
+def test_plain_weights_alone_are_taken_without_a_word(tmp_path: Path, content: object) -> None:
+    path = written(tmp_path / "plain.pth", content)
+
+    found = open_checkpoint(path)
+
+    assert (found.weights, found.note) == ("plain", None)
+    assert_same(found.state, PLAIN)
+    with pytest.raises(WeightsMismatch, match="no EMA weights"):
+        open_checkpoint(path, weights="ema")
+
+
+def test_ema_weights_alone_are_taken_and_plain_ones_are_not_made_up(tmp_path: Path) -> None:
+    path = written(tmp_path / "ema.pth", {"state_dict_ema": EMA, "epoch": 3})
+
+    assert_same(open_checkpoint(path).state, EMA)
+    assert "plain" not in (open_checkpoint(path).note or "")
+    with pytest.raises(WeightsMismatch, match="only EMA weights"):
+        open_checkpoint(path, weights="plain")
+
+
+@pytest.mark.parametrize(
+    ("averages", "message"),
+    [
+        ({"ema_0.99": EMA, "ema_0.9999": OTHER}, r"several models .'ema_0\.99', 'ema_0\.9999'."),
+        ({"ema": {"shadow_params": [*EMA.values()], "decay": 0.9}}, "a list without names"),
+        ({"shadow_params": [*EMA.values()]}, "a list without names"),
+        ({"ema_params": tuple(EMA.values())}, "a list without names"),
+    ],
+)
+def test_ema_weights_that_are_not_clear_are_refused_and_plain_ones_can_be_had(
+    tmp_path: Path, averages: dict[str, object], message: str
+) -> None:
+    path = written(tmp_path / "unclear.pth", {"model": PLAIN, **averages})
+
+    with pytest.raises(WeightsMismatch, match=message):
+        open_checkpoint(path)
+    assert_same(open_checkpoint(path, weights="plain").state, PLAIN)
+
+
+def test_timm_loads_the_same_of_what_it_writes(tmp_path: Path) -> None:
+    path = written(tmp_path / "timm.pth", BOTH["timm"])
+
+    assert_same(open_checkpoint(path).state, timm.models.load_state_dict(str(path), use_ema=True))
+    assert_same(open_checkpoint(path, weights="plain").state, timm.models.load_state_dict(str(path), use_ema=False))
+
+
+@pytest.mark.parametrize("name", ["model", "ema"])
+def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path, name: str) -> None:
+    content: dict[str, object] = {"model": {}}
+    content[name] = {"model": content, "module": content}
+
+    with pytest.raises(WeightsCorrupt):
+        open_checkpoint(written(tmp_path / "loop.pth", content))

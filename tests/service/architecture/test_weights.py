@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,7 +15,7 @@ from transformers import PvtV2Backbone, PvtV2Config, PvtV2ForImageClassification
 
 from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.variants import VARIANTS
-from service.architecture.weights import load_into, load_weights, read_checkpoint, read_state_file, remap_keys
+from service.architecture.weights import load_into, load_weights, read_checkpoint, remap_keys
 from service.errors import (
     WeightsCorrupt,
     WeightsDigestMismatch,
@@ -302,113 +301,3 @@ def test_half_of_a_split_pair_is_unexpected() -> None:
 def test_every_error_about_a_file_is_one_of_weights() -> None:
     for error in (WeightsCorrupt, WeightsDigestMismatch, WeightsMismatch, WeightsNotFinite, WeightsUnsafe):
         assert issubclass(error, WeightsInvalid)
-
-
-def written(path: Path, content: object) -> Path:
-    torch.save(content, path)
-    return path
-
-
-def named(value: float) -> dict[str, Tensor]:
-    return {"head.weight": torch.full((2, 3), value), "head.bias": torch.full((2,), value)}
-
-
-PLAIN, EMA = named(1.0), named(2.0)
-AVERAGED_MODEL = {"n_averaged": torch.tensor(7), **{f"module.{name}": tensor for name, tensor in EMA.items()}}
-BOTH: dict[str, dict[str, object]] = {
-    "timm": {"state_dict": PLAIN, "state_dict_ema": EMA, "epoch": 3},
-    "the authors' main.py": {"model": PLAIN, "model_ema": EMA, "optimizer": {"state": {}}},
-    "short": {"model": PLAIN, "ema": EMA},
-    "nested": {"model": PLAIN, "ema": {"decay": 0.999, "module": EMA}},
-    "shadow": {"state_dict": PLAIN, "ema": {"shadow": EMA, "num_updates": 3}},
-    "within": {"model": {"state_dict": PLAIN, "state_dict_ema": EMA}},
-    "torch": {"state_dict": PLAIN, "swa_model": AVERAGED_MODEL},
-    "beside": {"state_dict": PLAIN, "ema_state_dict": EMA},
-    "mmengine, which swaps them": {
-        "state_dict": EMA,
-        "ema_state_dict": {"steps": torch.tensor(3), **{f"module.{n}": t for n, t in PLAIN.items()}},
-    },
-    "camel case": {"model": PLAIN, "modelEMA": EMA},
-    "camel case, turned": {"model": PLAIN, "emaModel": EMA},
-    "plural": {"model": PLAIN, "moving_averages": EMA},
-    "shadow beside": {"model": PLAIN, "shadow": EMA},
-    "by decay": {"state_dict": PLAIN, "EMA-0.9999": EMA},
-}
-
-
-@pytest.mark.parametrize("layout", BOTH)
-def test_ema_weights_are_taken_unless_the_plain_ones_are_requested(tmp_path: Path, layout: str) -> None:
-    path = written(tmp_path / "both.pth", BOTH[layout])
-
-    found = read_state_file(path)
-
-    assert (found.weights, found.dialect) == ("ema", "official")
-    assert found.note.startswith("EMA weights (")
-    assert "--weights plain" in found.note
-    assert_same(found.state, EMA)
-    assert_same(read_state_file(path, weights="ema").state, EMA)
-    plain = read_state_file(path, weights="plain")
-    assert_same(plain.state, PLAIN)
-    assert "left aside" in plain.note
-
-
-@pytest.mark.parametrize(
-    "content",
-    [PLAIN, {"model": PLAIN}, {"state_dict": PLAIN, "state_dict_ema": None}, {"model": PLAIN, "model_ema": {}},
-     {"model": PLAIN, "ema_decay": 0.99, "avg_metrics": {"top1": 0.8}},
-     {"model": PLAIN, "avg_metrics": {"loss": torch.tensor(0.1)}, "ema_losses": [torch.tensor(0.1), 0.2]},
-     {"model": PLAIN, "ema": {"losses": [0.1, 0.2]}}, {**PLAIN, "n_averaged": torch.tensor(7)}],
-)  # fmt: skip
-def test_plain_weights_alone_are_taken_without_a_word(tmp_path: Path, content: object) -> None:
-    path = written(tmp_path / "plain.pth", content)
-
-    found = read_state_file(path)
-
-    assert (found.weights, found.note) == ("plain", "")
-    assert_same(found.state, PLAIN)
-    with pytest.raises(WeightsMismatch, match="no EMA weights"):
-        read_state_file(path, weights="ema")
-
-
-def test_ema_weights_alone_are_taken_and_plain_ones_are_not_made_up(tmp_path: Path) -> None:
-    path = written(tmp_path / "ema.pth", {"state_dict_ema": EMA, "epoch": 3})
-
-    assert_same(read_state_file(path).state, EMA)
-    assert "plain" not in read_state_file(path).note
-    with pytest.raises(WeightsMismatch, match="only EMA weights"):
-        read_state_file(path, weights="plain")
-
-
-@pytest.mark.parametrize(
-    ("averages", "message"),
-    [
-        ({"ema_0.99": EMA, "ema_0.9999": EMA}, "several EMA weights .'ema_0.99', 'ema_0.9999'."),
-        ({"ema": {"shadow_params": [*EMA.values()], "decay": 0.9}}, "a list without names"),
-        ({"shadow_params": [*EMA.values()]}, "a list without names"),
-        ({"ema_params": tuple(EMA.values())}, "a list without names"),
-    ],
-)
-def test_ema_weights_that_are_not_clear_are_refused_and_plain_ones_can_be_had(
-    tmp_path: Path, averages: dict[str, object], message: str
-) -> None:
-    path = written(tmp_path / "unclear.pth", {"model": PLAIN, **averages})
-
-    with pytest.raises(WeightsMismatch, match=message):
-        read_state_file(path)
-    assert_same(read_state_file(path, weights="plain").state, PLAIN)
-
-
-def test_timm_loads_the_same_of_what_it_writes(tmp_path: Path) -> None:
-    path = written(tmp_path / "timm.pth", BOTH["timm"])
-
-    assert_same(read_state_file(path).state, timm.models.load_state_dict(str(path), use_ema=True))
-    assert_same(read_state_file(path, weights="plain").state, timm.models.load_state_dict(str(path), use_ema=False))
-
-
-@pytest.mark.parametrize("name", ["model", "ema"])
-def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path, name: str) -> None:
-    content: dict[str, object] = {"model": {}}
-    content[name] = {"model": content, "module": content}
-
-    with pytest.raises(WeightsCorrupt):
-        read_state_file(written(tmp_path / "loop.pth", content))
