@@ -10,7 +10,9 @@ from typing import Literal, TypeVar
 
 from service.errors import InvalidRequest
 
-IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+)
 K = TypeVar("K")
 V = TypeVar("V")
 _SPLITS = {"train", "training", "val", "valid", "validation", "test"}

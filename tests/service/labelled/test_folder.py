@@ -117,3 +117,11 @@ def test_sub_folders_stand_for_labels_by_name_then_by_order_then_by_number(
 def test_sub_folders_that_could_be_anything_are_refused(folders: Sequence[str], labels: Sequence[str]) -> None:
     with pytest.raises(InvalidRequest, match="rename the folders to labels, or to class numbers from 0"):
         map_labels(folders, labels)
+
+
+def test_photos_of_phones_are_images(tmp_path: Path) -> None:
+    for name in ("a.HEIC", "b.heif", "c.jpg"):
+        (path := tmp_path / "birds" / name).parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+
+    assert [path.name for path in read_folder(tmp_path).classes["birds"]] == ["a.HEIC", "b.heif", "c.jpg"]
