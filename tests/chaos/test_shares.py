@@ -160,10 +160,10 @@ def test_who_obeys_retry_after_gets_in_beside_many_who_do_not(server: Server) ->
 
 
 def test_a_connection_goes_on_after_an_upload_that_was_refused_unread(server: Server) -> None:
-    upload = SMALL + bytes(2_000_000)
+    upload, full = SMALL + bytes(2_000_000), form(SMALL, 16)  # two of which fill the queue
     with Client(server, GREEDY) as client:
         statuses = Counter[int]()
-        with Flood(server, 64, Client.post) as flood:
+        with Flood(server, 64, lambda each: each.post(*full)) as flood:
             flood.wait_for(64)
             for _ in range(10):
                 statuses[client.post(upload)[0]] += 1
