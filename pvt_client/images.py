@@ -138,9 +138,10 @@ def batch(images: object) -> list[Any] | None:
     """The images of a list, or of an array or tensor of four axes; None for a single image."""
     if isinstance(images, list | tuple):
         return [*images]
-    axes = getattr(images, "ndim", 0) if _is_array_like(images) else 0
-    array: Any = images if isinstance(images, Tensor) else np.asarray(images) if axes == _BATCH else ()
-    return [*array] if axes == _BATCH else None
+    if not _is_array_like(images) or getattr(images, "ndim", 0) != _BATCH:
+        return None
+    array: Any = images if isinstance(images, Tensor) else np.asarray(images)
+    return [*array]
 
 
 def check_iterable(images: object) -> None:
@@ -150,7 +151,8 @@ def check_iterable(images: object) -> None:
         raise ImageUnreadable(f"{type(images).__name__} is one image and several are expected: pass a list{folder}")
     if hasattr(images, "columns"):
         raise ImageUnreadable(f"{type(images).__name__} is a table; pass its column of paths")
-    if getattr(images, "ndim", None) in {_PLANE, _IMAGE}:
+    axes, shape = getattr(images, "ndim", 0), getattr(images, "shape", ())
+    if axes == _PLANE or (axes == _IMAGE and shape[0 if isinstance(images, Tensor) else -1] in COLOUR_TYPES):
         raise ImageUnreadable(f"{type(images).__name__} is one image and several are expected: pass a list")
     if not hasattr(images, "__iter__") and not hasattr(images, "__aiter__"):
         raise ImageUnreadable(f"{type(images).__name__} holds no images: pass a list, or whatever yields images")
