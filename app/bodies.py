@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from app.compression import codings, decoded
-from app.problems import BodyTooLarge, UnsupportedMediaType
+from app.problems import BodyTooLarge, TooManyImages, UnsupportedMediaType
 from app.settings import Settings
 from service.errors import InvalidImage, InvalidRequest, ServiceError
 from service.memory import Reservation
@@ -208,11 +208,11 @@ def from_base64(text: str) -> bytes | InvalidImage:
 
 
 def check_count(count: int, max_images: int) -> None:
-    """Raises InvalidRequest when a request has none or more than `max_images` images."""
+    """Raises InvalidRequest when a request has no image, TooManyImages when it has more than `max_images`."""
     if not count:
         raise InvalidRequest("the request carries no image")
     if count > max_images:
-        raise InvalidRequest(f"more than {max_images} images in one request, which PVT_MAX_IMAGES allows")
+        raise TooManyImages(f"more than {max_images} images in one request, which PVT_MAX_IMAGES allows")
 
 
 def _multipart(body: bytes, boundary: str, max_images: int) -> list[Upload | Link]:

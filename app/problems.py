@@ -45,6 +45,10 @@ class BodyTooLarge(errors.ImageTooLarge):
     """The request body exceeds PVT_MAX_BODY_MB."""
 
 
+class TooManyImages(errors.InvalidRequest):
+    """The request has more images than PVT_MAX_IMAGES."""
+
+
 class ImageUrlRefused(errors.InvalidRequest):
     """An image's URL is one that this service does not fetch; the message says why."""
 
@@ -218,6 +222,7 @@ _SAMPLES: Mapping[type[Exception], str] = {
     "5 s (half of PVT_URL_TIMEOUT_MS); send this one again later",
     ImageTimedOut: "the URL's host example.org did not send the image within the 10 s of PVT_URL_TIMEOUT_MS",
     BodyTooLarge: "the request body is larger than 32 MB, which PVT_MAX_BODY_MB allows",
+    TooManyImages: "more than 64 images in one request, which PVT_MAX_IMAGES allows",
     Forbidden: "management is off; set PVT_MANAGEMENT_KEYS to one or more keys to turn it on",
 }
 

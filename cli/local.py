@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 from prometheus_client import CollectorRegistry
@@ -18,8 +18,9 @@ from app.routes.models import model_info
 from app.settings import Settings
 from cli.terminal import USAGE, CommandError, logs_on_stderr
 from pvt_client import ImageUnreadable, PvtError
+from pvt_client.async_client import AsyncCalls
+from pvt_client.batching import Make, ManyOptions
 from pvt_client.calls import Call
-from pvt_client.client import AsyncCalls
 from pvt_client.images import AnyImage
 from service.engine import Engine
 from service.errors import ImageTooLarge, InvalidImage, ServiceError
@@ -86,21 +87,26 @@ class LocalEngine(AsyncCalls):
         whole = {"model": answered.model, "version": answered.version, "activation": answered.card.activation}
         return call.read({**whole, "results": [fields]})
 
-    async def prepare(self, make: Callable[[], Call[T]], image: object) -> Call[T]:
+    async def prepare(self, make: Callable[[], T], images: Sequence[object]) -> T:
         """See `AsyncCalls.prepare`; a file is checked before it is read."""
 
-        def checked() -> Call[T]:
-            if isinstance(image, Path):
-                self._check(image)
+        def checked() -> T:
+            for image in images:
+                if isinstance(image, Path):
+                    self._check(image)
             return make()
 
-        return await super().prepare(checked, image)
+        return await super().prepare(checked, images)
 
     def many(
-        self, make: Callable[[AnyImage], Call[T]], images: Iterable[AnyImage], concurrency: int
+        self,
+        make: Make[T],
+        images: Iterable[AnyImage] | AsyncIterable[AnyImage],
+        concurrency: int,
+        **options: Unpack[ManyOptions],
     ) -> AsyncGenerator[tuple[AnyImage, T | PvtError]]:
         """See `AsyncCalls.many`; `concurrency` is what keeps every thread busy."""
-        return super().many(make, images, self._engine.options.images_at_a_time)
+        return super().many(make, images, self._engine.options.images_at_a_time, **options)
 
     async def _infer(self, data: bytes, options: dict[str, Any], path: str) -> tuple[InferenceResult, ImageResult]:
         size = options.get("size")

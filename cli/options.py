@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from app.settings import Settings
 from cli.terminal import USAGE, CommandError, print_note
-from pvt_client.client import AsyncCalls, AsyncClient
+from pvt_client.async_client import AsyncCalls, AsyncClient
 from service.labelled.folder import IMAGE_SUFFIXES
 from service.store.location import without_secrets
 

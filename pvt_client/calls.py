@@ -6,18 +6,18 @@ Each function here is a method of `Client` and `AsyncClient`, which send the cal
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 import httpx
 import numpy as np
-from numpy.typing import NDArray
 
-from pvt_client.errors import ImageTooLarge, InvalidImage, Problem, PvtError, problem
-from pvt_client.images import AnyImage, Image, Images, Upload, upload
+from pvt_client.errors import PvtError, problem
+from pvt_client.images import Image, Upload, upload
+from pvt_client.results import ClassScore, Embedding, Explanation, Features, Floats, Health, Model, Prediction
 
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-Floats = NDArray[np.floating[Any]]
 
 JSON, _BINARY = "application/json", "application/octet-stream"
 _LONGEST_MS = 3_600_000  # the most that the service takes
@@ -58,6 +58,13 @@ class FeaturesOptions(CommonOptions, total=False):
     """The type of the arrays."""
 
 
+class EmbedOptions(CommonOptions, total=False):
+    """Options of `embed`."""
+
+    normalize: bool
+    """Whether vectors are scaled to length 1."""
+
+
 class MapOptions(CommonOptions, total=False):
     """Options of `explain_map`."""
 
@@ -70,105 +77,6 @@ class ExplainOptions(MapOptions, total=False):
 
     alpha: float | None
     """How opaque the map lies on the image, 0 to 1."""
-
-
-class ClassScore(NamedTuple):
-    """One class and its score, of the kind that `Prediction.activation` names."""
-
-    class_id: int
-    label: str
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """The best classes of one image, best first; `width` and `height` are those of the image you sent, in pixels.
-
-    `classes` is empty where none reaches its threshold. `activation` says what scores are: shares of a `softmax` over
-    all classes, of a `sigmoid` for each class by itself, or with `none` logits. `unknown` says whether the best score
-    is too low for any class; None where the model has no bound for that.
-    """
-
-    filename: str | None
-    width: int
-    height: int
-    classes: tuple[ClassScore, ...]
-    model: str
-    version: str
-    activation: str = "softmax"
-    unknown: bool | None = None
-
-    @property
-    def best(self) -> ClassScore:
-        """The first of `classes`; raises LookupError where there is none."""
-        if not self.classes:
-            raise LookupError("no class reached its threshold, so there is no best one: look at classes first")
-        return self.classes[0]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Features:
-    """Arrays of one image, or of several stacked on a first axis, in the order of the images.
-
-    `embedding` is (D,) or (n, D). `stages` has the requested stages by number, with pool `none` (C, H, W) or
-    (n, C, H, W), with `avg` (C,) or (n, C).
-    """
-
-    embedding: Floats
-    stages: Mapping[int, Floats]
-    model: str
-    version: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Embedding:
-    """The embedding of one image, `vector` (D,); `width` and `height` are those of the image you sent, in pixels."""
-
-    width: int
-    height: int
-    vector: Floats
-    model: str
-    version: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Explanation:
-    """The exact class activation map of one class: `map.mean() + bias` is `logit`."""
-
-    filename: str | None
-    width: int
-    height: int
-    class_id: int
-    label: str
-    score: float
-    logit: float
-    bias: float
-    map: Floats
-    """(H, W), one value for each cell of the last stage."""
-    model: str
-    version: str
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model and its state; `details` is everything that the service reports of it."""
-
-    id: str
-    variant: str
-    version: str
-    state: str
-    """`available`, `remote`, `loading`, `ready` or `failed`."""
-    default: bool
-    details: Mapping[str, Any] = field(repr=False, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """`reasons` says what keeps the service from being live or ready; empty when it is both."""
-
-    live: bool
-    ready: bool
-    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +92,6 @@ class Call(Generic[T_co]):
     accept: str = JSON
     accepted: int | None = None
     """A status that `read` takes, beside those below 400."""
-    recover: Callable[[Problem], T_co | None] = lambda _: None
-    """Turns a problem into a result, or into None where it is an error."""
 
     def request(self, seconds: float | None) -> dict[str, Any]:
         """The arguments of `httpx.Client.build_request`, with `seconds` left; one image is the body, several a form."""
@@ -208,81 +114,58 @@ def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-@overload
-def predict(image: Images[AnyImage], **options: Unpack[PredictOptions]) -> Call[list[Prediction | PvtError]]: ...
+def predict(image: Image, **options: Unpack[PredictOptions]) -> Call[Prediction]:
+    """The best classes of an image."""
+    return _only(predictions([upload(image)], **options))
 
 
-@overload
-def predict(image: Image, **options: Unpack[PredictOptions]) -> Call[Prediction]: ...
+def predictions(uploads: Sequence[Upload], **options: Unpack[PredictOptions]) -> Call[list[Prediction | PvtError]]:
+    """The best classes of each of several images in one request, where a bad one becomes its error."""
+
+    def read(body: Mapping[str, Any]) -> list[Prediction | PvtError]:
+        return _each(body, uploads, lambda result: _prediction(body, result))
+
+    return Call("/predict", read, uploads, options)
 
 
-def predict(
-    image: Image | Images[AnyImage], **options: Unpack[PredictOptions]
-) -> Call[Prediction] | Call[list[Prediction | PvtError]]:
-    """The best classes of an image; of each image of a list in one request, where a bad one becomes its error."""
-    uploads = _uploads(image)
-
-    def read_all(body: Mapping[str, Any]) -> list[Prediction | PvtError]:
-        pairs = zip(_results(body), uploads, strict=True)
-        activation = body.get("activation", "softmax")  # which older services do not say
-        return [_prediction(result, sent.filename, activation) for result, sent in pairs]
-
-    def read_one(body: Mapping[str, Any]) -> Prediction:
-        (result,) = read_all(body)
-        if isinstance(result, PvtError):
-            raise result
-        return result
-
-    def recover(error: Problem) -> list[Prediction | PvtError] | None:
-        """In a list of one image the error takes its place, as it does among several."""
-        of_the_image = isinstance(error, InvalidImage | ImageTooLarge) and not error.type.endswith(":body-too-large")
-        return [error] if of_the_image else None
-
-    if isinstance(image, list | tuple):
-        return Call("/predict", read_all, uploads, options, recover=recover)
-    return Call("/predict", read_one, uploads, options)
+def features(image: Image, **options: Unpack[FeaturesOptions]) -> Call[Features]:
+    """The embedding and the requested stages of an image."""
+    return _only(features_of([upload(image)], **options))
 
 
-def features(image: Image | Images[AnyImage], **options: Unpack[FeaturesOptions]) -> Call[Features]:
-    """The embedding and the requested stages; those of a list are stacked, and one bad image fails them all."""
-    several = isinstance(image, list | tuple)
+def features_of(uploads: Sequence[Upload], **options: Unpack[FeaturesOptions]) -> Call[list[Features | PvtError]]:
+    """The features of each of several images in one request, which a bad one fails."""
     stages = options.pop("stages", ())
 
-    def read(body: bytes) -> Features:
+    def read(body: bytes) -> list[Features | PvtError]:
         arrays, metadata = _tensors(body)
-        arrays = arrays if several else {name: array[0] for name, array in arrays.items()}
-        maps = {number: arrays[f"stage{number}"] for number in stages}
-        return Features(arrays["embedding"], maps, metadata["model"], metadata["version"])
+        named = metadata["model"], metadata["version"]
+        per_image = zip(uploads, arrays["embedding"], *(arrays[f"stage{number}"] for number in stages), strict=True)
+        return [Features(vector, dict(zip(stages, maps, strict=True)), *named) for _, vector, *maps in per_image]
 
     parameters = {**options, "stages": ",".join(map(str, stages)) or None}
-    return Call("/features", read, _uploads(image), parameters, accept="application/vnd.safetensors")
+    return Call("/features", read, uploads, parameters, accept="application/vnd.safetensors")
 
 
 def embedding(image: Image, **options: Unpack[FeaturesOptions]) -> Call[Embedding]:
     """The embedding of an image, with the size of the image."""
+    return _only(embeddings([upload(image)], **options))
 
-    def read(body: Mapping[str, Any]) -> Embedding:
-        (result,) = _results(body)
-        vector = np.array(result["embedding"], np.float32)
-        return Embedding(result["width"], result["height"], vector, result["model"], result["version"])
 
-    return Call("/features", read, _uploads(image), options)
+def embeddings(uploads: Sequence[Upload], **options: Unpack[FeaturesOptions]) -> Call[list[Embedding | PvtError]]:
+    """The embedding of each of several images in one request, where a bad one becomes its error."""
+    return Call("/features", lambda body: _each(body, uploads, _embedding), uploads, options)
 
 
 def explain(image: Image, **options: Unpack[ExplainOptions]) -> Call[bytes]:
     """The exact class activation map laid over the image, as a PNG."""
-    return Call("/explain", bytes, _uploads(image), options, accept="image/png")
+    return Call("/explain", bytes, [upload(image)], options, accept="image/png")
 
 
 def explain_map(image: Image, **options: Unpack[MapOptions]) -> Call[Explanation]:
     """The exact class activation map in numbers."""
-    uploads = _uploads(image)
-
-    def read(body: Mapping[str, Any]) -> Explanation:
-        (result,) = _results(body)
-        return Explanation(**result | {"filename": uploads[0].filename, "map": np.array(result["map"], np.float32)})
-
-    return Call("/explain", read, uploads, options)
+    uploads = [upload(image)]
+    return _only(Call("/explain", lambda body: _each(body, uploads, _explanation), uploads, options))
 
 
 def models() -> Call[list[Model]]:
@@ -305,23 +188,45 @@ def _model(fields: Mapping[str, Any]) -> Model:
     return Model(**{name: fields[name] for name in ("id", "variant", "version", "state", "default")}, details=fields)
 
 
-def _uploads(image: Image | Images[AnyImage]) -> list[Upload]:
-    return [upload(each) for each in image] if isinstance(image, list | tuple) else [upload(image)]
+def _only(call: Call[list[T | PvtError]]) -> Call[T]:
+    """`call`, of one image, with its result in place of the list."""
+
+    def read(body: Any) -> T:  # noqa: ANN401  whatever the call reads
+        (result,) = call.read(body)
+        if isinstance(result, PvtError):
+            raise result
+        return result
+
+    return Call(call.path, read, call.uploads, call.options, call.accept)
 
 
-def _results(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The entries of `results`, each with the model and version that are said once for all."""
-    return [{**each, "model": body["model"], "version": body["version"]} for each in body["results"]]
+def _each(
+    body: Mapping[str, Any], uploads: Sequence[Upload], read: Callable[[Mapping[str, Any]], T]
+) -> list[T | PvtError]:
+    """What `read` makes of each of `results`, which are completed by what is said once for all; or its error."""
+    whole = {"model": body["model"], "version": body["version"]}
+    pairs = zip(body["results"], uploads, strict=True)
+    return [
+        problem(each["error"]) if "error" in each else read({**each, **whole, "filename": sent.filename})
+        for each, sent in pairs
+    ]
 
 
-def _prediction(result: Mapping[str, Any], filename: str | None, activation: str) -> Prediction | PvtError:
-    """One of `results`; `filename` is used where the service was sent none."""
-    if "error" in result:
-        return problem(result["error"])
+def _prediction(body: Mapping[str, Any], result: Mapping[str, Any]) -> Prediction:
+    activation = body.get("activation", "softmax")  # which older services do not say
     classes = tuple(ClassScore(each["class_id"], each["label"], each["score"]) for each in result["predictions"])
-    size = result["width"], result["height"]
-    name, model = result["filename"] or filename, (result["model"], result["version"])
-    return Prediction(name, *size, classes, *model, activation=activation, unknown=result.get("unknown"))
+    size, model = (result["width"], result["height"]), (result["model"], result["version"])
+    unknown = result.get("unknown")
+    return Prediction(result["filename"], *size, classes, *model, activation=activation, unknown=unknown)
+
+
+def _embedding(result: Mapping[str, Any]) -> Embedding:
+    vector = np.array(result["embedding"], np.float32)
+    return Embedding(result["width"], result["height"], vector, result["model"], result["version"])
+
+
+def _explanation(result: Mapping[str, Any]) -> Explanation:
+    return Explanation(**{**result, "map": np.array(result["map"], np.float32)})
 
 
 def _tensors(body: bytes) -> tuple[dict[str, Floats], Mapping[str, str]]:

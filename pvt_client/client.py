@@ -1,33 +1,42 @@
-"""The clients: `Client` waits for each response, `AsyncClient` is awaited.
+"""`Client`, which waits for each response.
 
-Both carry out the steps of `Exchange.steps`, and have the functions of `pvt_client.calls` as their methods.
+It carries out the steps of `Exchange.steps` and of `batching.group`, and has the functions of `pvt_client.calls` as its
+methods.
 """
 
-import asyncio
-from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
+from functools import partial, wraps
+from typing import Concatenate, ParamSpec, Self, TypeVar, Unpack, cast, overload
 
 import httpx
+import numpy as np
+from numpy.typing import NDArray
 
 from pvt_client import calls
-from pvt_client.calls import Call, Embedding, Features, FeaturesOptions, Prediction, PredictOptions
-from pvt_client.errors import OF_ONE_IMAGE, PvtError
-from pvt_client.exchange import NO_RESPONSE, Attempt, Exchange, Outcome, Response
-from pvt_client.images import AnyImage
+from pvt_client.batching import (
+    Errors,
+    Make,
+    ManyOptions,
+    Place,
+    Progress,
+    RequestSize,
+    Waiting,
+    chosen,
+    group,
+    rows,
+    stacked,
+)  # fmt: skip
+from pvt_client.calls import Call, EmbedOptions, FeaturesOptions, PredictOptions
+from pvt_client.errors import PvtError
+from pvt_client.exchange import NO_RESPONSE, Attempt, Exchange, Outcome, Response, Result
+from pvt_client.images import AnyImage, Image, Images, batch, check_iterable
+from pvt_client.results import Embedding, Features, Prediction
 
 P = ParamSpec("P")
 T = TypeVar("T")
-F = TypeVar("F")  # the future of a result
-
-# How many calls may be begun and not yet yielded, for each one that may run: while the first of them is slow the others
-# go on. Only results wait here; images are in memory only while their call runs.
-_AHEAD = 4
 
 
 def _sent(make: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P], T]:
@@ -40,29 +49,19 @@ def _sent(make: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P], T]:
     return method
 
 
-def _sent_async(make: Callable[P, Call[T]]) -> Callable[Concatenate["AsyncCalls", P], Coroutine[Any, Any, T]]:
-    """A method of `AsyncCalls` that sends the call that `make` returns."""
-
-    @wraps(make)
-    async def method(self: "AsyncCalls", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        image = args[0] if args else kwargs.get("image", b"")
-        return await self.send(await self.prepare(lambda: make(*args, **kwargs), image))
-
-    return method
-
-
 @dataclass(eq=False, repr=False)
 class Client(Exchange):
     """A client of the service at `url`. It keeps connections open, and threads may share it.
 
-    `timeout`: seconds for each call, all its attempts together; the service is sent what is left of it. None: no limit.
-    Every method raises PvtError, see `pvt_client.errors`.
+    `timeout`: seconds for each request, all its attempts together; the service is sent what is left of it. None: no
+    limit. Every method raises PvtError, see `pvt_client.errors`.
     """
 
     transport: httpx.BaseTransport | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._http = httpx.Client(**self.http_settings(), transport=self.transport)
+        self._size = RequestSize(clock=self.clock.monotonic)
 
     def __enter__(self) -> Self:
         return self
@@ -74,8 +73,6 @@ class Client(Exchange):
         """Close the connections."""
         self._http.close()
 
-    predict = _sent(calls.predict)
-    features = _sent(calls.features)
     embedding = _sent(calls.embedding)
     explain = _sent(calls.explain)
     explain_map = _sent(calls.explain_map)
@@ -83,44 +80,143 @@ class Client(Exchange):
     model = _sent(calls.model)
     health = _sent(calls.health)
 
+    @overload
+    def predict(
+        self, image: Images[AnyImage], *, errors: Errors = "return", **options: Unpack[PredictOptions]
+    ) -> list[Prediction | PvtError]: ...
+
+    @overload
+    def predict(self, image: Image, *, errors: Errors = "return", **options: Unpack[PredictOptions]) -> Prediction: ...
+
+    def predict(
+        self, image: Image | Images[AnyImage], *, errors: Errors = "return", **options: Unpack[PredictOptions]
+    ) -> Prediction | list[Prediction | PvtError]:
+        """The best classes of an image; of a list, or of an array (N, H, W, C), those of each image, in one request.
+
+        The error of a bad image takes its place in the list, or with `errors="raise"` is raised. What is more than the
+        service takes in a request is sent in several.
+        """
+        if (images := batch(image)) is None:
+            return self.send(calls.predict(cast("Image", image), **options))
+        results = self._results(images, partial(calls.predictions, **options), several=False)
+        return [chosen(errors, *each) for each in zip(results, images, range(len(images)), strict=True)]
+
+    def features(self, image: Image | Images[AnyImage], **options: Unpack[FeaturesOptions]) -> Features:
+        """The embedding and the requested stages; those of a list are stacked, and one bad image fails them all."""
+        if (images := batch(image)) is None:
+            return self.send(calls.features(cast("Image", image), **options))
+        return stacked(self._results(images, partial(calls.features_of, **options), several=False), images)
+
     def predict_many(
-        self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[PredictOptions]
+        self,
+        images: Iterable[AnyImage],
+        *,
+        concurrency: int = 8,
+        errors: Errors = "return",
+        progress: Progress = None,
+        **options: Unpack[PredictOptions],
     ) -> Generator[tuple[AnyImage, Prediction | PvtError]]:
         """Each of `images` with its best classes, in order, `concurrency` requests at a time.
 
-        The error of a bad image takes its place; an error that the other images would meet too is raised. Only images
-        whose request is under way are in memory, so `images` may be endless.
+        A request carries as many images as the service answers within a quarter of a second, 16 at the most. The error
+        of a bad image takes its place, or with `errors="raise"` is raised; an error that the other images would meet
+        too always is. Images are taken as results are consumed, so `images` may be endless.
         """
-        return self._many(lambda image: calls.predict(image, **options), images, concurrency)
+        make = partial(calls.predictions, **options)
+        return self._many(make, images, concurrency, errors=errors, progress=progress)
 
     def features_many(
-        self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
+        self,
+        images: Iterable[AnyImage],
+        *,
+        concurrency: int = 8,
+        errors: Errors = "return",
+        progress: Progress = None,
+        **options: Unpack[FeaturesOptions],
     ) -> Generator[tuple[AnyImage, Features | PvtError]]:
         """Each of `images` with its features; see `predict_many`."""
-        return self._many(lambda image: calls.features(image, **options), images, concurrency)
+        make = partial(calls.features_of, **options)
+        return self._many(make, images, concurrency, errors=errors, progress=progress)
 
     def embedding_many(
-        self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
+        self,
+        images: Iterable[AnyImage],
+        *,
+        concurrency: int = 8,
+        errors: Errors = "return",
+        progress: Progress = None,
+        **options: Unpack[FeaturesOptions],
     ) -> Generator[tuple[AnyImage, Embedding | PvtError]]:
         """Each of `images` with its embedding and its size; see `predict_many`."""
-        return self._many(lambda image: calls.embedding(image, **options), images, concurrency)
+        make = partial(calls.embeddings, **options)
+        return self._many(make, images, concurrency, errors=errors, progress=progress)
+
+    def embed(
+        self,
+        images: Iterable[AnyImage],
+        *,
+        concurrency: int = 8,
+        errors: Errors = "raise",
+        progress: Progress = None,
+        **options: Unpack[EmbedOptions],
+    ) -> NDArray[np.float32]:
+        """The embeddings of `images`, (N, C), in order; (0, 0) of none.
+
+        The error of a bad image is raised, or with `errors="return"` its row is NaN; if all are bad, it is raised too.
+
+        Raises:
+            ModelChanged: they are not all of one version of the model.
+        """
+        many = self.features_many(images, concurrency=concurrency, errors=errors, progress=progress, **options)
+        return rows([result for _, result in many])
 
     def _many(
-        self, make: Callable[[AnyImage], Call[T]], images: Iterable[AnyImage], concurrency: int
+        self, make: Make[T], images: Iterable[AnyImage], concurrency: int, **options: Unpack[ManyOptions]
     ) -> Generator[tuple[AnyImage, T | PvtError]]:
-        def result(image: AnyImage) -> T | PvtError:
-            try:
-                return self.send(make(image))
-            except OF_ONE_IMAGE as error:
-                return error
-
-        ahead = _ahead(concurrency)
+        check_iterable(images)
+        waiting = Waiting[AnyImage, Future[T | PvtError]](self._size, concurrency)
         pool = ThreadPoolExecutor(concurrency, "pvt-client")
+
+        def begun() -> Generator[Place[AnyImage, Future[T | PvtError]]]:
+            for image in images:
+                waiting.append(image, Future())
+                pool.submit(lambda: self._answer(waiting.take(), make))
+                yield from waiting.ready()
+            yield from waiting.ready(all_taken=True)
+
         try:
-            for image, future in _begun(lambda image: pool.submit(result, image), images, ahead):
-                yield image, future.result()
+            for number, (image, future) in enumerate(begun()):
+                result = chosen(options.get("errors", "return"), future.result(), image, number)
+                if progress := options.get("progress"):
+                    progress(1)
+                yield image, result
         finally:
+            waiting.clear()
             pool.shutdown(cancel_futures=True)
+
+    def _answer(self, places: Sequence[Place[AnyImage, Future[T | PvtError]]], make: Make[T]) -> None:
+        """Give each of `places` its result, or the error that is to be raised."""
+        try:
+            results = self._results([each.image for each in places], make, several=True)
+            for place, result in zip(places, results, strict=True):
+                place.future.set_result(result)
+        except BaseException as error:  # noqa: BLE001  whoever waits for one of these raises it
+            for place in places:
+                place.future.set_exception(error)
+
+    def _results(self, images: Sequence[object], make: Make[T], *, several: bool) -> list[T | PvtError]:
+        """Carries out the steps of `group`."""
+        steps = group(images, make, self._size, several=several)
+        step = next(steps)
+        while not isinstance(step, Result):
+            step = steps.send(self._outcome(step) if isinstance(step, Call) else step())
+        return step.value
+
+    def _outcome(self, call: Call[T]) -> T | PvtError:
+        try:
+            return self.send(call)
+        except PvtError as error:
+            return error
 
     def send(self, call: Call[T]) -> T:
         """The result of `call`, after as many attempts as it takes."""
@@ -143,125 +239,3 @@ class Client(Exchange):
                 return Response(response.status_code, response.headers, bytes(body))
         except NO_RESPONSE as error:
             return self.failure(error)
-
-
-class AsyncCalls(ABC):
-    """The methods of `AsyncClient`, over a `send` that a subclass defines."""
-
-    @abstractmethod
-    async def send(self, call: Call[T]) -> T:
-        """The result of `call`."""
-
-    async def prepare(self, make: Callable[[], Call[T]], image: object) -> Call[T]:
-        """The call that `make` returns; any image but bytes is read or compressed by it, which is done on a thread."""
-        return make() if isinstance(image, bytes) else await asyncio.to_thread(make)
-
-    predict = _sent_async(calls.predict)
-    features = _sent_async(calls.features)
-    embedding = _sent_async(calls.embedding)
-    explain = _sent_async(calls.explain)
-    explain_map = _sent_async(calls.explain_map)
-    models = _sent_async(calls.models)
-    model = _sent_async(calls.model)
-    health = _sent_async(calls.health)
-
-    def predict_many(
-        self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[PredictOptions]
-    ) -> AsyncGenerator[tuple[AnyImage, Prediction | PvtError]]:
-        """See `Client.predict_many`."""
-        return self.many(lambda image: calls.predict(image, **options), images, concurrency)
-
-    def features_many(
-        self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
-    ) -> AsyncGenerator[tuple[AnyImage, Features | PvtError]]:
-        """See `Client.features_many`."""
-        return self.many(lambda image: calls.features(image, **options), images, concurrency)
-
-    def embedding_many(
-        self, images: Iterable[AnyImage], *, concurrency: int = 8, **options: Unpack[FeaturesOptions]
-    ) -> AsyncGenerator[tuple[AnyImage, Embedding | PvtError]]:
-        """See `Client.embedding_many`."""
-        return self.many(lambda image: calls.embedding(image, **options), images, concurrency)
-
-    async def many(
-        self, make: Callable[[AnyImage], Call[T]], images: Iterable[AnyImage], concurrency: int
-    ) -> AsyncGenerator[tuple[AnyImage, T | PvtError]]:
-        """Each of `images` with the result of the call that `make` returns for it; see `predict_many`."""
-        ahead, slots = _ahead(concurrency), asyncio.Semaphore(concurrency)
-        tasks: set[asyncio.Task[T | PvtError]] = set()
-
-        async def result(image: AnyImage) -> T | PvtError:
-            async with slots:
-                try:
-                    return await self.send(await self.prepare(lambda: make(image), image))
-                except OF_ONE_IMAGE as error:
-                    return error
-
-        def begin(image: AnyImage) -> asyncio.Task[T | PvtError]:
-            tasks.add(task := asyncio.create_task(result(image)))
-            return task
-
-        try:
-            for image, task in _begun(begin, images, ahead):
-                found = await task
-                tasks.remove(task)
-                yield image, found
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-
-@dataclass(eq=False, repr=False)
-class AsyncClient(Exchange, AsyncCalls):
-    """As `Client`, for asyncio; files are read on a thread."""
-
-    transport: httpx.AsyncBaseTransport | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        self._http = httpx.AsyncClient(**self.http_settings(), transport=self.transport)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
-
-    async def send(self, call: Call[T]) -> T:
-        """See `Client.send`."""
-        steps = self.steps(call)
-        step = next(steps)
-        while isinstance(step, Attempt):
-            if step.wait:
-                await self.clock.sleep_async(step.wait)
-            step = steps.send(await self._attempt(step))
-        return step.value
-
-    async def _attempt(self, attempt: Attempt) -> Outcome:
-        try:
-            async with asyncio.timeout(attempt.seconds):  # httpx limits each read, not all together
-                response = await self._http.send(self._http.build_request(**attempt.request))
-        except NO_RESPONSE as error:
-            return self.failure(error)
-        return Response(response.status_code, response.headers, response.content)
-
-
-def _ahead(concurrency: int) -> int:
-    """How many calls may be begun and not yet yielded; raises ValueError if `concurrency` is less than 1."""
-    if concurrency < 1:
-        raise ValueError(f"concurrency is {concurrency}; it is the number of calls that run at a time, 1 or more")
-    return _AHEAD * concurrency
-
-
-def _begun(begin: Callable[[AnyImage], F], images: Iterable[AnyImage], ahead: int) -> Generator[tuple[AnyImage, F]]:
-    """Each of `images` in order with what `begin` returned for it, called ahead of time for the next ones."""
-    begun: deque[tuple[AnyImage, F]] = deque()
-    for image in images:
-        begun.append((image, begin(image)))
-        if len(begun) >= ahead:
-            yield begun.popleft()
-    yield from begun

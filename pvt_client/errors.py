@@ -1,7 +1,7 @@
 """Every error of the client.
 
 - PvtError
-  - ImageUnreadable, InvalidUrl, TimedOut, UnexpectedResponse
+  - ImageUnreadable, InvalidUrl, ModelChanged, TimedOut, UnexpectedResponse
   - ConnectionFailed
     - ConnectionLost
   - Problem: the service refused (RFC 9457)
@@ -36,6 +36,10 @@ class ConnectionFailed(PvtError):
 
 class ConnectionLost(ConnectionFailed):
     """The connection broke before the response was complete; the service may have done the work."""
+
+
+class ModelChanged(PvtError):
+    """Vectors that were to be stacked are of several models or versions; the message names them."""
 
 
 class TimedOut(PvtError):

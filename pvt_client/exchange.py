@@ -8,7 +8,8 @@ import json
 import random
 import time
 from collections.abc import Awaitable, Callable, Generator, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import count
@@ -19,6 +20,7 @@ import httpx
 from pvt_client import errors
 from pvt_client.calls import JSON, Call
 from pvt_client.errors import ConnectionFailed, ConnectionLost, InvalidUrl, Problem, PvtError, TimedOut
+from pvt_client.results import Answer
 
 T = TypeVar("T")
 NO_RESPONSE = (httpx.HTTPError, httpx.InvalidURL, TimeoutError)
@@ -155,18 +157,16 @@ class Exchange:
         status, headers, body = response
         try:
             if status < _ERROR or status == call.accepted:
-                return Result(call.read(json.loads(body) if call.accept == JSON else body))
+                return Result(_completed(call.read(json.loads(body) if call.accept == JSON else body), headers))
             is_problem = headers.get("content-type", "").startswith("application/problem+json")
             fields = json.loads(body) if is_problem else None
             fields = fields if isinstance(fields, dict) else {"detail": _excerpt(body)}
             wait = retry_after(headers.get("retry-after"), self.clock.now())
-            refusal = errors.problem(fields, status, headers.get("x-request-id"), wait)
+            return errors.problem(fields, status, headers.get("x-request-id"), wait)
         except (LookupError, TypeError, ValueError) as error:
             raise errors.UnexpectedResponse(
                 f"this client does not understand the response ({error!r}): {_excerpt(body)}; is the URL right?"
             ) from error
-        recovered = call.recover(refusal)
-        return refusal if recovered is None else Result(recovered)
 
     def _timed_out(self) -> TimedOut:
         return TimedOut("no response" if self.timeout is None else f"no response within {self.timeout:g} s")
@@ -209,6 +209,32 @@ class Exchange:
         verify = not base_url.startswith("http://")
         encoded = httpx.Headers(headers, encoding="utf-8")  # a key may have any letters
         return {"base_url": base_url, "headers": encoded, "limits": limits, "verify": verify}
+
+
+def _completed(result: Any, headers: Mapping[str, str]) -> Any:  # noqa: ANN401  of any call
+    """`result`, or each of a list, with the request's id and its times, where it is of a kind that has them."""
+    if isinstance(result, list):
+        return [_completed(each, headers) for each in result]
+    if not isinstance(result, Answer):
+        return result
+    times = server_timing(headers.get("server-timing", ""))
+    return replace(result, request_id=headers.get("x-request-id"), timing_ms=times)
+
+
+def server_timing(header: str) -> dict[str, float]:
+    """The durations in a `Server-Timing` header, in milliseconds, by name; what has none is left out.
+
+    Source: https://www.w3.org/TR/server-timing/
+    """
+    found: dict[str, float] = {}
+    for entry in header.split(","):
+        name, *parameters = (part.strip() for part in entry.split(";"))
+        for parameter in parameters:
+            key, _, value = parameter.partition("=")
+            with suppress(ValueError):
+                if key.strip().lower() == "dur":
+                    found.setdefault(name, float(value.strip().strip('"')))
+    return found
 
 
 def _excerpt(body: bytes) -> str:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from cli.table import growing_table
 from tests.cli.conftest import PvtServe
 from tests.conftest import ROOT
-from tests.pvt_client.scripted import Received, Scripted, refused, response, scripted
+from tests.pvt_client.scripted import Received, Scripted, problem_fields, refused, response, scripted
 
 DIMENSIONS = 4
 
@@ -26,12 +27,29 @@ def vector(data: bytes) -> list[float]:
 
 
 def features(connection: socket.socket, received: Received, *, version: str = "1") -> None:
-    """An embedding that depends on the bytes of the image."""
-    if b"bad" in received.body:
+    """An embedding of each image that depends on its bytes."""
+    if b"bad" in received.images and len(received.images) == 1:
         connection.sendall(refused(422, "invalid-image"))
         return
-    result = {"filename": None, "width": 6, "height": 5, "embedding": vector(received.body)}
-    connection.sendall(response(200, json.dumps({"model": "m", "version": version, "results": [result]}).encode()))
+    results = [
+        {"filename": None, "error": problem_fields(422, "invalid-image")}
+        if data == b"bad"
+        else {"filename": None, "width": 6, "height": 5, "embedding": vector(data)}
+        for data in received.images
+    ]
+    connection.sendall(response(200, json.dumps({"model": "m", "version": version, "results": results}).encode()))
+
+
+def singly(connection: socket.socket, received: Received) -> None:
+    """The same, of one image in a request; the second request of a client tries two."""
+    if len(received.images) > 1:
+        connection.sendall(refused(422, "too-many-images"))
+    else:
+        features(connection, received)
+
+
+def images_of(requests: Sequence[Received]) -> list[bytes]:
+    return [data for each in requests for data in each.images]
 
 
 def newer(connection: socket.socket, received: Received) -> None:
@@ -114,7 +132,7 @@ def test_a_second_run_embeds_only_new_and_changed_images(pvt_serve: PvtServe, im
 
         done = pvt_serve(*command)
 
-        assert sorted(each.body for each in server.requests) == [b"a changed one", b"a new one"]
+        assert sorted(images_of(server.requests)) == [b"a changed one", b"a new one"]
         server.requests.clear()
         again = pvt_serve(*command)
     assert done.out == f"{table}: 24 rows, 2 of them new, 22 skipped, 0 bad\n"
@@ -145,19 +163,19 @@ def test_bad_files_are_listed_at_the_end_and_tried_again(pvt_serve: PvtServe, im
     assert json.loads(mended.out) == {
         "output": str(table), "rows": 22, "embedded": 1, "skipped": 21, "bad": 0, "errors": [],
     }  # fmt: skip
-    assert [each.body for each in server.requests] == [b"mended"]
+    assert images_of(server.requests) == [b"mended"]
     check(table, images)
 
 
 def killed(server: Scripted, table: Path, images: Path) -> None:
-    """Run in another process, one request at a time, five rows a part, and kill it while the 14th request waits."""
+    """Run in another process, one request at a time, five rows a part, and kill it while the 14th image waits."""
     reached = threading.Event()
 
     def hold(connection: socket.socket, _: Received) -> None:
         reached.set()
         connection.recv(1)
 
-    server.behaviours[:] = [features] * 13 + [hold]
+    server.behaviours[:] = [singly] * 14 + [hold]
     arguments = ["-o", str(table), "--url", server.url, "--group", "5", "--concurrency", "1", "--model", "m"]
     command = [sys.executable, "-m", "cli", "embed", str(images), *arguments]
     with subprocess.Popen(command, cwd=ROOT) as process:
@@ -176,9 +194,9 @@ def test_a_run_that_is_killed_loses_less_than_a_row_group(pvt_serve: PvtServe, i
 
         done = pvt_serve("embed", images, "-o", table, "--model", "m", "--url", server.url, "--group", "5")
 
-    # The 14th request is sent only after the tenth result was taken, and so the second part written.
-    assert [each.body for each in server.requests].count(b"image 9") == 0
-    assert len(server.requests) == 13
+    # The 14th image is sent only after the tenth result was taken, and so the second part written.
+    assert len(images_of(server.requests)) == 13
+    assert b"image 9" not in images_of(server.requests)
     assert done.out == f"{table}: 23 rows, 13 of them new, 10 skipped, 0 bad\n"
     check(table, images)
 
@@ -205,7 +223,7 @@ def _crash(*_: object, **__: object) -> None:
 
 
 def test_an_error_that_ends_a_run_loses_no_embedding(pvt_serve: PvtServe, images: Path, table: Path) -> None:
-    with scripted(*[features] * 8, refused(503, "model-load-failed")) as server:
+    with scripted(*[singly] * 9, refused(503, "model-load-failed")) as server:
         command = ("embed", images, "-o", table, "--model", "m", "--url", server.url, "--concurrency", "1")
         done = pvt_serve(*command)
         assert (done.code, done.out) == (1, "")
@@ -214,7 +232,7 @@ def test_an_error_that_ends_a_run_loses_no_embedding(pvt_serve: PvtServe, images
         server.requests.clear()
         pvt_serve(*command)
 
-    assert len(server.requests) == 23 - 8
+    assert len(images_of(server.requests)) == 23 - 8
     check(table, images)
 
 

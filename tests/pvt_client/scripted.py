@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from io import BytesIO
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from multipart import MultipartParser, parse_options_header
+
 from pvt_client.exchange import Clock
 
+BAD = b"not an image"
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PREDICTED = {
     "model": "m",
@@ -33,15 +37,13 @@ def predicted(*results: dict[str, Any]) -> bytes:
     return response(200, json.dumps(PREDICTED | ({"results": results} if results else {})).encode())
 
 
+def problem_fields(status: int, kind: str) -> dict[str, Any]:
+    urn = f"urn:pvt-serve:problem:{kind}"
+    return {"type": urn, "title": kind, "status": status, "detail": "d", "request_id": "r"}
+
+
 def refused(status: int, kind: str = "queue-full", **headers: str) -> bytes:
-    fields = {
-        "type": f"urn:pvt-serve:problem:{kind}",
-        "title": kind,
-        "status": status,
-        "detail": "d",
-        "request_id": "r",
-    }
-    return response(status, json.dumps(fields).encode(), "application/problem+json", **headers)
+    return response(status, json.dumps(problem_fields(status, kind)).encode(), "application/problem+json", **headers)
 
 
 @dataclass
@@ -61,8 +63,30 @@ class Received:
     def query(self) -> dict[str, str]:
         return {name: values[-1] for name, values in parse_qs(urlsplit(self.target).query).items()}
 
+    @property
+    def images(self) -> list[bytes]:
+        """The bytes of each image."""
+        content_type, options = parse_options_header(self.headers.get("content-type", ""))
+        if content_type != "multipart/form-data":
+            return [self.body]
+        return [part.raw for part in MultipartParser(BytesIO(self.body), options["boundary"])]
+
 
 Behaviour = bytes | Callable[[socket.socket, Received], None]
+
+
+def sized(connection: socket.socket, received: Received) -> None:
+    """The size of each image in bytes, as its width; the height is how many images the request has."""
+    entries: list[dict[str, Any]] = [
+        {"filename": None, "width": len(data), "height": len(received.images), "predictions": []}
+        if data != BAD
+        else {"filename": None, "error": problem_fields(422, "invalid-image")}
+        for data in received.images
+    ]
+    if len(entries) == 1 and "error" in entries[0]:
+        connection.sendall(refused(422, "invalid-image"))
+    else:
+        connection.sendall(predicted(*entries))
 
 
 def cut(connection: socket.socket, _: Received) -> None:

@@ -23,7 +23,7 @@ from pvt_client import (
     UnexpectedResponse,
 )
 from tests.pvt_client.conftest import CallMethod
-from tests.pvt_client.scripted import Received, cut, predicted, refused, response, scripted
+from tests.pvt_client.scripted import BAD, Received, cut, predicted, refused, response, scripted, sized
 
 
 def safetensors(**arrays: Any) -> bytes:
@@ -32,10 +32,11 @@ def safetensors(**arrays: Any) -> bytes:
 
 
 def test_calls_share_a_connection(call: CallMethod) -> None:
-    with scripted(predicted()) as server:
-        call(server.url, "predict_many", [b"a", b"b", b"c", b"d"], concurrency=1)
+    with scripted(sized) as server:
+        call(server.url, "predict_many", [b"x"] * 40, concurrency=1)
 
-        assert (len(server.requests), server.connections) == (4, 1)
+        assert len(server.requests) > 2
+        assert server.connections == 1
 
 
 def test_the_key_travels_as_a_bearer_token(call: CallMethod) -> None:
@@ -127,47 +128,47 @@ def test_many_keep_their_order_though_responses_do_not(call: CallMethod) -> None
             released.set()
         else:
             released.wait(10)
-        connection.sendall(predicted({"filename": received.body.decode(), "width": 1, "height": 1, "predictions": []}))
+        sized(connection, received)
 
     released = threading.Event()
-    images = [b"0", b"1", b"2", b"3"]
+    images = [b"0", b"11", b"222", b"3333"]
     with scripted(behaviour) as server:
         found = call(server.url, "predict_many", images, concurrency=4)
 
-    assert [(image, result.filename) for image, result in found] == [(each, each.decode()) for each in images]
+    assert [(image, result.width) for image, result in found] == [(each, len(each)) for each in images]
 
 
 def test_no_more_requests_run_than_were_allowed(call: CallMethod) -> None:
     running, most, lock = 0, 0, threading.Lock()
 
-    def behaviour(connection: Any, _: Received) -> None:
+    def behaviour(connection: Any, received: Received) -> None:
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
             running -= 1  # before the response: its client may have sent the next before this thread goes on
-        connection.sendall(predicted())
+        sized(connection, received)
 
     with scripted(behaviour) as server:
-        call(server.url, "predict_many", [b"x"] * 20, concurrency=3)
+        call(server.url, "predict_many", [b"x"] * 200, concurrency=3)
 
         assert server.connections <= 3
     assert most <= 3
 
 
 def test_a_bad_image_is_an_error_in_its_place(call: CallMethod, tmp_path: Path) -> None:
-    with scripted(predicted(), refused(422, "invalid-image"), predicted()) as server:
-        found = call(server.url, "predict_many", [b"a", b"b", str(tmp_path / "none.png"), b"c"], concurrency=1)
+    with scripted(sized) as server:
+        found = call(server.url, "predict_many", [b"a", BAD, str(tmp_path / "none.png"), b"c"], concurrency=1)
 
     kinds = [type(result) for _, result in found]
     assert kinds == [Prediction, InvalidImage, ImageUnreadable, Prediction]
 
 
 def test_a_connection_that_is_cut_costs_one_image(call: CallMethod) -> None:
-    with scripted(predicted(), cut, predicted()) as server:
+    with scripted(cut, sized) as server:
         found = call(server.url, "predict_many", [b"a", b"b", b"c"], concurrency=1)
 
-    assert [type(result) for _, result in found] == [Prediction, ConnectionLost, Prediction]
+    assert [type(result) for _, result in found] == [ConnectionLost, Prediction, Prediction]
 
 
 def test_an_error_that_the_next_image_would_meet_too_ends_it(call: CallMethod) -> None:
@@ -186,13 +187,15 @@ def test_images_are_taken_only_as_fast_as_results() -> None:
             taken += 1
             yield b"x"
 
-    with scripted(predicted()) as server, Client(server.url) as client:
+    with scripted(sized) as server, Client(server.url) as client:
         results = client.predict_many(images(), concurrency=2)
-        for _ in range(5):
+        next(results)
+        assert taken <= 1 + 2 * 2 * (2 + 1)  # of a request of one image, or when the first has had its response of two
+        for _ in range(100):
             next(results)
         results.close()
 
-    assert taken <= 5 + 4 * 2
+    assert taken <= 101 + 2 * 2 * (16 + 1)
 
 
 def test_leaving_an_asynchronous_loop_early_leaves_no_task() -> None:
@@ -204,7 +207,7 @@ def test_leaving_an_asynchronous_loop_early_leaves_no_task() -> None:
             await results.aclose()
         return len(asyncio.all_tasks())
 
-    with scripted(predicted()) as server:
+    with scripted(sized) as server:
         assert asyncio.run(first(server.url)) == 1
 
 
