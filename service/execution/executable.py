@@ -8,10 +8,18 @@ from functools import partial
 import structlog
 
 from service.backends.base import Backend, Graph, Layout, Precision, build
-from service.errors import ModelLoadFailed, ServiceError
+from service.errors import MemoryExhausted, ModelLoadFailed, ServiceError
 from service.execution.plan import BatchPlan
 from service.execution.reference import Deviation, ReferenceCheck, computed_reference, concerns_precision, reason
-from service.execution.tuning import LatencyGraph, OptimizedGraph, Optimizer, Tuned, graph_seconds
+from service.execution.tuning import (
+    LatencyGraph,
+    OptimizedGraph,
+    Optimizer,
+    Reserve,
+    Tuned,
+    graph_seconds,
+    unlimited,
+)
 from service.results import Head, ImageResult, InferenceResult, Outputs, Pixels
 from service.store.store import StoredModel
 
@@ -63,6 +71,22 @@ class CheckedGraphs:
     prefix: str = ""
     notes: list[str] = field(default_factory=list)
 
+    def fitting(self, name: str, sizes: Sequence[int], pixels: int, reserve: Reserve) -> Iterator[int]:
+        """`sizes` for as long as there is memory for their graphs; for the first there is."""
+        for size in sizes:
+            if size != sizes[0] and not self.fits(name, size, pixels, reserve):
+                return
+            yield size
+
+    def fits(self, name: str, size: int, pixels: int, reserve: Reserve) -> bool:
+        """Whether there is memory for a graph for batches of `size` images of `pixels` each; a note says where not."""
+        try:
+            reserve(size * pixels)
+        except MemoryExhausted as error:
+            self._note(f"{self.prefix}{name} for batches of {size} is left out: {error}")
+            return False
+        return True
+
     def graph(self, name: str, size: int, make: Callable[[Precision], Graph]) -> Graph:
         """The graph that `make` returns for batches of `size`, checked; raises what fails in the last precision."""
         try:
@@ -72,10 +96,13 @@ class CheckedGraphs:
                 raise
             which = f"{self.prefix}{name} for batches of {size}"
             note = f"{which} computes in float32, not {self.precision}: {reason(error)}"
+        self._note(note)
+        return self._check(make("float32"), size)  # by here the first graph's memory is free
+
+    def _note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
             log.warning("plan_note", model=self.model, note=note)
-        return self._check(make("float32"), size)  # by here the first graph's memory is free
 
     def _check(self, graph: Graph, size: int) -> Graph:
         if self.reference_check:
@@ -196,10 +223,11 @@ class Executable:
         program = self._backend.program(build(self.card, self.stored.folder), self.height, self.width)
         return program.graph(1, self._latency_layout, precision)
 
-    def add_stages(self) -> None:
+    def add_stages(self, reserve: Reserve = unlimited) -> None:
         """Make the graphs that return stage maps, and fetch the head's weights. Blocking; it compiles.
 
-        Raises ModelLoadFailed if the model's files are gone, have changed since the load, or can't be compiled.
+        `reserve` is called before each graph but the first is made, which is left out where it raises. Raises
+        ModelLoadFailed if the model's files are gone, have changed since the load, or can't be compiled.
         """
         if self.staged:
             return
@@ -208,15 +236,19 @@ class Executable:
             program = self._backend.program(module, self.height, self.width)
             sizes = [size for size in self.plan.sizes if size <= MAX_STAGED] or [self.plan.sizes[0]]
             make, layout, alone = self._checked.graph, self._layout, self._latency_layout
-            graphs = {n: make("the graph with stage maps", n, partial(program.graph, n, layout)) for n in sizes}
-            latency = make("the latency graph with stage maps", 1, partial(program.graph, 1, alone)) if alone else None
+            name, latency, pixels = "the graph with stage maps", None, self.height * self.width
+            fitting = self._checked.fitting(name, sizes, pixels, reserve)
+            graphs = {n: make(name, n, partial(program.graph, n, layout)) for n in fitting}
+            if alone and self._checked.fits(name := "the latency graph with stage maps", 1, pixels, reserve):
+                latency = make(name, 1, partial(program.graph, 1, alone))
             self.head = module.head()
             self.staged = graphs, latency
 
-    def resized(self, height: int, width: int) -> "Executable":
+    def resized(self, height: int, width: int, reserve: Reserve = unlimited) -> "Executable":
         """The same model for images of `height` x `width`, in the same precision and layout. Blocking.
 
-        Batch sizes with more pixels than this one's largest are left out. Raises ModelLoadFailed, as `add_stages`.
+        Batch sizes with more pixels than this one's largest are left out. `reserve`, and what is raised: as
+        `add_stages`.
         """
         before = self._backend.memory_bytes()
         module = build(self.card, self.stored.folder)
@@ -229,10 +261,12 @@ class Executable:
             # With fewer streams than instances, instances wait for one another.
             return graph, graph_seconds(graph, n, (height, width), layout.streams) * instances / layout.streams
 
-        most = max(1, self.plan.largest * self.height * self.width // (height * width))
-        graphs = {n: measured("the graph", n, self._layout, instances) for n in self.plan.sizes if n <= most}
-        latency = None
-        if self._latency_layout:
+        latency, pixels = None, height * width
+        most = max(1, self.plan.largest * self.height * self.width // pixels)
+        sizes = [n for n in self.plan.sizes if n <= most]
+        fitting = checked.fitting("the graph", sizes, pixels, reserve)
+        graphs = {n: measured("the graph", n, self._layout, instances) for n in fitting}
+        if self._latency_layout and checked.fits("the latency graph", 1, pixels, reserve):
             graph, seconds = measured("the latency graph", 1, self._latency_layout, 1)
             latency = LatencyGraph(self._latency_layout, seconds, lambda: graph)
         plan = BatchPlan({n: seconds for n, (_, seconds) in graphs.items()}, latency.seconds if latency else None)

@@ -31,6 +31,14 @@ class Limits:
     precision: Precision | None = None
 
 
+# Reserves memory for one more graph, which computes so many pixels at a time; raises MemoryExhausted.
+Reserve = Callable[[int], object]
+
+
+def unlimited(_: int) -> None:
+    """A `Reserve` that never raises."""
+
+
 @dataclass(frozen=True, slots=True)
 class LatencyGraph:
     """How to make the graph for an image that is alone in the service, its layout, and the measured seconds.
@@ -76,6 +84,7 @@ class Tuning:
     shape: tuple[int, int]
     limits: Limits
     started: float = field(default_factory=perf_counter)
+    reserve: Reserve = unlimited
     # Mutable state: why precisions are not used, and other notes on the plan that is being made.
     _refused: dict[Precision, str] = field(init=False, default_factory=dict)
     _notes: list[str] = field(init=False, default_factory=list)
@@ -206,6 +215,7 @@ class Tuning:
                 return
             began = now
             try:
+                self.reserve(size * self.shape[0] * self.shape[1])
                 graph = self.program.graph(size, layout, precision)
                 t = graph_seconds(graph, size, self.shape, layout.streams)
             except Exception as error:  # noqa: BLE001  whatever it is, smaller batches work

@@ -26,7 +26,7 @@ from service.execution.reference import (
     packed,
     reference_of,
 )
-from service.execution.tuning import LatencyGraph, Limits, Optimizer, Tuned, Tuning
+from service.execution.tuning import LatencyGraph, Limits, Optimizer, Reserve, Tuned, Tuning, unlimited
 from service.store.store import StoredModel
 
 log = structlog.get_logger(component="loader")
@@ -40,11 +40,13 @@ def load(
     devices: DeviceHealth | None = None,
     *,
     compiling: Callable[[], object] = lambda: None,
+    reserve: Reserve = unlimited,
 ) -> Executable:
     """Load `stored` on the first of `backends` that can run it, with the plan in `cache`, else with a measured one.
 
     A backend that does not reproduce the reference logits can't run it. `devices` notes the failure of a GPU.
-    `compiling` is called before that begins, which takes most memory.
+    `compiling` is called before that begins, which takes most memory, and `reserve` before each graph for larger
+    batches, which are left out where it raises.
 
     Raises:
         ModelLoadFailed: the card or the weights are wrong, or the model computes no finite numbers.
@@ -60,7 +62,7 @@ def load(
                 memory = backend.memory_bytes()  # after its libraries, which are not the model's memory
                 own = reference_of(stored.require_card(), stored.folder)
                 attempt = _Attempt(stored, backend, limits, cache, devices, own, failures, memory, start)
-                return attempt.restored() or attempt.measured(compiling)
+                return attempt.restored() or attempt.measured(compiling, reserve)
         except Exception as error:
             failures.append(_failure(name, error))
             if i < len(backends):
@@ -130,7 +132,7 @@ class _Attempt:
             log.warning("plan_cache_ignored", model=stored.id, reason=f"{type(error).__name__}: {error}")
             return None
 
-    def measured(self, compiling: Callable[[], object]) -> Executable:
+    def measured(self, compiling: Callable[[], object], reserve: Reserve) -> Executable:
         """The model with a plan and graphs that are made and measured now, after `compiling`, and are then cached."""
         compiling()
         card = self.stored.require_card()
@@ -138,7 +140,7 @@ class _Attempt:
         module = build(card, self.stored.folder)
         check = self._check(self.own or computed_reference(module, *shape))
         program = self.backend.program(module, *shape)
-        tuned = Tuning(self.backend, program, check, shape, self.limits).run()
+        tuned = Tuning(self.backend, program, check, shape, self.limits, reserve=reserve).run()
         optimizer = None
         if optimized := program.optimized:
             optimizer = Optimizer(

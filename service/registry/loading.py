@@ -20,8 +20,8 @@ from service.errors import (
 )
 from service.execution.executable import Executable
 from service.execution.plan_cache import PlanCache
-from service.execution.tuning import Limits
-from service.machine import give_back, held_bytes, peak_of
+from service.execution.tuning import Limits, Reserve
+from service.machine import give_back, held_bytes, peak_of, resident_bytes
 from service.memory import MODELS, MemoryBudget, Reservation
 from service.metrics import EngineMetrics
 from service.options import EngineOptions, make_backends
@@ -60,9 +60,7 @@ class Loading:
         plans = PlanCache(options.cache) if options.cache else None
         limits, backends = Limits(options.cores, options.max_batch_size, options.precision), make_backends(options)
         self._plans = plans
-        self._load = lambda stored, compiling: loader.load(
-            stored, backends, limits, plans, devices, compiling=compiling
-        )
+        self._load = partial(loader.load, backends=backends, limits=limits, cache=plans, devices=devices)
         self._resident = partial(Resident, pipeline=pipeline, max_others=options.sizes_per_model)
         kind = (options.backend, options.precision or "auto", f"{options.instances}x{options.cores}",
                 str(options.max_batch_size), *options.devices)  # fmt: skip
@@ -96,7 +94,7 @@ class Loading:
                  layout=f"{report.layout.streams}x{report.layout.threads}", batch_sizes=executable.plan.sizes,
                  cached=report.cached, seconds=round(report.load_seconds, 3),
                  version=stored.version, memory_bytes=report.memory_bytes)  # fmt: skip
-        resident = self._resident(executable, compile_=partial(self._extend, executable.stored, held))
+        resident = self._resident(executable, compile_=partial(self._extend, held, free))
         self._held[resident] = held
         self._optimizing[resident] = asyncio.create_task(self._optimize(resident))
         self._optimizing[resident].add_done_callback(lambda _: self._optimizing.pop(resident, None))
@@ -106,42 +104,42 @@ class Loading:
         """The loaded model, and the memory that it keeps; the peak of its load is reserved meanwhile.
 
         Graphs from the plan cache take less. Where they turn out to be of no use, what compiling takes is reserved on
-        the thread, without evicting anything, or it ends there.
+        the thread, without evicting anything, or it ends there; so is what graphs for larger batches take.
         """
         cached = self._plans is not None and self._plans.has(stored.id, stored.version)
-        held = await self._reserved(stored.key, self._footprints.peak_bytes(stored, cached=cached), free)
+        held, needed = self._memory.reserve(0, MODELS), self._footprints.peak_of_one(stored)
         whole = self._footprints.peak_bytes(stored, cached=False)
-        compiling = lambda: self._grow(held, whole, stored.key)  # noqa: E731
+
+        def larger(pixels: int) -> None:
+            nonlocal needed
+            needed += self._footprints.graph_bytes(stored, pixels)
+            _grow_to(held, needed, stored.key)
+
         try:
-            load_ = partial(self._load, local, compiling)
+            await self._obtain(held, self._footprints.peak_bytes(stored, cached=cached), stored.key, free)
+            load_ = partial(self._load, local, compiling=lambda: _grow_to(held, whole, stored.key), reserve=larger)
             executable, peak = await self._on_thread("model_load_failed", "loaded", stored, partial(peak_of, load_))
         except BaseException:
             held.release()
             raise
-        self._remember(executable, min(peak, whole) if not executable.report.cached else 0)
+        self._remember(executable, min(peak, held.count) if not executable.report.cached else 0)
         _settle(held, executable.report.memory_bytes if executable.report.device == "cpu" else 0)
         return executable, held
 
-    async def _reserved(self, name: str, count: int, free: Free) -> Reservation:
-        """Memory for `name`; models that are idle are evicted for it."""
-        held: list[Reservation] = []
+    async def _obtain(self, held: Reservation, count: int, name: str, free: Free) -> None:
+        """Let `held` grow by `count` bytes for `name`; models that are idle are evicted for it."""
+        whole = held.count + count
 
         def missing() -> int:
-            if reserved := self._memory.try_reserve(count, MODELS):
-                held.append(reserved)
-                return 0
-            return max(1, count - self._memory.left())
+            with suppress(MemoryExhausted):
+                _grow_to(held, whole, name)
+            return max(1, count - self._memory.left()) if held.count < whole else 0
 
         with _named(name):
-            self._memory.require_possible(count, MODELS)
-            if missing():
-                await free(missing)
-            return held[0] if held else self._memory.reserve(count, MODELS)
-
-    def _grow(self, held: Reservation, whole: int, name: str) -> None:
-        if held.count < whole:
-            with _named(name):
-                held.grow(whole - held.count)
+            self._memory.require_possible(whole, MODELS)
+        if missing():
+            await free(missing)
+            _grow_to(held, whole, name)
 
     async def unload(self, only: list[Resident], reason: UnloadReason) -> None:
         """Take out the one model in `only`, to which nothing else refers, and return its memory to the kernel."""
@@ -176,16 +174,21 @@ class Loading:
             task.cancel()
             await asyncio.wait([task])
 
-    async def _extend(self, stored: StoredModel, held: Reservation, make: Callable[[], T]) -> T:
-        """What `make` compiles for `stored`, which is loaded and holds memory; raises as `load`, and evicts nothing."""
-        start, before = perf_counter(), held.count
-        async with self._catalog.fetched(stored), self._one_at_a_time:  # `make` may read the weights again
-            self._grow(held, before + self._footprints.peak_bytes(stored, cached=False), stored.key)
-            taken = held_bytes()
+    async def _extend(
+        self, held: Reservation, free: Free, resident: Resident, make: Callable[[Reserve], T], pixels: int
+    ) -> T:
+        """See `Compile`; `held` is the memory of the model. Raises as `load`."""
+        start, stored = perf_counter(), resident.executable.stored
+        name = f"{stored.key}, at this size or with stage maps,"
+        async with self._catalog.fetched(stored), self._one_at_a_time:  # `make` reads the weights again
+            _settle(held, _kept_bytes(resident))  # without the input sizes that have been evicted
+            before, taken = held.count, resident_bytes()
+            await self._obtain(held, self._footprints.extension_bytes(stored, pixels), name, free)
+            make_ = partial(make, lambda more: held.grow(self._footprints.graph_bytes(stored, more)))
             try:
-                extension = await self._on_thread("model_extension_failed", "compiled anew", stored, make)
+                extension = await self._on_thread("model_extension_failed", "compiled anew", stored, make_)
             finally:
-                _settle(held, before + max(0, held_bytes() - taken))
+                _settle(held, before + max(0, resident_bytes() - taken))
         log.info("model_extended", model=stored.id, seconds=round(perf_counter() - start, 3))
         return extension
 
@@ -245,6 +248,17 @@ def _named(name: str) -> Iterator[None]:
         yield
     except MemoryExhausted as error:
         raise MemoryExhausted(f"{name} can't be loaded: {error}", error.retry_after_seconds) from error
+
+
+def _grow_to(held: Reservation, whole: int, name: str) -> None:
+    if held.count < whole:
+        with _named(name):
+            held.grow(whole - held.count)
+
+
+def _kept_bytes(resident: Resident) -> int:
+    """Of this machine's memory: models on GPUs keep none."""
+    return resident.memory_bytes if resident.executable.report.device == "cpu" else 0
 
 
 def _settle(held: Reservation, count: int) -> None:

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from service.architecture.variants import VARIANTS
 from service.errors import MemoryBudgetExceeded
 from service.files import atomic_write
 from service.store.store import StoredModel
@@ -31,6 +32,13 @@ SECONDS, SECONDS_PER_PARAMETER = 2.0, 1.5e-7
 # the plan cache, one graph and its file.
 PEAK_BYTES, PEAK_BYTES_PER_PARAMETER = 160_000_000, {"torch": 12, "compiled": 22}
 CACHED_PEAK_BYTES, CACHED_PEAK_BYTES_PER_PARAMETER = 50_000_000, 12
+# Of one more graph (decision 89): what any takes, its copy of the weights, and for each pixel of its batch and channel
+# of the first stage, to which activations are proportional. torch makes no copies.
+GRAPH_BYTES = {"torch": 0, "compiled": 40_000_000}
+GRAPH_BYTES_PER_PARAMETER = {"torch": 0, "compiled": 9}
+GRAPH_BYTES_PER_CHANNEL = 4
+# Beside the first: the plain module, and its activations for one image.
+MODULE_BYTES_PER_PARAMETER, MODULE_BYTES_PER_CHANNEL = 4, 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +155,7 @@ class Footprints:
         self._kind = re.sub(r"[^\w.-]", "_", kind)
         how = "compiled" if compiled else "torch"
         self._per_parameter, self._peak_per_parameter = BYTES_PER_PARAMETER[how], PEAK_BYTES_PER_PARAMETER[how]
+        self._graph, self._graph_per_parameter = GRAPH_BYTES[how], GRAPH_BYTES_PER_PARAMETER[how]
         # Mutable state: what is known, by model version.
         self._known: dict[str, Footprint] = {}
 
@@ -166,7 +175,23 @@ class Footprints:
         known, parameters = self.of(stored), stored.card.parameters if stored.card else 0
         if cached:
             return max(known.bytes, CACHED_PEAK_BYTES + CACHED_PEAK_BYTES_PER_PARAMETER * parameters)
-        return max(known.bytes, known.peak_bytes or PEAK_BYTES + self._peak_per_parameter * parameters)
+        return max(known.bytes, known.peak_bytes or self.peak_of_one(stored))
+
+    def peak_of_one(self, stored: StoredModel) -> int:
+        """What compiling `stored` for batches of one is estimated to take at the peak."""
+        return PEAK_BYTES + self._peak_per_parameter * (stored.card.parameters if stored.card else 0)
+
+    def graph_bytes(self, stored: StoredModel, pixels: int) -> int:
+        """What one more graph of `stored`, which is loaded, takes for batches of so many `pixels`."""
+        card = stored.require_card()
+        channels = VARIANTS[card.variant].embed_dims[0]
+        return self._graph + self._graph_per_parameter * card.parameters + GRAPH_BYTES_PER_CHANNEL * channels * pixels
+
+    def extension_bytes(self, stored: StoredModel, pixels: int) -> int:
+        """The same of the first graph at another input size, or with stage maps: its module is made again."""
+        card = stored.require_card()
+        activations = MODULE_BYTES_PER_CHANNEL * VARIANTS[card.variant].embed_dims[0] * pixels
+        return self.graph_bytes(stored, pixels) + MODULE_BYTES_PER_PARAMETER * card.parameters + activations
 
     def remember(self, stored: StoredModel, footprint: Footprint) -> None:
         """Keep what was measured. A folder that can't be written is no error."""

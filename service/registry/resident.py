@@ -5,10 +5,13 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Protocol, TypeVar
 
 from service.errors import InvalidRequest, QueueFull
 from service.execution.executable import Executable
+from service.execution.tuning import Reserve
 from service.pipeline import Pipeline, Sized
 from service.results import Size
 from service.sharing import cancel, shared
@@ -18,9 +21,15 @@ T = TypeVar("T")
 
 
 class Compile(Protocol):
-    """Compiles graphs on the thread for loads; raises ModelLoadFailed or WeightsUnavailable."""
+    """What `make` compiles for a model, on the thread for loads.
 
-    def __call__(self, function: Callable[[], T]) -> Coroutine[None, None, T]: ...  # noqa: D102
+    The first graph computes so many `pixels` at a time; for more, `make` reserves memory. Raises MemoryExhausted,
+    ModelLoadFailed or WeightsUnavailable.
+    """
+
+    def __call__(  # noqa: D102
+        self, resident: "Resident", make: Callable[[Reserve], T], pixels: int
+    ) -> Coroutine[None, None, T]: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -133,7 +142,8 @@ class Resident:
 
     async def _resize(self, size: Size) -> Sized:
         await self._close_evicted()
-        return self._pipeline.open(await self._compile(lambda: self.executable.resized(*size)))
+        make = partial(self.executable.resized, *size)
+        return self._pipeline.open(await self._compile(self, make, self.executable.plan.sizes[0] * prod(size)))
 
     async def _stage(self, sized: Sized, *, stages: bool) -> None:
         executable = sized.executable
@@ -141,7 +151,8 @@ class Resident:
             return
         task = self._staging.get(executable)
         if task is None:
-            task = self._staging[executable] = asyncio.create_task(self._compile(executable.add_stages))
+            pixels = executable.plan.sizes[0] * executable.height * executable.width
+            task = self._staging[executable] = asyncio.create_task(self._compile(self, executable.add_stages, pixels))
             task.add_done_callback(lambda done: (self._staging.pop(executable), _failed(done)))
         await shared(task)
 

@@ -9,6 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.execution.executable import Executable
+from service.execution.tuning import Reserve
 from service.results import Outputs, Pixels
 from tests.app.conftest import MakeClient, png
 from tests.service.stores import add_model
@@ -61,9 +62,9 @@ def test_a_size_is_made_ready_once_and_the_least_recently_used_goes(
     made: list[tuple[int, int]] = []
     resized = Executable.resized
 
-    def noted(self: Executable, height: int, width: int) -> Executable:
+    def noted(self: Executable, height: int, width: int, reserve: Reserve) -> Executable:
         made.append((height, width))
-        return resized(self, height, width)
+        return resized(self, height, width, reserve)
 
     monkeypatch.setattr(Executable, "resized", noted)
     for size in ("32", "64", "96", "64", "64", "128", "64", "96"):

@@ -5,7 +5,7 @@ Each test runs a real server in a memory cgroup, whose limit the kernel enforces
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +33,21 @@ def webp(side: int) -> bytes:
     return buffer.getvalue()
 
 
+# Every batch size pays, on any machine.
+LARGE_BATCHES = (
+    "-c",
+    "import service.execution.tuning as tuning; tuning.gain = lambda *_: 2.0; import app.__main__; app.__main__.main()",
+)
+
+
 @contextmanager
-def contained(limit_bytes: int, cache: Path, **settings: str) -> Iterator[str]:
+def contained(limit_bytes: int, cache: Path, command: Sequence[str] = ("-m", "app"), **settings: str) -> Iterator[str]:
     """The address of a server in so much memory; the kernel has ended nothing when the context does."""
     variables = {f"PVT_{name.upper()}": value for name, value in {"cache_dir": str(cache), **settings}.items()}
-    with memory_limit(limit_bytes) as group, serving(prefix=group.prefix, environment=variables) as server:
+    with (
+        memory_limit(limit_bytes) as group,
+        serving(prefix=group.prefix, environment=variables, command=command) as server,
+    ):
         yield server.url
         assert group.killed() == 0
         assert server.process.poll() is None
@@ -115,3 +125,36 @@ def test_models_that_are_asked_for_in_turn_take_the_place_of_those_that_are_idle
         answers = [classify(url, DIGIT, name) for name in names]
 
         assert [each.status_code for each in answers] == [200] * len(names)
+
+
+def test_input_sizes_in_turn_fit_beside_a_model_with_large_batches(tmp_path: Path) -> None:
+    """Each reserves what its own graphs take, and what an evicted one took is free again."""
+    sizes = ("96", "256", "160", "128")
+    with contained(GB, tmp_path, LARGE_BATCHES, memory_mb="1000", max_batch_size="8", sizes_per_model="1") as url:
+        answers = [httpx.post(f"{url}/predict?size={size}", files=[("image", DIGIT)], timeout=120) for size in sizes]
+
+        assert [(each.status_code, each.text) for each in answers if each.status_code != 200] == []
+        assert classify(url, DIGIT).status_code == 200
+
+
+def test_batches_that_do_not_fit_are_left_out_and_the_model_serves_without(tmp_path: Path) -> None:
+    with contained(GB, tmp_path, LARGE_BATCHES, memory_mb="780", max_batch_size="8") as url:
+        assert classify(url, DIGIT).status_code == 200
+        model = httpx.get(f"{url}/models/pvt_v2_b0.digits").json()
+
+        assert "MB for models do not fit" in str(model), model
+
+
+@pytest.mark.timeout(300)  # b3 and b5 are compiled: 40 s on two idle cores
+def test_five_models_of_the_family_in_turn_do_in_three_gigabytes(tmp_path: Path) -> None:
+    """Loading the b5 alone takes 2 GB at its peak, so that others have to go for it."""
+    store, names = tmp_path / "store", [f"pvt_v2_{each}.random" for each in ("b0", "b2", "b3", "b5", "b1")]
+    for name in names:
+        add_model(store, name, classes=1000, side=32)
+    settings = {"model_store": str(store), "default_model": names[0], "min_residency_seconds": "0"}
+    one = {"instances": "1", "max_batch_size": "1", "precision": "float32", "timeout_ms": "250000"}
+    with contained(3 * GB, tmp_path / "cache", **settings, **one) as url:
+        for name in (*names, names[0]):
+            answer = classify(url, DIGIT, name, timeout=250)
+
+            assert answer.status_code == 200, (name, answer.text)

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from service.backends.base import DeviceHealth
 from service.errors import InvalidImage, InvalidRequest, ModelLoadFailed, QueueFull
+from service.execution.tuning import Reserve, unlimited
 from service.memory import MemoryBudget
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
@@ -29,16 +30,18 @@ class Compiler:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.pixels: list[int] = []
         self.go = asyncio.Event()
         self.go.set()
         self.failure: Exception | None = None
 
-    async def __call__(self, function: Callable[[], T]) -> T:
+    async def __call__(self, resident: Resident, make: Callable[[Reserve], T], pixels: int) -> T:  # noqa: ARG002
         self.calls += 1
+        self.pixels.append(pixels)
         await self.go.wait()
         if self.failure:
             raise self.failure
-        return function()
+        return make(unlimited)
 
 
 class Model:
@@ -77,6 +80,7 @@ async def test_sizes_and_stage_maps_are_made_once_for_all_who_wait(tmp_path: Pat
         answers = await asyncio.gather(*(ask(size) for size in (None, (64, 32), None, (64, 32))))
 
     assert model.compiler.calls == 3  # stage maps at the model's own size, the other size, stage maps at that
+    assert sorted(model.compiler.pixels) == [32 * 32, 64 * 32, 64 * 32]
     assert [each.outputs.stages[3].shape for each in answers] == [(256, 1, 1), (256, 2, 1)] * 2
 
 
