@@ -159,7 +159,8 @@ class Settings(BaseSettings):
     max_images: Annotated[int, Field(ge=1, le=4096)] = 64
     """Most images in one request."""
     max_image_megapixels: Annotated[float, Field(gt=0, le=178)] = 50
-    """Most pixels of one image, in units of 10^6; decoding may take 9 bytes of memory for each pixel."""
+    """Most pixels of one image that are decoded, in units of 10^6, at 9 bytes of memory each at most. A baseline JPEG
+    that is read at 1/2 to 1/8 of its sides counts as it is read, but as an eighth of its pixels at least."""
     scaled_jpeg: bool = True
     """Decode a JPEG that is at least 4 times the model's input at 1/2 to 1/8 of its size; false: always in full."""
     max_input_side: Annotated[int, Field(ge=32, le=4096)] = 1024

@@ -59,7 +59,7 @@ LAYERS = {
         {"decoding"},
         {"costs", "sampling"},
         {"tiff"},
-        {"formats"},
+        {"formats", "jpeg"},
         {"kinds", "camera_raw"},
         {"header"},
         {"limits", "resampling"},

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from service.errors import InvalidImage
-from service.images.header import jpeg_size
+from service.images.header import LOSSLESS, jpeg_frame
 
 _LEAST_PIXELS = 640 * 480  # of a preview; thumbnails have 160x120 to 570x375
 _COMPRESSION, _PHOTOMETRIC, _STRIPS, _COUNTS, _ORIENTATION = 259, 262, 273, 279, 274
@@ -67,7 +67,8 @@ def _jpegs(raw: bytes, directory: _Directory) -> Iterator[tuple[int, bytes]]:
         if len(offsets) == len(counts) == 1:
             data = raw[offsets[0] : offsets[0] + counts[0]]
             with suppress(struct.error, IndexError):
-                if pixels := data.startswith(b"\xff\xd8") and jpeg_size(data, lossless=False):
+                marker, pixels = jpeg_frame(data) if data.startswith(b"\xff\xd8") else (0, 0)
+                if pixels and marker not in LOSSLESS:
                     yield pixels, data
 
 

@@ -1,4 +1,4 @@
-"""What decoding an image costs, from its header alone: pixels, for its time, and bytes of memory at the peak.
+"""What decoding an image costs, from its header alone: pixels, as the limit counts them, and bytes at the peak.
 
 The bytes are upper bounds of what `tests/service/images/test_costs.py` measures in a process of its own.
 """
@@ -9,18 +9,17 @@ from PIL import Image
 from PIL.ImageFile import _Tile
 
 from service.images.geometry import Box
-from service.images.limits import HELD_BYTES
+from service.images.limits import HELD_BYTES, counted_jpeg_pixels
 from service.images.tiff import held_bytes
 
 LARGE_BYTES = 16_000_000  # 4 megapixels in colour
-_ENTROPY_PIXELS = 4  # pixels of a JPEG of reduced size that take as long to read as one to make
 _STRIP_BYTES = 16_000_000  # conversion of a strip of a large image to what people see, in the mode that takes most
 _PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # of Pillow's images; 4 in other modes
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What decoding takes: time in proportion to `pixels`, and `bytes` of memory beside the file itself, at most."""
+    """What decoding takes: `pixels`, of a JPEG those that count, and `bytes` of memory beside the file, at most."""
 
     pixels: int
     bytes: int
@@ -46,10 +45,9 @@ def cost_of(
     is `Geometry.filtered`.
     """
     pixels = image.width * image.height
-    if image.format == "JPEG":
-        decoded_pixels = -(-pixels // reduction**2)
-        held = 2 * len(image.getbands()) * pixels * several_scans + 4 * decoded_pixels
-        pixels = pixels if several_scans else -(-pixels // min(reduction**2, _ENTROPY_PIXELS))
+    if image.format in {"JPEG", "MPO"}:
+        held = several_scans * _coefficients(image) + 4 * -(-pixels // reduction**2)
+        pixels = counted_jpeg_pixels(pixels, reduction, several_scans=several_scans)
     elif image.format == "TIFF":
         held = held_bytes(image)
     else:
@@ -59,6 +57,14 @@ def cost_of(
     # Pillow resizes rows to the target's width before columns; where it can't take the image itself, in two steps.
     rows = (box[3] - box[1]) / reduction
     return Cost(pixels, int(held + 8 * target[0] * rows + _STRIP_BYTES * (held > _STRIP_BYTES)))
+
+
+def _coefficients(image: Image.Image) -> int:
+    """The bytes of all coefficients of an open JPEG: two for each pixel of each component, in blocks of 8x8."""
+    layers = [(across, down) for _, across, down, _ in vars(image)["layer"]]
+    most_across, most_down = (max(factors, default=1) or 1 for factors in zip(*layers, strict=True))
+    across, down = -(-image.width // (8 * most_across)), -(-image.height // (8 * most_down))
+    return int(2 * 64 * across * down * sum(h * v for h, v in layers))
 
 
 def _pixel_bytes(image: Image.Image) -> int:

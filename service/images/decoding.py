@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from PIL import AvifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from service.errors import ImageTooLarge, InvalidImage
-from service.images import camera_raw, formats
+from service.images import camera_raw, formats, jpeg
 from service.images.costs import Cost, cost_of
 from service.images.geometry import Box, place
 from service.images.geometry import Geometry as Geometry  # noqa: PLC0414  a parameter of `decode`
 from service.images.kinds import FORMATS as FORMATS  # noqa: PLC0414
 from service.images.kinds import HEIF, format_of
-from service.images.limits import BoundedReader, check_blocks, check_size, map_errors, tags
+from service.images.limits import BoundedReader, check_blocks, check_jpeg_size, check_size, map_errors, tags
 from service.images.resampling import Grey, resample
 from service.images.sampling import Taps, axes, sample
 from service.images.tiff import describe, prepare
@@ -83,8 +83,9 @@ def decode(
 
     Raises:
         InvalidImage: it is empty, in no supported format, truncated or corrupt.
-        ImageTooLarge: it has more than `max_pixels` pixels, or its decoding takes more than 9 bytes for each of them,
-            or would need a JPEG of reduced size that `geometry` can't use; nothing was decoded.
+        ImageTooLarge: it has more than `max_pixels` pixels, of a JPEG those that `counted_jpeg_pixels` counts; or its
+            decoding takes more than 9 bytes for each of them, or would need a JPEG of reduced size that `geometry`
+            can't use; nothing was decoded.
         ServiceError: what `reserve` raises.
     """
     with (
@@ -124,15 +125,20 @@ def _opened(
     with map_errors(name, max_pixels):
         check_blocks(raw, name)
         raw = formats.without_cut_chunk(raw) if name == "WebP" else raw
-        with _open(reader := BoundedReader(raw), raw, name) as file:
-            check_size(file, max_pixels)
+        with _open(BoundedReader(raw), raw, name) as file:
             orientation, reduction, scans = _turn(file, name, raw) or turn, 1, False
             if name == "JPEG":
-                scans = formats.check_scans(file, raw, reader.tell())
-                reduction = formats.least_reduction(file, several_scans=scans)
-                _check_reduction(file, reduction, geometry)
                 if scaled_jpeg and geometry.filtered:
-                    reduction = max(reduction, _reduction(_turned(file.size, orientation), geometry))
+                    reduction = _reduction(_turned(file.size, orientation), geometry)
+                scans, pixels = jpeg.check_scans(raw), file.width * file.height
+                check_jpeg_size(pixels, reduction, max_pixels, several_scans=scans)
+                if scans:
+                    jpeg.check_passes(pixels, raw)
+                least = jpeg.least_reduction(file, several_scans=scans)
+                _check_reduction(file, least, geometry)
+                reduction = max(least, reduction)
+            else:
+                check_size(file, max_pixels)
             if name != "TIFF":  # which may be turned when it is loaded
                 _check_unresized(_turned(file.size, orientation), geometry)
             box, target = _stored_crop(file.size, orientation, geometry)
@@ -148,7 +154,7 @@ def _pixels(opened: _Opened, geometry: Geometry, max_pixels: int) -> Decoded:
         file.load()  # which turns it upright
         _check_unresized(size := file.size, geometry)
     elif opened.name == "JPEG":
-        image = formats.load_jpeg(file, raw, reduction)
+        image = jpeg.load_jpeg(file, raw, reduction)
     else:
         grey = Grey(_SIXTEEN_BITS) if file.mode[0] == "I" else None
         image = _LOADERS[opened.name](file, raw)
@@ -183,6 +189,8 @@ def _check_reduction(file: Image.Image, least: int, geometry: Geometry) -> None:
 
 def _open(reader: BoundedReader, raw: bytes, name: str) -> Image.Image:
     try:
+        if name == "JPEG":  # whose pixels Pillow would count as if all were decoded
+            return jpeg.open_jpeg(reader)
         return Image.open(reader, formats=(name.upper(),))
     except UnidentifiedImageError:
         if name == "TIFF":

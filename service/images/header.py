@@ -13,7 +13,8 @@ from service.images.limits import tags
 _JPEG_SPEED = 4  # a JPEG far larger than the model's input is decoded at reduced size, which takes a quarter
 _SMALLEST_LARGE_JPEG = 16_384  # bytes; one of several megapixels has more
 _MARKERS = 1000  # of a JPEG before its size; real files have some twenty
-_LOSSLESS = {0xC3, 0xC7, 0xCB, 0xCF}
+LOSSLESS = {0xC3, 0xC7, 0xCB, 0xCF}  # markers of frames
+_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}  # of which all coefficients are decoded, whatever the size
 _NO_SIZE = {0xC4, 0xC8, 0xCC}  # markers among those of a JPEG's frames that say something else
 _TIFF_SIZES, _TIFF_TAGS, _SHORT = {256, 257}, 64, 3  # tags of width and height, among so many; a type
 _BOXES_HEAD = 4096  # bytes that the size of an AVIF or HEIF is looked for in
@@ -38,8 +39,8 @@ def _product(form: str, data: bytes, start: int) -> int:
     return int(width * height)
 
 
-def jpeg_size(data: bytes, *, lossless: bool = True) -> int:
-    """The pixels of a JPEG's first frame; 0 where it has none, or is lossless where that does not count.
+def jpeg_frame(data: bytes) -> tuple[int, int]:
+    """The marker of a JPEG's first frame, and its pixels; zeros where it has none.
 
     Segments have their length, up to the one with the size.
     """
@@ -48,12 +49,19 @@ def jpeg_size(data: bytes, *, lossless: bool = True) -> int:
         at = data.index(b"\xff", at) if b"\xff" in data[at : at + 64] else len(data)
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in _NO_SIZE:  # noqa: PLR2004  frames
-            return _product(">HH", data, at + 5) if lossless or marker not in _LOSSLESS else 0
+            return marker, _product(">HH", data, at + 5)
         if marker == 0xFF or 0xD0 <= marker <= 0xD8 or marker == 1:  # noqa: PLR2004  fill bytes, and no segments
             at += 1 if marker == 0xFF else 2  # noqa: PLR2004
             continue
         at += 2 + int(struct.unpack_from(">H", data, at + 2)[0])
-    return 0
+    return 0, 0
+
+
+def _jpeg(data: bytes) -> float:
+    if len(data) <= _SMALLEST_LARGE_JPEG:
+        return 0
+    marker, pixels = jpeg_frame(data)
+    return pixels if marker in _PROGRESSIVE else pixels / _JPEG_SPEED
 
 
 def _webp(data: bytes) -> int:
@@ -90,7 +98,7 @@ def _box_size(data: bytes) -> int:
 
 _READERS: dict[bytes, Callable[[bytes], float]] = {
     b"\x89PNG": lambda data: _product(">II", data, 16),
-    b"\xff\xd8": lambda data: jpeg_size(data) / _JPEG_SPEED if len(data) > _SMALLEST_LARGE_JPEG else 0,
+    b"\xff\xd8": _jpeg,
     b"RIFF": _webp,
     b"GIF8": lambda data: _product("<HH", data, 6),
     b"BM": _bmp,

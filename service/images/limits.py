@@ -30,6 +30,8 @@ HELD_BYTES = {
     ("HEIF", "RGB"): 12,
     ("HEIF", "RGBA"): 16,
 }
+# Pixels of a JPEG of one scan that are read at 1/8 of their sides in less time than one pixel of a PNG is decoded.
+READ_PIXELS = 8
 _MOST_PIXELS = 178_956_970  # Pillow's own limit on every file, whatever the setting
 _MAX_REPEATS = 16  # of these blocks, whose handling adds up; there should be one
 _ONCE = {"JPEG": rb"Exif\0\0", "PNG": b"iCCP"}
@@ -72,20 +74,42 @@ def map_errors(name: str, max_pixels: int) -> Iterator[None]:
         raise InvalidImage(f"{state} {name}: {reason or 'its header can not be read'}") from error
 
 
-def too_large(size: str, limit: int) -> ImageTooLarge:
+def too_large(size: str, limit: int, counted: str = "", hint: str = "") -> ImageTooLarge:
     """The error for an image of `size` megapixels where `limit` pixels are allowed."""
     limits = f"the limit is {limit / 1e6:.4g} (PVT_MAX_IMAGE_MEGAPIXELS)"
-    return ImageTooLarge(f"the image has {size} megapixels, {limits}")
+    return ImageTooLarge(f"the image has {size} megapixels{counted}, {limits}{hint}")
 
 
 def check_size(image: Image.Image, max_pixels: int) -> None:
-    """Raises ImageTooLarge when the image's sides, or the memory for decoding it, are too large."""
+    """Raises ImageTooLarge when the image's sides, or the memory for decoding it, are too large.
+
+    Not for a JPEG, of which `check_jpeg_size` counts what is decoded.
+    """
     pixels = image.width * image.height
     if pixels > max_pixels:
         raise too_large(f"{pixels / 1e6:.4g}", max_pixels)
     if max(image.size) > _MAX_SIDE:
         raise ImageTooLarge(f"the image has {max(image.size)} pixels on a side, the limit is {_MAX_SIDE}")
     check_memory(HELD_BYTES.get((image.format or "", image.mode), 0) * pixels, max_pixels)
+
+
+def counted_jpeg_pixels(pixels: int, reduction: int, *, several_scans: bool) -> int:
+    """What of a JPEG's pixels counts: those that are decoded, and at least an eighth of all for the time of reading.
+
+    Of several scans all count, whatever the `reduction`, because libjpeg keeps all coefficients.
+    """
+    return pixels if several_scans else max(-(-pixels // reduction**2), pixels // READ_PIXELS)
+
+
+def check_jpeg_size(pixels: int, reduction: int, max_pixels: int, *, several_scans: bool) -> None:
+    """Raises ImageTooLarge when too much of a JPEG of `pixels`, read at 1/`reduction` of its sides, is decoded."""
+    counted = counted_jpeg_pixels(pixels, reduction, several_scans=several_scans)
+    if counted <= max_pixels:
+        return
+    as_much = "" if counted == pixels else f", counted as {counted / 1e6:.4g}"
+    fits = several_scans and pixels <= READ_PIXELS * max_pixels
+    hint = "; a progressive JPEG is decoded in full, a baseline one may be larger" if fits else ""
+    raise too_large(f"{pixels / 1e6:.4g}", max_pixels, as_much, hint)
 
 
 def check_memory(size: float, max_pixels: int) -> None:

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImagePalette, TiffImagePlugin
 from PIL.ImageFile import _Tile
 
 from service.errors import InvalidImage
-from service.images.formats import check_inner_jpeg
+from service.images.jpeg import check_inner_jpeg
 from service.images.limits import BoundedReader, check_memory, too_large
 from service.images.resampling import Grey
 

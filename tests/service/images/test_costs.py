@@ -32,10 +32,10 @@ def test_a_png_of_49_megapixels_costs_its_pixels_although_none_is_there() -> Non
     assert costs.large
 
 
-def test_a_jpeg_that_is_read_at_an_eighth_costs_little_memory_and_a_quarter_of_its_pixels_in_time() -> None:
+def test_a_jpeg_that_is_read_at_a_quarter_costs_little_memory_and_counts_as_an_eighth_of_its_pixels() -> None:
     data = encode((4000, 3000), "JPEG")
 
-    assert cost(data, GEOMETRY, max_pixels=LIMIT).pixels == 3_000_000
+    assert cost(data, GEOMETRY, max_pixels=LIMIT).pixels == 1_500_000
     assert not cost(data, GEOMETRY, max_pixels=LIMIT).large
     assert cost(data, GEOMETRY, max_pixels=LIMIT, scaled_jpeg=False).large
 
@@ -43,7 +43,10 @@ def test_a_jpeg_that_is_read_at_an_eighth_costs_little_memory_and_a_quarter_of_i
 def test_a_jpeg_of_several_scans_costs_its_coefficients() -> None:
     data = encode((4000, 3000), "JPEG", progressive=True)
 
-    assert cost(data, GEOMETRY, max_pixels=LIMIT).bytes > 2 * 3 * 12_000_000
+    assert cost(data, GEOMETRY, max_pixels=LIMIT).pixels == 12_000_000
+    assert 3 * 12_000_000 < cost(data, GEOMETRY, max_pixels=LIMIT).bytes < 5 * 12_000_000
+    data = encode((4000, 3000), "JPEG", progressive=True, subsampling="4:4:4")
+    assert 6 * 12_000_000 < cost(data, GEOMETRY, max_pixels=LIMIT).bytes < 8 * 12_000_000
 
 
 def test_a_target_far_wider_than_the_image_counts_the_rows_between_the_two_steps() -> None:

@@ -2,12 +2,9 @@
 
 import io
 import struct
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,7 +15,7 @@ from sklearn.datasets import load_sample_images
 
 from service.errors import ImageTooLarge
 from service.images.decoding import FORMATS, Geometry, cost, decode
-from tests.conftest import ROOT
+from tests.service.images.peaks import measuring
 
 SIZE = (4000, 3000)
 PIXELS = SIZE[0] * SIZE[1]
@@ -30,19 +27,7 @@ OVERHEAD = 24_000_000  # bytes: one strip's conversion, the intermediate of the 
 @pytest.fixture(scope="module")
 def grown() -> Iterator[Callable[[bytes], int]]:
     """By how many bytes decoding an image raises the peak of a process that does nothing else."""
-    command = [sys.executable, "-m", "tests.service.images.peaks"]
-    with (
-        TemporaryDirectory() as folder,
-        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
-    ):
-
-        def measure(data: bytes) -> int:
-            assert process.stdin
-            assert process.stdout
-            (file := Path(folder) / "image").write_bytes(data)
-            print(file, file=process.stdin, flush=True)
-            return int(process.stdout.readline())
-
+    with measuring() as measure:
         yield measure
 
 

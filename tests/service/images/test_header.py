@@ -30,7 +30,7 @@ def encode(kind: str, mode: str = "RGB", **options: object) -> bytes:
         (encode("WEBP", lossless=True, method=0), 6.0),
         (encode("WEBP", "RGBA", method=0, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"), 6.0),
         (encode("JPEG", "L"), 1.5),
-        (encode("JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff" * 5000), 1.5),
+        (encode("JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff" * 5000), 6.0),
     ],
     ids=["png", "gif", "bmp", "tiff", "group4", "avif", "vp8", "vp8l", "vp8x", "jpeg", "progressive"],
 )
