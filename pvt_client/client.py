@@ -62,7 +62,8 @@ class Client(Exchange):
     transport: httpx.BaseTransport | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        self._http = httpx.Client(**self.http_settings(), transport=self.transport)
+        settings = self.http_settings(httpx.HTTPTransport)
+        self._http = httpx.Client(**settings | ({"transport": self.transport} if self.transport else {}))
 
     def __enter__(self) -> Self:
         return self
@@ -219,7 +220,8 @@ class AsyncClient(Exchange, AsyncCalls):
     transport: httpx.AsyncBaseTransport | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        self._http = httpx.AsyncClient(**self.http_settings(), transport=self.transport)
+        settings = self.http_settings(httpx.AsyncHTTPTransport)
+        self._http = httpx.AsyncClient(**settings | ({"transport": self.transport} if self.transport else {}))
 
     async def __aenter__(self) -> Self:
         return self
