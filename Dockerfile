@@ -48,5 +48,5 @@ RUN pvt-serve --version && pvt-serve ls --all
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f\"http://127.0.0.1:{os.environ['PVT_PORT']}/health/ready\", timeout=4)"]
+    CMD ["python", "-m", "app.healthcheck"]
 CMD ["python", "-m", "app"]

@@ -5,11 +5,14 @@ import os
 import socket
 import sys
 from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import structlog
 
 from app import logs
+from app.listening import ListenRefused, listening
 from app.settings import PREFIX, Settings, SettingsInvalid
 from app.workers import STARTUP_FAILURE, Worker, WorkerGroup, supervise
 from service.errors import BackendUnavailable, StoreNotWritable
@@ -26,10 +29,11 @@ def main() -> int:
         description="Serve PVT-v2 models over HTTP. Settings are environment variables: docs/settings.md.",
     )
     parser.add_argument("--workers", metavar="N", help="processes that share the port; the same as PVT_WORKERS")
-    parser.add_argument("--as-worker", nargs=5, help=SUPPRESS)  # the supervisor starts one of several with it
+    parser.add_argument("--as-worker", nargs="+", help=SUPPRESS)  # the supervisor starts one of several with it
     arguments = parser.parse_args()
     if arguments.as_worker:
-        return _work(*arguments.as_worker)
+        index, size, folder, stop_pipe, *listeners = arguments.as_worker
+        return _work(int(index), WorkerGroup(Path(folder), int(size)), int(stop_pipe), listeners)
     if arguments.workers is not None:
         os.environ[f"{PREFIX}WORKERS"] = arguments.workers  # where the worker processes read it, too
     try:
@@ -51,45 +55,47 @@ def serve() -> int:
         logs.configure(settings.log_format, secrets=settings.secrets)
         if settings.pull == "on_demand":
             settings.writable_store()
-        listeners = [_listen(settings.host, settings.port, "PVT_HOST and PVT_PORT")]
+        return _listen_and_serve(settings)
+    except (SettingsInvalid, StoreNotWritable, BackendUnavailable, ListenRefused) as error:
+        raise StartRefused(str(error)) from error
+
+
+def _listen_and_serve(settings: Settings) -> int:
+    mode = int(settings.socket_mode, 8)
+    with ExitStack() as stack:
+        public = listening(settings.host, settings.port, mode, "PVT_HOST and PVT_PORT")
+        listeners = stack.enter_context(public)
         if settings.workers > 1:
-            return supervise(settings, listeners[0])
-        if port := settings.management_port:
+            return supervise(settings, listeners)
+        management: list[socket.socket] = []
+        if settings.manages_apart:
             names = "PVT_MANAGEMENT_HOST and PVT_MANAGEMENT_PORT"
-            listeners.append(_listen(settings.management_host, port, names))
+            apart = listening(settings.management_host, settings.management_port, mode, names)
+            management = stack.enter_context(apart)
         from app import server  # noqa: PLC0415  it imports torch, which a supervisor does not need
 
-        server.run(settings, *listeners)
-    except (SettingsInvalid, StoreNotWritable, BackendUnavailable) as error:
-        raise StartRefused(str(error)) from error
+        server.run(settings, listeners, management)
+    server.leave()  # after the file of a Unix socket was removed
     return 0
 
 
-def _work(index: str, size: str, folder: str, listener: str, stop_pipe: str) -> int:
-    """Serve as one of several workers until the supervisor stops it."""
+def _work(index: int, group: WorkerGroup, stop_pipe: int, listeners: Sequence[str]) -> int:
+    """Serve as one of several workers, on sockets by their descriptors, until the supervisor stops it."""
     from app import server  # noqa: PLC0415  as above
 
     faulthandler.enable()
     settings = Settings.from_environment()
-    logs.configure(settings.log_format, int(index), secrets=settings.secrets)
-    group = WorkerGroup(Path(folder), int(size))
-    group.share_metrics(index)
+    logs.configure(settings.log_format, index, secrets=settings.secrets)
+    group.share_metrics(str(index))
     try:
-        worker = Worker(group, int(index), int(stop_pipe))
+        worker = Worker(group, index, stop_pipe)
         worker.watch(settings.shutdown_seconds)
-        server.run(settings, socket.socket(fileno=int(listener)), worker=worker)
+        server.run(settings, [socket.socket(fileno=int(each)) for each in listeners], worker=worker)
     except BackendUnavailable as error:
         structlog.get_logger(component="worker").error("start_refused", reason=str(error))
         return STARTUP_FAILURE
+    server.leave()
     return 0
-
-
-def _listen(host: str, port: int, names: str) -> socket.socket:
-    try:
-        (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as error:
-        raise StartRefused(f"can't listen on {host}:{port}, as {names} say: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from app.problems import Forbidden, Unauthorized
 from app.remote_images.fetching import Fetcher
 from app.rendered import MetricsPage
-from app.settings import Settings
+from app.settings import UNIX_PREFIX, Settings
 from app.stats import StatsPage
 from app.workers import Worker
 from service.engine import Engine
@@ -109,17 +109,20 @@ ManagerDep = Annotated[HTTPAuthorizationCredentials | None, Security(_management
 async def require_management(request: Request, settings: SettingsDep, _: ManagerDep = None) -> None:
     """Refuse a request on another port than PVT_MANAGEMENT_PORT, or without one of PVT_MANAGEMENT_KEYS, if set.
 
-    Refuse every request if neither is set. `request.state.manager` says how the request was let in.
+    A Unix socket that PVT_MANAGEMENT_HOST names stands for the port. Refuse every request if nothing of it is set.
+    `request.state.manager` says how the request was let in.
     """
-    port = settings.management_port
-    if port and request.scope["server"][1] != port:
-        raise Forbidden(f"management is served on port {port} only (PVT_MANAGEMENT_PORT)")
+    apart, on_unix = settings.manages_apart, settings.management_host.startswith(UNIX_PREFIX)
+    if apart and not settings.is_for_management(request.scope["server"]):
+        only = "the socket of PVT_MANAGEMENT_HOST" if on_unix else f"port {settings.management_port}"
+        raise Forbidden(f"management is served on {only} only{'' if on_unix else ' (PVT_MANAGEMENT_PORT)'}")
     if settings.management_keys:
         if request.state.role != "management":
             raise Unauthorized("send a management key as 'Authorization: Bearer <key>' (PVT_MANAGEMENT_KEYS)")
         request.state.manager = "key"
-    elif port:
-        _refuse_pages(request, settings)
+    elif apart:
+        if not on_unix:  # where no browser connects
+            _refuse_pages(request, settings)
         request.state.manager = "port"
     else:
         raise Forbidden(

@@ -29,8 +29,7 @@ def shown(request: Request | None, reason: object) -> str:
 def manages(request: Request) -> bool:
     """Whether the sender has a key for management, or has reached the port that needs none."""
     settings: Settings = request.state.settings
-    port = settings.management_port
-    on_port = port != 0 and not settings.management_keys and (request.scope.get("server") or ("", 0))[1] == port
+    on_port = not settings.management_keys and settings.is_for_management(request.scope.get("server"))
     return request.state.role == "management" or on_port
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import cast
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from app.clients import Directory
 from app.connections import Connections
+from app.listening import url_of
 from app.main import create_app
 from app.protocol import BoundedProtocol
 from app.settings import Settings
@@ -35,8 +37,13 @@ _POLL_SECONDS = 0.01
 SWITCH_SECONDS = 0.001
 
 
-def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = None) -> None:
-    """Serve on `listeners` until a signal stops it; as `worker`, if there are several.
+def run(
+    settings: Settings,
+    listeners: Sequence[socket.socket],
+    management: Sequence[socket.socket] = (),
+    worker: Worker | None = None,
+) -> None:
+    """Serve on `listeners`, and `management` on others, until a signal stops it; as `worker`, if there are several.
 
     Raises:
         BackendUnavailable: the settings name a GPU that does not exist.
@@ -67,9 +74,14 @@ def run(settings: Settings, *listeners: socket.socket, worker: Worker | None = N
     connections = Connections(
         client_seconds=settings.client_timeout_seconds, identify=lambda scope: directory.identify(scope)[0], **share
     )
-    DrainingServer(config, started_event, settings.shutdown_seconds, connections).run(sockets=list(listeners))
+    urls = {name: url_of(each[0]) for name, each in (("url", listeners), ("management", management)) if each}
+    server = DrainingServer(config, started_event, urls, settings.shutdown_seconds, connections)
+    server.run(sockets=[*listeners, *management])
+
+
+def leave() -> None:
+    """End the process if a load that was abandoned, or a thread that is stuck, would keep it from ending."""
     if any(thread.name.startswith("pvt-") for thread in threading.enumerate()):
-        # A load that was abandoned, or a thread that is stuck: the interpreter would wait for it.
         logging.shutdown()
         os._exit(0)
 
@@ -81,12 +93,18 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, started_event: str, drain_seconds: float, connections: Connections
+        self,
+        config: uvicorn.Config,
+        started_event: str,
+        urls: Mapping[str, str],
+        drain_seconds: float,
+        connections: Connections,
     ) -> None:
-        """`started_event` is the name of the log line when it listens."""
+        """`started_event` is the name of the log line when it listens, which has `urls`."""
         super().__init__(config)
         self.server_state: Connections = connections
         self._started_event = started_event
+        self._urls = urls
         self._drain_seconds = drain_seconds
         # Mutable state: the signals that came since it listens, and the drain that the first one began.
         self._signals: list[int] = []
@@ -98,12 +116,14 @@ class DrainingServer(uvicorn.Server):
         if self.started and sockets:
             protocol = partial(BoundedProtocol, self.config, self.server_state, self.lifespan.state)
             self.server_state.listen(sockets, protocol)
-            addresses = [each.getsockname()[:2] for each in sockets]
-            urls = dict(zip(("url", "management"), (f"http://{host}:{port}" for host, port in addresses), strict=False))
             engine = self.lifespan.state["engine"]
             options, budget = engine.options, engine.memory.limit // 1_000_000
             log.info(
-                self._started_event, **urls, instances=options.instances, cores=options.cores, memory_budget_mb=budget
+                self._started_event,
+                **self._urls,
+                instances=options.instances,
+                cores=options.cores,
+                memory_budget_mb=budget,
             )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

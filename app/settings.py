@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from unicodedata import category
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     IPvAnyNetwork,
@@ -32,6 +33,7 @@ _SERVICE_LINK = re.compile(r"PVT_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+
 
 
 UNIX = "unix"  # among networks: whoever connects to a Unix socket
+UNIX_PREFIX = "unix:"  # before the path of one
 _INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs"}
 
 
@@ -88,7 +90,25 @@ def _network_or_unix(value: object) -> object:
         raise ValueError(f"{error}; name addresses, networks such as 10.0.0.0/8, or {UNIX}") from error
 
 
+def _address(value: object) -> object:
+    """An address, without the brackets that an IPv6 one has in URLs."""
+    if not isinstance(value, str):
+        return value
+    if value.strip() == UNIX_PREFIX:
+        raise ValueError(f"name the socket's file: {UNIX_PREFIX}/run/pvt-serve.sock")
+    if "://" in value:
+        raise ValueError(f"an address without a scheme, such as 127.0.0.1, ::, or {UNIX_PREFIX}/run/pvt-serve.sock")
+    return value[1:-1] if value.startswith("[") and value.endswith("]") else value
+
+
+def _mode(value: str) -> str:
+    if not re.fullmatch(r"0?[0-7]{3}", value):
+        raise ValueError("three octal digits, as chmod takes them, such as 660 or 666")
+    return value
+
+
 T = TypeVar("T")
+Host = Annotated[str, BeforeValidator(_address), Field(min_length=1)]
 Proxy = Annotated[IPv4Network | IPv6Network | Literal["unix"], BeforeValidator(_network_or_unix)]
 Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)]
 Items = Annotated[tuple[T, ...], NoDecode, BeforeValidator(_split)]
@@ -99,10 +119,12 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all."""
+    host: Host = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all of IPv4, `::` for all; or `unix:/path` for a Unix socket."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one."""
+    socket_mode: Annotated[str, AfterValidator(_mode)] = "660"
+    """Permissions of a Unix socket, as `chmod` takes them; who may write to it may send requests."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes that share the port; each has its own models and its share of cores and instances."""
     model_store: Annotated[Path | str, BeforeValidator(_folder_or_url)] = Path("model_store")
@@ -185,8 +207,8 @@ class Settings(BaseSettings):
     """Requests for management and `/debug` need one of these keys; none may be in `PVT_API_KEYS`."""
     management_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Only this port serves management, without a key if none is set. 0: the public port, and off without keys."""
-    management_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address of that port."""
+    management_host: Host = "127.0.0.1"
+    """Address of that port; or `unix:/path`, which needs no port."""
     trusted_proxies: Items[Proxy] = ()
     """Networks of proxies whose `X-Forwarded-For` or `Forwarded` names the client; `unix`: those on a Unix socket."""
     client_rate: Annotated[float, Field(ge=0, le=1e6)] = 0
@@ -224,10 +246,13 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.management_port and self.workers > 1:
+        if self.manages_apart and self.workers > 1:
             raise ValueError("PVT_MANAGEMENT_PORT is for one process, whose models it manages; PVT_WORKERS is above 1")
-        if self.management_port and self.management_port == self.port:
+        on_unix = [each.startswith(UNIX_PREFIX) for each in (self.host, self.management_host)]
+        if not any(on_unix) and self.management_port and self.management_port == self.port:
             raise ValueError("PVT_MANAGEMENT_PORT is PVT_PORT; it must be another one")
+        if all(on_unix) and self.host == self.management_host:
+            raise ValueError("PVT_MANAGEMENT_HOST is PVT_HOST; it must be another socket")
         if self.backend == "openvino" and self.device.startswith("cuda"):
             raise ValueError(f"PVT_BACKEND=openvino runs on the CPU, and PVT_DEVICE={self.device} asks for a GPU")
         if self.pull == "on_demand" and self.remote_store:
@@ -250,6 +275,19 @@ class Settings(BaseSettings):
             return cls()
         except ValidationError as error:
             raise SettingsInvalid("; ".join(map(_reason, error.errors()))) from error
+
+    @property
+    def manages_apart(self) -> bool:
+        """Whether management has a port, or a Unix socket, of its own."""
+        return self.management_port != 0 or self.management_host.startswith(UNIX_PREFIX)
+
+    def is_for_management(self, server: tuple[str, int | None] | None) -> bool:
+        """Whether `server`, of an ASGI scope, is that port or socket."""
+        if server is None or not self.manages_apart:
+            return False
+        if self.management_host.startswith(UNIX_PREFIX):
+            return server[0] == self.management_host.removeprefix(UNIX_PREFIX)
+        return server[1] == self.management_port
 
     @property
     def url_reach(self) -> Reach:

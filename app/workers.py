@@ -32,6 +32,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, Field, ValidationError
 
+from app.listening import url_of
 from app.settings import Settings
 from service.files import atomic_write, locked
 from service.machine import share, usable_cores
@@ -244,13 +245,13 @@ class Worker:
         atomic_write(self.group.share_file(self.index), own().model_dump_json())
 
 
-def supervise(settings: Settings, listener: socket.socket) -> int:
-    """Serve on `listener` with `settings.workers` processes until a signal stops it; returns the exit code."""
+def supervise(settings: Settings, listeners: Sequence[socket.socket]) -> int:
+    """Serve on `listeners` with `settings.workers` processes until a signal stops it; returns the exit code."""
     _remove_old_folders()
     group = WorkerGroup(Path(mkdtemp(prefix=FOLDER_PREFIX)), settings.workers)
     with group.folder_in_use():
         group.share_metrics("supervisor")
-        return asyncio.run(Supervisor(settings, listener, group).run())
+        return asyncio.run(Supervisor(settings, listeners, group).run())
 
 
 def _remove_old_folders() -> None:
@@ -266,19 +267,20 @@ def _remove_old_folders() -> None:
 class Supervisor:
     """Keeps one process running for each number of `group`.
 
-    All share the listening socket, so a connection waits for any worker that is free, and one that waits when a worker
+    All share the listening sockets, so a connection waits for any worker that is free, and one that waits when a worker
     dies is taken by another. The write end of a pipe that each worker watches is held open by this process: its end,
     because this process closes it or dies, makes them finish what is under way and stop.
     """
 
-    def __init__(self, settings: Settings, listener: socket.socket, group: WorkerGroup) -> None:
+    def __init__(self, settings: Settings, listeners: Sequence[socket.socket], group: WorkerGroup) -> None:
         self._settings = settings
-        self._listener = listener
+        self._listeners = listeners
         self._group = group
         self._restarts = Counter(
             "pvt_worker_restarts", "Worker processes that ended and were replaced.", registry=CollectorRegistry()
         )
         self._stop_pipe, self._held = os.pipe()
+        self._url = url_of(listeners[0])
         # Mutable state: the processes by number, each with its start, whether all were up once, whether they are to
         # stop, and the exit code.
         self._processes: dict[int, tuple[Process, float]] = {}
@@ -310,7 +312,8 @@ class Supervisor:
         if self._stopping.is_set():
             return
         self._stopping.set()
-        self._listener.close()  # the last worker to close its own must find nobody else holding it
+        for listener in self._listeners:
+            listener.close()  # the last worker to close its own must find nobody else holding it
         os.close(self._held)
         wait = self._settings.shutdown_seconds + OVERTIME_SECONDS
         asyncio.get_running_loop().call_later(wait, self._send, signal.SIGKILL)
@@ -329,9 +332,8 @@ class Supervisor:
             await asyncio.sleep(REPORT_SECONDS / 20)
         self._all_up = True
         self._note_if_ready(reports)
-        url = "http://{}:{}".format(*self._listener.getsockname())
         instances = sum(report.instances for report in reports if report)
-        log.info("listening", url=url, workers=size, instances=instances, cores=usable_cores())
+        log.info("listening", url=self._url, workers=size, instances=instances, cores=usable_cores())
 
     def _note_if_ready(self, reports: Sequence[Report | None]) -> None:
         if all(report and report.ready for report in reports):
@@ -389,14 +391,14 @@ class Supervisor:
             delay = min(2 * delay, LONGEST_DELAY_SECONDS)
 
     async def _start(self, worker: int) -> Process:
-        listener = self._listener.fileno()
-        arguments = map(str, (worker, self._group.size, self._group.folder, listener, self._stop_pipe))
+        listeners = [listener.fileno() for listener in self._listeners]
+        arguments = map(str, (worker, self._group.size, self._group.folder, self._stop_pipe, *listeners))
         path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         # -P: a module `app` in the current folder is another application.
         return await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "app", "--as-worker", *arguments),
             env=os.environ | {"PYTHONPATH": path},
-            pass_fds=(listener, self._stop_pipe),
+            pass_fds=(*listeners, self._stop_pipe),
             start_new_session=True,  # else Ctrl-C would reach it twice, from the terminal and from here
         )
 

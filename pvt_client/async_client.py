@@ -222,7 +222,8 @@ class AsyncClient(Exchange, AsyncCalls):
     transport: httpx.AsyncBaseTransport | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        self._http = httpx.AsyncClient(**self.http_settings(), transport=self.transport)
+        settings = self.http_settings(httpx.AsyncHTTPTransport)
+        self._http = httpx.AsyncClient(**settings | ({"transport": self.transport} if self.transport else {}))
         self._size = RequestSize(clock=self.clock.monotonic)
 
     async def __aenter__(self) -> Self:

@@ -60,7 +60,8 @@ class Client(Exchange):
     transport: httpx.BaseTransport | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        self._http = httpx.Client(**self.http_settings(), transport=self.transport)
+        settings = self.http_settings(httpx.HTTPTransport)
+        self._http = httpx.Client(**settings | ({"transport": self.transport} if self.transport else {}))
         self._size = RequestSize(clock=self.clock.monotonic)
 
     def __enter__(self) -> Self:

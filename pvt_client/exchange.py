@@ -26,7 +26,8 @@ T = TypeVar("T")
 NO_RESPONSE = (httpx.HTTPError, httpx.InvalidURL, TimeoutError)
 """What an attempt without a response ends with."""
 _ERROR, _TOO_MANY, _UNAVAILABLE = 400, 429, 503
-_IDLE_SECONDS = 4.0  # less than the 5 after which the service closes an idle connection
+_IDLE_SECONDS = 4.0  # less than the 5 after which many servers and proxies close an idle connection
+_UNIX = "unix:"  # before the path of a socket
 _LAST_PORT = 65535
 _SHOWN = 200  # characters of a response that is not understood
 
@@ -187,8 +188,10 @@ class Exchange:
         failure.__cause__ = error
         return failure
 
-    def http_settings(self) -> dict[str, Any]:
+    def http_settings(self, transport: Callable[..., object]) -> dict[str, Any]:
         """The arguments that both kinds of httpx client take; `http://` may be left out of `url`.
+
+        `transport` makes one that connects to a Unix socket, for `unix:/path`.
 
         Raises:
             InvalidUrl: no service can have that address.
@@ -196,18 +199,23 @@ class Exchange:
         headers = {"User-Agent": "pvt-client"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
+        encoded = httpx.Headers(headers, encoding="utf-8")  # a key may have any letters
         # The caller bounds the number of connections; idle ones are all kept.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_SECONDS)
+        if self.url.startswith(_UNIX):
+            unix = transport(uds=self.url.removeprefix(_UNIX), limits=limits, verify=False)
+            return {"base_url": "http://localhost", "headers": encoded, "transport": unix}
         base_url = self.url if "://" in self.url else f"http://{self.url}"
         try:
             parsed = httpx.URL(base_url)
         except httpx.InvalidURL as error:
             raise InvalidUrl(f"{self.url!r} is not the address of a service: {error}") from error
         if parsed.scheme not in {"http", "https"} or not parsed.host or (parsed.port or 0) > _LAST_PORT:
-            raise InvalidUrl(f"{self.url!r} is not the address of a service; http://host:port is expected")
+            raise InvalidUrl(
+                f"{self.url!r} is not the address of a service; http://host:port or unix:/path is expected"
+            )
         # httpx reads certificates at once, which takes longer than a request; without TLS there is nothing to verify.
         verify = not base_url.startswith("http://")
-        encoded = httpx.Headers(headers, encoding="utf-8")  # a key may have any letters
         return {"base_url": base_url, "headers": encoded, "limits": limits, "verify": verify}
 
 
