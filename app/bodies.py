@@ -23,6 +23,7 @@ from app.settings import Settings
 from service.errors import InvalidImage, InvalidRequest, ServiceError
 from service.images.kinds import is_known
 from service.memory import Reservation
+from service.names import meant
 
 FORM, JSON, RAW = "multipart/form-data", "application/json", "image/*"
 FIELD = "image"  # of a form
@@ -281,10 +282,13 @@ def _json(body: bytes, max_images: int) -> list[Upload | Link]:
     match parse_json(body):
         case {"images": list(images), **others}:
             if others:
-                raise InvalidRequest(f"unknown field {str(next(iter(others)))[:100]!r}; parameters go in the query")
-        case _:
+                raise InvalidRequest(f"unknown field {str(next(iter(others)))[:_SHOWN]!r}; parameters go in the query")
+        case other:
+            name = next((str(each) for each in other if each != "images"), "") if isinstance(other, dict) else ""
+            wrong = f"unknown field {name[:_SHOWN]!r}{meant(name, ['images']) or ';'} " if name else ""
             raise InvalidRequest(
-                'the body must be an object with a list of images: {"images": ["<base64>", {"url": "..."}, ...]}'
+                wrong
+                + 'the body must be an object with a list of images: {"images": ["<base64>", {"url": "..."}, ...]}'
             )
     check_count(len(images), max_images)
     uploads: list[Upload | Link] = []

@@ -27,7 +27,7 @@ LAYERS = {
         {"memory"},
         {"machine", "workers"},
         {"sharing"},
-        {"errors", "files", "metrics"},
+        {"errors", "files", "metrics", "names"},
     ],
     "registry": [
         {"loading"},

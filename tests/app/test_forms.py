@@ -1,4 +1,4 @@
-"""Forms as clients send them that follow older rules, or none; each is answered image by image, or told what is wrong."""
+"""Forms as clients send them that follow older rules, or none: answered image by image, or refused with what helps."""
 
 import base64
 import binascii
@@ -63,8 +63,8 @@ def refusal(client: TestClient, body: bytes, content_type: str = HEADERS["Conten
         (b"name=\"image\"; filename*=UTF-8''%c3%a9t%C3%A9%20%22.png", 'été ".png'),
         (b"name=\"image\"; filename*=utf-8'fr'%C3%A9.png", "é.png"),
         (b"name=\"image\"; filename*=ISO-8859-1''%e9.png", "é.png"),
-        (b"name=\"image\"; filename=\"_.png\"; filename*=UTF-8''%C3%A9.png", "é.png"),
-        (b"name=\"image\"; filename*=UTF-8''%C3%A9.png; filename=\"_.png\"", "é.png"),
+        (b'name="image"; filename="_.png"; filename*=UTF-8\'\'%C3%A9.png', "é.png"),
+        (b'name="image"; filename*=UTF-8\'\'%C3%A9.png; filename="_.png"', "é.png"),
         (b"name=\"image\"; filename*=UTF-8''%ff.png", "\N{REPLACEMENT CHARACTER}.png"),
         (b"name=\"image\"; filename*=rot13''a.png", None),
         (b'name="image"; filename="a\\"b\\\\c.png"', 'a"b\\c.png'),
@@ -109,8 +109,10 @@ def test_the_disposition_of_a_part_does_not_matter(client: TestClient, seven: by
     assert names(client, body) == [SEVEN]
 
 
-@pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/form-data; boundary=", "", "image/png",
-                                          "multipart/form-data; boundary=other", 'multipart/form-data; boundary="B'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content_type",
+    ["", "image/png", *("multipart/form-data" + rest for rest in ("", "; boundary=", "; boundary=x", '; boundary="B'))],
+)
 @pytest.mark.parametrize("boundary", ["B", "----WebKitFormBoundary7MA4YWxkTrZu0gW", "a b", "=_" + "x" * 68])
 def test_a_form_without_its_boundary_is_read_by_its_first_line(
     client: TestClient, seven: bytes, content_type: str, boundary: str
@@ -127,10 +129,14 @@ def test_what_stands_before_and_behind_a_form_is_ignored(client: TestClient, sev
     assert names(client, b"--A\r\nContent-Type: text/plain\r\n\r\n" + body) == [SEVEN]  # the header's boundary counts
 
 
-@pytest.mark.parametrize("head", ["", "\r\nContent-Type: text/html", "\r\nContent-Type: image/heic", "\r\nX-More: y",
-                                  "\r\nContent-Transfer-Encoding: binary", "\r\nContent-Transfer-Encoding: 8BIT"])  # fmt: skip
+@pytest.mark.parametrize(
+    "head",
+    ["", "Content-Type: text/html", "Content-Type: image/heic", "X-More: y", "Content-Transfer-Encoding: binary",
+     "Content-Transfer-Encoding: 8BIT"],
+)  # fmt: skip
 def test_what_a_part_says_of_its_type_does_not_matter(client: TestClient, seven: bytes, head: str) -> None:
-    body = joined(part(f'Content-Disposition: form-data; name="image"; filename="{SEVEN}"{head}', seven))
+    crlf = "\r\n"
+    body = joined(part(f'Content-Disposition: form-data; name="image"; filename="{SEVEN}"{head and crlf}{head}', seven))
 
     assert names(client, body) == [SEVEN]
 
@@ -151,7 +157,11 @@ def test_parts_in_the_codings_of_mail_are_decoded(client: TestClient, seven: byt
     [
         ("Content-Transfer-Encoding: x-uuencode", b"x", "Content-Transfer-Encoding 'x-uuencode' is not read"),
         ("Content-Transfer-Encoding: base64", b"abcde", "not valid base64"),
-        ("Content-Type: multipart/mixed; boundary=C", joined(b"", boundary="C"), "a form within a form; send each file"),
+        (
+            "Content-Type: multipart/mixed; boundary=C",
+            joined(b"", boundary="C"),
+            "a form within a form; send each",
+        ),
     ],
 )
 def test_a_part_that_is_not_read_is_named_and_the_others_are_answered(
@@ -193,7 +203,9 @@ def test_another_field_is_named_with_the_one_that_files_go_in(client: TestClient
 def test_a_parameter_in_a_form_is_sent_to_the_query(client: TestClient, seven: bytes) -> None:
     parameter = part('Content-Disposition: form-data; name="top_k"', b"2")
 
-    found = refusal(client, joined(part('Content-Disposition: form-data; name="image"; filename="x"', seven), parameter))
+    found = refusal(
+        client, joined(part('Content-Disposition: form-data; name="image"; filename="x"', seven), parameter)
+    )
 
     assert found.endswith("; parameters go in the query: ?top_k=...")
 
@@ -201,12 +213,12 @@ def test_a_parameter_in_a_form_is_sent_to_the_query(client: TestClient, seven: b
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (form(("image", SEVEN, png())).replace(b"\r\n", b"\n"), "each line of a part's head, and of a boundary, ends with"),
+        (form(("image", SEVEN, png())).replace(b"\r\n", b"\n"), "each line of a part's head, and of a boundary"),
         (form(("image", SEVEN, png()))[:-20], "the upload was cut, or its boundary is not the one of the Content-Type"),
         (joined(part("Content-Type: image/png", png())), "without Content-Disposition, or without a name"),
         (joined(part('Content-Disposition: form-data; filename="a"', png())), "or without a name in it"),
-        (joined(part("Content-Disposition: form-data; name=image\r\n" + "X-Y: z\r\n" * 8 + "A: b", png())), "header count"),
-        (joined(part(f'Content-Disposition: form-data; name="image"; filename="{"x" * 5000}"', png())), "header length"),
+        (joined(part("Content-Disposition: form-data; name=image" + "\r\nX-Y: z" * 8, png())), "header count"),
+        (joined(part(f"Content-Disposition: form-data; name=image; filename={'x' * 5000}", png())), "header length"),
     ],
 )  # fmt: skip
 def test_a_broken_form_is_told_how_it_should_be(client: TestClient, body: bytes, reason: str) -> None:
