@@ -4,24 +4,33 @@ import asyncio
 import base64
 import binascii
 import re
+from codecs import BOM_UTF8
 from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import orjson
 from fastapi import Request
-from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
+from multipart import parse_options_header
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from app.compression import codings, decoded
+from app.forms import is_form, parts
 from app.problems import BodyTooLarge, TooManyImages, UnsupportedMediaType
 from app.settings import Settings
 from service.errors import InvalidImage, InvalidRequest, ServiceError
+from service.images.kinds import is_known
 from service.memory import Reservation
+from service.names import meant
 
+FORM, JSON, RAW = "multipart/form-data", "application/json", "image/*"
 FIELD = "image"  # of a form
 RAW_TYPES = re.compile(r"image/[\w.+-]+|application/octet-stream")
+_NO_IMAGE = b"-{[ \t\r\n\xef"  # how no image begins, but a form may, or JSON
+_JSON_BEGINS = re.compile(rb"(?:\xef\xbb\xbf)?\s*[{\[]")
+_SHOWN = 100  # characters of what a client has sent
 # One white pixel as a PNG.
 EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
 DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
@@ -78,22 +87,49 @@ async def read_uploads(request: Request, held: Reservation) -> list[Upload | Lin
     Raises:
         UnsupportedMediaType, BodyTooLarge: the body has none of the three forms, or more than PVT_MAX_BODY_MB.
         MemoryExhausted: it does not fit into memory beside the bodies of other requests.
-        InvalidRequest: the body is not what its content type says, or holds no image or more than PVT_MAX_IMAGES.
+        InvalidRequest: the body is broken, or holds no image or more than PVT_MAX_IMAGES.
     """
     settings: Settings = request.state.settings
-    max_bytes, most = settings.max_body_bytes, settings.max_images
     content_type, options = parse_options_header(request.headers.get("content-type", ""))
-    if content_type == "multipart/form-data":
-        return _multipart(await read_body(request, max_bytes, held), options.get("boundary", ""), most)
-    if RAW_TYPES.fullmatch(content_type):
-        return [Upload(None, await read_body(request, max_bytes, held))]
-    if content_type == "application/json":
-        body = await read_body(request, max_bytes, held)
+    body = await read_body(request, settings.max_body_bytes, held)
+    form = _form(content_type, body)
+    if form == FORM:
+        return _multipart(body, options.get("boundary", ""), settings.max_images)
+    if form == JSON:
         held.grow(JSON_COPIES * len(body))
-        return _json(body, most) if len(body) < LARGE_JSON else await run_in_threadpool(_json, body, most)
+        parse = partial(_json, body, settings.max_images)
+        return parse() if len(body) < LARGE_JSON else await run_in_threadpool(parse)
+    return [Upload(None, body)]
+
+
+def _form(content_type: str, body: bytes) -> str:
+    """Which of the three forms `body` has: the one that it begins as, else the one that its content type names.
+
+    curl names a form's where it sends a file's bytes, and browsers text/plain (decision 81).
+
+    Raises:
+        InvalidRequest, UnsupportedMediaType: there is no body, or neither says it.
+    """
+    raw = RAW_TYPES.fullmatch(content_type)
+    if raw and body[:1] not in _NO_IMAGE:
+        return RAW
+    if is_form(body):
+        return FORM
+    if _JSON_BEGINS.match(body):
+        return JSON
+    if raw or is_known(body):
+        return RAW
+    if content_type in {FORM, JSON}:
+        return content_type
+    send = (
+        f"send {FORM} with a file field {FIELD!r} (curl -F {FIELD}=@FILE), an image's bytes (curl --data-binary @FILE) "
+        f"or {JSON}"
+    )
+    if not body:
+        raise InvalidRequest(f"the request carries no image; {send}")
     raise UnsupportedMediaType(
-        f"content type {content_type or '(none)'!r}; send multipart/form-data with a file field {FIELD!r}, the "
-        "image's bytes as image/* or application/octet-stream, or application/json"
+        f"the body begins as no image, form or JSON, and its content type is {content_type[:_SHOWN] or '(none)'!r}; "
+        + send
     )
 
 
@@ -191,11 +227,12 @@ def parse_json(body: bytes) -> Any:  # noqa: ANN401  whatever JSON holds
     if len(body) > MAX_COMMAS and (commas := body.count(b",")) > MAX_COMMAS:
         raise InvalidRequest(f"the body's JSON holds {commas} commas, so many values; {MAX_COMMAS} are allowed")
     try:
-        return orjson.loads(body)
+        return orjson.loads(body.removeprefix(BOM_UTF8))
     except orjson.JSONDecodeError as error:
         if "enough memory" in str(error):  # orjson's words for it
             raise MemoryError from error
-        raise InvalidRequest(f"the body is no JSON: {error}") from error
+        encoding = "; JSON is UTF-8, and this looks like UTF-16" if b"\0" in body[:4] else ""
+        raise InvalidRequest(f"the body is no JSON: {error}{encoding}") from error
 
 
 def from_base64(text: str) -> bytes | InvalidImage:
@@ -216,28 +253,28 @@ def check_count(count: int, max_images: int) -> None:
 
 
 def _multipart(body: bytes, boundary: str, max_images: int) -> list[Upload | Link]:
-    """Parsed at once: each part is cut out of the body whole, and that is its only copy."""
     uploads: list[Upload | Link] = []
-    filename, data = None, b""
-    try:
-        with PushMultipartParser(boundary) as parser:
-            for event in parser.parse(body):
-                if isinstance(event, MultipartSegment):
-                    filename, data = event.filename, b""
-                    if (name := event.name or "") != FIELD:
-                        raise InvalidRequest(
-                            f"unknown form field {name[:100]!r}; files go in {FIELD!r}, parameters in the query"
-                        )
-                    check_count(len(uploads) + 1, max_images)
-                elif event is not None:
-                    data += event  # the first chunk, and there is no other, is not copied
-                else:
-                    uploads.append(Upload(filename, data))
-    except MultipartError as error:
-        raise InvalidRequest(f"the multipart body is broken: {error.args[0]}") from error
+    for name, filename, data in parts(body, boundary):
+        if name != FIELD:
+            way = f"files go in {FIELD!r}: curl -F {FIELD}=@FILE"
+            if filename is None:
+                way += f"; parameters go in the query: ?{name[:_SHOWN]}=..."
+            raise InvalidRequest(f"unknown form field {name[:_SHOWN]!r}; {way}")
+        check_count(len(uploads) + 1, max_images)
+        uploads.append(Upload(filename, data if filename is not None else _without_name(data)))
     if not uploads:
-        raise InvalidRequest(f"the form has no file; send at least one in the field {FIELD!r}")
+        raise InvalidRequest(f"the form has no file; send at least one in the field {FIELD!r}: curl -F {FIELD}=@FILE")
     return uploads
+
+
+def _without_name(data: bytes | InvalidImage) -> bytes | InvalidImage:
+    """The data of a part without a file name, which may be no file."""
+    if not isinstance(data, bytes) or not data or b"\0" in data or is_known(data):
+        return data
+    return InvalidImage(
+        f"text, not a file: {data[:_SHOWN].decode(errors='replace')!r}; with curl put an @ before the file's name: "
+        f"-F {FIELD}=@FILE"
+    )
 
 
 def _json(body: bytes, max_images: int) -> list[Upload | Link]:
@@ -245,10 +282,13 @@ def _json(body: bytes, max_images: int) -> list[Upload | Link]:
     match parse_json(body):
         case {"images": list(images), **others}:
             if others:
-                raise InvalidRequest(f"unknown field {str(next(iter(others)))[:100]!r}; parameters go in the query")
-        case _:
+                raise InvalidRequest(f"unknown field {str(next(iter(others)))[:_SHOWN]!r}; parameters go in the query")
+        case other:
+            name = next((str(each) for each in other if each != "images"), "") if isinstance(other, dict) else ""
+            wrong = f"unknown field {name[:_SHOWN]!r}{meant(name, ['images']) or ';'} " if name else ""
             raise InvalidRequest(
-                'the body must be an object with a list of images: {"images": ["<base64>", {"url": "..."}, ...]}'
+                wrong
+                + 'the body must be an object with a list of images: {"images": ["<base64>", {"url": "..."}, ...]}'
             )
     check_count(len(images), max_images)
     uploads: list[Upload | Link] = []

@@ -21,11 +21,14 @@ from app.settings import UNIX_PREFIX, Settings
 from app.stats import StatsPage
 from app.workers import Worker
 from service.engine import Engine
+from service.names import meant
 from service.results import Health
 
 log = structlog.get_logger(component="management")
 
 _WAIT = re.compile(r"wait\s*=\s*\"?([0-9]{1,9})\"?")  # of `Prefer`, RFC 7240
+_KEY_HEADERS = {"x-api-key", "api-key", "apikey", "x-auth-token", "x-access-token", "x-api-token", "token"}
+_SHOWN = 100  # characters of a header's name
 APPLIED = {"Preference-Applied": "respond-async"}
 # Their names in the OpenAPI document.
 API_KEY, MANAGEMENT_KEY = "api_key", "management_key"
@@ -95,7 +98,21 @@ CredentialsDep = Annotated[HTTPAuthorizationCredentials | None, Security(bearer)
 async def require_key(request: Request, settings: SettingsDep, _: CredentialsDep = None) -> None:
     """Refuse a request without one of PVT_API_KEYS, if there are any; `app.clients` has read it."""
     if settings.api_keys and request.state.role != "api":
-        raise Unauthorized("this service requires an API key; send it as 'Authorization: Bearer <key>' (PVT_API_KEYS)")
+        way = "this service requires an API key; send it as 'Authorization: Bearer <key>' (PVT_API_KEYS)"
+        raise Unauthorized(way + _misplaced(request))
+
+
+def _misplaced(request: Request) -> str:
+    """Where a key may be instead, never the key."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if key and scheme.lower() == "bearer":
+        return (
+            f"; the one that was sent is {'for management' if request.state.role == 'management' else 'none of them'}"
+        )
+    if scheme:
+        return "; the Authorization that was sent is no Bearer"
+    others = (name for name in request.headers if name in _KEY_HEADERS or meant(name, ["authorization"]))
+    return "".join(f"; {name[:_SHOWN]!r} is not read" for name in [*others][:1])
 
 
 _management = HTTPBearer(
@@ -118,7 +135,9 @@ async def require_management(request: Request, settings: SettingsDep, _: Manager
         raise Forbidden(f"management is served on {only} only{'' if on_unix else ' (PVT_MANAGEMENT_PORT)'}")
     if settings.management_keys:
         if request.state.role != "management":
-            raise Unauthorized("send a management key as 'Authorization: Bearer <key>' (PVT_MANAGEMENT_KEYS)")
+            raise Unauthorized(
+                f"send a management key as 'Authorization: Bearer <key>' (PVT_MANAGEMENT_KEYS){_misplaced(request)}"
+            )
         request.state.manager = "key"
     elif apart:
         if not on_unix:  # where no browser connects

@@ -10,6 +10,7 @@ import structlog
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -19,6 +20,7 @@ from starlette.types import Scope
 from app.disclosure import shown
 from service import errors
 from service.memory import RETRY_SECONDS
+from service.names import meant
 
 log = structlog.get_logger(component="http")
 
@@ -27,6 +29,7 @@ MEDIA_TYPE = "application/problem+json"
 EXPECTED = (errors.ServiceError, RequestValidationError, HTTPException, ClientDisconnect)
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that disconnected
 _MOST_REASONS = 5  # of what is wrong with one request
+_SHOWN = 100  # characters of a path that are compared with others
 
 
 class UnsupportedMediaType(errors.ServiceError):
@@ -272,8 +275,7 @@ async def expected(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         body = problem(errors.InvalidRequest(_reasons(error)), request_id)
     elif isinstance(error, HTTPException):
-        hint = _without_slashes(request.scope) or "GET /docs lists what there is"
-        detail = f"{request.method} {request.url.path}: {error.detail}; {hint}"
+        detail = f"{request.method} {request.url.path}: {error.detail}{_way(request.scope, error)}"
         body = _problem(HTTPStatus(error.status_code).phrase, error.status_code, detail, request_id)
     else:
         body = problem(error, request_id)
@@ -285,13 +287,18 @@ async def expected(request: Request, error: Exception) -> Response:
     return _response(request.scope, body, _headers(error))
 
 
-def _without_slashes(scope: Scope) -> str | None:
-    """Where a path with slashes too many should go: no redirect says it, which would go to a host of the client's."""
-    path = scope["path"].rstrip("/")
-    if path == scope["path"] or not path.strip("/"):
-        return None
-    matches = (route.matches({**scope, "path": path})[0] for route in scope["app"].routes)
-    return f"send it to {path}, without the slash" if any(match != Match.NONE for match in matches) else None
+def _way(scope: Scope, error: HTTPException) -> str:
+    """What to send in place of a request that no route takes; no redirect, which would go to a host of the client's."""
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        phrase = HTTPStatus.METHOD_NOT_ALLOWED.phrase
+        return f"; it takes {(error.headers or {}).get('Allow', '')}" if error.detail == phrase else ""
+    routes, path = scope["app"].routes, scope["path"].rstrip("/")
+    if path.strip("/") and path != scope["path"]:
+        matches = (route.matches({**scope, "path": path})[0] for route in routes)
+        if any(match != Match.NONE for match in matches):
+            return f"; send it to {path}, without the slash"
+    paths = {each.path for each in iter_route_contexts(routes) if each.path and "{" not in each.path} - {"/"}
+    return f"{meant(path[-_SHOWN:], paths) or ';'} GET /docs lists what there is"
 
 
 def unexpected(error: Exception, scope: Scope) -> Response:

@@ -185,7 +185,8 @@ class Pipeline:
             QueueFull: the model's queue has not that many places left; nothing was done.
             DeadlineExceeded: what is queued keeps these images from being answered by `deadline`; nothing was done.
         """
-        sizes = [megapixels(image) if isinstance(image, bytes) else 0.0 for image in images]
+        most = self._options.max_image_pixels / 1e6  # a broken header may name any size, and takes no time to refuse
+        sizes = [min(most, megapixels(image)) if isinstance(image, bytes) else 0.0 for image in images]
         large = sum(size > LARGE_MEGAPIXELS for size in sizes)
         with self.scheduler.reserve(sized.lane, len(images), deadline, client, large) as places:
             infer_one = partial(self._infer_one, sized, places, deadline, stages=stages)

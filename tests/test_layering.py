@@ -28,7 +28,7 @@ LAYERS = {
         {"machine", "workers"},
         {"sharing"},
         {"metrics"},
-        {"errors", "files", "recent"},
+        {"errors", "files", "names", "recent"},
     ],
     "registry": [
         {"loading"},

@@ -15,17 +15,20 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+from starlette._utils import get_route_path
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
-from app.bodies import Upload, read_uploads
+from app.bodies import FIELD, Upload, read_uploads
 from app.dependencies import max_wait_seconds, require_key
 from app.encodings import chunks
 from app.problems import NotAcceptable, expected
+from app.strict import Strict
 from service.engine import Engine, time_limit
 from service.errors import ServiceError
 from service.memory import ANSWERS, BODIES, Reservation
@@ -59,7 +62,18 @@ class InferenceRoute(APIRoute):
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] == self.path:
             return Match.FULL, {"endpoint": self.endpoint, "path_params": {}, "route": self}
+        if scope["type"] == "http" and scope["method"] == "PUT" and get_route_path(scope).startswith(f"{self.path}/"):
+            return Match.PARTIAL, {"endpoint": self.endpoint, "path_params": {}, "route": self}  # curl -T FILE URL/
         return super().matches(scope)  # mounted below another application, or not allowed
+
+    @override
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            url = Request(scope).url
+            there = url.replace(path=url.path[: url.path.rindex(self.path)] + self.path, query="")
+            way = f"it takes POST, of a file: curl -F {FIELD}=@FILE {there}, or curl -X POST -T FILE {there}"
+            raise HTTPException(405, way, {"Allow": "POST"})
+        await self.app(scope, receive, send)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
@@ -86,7 +100,7 @@ def _is_size(value: str) -> str:
     return value
 
 
-class InferenceQuery(BaseModel, extra="forbid"):
+class InferenceQuery(Strict):
     """Parameters of every endpoint that takes images."""
 
     @field_validator("*", mode="wrap")

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from app.dependencies import APPLIED, EngineDep, MaxWaitDep, audited, require_management, require_one_process
 from app.problems import documented
 from app.routes.models import BatchSize, ModelInfo, ModelList, milliseconds, model_info
+from app.strict import Strict
 from service.engine import Engine, time_limit
 from service.errors import ModelLoading
 from service.scheduling.lanes import QueueActivity, Release
@@ -26,7 +27,7 @@ ACCEPTED: dict[int | str, dict[str, Any]] = {
 CHANGED = documented(401, 403, 404, 422, 503)
 
 
-class AliasTarget(BaseModel, extra="forbid"):
+class AliasTarget(Strict):
     """What an alias is to stand for."""
 
     model: Annotated[

@@ -20,12 +20,17 @@ FORMATS = (
 )
 _BRANDS = 256  # bytes of a file type box that are read, 60 brands
 _ITEMS = 4096  # bytes in which an image of no telling brand says how it is coded
+_SURELY_ZEROS = 64  # bytes of a file in any format, of which some are zero: sizes have 2 or 4 bytes
 _HEVC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}  # ISO/IEC 23008-12, annex B
 _AV1 = {b"avif", b"avis"}
 _ANY_CODEC = {b"mif1", b"mif2", b"msf1"}
 _RENDERED = "; send a rendered image such as the camera's JPEG"
 _AS_JPEG = "; convert it to JPEG or PNG"
 _NOT_INSTALLED = "; convert it to JPEG, or install pvt-serve[heif] where the service runs"
+_AS_TEXT = (
+    "an image that was sent as text, which has changed its bytes; send them as they are, with curl by --data-binary, "
+    "not by --data"
+)
 # Patterns of first bytes, and what such a file is. A camera's raw file that is a TIFF is told by
 # `service.images.camera_raw`.
 _OTHERS = (
@@ -49,6 +54,11 @@ _OTHERS = (
     ),
     (rb"(?i)(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|body)", "an HTML page; send the image that it shows"),
     (rb"(?i)data:image/", "a data URL; send the bytes that it encodes, or send it as JSON"),
+    (rb"iVBORw0KGgo|/9j/|R0lGOD|UklGR", "base64; send the bytes that it encodes, or send it as JSON"),
+    (rb"(?i)https?://", "a URL; send the bytes that it leads to, or send it as JSON"),
+    # Without its zeros and ends of lines; decoded as UTF-8; as Latin-1 made UTF-8; with other ends of lines.
+    (rb"(?s)\x89PNG|GIF8[79]a|RIFF(?!.{4}(?:AVI |WAVE))|BM|II\*|MM\*|\xff\xd8\xff", _AS_TEXT),
+    (rb"(?:\xef\xbf\xbd){3}|(?:\xef\xbf\xbd|\xc2\x89)PNG|\xc3\xbf\xc3\x98\xc3\xbf", _AS_TEXT),
     (rb"P[1-7F f]\s", "PNM" + _AS_JPEG),
     (rb"\0\0[\1\2]\0[^\0]", "icon or cursor" + _AS_JPEG),
     (rb"\x76\x2f\x31\x01", "OpenEXR" + _AS_JPEG),
@@ -76,7 +86,7 @@ def format_of(raw: bytes) -> str:
         if coded not in FORMATS:
             raise InvalidImage(f"not a supported image (HEIC{_NOT_INSTALLED})" if coded == "HEIF" else _unknown())
         return coded
-    for name in FORMATS[:6]:
+    for name in FORMATS[:6] if b"\0" in raw or len(raw) < _SURELY_ZEROS else ():
         _, accept = Image.OPEN[name.upper()]
         if accept and accept(raw[:16]) is True and not raw.startswith((b"\xff\xd8\xff\xf7", b"\xff\xd8\xff\xf0")):
             return name
@@ -84,6 +94,15 @@ def format_of(raw: bytes) -> str:
         if pattern.match(raw, 0, _ITEMS):
             raise InvalidImage(f"not a supported image ({kind})")
     raise InvalidImage(_unknown())
+
+
+def is_known(raw: bytes) -> bool:
+    """Whether the file begins as something with a name, be it read or not."""
+    try:
+        format_of(raw)
+    except InvalidImage as error:
+        return bool(raw) and str(error) != _unknown()
+    return True
 
 
 def _unknown() -> str:

@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 
@@ -37,6 +36,7 @@ from service.errors import (
     reasons,
 )
 from service.files import atomic_write, read_small
+from service.names import meant
 from service.store.cards import ModelCard, WithCard, read_card
 
 DEFAULT_TAG = "in1k"  # the tag of the published ImageNet-1k weights
@@ -343,9 +343,8 @@ class Store:
             )
         with suppress(AliasesInvalid):  # raised for requests that name an alias
             known.extend(self.aliases())
-        near = get_close_matches(name, [*known, *VARIANTS], n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return ModelNotFound(f"no model {name!r} in the store; {hint}GET /models and 'pvt-serve ls' list what there is")
+        hint = meant(name, [*known, *VARIANTS, *(f"{each}.{DEFAULT_TAG}" for each in VARIANTS)]) or ";"
+        return ModelNotFound(f"no model {name!r} in the store{hint} GET /models and 'pvt-serve ls' list what there is")
 
 
 def check_writable(root: Path) -> None:

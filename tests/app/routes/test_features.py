@@ -141,7 +141,7 @@ def test_a_bad_image_is_an_error_in_its_place_in_json_and_fails_the_binary_forms
         ({"size": "128"}, "size 128x128: PVT_MAX_INPUT_SIDE allows sides of up to 96 pixels"),
         ({"size": "large"}, "must be a side in pixels, such as 224, or height and width, such as 256x384"),
         ({"size": "0"}, "must be a side in pixels"),
-        ({"topk": "3"}, "topk: Extra inputs are not permitted"),
+        ({"topk": "3"}, "topk: no such name; there are model, size, timeout_ms"),
     ],
 )
 def test_what_is_wrong_with_a_parameter_is_named(features: Any, query: dict[str, str], told: str) -> None:

@@ -74,7 +74,7 @@ def test_keys_are_checked_alike(ways: Ways, authorization: str | None) -> None:
     ("content", "content_type", "status"),
     [
         (b"", "image/png", 422),
-        (png(), "text/plain", 415),
+        (b"no image", "text/plain", 415),
         (b"x" * 10_001, "image/png", 413),
         (b"{", "application/json", 422),
     ],
@@ -172,7 +172,7 @@ def test_a_client_that_accepts_none_of_them_learns_which_there_are(accept: str) 
         (ExplainQuery, {"alpha": "1.5"}, "must be from 0 to 1"),
         (ExplainQuery, {"alpha": "x"}, "Input should be a valid number"),
         (FeaturesQuery, {"stages": "9"}, "must be different numbers from 1 to 4"),
-        (FeaturesQuery, {"stage": "1"}, "Extra inputs are not permitted"),
+        (FeaturesQuery, {"stage": "1"}, "no such name; did you mean 'stages'?"),
     ],
 )
 def test_the_error_of_a_number_out_of_range_names_the_range(
