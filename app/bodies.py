@@ -1,11 +1,11 @@
 """Request bodies: to image bytes from multipart, raw bytes or JSON with base64; and JSON within bounds."""
 
 import asyncio
-import base64
-import binascii
 import re
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any, NamedTuple
+from functools import partial
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import orjson
 from fastapi import Request
@@ -15,22 +15,24 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from app.compression import codings, decoded
+from app.data_urls import from_base64
 from app.problems import BodyTooLarge, UnsupportedMediaType
 from app.settings import Settings
-from service.errors import InvalidImage, InvalidRequest, ServiceError
+from service.errors import InvalidRequest, ServiceError
 from service.memory import Reservation
 
 FIELD = "image"  # of a form
 RAW_TYPES = re.compile(r"image/[\w.+-]+|application/octet-stream")
 # One white pixel as a PNG.
 EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
-DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 DISCARD_SECONDS = 5.0
 JSON_COPIES = 2  # of a body's bytes, while it is parsed: its text, and what base64 in it is decoded to
 LARGE_JSON = 65_536  # bytes; parsing more would hold up the event loop
 # The JSON parser holds the interpreter's lock, and with it the event loop, even on a thread: 40 ns for each number. No
 # request needs so many values; the tensors of `/v2` are parsed apart, in chunks.
 MAX_COMMAS = 20_000
+
+T = TypeVar("T")
 
 
 class Upload(NamedTuple):
@@ -61,7 +63,7 @@ class ImagesBody(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     images: Annotated[list[str | ImageUrl], Field(min_length=1)]
-    """Each image as base64, as a `data:` URL with base64, or as an object with a URL."""
+    """Each image as base64, as a `data:` URL, or as an object with a URL."""
 
 
 BODY_EXAMPLES = {
@@ -88,9 +90,7 @@ async def read_uploads(request: Request, held: Reservation) -> list[Upload | Lin
     if RAW_TYPES.fullmatch(content_type):
         return [Upload(None, await read_body(request, max_bytes, held))]
     if content_type == "application/json":
-        body = await read_body(request, max_bytes, held)
-        held.grow(JSON_COPIES * len(body))
-        return _json(body, most) if len(body) < LARGE_JSON else await run_in_threadpool(_json, body, most)
+        return await read_json(request, held, partial(_json, max_images=most))
     raise UnsupportedMediaType(
         f"content type {content_type or '(none)'!r}; send multipart/form-data with a file field {FIELD!r}, the "
         "image's bytes as image/* or application/octet-stream, or application/json"
@@ -112,6 +112,13 @@ async def read_body(request: Request, max_bytes: int, held: Reservation) -> byte
     for name in reversed(names) if body else ():
         body = await _decode(name, body, max_bytes, held)
     return body
+
+
+async def read_json(request: Request, held: Reservation, parse: Callable[[bytes], T]) -> T:
+    """What `parse` makes of the body, on a thread if that is large; raises as `read_body` and `parse`."""
+    body = await read_body(request, request.state.settings.max_body_bytes, held)
+    held.grow(JSON_COPIES * len(body))
+    return parse(body) if len(body) < LARGE_JSON else await run_in_threadpool(parse, body)
 
 
 async def _decode(coding: str, body: bytes, max_bytes: int, held: Reservation) -> bytes:
@@ -196,15 +203,6 @@ def parse_json(body: bytes) -> Any:  # noqa: ANN401  whatever JSON holds
         if "enough memory" in str(error):  # orjson's words for it
             raise MemoryError from error
         raise InvalidRequest(f"the body is no JSON: {error}") from error
-
-
-def from_base64(text: str) -> bytes | InvalidImage:
-    """The bytes of base64, or of a data: URL with it; or what is wrong with it."""
-    match = DATA_URL.match(text)
-    try:
-        return base64.b64decode(text[match.end() :] if match else text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        return InvalidImage(f'not valid base64, nor a data: URL of it: {error}; an image\'s URL goes in {{"url": ...}}')
 
 
 def check_count(count: int, max_images: int) -> None:
