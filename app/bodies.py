@@ -22,7 +22,7 @@ from service.errors import InvalidRequest, ServiceError
 from service.memory import Reservation
 
 FIELD = "image"  # of a form
-RAW_TYPES = re.compile(r"image/[\w.+-]+|application/octet-stream")
+RAW_TYPES = re.compile(r"image/[\w.+-]+|application/(octet-stream|x-image)")
 # One white pixel as a PNG.
 EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
 DISCARD_SECONDS = 5.0
@@ -74,8 +74,12 @@ BODY_EXAMPLES = {
 }
 
 
-async def read_uploads(request: Request, held: Reservation) -> list[Upload | Link]:
+async def read_uploads(
+    request: Request, held: Reservation, parse: Callable[..., list[Upload | Link]] | None = None
+) -> list[Upload | Link]:
     """The images of a request, in their order; in JSON some may be links. `held` grows by the memory that they take.
+
+    `parse` reads JSON of other forms, the body with up to `max_images`.
 
     Raises:
         UnsupportedMediaType, BodyTooLarge: the body has none of the three forms, or more than PVT_MAX_BODY_MB.
@@ -90,7 +94,7 @@ async def read_uploads(request: Request, held: Reservation) -> list[Upload | Lin
     if RAW_TYPES.fullmatch(content_type):
         return [Upload(None, await read_body(request, max_bytes, held))]
     if content_type == "application/json":
-        return await read_json(request, held, partial(_json, max_images=most))
+        return await read_json(request, held, partial(parse or _json, max_images=most))
     raise UnsupportedMediaType(
         f"content type {content_type or '(none)'!r}; send multipart/form-data with a file field {FIELD!r}, the "
         "image's bytes as image/* or application/octet-stream, or application/json"
@@ -239,8 +243,12 @@ def _multipart(body: bytes, boundary: str, max_images: int) -> list[Upload | Lin
 
 
 def _json(body: bytes, max_images: int) -> list[Upload | Link]:
-    """By hand, and up to the first mistake: a validator would list a million wrong items."""
-    match parse_json(body):
+    return images_of(parse_json(body), max_images)
+
+
+def images_of(value: object, max_images: int) -> list[Upload | Link]:
+    """Those of the JSON form; by hand, and up to the first mistake: a validator would list a million wrong items."""
+    match value:
         case {"images": list(images), **others}:
             if others:
                 raise InvalidRequest(f"unknown field {str(next(iter(others)))[:100]!r}; parameters go in the query")

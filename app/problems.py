@@ -183,12 +183,14 @@ class OpenAiError(BaseModel):
 
 
 # The forms that the protocols under these paths give an error.
-DIALECTS: Mapping[str, type[BaseModel]] = {"/v2": OpenInferenceError, "/v1": OpenAiError}
+PREDICT = ":predict"  # ends paths of KServe's version 1, which lie under OpenAI's
+DIALECTS: Mapping[str, type[BaseModel]] = {"/v2": OpenInferenceError, "/v1": OpenAiError, PREDICT: OpenInferenceError}
 
 
 def dialect(path: str) -> type[BaseModel] | None:
     """The form of an error that clients of the protocol under `path` expect; None where it is ours."""
-    return DIALECTS.get("/" + path[1:].partition("/")[0])
+    prefix = "/" + path[1:].partition("/")[0]
+    return DIALECTS.get(PREDICT if prefix == "/v1" and path.endswith(PREDICT) else prefix)
 
 
 def translated(path: str, problem: Problem) -> tuple[int, BaseModel] | None:

@@ -78,13 +78,10 @@ def test_normalised_embeddings_have_length_one_and_the_same_direction(
 ) -> None:
     def embedded(**extra: Any) -> Any:
         found = server.embeddings.create(model=MODEL, input=urls, encoding_format=encoding, extra_body=extra)
-        vectors = [
-            np.frombuffer(base64.b64decode(each.embedding), "<f4")
-            if isinstance(each.embedding, str)
-            else each.embedding
-            for each in found.data
-        ]
-        return np.array(vectors)
+        vectors = [each["embedding"] for each in found.model_dump()["data"]]
+        return np.array(
+            [np.frombuffer(base64.b64decode(each), "<f4") if isinstance(each, str) else each for each in vectors]
+        )
 
     plain = embedded()
     for name in ("normalize", "normalized"):  # TEI's, Jina's
