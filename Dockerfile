@@ -35,6 +35,8 @@ RUN if [ -n "$GPU" ]; then apt-get update && apt-get install --yes --no-install-
     && rm -rf /var/lib/apt/lists/*; fi
 COPY --from=build /opt/venv /opt/venv
 COPY model_store /srv/model_store
+# For SageMaker, which runs the image as `docker run IMAGE serve`.
+COPY deploy/serve /usr/local/bin/serve
 # Measured batch plans and compiled graphs, and copies out of a store by URL: volumes there let the next container start
 # without measuring and fetching.
 RUN useradd --system --uid 10001 --no-create-home pvt \

@@ -1,13 +1,12 @@
 """Request bodies: to image bytes from multipart, raw bytes or JSON with base64; and JSON within bounds."""
 
 import asyncio
-import base64
-import binascii
 import re
 from codecs import BOM_UTF8
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import orjson
 from fastapi import Request
@@ -17,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from app.compression import codings, decoded
+from app.data_urls import from_base64
 from app.forms import is_form, parts
 from app.problems import BodyTooLarge, TooManyImages, UnsupportedMediaType
 from app.settings import Settings
@@ -27,19 +27,20 @@ from service.names import meant
 
 FORM, JSON, RAW = "multipart/form-data", "application/json", "image/*"
 FIELD = "image"  # of a form
-RAW_TYPES = re.compile(r"image/[\w.+-]+|application/octet-stream")
+RAW_TYPES = re.compile(r"image/[\w.+-]+|application/(octet-stream|x-image)")
 _NO_IMAGE = b"-{[ \t\r\n\xef"  # how no image begins, but a form may, or JSON
 _JSON_BEGINS = re.compile(rb"(?:\xef\xbb\xbf)?\s*[{\[]")
 _SHOWN = 100  # characters of what a client has sent
 # One white pixel as a PNG.
 EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
-DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 DISCARD_SECONDS = 5.0
 JSON_COPIES = 2  # of a body's bytes, while it is parsed: its text, and what base64 in it is decoded to
 LARGE_JSON = 65_536  # bytes; parsing more would hold up the event loop
 # The JSON parser holds the interpreter's lock, and with it the event loop, even on a thread: 40 ns for each number. No
 # request needs so many values; the tensors of `/v2` are parsed apart, in chunks.
 MAX_COMMAS = 20_000
+
+T = TypeVar("T")
 
 
 class Upload(NamedTuple):
@@ -70,7 +71,7 @@ class ImagesBody(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     images: Annotated[list[str | ImageUrl], Field(min_length=1)]
-    """Each image as base64, as a `data:` URL with base64, or as an object with a URL."""
+    """Each image as base64, as a `data:` URL, or as an object with a URL."""
 
 
 BODY_EXAMPLES = {
@@ -81,8 +82,12 @@ BODY_EXAMPLES = {
 }
 
 
-async def read_uploads(request: Request, held: Reservation) -> list[Upload | Link]:
+async def read_uploads(
+    request: Request, held: Reservation, parse: Callable[..., list[Upload | Link]] | None = None
+) -> list[Upload | Link]:
     """The images of a request, in their order; in JSON some may be links. `held` grows by the memory that they take.
+
+    `parse` reads JSON of other forms, the body with up to `max_images`.
 
     Raises:
         UnsupportedMediaType, BodyTooLarge: the body has none of the three forms, or more than PVT_MAX_BODY_MB.
@@ -96,9 +101,7 @@ async def read_uploads(request: Request, held: Reservation) -> list[Upload | Lin
     if form == FORM:
         return _multipart(body, options.get("boundary", ""), settings.max_images)
     if form == JSON:
-        held.grow(JSON_COPIES * len(body))
-        parse = partial(_json, body, settings.max_images)
-        return parse() if len(body) < LARGE_JSON else await run_in_threadpool(parse)
+        return await _parsed(body, held, partial(parse or _json, max_images=settings.max_images))
     return [Upload(None, body)]
 
 
@@ -148,6 +151,16 @@ async def read_body(request: Request, max_bytes: int, held: Reservation) -> byte
     for name in reversed(names) if body else ():
         body = await _decode(name, body, max_bytes, held)
     return body
+
+
+async def read_json(request: Request, held: Reservation, parse: Callable[[bytes], T]) -> T:
+    """What `parse` makes of the body, on a thread if that is large; raises as `read_body` and `parse`."""
+    return await _parsed(await read_body(request, request.state.settings.max_body_bytes, held), held, parse)
+
+
+async def _parsed(body: bytes, held: Reservation, parse: Callable[[bytes], T]) -> T:
+    held.grow(JSON_COPIES * len(body))
+    return parse(body) if len(body) < LARGE_JSON else await run_in_threadpool(parse, body)
 
 
 async def _decode(coding: str, body: bytes, max_bytes: int, held: Reservation) -> bytes:
@@ -235,15 +248,6 @@ def parse_json(body: bytes) -> Any:  # noqa: ANN401  whatever JSON holds
         raise InvalidRequest(f"the body is no JSON: {error}{encoding}") from error
 
 
-def from_base64(text: str) -> bytes | InvalidImage:
-    """The bytes of base64, or of a data: URL with it; or what is wrong with it."""
-    match = DATA_URL.match(text)
-    try:
-        return base64.b64decode(text[match.end() :] if match else text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        return InvalidImage(f'not valid base64, nor a data: URL of it: {error}; an image\'s URL goes in {{"url": ...}}')
-
-
 def check_count(count: int, max_images: int) -> None:
     """Raises InvalidRequest when a request has no image, TooManyImages when it has more than `max_images`."""
     if not count:
@@ -278,8 +282,12 @@ def _without_name(data: bytes | InvalidImage) -> bytes | InvalidImage:
 
 
 def _json(body: bytes, max_images: int) -> list[Upload | Link]:
-    """By hand, and up to the first mistake: a validator would list a million wrong items."""
-    match parse_json(body):
+    return images_of(parse_json(body), max_images)
+
+
+def images_of(value: object, max_images: int) -> list[Upload | Link]:
+    """Those of the JSON form; by hand, and up to the first mistake: a validator would list a million wrong items."""
+    match value:
         case {"images": list(images), **others}:
             if others:
                 raise InvalidRequest(f"unknown field {str(next(iter(others)))[:_SHOWN]!r}; parameters go in the query")

@@ -19,7 +19,7 @@ from app.middleware import HttpMetrics, RequestContext
 from app.open_inference import routes as open_inference
 from app.remote_images.fetching import Fetcher
 from app.rendered import MetricsPage, openapi_route
-from app.routes import images, management, models, openai, operations
+from app.routes import images, management, models, openai, operations, platforms
 from app.settings import Settings
 from app.stats import StatsPage, Traffic, share_of
 from app.workers import Worker
@@ -32,7 +32,7 @@ from service.options import Budget, EngineOptions, default_instances
 # Images per batch where no setting says so; the batch plan stops earlier, as soon as more do not pay.
 MAX_BATCH_SIZE = {"cpu": 8, "gpu": 256}
 # The endpoints behind PVT_API_KEYS; the others have keys of their own, or none.
-PROTECTED = models.router, open_inference.router, openai.router
+PROTECTED = models.router, open_inference.router, openai.router, platforms.router
 OTHERS = operations.router, management.router, open_inference.health, open_inference.management
 
 
@@ -56,9 +56,10 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         lifespan=partial(_lifespan, settings, engine_options(settings), registry, http.traffic, worker=worker),
         exception_handlers=dict.fromkeys(problems.EXPECTED, problems.expected),
         # First in the table of routes, so that no time is lost on others.
-        routes=images.router.routes,
+        routes=[*platforms.own_routes(settings), *images.router.routes],
     )
-    app.add_middleware(RequestContext, metrics=http, clients=Clients(settings, registry))
+    clients = Clients(settings, registry)
+    app.add_middleware(RequestContext, metrics=http, clients=clients, health_route=settings.health_route)
     # Only where keys are set: a dependency costs each request.
     protected = [Depends(require_key)] if settings.api_keys else []
     for router in PROTECTED:

@@ -32,7 +32,7 @@ _UNLIMITED = nullcontext()
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 # Probes, scrapers and pages request these every few seconds.
 _PROBES = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics",
-                     "/stats", STREAM})  # fmt: skip
+                     "/ping", "/stats", STREAM})  # fmt: skip
 
 
 class HttpMetrics:
@@ -68,10 +68,11 @@ class HttpMetrics:
 class RequestContext:
     """Gives each request an id and a log line, and counts it, whatever its outcome."""
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics, clients: Clients) -> None:
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics, clients: Clients, health_route: str = "") -> None:
         self._app = app
         self._metrics = metrics
         self._clients = clients
+        self._probes = _PROBES | {health_route}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -102,7 +103,7 @@ class RequestContext:
             await send(message)
 
         has_key, traffic = state["client"] in self._clients.usage, self._metrics.traffic
-        counted = scope["path"] not in _PROBES
+        counted = scope["path"] not in self._probes
         traffic.in_flight += counted
         try:
             with self._limited(scope):
@@ -139,14 +140,14 @@ class RequestContext:
         limits, state = self._clients.limits, scope["state"]
         if not limits.are_set or state["role"] == "management":
             return _UNLIMITED
-        if scope["path"].removeprefix(scope.get("root_path", "")) in _PROBES:
+        if scope["path"].removeprefix(scope.get("root_path", "")) in self._probes:
             return _UNLIMITED
         return limits.admitted(state["client"], scope)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route, state = getattr(scope.get("route"), "path", "unmatched"), scope["state"]
         self._metrics.record(route, scope["method"], status, seconds)
-        if route in _PROBES and status < 400:  # noqa: PLR2004  the first status of errors
+        if route in self._probes and status < 400:  # noqa: PLR2004  the first status of errors
             return
         fields = {"ms": round(seconds * 1000, 2), "request_id": state["request_id"], "client": state["client"]}
         fields |= state.get("log", {})

@@ -32,6 +32,7 @@ _TAGS = [
     {"name": INFERENCE, "description": "Images in, what a model computes of them out."},
     {"name": "open inference protocol", "description": "The same for clients of KServe and Triton."},
     {"name": "openai", "description": "Embeddings for clients of OpenAI."},
+    {"name": "platforms", "description": "Classes for KServe's version 1, SageMaker and Vertex AI."},
     {"name": "models", "description": "The models that the service has."},
     {"name": "management", "description": "For those who run the service; off without `PVT_MANAGEMENT_KEYS`."},
     {"name": "operations", "description": "Health for orchestrators, metrics for Prometheus; never behind a key."},

@@ -161,10 +161,15 @@ MEANING: Mapping[int, str] = {
     504: "No result within `timeout_ms`, or an image not fetched within PVT_URL_TIMEOUT_MS.",
 }
 
-_OPENAI_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-                 404: "not_found_error", 413: "invalid_request_error", 415: "invalid_request_error",
-                 429: "rate_limit_error"}  # fmt: skip
-_OPENAI_PARAMETER = re.compile(r"(input|model|encoding_format|dimensions|user)\b[^:]{0,100}:")
+# Other statuses below 500 are an invalid_request_error, as they are with OpenAI, and those above a server_error.
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_OPENAI_CODES = {"unauthorized": "invalid_api_key"}
+_OPENAI_PARAMETER = re.compile(
+    r"(input|model|encoding_format|embedding_type|dimensions|modality|normalized?)\b[^:]{0,100}:"
+)
+_OPENAI_PARAMETERS = {"model_not_found": "model"} | dict.fromkeys(
+    ("invalid_image", "image_too_large", "image_url_refused", "image_unreachable", "image_timed_out"), "input"
+)
 
 
 class OpenInferenceError(BaseModel):
@@ -189,12 +194,14 @@ class OpenAiError(BaseModel):
 
 
 # The forms that the protocols under these paths give an error.
-DIALECTS: Mapping[str, type[BaseModel]] = {"/v2": OpenInferenceError, "/v1": OpenAiError}
+PREDICT = ":predict"  # ends paths of KServe's version 1, which lie under OpenAI's
+DIALECTS: Mapping[str, type[BaseModel]] = {"/v2": OpenInferenceError, "/v1": OpenAiError, PREDICT: OpenInferenceError}
 
 
 def dialect(path: str) -> type[BaseModel] | None:
     """The form of an error that clients of the protocol under `path` expect; None where it is ours."""
-    return DIALECTS.get("/" + path[1:].partition("/")[0])
+    prefix = "/" + path[1:].partition("/")[0]
+    return DIALECTS.get(PREDICT if prefix == "/v1" and path.endswith(PREDICT) else prefix)
 
 
 def translated(path: str, problem: Problem) -> tuple[int, BaseModel] | None:
@@ -207,8 +214,9 @@ def translated(path: str, problem: Problem) -> tuple[int, BaseModel] | None:
         return status, OpenInferenceError(error=problem.detail)
     code = problem.type.rpartition(":")[2].replace("-", "_")
     named = _OPENAI_PARAMETER.match(problem.detail)
-    param = "model" if code == "model_not_found" else named and named[1]
-    kind = _OPENAI_TYPES.get(status, "server_error")
+    param = _OPENAI_PARAMETERS.get(code) or (named and named[1])
+    kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    kind, code = _OPENAI_TYPES.get(status, kind), _OPENAI_CODES.get(code, code)
     return status, OpenAiError(error=OpenAiReason(message=problem.detail, type=kind, param=param, code=code))
 
 

@@ -2,11 +2,12 @@
 
 import os
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 from unicodedata import category
 
 from pydantic import (
@@ -32,6 +33,14 @@ PREFIX = "PVT_"
 _SERVICE_LINK = re.compile(r"PVT_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+_\w+)")
 
 
+# What SageMaker and Vertex AI set in their containers. It says where they connect, so it wins over PVT_*.
+PLATFORM_VARIABLES = {
+    "AIP_HTTP_PORT": "port",
+    "AIP_PREDICT_ROUTE": "predict_route",
+    "AIP_HEALTH_ROUTE": "health_route",
+    "AIP_STORAGE_URI": "model_store",
+    "SAGEMAKER_BIND_TO_PORT": "port",
+}
 UNIX = "unix"  # among networks: whoever connects to a Unix socket
 UNIX_PREFIX = "unix:"  # before the path of one
 _INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs"}
@@ -110,6 +119,7 @@ def _mode(value: str) -> str:
 T = TypeVar("T")
 Host = Annotated[str, BeforeValidator(_address), Field(min_length=1)]
 Proxy = Annotated[IPv4Network | IPv6Network | Literal["unix"], BeforeValidator(_network_or_unix)]
+Route = Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~:@!$&'()*+,;=-]+)*$")]
 Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)]
 Items = Annotated[tuple[T, ...], NoDecode, BeforeValidator(_split)]
 
@@ -223,6 +233,10 @@ class Settings(BaseSettings):
     """Private networks, such as 10.0.0.0/8, for hosts that `PVT_URL_HOSTS` names; else public addresses only."""
     url_timeout_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 10_000
     """Time limit for fetching one image by its URL."""
+    predict_route: Route = ""
+    """One more path for `POST /invocations`; on Vertex AI that of `AIP_PREDICT_ROUTE`."""
+    health_route: Route = ""
+    """One more path for `GET /ping`; on Vertex AI that of `AIP_HEALTH_ROUTE`."""
     log_format: Literal["json", "console"] = "json"
     """`json`: one object on each line; `console`: text for people."""
 
@@ -271,10 +285,12 @@ class Settings(BaseSettings):
             if name.upper().startswith(PREFIX) and name.upper() not in known and not _SERVICE_LINK.fullmatch(name):
                 near = get_close_matches(name.upper(), known, n=1, cutoff=0)[0]
                 raise SettingsInvalid(f"{name} is not a setting; the nearest one is {near}")
+        platform = {field: name for name, field in PLATFORM_VARIABLES.items() if os.environ.get(name)}
+        given: dict[str, Any] = {field: os.environ[name] for field, name in platform.items()}
         try:
-            return cls()
+            return cls(**given)
         except ValidationError as error:
-            raise SettingsInvalid("; ".join(map(_reason, error.errors()))) from error
+            raise SettingsInvalid("; ".join(_reason(each, platform) for each in error.errors())) from error
 
     @property
     def manages_apart(self) -> bool:
@@ -340,14 +356,14 @@ class Settings(BaseSettings):
         return (self.store_folder, False) if named else writable_default_store()
 
 
-def _reason(error: ErrorDetails) -> str:
-    """One mistake in words, with the setting's name and, unless it is a key, its value."""
+def _reason(error: ErrorDetails, variables: Mapping[str, str]) -> str:
+    """One mistake in words, with the variable and, unless it is a key, its value; `variables` are those not ours."""
     if not error["loc"]:  # two settings contradict each other
         return error["msg"].removeprefix("Value error, ")
     name = str(error["loc"][0])
     given = str(error["input"])
     shown = "" if name.endswith("_keys") else f"={without_secrets(given) if '://' in given else given}"
-    return f"{PREFIX}{name.upper()}{shown}: {error['msg']}"
+    return f"{variables.get(name, PREFIX + name.upper())}{shown}: {error['msg']}"
 
 
 def _expanded(folder: Path) -> Path | None:

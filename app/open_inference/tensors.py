@@ -4,8 +4,6 @@ Source: the REST part of the protocol (kserve.github.io), and its extensions for
 in Triton's documentation.
 """
 
-import binascii
-from base64 import b64decode
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,9 +15,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from app.data_urls import from_base64
 from app.encodings import Stack
 from service.architecture.variants import VARIANTS
-from service.errors import InvalidRequest
+from service.errors import InvalidImage, InvalidRequest
 from service.postprocess import scores
 from service.results import Image, ImageResult, InferenceResult, Size, require_all
 from service.store.cards import ModelCard
@@ -204,16 +203,16 @@ def _elements(raw: memoryview) -> Iterator[bytes]:
 
 def _from_base64(data: Sequence[Any]) -> Iterator[bytes]:
     for i, each in enumerate(data):
-        try:
-            yield b64decode(each, validate=True)
-        except (binascii.Error, TypeError, ValueError) as error:
-            raise _not_base64(i) from error
+        found = from_base64(each) if isinstance(each, str) else None
+        if not isinstance(found, bytes):
+            raise _not_base64(i, found) from found
+        yield found
 
 
-def _not_base64(index: int) -> InvalidRequest:
+def _not_base64(index: int, error: InvalidImage | None = None) -> InvalidRequest:
     return InvalidRequest(
         f"input 'encoded', element {index}: in JSON an image is a string of base64; or send it with the binary tensor "
-        "data extension"
+        f"data extension{f' ({error})' if error else ''}"
     )
 
 

@@ -150,19 +150,24 @@ async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> 
     """
     check = partial(check_classes, min_score=query.min_score)
     names, result = await infer(request, query, check=check)
-    body = await encoded(request, result, partial(_predictions, request, names, result, query))
+    body = await encoded(request, result, partial(prediction_bytes, request, names, result, query))
     return Response(body, media_type=JSON)
 
 
-def _predictions(request: Request, names: Names, result: InferenceResult, query: PredictQuery) -> bytes:
+def prediction_bytes(request: Request, names: Names, result: InferenceResult, query: PredictQuery) -> bytes:
     """A PredictResponse as JSON; building the model first would cost as much as all else in this module."""
+    whole = {"model": result.model, "version": result.version, "activation": result.card.activation}
+    return orjson.dumps({**whole, "results": predictions(request, names, result, query)})
+
+
+def predictions(request: Request, names: Names, result: InferenceResult, query: PredictQuery) -> list[dict[str, Any]]:
+    """For each image an ImageResult or an ImageError, for orjson."""
     results = image_results(request, names, result)
     for entry, image in zip(results, result.results, strict=True):
         if not isinstance(image, ServiceError):
             # A ClassScore has a ClassPrediction's fields, and orjson knows dataclasses.
             entry.update(classify(image.outputs.logits, result.card, query.top_k, query.min_score))
-    whole = {"model": result.model, "version": result.version, "activation": result.card.activation}
-    return orjson.dumps({**whole, "results": results})
+    return results
 
 
 def _are_stages(value: str) -> str:

@@ -24,7 +24,7 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
-from app.bodies import FIELD, Upload, read_uploads
+from app.bodies import FIELD, Link, Upload, read_uploads
 from app.dependencies import max_wait_seconds, require_key
 from app.encodings import chunks
 from app.problems import NotAcceptable, expected
@@ -167,33 +167,47 @@ async def infer(
     `check` is the engine's; `check_count` is called with the number of images, and may raise. The timeout of `query`
     is for fetching and inference together. Raises what reading and `Engine.infer` raise, and ClientDisconnect.
     """
-    state, engine = request.state, request.state.engine
-    timeout = query.timeout_ms and query.timeout_ms / 1000
+    engine = request.state.engine
     with engine.request(), engine.memory.reserve(0, BODIES) as held:
         start = perf_counter()
         sent = await read_uploads(request, held)
-        state.read_seconds = perf_counter() - start
+        request.state.read_seconds = perf_counter() - start
         if check_count:
             check_count(len(sent))
-        uploads = [each for each in sent if isinstance(each, Upload)]
-        fetches = len(uploads) < len(sent)
-        limit = time_limit(timeout or engine.options.timeout_seconds) if fetches else nullcontext()
-        async with cancel_on_disconnect(request), limit:
-            if fetches:
-                start = perf_counter()
-                uploads = await state.fetcher.fetched(sent, state.request_id, state.client, held)
-                state.fetch_seconds = perf_counter() - start
-            result: InferenceResult = await engine.infer(
-                [upload.data for upload in uploads],
-                model=query.model,
-                size=query.input_size,
-                stages=stages,
-                check=check,
-                max_wait_seconds=await max_wait_seconds(request),
-                timeout_seconds=timeout,
-                client=request.state.client,
-                held=hold_answer(request) if stages else None,
-            )
+        return await infer_images(request, query, sent, held, stages=stages, check=check)
+
+
+async def infer_images(
+    request: Request,
+    query: InferenceQuery,
+    sent: list[Upload | Link],
+    held: Reservation,
+    *,
+    stages: bool = False,
+    check: Callable[[ModelCard], None] = lambda _: None,
+) -> tuple[list[str | None], InferenceResult]:
+    """The second half of `infer`, for images that were read, and for whose bytes `held` reserves memory."""
+    state, engine = request.state, request.state.engine
+    timeout = query.timeout_ms and query.timeout_ms / 1000
+    uploads = [each for each in sent if isinstance(each, Upload)]
+    fetches = len(uploads) < len(sent)
+    limit = time_limit(timeout or engine.options.timeout_seconds) if fetches else nullcontext()
+    async with cancel_on_disconnect(request), limit:
+        if fetches:
+            start = perf_counter()
+            uploads = await state.fetcher.fetched(sent, state.request_id, state.client, held)
+            state.fetch_seconds = perf_counter() - start
+        result: InferenceResult = await engine.infer(
+            [upload.data for upload in uploads],
+            model=query.model,
+            size=query.input_size,
+            stages=stages,
+            check=check,
+            max_wait_seconds=await max_wait_seconds(request),
+            timeout_seconds=timeout,
+            client=request.state.client,
+            held=hold_answer(request) if stages else None,
+        )
     note(request, result)
     return [upload.filename for upload in uploads], result
 

@@ -74,6 +74,9 @@ async def get_liveness(request: Request, state: LivenessDep) -> JSONResponse:
 
 
 @router.get("/health/ready", summary="Readiness", response_model=HealthResponse, responses=UNHEALTHY)
+@router.get(
+    "/ping", name="ping", summary="Readiness, for SageMaker", response_model=HealthResponse, responses=UNHEALTHY
+)
 async def get_readiness(request: Request, state: HealthDep) -> JSONResponse:
     """Whether to send requests here."""
     return _response(request, state, healthy=state.ready)

@@ -1,4 +1,5 @@
 import base64
+import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_network
@@ -104,6 +105,21 @@ def test_a_single_url_that_fails_is_the_response_of_every_endpoint(client: TestC
 
     assert response.status_code == 502
     assert response.json()["type"] == "urn:pvt-serve:problem:image-unreachable"
+
+
+@pytest.mark.parametrize("form", ["{}", {"image": "{}"}, {"type": "image_url", "image_url": {"url": "{}"}}])
+def test_embeddings_in_openais_form_take_urls_too(client: TestClient, store: str, digits: Path, form: object) -> None:
+    def embedded(url: str) -> Any:
+        text = json.dumps({"input": [form]}).replace("{}", url)
+        return client.post("/v1/embeddings", content=text, headers={"Content-Type": "application/json"})
+
+    seven = base64.b64encode((digits / "seven.png").read_bytes()).decode()
+    fetched, missing, refused = map(embedded, (f"http://{store}/seven.png", f"http://{store}/missing", "gs://b/a.png"))
+
+    assert fetched.json()["data"] == embedded(f"data:image/png;base64,{seven}").json()["data"]
+    assert (missing.status_code, refused.status_code) == (502, 400)
+    assert missing.json()["error"]["code"] == "image_unreachable"
+    assert (refused.json()["error"]["code"], refused.json()["error"]["param"]) == ("image_url_refused", "input")
 
 
 def test_urls_are_off_unless_hosts_are_named(make_client: MakeClient, settings: dict[str, Any], store: str) -> None:

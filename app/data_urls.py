@@ -1,0 +1,143 @@
+"""Base64 and `data:` URLs as browsers read them, in pieces, so that a long text takes no more memory than its bytes.
+
+Source: "forgiving-base64 decode" of infra.spec.whatwg.org, and the "data: URL processor" of fetch.spec.whatwg.org,
+which works on what the parser of url.spec.whatwg.org leaves. Of RFC 4648 the URL-safe alphabet is read as well.
+"""
+
+import re
+from binascii import a2b_base64
+from collections.abc import Iterable, Iterator
+from io import BytesIO
+from urllib.parse import unquote_to_bytes
+
+from service.errors import InvalidImage
+
+_AT_ONCE = 131_072  # characters; binascii holds the interpreter's lock, for a nanosecond each
+_BLANKS = b"\t\n\f\r "
+_BREAKS = b"\t\n\r"  # do not count in a URL, wherever they are
+_AROUND = "".join(map(chr, range(33)))  # nor these at its ends
+_KNOWN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_=" + _BLANKS
+_FOREIGN = re.compile(f"[^{re.escape(_KNOWN.decode())}]")
+_ALPHABETS = re.compile("[+/]"), re.compile("[-_]")
+_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
+_SCHEME = re.compile(r"[\0- ]*d[\t\n\r]*a[\t\n\r]*t[\t\n\r]*a[\t\n\r]*:", re.IGNORECASE)
+_IN_BASE64 = re.compile(rb"; *base64\Z", re.IGNORECASE)
+_HEADER_END = 1000  # characters before the comma of a URL, in which `;base64` is looked for
+# What is escaped in base64, replaced at once: a Python loop over millions of them takes seconds.
+_ESCAPED = {b"%2B": b"+", b"%2b": b"+", b"%2F": b"/", b"%2f": b"/", b"%3D": b"=", b"%3d": b"="}
+
+
+class NotBase64(ValueError):
+    """The text is no base64, or no `data:` URL; the message says at which character."""
+
+
+def from_base64(text: str) -> bytes | InvalidImage:
+    """The bytes of base64 or of a `data:` URL; or what is wrong with it."""
+    scheme = _SCHEME.match(text)
+    try:
+        return _of_data_url(text, scheme.end()) if scheme else _decoded(text, 0, len(text))
+    except NotBase64 as error:
+        hint = "" if scheme else '; an image\'s URL goes in {"url": ...}'
+        return InvalidImage(f"not valid base64, nor a data: URL of it: {error}{hint}")
+
+
+def _of_data_url(text: str, start: int) -> bytes:
+    """What the URL holds whose scheme ends at `start`; raises NotBase64."""
+    comma = text.find(",", start)
+    if comma < 0:
+        raise NotBase64("no comma ends the beginning of the data: URL, as in data:image/png;base64,iVBORw0...")
+    header = text[max(start, comma - _HEADER_END) : comma].encode(errors="replace").translate(None, _BREAKS)
+    fragment = text.find("#", comma)
+    end = fragment if fragment >= 0 else len(text.rstrip(_AROUND))
+    if not _IN_BASE64.search(header.strip(_BLANKS)):
+        return b"".join(_percent_decoded(text, comma + 1, end))
+    if text.find("%", comma, end) >= 0:
+        return _joined(piece.decode("latin-1") for piece in _percent_decoded(text, comma + 1, end))
+    return _decoded(text, comma + 1, end)
+
+
+def _decoded(text: str, start: int, end: int) -> bytes:
+    """The bytes of the base64 between `start` and `end`; raises NotBase64."""
+    if (length := end - start) <= _AT_ONCE and length % 4 == 0 and text.find("=", start, end - 2) < 0:
+        try:  # without blanks, padded, in the usual alphabet, as nearly all are
+            return a2b_base64(text[start:end] if length < len(text) else text, strict_mode=True)
+        except ValueError:
+            pass
+    return _joined(text[low : min(low + _AT_ONCE, end)] for low in range(start, end, _AT_ONCE))
+
+
+def _joined(chunks: Iterable[str]) -> bytes:
+    decoder = _Decoder()
+    for chunk in chunks:
+        decoder.feed(chunk)
+    return decoder.finish()
+
+
+class _Decoder:
+    """Decodes base64 in chunks."""
+
+    def __init__(self) -> None:
+        # Mutable state: the bytes; the letters that are too few for more of them; how many characters, letters and
+        # signs of padding there were; where the first sign of padding was, and the first letter of each alphabet.
+        self._out = BytesIO()
+        self._rest = b""
+        self._characters = self._letters = self._padding = 0
+        self._first_padding = 0
+        self._first: dict[re.Pattern[str], tuple[int, str]] = {}
+
+    def feed(self, chunk: str) -> None:
+        """Decode what comes next; raises NotBase64."""
+        data = chunk.encode("ascii", "replace")
+        if data.translate(None, _KNOWN) and (foreign := _FOREIGN.search(chunk)):
+            raise NotBase64(f"character {self._characters + foreign.start() + 1} is {foreign[0]!r}")
+        self._check_alphabet(chunk)
+        data = data.translate(_TO_STANDARD, _BLANKS)
+        letters, sign, after = data.partition(b"=")
+        if sign and not self._padding:
+            self._first_padding = self._characters + chunk.index("=") + 1
+        if (self._padding and letters) or after.strip(b"="):
+            raise NotBase64(f"character {self._first_padding} is '=', which only ends base64, and more follows")
+        self._padding += len(data) - len(letters)
+        self._characters += len(chunk)
+        self._letters += len(letters)
+        letters = self._rest + letters
+        whole = len(letters) - len(letters) % 4
+        self._out.write(a2b_base64(letters[:whole]))
+        self._rest = letters[whole:]
+
+    def _check_alphabet(self, chunk: str) -> None:
+        for alphabet in _ALPHABETS:
+            # The search by expression is slow, and one of the two is never found.
+            if alphabet not in self._first and any(each in chunk for each in alphabet.pattern[1:-1]):
+                found = alphabet.search(chunk)
+                assert found  # noqa: S101  as the line above says
+                self._first[alphabet] = self._characters + found.start() + 1, found[0]
+        if len(self._first) == len(_ALPHABETS):
+            at, letter = max(self._first.values())
+            raise NotBase64(f"character {at} is {letter!r}: it mixes + and / with - and _ of the URL-safe alphabet")
+
+    def finish(self) -> bytes:
+        """All bytes; raises NotBase64 where the text was cut, or its padding does not fit."""
+        if self._letters % 4 == 1:
+            raise NotBase64(f"its {self._letters} letters are one too many, or the text was cut at its end")
+        if self._padding > 2 or (self._padding and (self._letters + self._padding) % 4):  # noqa: PLR2004  RFC 4648, 4
+            raise NotBase64(
+                f"character {self._first_padding} begins {self._padding} signs '=' after {self._letters} letters; "
+                f"{-self._letters % 4} are right, or none"
+            )
+        if self._rest:  # 2 or 3 letters are 1 or 2 bytes, and bits that do not count
+            self._out.write(a2b_base64(self._rest.ljust(4, b"A"))[: len(self._rest) - 1])
+        return self._out.getvalue()
+
+
+def _percent_decoded(text: str, start: int, end: int) -> Iterator[bytes]:
+    """The bytes of a part of a URL."""
+    rest = b""
+    for low in range(start, end, _AT_ONCE):
+        high = min(low + _AT_ONCE, end)
+        data = rest + text[low:high].encode(errors="replace").translate(None, _BREAKS)
+        cut = data.rfind(b"%", -2) if high < end else -1  # what may be half of an escape
+        data, rest = (data[:cut], data[cut:]) if cut >= 0 else (data, b"")
+        for escape, character in _ESCAPED.items():
+            data = data.replace(escape, character)
+        yield unquote_to_bytes(data)
