@@ -189,7 +189,7 @@ class Pipeline:
     async def _infer_one(
         self, sized: Sized, places: _Places, deadline: float, image: Image, megapixels: float, *, stages: bool
     ) -> ImageResult | ServiceError:
-        model, outcome = sized.executable.stored.id, "failed"
+        model, outcome, start = sized.executable.stored.id, "failed", monotonic()
         try:
             if isinstance(image, ServiceError):
                 outcome = "refused"
@@ -205,6 +205,8 @@ class Pipeline:
             return error
         finally:
             self._metrics.images.labels(model, outcome).inc()
+            if outcome != "answered":
+                self._metrics.failed_seconds.labels(model).inc(monotonic() - start)
         timing = Timing(completed.decode_seconds, completed.queue_seconds, completed.run_seconds)
         for stage, seconds in zip(("decode", "queue", "infer"), timing, strict=True):
             self._metrics.stage_seconds.labels(stage, model).observe(seconds)
