@@ -7,8 +7,9 @@ BIN := .venv/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALL_TORCH := $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 PIP := $(BIN)/$(INSTALL)
-# For tests, without their dependencies: these would bring another torch, with CUDA. What they need is in "dev".
-UNBOUND := timm torchvision
+# For tests, without their dependencies: those would bring another torch, with CUDA, another protobuf, and clients of
+# Kubernetes and Kafka. What the tests need of them is in "dev".
+UNBOUND := kserve mlserver timm torchvision
 
 .PHONY: serve test test-isa check format docs bench bench-quick wheels image lock clean
 

@@ -104,6 +104,10 @@ class UnsupportedRequest(errors.ServiceError):
     """The request is a CONNECT, or has a transfer coding other than chunked."""
 
 
+class ExtensionUnsupported(errors.ServiceError):
+    """The request is for a part of the Open Inference Protocol's extensions that this service has not."""
+
+
 class UnsupportedVersion(errors.ServiceError):
     """The request is of a version of HTTP other than 1.0 and 1.1."""
 
@@ -127,6 +131,7 @@ STATUS: Mapping[type[Exception], int] = {
     ClientLimitExceeded: 429,
     HeadTooLarge: 431,
     UnsupportedRequest: 501,
+    ExtensionUnsupported: 501,
     ImageUnreachable: 502,
     **dict.fromkeys(_UNAVAILABLE, 503),
     errors.DeadlineExceeded: 504,

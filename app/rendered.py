@@ -1,12 +1,13 @@
 """Pages that cost the event loop more than a request for them should: rendered once, or not too often."""
 
 from asyncio import Lock
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from time import perf_counter
 
 import orjson
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.samples import Sample
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
@@ -40,6 +41,10 @@ class MetricsPage:
             self._seconds = perf_counter() - start
             self._allowance.take(start, self._rate)
         return self._text
+
+    def samples(self, names: Collection[str]) -> list[Sample]:
+        """The samples that have one of `names`, of all workers."""
+        return [each for metric in self._registry.collect() for each in metric.samples if each.name in names]
 
     @property
     def _rate(self) -> float:

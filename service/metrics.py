@@ -35,6 +35,17 @@ class EngineMetrics:
         self.queue_capacity = gauge("pvt_queue_capacity_images", "Images that are admitted at most.", ["model"])
         self.queue_depth = gauge("pvt_queue_depth", "Replaced by pvt_queue_images{state='queued'}.", ["model"])
         self.images = counter("pvt_images", "Images by what became of them.", ["model", "outcome"])
+        self.failed_seconds = counter(
+            "pvt_failed_seconds",
+            "Seconds that images took which were not answered, from admission to error.",
+            ["model"],
+        )
+        self.last_batch = gauge(
+            "pvt_last_batch_timestamp_seconds",
+            "Unix time at which the last batch went to an instance.",
+            ["model"],
+            multiprocess_mode="max",
+        )
         self.cancellations = counter(
             "pvt_cancelled", "Images whose caller hung up, whose time ran out, or whose place another got.", ["stage"]
         )
@@ -58,7 +69,7 @@ class EngineMetrics:
         self.models_loaded = gauge("pvt_models_loaded", "Models that are ready.")
         self.instances = gauge("pvt_instances", "Batches that can run at the same time.")
         self.instances_busy = gauge("pvt_instances_busy", "Instances that run a batch.")
-        for metric in (self.stage_seconds, self.batch_size, self.batch_releases, self.images):
+        for metric in (self.stage_seconds, self.batch_size, self.batch_releases, self.images, self.last_batch):
             # Looking for a series costs several times what counting does, so each is looked for once.
             metric.__dict__["labels"] = cache(metric.labels)
         self.recent_batches = Recent[int]()  # by size
@@ -71,6 +82,7 @@ class EngineMetrics:
         self.batch_releases.labels(reason, model).inc()
         self.batch_size.labels(model).observe(size)
         self.recent_batches.count(size)
+        self.last_batch.labels(model).set_to_current_time()
 
     def cancelled(self, stage: str) -> None:
         """An image left at `stage` because its caller hung up or its time ran out."""

@@ -199,7 +199,7 @@ class Pipeline:
     async def _infer_one(
         self, sized: Sized, places: _Places, deadline: float, image: Image, megapixels: float, *, stages: bool
     ) -> ImageResult | ServiceError:
-        model, outcome = sized.executable.stored.id, "failed"
+        model, outcome, start = sized.executable.stored.id, "failed", monotonic()
         try:
             if isinstance(image, ServiceError):
                 outcome = "refused"
@@ -215,6 +215,8 @@ class Pipeline:
             return error
         finally:
             self._metrics.images.labels(model, outcome).inc()
+            if outcome != "answered":
+                self._metrics.failed_seconds.labels(model).inc(monotonic() - start)
         (decoded, _, waited), outputs = completed.result
         timing = Timing(
             wait=completed.wait_seconds + waited,

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from app.bodies import EXAMPLE, parse_json
 from app.open_inference.tensors import OUTPUTS, InputTensor
@@ -21,10 +21,34 @@ _TRIES = 100  # an input has one key of that name
 
 
 class Message(BaseModel, extra="forbid"):
-    """What a client sends; unknown fields are refused."""
+    """What a client sends; unknown members are refused by name, and null is as good as none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: object) -> object:
+        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
-class InputParameters(Message):
+class Parameters(Message, extra="ignore"):
+    """Names and values. Each server has its own, so that those which mean nothing to this one are ignored.
+
+    Source: "Parameters" of the protocol, and "Schedule policy" and "Sequence" of Triton's extensions, whose `priority`
+    and `sequence_id` are for models that have them.
+    """
+
+
+class TensorParameters(Parameters):
+    """Of an input or output, which must be in the message itself."""
+
+    shared_memory_region: Annotated[str | None, Field(description="Refused: see the error.")] = None
+
+    @field_validator("shared_memory_region")
+    @classmethod
+    def _no_shared_memory(cls, _: str | None) -> None:
+        raise ValueError("shared memory is not supported; send the tensor's bytes in the request")
+
+
+class InputParameters(TensorParameters):
     """Of one input."""
 
     binary_data_size: Annotated[int | None, Field(ge=0)] = None
@@ -40,7 +64,7 @@ class Input(Message):
     data: Annotated[list[Any] | None, Field(description="Nested lists or one flat list.")] = None
 
 
-class OutputParameters(Message):
+class OutputParameters(TensorParameters):
     """Of one requested output."""
 
     binary_data: bool | None = None
@@ -54,7 +78,7 @@ class RequestedOutput(Message):
     parameters: OutputParameters = OutputParameters()
 
 
-class RequestParameters(Message):
+class RequestParameters(Parameters):
     """Of the whole request; `timeout` is in microseconds."""
 
     timeout: Annotated[int | None, Field(ge=0, le=3_600_000_000)] = None
@@ -65,6 +89,8 @@ class InferRequest(Message):
     """The JSON of a request."""
 
     id: Annotated[str | None, Field(max_length=1000)] = None
+    model_name: Annotated[Any, Field(description="KServe's client sends it; the path names the model.")] = None
+    model_version: Annotated[Any, Field(description="The same.")] = None
     inputs: Annotated[list[Input], Field(min_length=1, max_length=1)]
     outputs: Annotated[list[RequestedOutput], Field(max_length=len(OUTPUTS))] = []
     parameters: RequestParameters = RequestParameters()

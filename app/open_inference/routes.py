@@ -1,6 +1,6 @@
 """The Open Inference Protocol v2 under `/v2`: the server, its models, inference, and the model repository extension."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from importlib.metadata import version as installed
 from itertools import chain
@@ -13,14 +13,23 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from app.bodies import JSON_COPIES, LARGE_JSON, parse_json, read_body
-from app.dependencies import EngineDep, HealthDep, LivenessDep, MaxWaitDep, require_management, require_one_process
+from app.dependencies import (
+    EngineDep,
+    HealthDep,
+    LivenessDep,
+    MaxWaitDep,
+    MetricsPageDep,
+    require_management,
+    require_one_process,
+)
 from app.disclosure import shown
 from app.encodings import json_pieces
 from app.open_inference import messages, tensors
 from app.open_inference.messages import HEADER_LENGTH, InferRequest, M, Message
+from app.open_inference.statistics import Statistics, statistics
 from app.open_inference.tensors import TensorMetadata
 from app.openapi import BINARY_CONTENT, json_body
-from app.problems import refusals
+from app.problems import ExtensionUnsupported, refusals
 from app.routes.inference import BYTES_PER_NUMBER, JSON, LARGE, answer, cancel_on_disconnect, hold_answer, note
 from app.routes.management import changing
 from service.memory import BODIES, Reservation
@@ -36,7 +45,15 @@ management = APIRouter(
 _get = partial(router.get, responses=refusals("/v2", 400, 401, 404, 503))
 
 BYTES = "application/octet-stream"
-EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository"]
+EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"]
+# Paths of Triton's extensions that this service has not: what they are for, and what to use instead.
+ABSENT = {
+    "/systemsharedmemory/{rest:path}": "shared memory is not supported; send the tensors' bytes in the request",
+    "/cudasharedmemory/{rest:path}": "CUDA shared memory is not supported; send the tensors' bytes in the request",
+    "/trace/setting": "traces are not supported; Server-Timing of each response has its times",
+    "/models/{name}/trace/setting": "traces are not supported; Server-Timing of each response has its times",
+    "/logging": "log settings can't be changed while the service runs; PVT_LOG_FORMAT sets the form of log lines",
+}
 TYPES = {"UINT8": "TYPE_UINT8", "BYTES": "TYPE_STRING", "FP32": "TYPE_FP32"}
 STATES: Mapping[str, Literal["READY", "LOADING"]] = {"ready": "READY", "loading": "LOADING"}
 _SHORT = len(str(LARGE_JSON))  # digits of a length that is less
@@ -147,6 +164,22 @@ async def server_live(state: LivenessDep) -> JSONResponse:
 async def server_ready(state: HealthDep) -> JSONResponse:
     """200 when the default model, and all that is preloaded, is ready."""
     return JSONResponse({"ready": state.ready}, 200 if state.ready else 503)
+
+
+# Before the models, none of which has this name.
+@_get("/models/stats", summary="Statistics of all models")
+async def all_statistics(engine: EngineDep, metrics: MetricsPageDep) -> Statistics:
+    """Triton's statistics extension: every model that has inferred since the start."""
+    return await statistics(engine, metrics, None, None)
+
+
+@_get("/models/{name}/stats", summary="Model statistics")
+@_get("/models/{name}/versions/{version}/stats", summary="Model statistics")
+async def model_statistics(
+    engine: EngineDep, metrics: MetricsPageDep, name: ModelName, version: str | None = None
+) -> Statistics:
+    """Triton's statistics extension, in images and nanoseconds, of all versions of the model and of all workers."""
+    return await statistics(engine, metrics, name, version)
 
 
 @_get("/models/{name}", summary="Model metadata")
@@ -319,6 +352,17 @@ async def unload(request: Request, engine: EngineDep, name: VersionedName) -> Re
     async with changing(request, engine, "unload", model=name):
         await engine.unload(name)
     return Response()
+
+
+def _absent(reason: str) -> Callable[[], Awaitable[None]]:
+    async def refuse() -> None:
+        raise ExtensionUnsupported(reason)
+
+    return refuse
+
+
+for path, reason in ABSENT.items():
+    router.add_api_route(path, _absent(reason), methods=["GET", "POST"], include_in_schema=False)
 
 
 async def _read_message(request: Request, form: type[M]) -> M:

@@ -56,7 +56,8 @@ def test_server_and_models_say_what_they_are(server: Any) -> None:
     assert not server.is_model_ready("pvt_v2_b0.none")
     metadata = server.get_server_metadata()
     assert (metadata["name"], metadata["extensions"]) == (
-        "pvt-serve", ["binary_tensor_data", "classification", "model_configuration", "model_repository"],
+        "pvt-serve",
+        ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"],
     )  # fmt: skip
     model = server.get_model_metadata(MODEL)
     assert (model["name"], model["versions"]) == (MODEL, ["1"])
@@ -185,7 +186,6 @@ def test_what_is_wrong_is_told_in_the_protocols_form(server: Any, files: list[by
     assert refused([pixels()[0]], model="pvt_v2_b5")[0] == "503"
     assert refused([pixels()[0], pixels()[0]])[1].startswith("inputs: List should have at most 1 item")
     assert refused([pixels()[0]], timeout=1)[0] == "504"
-    assert refused([pixels()[0]], priority=2)[1] == "parameters.priority: Extra inputs are not permitted"
 
 
 def infer(client: TestClient, body: Any = None, **options: Any) -> Any:
