@@ -69,7 +69,10 @@ class Received:
         content_type, options = parse_options_header(self.headers.get("content-type", ""))
         if content_type != "multipart/form-data":
             return [self.body]
-        return [part.raw for part in MultipartParser(BytesIO(self.body), options["boundary"])]
+        return [
+            part.raw
+            for part in MultipartParser(BytesIO(self.body), options["boundary"], spool_limit=10**9, memory_limit=10**9)
+        ]
 
 
 Behaviour = bytes | Callable[[socket.socket, Received], None]
