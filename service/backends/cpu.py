@@ -1,6 +1,7 @@
 """The backends on a CPU: OpenVINO, and torch's eager module."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -19,6 +20,8 @@ from service.errors import OutOfMemory
 from service.machine import give_back, resident_bytes
 from service.results import Floats
 
+# In the messages of RuntimeErrors: neither torch's CPU allocator nor OpenVINO has an exception type for it.
+_NO_MEMORY = "can't allocate memory", "Failed to allocate", "bad_alloc"
 _OPENVINO: dict[Precision, ov.Type] = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16, "float16": ov.Type.f16}
 
 
@@ -70,14 +73,8 @@ class _TorchGraph(Graph):
     def run(self, instance: int, images: Images) -> tuple[Floats, ...]:  # noqa: ARG002
         torch.set_num_threads(self.threads)  # of the calling thread, which is not ours to make
         autocast = torch.autocast("cpu", DTYPES[self.precision], enabled=self.precision != "float32")
-        try:
-            with torch.inference_mode(), autocast:
-                outputs = self.module(torch.from_numpy(np.stack([*images])))  # a copy: an image may be read-only
-        except (MemoryError, RuntimeError) as error:
-            # The CPU allocator has no exception type of its own.
-            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-                raise OutOfMemory(f"a batch of {len(images)} does not fit into memory") from error
-            raise
+        with _memory_errors(len(images)), torch.inference_mode(), autocast:
+            outputs = self.module(torch.from_numpy(np.stack([*images])))  # a copy: an image may be read-only
         return tuple(output.float().numpy() for output in outputs)
 
 
@@ -100,7 +97,9 @@ class OpenVinoBackend(CpuBackend):
         def graph(size: int, layout: Layout, precision: Precision) -> Graph:
             model = traced.clone()
             model.reshape([size, height, width, 3])
-            return _OpenVinoGraph(self._core.compile_model(model, "CPU", _config(layout, precision)), self.instances)
+            with _memory_errors(size):
+                compiled = self._core.compile_model(model, "CPU", _config(layout, precision))
+                return _OpenVinoGraph(compiled, self.instances)
 
         return Program(graph)
 
@@ -122,12 +121,10 @@ class _OpenVinoGraph(Graph):
 
     def run(self, instance: int, images: Images) -> tuple[Floats, ...]:
         request = self._requests[instance]
-        try:
+        with _memory_errors(self._shape[0]):
             request.infer({0: self._padded(images)}, share_inputs=True)
-        except MemoryError as error:
-            raise OutOfMemory(f"a batch of {self._shape[0]} does not fit into memory") from error
-        # Copies: the next batch of the request overwrites its tensors.
-        return tuple(tensor.data.copy() for tensor in request.output_tensors)
+            # Copies: the next batch of the request overwrites its tensors.
+            return tuple(tensor.data.copy() for tensor in request.output_tensors)
 
     def _padded(self, images: Images) -> Batch:
         """The images as a batch of the graph's size; a batch that is whole, or one image, is not copied."""
@@ -144,6 +141,17 @@ class _OpenVinoGraph(Graph):
             return bytes(self._blob.data)
         exported: BytesIO = self._compiled.export_model()
         return exported.getvalue()
+
+
+@contextmanager
+def _memory_errors(size: int) -> Iterator[None]:
+    """Raise OutOfMemory for a batch of `size` where the block finds no memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+            raise OutOfMemory(f"a batch of {size} does not fit into memory") from error
+        raise
 
 
 def _traced(module: Served, height: int, width: int) -> ov.Model:

@@ -162,3 +162,33 @@ def test_a_model_of_bgr_gets_its_channels_in_that_order(make: type[OpenVinoBacke
         normalised = (torch.tensor(pixels[..., ::-1].copy()) / 255 - torch.tensor(mean)) / torch.tensor(std)
         wanted = model(normalised.permute(0, 3, 1, 2)).numpy()
     assert np.abs(logits[:2] - wanted).max() < 1e-4 * max(1.0, float(np.abs(wanted).max()))
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+import numpy as np
+from service.architecture.pvt_v2 import create
+from service.backends.base import Layout, Served
+from service.backends.cpu import OpenVinoBackend, TorchBackend
+from service.errors import OutOfMemory
+
+backend = {"openvino": OpenVinoBackend, "torch": TorchBackend}[sys.argv[1]](1)
+module = Served(create("pvt_v2_b0", num_classes=3), (0.5,) * 3, (0.2,) * 3)
+program = backend.program(module.eval(), 512, 512)
+program.graph(1, Layout(1, 1), "float32").run(0, np.zeros((1, 512, 512, 3), np.uint8))
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 100_000_000, -1))
+try:
+    program.graph(16, Layout(1, 1), "float32").run(0, np.zeros((16, 512, 512, 3), np.uint8))
+except OutOfMemory as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("backend", ["openvino", "torch"])
+def test_exhausted_memory_is_told_apart_from_other_failures(backend: str) -> None:
+    """Both libraries raise a RuntimeError, as for everything."""
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, backend]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+
+    assert done.stdout == "a batch of 16 does not fit into memory\n", done.stderr
