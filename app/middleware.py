@@ -130,7 +130,7 @@ class RequestContext:
             state.update(_started(scope))
         now = perf_counter()
         state["begin_seconds"] = now - state.setdefault("arrived", now)
-        state["request_id"] = _request_id(scope)
+        state["request_id"] = request_id(scope)
         state["task"] = asyncio.current_task()  # for a shutdown, which may have to end it
         state["client"], state["role"] = self._clients.identify(scope)
         return state
@@ -221,7 +221,7 @@ async def _send_in_pieces(message: Message, send: Send) -> None:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _request_id(scope: Scope) -> str:
+def request_id(scope: Scope) -> str:
     """The client's own id where it is fit for a log line, a new one otherwise."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and (match := _REQUEST_ID.fullmatch(value.decode("latin-1"))):

@@ -100,8 +100,16 @@ class HeadTooLarge(errors.ServiceError):
     """A request's head, or what its chunks bring along beside their data, exceeds 64 KiB."""
 
 
+class TargetTooLong(errors.ServiceError):
+    """A request's target makes its head exceed 64 KiB."""
+
+
+class ExpectationFailed(errors.ServiceError):
+    """The request has an `Expect` other than 100-continue."""
+
+
 class UnsupportedRequest(errors.ServiceError):
-    """The request is a CONNECT, or has a transfer coding other than chunked."""
+    """The request is a CONNECT, of an unknown method, or has a transfer coding other than chunked."""
 
 
 class ExtensionUnsupported(errors.ServiceError):
@@ -125,7 +133,9 @@ STATUS: Mapping[type[Exception], int] = {
     RequestTimeout: 408,
     errors.ModelPinned: 409,
     errors.ImageTooLarge: 413,
+    TargetTooLong: 414,
     UnsupportedMediaType: 415,
+    ExpectationFailed: 417,
     errors.InvalidRequest: 422,
     errors.QueueFull: 429,
     ClientLimitExceeded: 429,

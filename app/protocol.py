@@ -13,11 +13,20 @@ import httptools
 import structlog
 from starlette.types import Scope
 from uvicorn._types import ASGI3Application
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from app import problems
+from app import problems, refusals
 from app.connections import Connections
-from app.problems import HeadTooLarge, MalformedRequest, RequestTimeout, UnsupportedRequest, UnsupportedVersion
+from app.middleware import request_id
+from app.problems import (
+    ExpectationFailed,
+    HeadTooLarge,
+    MalformedRequest,
+    RequestTimeout,
+    TargetTooLong,
+    UnsupportedRequest,
+    UnsupportedVersion,
+)
 from service.errors import ServiceError
 
 log = structlog.get_logger(component="http")
@@ -30,6 +39,7 @@ MIN_BODY_RATE = 1000  # bytes/s; the slowest mobile networks carry more, and Apa
 PROBES = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})
 _END = b"\r\n\r\n"
 _VERSION = b"HTTP/1.1 "  # how every response begins
+_SHOWN = 200  # bytes of a message that tell what it is
 _GONE_SECONDS = 0.1  # after that a client near by that has closed has said so
 _TCP_CLOSE = 7  # `tcpi_state` of a connection that was reset (linux/tcp.h)
 _ACKED_OFFSET = 120  # of `tcpi_bytes_acked`, 8 bytes
@@ -48,6 +58,8 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     server_state: Connections
+
+    url = b""  # the base class sets it when a message begins
 
     # Mutable state. Of the current message: whether its head is still coming, the bytes of that so far (or of what is
     # around its chunks), what of its body is left by Content-Length, and whether it is chunked.
@@ -81,7 +93,7 @@ class BoundedProtocol(HttpToolsProtocol):
         except ServiceError as error:
             self._refuse(error)
         except httptools.HttpParserError as error:
-            self._refuse(self._reason(error))
+            self._refuse(refusals.reason(error, b""))
 
     def _parse_pieces(self, data: bytes) -> None:
         """Parse `data`, cut wherever a message may end, and count what is no body."""
@@ -91,13 +103,26 @@ class BoundedProtocol(HttpToolsProtocol):
             if not self._body_left:
                 self._framing_bytes += end - start
                 if self._in_head and self._framing_bytes > MAX_HEAD_BYTES + len(_END):
-                    raise HeadTooLarge(f"the request's head is larger than {MAX_HEAD_BYTES} bytes, the most")
-            with suppress(httptools.HttpParserUpgrade):
+                    self._refuse_head(view[start:end])
+            try:
                 self.parser.feed_data(view[start:end])
+            except httptools.HttpParserUpgrade:
+                pass
+            except httptools.HttpParserError as error:
+                raise self._reason(error, bytes(view[start:end][:_SHOWN])) from error
             if self.parser.should_upgrade():
                 self._parse_without_upgrade()
             self._check_chunks()
             start = end
+
+    def _refuse_head(self, piece: memoryview) -> None:
+        """Raise what refuses a head that is too large with `piece`; but for its end that is parsed, for the target."""
+        self.parser.feed_data(piece[: -len(_END)])
+        if len(self.url) > MAX_HEAD_BYTES // 2:
+            raise TargetTooLong(
+                f"the target makes the head larger than {MAX_HEAD_BYTES} bytes; send images in the body"
+            )
+        raise HeadTooLarge(f"the request's head is larger than {MAX_HEAD_BYTES} bytes, the most")
 
     def _piece_end(self, data: bytes, start: int) -> int:
         """Heads end in an empty line, and so do chunked bodies; other bodies have a length."""
@@ -139,6 +164,18 @@ class BoundedProtocol(HttpToolsProtocol):
             return  # it will be parsed once more
         if (version := self.parser.get_http_version()) not in ("1.0", "1.1"):
             raise UnsupportedVersion(f"HTTP/{version} is not spoken here; send HTTP/1.1")
+        if not self.url.startswith(b"/"):
+            self._take_target()
+        length, chunked = self._framing(version)
+        if version == "1.0":
+            self.expect_100_continue = False  # it knows no such response (RFC 9110, 10.1.1)
+        super().on_headers_complete()
+        self.headers = []  # trailers of a chunked body are no part of the head (RFC 9110, 6.5.1)
+        self._in_head, self._framing_bytes, self._body_left, self._chunked = False, 0, length, chunked
+        self._waited = 0.0
+
+    def _framing(self, version: str) -> tuple[int, bool]:
+        """The length that the head announces, and whether the body is chunked; refuses what a head may not have."""
         length, codings, hosts = 0, [], 0
         for name, value in self.headers:
             if name == b"content-length":
@@ -147,16 +184,20 @@ class BoundedProtocol(HttpToolsProtocol):
                 codings.append(value.lower())
             elif name == b"host":
                 hosts += 1
+                refusals.check_host(value)
+            elif name == b"expect" and not self.expect_100_continue and version == "1.1":
+                raise ExpectationFailed("of expectations, only `Expect: 100-continue` is met here; leave it out")
         if codings and codings != [b"chunked"]:
             raise UnsupportedRequest("of transfer codings, only `Transfer-Encoding: chunked` is known here")
-        if hosts > 1:
-            raise MalformedRequest("more than one `Host`")
-        if version == "1.0":
-            self.expect_100_continue = False  # it knows no such response (RFC 9110, 10.1.1)
-        super().on_headers_complete()
-        self.headers = []  # trailers of a chunked body are no part of the head (RFC 9110, 6.5.1)
-        self._in_head, self._framing_bytes, self._body_left, self._chunked = False, 0, length, bool(codings)
-        self._waited = 0.0
+        if hosts > 1 or (not hosts and version == "1.1"):
+            raise MalformedRequest("more than one `Host`" if hosts else "no `Host`, which HTTP/1.1 has; send one")
+        return length, bool(codings)
+
+    def _take_target(self) -> None:
+        """Replace a target that is no path by one, and `Host` by the host that it names (RFC 9112, 3.2.2)."""
+        self.url, host = refusals.origin_form(self.parser.get_method(), self.url)
+        if host is not None:
+            self.headers[:] = [(name, host if name == b"host" else value) for name, value in self.headers]
 
     def on_body(self, body: bytes) -> None:
         """Some of a body."""
@@ -190,31 +231,20 @@ class BoundedProtocol(HttpToolsProtocol):
             elif self.expect_100_continue and not self._in_head:
                 self._hang_up()  # a client that was not told to go on sends either the body or the next request
 
-    def _reason(self, error: httptools.HttpParserError) -> ServiceError:
-        """What the parser's `error` means for the client."""
-        cause = error.__context__
-        if isinstance(cause, ServiceError):
-            return cause
+    def _reason(self, error: httptools.HttpParserError, begins: bytes) -> ServiceError:
+        """What the parser's `error` means for a client whose piece begins as `begins`."""
         if self._in_head and self.parser.get_method() == b"PRI":
             return UnsupportedVersion("HTTP/2 is not spoken here; send HTTP/1.1, without prior knowledge of HTTP/2")
-        if isinstance(error, httptools.HttpParserCallbackError):
-            error = (
-                cause if isinstance(cause, httptools.HttpParserError) else httptools.HttpParserError("invalid target")
-            )
-        return MalformedRequest(f"what was sent is no valid HTTP/1.1 request: {error}")
+        return refusals.reason(error, begins if self._in_head else b"")
 
     def _refuse(self, error: ServiceError) -> None:
         """Respond with `error` after the responses to earlier requests, and read no more."""
         self._ignoring = True
-        problem = problems.problem(error)
-        log.warning("request_refused", status=problem.status, detail=problem.detail)
-        body = problem.model_dump_json(exclude_none=True).encode()
-        self._refusal = b"".join((
-            STATUS_LINE[problem.status],
-            b"Content-Type: %b\r\nContent-Length: %d\r\n" % (problems.MEDIA_TYPE.encode(), len(body)),
-            b"Connection: close\r\n\r\n",
-            body,
-        ))  # fmt: skip
+        scope = cast("Scope | None", self.scope) or {"state": {}, "headers": ()}
+        problem = problems.problem(error, scope["state"].get("request_id") or request_id(scope))
+        log.warning("request_refused", status=problem.status, detail=problem.detail, request_id=problem.request_id)
+        is_head = bool(self.url) and self.parser.get_method() == b"HEAD"
+        self._refusal = refusals.response(problem, has_body=not is_head)
         cycle = cast("RequestResponseCycle | None", self.cycle)
         if self._in_head or cycle is None:
             if cycle is None or cycle.response_complete:
