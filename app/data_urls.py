@@ -21,6 +21,7 @@ _FOREIGN = re.compile(f"[^{re.escape(_KNOWN.decode())}]")
 _ALPHABETS = re.compile("[+/]"), re.compile("[-_]")
 _TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 _SCHEME = re.compile(r"[\0- ]*d[\t\n\r]*a[\t\n\r]*t[\t\n\r]*a[\t\n\r]*:", re.IGNORECASE)
+_ADDRESS = re.compile(r"\s*https?://", re.IGNORECASE)
 _IN_BASE64 = re.compile(rb"; *base64\Z", re.IGNORECASE)
 _HEADER_END = 1000  # characters before the comma of a URL, in which `;base64` is looked for
 # What is escaped in base64, replaced at once: a Python loop over millions of them takes seconds.
@@ -37,7 +38,7 @@ def from_base64(text: str) -> bytes | InvalidImage:
     try:
         return _of_data_url(text, scheme.end()) if scheme else _decoded(text, 0, len(text))
     except NotBase64 as error:
-        hint = "" if scheme else '; an image\'s URL goes in {"url": ...}'
+        hint = '; an image\'s URL goes in {"url": ...}' if _ADDRESS.match(text) else ""
         return InvalidImage(f"not valid base64, nor a data: URL of it: {error}{hint}")
 
 

@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import openai
@@ -78,7 +78,7 @@ def test_normalised_embeddings_have_length_one_and_the_same_direction(
 ) -> None:
     def embedded(**extra: Any) -> Any:
         found = server.embeddings.create(model=MODEL, input=urls, encoding_format=encoding, extra_body=extra)
-        vectors = [each["embedding"] for each in found.model_dump()["data"]]
+        vectors = [cast("Any", each.embedding) for each in found.data]
         return np.array(
             [np.frombuffer(base64.b64decode(each), "<f4") if isinstance(each, str) else each for each in vectors]
         )
