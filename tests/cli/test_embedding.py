@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cli.table import growing_table
+from cli.embeddings import growing_table
 from tests.cli.conftest import PvtServe
 from tests.conftest import ROOT
 from tests.pvt_client.scripted import Received, Scripted, refused, response, scripted
