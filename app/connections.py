@@ -7,6 +7,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from heapq import nsmallest
+from time import perf_counter
 from typing import Protocol
 
 import structlog
@@ -118,7 +119,8 @@ class Connections(ServerState):
     def begin(self, start: Callable[[], None], scope: Scope, *, first: bool) -> None:
         """Call `start`, which begins the request of `scope`: now if it is to be `first` or few have begun, else later.
 
-        Those that wait are begun in the order of each client, and one of each client after another.
+        Those that wait are begun in the order of each client, and one of each client after another. The state of their
+        scope has the time of their arrival, on `perf_counter`.
         """
         if first or (self._begun < BEGUN_PER_TURN and not self.waiting):
             if not self._begun:
@@ -126,6 +128,7 @@ class Connections(ServerState):
             self._begun += 1
             start()
         else:
+            scope["state"]["arrived"] = perf_counter()
             self.waiting.setdefault(self._identify(scope), deque()).append(start)
 
     def _next_turn(self) -> None:

@@ -18,6 +18,7 @@ from app.problems import Forbidden, Unauthorized
 from app.remote_images.fetching import Fetcher
 from app.rendered import MetricsPage
 from app.settings import Settings
+from app.stats import StatsPage
 from app.workers import Worker
 from service.engine import Engine
 from service.results import Health
@@ -36,6 +37,7 @@ class State(TypedDict):
     engine: Engine
     settings: Settings
     metrics: MetricsPage
+    stats: StatsPage
     worker: Worker | None
     fetcher: Fetcher
 
@@ -66,6 +68,7 @@ EngineDep = Annotated[Engine, Depends(_from_state("engine"))]
 SettingsDep = Annotated[Settings, Depends(_from_state("settings"))]
 # The metrics of this process, or of all workers where there are several.
 MetricsPageDep = Annotated[MetricsPage, Depends(_from_state("metrics"))]
+StatsPageDep = Annotated[StatsPage, Depends(_from_state("stats"))]
 HealthDep = Annotated[Health, Depends(get_health)]
 LivenessDep = Annotated[Health, Depends(get_liveness)]
 

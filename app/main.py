@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
 from functools import partial
+from time import monotonic
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -20,6 +21,7 @@ from app.remote_images.fetching import Fetcher
 from app.rendered import MetricsPage, openapi_route
 from app.routes import images, management, models, openai, operations
 from app.settings import Settings
+from app.stats import StatsPage, Traffic, share_of
 from app.workers import Worker
 from service.backends.cuda import choose, visible
 from service.engine import Engine
@@ -47,15 +49,16 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         settings = Settings.from_environment()
         logs.configure(settings.log_format, secrets=settings.secrets)
     registry = CollectorRegistry()  # of this application's own, so that several can live in one process
+    http = HttpMetrics(registry)
     app = FastAPIOffline(
         **openapi.INFO,
         redirect_slashes=False,  # a redirect would go to whatever host the client names
-        lifespan=partial(_lifespan, settings, engine_options(settings), registry, worker),
+        lifespan=partial(_lifespan, settings, engine_options(settings), registry, http.traffic, worker=worker),
         exception_handlers=dict.fromkeys(problems.EXPECTED, problems.expected),
         # First in the table of routes, so that no time is lost on others.
         routes=images.router.routes,
     )
-    app.add_middleware(RequestContext, metrics=HttpMetrics(registry), clients=Clients(settings, registry))
+    app.add_middleware(RequestContext, metrics=http, clients=Clients(settings, registry))
     # Only where keys are set: a dependency costs each request.
     protected = [Depends(require_key)] if settings.api_keys else []
     for router in PROTECTED:
@@ -101,7 +104,13 @@ def engine_options(settings: Settings) -> EngineOptions:
 
 @asynccontextmanager
 async def _lifespan(
-    settings: Settings, options: EngineOptions, registry: CollectorRegistry, worker: Worker | None, app: FastAPI
+    settings: Settings,
+    options: EngineOptions,
+    registry: CollectorRegistry,
+    traffic: Traffic,
+    app: FastAPI,
+    *,
+    worker: Worker | None,
 ) -> AsyncIterator[State]:
     async with AsyncExitStack() as stack:
         seconds = settings.url_timeout_ms / 1000
@@ -109,14 +118,16 @@ async def _lifespan(
         await stack.enter_async_context(fetcher)
         engine = Engine(worker.share_of(options) if worker else options, EngineMetrics(registry))
         await stack.enter_async_context(engine)
+        own = partial(share_of, engine, traffic, monotonic())
         if worker:
-            await stack.enter_async_context(worker.reporting(engine))
+            await stack.enter_async_context(worker.reporting(engine, own))
             shown = worker.group.registry(os.getppid())
         else:
             shown = registry
             for collector in (ProcessCollector, PlatformCollector, GCCollector):
                 collector(registry=registry)
         metrics = MetricsPage(shown, engine.collect_metrics)
-        state = State(engine=engine, settings=settings, metrics=metrics, worker=worker, fetcher=fetcher)
+        stats = StatsPage(engine, partial(worker.shares, own) if worker else lambda: [own()])
+        state = State(engine=engine, settings=settings, metrics=metrics, stats=stats, worker=worker, fetcher=fetcher)
         app.state.started = state  # for hosts without lifespan state
         yield state

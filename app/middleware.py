@@ -19,6 +19,7 @@ from app import problems
 from app.clients import Clients
 from app.dependencies import State
 from app.problems import CLIENT_CLOSED_REQUEST, ClientLimitExceeded
+from app.stats import STREAM, Traffic
 from service.errors import ShuttingDown
 from service.memory import ANSWERS, Reservation
 
@@ -29,14 +30,16 @@ PIECE_BYTES = 65_536  # of a body; more at once, and the server would hold it fo
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _UNLIMITED = nullcontext()
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
-# Probes and scrapers request these every few seconds.
-_PROBES = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics"})
+# Probes, scrapers and pages request these every few seconds.
+_PROBES = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics",
+                     "/stats", STREAM})  # fmt: skip
 
 
 class HttpMetrics:
     """Requests by route template, never by path, so that no client can make new time series."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self.traffic = Traffic()
         self.requests = Counter(
             "pvt_http_requests", "Requests answered.", ["route", "method", "status"], registry=registry
         )
@@ -56,7 +59,10 @@ class HttpMetrics:
             if known == method:  # a client can make up any number of others
                 self._series[route, method, status] = series
         series[0].inc()
-        series[1].observe(seconds)
+        if route != STREAM:  # which lasts until its client goes: that says nothing of latency
+            series[1].observe(seconds)
+        if route not in _PROBES:
+            self.traffic.answered(route, status, seconds)
 
 
 class RequestContext:
@@ -73,7 +79,8 @@ class RequestContext:
             scope.setdefault("state", {})
             await self._app(scope, receive, send)
             return
-        start, state = perf_counter(), self._begun(scope)
+        state = self._begun(scope)
+        start: float = state["arrived"]
         status, received, sent = CLIENT_CLOSED_REQUEST, 0, 0
 
         async def receive_counted() -> Message:
@@ -94,7 +101,9 @@ class RequestContext:
                 return
             await send(message)
 
-        has_key = state["client"] in self._clients.usage
+        has_key, traffic = state["client"] in self._clients.usage, self._metrics.traffic
+        counted = scope["path"] not in _PROBES
+        traffic.in_flight += counted
         try:
             with self._limited(scope):
                 await self._app(scope, receive_counted if has_key else receive, send_with_headers)
@@ -107,6 +116,7 @@ class RequestContext:
         finally:
             if held := state.get("answer"):
                 held.release()
+            traffic.in_flight -= counted
             seconds = perf_counter() - start
             if has_key:
                 self._clients.usage.record(state["client"], state.get("images", 0), received, sent, seconds)
@@ -117,6 +127,8 @@ class RequestContext:
         state: dict[str, Any] = scope.setdefault("state", {})
         if "engine" not in state:  # the server has no lifespan state, or this application is mounted below another one
             state.update(_started(scope))
+        now = perf_counter()
+        state["begin_seconds"] = now - state.setdefault("arrived", now)
         state["request_id"] = _request_id(scope)
         state["task"] = asyncio.current_task()  # for a shutdown, which may have to end it
         state["client"], state["role"] = self._clients.identify(scope)

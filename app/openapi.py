@@ -45,9 +45,9 @@ _REF = "#/components/schemas/{model}"
 _HEADERS: Json = {
     "X-Request-ID": {"description": "The request's id, as the log has it.", "schema": {"type": "string"}},
     "Server-Timing": {
-        "description": "Milliseconds of each step; of several images the slowest one's.",
+        "description": "Milliseconds of each step, `load` if it waited for that; of several images the slowest's.",
         "schema": {"type": "string"},
-        "example": "decode;dur=0.68, queue;dur=0.09, infer;dur=1.79, total;dur=3.79",
+        "example": "read;dur=0.13, wait;dur=0.05, decode;dur=0.68, queue;dur=0.09, infer;dur=1.79, total;dur=3.79",
     },
     "Retry-After": {
         "description": "Seconds after which a place, or the model, is likely to be available.",

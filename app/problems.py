@@ -77,6 +77,10 @@ class ClientLimitExceeded(errors.ServiceError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class TooManyStreams(ClientLimitExceeded):
+    """As many streams of events are open as a process serves."""
+
+
 class MalformedRequest(errors.ServiceError):
     """What came over the connection is no HTTP/1.1 request, or one that can be read in two ways."""
 

@@ -16,7 +16,7 @@ import stat
 import sys
 import threading
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from service.files import atomic_write, locked
 from service.machine import share, usable_cores
 
 if TYPE_CHECKING:  # they import torch, which the supervisor does not need
+    from app.stats import Share
     from service.engine import Engine
     from service.options import EngineOptions
     from service.results import Health
@@ -89,6 +90,10 @@ class WorkerGroup:
         """Where `worker` writes its reports."""
         return self.folder / f"worker{worker}.json"
 
+    def share_file(self, worker: int) -> Path:
+        """Where `worker` writes what `GET /stats` shows of it."""
+        return self.folder / f"stats{worker}.json"
+
     def last_report(self, worker: int) -> Report | None:
         """The last report of `worker`; None when its process has written none since it started."""
         try:
@@ -125,6 +130,7 @@ class WorkerGroup:
     def forget(self, worker: int) -> None:
         """Call it when the process of `worker` has ended, before another replaces it."""
         self.report_file(worker).unlink(missing_ok=True)
+        self.share_file(worker).unlink(missing_ok=True)
         mark_process_dead(worker, str(self.folder))  # type: ignore[no-untyped-call]  # drops its gauges; its counters stay
 
     def share_metrics(self, identifier: str) -> None:
@@ -181,16 +187,19 @@ class Worker:
         return replace(own, live=all(each.live for each in reports), ready=ready, reasons=reasons)
 
     @asynccontextmanager
-    async def reporting(self, engine: "Engine") -> AsyncIterator[None]:
-        """Report each second, keep the gauges of `engine` up to date, stop when the supervisor closes the pipe."""
+    async def reporting(self, engine: "Engine", own: "Callable[[], Share]") -> AsyncIterator[None]:
+        """Report each second, keep the gauges of `engine` up to date, stop when the supervisor closes the pipe.
+
+        `own` is this worker's share of the stats.
+        """
 
         async def keep_reporting() -> None:
             while True:
                 await asyncio.sleep(REPORT_SECONDS)
-                await self._report(engine)
+                await self._report(engine, own)
 
         with self.group.folder_in_use():
-            await self._report(engine)
+            await self._report(engine, own)
             task = asyncio.create_task(keep_reporting())
             try:
                 yield
@@ -217,13 +226,22 @@ class Worker:
             libc = ctypes.CDLL(None, use_errno=True)
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0)
 
-    async def _report(self, engine: "Engine") -> None:
+    def shares(self, own: "Callable[[], Share]") -> "list[Share]":
+        """`own`, and what the other workers wrote last."""
+        shares = [own()]
+        for worker in {*range(self.group.size)} - {self.index}:
+            with suppress(OSError, ValidationError):  # it starts, or ends
+                shares.append(type(shares[0]).model_validate_json(self.group.share_file(worker).read_bytes()))
+        return shares
+
+    async def _report(self, engine: "Engine", own: "Callable[[], Share]") -> None:
         engine.collect_metrics()
         health = await engine.health()
         before = self.group.last_report(self.index) or _STARTING
         starting = before.starting and not health.ready
         report = Report(**asdict(health), starting=starting, instances=engine.options.instances)
         atomic_write(self.group.report_file(self.index), report.model_dump_json())
+        atomic_write(self.group.share_file(self.index), own().model_dump_json())
 
 
 def supervise(settings: Settings, listener: socket.socket) -> int:

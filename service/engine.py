@@ -154,17 +154,19 @@ class Engine:
         name = self.options.default_model if model is None else model
         seconds = timeout_seconds or self.options.timeout_seconds
         most = 0.0 if max_wait_seconds is None and self.options.cold == "refuse" else max_wait_seconds
+        start = monotonic()
         with self.request():
             async with time_limit(seconds) as deadline, self._registry.lease(name, most) as resident:
                 check(resident.executable.card)
                 if stages:
                     self._reserve_maps(resident.executable, size, len(images), held)
                 async with resident.at(size, stages=stages) as sized:
+                    load_seconds = monotonic() - start
                     self._last_used[name, size] = sized
                     results = await self._pipeline.infer(sized, images, deadline, stages=stages, client=client)
         if any(isinstance(each, DeadlineExceeded) for each in results):  # all have the same time
             raise _late(seconds)
-        return sized.executable.result(results, stages=stages)
+        return sized.executable.result(results, stages=stages, load_seconds=load_seconds)
 
     def refusal(
         self,
@@ -275,19 +277,24 @@ class Engine:
         """What the scheduler does and has done lately."""
         return self._pipeline.scheduler.activity()
 
+    def recent_batches(self) -> dict[int, int]:
+        """How many batches of each size, padding not counted, ran in the last minute."""
+        return self._metrics.recent_batches.counts()
+
+    def loaded_bytes(self) -> dict[str, int]:
+        """The measured memory of each model that is loaded, in all its versions."""
+        sizes = Counter[str]()
+        for resident in self._registry.loaded():
+            sizes[resident.executable.stored.id] += resident.memory_bytes
+        return sizes
+
     def collect_metrics(self) -> None:
         """Bring the gauges up to date; call before they are read."""
-        activity, waiting, sizes = self.activity(), Counter[str](), Counter[str]()
-        for queue in activity.queues:
-            waiting[queue.model] += queue.waiting
-        for name, images in waiting.items():
-            self._metrics.queue_depth.labels(name).set(images)
+        activity, sizes = self.activity(), self.loaded_bytes()
+        self._metrics.report_queues({model: depth._asdict() for model, depth in activity.depths().items()})
         self._metrics.instances.set(len(activity.instances))
-        self._metrics.instances_busy.set(sum(each is not None for each in activity.instances))
-        loaded = self._registry.loaded()
-        self._metrics.models_loaded.set(len(loaded))
-        for resident in loaded:
-            sizes[resident.executable.stored.id] += resident.memory_bytes
+        self._metrics.instances_busy.set(activity.busy)
+        self._metrics.models_loaded.set(len(self._registry.loaded()))
         self._metrics.report_memory(sizes)
         self._metrics.memory_limit_bytes.set(self.memory.limit)
         for what, count in self.memory.reserved().items():

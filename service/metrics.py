@@ -6,6 +6,8 @@ from functools import cache, partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from service.recent import Recent
+
 # From a digit on one core (half a millisecond) to a b5 behind a full queue.
 STAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 LOAD_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -29,7 +31,9 @@ class EngineMetrics:
             "pvt_batch_size", "Images per batch, padding not counted.", ["model"], buckets=SIZE_BUCKETS
         )
         self.batch_releases = counter("pvt_batch_releases", "Batches released to an instance.", ["reason", "model"])
-        self.queue_depth = gauge("pvt_queue_depth", "Images that wait for an instance.", ["model"])
+        self.queue_images = gauge("pvt_queue_images", "Admitted images by how far they are.", ["model", "state"])
+        self.queue_capacity = gauge("pvt_queue_capacity_images", "Images that are admitted at most.", ["model"])
+        self.queue_depth = gauge("pvt_queue_depth", "Replaced by pvt_queue_images{state='queued'}.", ["model"])
         self.images = counter("pvt_images", "Images by what became of them.", ["model", "outcome"])
         self.cancellations = counter(
             "pvt_cancelled", "Images whose caller hung up, whose time ran out, or whose place another got.", ["stage"]
@@ -57,17 +61,32 @@ class EngineMetrics:
         for metric in (self.stage_seconds, self.batch_size, self.batch_releases, self.images):
             # Looking for a series costs several times what counting does, so each is looked for once.
             metric.__dict__["labels"] = cache(metric.labels)
-        # Mutable state: the models whose memory is reported.
+        self.recent_batches = Recent[int]()  # by size
+        # Mutable state: the models whose memory, and those whose queue is reported.
         self._reported: set[str] = set()
+        self._queues: dict[str, Mapping[str, int]] = {}
 
     def batch_released(self, model: str, reason: str, size: int) -> None:
         """A batch of `size` images of `model` went to an instance."""
         self.batch_releases.labels(reason, model).inc()
         self.batch_size.labels(model).observe(size)
+        self.recent_batches.count(size)
 
     def cancelled(self, stage: str) -> None:
         """An image left at `stage` because its caller hung up or its time ran out."""
         self.cancellations.labels(stage).inc()
+
+    def report_queues(self, depths: Mapping[str, Mapping[str, int]]) -> None:
+        """Report the images of each model by state, and its `capacity`; a model that is gone has none any more."""
+        self._queues |= depths
+        for model in self._queues:
+            depth = depths.get(model, dict.fromkeys(self._queues[model], 0))
+            for state, images in depth.items():
+                if state == "capacity":
+                    self.queue_capacity.labels(model).set(images)
+                else:
+                    self.queue_images.labels(model, state).set(images)
+            self.queue_depth.labels(model).set(depth["queued"])
 
     def report_memory(self, sizes: Mapping[str, int]) -> None:
         """Report the bytes that each loaded model takes, and no other model any more."""

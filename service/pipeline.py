@@ -40,11 +40,14 @@ class _Source(NamedTuple):
 
 
 class _Prepared(NamedTuple):
+    """`waited_seconds`: how much of decoding was waiting for memory."""
+
     decoded: Decoded
     stages: bool
+    waited_seconds: float = 0.0
 
 
-_Inferred = tuple[Decoded, Outputs]
+_Inferred = tuple[_Prepared, Outputs]
 _Places = Places[_Source, _Prepared, _Inferred]
 
 
@@ -70,8 +73,10 @@ class LargeImages:
         self._trimming: Timer | None = None
 
     @contextmanager
-    def reserved(self, deadline: float, cost: Cost) -> Iterator[None]:
+    def reserved(self, deadline: float, cost: Cost, waits: list[float] | None = None) -> Iterator[None]:
         """Hold the memory that `cost` names while the context lasts; at once where that is little.
+
+        How long it was waited for, in seconds, is appended to `waits`.
 
         Raises:
             MemoryExhausted: there is never so much, or not by `deadline`, on `monotonic`.
@@ -79,6 +84,7 @@ class LargeImages:
         if not cost.large:  # there is one on each thread at the most, and memory for these is never given away
             yield
             return
+        start = monotonic()
         self._memory.require_possible(cost.bytes, DECODING, beside=MODELS)
         deadline -= _LEFT_TO_ANSWER * (deadline - monotonic())
         with self._free:
@@ -93,6 +99,8 @@ class LargeImages:
                     )
                 self._free.wait(min(left, _LOOK_AGAIN_SECONDS))
             self._busy = True
+        if waits is not None:
+            waits.append(monotonic() - start)
         try:
             yield
         finally:
@@ -143,9 +151,10 @@ class Pipeline:
         image, shape = source.image, (geometry.height, geometry.width, 3)
         if not isinstance(image, np.ndarray):
             most, scaled = self._options.max_image_pixels, self._options.scaled_jpeg
-            reserve = partial(self._large.reserved, source.deadline)
+            waits: list[float] = []
+            reserve = partial(self._large.reserved, source.deadline, waits=waits)
             decoded = decode(image, geometry, max_pixels=most, scaled_jpeg=scaled, reserve=reserve)
-            return _Prepared(decoded, source.stages)
+            return _Prepared(decoded, source.stages, sum(waits))
         if image.dtype != np.uint8 or image.shape != shape:
             raise InvalidImage(f"pixels are {image.dtype} {image.shape}; the model takes uint8 {shape}")
         return _Prepared(Decoded(np.ascontiguousarray(image), geometry.width, geometry.height), source.stages)
@@ -161,7 +170,7 @@ class Pipeline:
         except MemoryError as error:
             raise OutOfMemory(f"the outputs of a batch of {len(payloads)} do not fit into memory") from error
         return [
-            (each.decoded, output if each.stages else output._replace(stages=()))
+            (each, output if each.stages else output._replace(stages=()))
             for each, output in zip(payloads, outputs, strict=True)
         ]
 
@@ -205,8 +214,13 @@ class Pipeline:
             return error
         finally:
             self._metrics.images.labels(model, outcome).inc()
-        timing = Timing(completed.decode_seconds, completed.queue_seconds, completed.run_seconds)
-        for stage, seconds in zip(("decode", "queue", "infer"), timing, strict=True):
+        (decoded, _, waited), outputs = completed.result
+        timing = Timing(
+            wait=completed.wait_seconds + waited,
+            decode=completed.decode_seconds - waited,
+            queue=completed.queue_seconds,
+            infer=completed.run_seconds,
+        )
+        for stage, seconds in zip(Timing._fields, timing, strict=True):
             self._metrics.stage_seconds.labels(stage, model).observe(seconds)
-        decoded, outputs = completed.result
         return ImageResult(decoded.width, decoded.height, outputs, timing, decoded.pixels)

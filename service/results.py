@@ -42,8 +42,9 @@ class Head(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Seconds that one image was decoded (the wait for a thread included), queued, and run in its batch."""
+    """Seconds that one image waited to be decoded, was decoded, queued for an instance, and run in its batch."""
 
+    wait: float
     decode: float
     queue: float
     infer: float
@@ -68,7 +69,7 @@ class InferenceResult:
     """One result or error for each image, in the order of the request, and the model that made them.
 
     `size` is the height and width of the model's input; `head` is its last layer, if it has one and stage maps were
-    requested.
+    requested. `load_seconds`: how long they waited for the model to be loaded, or compiled for that size.
     """
 
     card: ModelCard
@@ -76,6 +77,7 @@ class InferenceResult:
     size: Size
     head: Head | None
     results: list[ImageResult | ServiceError]
+    load_seconds: float = 0.0
 
     @property
     def model(self) -> str:

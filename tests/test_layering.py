@@ -27,7 +27,8 @@ LAYERS = {
         {"memory"},
         {"machine", "workers"},
         {"sharing"},
-        {"errors", "files", "metrics"},
+        {"metrics"},
+        {"errors", "files", "recent"},
     ],
     "registry": [
         {"loading"},

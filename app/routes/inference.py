@@ -34,6 +34,7 @@ from service.store.cards import ModelCard
 
 LARGE = 32_768  # numbers; more, even as JSON on the event loop, would hold it up for over a millisecond and a half
 JSON = "application/json"
+LOAD_SECONDS = 0.001  # a request that gets its model later has waited for it
 BYTES_PER_NUMBER = 13  # as JSON: nine digits, a sign, a point, an exponent or zeros, a comma
 
 _SIZE = re.compile(r"(?P<height>[1-9]\d{0,4})(x(?P<width>[1-9]\d{0,4}))?", re.ASCII)
@@ -155,7 +156,9 @@ async def infer(
     state, engine = request.state, request.state.engine
     timeout = query.timeout_ms and query.timeout_ms / 1000
     with engine.request(), engine.memory.reserve(0, BODIES) as held:
+        start = perf_counter()
         sent = await read_uploads(request, held)
+        state.read_seconds = perf_counter() - start
         if check_count:
             check_count(len(sent))
         uploads = [each for each in sent if isinstance(each, Upload)]
@@ -216,9 +219,15 @@ def note(request: Request, result: InferenceResult) -> None:
     state.images = len(results)
     timings = [each.timing for each in results if not isinstance(each, ServiceError)]
     if timings:
-        seconds = getattr(state, "fetch_seconds", None)
-        fetch = {} if seconds is None else {"fetch": seconds}
-        state.timing = {**fetch, **max(timings, key=sum)._asdict()}
+        slowest = max(timings, key=sum)
+        state.timing = timing = dict[str, float]()
+        for stage in ("read", "fetch"):
+            if (seconds := getattr(state, f"{stage}_seconds", None)) is not None:
+                timing[stage] = seconds
+        if result.load_seconds > LOAD_SECONDS:
+            timing["load"] = result.load_seconds
+        timing |= slowest._asdict()
+        timing["wait"] += state.begin_seconds
     elif len(results) == 1 and isinstance(error := results[0], ServiceError):
         raise error
 

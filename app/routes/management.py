@@ -41,12 +41,12 @@ class AliasList(BaseModel):
 
 
 class QueueInfo(BaseModel):
-    """One model's queue, in images; their way is `to_decode`, `decoding`, `waiting` (for an instance), `running`."""
+    """One model's queue, in images; see `GET /stats` for the states."""
 
     model: str
-    to_decode: int
+    waiting_decode: int
     decoding: int
-    waiting: int
+    queued: int
     running: int
     admitted: Annotated[int, Field(description="Places taken, from admission to result; never more than `capacity`.")]
     capacity: int

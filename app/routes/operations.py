@@ -6,12 +6,14 @@ from string import Template
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from app.dependencies import HealthDep, LivenessDep, MetricsPageDep, SettingsDep
+from app.dependencies import HealthDep, LivenessDep, MetricsPageDep, SettingsDep, StatsPageDep
 from app.disclosure import shown
+from app.problems import documented
+from app.stats import STREAM, Stats
 from service.results import Health
 
 router = APIRouter(tags=["operations"])
@@ -40,6 +42,12 @@ _PAGE = Template("""<!doctype html>
 <p>Version $version</p>
 </html>
 """)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events, as the HTML standard defines them."""
+
+    media_type = "text/event-stream"
 
 
 class HealthResponse(BaseModel):
@@ -80,6 +88,19 @@ def _response(request: Request, state: Health, *, healthy: bool) -> JSONResponse
 async def get_metrics(page: MetricsPageDep) -> Response:
     """Prometheus text."""
     return Response(page.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/stats", summary="The last minute", response_model=Stats)
+async def get_stats(page: StatsPageDep) -> Response:
+    """Rates, latencies, queues, batches and memory, now or in the last minute; of all workers, at most a second old."""
+    return Response(page.text(), media_type="application/json")
+
+
+@router.get(STREAM, summary="The last minute, each second", response_class=EventStream, responses=documented(429))
+async def stream_stats(page: StatsPageDep) -> Response:
+    """Server-sent events: the object of `GET /stats` at once, and again each second."""
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # a proxy that buffers would hold events back
+    return EventStream(page.stream(), headers=headers)
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)

@@ -157,10 +157,12 @@ class Executable:
             outputs += [Outputs(logits[i], embedding[i], tuple(each[i] for each in maps)) for i in range(len(part))]
         return outputs
 
-    def result(self, results: list[ImageResult | ServiceError], *, stages: bool) -> InferenceResult:
+    def result(
+        self, results: list[ImageResult | ServiceError], *, stages: bool, load_seconds: float
+    ) -> InferenceResult:
         """The `results` of this model's images as one, with the head's weights if they have `stages`."""
         head = self.head if stages else None
-        return InferenceResult(self.card, self.stored.version, (self.height, self.width), head, results)
+        return InferenceResult(self.card, self.stored.version, (self.height, self.width), head, results, load_seconds)
 
     def optimize(self) -> OptimizedGraph | None:
         """Make the graph that `optimizer.prepare` has prepared, and run batches of its size in it if it is faster."""

@@ -292,7 +292,7 @@ class Dispatcher(Generic[S, T, R]):
             self._end(call, payload)
         elif call.stage != "ended":
             call.payload, call.stage = payload, "queue"
-            call.decode_seconds, call.arrived = now - call.arrived, now
+            call.wait_seconds, call.decode_seconds, call.arrived = now - seconds - call.arrived, seconds, now
             if call.latest < call.deadline:
                 call.latest = call.deadline - lane.run_seconds(1)
             self._payloads.add(lane.payloads, call)
@@ -304,8 +304,8 @@ class Dispatcher(Generic[S, T, R]):
             results = RuntimeError(f"a batch of {len(part)} gave {len(results)} results")
         if not isinstance(results, Exception):
             for call, result in zip(part, results, strict=True):
-                queue_seconds = job.started - call.arrived
-                self._end(call, Completed(result, call.decode_seconds, queue_seconds, now - job.started, len(part)))
+                seconds = call.wait_seconds, call.decode_seconds, job.started - call.arrived, now - job.started
+                self._end(call, Completed(result, *seconds, len(part)))
         elif len(part) == 1:
             self._end(part[0], results)
         else:

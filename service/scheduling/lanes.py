@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from service.execution.plan import BatchPlan
 from service.scheduling.queues import Item, Queue, ReleaseReason
@@ -76,19 +76,32 @@ class Speed:
 class QueueActivity:
     """One lane in images, of which `admitted` counts also those that are about to enter or have just left.
 
+    They wait for a thread to be decoded (`waiting_decode`), are `decoding`, wait for an instance (`queued`), or are in
+    a batch (`running`).
+
     `virtual_seconds` is the instance time it has had, for fairness; `plan` is t(n) in seconds by batch size.
     """
 
     lane: str
     model: str
-    to_decode: int
+    waiting_decode: int
     decoding: int
-    waiting: int
+    queued: int
     running: int
     admitted: int
     capacity: int
     virtual_seconds: float
     plan: dict[int, float]
+
+
+class QueueDepth(NamedTuple):
+    """A model's images by how far they are, as `QueueActivity` says, and how many are admitted at most."""
+
+    waiting_decode: int = 0
+    decoding: int = 0
+    queued: int = 0
+    running: int = 0
+    capacity: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +112,19 @@ class Activity:
     queues: list[QueueActivity]
     instances: list[Release | None]
     releases: list[Release]
+
+    @property
+    def busy(self) -> int:
+        """How many instances run a batch."""
+        return sum(each is not None for each in self.instances)
+
+    def depths(self) -> dict[str, QueueDepth]:
+        """Of each model, in all its lanes."""
+        sums: dict[str, QueueDepth] = {}
+        for queue in self.queues:
+            own = [getattr(queue, name) for name in QueueDepth._fields]
+            sums[queue.model] = QueueDepth(*map(sum, zip(sums.get(queue.model, QueueDepth()), own, strict=True)))
+        return sums
 
 
 @dataclass(eq=False)
@@ -182,9 +208,9 @@ class Lane(Generic[S, T, R]):
         return QueueActivity(
             lane=self.name,
             model=self.model,
-            to_decode=len(self.sources.waiting) + len(self.large.waiting),
+            waiting_decode=len(self.sources.waiting) + len(self.large.waiting),
             decoding=self.decoding,
-            waiting=len(self.payloads.waiting),
+            queued=len(self.payloads.waiting),
             running=self.running,
             admitted=self.admitted,
             capacity=self.capacity,
@@ -218,10 +244,12 @@ class Call(Item, Generic[S, T, R]):
     lane: Lane[S, T, R]
     source: S
     megapixels: float = 0.0
-    # Mutable state: how far it is, and what decoding made of it, took, and was expected to take.
+    # Mutable state: how far it is, how long it waited for a thread, and what decoding made of it, took, and was
+    # expected to take.
     deadline: float = inf
     stage: Literal["decode", "queue", "infer", "ended"] = "decode"
     payload: T | None = None
+    wait_seconds: float = 0.0
     decode_seconds: float = 0.0
     charged: float = 0.0
 
@@ -233,9 +261,10 @@ class Call(Item, Generic[S, T, R]):
 
 @dataclass(frozen=True, slots=True)
 class Completed(Generic[R]):
-    """A result, and the seconds until it was decoded, in the queue, and in its batch; that batch's size."""
+    """A result; the seconds it waited for a thread, was decoded, queued, and in its batch; that batch's size."""
 
     result: R
+    wait_seconds: float
     decode_seconds: float
     queue_seconds: float
     run_seconds: float

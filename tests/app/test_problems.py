@@ -14,7 +14,7 @@ from tests.app.conftest import MakeClient, png
 MODEL = "pvt_v2_b0.digits"
 INFER = f"/v2/models/{MODEL}/infer"
 TENSOR = {"name": "images", "datatype": "UINT8", "shape": [1, 64, 64, 3], "data": [0] * 12_288}
-TIMES = ("decode;dur=", "queue;dur=", "infer;dur=", "encode;dur=", "total;dur=")
+TIMES = ("wait;dur=", "decode;dur=", "queue;dur=", "infer;dur=", "encode;dur=", "total;dur=")
 
 
 def descendants(kind: type[Exception]) -> list[type[Exception]]:

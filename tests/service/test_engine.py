@@ -36,10 +36,10 @@ NAME = "pvt_v2_b0.tiny"
 
 
 @asynccontextmanager
-async def engine(root: Path, **options: Any) -> AsyncIterator[Engine]:
+async def engine(root: Path, registry: CollectorRegistry | None = None, **options: Any) -> AsyncIterator[Engine]:
     add_model(root)
     chosen = EngineOptions(**{"model_store": root, "default_model": NAME, "backend": "torch", **options})
-    async with Engine(chosen, EngineMetrics(CollectorRegistry())) as made:
+    async with Engine(chosen, EngineMetrics(registry or CollectorRegistry())) as made:
         yield made
 
 

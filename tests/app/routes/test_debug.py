@@ -51,7 +51,7 @@ def test_queues_instances_and_the_last_releases_are_shown(make_client: MakeClien
     plan = client.get("/models/pvt_v2_b0.digits").json()["batch_plan"]
     assert {queue["model"]: queue["capacity"]} == {"pvt_v2_b0.digits": 9}
     assert queue["batch_plan"] == plan
-    assert [queue[name] for name in ("to_decode", "decoding", "waiting", "running", "admitted")] == [0] * 5
+    assert [queue[name] for name in ("waiting_decode", "decoding", "queued", "running", "admitted")] == [0] * 5
     assert queue["virtual_seconds"] > 0
     assert [each["busy"] for each in shown["instances"]] == [False, False]
     newest, oldest = shown["releases"]

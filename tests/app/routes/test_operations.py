@@ -140,9 +140,12 @@ def test_metrics_parse_and_count_what_happened(make_client: MakeClient) -> None:
     assert samples["pvt_instances",] == usable_cores()
     assert samples["pvt_instances_busy",] == 0
     assert samples["pvt_queue_depth", model] == 0
+    for state in ("waiting_decode", "decoding", "queued", "running"):
+        assert samples["pvt_queue_images", model, ("state", state)] == 0
+    assert samples["pvt_queue_capacity_images", model] == 256
     assert samples["pvt_batch_size_sum", model] == 1
     assert samples["pvt_model_memory_bytes", model] > 0
-    for stage in ("decode", "queue", "infer", "encode"):
+    for stage in ("wait", "decode", "queue", "infer", "encode"):
         assert samples["pvt_stage_seconds_count", model, ("stage", stage)] == 1
     requests = "pvt_http_requests_total"
     assert samples[requests, ("method", "POST"), ("route", "/predict"), ("status", "200")] == 1

@@ -190,8 +190,18 @@ def test_the_answer_says_where_its_time_went(client: TestClient) -> None:
     response = client.post("/predict", files={"image": png()})
 
     parts = dict(re.findall(r"(\w+);dur=([\d.]+)", response.headers["Server-Timing"]))
-    assert list(parts) == ["decode", "queue", "infer", "encode", "total"]
-    assert sum(float(parts[name]) for name in ("decode", "queue", "infer", "encode")) <= float(parts["total"])
+    assert list(parts) == ["read", "wait", "decode", "queue", "infer", "encode", "total"]
+    assert sum(float(ms) for name, ms in parts.items() if name != "total") <= float(parts["total"])
+
+
+def test_the_answer_says_how_long_it_waited_for_the_model(make_client: MakeClient) -> None:
+    client = make_client()
+
+    cold, warm = (client.post("/predict", files={"image": png()}).headers["Server-Timing"] for _ in range(2))
+
+    parts = {name: float(ms) for name, ms in re.findall(r"(\w+);dur=([\d.]+)", cold)}
+    assert parts["load"] > 0.8 * parts["total"]
+    assert "load" not in warm
 
 
 def test_too_many_images_name_their_setting(make_client: MakeClient) -> None:

@@ -77,7 +77,8 @@ def test_an_image_by_url_is_answered_with_its_name_and_the_time_that_fetching_to
 
     (result,) = response.json()["results"]
     assert (result["filename"], result["width"], len(result["predictions"])) == ("seven.png", 64, 3)
-    assert response.headers["Server-Timing"].startswith("fetch;dur=")
+    assert response.headers["Server-Timing"].startswith("read;dur=")
+    assert ", fetch;dur=" in response.headers["Server-Timing"]
 
 
 def test_one_url_that_fails_is_an_error_in_its_place(client: TestClient, store: str, digits: Path) -> None:

@@ -102,7 +102,9 @@ def test_arrays_are_contiguous_whatever_the_backend_gives() -> None:
 
 def answered(*results: Any) -> InferenceResult:
     inferred = [
-        ImageResult(1, 1, each, Timing(0, 0, 0), np.zeros((1, 1, 3), np.uint8)) if isinstance(each, Outputs) else each
+        ImageResult(1, 1, each, Timing(0, 0, 0, 0), np.zeros((1, 1, 3), np.uint8))
+        if isinstance(each, Outputs)
+        else each
         for each in results
     ]
     return InferenceResult(None, "1", (32, 32), None, inferred)  # type: ignore[arg-type]  # the card is not looked at

@@ -70,7 +70,9 @@ def answer(executable: Executable) -> InferenceResult:
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     executable.add_stages()
     outputs = executable.run(0, list(images), stages=True)
-    results = [ImageResult(1, 1, each, Timing(0, 0, 0), pixels) for each, pixels in zip(outputs, images, strict=True)]
+    results = [
+        ImageResult(1, 1, each, Timing(0, 0, 0, 0), pixels) for each, pixels in zip(outputs, images, strict=True)
+    ]
     return InferenceResult(executable.card, "1", (executable.height, executable.width), executable.head, [*results])
 
 

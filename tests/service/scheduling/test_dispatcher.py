@@ -69,7 +69,7 @@ def test_an_image_is_decoded_and_runs_and_its_end_is_told_once() -> None:
     dispatcher.ran(job, [6], 19.0)
 
     assert outcomes(dispatcher) == {
-        3: Completed(6, decode_seconds=2.0, queue_seconds=3.0, run_seconds=4.0, batch_size=1)
+        3: Completed(6, wait_seconds=1.0, decode_seconds=1.0, queue_seconds=3.0, run_seconds=4.0, batch_size=1)
     }
     assert outcomes(dispatcher) == {}
     assert dispatcher.next_job(20.0) is None
@@ -343,7 +343,7 @@ def test_what_it_does_can_be_looked_at() -> None:
     activity = dispatcher.activity(7.0)
 
     (queue,) = activity.queues
-    assert (queue.to_decode, queue.decoding, queue.waiting, queue.running, queue.admitted) == (1, 2, 0, 1, 4)
+    assert (queue.waiting_decode, queue.decoding, queue.queued, queue.running, queue.admitted) == (1, 2, 0, 1, 4)
     assert queue.plan == {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.4}
     (past,) = activity.releases
     assert activity.instances.count(None) == 1

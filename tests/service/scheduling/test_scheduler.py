@@ -149,7 +149,7 @@ async def test_all_instances_work_at_the_same_time() -> None:
         assert sorted(machine.instances) == [0, 1, 2]
         activity = made.scheduler.activity()
         assert sum(each is not None for each in activity.instances) == len(activity.instances) == 3
-        assert [queue.waiting for queue in activity.queues] == [2]
+        assert [queue.queued for queue in activity.queues] == [2]
         machine.gate.set()
         await asyncio.gather(*tasks)
 
@@ -160,7 +160,7 @@ async def test_decoding_goes_on_while_all_instances_are_busy() -> None:
         await busy(made, machine)
         await made.submit_all(range(4))
 
-        assert [queue.waiting for queue in made.scheduler.activity().queues] == [4]
+        assert [queue.queued for queue in made.scheduler.activity().queues] == [4]
 
 
 async def test_only_an_image_with_nobody_beside_it_runs_alone() -> None:
