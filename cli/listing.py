@@ -9,7 +9,7 @@ from typer import Option
 from cli import options
 from cli.environment import TIMEOUT_SECONDS, settings, store_folder
 from cli.table import Column, print_fields, print_table
-from cli.terminal import USAGE, CommandError, print_line, spinner, thousands
+from cli.terminal import USAGE, CommandError, print_line, print_note, spinner, thousands
 from service.acquisition.catalogue import CATALOGUE, Published
 from service.errors import ServiceError
 from service.store.cards import ModelCard
@@ -37,6 +37,8 @@ def ls(
     models = [model for model in models if every or model["state"] != "remote"]
     if as_json:
         print_line(json.dumps({"models": models}, indent=2))
+    elif not models:
+        print_note("no models; 'pvt-serve pull' and 'pvt-serve import' put some into the store")
     else:
         rows = [row for model in models for row in version_rows(model)]
         print_table(_COLUMNS, rows, hide_empty=True, note=lambda row: row.get("reason") or "")

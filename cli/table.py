@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from shutil import get_terminal_size
 from textwrap import wrap
@@ -39,28 +39,30 @@ def line_width() -> int | None:
 
 
 def print_table(
-    columns: Sequence[Column[T]],
-    rows: Sequence[T],
-    *,
-    hide_empty: bool = False,
-    note: Callable[[T], str] = lambda _: "",
-    width: int | None = None,
+    columns: Sequence[Column[T]], rows: Sequence[T], *, hide_empty: bool = False, note: Callable[[T], str] | None = None
 ) -> None:
-    """Print `rows` under the titles of `columns`, in at most `width` columns, by default those of `line_width`.
-
-    `hide_empty` leaves out columns that are empty in each row. `note` is a last column; where that does not fit, its
-    text stands below the row. No text is cut: a first column that is too long has a line of its own.
-    """
-    notes = Column("", note)
+    """Print the `table_lines`, in as many columns as `line_width` says; `hide_empty` omits those empty in each row."""
     shown = [each for each in columns if not hide_empty or any(each.text(row) for row in rows)]
-    limit = width or line_width()
-    whole = [*shown, notes]
-    if limit is None or _width(whole, rows) <= limit:
-        _print_rows(whole, rows, None, lambda _: "")
-        return
-    while _width(shown, rows) > limit and any(each.drop for each in shown):
+    for line in table_lines(shown, rows, line_width(), note or (lambda _: "")):
+        print_line(line)
+
+
+def table_lines(
+    columns: Sequence[Column[T]], rows: Sequence[T], width: int | None, note: Callable[[T], str] = lambda _: ""
+) -> list[str]:
+    """`rows` under the titles of `columns`, in at most `width` columns, None for no limit; nothing without rows.
+
+    `note` is a last column; where that does not fit, its text stands below the row. No text is cut: a first column that
+    is too long has a line of its own.
+    """
+    if not rows:
+        return []
+    whole, shown = [*columns, Column("", note)], [*columns]
+    if width is None or _width(whole, rows) <= width:
+        return list(_lines(whole, rows, None, lambda _: ""))
+    while _width(shown, rows) > width and any(each.drop for each in shown):
         shown.remove(max(shown, key=lambda each: each.drop))
-    _print_rows(shown, rows, limit, note)
+    return list(_lines(shown, rows, width, note))
 
 
 def print_fields(fields: Mapping[str, str]) -> None:
@@ -93,19 +95,21 @@ def _width(columns: Sequence[Column[T]], rows: Sequence[T]) -> int:
     return sum(widths) + len(_GAP) * (sum(map(bool, widths)) - 1)
 
 
-def _print_rows(columns: Sequence[Column[T]], rows: Sequence[T], limit: int | None, note: Callable[[T], str]) -> None:
+def _lines(
+    columns: Sequence[Column[T]], rows: Sequence[T], limit: int | None, note: Callable[[T], str]
+) -> Iterator[str]:
     widths = _widths(columns, rows)
     if limit and (excess := _width(columns, rows) - limit) > 0:
         widths[0] = max(widths[0] - excess, min(widths[0], _NARROW))
-    print_line(_line([each.title for each in columns], columns, widths))
+    yield _line([each.title for each in columns], columns, widths)
     for row in rows:
         cells = [printable(each.text(row)) for each in columns]
         if cell_len(cells[0]) > widths[0]:
-            print_line(cells[0])
+            yield cells[0]
             cells[0] = ""
-        print_line(_line(cells, columns, widths))
+        yield _line(cells, columns, widths)
         for line in _wrapped(printable(note(row)), max(limit or 0, _NARROW) - len(_GAP)):
-            print_line(_GAP + line)
+            yield _GAP + line
 
 
 def _line(cells: Sequence[str], columns: Sequence[Column[T]], widths: Sequence[int]) -> str:

@@ -82,6 +82,13 @@ def spinner(text: str) -> AbstractContextManager[object]:
     return console.status(text)
 
 
+def output_console() -> "Console":
+    """Standard output as a terminal, if it is one."""
+    from rich.console import Console
+
+    return Console()
+
+
 def _error_console() -> "Console":
     from rich.console import Console
 
