@@ -6,33 +6,38 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, TextIO
 
 import orjson
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 from service.store.location import hide
 
 GATHER_SECONDS = 0.02
 MAX_WAITING_BYTES = 4_000_000
 FLUSH_SECONDS = 2.0
+_CLOCK = structlog.processors.TimeStamper("%H:%M:%S", utc=False)  # for people
 
 
 def configure(
-    log_format: Literal["json", "console"], worker: int | None = None, *, secrets: Sequence[str] = ()
+    log_format: Literal["auto", "json", "console"], worker: int | None = None, *, secrets: Sequence[str] = ()
 ) -> None:
     """Send every log line of the process to standard error in `log_format`, with the number of the `worker`, if any.
 
-    `secrets` are hidden wherever they stand, in the messages of libraries and in tracebacks too.
+    `auto` is text on a terminal, and JSON elsewhere. `secrets` are hidden wherever they stand, in the messages of
+    libraries and in tracebacks too.
 
     Our own lines, one a request, go there directly; those of libraries come through the standard library's logging.
     """
-    shared: list[Processor] = [structlog.processors.add_log_level, structlog.processors.TimeStamper("iso", utc=True)]
+    as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
+    time = structlog.processors.TimeStamper("iso", utc=True) if as_json else _CLOCK
+    shared: list[Processor] = [structlog.processors.add_log_level, time]
     if worker is not None:
         shared.append(lambda _, __, event: {**event, "worker": worker})
-    if log_format == "json":
+    if as_json:
         # Without the frames' variables: keys and images are among them.
         tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
         last: list[Processor] = [
@@ -40,7 +45,7 @@ def configure(
             lambda _, __, event: orjson.dumps(event, default=str).decode(),
         ]
     else:
-        last = [structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)]
+        last = [console_renderer(sys.stderr)]
     writer = LogWriter(sys.stderr.fileno(), secrets)
     logger = SimpleNamespace(**dict.fromkeys(("debug", "info", "warning", "error", "critical"), writer.write))
     structlog.configure(
@@ -57,6 +62,35 @@ def configure(
     )
     logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it reports every change of a folder
     logging.basicConfig(handlers=[writer], level=logging.INFO, force=True)
+
+
+def console_renderer(stream: TextIO) -> Processor:
+    """Renders an event as a line of text; on a terminal in colours but for NO_COLOR; the first is a banner."""
+    terminal = stream.isatty()
+    plain = not terminal or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    line = structlog.dev.ConsoleRenderer(
+        colors=not plain, exception_formatter=structlog.dev.plain_traceback, pad_level=False
+    )
+
+    def render(logger: WrappedLogger, name: str, event: EventDict) -> str:
+        if terminal and event["event"] == "listening":
+            return _banner(event)
+        return line(logger, name, event)
+
+    return render
+
+
+def _banner(event: EventDict) -> str:
+    """Where the service listens, and what a person opens there."""
+    url = str(event.get("url", ""))
+    for everywhere, here in (("//0.0.0.0", "//127.0.0.1"), ("//[::]", "//[::1]")):  # no address to open
+        url = url.replace(everywhere, here)
+    lines = [f"pvt-serve {version('pvt-serve')} listens on {url}"]
+    if url.startswith("http"):
+        lines += [f"  page  {url}/", f"  docs  {url}/docs"]
+    if management := event.get("management"):
+        lines.append(f"  management  {management}")
+    return "\n".join([*lines, "  stop it with Ctrl-C"])
 
 
 class LogWriter(logging.Handler):

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from difflib import get_close_matches
 from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -237,8 +238,8 @@ class Settings(BaseSettings):
     """One more path for `POST /invocations`; on Vertex AI that of `AIP_PREDICT_ROUTE`."""
     health_route: Route = ""
     """One more path for `GET /ping`; on Vertex AI that of `AIP_HEALTH_ROUTE`."""
-    log_format: Literal["json", "console"] = "json"
-    """`json`: one object on each line; `console`: text for people."""
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """`json`: one object on each line; `console`: text for people; `auto`: text on a terminal, else JSON."""
 
     @field_validator("url_hosts")
     @classmethod
@@ -274,14 +275,14 @@ class Settings(BaseSettings):
         return self
 
     @classmethod
-    def from_environment(cls) -> Self:
-        """The settings of this process.
+    def from_environment(cls, *, but: AbstractSet[str] = frozenset()) -> Self:
+        """The settings of this process; the variables `but` are of somebody else.
 
         Raises:
             SettingsInvalid: a `PVT_*` variable is none, with the nearest one, or a value is out of bounds.
         """
         known = {f"{PREFIX}{name.upper()}" for name in cls.model_fields}
-        for name in os.environ:
+        for name in {*os.environ} - but:
             if name.upper().startswith(PREFIX) and name.upper() not in known and not _SERVICE_LINK.fullmatch(name):
                 near = get_close_matches(name.upper(), known, n=1, cutoff=0)[0]
                 raise SettingsInvalid(f"{name} is not a setting; the nearest one is {near}")

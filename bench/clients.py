@@ -26,8 +26,8 @@ from bench.ours import Ours
 from bench.peers import OURS
 from bench.ratios import some
 from bench.server import ROOT, serving
-from cli.options import connect
-from cli.table import FileState, growing_table
+from cli.embeddings import FileState, growing_table
+from cli.inference import connect
 from pvt_client import AsyncClient, Client, Embedding
 
 CLIENTS, IMAGES = 8, 64

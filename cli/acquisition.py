@@ -4,12 +4,10 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
 from typer import Argument, Exit, Option
 
-from app.settings import Settings
-from cli import options, terminal
-from cli.terminal import USAGE, CommandError, logs_on_stderr, print_line, print_note
+from cli import completion, options, terminal
+from cli.terminal import USAGE, CommandError, logs_on_stderr, print_line, print_note, print_problem
 from service.acquisition.catalogue import CATALOGUE, DEFAULT_SOURCE, IMAGENET, SourceName, published
 from service.acquisition.preprocessing import Like, PreprocessingOptions
 from service.architecture.variants import VARIANTS
@@ -31,6 +29,7 @@ _Models = Annotated[
         metavar="MODELS...",
         help=f"Variants: {', '.join(CATALOGUE)}; b0, b1, ... for short. Or a repository of the hub: OWNER/NAME, or "
         "OWNER/NAME@REVISION.",
+        autocompletion=completion.published,
     ),
 ]
 _Every = Annotated[bool, Option("--all", help="Pull all seven, about 1 GB.")]
@@ -48,22 +47,26 @@ def pull(
     models: _Models = None, every: _Every = False, source: _From = DEFAULT_SOURCE, tag: _HubTag = None,
     store: options.Store = None, mirror: _Mirror = None, again: _Again = False,
 ) -> None:  # fmt: skip
-    """Fetch public ImageNet-1k weights, or anybody's model from the hub, into the model store.
+    """Fetch public ImageNet-1k weights, or anybody's model from the hub.
 
-    Each file is checked against its SHA-256, converted, and written as `<variant>.in1k` with labels, licence and
-    reference outputs. A pull that was broken off goes on where it ended; what is in the store already is not fetched
-    again. A repository of the hub is imported as the folder that it is; private ones need HF_TOKEN. Then
+    Each file is checked against its SHA-256, converted, and written into the model store as `<variant>.in1k` with its
+    labels, licence and reference outputs. A pull that was broken off goes on where it ended; what is in the store
+    already is not fetched again. A repository of the hub is imported as the folder that it is; private ones need
+    HF_TOKEN. Then
     `pvt-serve predict --model pvt_v2_b2 ...`.
     """
     if every == bool(models):
         raise CommandError("name the models to pull, such as 'pvt-serve pull b2', or give --all", USAGE)
     if tag and not any("/" in name for name in models or ()):
         raise CommandError("--tag names a model of the hub, OWNER/NAME; published weights have the tag in1k", USAGE)
-    from service.acquisition.pulling import PullOptions  # noqa: PLC0415  imports torch, which --help does not need
+    from cli.environment import settings, store_folder
 
-    pull_options = PullOptions(source=source, mirror=mirror or Settings.from_environment().mirror or None)
+    mirror = mirror or settings().mirror or None
     requested = list(dict.fromkeys(map(_requested, CATALOGUE if every else models or ())))
-    root, failed = options.store_folder(store, write=True), 0
+    root, failed = store_folder(store, write=True), 0
+    from service.acquisition.pulling import PullOptions  # imports torch
+
+    pull_options = PullOptions(source=source, mirror=mirror)
     with logs_on_stderr():
         for model in requested:
             try:
@@ -75,7 +78,7 @@ def pull(
                 if len(requested) == 1:
                     raise
                 failed += 1
-                print_note(f"pvt-serve: {model}: {terminal.reason(error)}")
+                print_problem(f"pvt-serve: {model}: {terminal.reason(error)}")
     if failed:
         raise Exit(terminal.FAILED if failed == len(requested) else terminal.SOME_FAILED)
 
@@ -84,15 +87,17 @@ def _requested(name: str) -> str:
     """The variant of published weights, or the repository; raises a ServiceError where it is neither."""
     if "/" not in name:
         return published(name).variant
-    from service.acquisition.repositories import repository  # noqa: PLC0415  imports torch, which --help does not need
+    from service.acquisition.repositories import repository  # imports torch
 
     repository(name)
     return name
 
 
 def _pulled(root: Path, name: str, options: "PullOptions", tag: str | None, *, again: bool) -> "Pulled":
-    from service.acquisition.pulling import pull as pull_model  # noqa: PLC0415  imports torch, which --help does not need
-    from service.acquisition.repositories import pull_repository, repository  # noqa: PLC0415  likewise
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+
+    from service.acquisition.pulling import pull as pull_model  # imports torch
+    from service.acquisition.repositories import pull_repository, repository  # likewise
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with terminal.progress_bar(*columns, transient=True) as progress:
@@ -129,7 +134,11 @@ _Weights = Annotated[
 ]
 _Tag = Annotated[str, Option(help="Its own name: the model is called VARIANT.TAG, such as pvt_v2_b2.birds.")]
 _Variant = Annotated[
-    str | None, Option(help=f"Its architecture, as a check: {', '.join(VARIANTS)}; b0, b1, ... for short.")
+    str | None,
+    Option(
+        help=f"Its architecture, as a check: {', '.join(VARIANTS)}; b0, b1, ... for short.",
+        autocompletion=completion.variants,
+    ),
 ]
 _Labels = Annotated[
     str | None,
@@ -230,9 +239,17 @@ def import_(
 
     pvt-serve import best.pth --tag birds --labels birds.txt
     """
-    from service.acquisition.importing import ImportOptions, import_model  # noqa: PLC0415  imports torch, which --help does not need
+    from cli.checks import sides
+    from cli.environment import store_folder
 
-    height, width = _size(size)
+    if not file.exists():
+        raise CommandError(f"{file}: no such file", USAGE)
+    if labels not in {None, IMAGENET} and not Path(labels or "").exists():
+        raise CommandError(f"labels {labels!r}: No such file or directory", USAGE)
+    height, width = (None, None) if size is None else sides(size)
+    root = store_folder(store, write=True)
+    from service.acquisition.importing import ImportOptions, import_model  # imports torch
+
     preprocessing = PreprocessingOptions(
         height=height, width=width, resize=resize, crop=crop, shorter_side=shorter_side, interpolation=interpolation,
         kernel=kernel, antialias=antialias, fill=fill, colours=colours, mean=mean, std=std,
@@ -242,9 +259,9 @@ def import_(
         thresholds=thresholds, unknown_below=unknown_below, like=like, preprocessing=preprocessing, weights=weights,
         licence=licence, source=source, version=version,
     )  # fmt: skip
-    root = options.store_folder(store, write=True)
     with logs_on_stderr():
-        stored = import_model(root, requested, print_note)
+        with terminal.spinner(f"importing {file}"):
+            stored = import_model(root, requested, print_note)
         _note_next(stored, store)
         print_line(_in_short(stored))
 
@@ -261,14 +278,3 @@ def _in_short(stored: "StoredModel") -> str:
     pixels = f"{card.preprocessing.height}x{card.preprocessing.width}"
     classes = f"{len(card.labels)} classes" if card.labels else "no head: embeddings only"
     return f"{stored.key}: {classes}, {card.parameters:,} parameters, input {pixels}"
-
-
-def _size(size: str | None) -> tuple[int | None, int | None]:
-    """Height and width."""
-    if size is None:
-        return None, None
-    height, by, width = size.partition("x")
-    try:
-        return int(height), int(width if by else height)
-    except ValueError as error:
-        raise CommandError(f"--size {size}: it must be a number of pixels, or two such as 256x384", USAGE) from error

@@ -1,32 +1,17 @@
 """The commands for images: `pvt-serve predict`, `embed` and `explain`."""
 
 import asyncio
-import csv
-import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from io import StringIO
-from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
-from rich.progress import BarColumn, MofNCompleteColumn
 from typer import Argument, Exit, Option
 
 from cli import options
-from cli.options import Connection, connect
-from cli.table import FileState, GrowingTable, growing_table
-from cli.terminal import SOME_FAILED, USAGE, CommandError, print_line, print_note, progress_bar, reason
-from pvt_client import Embedding, Explanation, Prediction, PvtError
-from pvt_client.calls import FeaturesOptions, MapOptions, PredictOptions
-
-_Form = Callable[[Path, Prediction | PvtError], Iterator[str]]
-_LISTED = 1000  # failed files whose reasons are kept
+from cli.terminal import SOME_FAILED, USAGE, CommandError, print_line, print_note
 
 
 def predict(
-    files: options.Images,
+    files: options.Images = None,
     top_k: Annotated[
         int | None,
         Option(
@@ -44,8 +29,9 @@ def predict(
     size: options.Size = None,
     json_lines: Annotated[bool, Option("--json", help="Write one JSON object a line, one for each image.")] = False,
     as_csv: Annotated[bool, Option("--csv", help="Write CSV, a row for each class of each image.")] = False,
+    files_from: options.FilesFrom = None,
     url: options.Url = None,
-    api_key: options.ApiKey = None,
+    key: options.Key = None,
     concurrency: options.Concurrency = 8,
 ) -> None:
     """Classify images.
@@ -58,70 +44,25 @@ def predict(
     """
     if json_lines and as_csv:
         raise CommandError("--json and --csv exclude each other", USAGE)
-    paths, query = options.image_files(files), PredictOptions(model=model, size=size, top_k=top_k, min_score=min_score)
-    form = _json if json_lines else _csv if as_csv else _text
-    if as_csv:
-        print_line(_csv_line(["file", "rank", "class_id", "label", "score", "error", "unknown"]))
+    from cli.checks import check_local, check_size
+    from cli.inputs import images
 
-    if asyncio.run(_print_all(connect(url, api_key), paths, query, concurrency, form)):
+    if url is None:
+        check_local(model, size, classes=True, min_score=min_score)
+    check_size(size)
+    paths = images(files, files_from)
+    from cli.inference import csv_lines, json_line, print_all, text_line
+    from pvt_client.calls import PredictOptions
+
+    query = PredictOptions(model=model, size=size, top_k=top_k, min_score=min_score)
+    form = json_line if json_lines else csv_lines if as_csv else text_line
+    if asyncio.run(print_all(url, key, paths, query, concurrency, form)):
         raise Exit(SOME_FAILED)
 
 
-async def _print_all(
-    connection: Connection, paths: Iterable[Path], query: PredictOptions, concurrency: int, form: _Form
-) -> int:
-    """Print the result of each image in that form; returns how many have none."""
-    failed = 0
-    async with connection as inference:
-        async for path, result in inference.predict_many(paths, concurrency=concurrency, **query):
-            failed += not isinstance(result, Prediction)
-            for line in form(path, result):
-                print_line(line)
-            sys.stdout.flush()
-    return failed
-
-
-def _text(path: Path, result: Prediction | PvtError) -> Iterator[str]:
-    if isinstance(result, Prediction):
-        form = "{:.4g}" if result.activation == "none" else "{:6.2%}"
-        classes = "   ".join(f"{form.format(each.score)} {each.label}" for each in result.classes)
-        yield f"{path}  {'unknown   ' if result.unknown else ''}{classes or 'no class'}"
-    else:
-        yield f"{path}  no result: {reason(result)}"
-
-
-def _json(path: Path, result: Prediction | PvtError) -> Iterator[str]:
-    if isinstance(result, Prediction):
-        fields = {"width": result.width, "height": result.height, "model": result.model, "version": result.version}
-        unknown = {} if result.unknown is None else {"unknown": result.unknown}
-        classes = [each._asdict() for each in result.classes]
-        yield json.dumps(
-            {"file": str(path), **fields, "activation": result.activation, "predictions": classes, **unknown}
-        )
-    else:
-        yield json.dumps({"file": str(path), "error": reason(result)})
-
-
-def _csv(path: Path, result: Prediction | PvtError) -> Iterator[str]:
-    """A row for each class; one without a class where there is none, or an error."""
-    if isinstance(result, Prediction):
-        unknown = "" if result.unknown is None else str(result.unknown).lower()
-        rows = [[rank, *each] for rank, each in enumerate(result.classes, 1)] or [["", "", "", ""]]
-        for row in rows:
-            yield _csv_line([path, *row, "", unknown])
-    else:
-        yield _csv_line([path, "", "", "", "", reason(result), ""])
-
-
-def _csv_line(values: Sequence[object]) -> str:
-    line = StringIO()
-    csv.writer(line, lineterminator="").writerow(values)
-    return line.getvalue()
-
-
 def embed(
-    files: options.Images,
     output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="A .parquet or .npz file to write.")],
+    files: options.Images = None,
     model: options.Model = None,
     size: options.Size = None,
     normalize: Annotated[bool, Option("--normalize", help="Scale each embedding to length 1.")] = False,
@@ -130,8 +71,9 @@ def embed(
         int, Option("--group", metavar="ROWS", min=1, help="Images written at a time: what a crash may cost.")
     ] = 500,
     as_json: Annotated[bool, Option("--json", help="Write the summary as JSON.")] = False,
+    files_from: options.FilesFrom = None,
     url: options.Url = None,
-    api_key: options.ApiKey = None,
+    key: options.Key = None,
     concurrency: options.Concurrency = 8,
 ) -> None:
     """Write the embeddings of images into one file.
@@ -143,14 +85,22 @@ def embed(
     Examples: `pvt-serve embed photos -o photos.parquet`,
     `pvt-serve embed --url http://localhost:8000 --normalize photos -o photos.npz`
     """
-    paths, total = options.image_files(files), sum(1 for _ in options.image_files(files))
+    from cli.checks import check_local, check_size
+    from cli.inputs import images
+
+    if url is None:
+        check_local(model, size)
+    check_size(size)
+    paths = images(files, files_from)
+    from cli.embedding import Run
+    from cli.embeddings import growing_table
+    from pvt_client.calls import FeaturesOptions
+
     query = FeaturesOptions(model=model, size=size, normalize=normalize)
     with growing_table(output, group, size=size, normalize=normalize, fresh=fresh) as table:
+        run = Run(table)
         try:
-            with progress_bar(BarColumn(), MofNCompleteColumn()) as progress:
-                task = progress.add_task("", total=total)
-                run = _Run(table, lambda: progress.advance(task))
-                asyncio.run(run.embed(connect(url, api_key), query, paths, concurrency))
+            run.embed(url, key, paths, query, concurrency)
             table.finish()
         except KeyboardInterrupt:
             print_note("pvt-serve: interrupted; what is done is kept, and the same command resumes")
@@ -160,88 +110,20 @@ def embed(
         raise Exit(SOME_FAILED)
 
 
-@dataclass
-class _Run:
-    """Adds embeddings to `table`, and counts; calls `step` for each image."""
-
-    table: GrowingTable
-    step: Callable[[], None]
-    embedded: int = 0
-    skipped: int = 0
-    failed: int = 0
-    reasons: list[tuple[str, str]] = field(default_factory=list)
-    reading: dict[Path, FileState] = field(default_factory=dict)
-    """The files that are being embedded, as they were before they were read."""
-
-    async def embed(
-        self, connection: Connection, query: FeaturesOptions, paths: Iterable[Path], concurrency: int
-    ) -> None:
-        """Embed those `paths` that are not in the table."""
-        todo = self._todo(paths, query["model"])
-        first = next(todo, None)
-        if first is None:
-            return  # nothing to do, so no model is needed
-        async with connection as inference:
-            async for path, result in inference.embedding_many(chain([first], todo), concurrency=concurrency, **query):
-                file = self.reading.pop(path)
-                if isinstance(result, Embedding):
-                    self._count(is_new=self.table.add(file, result))
-                else:
-                    self._fail(path, reason(result))
-
-    def _todo(self, paths: Iterable[Path], model: str | None) -> Iterator[Path]:
-        # Where the name leaves open whether the table is of that model, the first image shows it, even if it has a row.
-        probing = len(self.table) > 0 and not self.table.is_of(model)
-        for path in paths:
-            try:
-                str(path).encode()  # a column of text takes no other names
-                file = FileState.of(path)
-            except UnicodeEncodeError:
-                self._fail(path, "its name is not UTF-8")
-            except OSError as error:
-                self._fail(path, error.strerror or str(error))
-            else:
-                if (file not in self.table or probing) and path not in self.reading:
-                    probing = False
-                    self.reading[path] = file
-                    yield path
-                else:
-                    self._count(is_new=False)
-
-    def _count(self, *, is_new: bool) -> None:
-        self.embedded += is_new
-        self.skipped += not is_new
-        self.step()
-
-    def _fail(self, path: Path, message: str) -> None:
-        self.failed += 1
-        if len(self.reasons) < _LISTED:
-            self.reasons.append((ascii(str(path))[1:-1], message))
-        self.step()
-
-    def report(self, output: Path, *, as_json: bool) -> None:
-        """Print the counts, and the failed files with their reasons."""
-        rows = len(self.table)
-        if as_json:
-            errors = [{"file": path, "error": message} for path, message in self.reasons]
-            counts = {"rows": rows, "embedded": self.embedded, "skipped": self.skipped, "bad": self.failed}
-            print_line(json.dumps({"output": str(output), **counts, "errors": errors}))
-            return
-        if self.failed:
-            print_note(f"{self.failed} could not be embedded:")
-            for path, message in self.reasons:
-                print_note(f"  {path}: {message}")
-            if self.failed > len(self.reasons):
-                print_note(f"  and {self.failed - len(self.reasons)} more")
-        print_line(f"{output}: {rows} rows, {self.embedded} of them new, {self.skipped} skipped, {self.failed} bad")
-
-
 def explain(
-    file: Annotated[Path, Argument(metavar="FILE", help="The image.")],
+    file: Annotated[str, Argument(metavar="FILE", help="The image; - for standard input.")],
     output: Annotated[
-        Path | None, Option("--output", "-o", metavar="PNG", help="The file to write the overlay into.")
+        str | None,
+        Option("--output", "-o", metavar="PNG|-", help="The file to write the overlay into; - for standard output."),
     ] = None,
-    class_id: Annotated[int | None, Option("--class", min=0, help="Class number; the best one by default.")] = None,
+    default_name: Annotated[
+        bool,
+        Option("-O", help="Write it into FILE-explained.png of the current folder, as without -o, with --json too."),
+    ] = False,
+    force: Annotated[bool, Option("--force", help="Overwrite FILE-explained.png.")] = False,
+    class_: Annotated[
+        str | None, Option("--class", metavar="CLASS", help="Its number or its label; the best one by default.")
+    ] = None,
     alpha: Annotated[
         float | None, Option(min=0, max=1, help="How opaque the map lies on the image.", show_default="0.5")
     ] = None,
@@ -249,37 +131,62 @@ def explain(
     model: options.Model = None,
     size: options.Size = None,
     url: options.Url = None,
-    api_key: options.ApiKey = None,
+    key: options.Key = None,
 ) -> None:
     """Show where in an image the model sees a class.
 
     The map is exact: its mean, plus the bias of the class, is the logit of the class. Yellow speaks most for the class,
     dark blue least.
 
-    Example: `pvt-serve explain cat.jpg -o heat.png`
+    Examples: `pvt-serve explain cat.jpg -o heat.png`, `pvt-serve explain --class "tiger cat" cat.jpg`
     """
-    if output is None and not as_json:
-        raise CommandError("name a file for the overlay with -o, or request --json", USAGE)
-    if not file.is_file():
-        raise CommandError(f"{file}: no such file", USAGE)
+    from cli.checks import check_local, check_size, class_number, class_of_label
+    from cli.inputs import one_image
+
+    card = check_local(model, size, classes=True) if url is None else None
+    check_size(size)
+    class_id = None if class_ is None else class_number(class_)
+    if class_ is not None and class_id is None and card:
+        class_id = class_of_label(class_, card.labels, card.id)
+    if class_id is not None and card and class_id >= len(card.labels):
+        raise CommandError(f"--class {class_}: {card.id} has the classes 0 to {len(card.labels) - 1}", USAGE)
+    by_name = default_name or (output is None and not as_json)
+    target = _target(file, output, by_name=by_name, as_json=as_json, force=force)
+    image = one_image(file)
+    from cli.inference import explain_image, explanation_json, write_overlay
+    from pvt_client.calls import MapOptions
+
     query = MapOptions(model=model, size=size, class_id=class_id)
-    png, found = asyncio.run(
-        _explained(file, connect(url, api_key), query, alpha, png=output is not None, map_=as_json)
+    label = class_ if class_id is None else None
+    png, found = asyncio.run(explain_image(image, url, key, query, label, alpha, png=target is not None, map_=as_json))
+    if target is not None:
+        write_overlay(png, target, new=by_name and not force)
+    if found is not None:
+        print_line(explanation_json(image, found))
+    elif target is not None and str(target) != "-":
+        print_line(str(target))
+
+
+def _target(file: str, output: str | None, *, by_name: bool, as_json: bool, force: bool) -> Path | None:
+    """Where the overlay is to go, `-` for standard output; None if nowhere."""
+    if output is not None and by_name:
+        raise CommandError("-o names the file, and -O has a name for it: give one of them", USAGE)
+    if output == "-" and as_json:
+        raise CommandError("-o - and --json are both for standard output: name a file with -o", USAGE)
+    if output == "-":
+        import sys
+
+        if sys.stdout.isatty():
+            raise CommandError("-o - writes a PNG to standard output, which is a terminal: pipe it somewhere", USAGE)
+    target = (
+        Path(f"{Path(file).stem if file != '-' else 'stdin'}-explained.png") if by_name else output and Path(output)
     )
-    if output is not None:
-        output.write_bytes(png)
-    if found is None:
-        print_line(str(output))
-        return
-    names = ("model", "version", "width", "height", "class_id", "label", "score", "logit", "bias")
-    numbers = {name: getattr(found, name) for name in names}
-    print_line(json.dumps({"file": str(file), **numbers, "map": found.map.tolist()}))
-
-
-async def _explained(
-    file: Path, connection: Connection, query: MapOptions, alpha: float | None, *, png: bool, map_: bool
-) -> tuple[bytes, Explanation | None]:
-    """The overlay and the map, as far as they are requested."""
-    async with connection as inference:
-        overlay = await inference.explain(file, alpha=alpha, **query) if png else b""
-        return overlay, await inference.explain_map(file, **query) if map_ else None
+    if not target:
+        return None
+    if by_name and target.exists() and not force:
+        raise CommandError(f"{target} exists: --force overwrites it, -o names another file", USAGE)
+    if target.is_dir() or not target.parent.is_dir():
+        raise CommandError(
+            f"{target}: {'a folder' if target.is_dir() else 'there is no such folder'}; name a file", USAGE
+        )
+    return target

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from typer import Argument, Exit, Option
 
-from app.settings import Settings
 from cli import options
-from cli.terminal import SOME_FAILED, print_line, print_note, print_table, progress_bar
+from cli.environment import settings, store_folder
+from cli.table import Column, print_table
+from cli.terminal import SOME_FAILED, print_line, print_note, print_problem, progress_bar
 from service.labelled.folder import LabelledFolder, Mapped, Skipped, listed, read_folder
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ Seed = Annotated[int, Option(help="Of what is drawn at random; the same one give
 
 
 def check(
-    model: Annotated[str, Argument(metavar="MODEL", help="VARIANT.TAG, VARIANT.TAG@VERSION, or an alias.")],
+    model: options.Name,
     folder: Folder,
     sample: Annotated[
         int, Option(min=0, metavar="IMAGES", help="On how many to try other preprocessing; 0 tries none.")
@@ -52,9 +53,9 @@ def check(
 
     Example: `pvt-serve check pvt_v2_b2.birds photos/test`
     """
-    root = options.store_folder(store, write=True) if apply else None
+    root = store_folder(store, write=True) if apply else None
     found = read_folder(folder)
-    from service.labelled.checking import check as check_model  # noqa: PLC0415  imports torch, which --help does not need
+    from service.labelled.checking import check as check_model  # imports torch
 
     checked = _on_engine(
         store, root, lambda engine, step: check_model(engine, model, found, sample=sample, seed=seed, step=step)
@@ -93,11 +94,11 @@ def fit(
     Examples: `pvt-serve fit photos --model pvt_v2_b2 --tag birds`, then
     `pvt-serve fit --add more --model pvt_v2_b2.birds`
     """
-    found, root = read_folder(folder), options.store_folder(store, write=True)
-    from service.labelled.publishing import FitOptions  # noqa: PLC0415  imports torch, which --help does not need
-    from service.labelled.publishing import fit as fit_model  # noqa: PLC0415
+    found, root = read_folder(folder), store_folder(store, write=True)
+    from service.labelled.publishing import FitOptions  # imports torch
+    from service.labelled.publishing import fit as fit_model
 
-    name = model or Settings.from_environment().default_model
+    name = model or settings().default_model
     wanted = FitOptions(model=name, tag=tag, add=add, seed=seed, balanced=balanced)
     result = _on_engine(store, root, lambda engine, step: fit_model(engine, root, found, wanted, step))
     if as_json:
@@ -111,13 +112,13 @@ def fit(
 
 def _on_engine(store: str | None, root: Path | None, work: Callable[["Engine", Step], Awaitable[T]]) -> T:
     """The result of `work` on an engine for that store, under a progress bar."""
-    from cli.local import running_engine  # noqa: PLC0415  imports torch, which --help does not need
+    from cli.local import running_engine  # imports torch
 
-    settings = Settings.from_environment()
-    if folder := root or (options.store_folder(store) if store else None):
-        settings = settings.model_copy(update={"model_store": folder})
+    found = settings()
+    if folder := root or (store_folder(store) if store else None):
+        found = found.model_copy(update={"model_store": folder})
     with progress_bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), transient=True) as progress:
-        task = progress.add_task("", total=None)
+        task = progress.add_task("loading the model", total=None)
 
         def step(what: str, total: int) -> None:
             if what:
@@ -126,7 +127,7 @@ def _on_engine(store: str | None, root: Path | None, work: Callable[["Engine", S
                 progress.advance(task)
 
         async def run() -> T:
-            async with running_engine(settings) as engine:
+            async with running_engine(found) as engine:
                 return await work(engine, step)
 
         return asyncio.run(run())
@@ -134,11 +135,11 @@ def _on_engine(store: str | None, root: Path | None, work: Callable[["Engine", S
 
 def _print_skipped(skipped: Sequence[Skipped]) -> None:
     if skipped:
-        print_note(f"{len(skipped)} left out:")
+        print_problem(f"{len(skipped)} left out:")
         for each in skipped[:_SKIPPED]:
-            print_note(f"  {each.path}: {each.reason}")
+            print_problem(f"  {each.path}: {each.reason}")
         if len(skipped) > _SKIPPED:
-            print_note(f"  and {len(skipped) - _SKIPPED} more")
+            print_problem(f"  and {len(skipped) - _SKIPPED} more")
 
 
 def _print_mapped(mapped: Mapped, folder: LabelledFolder, labels: Sequence[str]) -> None:
@@ -176,12 +177,12 @@ def _print_confusion(table: "Confusion", what: str) -> None:
         else table.seen
     )
     print_table(
-        {
-            "class": lambda i: _short(table.labels[i], _LABEL),
-            "images": lambda i: str(table.counts[i].sum()),
-            "recall": lambda i: _percent(table.recall(i)),
-            "precision": lambda i: _percent(table.precision(i)),
-        },
+        [
+            Column("class", lambda i: _short(table.labels[i], _LABEL)),
+            Column("images", lambda i: str(table.counts[i].sum()), right=True),
+            Column("recall", lambda i: _percent(table.recall(i)), right=True),
+            Column("precision", lambda i: _percent(table.precision(i)), right=True),
+        ],
         seen[:_ROWS],
     )
     if len(seen) > _ROWS:
@@ -274,7 +275,7 @@ def _flags(each: "Alternative") -> str:
 
 
 def _applied(root: Path, checked: "Checked", better: "Alternative") -> str:
-    from service.acquisition.publishing import publish_prepared  # noqa: PLC0415  imports torch
+    from service.acquisition.publishing import publish_prepared  # imports torch
 
     return publish_prepared(root, checked.stored, better.preprocessing).key
 

@@ -7,16 +7,18 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from io import BytesIO
 from itertools import count, islice
+from pathlib import Path
 from time import perf_counter
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 from typer import Argument, Exit, Option
 
 from cli import options
 from cli.terminal import SOME_FAILED, USAGE, CommandError, print_line
-from pvt_client import AsyncClient, ConnectionFailed, ConnectionLost, InvalidRequest, PvtError, Retries
-from pvt_client.calls import CommonOptions
+
+if TYPE_CHECKING:
+    from cli.inputs import Source
+    from pvt_client.calls import CommonOptions
 
 _RANDOM_IMAGES, _SIZE, _COARSE = 32, (640, 427), (21, 14)
 _MAX_IMAGES = 256  # held in memory
@@ -32,13 +34,20 @@ def serve(
 ) -> None:
     """Serve models over HTTP until Ctrl-C.
 
-    The same as `python -m app`. Every other setting is an environment variable, see the README; an option given here
-    wins over its variable.
+    The same as `python -m app`. Every other setting is an environment variable, see docs/settings.md; an option
+    given here wins over its variable. On a terminal the log is text and begins with the addresses to open.
     """
     given = {"HOST": host, "PORT": port, "WORKERS": workers, "MODEL_STORE": model_store, "PRELOAD": preload}
     # Worker processes read them there, too.
     os.environ.update({f"PVT_{name}": str(value) for name, value in given.items() if value is not None})
-    from app.__main__ import StartRefused, serve  # noqa: PLC0415  takes half a second, which --help need not wait for
+    os.environ.pop(options.URL_VARIABLE, None)  # which other commands read
+    if os.environ.pop(options.KEY_VARIABLE, None) and not {"PVT_API_KEYS", "PVT_MANAGEMENT_KEYS"} & {*os.environ}:
+        raise CommandError(
+            f"{options.KEY_VARIABLE} is the key that commands send, and locks no service: set PVT_API_KEYS or "
+            f"PVT_MANAGEMENT_KEYS for that, or unset {options.KEY_VARIABLE}",
+            USAGE,
+        )
+    from app.__main__ import StartRefused, serve
 
     try:
         code = serve()
@@ -50,14 +59,15 @@ def serve(
 def bench(
     files: Annotated[
         list[str] | None,
-        Argument(metavar="[FILES|DIR|GLOB]...", help="Images to send; random ones of 640x427 by default."),
+        Argument(metavar="[FILES|DIR|GLOB|-]...", help="Images to send; random ones of 640x427 by default."),
     ] = None,
-    url: Annotated[str, Option(envvar="PVTSERVE_URL", metavar="URL", help="The service.")] = "http://127.0.0.1:8000",
+    files_from: options.FilesFrom = None,
+    url: options.ServiceUrl = None,
     seconds: Annotated[float, Option(min=0.1, max=3600, help="How long to send requests.")] = 10,
     concurrency: Annotated[int, Option(min=1, max=1024, help="Requests at the same time.")] = 8,
     model: options.Model = None,
     size: options.Size = None,
-    api_key: options.ApiKey = None,
+    key: options.Key = None,
     as_json: Annotated[bool, Option("--json", help="Write the figures as JSON.")] = False,
 ) -> None:
     """Measure the throughput and latency of a service.
@@ -66,28 +76,45 @@ def bench(
     is then 3. One process sends the requests: on the same machine it takes processor time from the service, and it may
     not keep a very fast service busy.
     """
-    bodies = [path.read_bytes() for path in islice(options.image_files(files), _MAX_IMAGES)] if files else _random()
+    import numpy as np
+
+    from cli.checks import check_size
+    from cli.environment import service_url
+    from cli.inputs import images
+    from cli.terminal import spinner
+    from pvt_client.calls import CommonOptions
+
+    check_size(size)
+    named = images(files, files_from) if files or files_from is not None else ()
+    bodies = [_bytes(each) for each in islice(named, _MAX_IMAGES)] or _random()
     query = CommonOptions(model=model, size=size)
-    latencies, failures, took = asyncio.run(_load(url, api_key, bodies, query, seconds, concurrency))
+    with spinner(f"sending requests for {seconds:g} s"):
+        measured = asyncio.run(_load(service_url(url), key, bodies, query, seconds, concurrency))
+    latencies, failures, took = measured
     failed = ", ".join(f"{number} {name}" for name, number in failures.most_common())
     if not latencies:
         raise CommandError(f"no request succeeded: {failed or 'none'}")
     p50, p90, p99 = (round(float(each) * 1000, 2) for each in np.percentile(latencies, [50, 90, 99]))
-    images, rate, took = len(latencies), round(len(latencies) / took, 1), round(took, 2)
+    number, rate, took = len(latencies), round(len(latencies) / took, 1), round(took, 2)
     if as_json:
-        figures = {"seconds": took, "concurrency": concurrency, "images": images, "images_per_second": rate}
+        figures = {"seconds": took, "concurrency": concurrency, "images": number, "images_per_second": rate}
         print_line(json.dumps({**figures, "p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "failed": dict(failures)}))
     else:
         print_line(f"{rate} images/s   p50 {p50} ms   p90 {p90} ms   p99 {p99} ms")
         suffix = f"; failed: {failed}" if failed else ""
-        print_line(f"{images} images in {took} s, {concurrency} at a time{suffix}")
+        print_line(f"{number} images in {took} s, {concurrency} at a time{suffix}")
     if failures:
         raise Exit(SOME_FAILED)
 
 
+def _bytes(image: "Source") -> bytes:
+    return image.read_bytes() if isinstance(image, Path) else image.getvalue()
+
+
 def _random() -> list[bytes]:
     """JPEGs of soft blots with some grain, which compress like photos."""
-    from PIL import Image  # noqa: PLC0415  --help need not wait for it
+    import numpy as np
+    from PIL import Image
 
     random, bodies = np.random.default_rng(), []
     for _ in range(_RANDOM_IMAGES):
@@ -100,17 +127,20 @@ def _random() -> list[bytes]:
 
 
 async def _load(
-    url: str, api_key: str | None, bodies: Sequence[bytes], query: CommonOptions, seconds: float, concurrency: int
+    url: str, key: str | None, bodies: Sequence[bytes], query: "CommonOptions", seconds: float, concurrency: int
 ) -> tuple[list[float], Counter[str], float]:
     """Send requests for `seconds`.
 
     Returns the seconds that each response took, how often a request failed in which way, and the seconds in all.
     """
+    from cli.environment import TIMEOUT_SECONDS
+    from pvt_client import AsyncClient, ConnectionFailed, ConnectionLost, InvalidRequest, PvtError, Retries
+
     latencies: list[float] = []
     failures: Counter[str] = Counter()
     images = (bodies[number % len(bodies)] + number.to_bytes(_TRAILER, "big") for number in count())
     once = Retries(attempts=1)
-    async with AsyncClient(url, api_key=api_key, timeout=options.TIMEOUT_SECONDS, retries=once) as client:
+    async with AsyncClient(url, api_key=key, timeout=TIMEOUT_SECONDS, retries=once) as client:
         send: Callable[..., Awaitable[object]] = client.predict
         try:
             await send(next(images), **query)

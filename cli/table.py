@@ -1,348 +1,120 @@
-"""A table of embeddings that grows: parts beside it during a run, then one file. A killed run loses little.
+"""Tables of plain text, aligned by blanks: nothing else decorates them, so other programs can read them."""
 
-A table is a `.npz`, an array for each column, or a `.parquet`, a row group for each group of rows. Both are written and
-read without having all of the table in memory.
-"""
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from shutil import get_terminal_size
+from textwrap import wrap
+from typing import Generic, TypeVar
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from math import prod
-from pathlib import Path
-from typing import IO, Any, NamedTuple, Self
-from zipfile import BadZipFile, ZipFile
+from rich.cells import cell_len
 
-import numpy as np
-from filelock import FileLock, Timeout
-from numpy.lib import format as npy
-from numpy.typing import ArrayLike, NDArray
+from cli.terminal import print_line
 
-from cli.terminal import USAGE, CommandError
-from pvt_client import Embedding
-from service.files import atomic_path
-
-Rows = NDArray[np.void]
-"""A structured array with a row for each image and a field for each of COLUMNS; `embedding` is (dimensions,)."""
-COLUMNS: Mapping[str, type[np.generic]] = {
-    "path": np.str_, "width": np.int32, "height": np.int32, "bytes": np.int64, "mtime_ns": np.int64,
-    "model": np.str_, "version": np.str_, "embedding": np.float32,
-}  # fmt: skip
-_NPZ_PROVENANCE, _PARQUET_PROVENANCE = "made", b"pvt-serve"
-_ROWS = 4096  # read at a time
-_LOCK = "lock"
+T = TypeVar("T")
+_GAP = "  "
+_NARROW = 20  # least columns for a first column that is wrapped
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
-    """By which model and in which way embeddings were computed; `size` None: the model's own.
+class Column(Generic[T]):
+    """`text` of a row under `title`. Where a table is too wide, the column with the highest `drop` is left out first.
 
-    Only embeddings of equal provenance can be compared, so a table has one.
+    Columns with `drop` 0 always stay.
     """
 
-    model: str
-    version: str
-    dimensions: int
-    size: str | None
-    normalize: bool
-
-    def __str__(self) -> str:
-        size = "" if self.size is None else f", size {self.size}"
-        return f"{self.model}@{self.version}{size}{', normalized' if self.normalize else ''}"
+    title: str
+    text: Callable[[T], str]
+    drop: int = 0
+    right: bool = False
+    """Whether it is aligned to the right, as numbers are."""
 
 
-def as_rows(columns: Mapping[str, ArrayLike]) -> Rows:
-    """The rows of `columns` of equal length, which are those of COLUMNS."""
-    arrays = {name: np.asarray(columns[name], kind) for name, kind in COLUMNS.items()}
-    rows = np.empty(len(arrays["path"]), [(name, array.dtype, array.shape[1:]) for name, array in arrays.items()])
-    for name, array in arrays.items():
-        rows[name] = array
-    return rows
+def line_width() -> int | None:
+    """The columns of COLUMNS, else of the terminal; None for no limit, where standard output is none."""
+    if os.environ.get("COLUMNS", "").isdecimal() or sys.stdout.isatty():
+        return get_terminal_size().columns
+    return None
 
 
-class TableFormat(NamedTuple):
-    """How a table of one or more rows is written and read.
+def print_table(
+    columns: Sequence[Column[T]], rows: Sequence[T], *, hide_empty: bool = False, note: Callable[[T], str] | None = None
+) -> None:
+    """Print the `table_lines`, in as many columns as `line_width` says; `hide_empty` omits those empty in each row."""
+    shown = [each for each in columns if not hide_empty or any(each.text(row) for row in rows)]
+    for line in table_lines(shown, rows, line_width(), note or (lambda _: "")):
+        print_line(line)
 
-    `write` calls its second argument for the rows, as often as it needs them. `read` raises
-    CommandError if the file is not a table.
+
+def table_lines(
+    columns: Sequence[Column[T]], rows: Sequence[T], width: int | None, note: Callable[[T], str] = lambda _: ""
+) -> list[str]:
+    """`rows` under the titles of `columns`, in at most `width` columns, None for no limit; nothing without rows.
+
+    `note` is a last column; where that does not fit, its text stands below the row. No text is cut: a first column that
+    is too long has a line of its own.
     """
-
-    write: Callable[[Path, Callable[[], Iterable[Rows]], Provenance], None]
-    read: Callable[[Path], Iterator[tuple[Provenance, Rows]]]
-
-
-class FileState(NamedTuple):
-    """A file as it was before it was read; with another size or time it counts as another file."""
-
-    path: str
-    bytes: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> Self:
-        """The state of the file at `path` now; raises OSError."""
-        status = path.stat()
-        return cls(str(path), status.st_size, status.st_mtime_ns)
+    if not rows:
+        return []
+    whole, shown = [*columns, Column("", note)], [*columns]
+    if width is None or _width(whole, rows) <= width:
+        return list(_lines(whole, rows, None, lambda _: ""))
+    while _width(shown, rows) > width and any(each.drop for each in shown):
+        shown.remove(max(shown, key=lambda each: each.drop))
+    return list(_lines(shown, rows, width, note))
 
 
-@contextmanager
-def growing_table(
-    target: Path, group: int, *, size: str | None = None, normalize: bool = False, fresh: bool = False
-) -> Iterator["GrowingTable"]:
-    """The table in the file `target`, which no other run can open meanwhile; `fresh` deletes what is there.
-
-    Its embeddings are of input of `size`, None for the model's own, and scaled to length 1 if `normalize`.
-
-    Raises:
-        CommandError: another run has the file, its content is not a table or one of other embeddings, or the format is
-            not available.
-    """
-    form, folder = format_of(target), target.with_name(f"{target.name}.parts")
-    with _locked(folder, target):
-        for old in folder.glob("*" if fresh else "*.tmp"):
-            if old.name != _LOCK:
-                old.unlink()
-        if fresh:
-            target.unlink(missing_ok=True)
-        table = GrowingTable(target, folder, form, group, size, normalize=normalize)
-        try:
-            yield table
-        finally:
-            table.flush()
+def print_fields(fields: Mapping[str, str]) -> None:
+    """Print names and values in two columns, without values that are empty; long ones are wrapped as lines are wide."""
+    shown = {name: printable(value) for name, value in fields.items() if value}
+    indent = " " * (max(map(len, shown), default=0) + len(_GAP))
+    width = line_width()
+    for name, value in shown.items():
+        first, *more = [value] if width is None else _wrapped(value, max(width - len(indent), _NARROW))
+        print_line(f"{name:{len(indent)}}{first}")
+        for line in more:
+            print_line(indent + line)
 
 
-@contextmanager
-def _locked(folder: Path, target: Path) -> Iterator[None]:
-    """Makes `folder` and locks it; removes it if it is empty in the end."""
-    lock = FileLock(folder / _LOCK, timeout=0)
-    while not lock.is_locked:
-        folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # another run has just removed the folder
-            try:
-                lock.acquire()
-            except Timeout as error:
-                raise CommandError(f"another run is writing {target}") from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            if {each.name for each in folder.iterdir()} == {_LOCK}:
-                (folder / _LOCK).unlink()
-                folder.rmdir()
-        lock.release()
+def _wrapped(text: str, width: int) -> list[str]:
+    return wrap(text, width, break_on_hyphens=False, break_long_words=False)
 
 
-class GrowingTable:
-    """The embeddings in the file `target`.
-
-    Rows stay in memory until there are `group` of them, and are then written into `folder` as a part, itself a whole
-    table: under a temporary name, to the disk, then under the final name. So a run that is killed loses fewer than
-    `group` rows. `finish` makes one file of the previous file and the parts, in the same way.
-    """
-
-    def __init__(
-        self, target: Path, folder: Path, form: TableFormat, group: int, size: str | None, *, normalize: bool
-    ) -> None:
-        self._target, self._folder, self._format, self._group = target, folder, form, group
-        self._size, self._normalize = size, normalize
-        # Mutable state: the rows of the next part, the provenance of all rows, and of each file that has been written
-        # the newest state; the last one as hashes, in about 200 bytes a file.
-        self._waiting: list[tuple[object, ...]] = []
-        self._provenance: Provenance | None = None
-        self._newest: dict[int, int] = {}
-        for provenance, rows in self._read():
-            self._provenance = provenance
-            self._note(rows)
-        if self._provenance:
-            self._check(replace(self._provenance, size=size, normalize=normalize))
-
-    def __contains__(self, file: FileState) -> bool:
-        return self._newest.get(hash(file.path)) == hash(file)
-
-    def __len__(self) -> int:
-        return len(self._newest)
-
-    def is_of(self, model: str | None) -> bool:
-        """Whether the rows are certainly of the model with that name; an alias, for example, leaves it open."""
-        if model is None or self._provenance is None:
-            return self._provenance is None
-        return self._provenance.model == model or self._provenance.model.startswith(f"{model}.")
-
-    def add(self, file: FileState, embedding: Embedding) -> bool:
-        """Add a row, which replaces an older one of the same path; returns False if there is one of that very file.
-
-        Raises:
-            CommandError: the embedding can't be compared with those in the table.
-        """
-        model, version, vector = embedding.model, embedding.version, embedding.vector
-        self._check(Provenance(model, version, len(vector), self._size, self._normalize))
-        if file in self:
-            return False
-        size = embedding.width, embedding.height
-        self._waiting.append((file.path, *size, file.bytes, file.mtime_ns, model, version, vector))
-        if len(self._waiting) >= self._group:
-            self.flush()
-        return True
-
-    def flush(self) -> None:
-        """Write the waiting rows."""
-        if not self._waiting:
-            return
-        rows = as_rows(dict(zip(COLUMNS, zip(*self._waiting, strict=True), strict=True)))
-        number = max((int(part.stem) for part in self._parts()), default=0) + 1
-        self._write(self._folder / f"{number:08}.npz", NPZ, lambda: [rows])
-        self._waiting.clear()
-        self._note(rows)
-
-    def finish(self) -> None:
-        """Make one file of all rows; does nothing without new rows."""
-        self.flush()
-        if parts := self._parts():
-            self._write(self._target, self._format, self._newest_rows)
-            for part in parts:
-                part.unlink()
-
-    def _write(self, path: Path, form: TableFormat, groups: Callable[[], Iterable[Rows]]) -> None:
-        assert self._provenance is not None  # noqa: S101  `check` comes before `add`
-        with atomic_path(path, temporary=self._folder / "new.tmp", durable=True) as new:
-            form.write(new, groups, self._provenance)
-
-    def _check(self, provenance: Provenance) -> None:
-        self._provenance = self._provenance or provenance
-        if provenance != self._provenance:
-            message = f"{self._target} holds embeddings of {self._provenance}, these are of {provenance}"
-            raise CommandError(f"{message}; name another file, or give --fresh to begin anew", USAGE)
-
-    def _parts(self) -> Sequence[Path]:
-        return sorted(self._folder.glob("[0-9]*.npz"))
-
-    def _read(self) -> Iterator[tuple[Provenance, Rows]]:
-        """All that has been written: the file, then the parts."""
-        advice = "name another file, or give --fresh to begin anew"
-        try:
-            if self._target.exists():
-                yield from self._format.read(self._target)
-            advice = "remove it, and its images are embedded again"
-            for part in self._parts():
-                yield from NPZ.read(part)
-        except CommandError as error:
-            raise CommandError(f"{error}; {advice}") from error
-
-    def _note(self, rows: Rows) -> None:
-        self._newest |= {hash(file.path): hash(file) for file in _files_of(rows)}
-
-    def _newest_rows(self) -> Iterator[Rows]:
-        """The newest row of each path, once, in groups of `group`, the last one smaller."""
-        remaining, held = dict(self._newest), None
-        for _, rows in self._read():
-            chosen = np.zeros(len(rows), bool)
-            for i, file in enumerate(_files_of(rows)):
-                if remaining.get(path := hash(file.path)) == hash(file):
-                    chosen[i] = True
-                    del remaining[path]
-            held = rows[chosen] if held is None else np.concatenate([held, rows[chosen]])
-            while len(held) >= self._group:
-                yield held[: self._group]
-                held = held[self._group :]
-        if held is not None and len(held):
-            yield held
+def printable(text: str) -> str:
+    """`text` without characters that move the cursor or change colours: they are escaped."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
-def _files_of(rows: Rows) -> Iterator[FileState]:
-    return map(FileState._make, rows[["path", "bytes", "mtime_ns"]].tolist())
+def _widths(columns: Sequence[Column[T]], rows: Sequence[T]) -> list[int]:
+    return [max([cell_len(each.title), *(cell_len(printable(each.text(row))) for row in rows)]) for each in columns]
 
 
-def format_of(path: Path) -> TableFormat:
-    """The format that the name of `path` ends in.
-
-    Raises:
-        CommandError: there is no such format, or its library is not installed.
-    """
-    if path.suffix == ".parquet":
-        _pyarrow()
-        return TableFormat(_write_parquet, _read_parquet)
-    if path.suffix == ".npz":
-        return NPZ
-    raise CommandError(f"{path}: the name must end in .npz or .parquet", USAGE)
+def _width(columns: Sequence[Column[T]], rows: Sequence[T]) -> int:
+    widths = _widths(columns, rows)
+    return sum(widths) + len(_GAP) * (sum(map(bool, widths)) - 1)
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (BadZipFile, LookupError, ValueError, TypeError, EOFError) as error:  # a ValueError is what pyarrow raises
-        raise CommandError(f"{path} is no table of embeddings: {error}") from error
+def _lines(
+    columns: Sequence[Column[T]], rows: Sequence[T], limit: int | None, note: Callable[[T], str]
+) -> Iterator[str]:
+    widths = _widths(columns, rows)
+    if limit and (excess := _width(columns, rows) - limit) > 0:
+        widths[0] = max(widths[0] - excess, min(widths[0], _NARROW))
+    yield _line([each.title for each in columns], columns, widths)
+    for row in rows:
+        cells = [printable(each.text(row)) for each in columns]
+        if cell_len(cells[0]) > widths[0]:
+            yield cells[0]
+            cells[0] = ""
+        yield _line(cells, columns, widths)
+        for line in _wrapped(printable(note(row)), max(limit or 0, _NARROW) - len(_GAP)):
+            yield _GAP + line
 
 
-def _write_npz(path: Path, groups: Callable[[], Iterable[Rows]], provenance: Provenance) -> None:
-    count, types = 0, None
-    for rows in groups():
-        count += len(rows)
-        types = rows.dtype if types is None else np.promote_types(types, rows.dtype)  # room for the longest path
-    assert types is not None  # noqa: S101  a table has rows
-    with ZipFile(path, "w", allowZip64=True) as archive:
-        for name in COLUMNS:
-            kind, shape = types[name].base, (count, *types[name].shape)
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                header = {"descr": npy.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
-                npy.write_array_header_1_0(file, header)
-                for rows in groups():
-                    file.write(rows[name].astype(kind).tobytes())
-        with archive.open(f"{_NPZ_PROVENANCE}.npy", "w") as file:
-            npy.write_array(file, np.array(json.dumps(asdict(provenance))), allow_pickle=False)
-
-
-def _read_npz(path: Path) -> Iterator[tuple[Provenance, Rows]]:
-    with _reading(path), ZipFile(path) as archive, ExitStack() as stack:
-        with archive.open(f"{_NPZ_PROVENANCE}.npy") as file:
-            provenance = Provenance(**json.loads(str(npy.read_array(file, allow_pickle=False))))
-        columns = [_blocks(stack.enter_context(archive.open(f"{name}.npy"))) for name in COLUMNS]
-        for blocks in zip(*columns, strict=True):
-            yield provenance, as_rows(dict(zip(COLUMNS, blocks, strict=True)))
-
-
-def _blocks(file: IO[bytes]) -> Iterator[NDArray[Any]]:
-    """The array of an open `.npy`, some rows at a time."""
-    if npy.read_magic(file) != (1, 0):
-        raise ValueError("an array of another version")
-    (total, *shape), _, kind = npy.read_array_header_1_0(file)
-    for start in range(0, total, _ROWS):
-        rows = min(_ROWS, total - start)
-        yield np.frombuffer(file.read(rows * prod(shape) * kind.itemsize), kind).reshape(rows, *shape)
-
-
-NPZ = TableFormat(_write_npz, _read_npz)
-
-
-def _write_parquet(path: Path, groups: Callable[[], Iterable[Rows]], provenance: Provenance) -> None:
-    pa, parquet = _pyarrow()
-    types = {name: pa.string() if kind is np.str_ else pa.from_numpy_dtype(kind) for name, kind in COLUMNS.items()}
-    types["embedding"] = pa.list_(types["embedding"], provenance.dimensions)
-    schema = pa.schema(types, metadata={_PARQUET_PROVENANCE: json.dumps(asdict(provenance))})
-    with parquet.ParquetWriter(path, schema) as writer:
-        for rows in groups():
-            columns = {name: rows[name].tolist() for name in COLUMNS if name != "embedding"}
-            vectors = pa.array(rows["embedding"].ravel())
-            columns["embedding"] = pa.FixedSizeListArray.from_arrays(vectors, provenance.dimensions)
-            writer.write_table(pa.table(columns, schema=schema))
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[Provenance, Rows]]:
-    _, parquet = _pyarrow()
-    with _reading(path), parquet.ParquetFile(path) as file:
-        provenance = Provenance(**json.loads((file.schema_arrow.metadata or {})[_PARQUET_PROVENANCE]))
-        for batch in file.iter_batches(_ROWS, columns=list(COLUMNS)):
-            columns = {name: batch.column(name).to_pylist() for name in COLUMNS if name != "embedding"}
-            vectors = batch.column("embedding").flatten().to_numpy().reshape(len(batch), -1)
-            yield provenance, as_rows(columns | {"embedding": vectors})
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    """The library, which is untyped and optional."""
-    try:
-        import pyarrow as pa  # noqa: PLC0415  optional
-        from pyarrow import parquet  # noqa: PLC0415
-    except ImportError as error:
-        message = "Parquet needs pyarrow: pip install 'pvt-serve[parquet]', or write to a .npz"
-        raise CommandError(message, USAGE) from error
-    return pa, parquet
+def _line(cells: Sequence[str], columns: Sequence[Column[T]], widths: Sequence[int]) -> str:
+    parts = []
+    for cell, column, width in zip(cells, columns, widths, strict=True):
+        blanks = " " * (width - cell_len(cell))
+        parts.append(blanks + cell if column.right else cell + blanks)
+    return _GAP.join(parts).rstrip()

@@ -3,35 +3,25 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from traceback import print_exception
+from typing import TYPE_CHECKING
 
-import structlog
 import typer
-from rich import box
-from rich.console import Console
-from rich.progress import Progress, ProgressColumn, TimeRemainingColumn
-from rich.table import Table
+from typer import Abort, Exit, TyperException
 
-from app.settings import SettingsInvalid
-from pvt_client import PvtError
-from service.errors import ServiceError
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
 
-T = TypeVar("T")
 FAILED, USAGE, SOME_FAILED, INTERRUPTED = 1, 2, 3, 130
-"""Exit codes beside 0: nothing was done, the command was used wrongly, done but for the failures that are listed, and
-Ctrl-C."""
-_WIDE = 250  # characters of a table that is not written to a terminal
-_NUMBERS = {
-    "classes",
-    "parameters",
-    "MB",
-    "top-1",
-    "images",
-    "recall",
-    "precision",
-}  # columns that are aligned to the right
+"""Exit codes beside 0: it could not be done, the command was used wrongly, done but for the failures that are listed,
+and Ctrl-C."""
+QUIET, NORMAL, VERBOSE = -1, 0, 1
+verbosity: ContextVar[int] = ContextVar("verbosity", default=NORMAL)
+"""What -q and -v set for the command that runs."""
 
 
 class CommandError(Exception):
@@ -42,39 +32,26 @@ class CommandError(Exception):
         self.exit_code = exit_code
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The message of `error`, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def print_line(text: str, *, err: bool = False) -> None:
-    """A line of the result, on standard output; file names need not be UTF-8, and other bytes are shown escaped."""
-    typer.echo(text.encode("utf-8", "backslashreplace").decode(), err=err)
+    """A line of the result, on standard output; what its encoding does not have, as bytes of a name, is escaped."""
+    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    typer.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
-def print_note(text: str) -> None:
-    """A line beside the result, on standard error."""
+def print_problem(text: str) -> None:
+    """A line about what failed, on standard error."""
     print_line(text, err=True)
 
 
-def print_table(columns: Mapping[str, Callable[[T], str]], rows: Sequence[T], *, hide_empty: bool = False) -> None:
-    """On standard output, the text of each of `rows` in each of `columns`; `hide_empty`: but for empty columns."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown: list[Callable[[T], str]] = []
-    for name, text in columns.items():
-        if not hide_empty or not shown or any(map(text, rows)):
-            table.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
-            shown.append(text)
-    for row in rows:
-        table.add_row(*(text(row) for text in shown))
-    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
-
-
-def progress_bar(*columns: ProgressColumn, transient: bool = False) -> Progress:
-    """A bar on standard error, if that is a terminal, that ends with the time left; `transient`: gone in the end."""
-    console = Console(stderr=True)
-    columns = (*columns, TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)
+def print_note(text: str) -> None:
+    """A line beside the result, on standard error, but for -q."""
+    if verbosity.get() > QUIET:
+        print_problem(text)
 
 
 def thousands(number: int | None) -> str:
@@ -82,11 +59,53 @@ def thousands(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
 
 
+def progress_bar(*columns: "ProgressColumn", transient: bool = False) -> "Progress":
+    """A spinner, `columns` and the time left, on standard error if that is a terminal that can; none with -q.
+
+    `transient`: gone in the end.
+    """
+    from rich.progress import Progress, SpinnerColumn, TimeRemainingColumn
+
+    console = _error_console()
+    hidden = not console.is_interactive or verbosity.get() == QUIET
+    columns = (SpinnerColumn(), *columns, TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=transient, disable=hidden)
+
+
+def spinner(text: str) -> AbstractContextManager[object]:
+    """While the block runs, `text` and a sign of life on standard error, as `progress_bar`."""
+    from contextlib import nullcontext
+
+    console = _error_console()
+    if not console.is_interactive or verbosity.get() == QUIET:
+        return nullcontext()
+    return console.status(text)
+
+
+def output_console() -> "Console":
+    """Standard output as a terminal, if it is one."""
+    from rich.console import Console
+
+    return Console()
+
+
+def _error_console() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 @contextmanager
 def logs_on_stderr(level: int = logging.WARNING) -> Iterator[None]:
-    """While the block runs, the service logs to standard error, from `level` on."""
+    """While the block runs, the service logs to standard error, from `level` on; with -v from INFO on."""
+    import structlog
+
+    from app.logs import console_renderer
+
+    level = min(level, logging.INFO) if verbosity.get() == VERBOSE else level
     before = structlog.get_config()
     structlog.configure(
+        processors=[structlog.processors.add_log_level, console_renderer(sys.stderr)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
@@ -98,23 +117,65 @@ def logs_on_stderr(level: int = logging.WARNING) -> Iterator[None]:
 
 @contextmanager
 def short_errors() -> Iterator[None]:
-    """Ends the process with one line, and no traceback, for each expected error."""
+    """Ends the process with one line, and no traceback but with -v, for each expected error."""
     try:
         yield
-    except CommandError as error:
-        message, code = str(error), error.exit_code
-    except SettingsInvalid as error:
-        message, code = str(error), USAGE
-    except (PvtError, ServiceError) as error:
-        message, code = reason(error), FAILED
+    except Exit as end:
+        sys.exit(end.exit_code)
     except BrokenPipeError:  # `pvt-serve ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
-    except OSError as error:
-        message, code = f"{error.filename}: {error.strerror}" if error.filename else reason(error), FAILED
-    except KeyboardInterrupt:
-        message, code = "interrupted", INTERRUPTED
-    else:
-        return
-    print_note(f"pvt-serve: {message}")
+    except (Exception, KeyboardInterrupt) as error:
+        if (ending := _ending(error)) is None:
+            raise
+        message, code = ending
+        if verbosity.get() == VERBOSE:
+            print_exception(error)
+    if message:
+        print_problem(f"pvt-serve: {message}")
     sys.exit(code)
+
+
+def _ending(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit code of an error that is expected."""
+    match error:
+        case CommandError():
+            found = reason(error), error.exit_code
+        case TyperException():
+            found = _usage(error), error.exit_code
+        case Abort():
+            found = "nothing was done", FAILED
+        case KeyboardInterrupt():
+            found = "interrupted", INTERRUPTED
+        case OSError():
+            found = f"{error.filename}: {error.strerror}" if error.filename else reason(error), FAILED
+        case _:
+            return _ending_of_work(error)
+    return found
+
+
+def _ending_of_work(error: BaseException) -> tuple[str, int] | None:
+    """The same for errors whose classes take a third of a second to import, as they have been where one is raised."""
+    import pvt_client as client
+    from app.settings import SettingsInvalid
+    from service.errors import InvalidRequest, ModelNotFound, ServiceError
+
+    match error:
+        case client.InvalidImage():
+            return reason(error), FAILED
+        case client.Unauthorized():
+            return f"{reason(error)}; --key, or the variable PVT_KEY, gives a key", FAILED
+        case SettingsInvalid() | InvalidRequest() | ModelNotFound():
+            return reason(error), USAGE
+        case client.ModelNotFound() | client.InvalidRequest() | client.InvalidUrl():
+            return reason(error), USAGE
+        case client.PvtError() | ServiceError():
+            return reason(error), FAILED
+    return None
+
+
+def _usage(error: TyperException) -> str:
+    """What was typed wrongly, and where the right options stand; nothing where the help was shown already."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    command = getattr(getattr(error, "ctx", None), "command_path", "pvt-serve")
+    return f"{message}; '{command} -h' lists what there is" if message else ""

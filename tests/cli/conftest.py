@@ -25,7 +25,8 @@ PvtServe = Callable[..., Done]
 @pytest.fixture
 def pvt_serve(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> PvtServe:
     """Runs a command in this process: pvt_serve("predict", path, ...)."""
-    monkeypatch.delenv("PVTSERVE_URL", raising=False)
+    for name in ("PVT_URL", "PVT_KEY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str | Path) -> Done:

@@ -86,7 +86,7 @@ def test_an_alias_or_model_that_does_not_exist_is_an_error(
 ) -> None:
     done = pvt_serve("alias", *arguments)
 
-    assert (done.code, done.out, message in done.err) == (1, "", True)
+    assert (done.code, done.out, message in done.err) == (2, "", True)
 
 
 def test_broken_aliases_are_left_as_they_are(pvt_serve: PvtServe, store: Path) -> None:

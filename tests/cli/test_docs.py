@@ -25,7 +25,7 @@ def test_the_lines_of_the_documentation_do_what_is_shown(
     monkeypatch.chdir(tmp_path)
     for line, _, written in SHOWN:
         arguments = line.replace("http://localhost:8000", service_url).replace("--seconds 5", "--seconds 0.1")
-        monkeypatch.setenv("PVTSERVE_URL", service_url)
+        monkeypatch.setenv("PVT_URL", service_url)
 
         done = pvt_serve(*shlex.split(arguments))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cli.table import growing_table
+from cli.embeddings import growing_table
 from tests.cli.conftest import PvtServe
 from tests.conftest import ROOT
 from tests.pvt_client.scripted import Received, Scripted, problem_fields, refused, response, scripted

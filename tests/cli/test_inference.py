@@ -38,7 +38,7 @@ def test_no_more_images_are_under_way_than_the_queue_takes(
 def test_a_service_returns_the_same_classes(
     pvt_serve: PvtServe, service_url: str, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PVTSERVE_URL", service_url)
+    monkeypatch.setenv("PVT_URL", service_url)
 
     done = pvt_serve("predict", digits / "seven.png", digits / "one.png")
 
@@ -117,25 +117,28 @@ def test_hidden_files_and_other_kinds_are_left_out_of_a_folder(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [(["--model", "b9"], "no model 'b9'"), (["--url", "localhost:1"], "the service was not reached")],
+    ("options", "code", "message"),
+    [(["--model", "b9"], 2, "no model 'b9'"), (["--url", "localhost:1"], 1, "the service was not reached")],
 )
 @pytest.mark.usefixtures("local_engine")
 def test_an_error_that_every_image_would_meet_is_one_line_and_ends_the_command(
-    pvt_serve: PvtServe, digits: Path, options: list[str], message: str
+    pvt_serve: PvtServe, digits: Path, options: list[str], code: int, message: str
 ) -> None:
     done = pvt_serve("predict", digits, *options)
 
-    assert (done.code, done.out) == (1, "")
+    assert (done.code, done.out) == (code, "")
     assert message in done.err
     assert done.err.count("\n") == 1
 
 
 def test_a_wrong_key_is_one_line(pvt_serve: PvtServe, digits: Path) -> None:
     with scripted(refused(401, "unauthorized")) as server:
-        done = pvt_serve("predict", digits, "--url", server.url, "--api-key", "wrong")
+        done = pvt_serve("predict", digits, "--url", server.url, "--key", "wrong")
 
-    assert (done.code, done.err) == (1, "pvt-serve: unauthorized (401): d\n")
+    assert (done.code, done.err) == (
+        1,
+        "pvt-serve: unauthorized (401): d; --key, or the variable PVT_KEY, gives a key\n",
+    )
     assert server.requests[0].headers["authorization"] == "Bearer wrong"
 
 
@@ -168,7 +171,9 @@ def test_a_local_engine_and_a_service_explain_alike(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "name a file for the overlay with -o, or request --json"),
+        (["-o", "-", "--json"], "-o - and --json are both for standard output"),
+        (["-o", "x.png", "-O"], "-o names the file, and -O has a name for it"),
+        (["-o", "nowhere/x.png"], "nowhere/x.png: there is no such folder"),
         (["-o", "x.png", "--size", "33x"], "--size 33x: "),
     ],
 )
@@ -187,4 +192,4 @@ def test_a_missing_or_wrong_option_of_explain_is_one_line(
 def test_a_class_that_the_model_does_not_have_is_named(pvt_serve: PvtServe, digits: Path) -> None:
     done = pvt_serve("explain", digits / "four.png", "--json", "--class", "10")
 
-    assert (done.code, "has the classes 0 to 9" in done.err) == (1, True)
+    assert (done.code, "has the classes 0 to 9" in done.err) == (2, True)

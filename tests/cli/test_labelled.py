@@ -292,7 +292,7 @@ def test_fit_says_in_a_line_what_it_can_not_do(
 
     done = pvt_serve("fit", tmp_path / "train", *arguments)
 
-    assert (done.code, message in done.err) == (1, True), done.err
+    assert (done.code, message in done.err) == (2, True), done.err
     assert [each.name for each in store.iterdir() if not each.name.startswith(".")] == [BACKBONE]
 
 

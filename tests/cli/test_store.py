@@ -98,8 +98,8 @@ def test_pull_all_goes_on_after_one_that_fails(pvt_serve: PvtServe, hub: Hub) ->
     [
         (["pull"], 2, "name the models to pull"),
         (["pull", "b0", "--all"], 2, "or give --all"),
-        (["pull", "b9"], 1, "no published weights are known for 'b9'; there are: pvt_v2_b0"),
-        (["pull", "b2_li", "--source", "lucid"], 1, "lucid has no pvt_v2_b2_li; these have: timm, opengvlab, official"),
+        (["pull", "b9"], 2, "no published weights are known for 'b9'; there are: pvt_v2_b0"),
+        (["pull", "b2_li", "--source", "lucid"], 2, "lucid has no pvt_v2_b2_li; these have: timm, opengvlab, official"),
         (["pull", "b0"], 1, "answers 404: there is no such file; try another --source"),
         (["pull", "b0", "--store", "s3://bucket"], 2, "works on a store in a folder"),
         (["pull", "b0", "--source", "elsewhere"], 2, "elsewhere"),
@@ -308,7 +308,7 @@ def test_a_checkpoint_without_a_head_is_imported_for_its_embeddings(
     answers = pvt_serve(*command, "--activation", "sigmoid")
     done, card = imported(pvt_serve, store, file)
 
-    assert (refused.code, answers.code) == (1, 1)
+    assert (refused.code, answers.code) == (1, 2)
     assert "no classification head ('head.weight'), and 3 labels, from 'a' to 'c', were given" in refused.err
     assert "a model without a head has no activation" in answers.err
     assert done.out.startswith("pvt_v2_b0.mine@1: no head: embeddings only, 3,")
@@ -417,7 +417,7 @@ def test_ls_lists_every_version_and_what_could_be_pulled(pvt_serve: PvtServe, st
     rows = json.loads(pvt_serve("ls", "--all", "--json").out)["models"]
     table = pvt_serve("ls").lines
 
-    assert [(row["model"], row["state"]) for row in rows[:2]] == [("pvt_v2_b0.mine", "available"), (TINY, "failed")]
+    assert [(row["id"], row["state"]) for row in rows[:2]] == [("pvt_v2_b0.mine", "available"), (TINY, "failed")]
     assert rows[0]["aliases"] == ["production"]
     assert [row["state"] for row in rows[2:]] == ["remote"] * 7
     assert any("production" in line and "best.safetensors" in line for line in table)
@@ -486,7 +486,7 @@ def test_rm_leaves_what_an_alias_stands_for(pvt_serve: PvtServe, store: Path) ->
 
     done = pvt_serve("rm", TINY, "--yes")
 
-    assert (done.code, "'production' stands for" in done.err) == (1, True)
+    assert (done.code, "'production' stands for" in done.err) == (2, True)
     assert Store(store).find(TINY).card
 
 
