@@ -19,6 +19,7 @@ from app import problems
 from app.clients import Clients
 from app.dependencies import State
 from app.problems import CLIENT_CLOSED_REQUEST, ClientLimitExceeded
+from app.proxies import Proxies
 from service.errors import ShuttingDown
 from service.memory import ANSWERS, Reservation
 
@@ -62,10 +63,11 @@ class HttpMetrics:
 class RequestContext:
     """Gives each request an id and a log line, and counts it, whatever its outcome."""
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics, clients: Clients) -> None:
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics, clients: Clients, proxies: Proxies) -> None:
         self._app = app
         self._metrics = metrics
         self._clients = clients
+        self._proxies = proxies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -74,6 +76,9 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         start, state = perf_counter(), self._begun(scope)
+        method = scope["method"]
+        # Whatever has a GET has a HEAD. The server knows by its own scope that no body follows.
+        scope = {**scope, "method": "GET"} if method == "HEAD" else scope
         status, received, sent = CLIENT_CLOSED_REQUEST, 0, 0
 
         async def receive_counted() -> Message:
@@ -84,6 +89,7 @@ class RequestContext:
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status, sent
+            message = {**message, "body": b""} if method == "HEAD" else message
             sent += len(message.get("body", b""))
             if message["type"] == "http.response.start":
                 _reserve(message, state)
@@ -110,13 +116,16 @@ class RequestContext:
             seconds = perf_counter() - start
             if has_key:
                 self._clients.usage.record(state["client"], state.get("images", 0), received, sent, seconds)
-            self._record(scope, status, seconds)
+            self._record(scope, method, status, seconds)
 
     def _begun(self, scope: Scope) -> dict[str, Any]:
         """The request's state, with its id and its client."""
         state: dict[str, Any] = scope.setdefault("state", {})
         if "engine" not in state:  # the server has no lifespan state, or this application is mounted below another one
             state.update(_started(scope))
+        if self._proxies.are_there:
+            self._proxies.place(scope)
+        state["path"] = scope["path"].removeprefix(scope.get("root_path", ""))  # now: a mounted route changes the root
         state["request_id"] = _request_id(scope)
         state["task"] = asyncio.current_task()  # for a shutdown, which may have to end it
         state["client"], state["role"] = self._clients.identify(scope)
@@ -127,18 +136,18 @@ class RequestContext:
         limits, state = self._clients.limits, scope["state"]
         if not limits.are_set or state["role"] == "management":
             return _UNLIMITED
-        if scope["path"].removeprefix(scope.get("root_path", "")) in _PROBES:
+        if state["path"] in _PROBES:
             return _UNLIMITED
         return limits.admitted(state["client"], scope)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         route, state = getattr(scope.get("route"), "path", "unmatched"), scope["state"]
-        self._metrics.record(route, scope["method"], status, seconds)
+        self._metrics.record(route, method, status, seconds)
         if route in _PROBES and status < 400:  # noqa: PLR2004  the first status of errors
             return
         fields = {"ms": round(seconds * 1000, 2), "request_id": state["request_id"], "client": state["client"]}
         fields |= state.get("log", {})
-        log.info("request", method=scope["method"], path=scope["path"], status=status, **fields)
+        log.info("request", method=method, path=state["path"], status=status, **fields)
 
 
 def _add_headers(message: Message, state: dict[str, Any], start: float) -> None:

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 from starlette.types import Scope
 
 from app.disclosure import shown
@@ -263,7 +263,15 @@ async def expected(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         body = problem(errors.InvalidRequest(_reasons(error)), request_id)
     elif isinstance(error, HTTPException):
-        hint = _without_slashes(request.scope) or "GET /docs lists what there is"
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allow = {"Allow": ", ".join(sorted(_methods(request.scope)))}
+            if request.method == "OPTIONS":
+                return Response(status_code=int(HTTPStatus.NO_CONTENT), headers=allow)
+            error = HTTPException(error.status_code, error.detail, allow)
+        root = request.scope.get(
+            "app_root_path", request.scope.get("root_path", "")
+        )  # a mounted route changes the latter
+        hint = _without_slashes(request.scope) or f"GET {root}/docs lists what there is"
         detail = f"{request.method} {request.url.path}: {error.detail}; {hint}"
         body = _problem(HTTPStatus(error.status_code).phrase, error.status_code, detail, request_id)
     else:
@@ -274,6 +282,20 @@ async def expected(request: Request, error: Exception) -> Response:
         )
     request.state.log = {"problem": body.title, "detail": body.detail}
     return _response(request.scope, body, _headers(error))
+
+
+def _methods(scope: Scope) -> set[str]:
+    """Those that the path of `scope` has, by whichever routes."""
+    bare = {"type": "http", "path": scope["state"]["path"], "root_path": "", "headers": []}
+    found = {
+        method
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+        for route in scope["app"].routes
+        # Files are mounted, and a mount takes every method.
+        if (method == "GET" or not isinstance(route, Mount))
+        and route.matches({**bare, "method": method})[0] == Match.FULL
+    }
+    return found | ({"HEAD"} if "GET" in found else set()) | {"OPTIONS"}
 
 
 def _without_slashes(scope: Scope) -> str | None:
@@ -334,7 +356,6 @@ def _headers(error: Exception) -> dict[str, str]:
 
 
 def _response(scope: Scope, body: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    path = scope["path"].removeprefix(scope.get("root_path", ""))  # the application may be mounted below another one
-    if foreign := translated(path, body):
+    if foreign := translated(scope["state"]["path"], body):
         return JSONResponse(foreign[1].model_dump(), foreign[0], headers)
     return JSONResponse(body.model_dump(exclude_none=True), body.status, headers, media_type=MEDIA_TYPE)

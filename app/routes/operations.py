@@ -1,6 +1,7 @@
 """Health for orchestrators, metrics for Prometheus, a page for people. Open to all, whatever PVT_API_KEYS says."""
 
 from dataclasses import asdict
+from html import escape
 from importlib.metadata import version
 from string import Template
 from typing import Any
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 
 from app.dependencies import HealthDep, LivenessDep, MetricsPageDep, SettingsDep
 from app.disclosure import shown
+from app.proxies import base_url
 from service.results import Health
 
 router = APIRouter(tags=["operations"])
@@ -33,9 +35,9 @@ _PAGE = Template("""<!doctype html>
 <code>$model</code>.</p>
 <pre>curl -F image=@image.png $url/predict</pre>
 <ul>
-  <li><a href="docs">Every endpoint, to try out</a></li>
-  <li><a href="models">The models of the store</a></li>
-  <li><a href="health">Health</a> and <a href="metrics">metrics</a></li>
+  <li><a href="$root/docs">Every endpoint, to try out</a></li>
+  <li><a href="$root/models">The models of the store</a></li>
+  <li><a href="$root/health">Health</a> and <a href="$root/metrics">metrics</a></li>
 </ul>
 <p>Version $version</p>
 </html>
@@ -83,7 +85,8 @@ async def get_metrics(page: MetricsPageDep) -> Response:
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
-async def index(settings: SettingsDep) -> str:
+async def index(request: Request, settings: SettingsDep) -> str:
     """A short page that says what this is."""
-    url = f"http://localhost:{settings.port}"
-    return _PAGE.substitute(model=settings.default_model, url=url, version=version("pvt-serve"))
+    root = request.scope.get("root_path", "")
+    model = escape(settings.default_model)
+    return _PAGE.substitute(model=model, root=root, url=base_url(request.scope), version=version("pvt-serve"))
