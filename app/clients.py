@@ -1,31 +1,26 @@
 """Who sends a request, by its key or its address; how much each may send, and what each key has used."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv6Network
 from math import inf
 from time import monotonic
 from typing import Final, Literal
-from urllib.request import parse_http_list
 
-from multipart import parse_options_header
 from prometheus_client import CollectorRegistry, Counter
 from pydantic import SecretStr
 from starlette.types import Scope
 
 from app.problems import ClientLimitExceeded
-from app.settings import UNIX, Settings, encodings
+from app.proxies import Proxies, address_of
+from app.settings import Settings, encodings
 
 Role = Literal["", "api", "management"]
-Address = IPv4Address | IPv6Address
-Network = IPv4Network | IPv6Network
 
 MAX_CLIENTS = 16_384  # that are remembered, some 5 MB; who was silent for longest is forgotten first
-MAX_FORWARDED_BYTES = 4_096  # of the headers of proxies; more is no chain of proxies
-MAX_PROXIES = 32  # in a row that are trusted
 PREFIX_BITS = 64  # of an IPv6 address: what one subscriber has
 NO_SOCKET: Final = "unix"
 MEAN_WEIGHT = 0.2  # of the newest request in a client's mean
@@ -38,8 +33,7 @@ class Directory:
         self._keys: dict[bytes, tuple[str, Role]] = {}
         self._add(settings.api_keys, "api")
         self._add(settings.management_keys, "management")
-        self._networks = [each for each in settings.trusted_proxies if each != UNIX]
-        self._trusts_unix = UNIX in settings.trusted_proxies
+        self._proxies = Proxies(settings)
 
     def _add(self, keys: Iterable[SecretStr], role: Role) -> None:
         for key in keys:
@@ -71,38 +65,9 @@ class Directory:
             if found and scheme.lower() == b"bearer":
                 return found
         peer = scope["client"][0] if scope.get("client") else ""
-        if (forwarded_for or forwarded) and self._trusts(_address(peer)):
-            return f"ip:{_network(self._behind(peer, forwarded_for, forwarded))}", ""
+        if (forwarded_for or forwarded) and self._proxies.trusts(address_of(peer)):
+            return f"ip:{_network(self._proxies.client(peer, forwarded_for, forwarded))}", ""
         return f"ip:{_network(peer)}", ""
-
-    def _trusts(self, address: Address | None) -> bool:
-        if address is None:
-            return self._trusts_unix
-        return any(address in network for network in self._networks)
-
-    def _behind(self, peer: str, forwarded_for: Sequence[bytes], forwarded: Sequence[bytes]) -> str:
-        """The client's address as trusted proxies wrote it.
-
-        A proxy writes one of the two headers and passes on the other as its client sent it. Where both are present and
-        disagree, nobody can tell which is the proxy's: the client then counts as the proxy itself.
-        """
-        found = {
-            self._last_untrusted(peer, read(b",".join(values).decode("latin-1")))
-            for values, read in ((forwarded_for, _x_forwarded_for), (forwarded, _forwarded))
-            if values and sum(map(len, values)) <= MAX_FORWARDED_BYTES
-        }
-        return found.pop() if len(found) == 1 else peer
-
-    def _last_untrusted(self, peer: str, hops: Sequence[str]) -> str:
-        """The last of `hops` that is no trusted proxy. What is no address ends the chain: its writer is the client."""
-        last = peer
-        for hop in hops[: -MAX_PROXIES - 1 : -1]:
-            if (address := _address(hop)) is None:
-                break
-            last = hop
-            if not self._trusts(address):
-                break
-        return last
 
 
 def key_name(key: str) -> str:
@@ -111,34 +76,12 @@ def key_name(key: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _address(text: str) -> Address | None:
-    """An address, with or without a port, brackets and zone; IPv4 written as IPv6 as what it is."""
-    host = (
-        text.partition("]")[0][1:] if text.startswith("[") else text.partition(":")[0] if text.count(":") == 1 else text
-    )
-    try:
-        address = ip_address(host.partition("%")[0])
-    except ValueError:
-        return None
-    return (address.ipv4_mapped if isinstance(address, IPv6Address) else None) or address
-
-
-@lru_cache(maxsize=4096)
 def _network(text: str) -> str:
     """What of an address one client has."""
-    address = _address(text)
+    address = address_of(text)
     if address is None:
         return NO_SOCKET
     return str(address) if address.version == 4 else str(IPv6Network((address, PREFIX_BITS), strict=False))  # noqa: PLR2004
-
-
-def _x_forwarded_for(value: str) -> list[str]:
-    return [each.strip() for each in value.split(",")]
-
-
-def _forwarded(value: str) -> list[str]:
-    """The `for` of each element (RFC 7239); "" where one has none."""
-    return [parse_options_header(f"element;{element}")[1].get("for", "") for element in parse_http_list(value)]
 
 
 class Allowance:

@@ -23,6 +23,8 @@ SWEEP_SECONDS = 0.5
 LOG_SECONDS = 10.0  # between two log lines about connections that were closed for others
 ACCEPTS_PER_TURN = 64  # connections that one turn of the event loop accepts
 BEGUN_PER_TURN = 4  # requests that one turn of the event loop begins
+# Their requests begin before those of others: they cost little, and an orchestrator restarts who does not answer.
+PROBES = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})
 _RETRY_SECONDS = 0.05  # until it is tried again to accept, where no connection can be closed
 
 
@@ -60,15 +62,21 @@ class Connections(ServerState):
     """
 
     def __init__(
-        self, *, client_seconds: float, identify: Callable[[Scope], str], accepts_per_turn: int = ACCEPTS_PER_TURN
+        self,
+        *,
+        client_seconds: float,
+        identify: Callable[[Scope], str],
+        root_path: str = "",
+        accepts_per_turn: int = ACCEPTS_PER_TURN,
     ) -> None:
         """`client_seconds`: how long a client may take, see `Settings.client_timeout_seconds`.
 
-        `identify` names the client of a request.
+        `identify` names the client of a request. `root_path` is what the paths of probes may begin with.
         """
         super().__init__()
         self._identify = identify
         self.client_seconds = client_seconds
+        self.probes = PROBES | {root_path + each for each in PROBES}
         self.limit = MAX_CONNECTIONS
         self._accepts_per_turn = accepts_per_turn
         # Mutable state: the listening sockets, what is accepted and has no transport yet, the requests begun in this

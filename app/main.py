@@ -1,7 +1,7 @@
 """The application, put together."""
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
 from functools import partial
@@ -9,14 +9,18 @@ from time import monotonic
 from typing import Any
 
 from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from starlette.routing import Mount, Route
 
 from app import logs, openapi, problems
 from app.clients import Clients
 from app.dependencies import State, require_key
 from app.middleware import HttpMetrics, RequestContext
 from app.open_inference import routes as open_inference
+from app.open_inference.messages import HEADER_LENGTH
+from app.proxies import Proxies
 from app.remote_images.fetching import Fetcher
 from app.rendered import MetricsPage, openapi_route
 from app.routes import images, management, models, openai, operations, platforms
@@ -34,6 +38,17 @@ MAX_BATCH_SIZE = {"cpu": 8, "gpu": 256}
 # The endpoints behind PVT_API_KEYS; the others have keys of their own, or none.
 PROTECTED = models.router, open_inference.router, openai.router, platforms.router
 OTHERS = operations.router, management.router, open_inference.health, open_inference.management
+
+# What web pages of PVT_CORS_ORIGINS may send and read. Keys travel in a header, so no cookies are allowed.
+CORS: Mapping[str, Any] = {
+    "allow_methods": ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"),
+    "allow_headers": ("*",),
+    "allow_private_network": True,
+    "expose_headers": (
+        *("X-Request-ID", "Server-Timing", "Retry-After", "WWW-Authenticate", "Allow", "Accept-Encoding"),
+        *("Preference-Applied", HEADER_LENGTH),
+    ),
+}
 
 
 def create_app(settings: Settings | None = None, worker: Worker | None = None) -> FastAPI:
@@ -58,8 +73,12 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         # First in the table of routes, so that no time is lost on others.
         routes=[*platforms.own_routes(settings), *images.router.routes],
     )
-    clients = Clients(settings, registry)
-    app.add_middleware(RequestContext, metrics=http, clients=clients, health_route=settings.health_route)
+    clients, proxies = Clients(settings, registry), Proxies(settings, _first_segments(app))
+    app.add_middleware(
+        RequestContext, metrics=http, clients=clients, proxies=proxies, health_route=settings.health_route
+    )
+    if settings.cors_origins:  # outermost: errors of every kind have its headers
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
     # Only where keys are set: a dependency costs each request.
     protected = [Depends(require_key)] if settings.api_keys else []
     for router in PROTECTED:
@@ -71,6 +90,12 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     own = next(n for n, route in enumerate(app.routes) if getattr(route, "path", "") == app.openapi_url)
     app.router.routes[own] = openapi_route(app)
     return app
+
+
+def _first_segments(app: FastAPI) -> set[str]:
+    """Of the paths of all endpoints; `app` has those of the framework so far."""
+    routes = [*app.routes, *(route for router in (*PROTECTED, *OTHERS) for route in router.routes)]
+    return {route.path.split("/")[1] for route in routes if isinstance(route, Route | Mount)}
 
 
 def engine_options(settings: Settings) -> EngineOptions:

@@ -19,6 +19,7 @@ from app import problems
 from app.clients import Clients
 from app.dependencies import State
 from app.problems import CLIENT_CLOSED_REQUEST, ClientLimitExceeded
+from app.proxies import Proxies
 from app.stats import STREAM, Traffic
 from service.errors import ShuttingDown
 from service.memory import ANSWERS, Reservation
@@ -68,10 +69,13 @@ class HttpMetrics:
 class RequestContext:
     """Gives each request an id and a log line, and counts it, whatever its outcome."""
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics, clients: Clients, health_route: str = "") -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: HttpMetrics, clients: Clients, proxies: Proxies, health_route: str = ""
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._clients = clients
+        self._proxies = proxies
         self._probes = _PROBES | {health_route}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,6 +86,9 @@ class RequestContext:
             return
         state = self._begun(scope)
         start: float = state["arrived"]
+        state["method"] = method = scope["method"]
+        # Whatever has a GET has a HEAD. The server knows by its own scope that no body follows.
+        scope = {**scope, "method": "GET"} if method == "HEAD" else scope
         status, received, sent = CLIENT_CLOSED_REQUEST, 0, 0
 
         async def receive_counted() -> Message:
@@ -92,6 +99,7 @@ class RequestContext:
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status, sent
+            message = {**message, "body": b""} if method == "HEAD" else message
             sent += len(message.get("body", b""))
             if message["type"] == "http.response.start":
                 _reserve(message, state)
@@ -103,7 +111,7 @@ class RequestContext:
             await send(message)
 
         has_key, traffic = state["client"] in self._clients.usage, self._metrics.traffic
-        counted = scope["path"] not in self._probes
+        counted = state["path"] not in self._probes
         traffic.in_flight += counted
         try:
             with self._limited(scope):
@@ -121,7 +129,7 @@ class RequestContext:
             seconds = perf_counter() - start
             if has_key:
                 self._clients.usage.record(state["client"], state.get("images", 0), received, sent, seconds)
-            self._record(scope, status, seconds)
+            self._record(scope, method, status, seconds)
 
     def _begun(self, scope: Scope) -> dict[str, Any]:
         """The request's state, with its id and its client."""
@@ -130,6 +138,9 @@ class RequestContext:
             state.update(_started(scope))
         now = perf_counter()
         state["begin_seconds"] = now - state.setdefault("arrived", now)
+        if self._proxies.are_there:
+            self._proxies.place(scope)
+        state["path"] = scope["path"].removeprefix(scope.get("root_path", ""))  # now: a mounted route changes the root
         state["request_id"] = request_id(scope)
         state["task"] = asyncio.current_task()  # for a shutdown, which may have to end it
         state["client"], state["role"] = self._clients.identify(scope)
@@ -140,18 +151,18 @@ class RequestContext:
         limits, state = self._clients.limits, scope["state"]
         if not limits.are_set or state["role"] == "management":
             return _UNLIMITED
-        if scope["path"].removeprefix(scope.get("root_path", "")) in self._probes:
+        if state["path"] in self._probes:
             return _UNLIMITED
         return limits.admitted(state["client"], scope)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         route, state = getattr(scope.get("route"), "path", "unmatched"), scope["state"]
-        self._metrics.record(route, scope["method"], status, seconds)
+        self._metrics.record(route, method, status, seconds)
         if route in self._probes and status < 400:  # noqa: PLR2004  the first status of errors
             return
         fields = {"ms": round(seconds * 1000, 2), "request_id": state["request_id"], "client": state["client"]}
         fields |= state.get("log", {})
-        log.info("request", method=scope["method"], path=scope["path"], status=status, **fields)
+        log.info("request", method=method, path=state["path"], status=status, **fields)
 
 
 def _add_headers(message: Message, state: dict[str, Any], start: float) -> None:

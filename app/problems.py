@@ -14,7 +14,7 @@ from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 from starlette.types import Scope
 
 from app.disclosure import shown
@@ -298,6 +298,11 @@ async def expected(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         body = problem(errors.InvalidRequest(_reasons(error)), request_id)
     elif isinstance(error, HTTPException):
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allow = {"Allow": ", ".join(sorted(_methods(request.scope)))}
+            if request.method == "OPTIONS":
+                return Response(status_code=int(HTTPStatus.NO_CONTENT), headers=allow)
+            error = HTTPException(error.status_code, error.detail, allow)
         detail = f"{request.method} {request.url.path}: {error.detail}{_way(request.scope, error)}"
         body = _problem(HTTPStatus(error.status_code).phrase, error.status_code, detail, request_id)
     else:
@@ -315,13 +320,28 @@ def _way(scope: Scope, error: HTTPException) -> str:
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         phrase = HTTPStatus.METHOD_NOT_ALLOWED.phrase
         return f"; it takes {(error.headers or {}).get('Allow', '')}" if error.detail == phrase else ""
+    root = scope.get("app_root_path", scope.get("root_path", ""))  # a mounted route changes the latter
     routes, path = scope["app"].routes, scope["path"].rstrip("/")
     if path.strip("/") and path != scope["path"]:
         matches = (route.matches({**scope, "path": path})[0] for route in routes)
         if any(match != Match.NONE for match in matches):
             return f"; send it to {path}, without the slash"
     paths = {each.path for each in iter_route_contexts(routes) if each.path and "{" not in each.path} - {"/"}
-    return f"{meant(path[-_SHOWN:], paths) or ';'} GET /docs lists what there is"
+    return f"{meant(scope['state']['path'][-_SHOWN:], paths) or ';'} GET {root}/docs lists what there is"
+
+
+def _methods(scope: Scope) -> set[str]:
+    """Those that the path of `scope` has, by whichever routes."""
+    bare = {"type": "http", "path": scope["state"]["path"], "root_path": "", "headers": []}
+    found = {
+        method
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+        for route in scope["app"].routes
+        # Files are mounted, and a mount takes every method.
+        if (method == "GET" or not isinstance(route, Mount))
+        and route.matches({**bare, "method": method})[0] == Match.FULL
+    }
+    return found | ({"HEAD"} if "GET" in found else set()) | {"OPTIONS"}
 
 
 def unexpected(error: Exception, scope: Scope) -> Response:
@@ -373,7 +393,6 @@ def _headers(error: Exception) -> dict[str, str]:
 
 
 def _response(scope: Scope, body: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    path = scope["path"].removeprefix(scope.get("root_path", ""))  # the application may be mounted below another one
-    if foreign := translated(path, body):
+    if foreign := translated(scope["state"]["path"], body):
         return JSONResponse(foreign[1].model_dump(), foreign[0], headers)
     return JSONResponse(body.model_dump(exclude_none=True), body.status, headers, media_type=MEDIA_TYPE)

@@ -35,8 +35,6 @@ MAX_HEAD_BYTES = 65_536  # nothing else bounds it, and parsing 80 MB of it stopp
 CHUNK_ALLOWANCE = 16  # bytes around a chunk that are taken for granted, as Go's net/http does
 LINGER_SECONDS = 5.0  # closing on a client that still sends would destroy the response on its way
 MIN_BODY_RATE = 1000  # bytes/s; the slowest mobile networks carry more, and Apache demands 500
-# Their requests begin before those of others: they cost little, and an orchestrator restarts who does not answer.
-PROBES = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})
 _END = b"\r\n\r\n"
 _VERSION = b"HTTP/1.1 "  # how every response begins
 _SHOWN = 200  # bytes of a message that tell what it is
@@ -278,7 +276,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         start = partial(super()._start_asgi_task, cycle, app)
-        self.server_state.begin(start, cast("Scope", cycle.scope), first=cycle.scope["path"] in PROBES)
+        self.server_state.begin(
+            start, cast("Scope", cycle.scope), first=cycle.scope["path"] in self.server_state.probes
+        )
 
     def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's own signature
         """The client sends nothing more; returns whether the connection stays open, to answer what came before."""

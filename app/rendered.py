@@ -58,9 +58,8 @@ def openapi_route(app: FastAPI) -> Route:
 
     def document(root_path: str) -> bytes:
         content = app.openapi()
-        urls = {server["url"] for server in content["servers"]}
-        if root_path and root_path not in urls:
-            content = {**content, "servers": [{"url": root_path}, *content["servers"]]}
+        if root_path:
+            content = {**content, "servers": [{**content["servers"][0], "url": root_path}]}
         return orjson.dumps(content)
 
     async def openapi(request: Request) -> Response:

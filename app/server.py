@@ -72,7 +72,10 @@ def run(
     share = {} if worker is None else {"accepts_per_turn": ACCEPTS_OF_A_WORKER}
     directory = Directory(settings)
     connections = Connections(
-        client_seconds=settings.client_timeout_seconds, identify=lambda scope: directory.identify(scope)[0], **share
+        client_seconds=settings.client_timeout_seconds,
+        identify=lambda scope: directory.identify(scope)[0],
+        root_path=settings.root_path,
+        **share,
     )
     urls = {name: url_of(each[0]) for name, each in (("url", listeners), ("management", management)) if each}
     server = DrainingServer(config, started_event, urls, settings.shutdown_seconds, connections)

@@ -44,6 +44,10 @@ PLATFORM_VARIABLES = {
 }
 UNIX = "unix"  # among networks: whoever connects to a Unix socket
 UNIX_PREFIX = "unix:"  # before the path of one
+PREFIX_PATH = re.compile(r"(?=.{0,256}\Z)(/(?!\.{1,2}(/|\Z))[A-Za-z0-9._~@+-]+)*")
+_ORIGIN = re.compile(
+    r"((?P<scheme>[a-z][a-z0-9+.-]*)://([a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\]))(?P<port>:[1-9][0-9]{0,4})?"
+)
 _INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs"}
 
 
@@ -109,6 +113,25 @@ def _address(value: object) -> object:
     if "://" in value:
         raise ValueError(f"an address without a scheme, such as 127.0.0.1, ::, or {UNIX_PREFIX}/run/pvt-serve.sock")
     return value[1:-1] if value.startswith("[") and value.endswith("]") else value
+
+
+def _prefix(value: str) -> str:
+    value = value.rstrip("/")
+    if not PREFIX_PATH.fullmatch(value):
+        raise ValueError("a path such as /images or /team/images, of letters, digits and . _ ~ @ + -")
+    return value
+
+
+def _origin(value: str) -> str:
+    """As browsers write it: in lower case, without the port that belongs to the scheme."""
+    if value == "*":
+        return value
+    match = _ORIGIN.fullmatch(value.lower())
+    if not match:
+        raise ValueError(
+            f"{value!r} is no origin; write https://example.org, with :port if it has one, without a path; or *"
+        )
+    return match[1] if match["port"] == {"http": ":80", "https": ":443"}.get(match["scheme"]) else match[0]
 
 
 def _mode(value: str) -> str:
@@ -221,7 +244,12 @@ class Settings(BaseSettings):
     management_host: Host = "127.0.0.1"
     """Address of that port; or `unix:/path`, which needs no port."""
     trusted_proxies: Items[Proxy] = ()
-    """Networks of proxies whose `X-Forwarded-For` or `Forwarded` names the client; `unix`: those on a Unix socket."""
+    """Networks of proxies whose `Forwarded` and `X-Forwarded-*` headers count; `unix`: those on a Unix socket."""
+    root_path: Annotated[str, AfterValidator(_prefix)] = ""
+    """Path below which a proxy serves it, such as /images, whether the proxy removes that or not; X-Forwarded-Prefix of
+    a trusted proxy wins."""
+    cors_origins: Items[str] = ()
+    """Web pages of these origins, such as https://example.org, may send requests from a browser; `*`: of any."""
     client_rate: Annotated[float, Field(ge=0, le=1e6)] = 0
     """Images a second that each client may send, by its key, else its address; more are refused. 0: no limit."""
     client_burst: Annotated[int, Field(ge=0, le=1_000_000)] = 0
@@ -247,6 +275,11 @@ class Settings(BaseSettings):
         for entry in value:
             HostRule.parse(entry)
         return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(_origin, value))
 
     @field_validator("management_keys")
     @classmethod

@@ -1,6 +1,7 @@
 """Health for orchestrators, metrics for Prometheus, a page for people. Open to all, whatever PVT_API_KEYS says."""
 
 from dataclasses import asdict
+from html import escape
 from importlib.metadata import version
 from string import Template
 from typing import Any
@@ -16,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from app.dependencies import HealthDep, LivenessDep, MetricsPageDep, SettingsDep, StatsPageDep
 from app.disclosure import shown
 from app.problems import documented
+from app.proxies import base_url
 from app.stats import STREAM, Stats
 from service.results import Health
 
@@ -38,9 +40,9 @@ _PAGE = Template("""<!doctype html>
 <code>$model</code>.</p>
 <pre>curl -F image=@image.png $url/predict</pre>
 <ul>
-  <li><a href="docs">Every endpoint, to try out</a></li>
-  <li><a href="models">The models of the store</a></li>
-  <li><a href="health">Health</a> and <a href="metrics">metrics</a></li>
+  <li><a href="$root/docs">Every endpoint, to try out</a></li>
+  <li><a href="$root/models">The models of the store</a></li>
+  <li><a href="$root/health">Health</a> and <a href="$root/metrics">metrics</a></li>
 </ul>
 <p>Version $version</p>
 </html>
@@ -103,17 +105,20 @@ async def get_stats(page: StatsPageDep) -> Response:
 
 
 @router.get(STREAM, summary="The last minute, each second", response_class=EventStream, responses=documented(429))
-async def stream_stats(page: StatsPageDep) -> Response:
+async def stream_stats(request: Request, page: StatsPageDep) -> Response:
     """Server-sent events: the object of `GET /stats` at once, and again each second."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # a proxy that buffers would hold events back
+    if request.state.method == "HEAD":
+        return Response(media_type=EventStream.media_type, headers=headers)
     return EventStream(page.stream(), headers=headers)
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
-async def index(settings: SettingsDep) -> str:
+async def index(request: Request, settings: SettingsDep) -> str:
     """A short page that says what this is."""
-    url = f"http://localhost:{settings.port}"
-    return _PAGE.substitute(model=settings.default_model, url=url, version=version("pvt-serve"))
+    root = request.scope.get("root_path", "")
+    model = escape(settings.default_model)
+    return _PAGE.substitute(model=model, root=root, url=base_url(request.scope), version=version("pvt-serve"))
 
 
 class ServerWide(BaseRoute):

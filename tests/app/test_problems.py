@@ -142,7 +142,7 @@ def test_keys_are_asked_for_where_some_are_set_but_not_of_probes(make_client: Ma
 
 
 def test_memory_that_ran_out_is_no_fault_of_the_code() -> None:
-    response = problems.unexpected(MemoryError(), {"type": "http", "path": "/predict", "state": {"request_id": "id"}})
+    response = problems.unexpected(MemoryError(), {"type": "http", "state": {"request_id": "id", "path": "/predict"}})
 
     assert response.status_code == 503
     assert response.headers["retry-after"] == "2"

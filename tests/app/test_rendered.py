@@ -46,4 +46,4 @@ def test_the_document_names_the_path_below_which_it_is_served() -> None:
     outer.mount("/inner", inner)
     client = TestClient(outer)
 
-    assert client.get("/inner/openapi.json").json()["servers"] == [{"url": "/inner"}, {"url": "/"}]
+    assert client.get("/inner/openapi.json").json()["servers"] == [{"url": "/inner"}]

@@ -179,6 +179,13 @@ async def test_the_stream_has_an_event_each_second_ends_on_shutdown_and_all_work
         assert server.process.wait(30) == 0
 
 
+def test_the_head_of_a_stream_ends(client: TestClient) -> None:
+    response = client.head("/stats/stream")
+
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["content-type"].startswith("text/event-stream")
+
+
 def test_more_streams_than_are_served_are_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "MOST_STREAMS", 0)
 
