@@ -164,6 +164,11 @@ def _complete(operation: Json, form: type[BaseModel] | None, used_keys: set[str]
     else:
         responses.pop("422", None)
         responses.update({status: _refusal(status, form) for status in common | ({"400"} - {*responses})})
+    for response in responses.values():
+        if "image/png" in (
+            content := response.get("content", {})
+        ):  # what the endpoint sends unless `Accept` says otherwise
+            response["content"] = {"image/png": content.pop("image/png"), **content}
     timed = INFERENCE in operation["tags"]
     for status, response in responses.items():
         if "$ref" in response:

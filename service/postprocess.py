@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.errors import InvalidRequest, ServiceError
+from service.images.geometry import Box, region
 from service.results import Floats, ImageResult, InferenceResult, Outputs
 from service.store.cards import Answers, ModelCard
 
@@ -25,6 +26,7 @@ Array = NDArray[np.floating]
 VIRIDIS = np.loadtxt(Path(__file__).parent / "data" / "viridis.tsv", np.uint8)  # (256, 3)
 
 
+_SMOOTH = Image.Resampling.BICUBIC
 DEFAULT_CLASSES = 5  # in an answer, of a model that names one class of several
 MOST_CLASSES = 1000
 
@@ -144,7 +146,10 @@ def numbers(result: InferenceResult, stages: Sequence[int] = ()) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Where an image speaks for a class: `map` (height / 32, width / 32), whose mean plus `bias` is `logit`."""
+    """Where an image speaks for a class: `map` (height / 32, width / 32), whose mean plus `bias` is `logit`.
+
+    `region` is the rectangle of the upright image, in its own pixels, that the map covers.
+    """
 
     inferred: ImageResult
     class_id: int
@@ -152,6 +157,7 @@ class Explanation:
     score: float
     logit: float
     bias: float
+    region: Box
     map: Floats
 
 
@@ -176,18 +182,23 @@ def _explained(result: InferenceResult, image: ImageResult, class_id: int | None
         score=float(scores(logits, result.card)[chosen]),
         logit=float(logits[chosen]),
         bias=float(result.head.bias[chosen]),
+        region=region(image.width, image.height, result.geometry),
         map=np.tensordot(result.head.weight[chosen], stages[-1], axes=1),
     )
 
 
-def overlay(explanation: Explanation, alpha: float) -> bytes:
+def overlay(explanation: Explanation, alpha: float, longer_side: int | None = None) -> bytes:
     """A PNG: the image as the model saw it, and over it the map in viridis, as opaque as `alpha` (0 to 1) says.
 
-    The map's least value is dark blue and its greatest yellow. It is enlarged bilinearly, which never exceeds the
-    values between which it interpolates.
+    Both are enlarged, or reduced, until the longer side has `longer_side` pixels; by default it is the input's. The
+    map's least value is dark blue and its greatest yellow. It is enlarged bilinearly, which never exceeds the values
+    between which it interpolates.
     """
-    pixels = explanation.inferred.pixels
-    height, width, _ = pixels.shape
+    shown = Image.fromarray(explanation.inferred.pixels)
+    if longer_side:
+        scale = longer_side / max(shown.size)
+        shown = shown.resize((max(1, round(shown.width * scale)), max(1, round(shown.height * scale))), _SMOOTH)
+    pixels, (width, height) = np.asarray(shown), shown.size
     image = Image.fromarray(explanation.map.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
     heat = np.asarray(image)
     scaled = (heat - heat.min()) / max(heat.max() - heat.min(), np.float32(1e-12))

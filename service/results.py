@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import ServiceError
+from service.images.geometry import Geometry
 from service.store.cards import ModelCard
 
 T = TypeVar("T")
@@ -78,6 +79,11 @@ class InferenceResult:
     head: Head | None
     results: list[ImageResult | ServiceError]
     load_seconds: float = 0.0
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the images were brought to the model's input."""
+        return replace(self.card.preprocessing.geometry, height=self.size[0], width=self.size[1])
 
     @property
     def model(self) -> str:

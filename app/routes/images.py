@@ -38,11 +38,18 @@ router = APIRouter(
 )
 
 PNG = "image/png"
+MOST_PNG_SIDE = 2048
 _STAGES = re.compile(r"[1-4](,[1-4])*")
 _SEVEN = {"class_id": 7, "label": "7", "score": 0.9713}
 _EIGHT = {"class_id": 8, "label": "8", "score": 0.0069}
 _FEATURES = {"embedding": [-0.2731, 1.204], "stages": {"4": {"shape": [2, 1, 1], "data": [-0.2731, 1.204]}}}
-_EXPLANATION = {**_SEVEN, "logit": 5.5, "bias": -0.5, "map": [[4.0, 8.0], [5.0, 7.0]]}
+_EXPLANATION = {
+    **_SEVEN,
+    "logit": 5.5,
+    "bias": -0.5,
+    "crop": {"left": 0.0, "top": 0.0, "right": 64.0, "bottom": 64.0},
+    "map": [[4.0, 8.0], [5.0, 7.0]],
+}
 
 InputSize = Annotated[tuple[int, int], Field(description="Of the model's input: height and width, in pixels.")]
 Names = Sequence[str | None]  # of the images' files
@@ -286,6 +293,24 @@ class ExplainQuery(InferenceQuery):
         float,
         Field(ge=0, le=1, allow_inf_nan=False, description="How opaque the map lies on the image (PNG only)."),
     ] = 0.5
+    output_size: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=MOST_PNG_SIDE,
+            description="Pixels of the longer side of the PNG, its aspect ratio kept; those of the model's input if "
+            "absent (PNG only).",
+        ),
+    ] = None
+
+
+class Crop(BaseModel):
+    """A rectangle in an upright image, in its own pixels from its left upper corner."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
 
 
 class ImageExplanation(ImageInfo):
@@ -296,6 +321,13 @@ class ImageExplanation(ImageInfo):
     score: float
     logit: float
     bias: float
+    crop: Annotated[
+        Crop,
+        Field(
+            description="The part of the upright image that `map` covers. It exceeds the image where the model's "
+            "preprocessing puts a border around it."
+        ),
+    ]
     map: Annotated[list[list[float]], Field(description="Rows, top to bottom; a cell is 32 x 32 pixels of the input.")]
 
 
@@ -343,9 +375,10 @@ def _explanations(
         results = image_results(request, names, result)
         for entry, each in zip(results, explanations, strict=True):
             if not isinstance(each, ServiceError):
-                entry |= {name: getattr(each, name) for name in ("class_id", "label", "score", "logit", "bias", "map")}
+                entry |= {name: getattr(each, name) for name in ("class_id", "label", "score", "logit", "bias")}
+                entry |= {"crop": dict(zip(Crop.model_fields, each.region, strict=True)), "map": each.map}
         return json_bytes({"model": result.model, "version": result.version, "size": result.size, "results": results})
     found = require_all(explanations, names, JSON_INSTEAD)
     if media_type == PNG:
-        return postprocess.overlay(found[0], query.alpha)
+        return postprocess.overlay(found[0], query.alpha, query.output_size)
     return b"".join(encode({"map": Stack.of(len(found), lambda i: found[i].map)}, NPY, {}))

@@ -1,16 +1,18 @@
 """`GET /models`, and what it shows of a model."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import AfterValidator, BaseModel, Field
 
 from app.dependencies import EngineDep
 from app.disclosure import shown
 from app.problems import documented
 from service.acquisition.pulling import RemoteModel
-from service.errors import WeightsUnavailable
+from service.errors import InvalidRequest, WeightsUnavailable
+from service.names import meant
 from service.registry.versions import ModelStatus, VersionStatus
 from service.store.cards import Accuracy, Activation, Preprocessing
 
@@ -25,6 +27,16 @@ class BatchSize(BaseModel):
 
     size: int
     ms: float
+
+
+State = Literal["available", "remote", "loading", "ready", "failed"]
+STATE_TEXTS: Mapping[State, str] = {
+    "available": "on disk; the first request loads it",
+    "remote": "not in the store; it can be fetched",
+    "loading": "being loaded or fetched",
+    "ready": "in memory",
+    "failed": "failed; the reason says why, and a later request tries again",
+}
 
 
 class PlannedBatch(BatchSize):
@@ -67,6 +79,7 @@ class VersionInfo(BaseModel):
 
     version: str
     state: Literal["available", "loading", "ready", "failed"]
+    state_text: str
     reason: Annotated[str | None, Field(description="Why it failed.")] = None
     aliases: Annotated[list[str] | None, Field(description="The aliases that stand for it.")] = None
     leases: Annotated[int | None, Field(description="Requests that use it, or wait for it.")] = None
@@ -89,9 +102,10 @@ class ModelInfo(BaseModel):
     variant: str
     version: str
     state: Annotated[
-        Literal["available", "remote", "loading", "ready", "failed"],
+        State,
         Field(description="`remote` is not in the store, and `pvt-serve pull` or PVT_PULL=on_demand fetches it."),
     ]
+    state_text: Annotated[str, Field(description="The same in words.")]
     default: bool
     reason: Annotated[str | None, Field(description="Why the model failed.")] = None
     pull: Annotated[PullProgress | None, Field(description="While it is being fetched into the store.")] = None
@@ -167,12 +181,24 @@ class ModelList(BaseModel):
 _get = partial(router.get, response_model_exclude_none=True)
 
 
-@_get("", summary="List the models", responses=documented(401, 503))
-async def list_models(request: Request, engine: EngineDep) -> ModelList:
+StatesQuery = Annotated[
+    str | None,
+    Query(description="Only models in one of these states, separated by commas.", examples=["ready", "ready,loading"]),
+]
+
+
+@_get("", summary="List the models", responses=documented(401, 422, 503))
+async def list_models(request: Request, engine: EngineDep, state: StatesQuery = None) -> ModelList:
     """Every model of the store, and where it stands; then the published ones that could be fetched into it."""
+    states = {*STATE_TEXTS} if state is None else {each.strip() for each in state.split(",")}
+    for each in sorted(states - {*STATE_TEXTS}):
+        raise InvalidRequest(
+            f"state {each[:100]!r}{meant(each, STATE_TEXTS) or ';'} there are {', '.join(STATE_TEXTS)}"
+        )
     found = await engine.models()
     remote = [_remote_info(each, request) for each in engine.remote_models(found)]
-    return ModelList(models=[*(model_info(each, request) for each in found), *remote])
+    models = [*(model_info(each, request) for each in found), *remote]
+    return ModelList(models=[each for each in models if each.state in states])
 
 
 @_get("/{model_id}", summary="Describe one model", responses=documented(401, 404, 422, 503))
@@ -223,6 +249,7 @@ def _standing(status: VersionStatus, request: Request | None) -> dict[str, Any]:
     standing: dict[str, Any] = {
         "version": status.version,
         "state": status.state,
+        "state_text": STATE_TEXTS[status.state],
         "reason": shown(request, status.failure) if status.failure else None,
         "aliases": list(status.aliases) or None,
         "memory_bytes": status.memory_bytes,
@@ -240,6 +267,7 @@ def _remote_info(model: RemoteModel, request: Request) -> ModelInfo:
         variant=published.variant,
         version="",
         state=model.state,
+        state_text=STATE_TEXTS[model.state],
         default=model.default,
         reason=shown(request, model.failure) if model.failure else None,
         pull=None if model.pulled_bytes is None else PullProgress(bytes=model.pulled_bytes, total=model.total_bytes),

@@ -91,6 +91,17 @@ def crop_box(width: int, height: int, geometry: Geometry) -> Box:
     return place(width, height, geometry).box
 
 
+def region(width: int, height: int, geometry: Geometry) -> Box:
+    """The rectangle of an upright image of this size, in its own pixels, that the whole of the model's input shows.
+
+    It exceeds the image where the input has a border: by a letterbox, or around a small image that is not resized.
+    """
+    (left, top, right, bottom), (across, down), _, _, at = place(width, height, geometry)
+    x, y = (right - left) / across, (bottom - top) / down  # pixels of the image in one of the input
+    left, top = left - at[0] * x, top - at[1] * y
+    return left, top, left + geometry.width * x, top + geometry.height * y
+
+
 def _letterboxed(width: int, height: int, geometry: Geometry) -> Placement:
     """As Ultralytics' `LetterBox`, and as albumentations' `LongestMaxSize` and `PadIfNeeded`.
 

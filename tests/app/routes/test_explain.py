@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -90,3 +91,30 @@ def test_a_bad_image_fails_alone_in_json_and_alone_it_is_the_response(client: Te
     assert bad["error"]["status"] == 422
     for accept in ("image/png", "application/json", "application/x-npy"):
         assert post(client, b"none", accept=accept).status_code == 422
+
+
+def test_the_crop_lies_in_the_upright_image(client: TestClient) -> None:
+    (found,) = post(client, png(size=(600, 300))).json()["results"]
+
+    assert (found["width"], found["height"]) == (600, 300)
+    crop = found["crop"]
+    assert [crop[side] for side in ("left", "top", "right", "bottom")] == pytest.approx([150, 0, 450, 300], abs=5)
+
+
+def test_a_png_is_enlarged_to_the_side_that_is_wanted(client: TestClient, digits: Path) -> None:
+    image = (digits / "seven.png").read_bytes()
+
+    stamp, large = (Image.open(BytesIO(post(client, image, accept="image/png", size="64x128", **query).content))
+                    for query in ({}, {"output_size": 512}))  # fmt: skip
+
+    assert (stamp.size, large.size) == ((128, 64), (512, 256))
+    back = np.asarray(large.resize(stamp.size, Image.Resampling.BOX), float)
+    assert np.abs(back - np.asarray(stamp, float)).mean() < 6
+    response = post(client, image, accept="image/png", output_size=5000)
+    assert (response.status_code, response.json()["detail"]) == (422, "query output_size: must be from 1 to 2048")
+
+
+def test_a_png_comes_first_in_the_docs_as_it_does_without_an_accept(client: TestClient) -> None:
+    responses = client.get("/openapi.json").json()["paths"]["/explain"]["post"]["responses"]
+
+    assert next(iter(responses["200"]["content"])) == "image/png"

@@ -25,6 +25,21 @@ def test_the_embedded_model_is_there_before_it_is_loaded(make_client: MakeClient
     assert "backend" not in model
     assert [each["id"] for each in remote] == [f"{variant}.in1k" for variant in VARIANTS]
     assert {each["state"] for each in remote} == {"remote"}
+    assert model["state_text"] == model["versions"][0]["state_text"] == "on disk; the first request loads it"
+
+
+def test_models_of_some_states_are_listed(client: TestClient) -> None:
+    client.post("/predict", files={"image": png()})
+
+    def listed(state: str) -> list[str]:
+        return [each["id"] for each in client.get("/models", params={"state": state}).json()["models"]]
+
+    assert listed("ready") == ["pvt_v2_b0.digits"]
+    assert listed("remote, ready") == ["pvt_v2_b0.digits", *(f"{variant}.in1k" for variant in VARIANTS)]
+    assert listed("failed") == []
+    response = client.get("/models?state=redy")
+    assert response.status_code == 422
+    assert response.json()["detail"].startswith("state 'redy'; did you mean 'ready'? there are available, remote")
 
 
 def test_a_loaded_model_tells_how_it_runs(client: TestClient) -> None:

@@ -12,7 +12,7 @@ GREY = np.full((64, 96, 3), 128, np.uint8)
 
 def explanation(heat: list[list[float]], pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = GREY) -> Explanation:
     inferred = ImageResult(1, 1, None, Timing(0, 0, 0, 0), pixels)  # type: ignore[arg-type]  # outputs are not looked at
-    return Explanation(inferred, 0, "zero", 0.5, 1.0, 0.5, np.array(heat, np.float32))
+    return Explanation(inferred, 0, "zero", 0.5, 1.0, 0.5, (0, 0, 96, 64), np.array(heat, np.float32))
 
 
 def shown(png: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
