@@ -101,7 +101,8 @@ def test_the_crop_lies_in_the_upright_image(client: TestClient) -> None:
     assert [crop[side] for side in ("left", "top", "right", "bottom")] == pytest.approx([150, 0, 450, 300], abs=5)
 
 
-def test_a_png_is_enlarged_to_the_side_that_is_wanted(client: TestClient, digits: Path) -> None:
+def test_a_png_is_enlarged_to_the_side_that_is_wanted(make_client: MakeClient, digits: Path) -> None:
+    client = make_client(backend="torch", precision="float32", max_batch_size=1)
     image = (digits / "seven.png").read_bytes()
 
     stamp, large = (Image.open(BytesIO(post(client, image, accept="image/png", size="64x128", **query).content))
