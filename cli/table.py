@@ -78,7 +78,7 @@ def print_fields(fields: Mapping[str, str]) -> None:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    return wrap(text, width, break_on_hyphens=False, break_long_words=False)
+    return wrap(text, width, break_on_hyphens=False)
 
 
 def printable(text: str) -> str:
