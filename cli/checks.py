@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from cli.environment import settings
+from cli.environment import settings, store_folder
 from cli.terminal import USAGE, CommandError
 from service.errors import WeightsUnavailable
 from service.store.cards import ModelCard
@@ -38,22 +38,27 @@ def check_size(size: str | None, most: int | None = None) -> None:
 
 
 def check_local(
-    model: str | None, size: str | None, *, classes: bool = False, min_score: float | None = None
+    model: str | None,
+    size: str | None = None,
+    *,
+    classes: bool = False,
+    min_score: float | None = None,
+    store: str | None = None,
 ) -> ModelCard | None:
     """Check what an engine in this process will be requested; the card of `model`, or of the default model.
 
     None where only loading tells: of a store by URL, and of weights that are pulled on demand. With `classes` the model
-    must name some.
+    must name some. `store` is the folder of --store.
 
     Raises:
         CommandError, ServiceError: the model does not exist or can't be used, or a value is not possible.
     """
     found = settings()
     check_size(size, found.max_input_side)
-    if found.remote_store:
+    if found.remote_store and store is None:
         return None
     try:
-        card = Store(found.store_folder).find(model or found.default_model).require_card()
+        card = Store(store_folder(store)).find(model or found.default_model).require_card()
     except WeightsUnavailable:
         if found.pull == "on_demand":
             return None

@@ -1,6 +1,6 @@
 """What the shell completes beside commands and options: models, variants and aliases. Nothing here imports torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 def models(incomplete: str) -> list[str]:
@@ -14,22 +14,27 @@ def aliases(incomplete: str) -> list[str]:
 
 
 def published(incomplete: str) -> list[str]:
-    """The variants whose weights `pull` fetches."""
+    """The variants whose weights `pull` fetches, or their short forms."""
     from service.acquisition.catalogue import CATALOGUE
 
-    return _beginning(incomplete, iter(CATALOGUE))
+    return _beginning(incomplete, _with_short_forms(CATALOGUE))
 
 
 def variants(incomplete: str) -> list[str]:
-    """The architectures."""
+    """The architectures, or their short forms."""
     from service.architecture.variants import VARIANTS
 
-    return _beginning(incomplete, iter(VARIANTS))
+    return _beginning(incomplete, _with_short_forms(VARIANTS))
 
 
-def _beginning(incomplete: str, names: Iterator[str]) -> list[str]:
-    """Those that begin so; a variant may be begun by its short form, as b2."""
-    return [name for name in names if name.startswith((incomplete, f"pvt_v2_{incomplete}"))]
+def _with_short_forms(names: Iterable[str]) -> Iterator[str]:
+    for name in names:
+        yield name
+        yield name.removeprefix("pvt_v2_")
+
+
+def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]
 
 
 def _models(incomplete: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from typer import Argument, Exit, Option
 
 from cli import options
+from cli.checks import check_local
 from cli.environment import settings, store_folder
 from cli.table import Column, print_table
 from cli.terminal import SOME_FAILED, print_line, print_note, print_problem, progress_bar
@@ -55,6 +56,7 @@ def check(
     """
     root = store_folder(store, write=True) if apply else None
     found = read_folder(folder)
+    check_local(model, classes=True, store=store)
     from service.labelled.checking import check as check_model  # imports torch
 
     checked = _on_engine(
@@ -95,6 +97,7 @@ def fit(
     `pvt-serve fit --add more --model pvt_v2_b2.birds`
     """
     found, root = read_folder(folder), store_folder(store, write=True)
+    check_local(model, store=store)
     from service.labelled.publishing import FitOptions  # imports torch
     from service.labelled.publishing import fit as fit_model
 

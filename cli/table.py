@@ -14,7 +14,7 @@ from cli.terminal import print_line
 
 T = TypeVar("T")
 _GAP = "  "
-_NARROW = 20  # least columns for a first column that is wrapped
+_NARROW = 20  # least columns for text that is wrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def print_fields(fields: Mapping[str, str]) -> None:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    return wrap(text, width, break_on_hyphens=False, break_long_words=False)
+    return wrap(text, width, break_on_hyphens=False)
 
 
 def printable(text: str) -> str:
@@ -100,7 +100,7 @@ def _lines(
 ) -> Iterator[str]:
     widths = _widths(columns, rows)
     if limit and (excess := _width(columns, rows) - limit) > 0:
-        widths[0] = max(widths[0] - excess, min(widths[0], _NARROW))
+        widths[0] = max(widths[0] - excess, cell_len(columns[0].title))
     yield _line([each.title for each in columns], columns, widths)
     for row in rows:
         cells = [printable(each.text(row)) for each in columns]

@@ -72,7 +72,7 @@ def _watch(client: Client, call: Call[Stats], found: Stats, address: str, second
                 try:
                     found, trouble = client.send(call), ""
                 except (ConnectionFailed, TimedOut) as error:
-                    trouble = f"{address}: {reason(error)}; trying again"
+                    trouble = f"trying again: {address}: {reason(error)}"
         except KeyboardInterrupt:  # which is how it ends
             return
 

@@ -3,16 +3,18 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import httpx
 import pytest
 
 from app import logs
-from app.logs import LogWriter
+from app.logs import LogWriter, console_renderer
 from tests.app.processes import serving
 
 ROOT = Path(__file__).parent.parent.parent
@@ -51,6 +53,31 @@ def test_people_get_text() -> None:
     assert "number=1" in lines[0]
     assert "hello you" in lines[1]
     assert lines[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_without_a_choice_a_pipe_gets_json() -> None:
+    assert all(json.loads(line) for line in written("auto"))
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://127.0.0.1:8000", ["http://127.0.0.1:8000", "http://127.0.0.1:8000/", "http://127.0.0.1:8000/docs"]),
+        ("http://0.0.0.0:80", ["http://127.0.0.1:80", "http://127.0.0.1:80/", "http://127.0.0.1:80/docs"]),
+        ("http://[::]:80", ["http://[::1]:80", "http://[::1]:80/", "http://[::1]:80/docs"]),
+        ("unix:/run/pvt.sock", ["unix:/run/pvt.sock"]),
+    ],
+)
+def test_the_first_event_on_a_terminal_is_what_to_open(url: str, expected: list[str]) -> None:
+    class Terminal(StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    rendered = console_renderer(Terminal())(None, "info", {"event": "listening", "level": "info", "url": url})
+    elsewhere = console_renderer(StringIO())(None, "info", {"event": "listening", "level": "info", "url": url})
+
+    assert re.findall(r"(?:http|unix):\S+", str(rendered)) == expected
+    assert str(elsewhere).count("\n") == 0
 
 
 @pytest.fixture

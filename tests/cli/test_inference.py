@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from PIL import Image
 
 from tests.cli.conftest import PvtServe
+from tests.cli.terminals import on_terminal
+from tests.conftest import ROOT
 from tests.pvt_client.scripted import refused, scripted
 
 
@@ -193,3 +196,69 @@ def test_a_class_that_the_model_does_not_have_is_named(pvt_serve: PvtServe, digi
     done = pvt_serve("explain", digits / "four.png", "--json", "--class", "10")
 
     assert (done.code, "has the classes 0 to 9" in done.err) == (2, True)
+
+
+def test_explain_names_its_file_itself_and_overwrites_none(
+    pvt_serve: PvtServe, service_url: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PVT_URL", service_url)
+    written = pvt_serve("explain", digits / "four.png")
+    first = (tmp_path / "four-explained.png").read_bytes()
+    (tmp_path / "four-explained.png").write_bytes(b"mine")
+    refused = pvt_serve("explain", digits / "four.png")
+    kept = (tmp_path / "four-explained.png").read_bytes()
+    forced = pvt_serve("explain", digits / "four.png", "--force", "-O", "--json")
+    only_json = pvt_serve("explain", digits / "five.png", "--json")
+
+    assert (written.code, written.out) == (0, "four-explained.png\n")
+    assert (refused.code, refused.err) == (
+        2, "pvt-serve: four-explained.png exists: --force overwrites it, -o names another file\n",
+    )  # fmt: skip
+    assert kept == b"mine"
+    assert (forced.code, json.loads(forced.out)["label"], (tmp_path / "four-explained.png").read_bytes()) == (
+        0, "4", first,
+    )  # fmt: skip
+    assert only_json.code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["four-explained.png"]
+
+
+def test_a_class_may_be_named_by_its_label(
+    pvt_serve: PvtServe, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine, novem")
+    relabelled(tmp_path, labels)
+    monkeypatch.setenv("PVT_DEFAULT_MODEL", "pvt_v2_b0.named")
+    for name, value in {"MODEL_STORE": str(tmp_path), "BACKEND": "torch", "INSTANCES": "1"}.items():
+        monkeypatch.setenv(f"PVT_{name}", value)
+    by_label = pvt_serve("explain", digits / "four.png", "--json", "--class", "Novem")
+    by_number = pvt_serve("explain", digits / "four.png", "--json", "--class", "9")
+    wrong = pvt_serve("explain", digits / "four.png", "--json", "--class", "sevn")
+
+    assert json.loads(by_label.out) == json.loads(by_number.out)
+    assert json.loads(by_label.out)["class_id"] == 9
+    assert (wrong.code, "the nearest are 'seven'" in wrong.err) == (2, True)
+
+
+def test_a_label_is_found_in_a_service_too(pvt_serve: PvtServe, service_url: str, digits: Path) -> None:
+    done = pvt_serve("explain", digits / "four.png", "--json", "--class", "x", "--url", service_url)
+
+    assert (done.code, "no class of pvt_v2_b0.digits is called so" in done.err) == (2, True)
+
+
+def relabelled(store: Path, labels: tuple[str, ...]) -> None:
+    """The embedded model with other labels, as pvt_v2_b0.named in `store`."""
+    source = ROOT / "model_store" / "pvt_v2_b0.digits" / "1"
+    target = store / "pvt_v2_b0.named" / "1"
+    shutil.copytree(source, target)
+    card = json.loads((target / "card.json").read_text())
+    (target / "card.json").write_text(json.dumps({**card, "id": "pvt_v2_b0.named", "labels": labels}))
+
+
+def test_the_bar_of_many_images_is_no_part_of_the_result(service_url: str, digits: Path, tmp_path: Path) -> None:
+    table = tmp_path / "x.npz"
+    with on_terminal("embed", str(digits), "-o", str(table), "--url", service_url) as done:
+        assert done.ended() == 0
+
+    assert "10/10" in done.seen
+    assert f"{table}: 10 rows" in "".join(done.seen.split("\r\n"))

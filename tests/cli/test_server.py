@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import httpx
 import pytest
 
 from tests.cli.conftest import PvtServe
+from tests.cli.terminals import on_terminal
 from tests.conftest import ROOT
 from tests.pvt_client.scripted import predicted, refused, scripted
 
@@ -66,3 +68,29 @@ def test_serve_that_pulls_on_demand_makes_the_user_s_store_first(tmp_path: Path)
 
     assert (done.returncode, "256.0.0.1" in done.stderr) == (2, True)
     assert (tmp_path / ".local/share/pvt-serve/model_store/pvt_v2_b0.digits/1/card.json").is_file()
+
+
+def test_serve_on_a_terminal_says_what_to_open_and_logs_for_people() -> None:
+    settings = {"PVT_BACKEND": "torch", "PVT_INSTANCES": "1", "PVT_MAX_BATCH_SIZE": "1", "PVT_URL": "http://x"}
+    with on_terminal("serve", "--port", "0", "--host", "0.0.0.0", NO_COLOR="1", **settings) as server:  # noqa: S104
+        server.until("stop it with Ctrl-C")
+        page, docs = (re.search(rf"^  {name}  (http\S+)", server.seen, re.MULTILINE) for name in ("page", "docs"))
+        assert page
+        assert docs
+        assert "pvt-serve" in httpx.get(page[1]).text
+        assert "swagger" in httpx.get(docs[1]).text.lower()
+        server.interrupt()
+        assert server.ended() == 0
+
+    assert "draining" in server.seen
+    assert '{"' not in server.seen
+    assert "\x1b" not in server.seen
+
+
+def test_the_key_of_commands_locks_no_service(pvt_serve: PvtServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PVT_KEY", "secret")
+
+    done = pvt_serve("serve", "--port", "1")
+
+    assert (done.code, done.err.count("\n"), "PVT_API_KEYS" in done.err) == (2, 1, True)
+    assert "secret" not in done.err
