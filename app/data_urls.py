@@ -120,7 +120,9 @@ class _Decoder:
     def finish(self) -> bytes:
         """All bytes; raises NotBase64 where the text was cut, or its padding does not fit."""
         if self._letters % 4 == 1:
-            raise NotBase64(f"its {self._letters} letters are one too many, or the text was cut at its end")
+            raise NotBase64(
+                f"the number of its letters, {self._letters}, is one too many, or the text was cut at its end"
+            )
         if self._padding > 2 or (self._padding and (self._letters + self._padding) % 4):  # noqa: PLR2004  RFC 4648, 4
             raise NotBase64(
                 f"character {self._first_padding} begins {self._padding} signs '=' after {self._letters} letters; "

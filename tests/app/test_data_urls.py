@@ -94,7 +94,7 @@ def test_the_url_safe_alphabet_is_read_with_and_without_padding(wrapped: bool) -
         ("ab=", "character 3 begins 1 signs '=' after 2 letters; 2 are right, or none"),
         ("abcd=", "character 5 begins 1 signs '=' after 4 letters; 0 are right, or none"),
         ("ab =\n=\n=", "character 4 begins 3 signs '='"),
-        ("abcde", "its 5 letters are one too many, or the text was cut"),
+        ("abcde", "the number of its letters, 5, is one too many, or the text was cut"),
         ("http://example.org/a.png", "character 5 is ':'; an image's URL goes in {\"url\": ...}"),
         ("data:image/png;base64", "no comma ends the beginning of the data: URL"),
         ("data:image/png;base64,abc?", "character 4 is '?'"),

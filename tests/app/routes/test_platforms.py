@@ -227,6 +227,16 @@ def test_keys_guard_predictions_and_not_health(make_client: MakeClient, images: 
     assert client.get("/ping").status_code == client.get("/alive").status_code == 200
 
 
+def test_a_health_check_never_counts_against_the_limits_of_its_client(
+    make_client: MakeClient,
+) -> None:
+    client = make_client(client_rate=0.001, client_burst=1, health_route="/alive")
+
+    assert client.get("/models").status_code == 200
+    assert client.get("/models").status_code == 429
+    assert {client.get(path).status_code for path in ("/ping", "/alive") for _ in range(5)} == {200}
+
+
 def test_a_variable_of_a_platform_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("AIP_HTTP_PORT", "many"), ("AIP_PREDICT_ROUTE", "predict"), ("AIP_HEALTH_ROUTE", "/a b")):
         with monkeypatch.context() as environment:
