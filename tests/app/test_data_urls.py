@@ -28,9 +28,21 @@ LETTERS = "ABCDwxyz0189+/"
 ODDITIES = ("=", "=", "\n", "\r\n", "\t", " ", "\f", "%", "é", "\v", "\0", ".", ":", "\u2028", "𝄞")
 HEADERS = (
     "data:", "DATA:", "Data:image/png", "data:image/png;charset=utf-8", "data:;charset=utf-8", "data: image/png ",
-    " data:image/jpeg", "da\nta:image/png", "\x01data:text/plain;a=b", "data:nonsense",
+    " data:image/jpeg", "da\nta:image/png", "\x01data:text/plain;a=b", "data:nonsense", "data:image#part",
 )  # fmt: skip
-ENCODINGS = ("", ";base64", ";base64", ";BASE64", "; base64", ";base64 ", ";base 64", ";base64;", "base64", ";b\nase64")
+ENCODINGS = (
+    "",
+    ";base64",
+    ";base64",
+    ";BASE64",
+    "; base64",
+    ";base64 ",
+    ";base 64",
+    ";base64;",
+    ";ba\u017fe64",
+    "base64",
+    ";b\nase64",
+)
 ENDS = ("", "", "", "#part", " ", "\x02", "\n", "%", "%4", "%zz")
 
 
