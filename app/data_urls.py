@@ -21,8 +21,9 @@ _KNOWN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_=" 
 _FOREIGN = re.compile(f"[^{re.escape(_KNOWN.decode())}]")
 _ALPHABETS = re.compile("[+/]"), re.compile("[-_]")
 _TO_STANDARD = bytes.maketrans(b"-_", b"+/")
-_SCHEME = re.compile(r"[\0- ]*d[\t\n\r]*a[\t\n\r]*t[\t\n\r]*a[\t\n\r]*:", re.IGNORECASE | re.ASCII)
-_ADDRESS = re.compile(r"\s*https?://", re.IGNORECASE)
+# Bounded, since the search holds the interpreter's lock: no text begins with thousands of blanks.
+_SCHEME = re.compile(r"[\0- ]{0,99}d[\t\n\r]{0,9}a[\t\n\r]{0,9}t[\t\n\r]{0,9}a[\t\n\r]{0,9}:", re.IGNORECASE | re.ASCII)
+_ADDRESS = re.compile(r"\s{0,99}https?://", re.IGNORECASE)
 _IN_BASE64 = re.compile(rb"; *base64\Z", re.IGNORECASE)
 _HEADER_END = 1000  # characters before the comma of a URL, in which `;base64` is looked for
 _USUAL = re.compile("data:[^,#]{0,1000};base64,", re.IGNORECASE | re.ASCII)

@@ -28,7 +28,7 @@ from service.store.cards import ModelCard
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 _NO_TOKENS = {"prompt_tokens": 0, "total_tokens": 0}
-_URL = re.compile(r"\s*(data:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
+_URL = re.compile(r"\s{0,99}(data:|[a-z][a-z0-9+.-]{0,20}://)", re.IGNORECASE)
 
 
 class ImageUrl(BaseModel):
