@@ -10,7 +10,7 @@ from service.errors import InvalidRequest
 # What says how an image is written, or names it, beside the image itself.
 _REMARKS = {"type", "format", "detail", "key", "id", "filename", "mime_type", "mimeType", "media_type"}
 _DEEPEST = 5  # such as {"content": [{"image_url": {"url": "..."}}]}
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]{0,20}://", re.IGNORECASE)
 SEND = 'send base64, a data: URL, or an object with one of them, such as {"b64": "..."} or {"image": "..."}'
 
 

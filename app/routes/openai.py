@@ -10,7 +10,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import AliasChoices, BaseModel, Field, SkipValidation, ValidationError
 
-from app.bodies import EXAMPLE, Link, Upload, check_count, parse_json, read_json
+from app.bodies import EXAMPLE, Link, Upload, parse_json, read_json
 from app.dependencies import EngineDep
 from app.encodings import json_array, little_endian
 from app.json_images import image_of
@@ -28,7 +28,7 @@ from service.store.cards import ModelCard
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 _NO_TOKENS = {"prompt_tokens": 0, "total_tokens": 0}
-_URL = re.compile(r"\s*(data:|[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
+_URL = re.compile(r"\s{0,99}(data:|[a-z][a-z0-9+.-]{0,20}://)", re.IGNORECASE)
 
 
 class ImageUrl(BaseModel):
@@ -175,18 +175,24 @@ def _parse(body: bytes, max_images: int) -> tuple[EmbeddingsRequest, list[Upload
     except ValidationError as error:
         raise InvalidRequest(reasons(error, "the body")) from error
     items = message.input if isinstance(message.input, list) else [message.input]
-    _check_tokens(items)
-    check_count(len(items), max_images)
+    _check_items(items, max_images)
     return message, [_image(item, i, message.modality) for i, item in enumerate(items)]
 
 
-def _check_tokens(items: Sequence[Any]) -> None:
-    """Raises InvalidRequest for token ids: a list of integers, or one for each text."""
+def _check_items(items: Sequence[Any], max_images: int) -> None:
+    """Raises InvalidRequest for no image, too many, and token ids: a list of integers, or one for each text."""
     first = next(iter(items), None)
     if isinstance(first[0] if isinstance(first, list) and first else first, int):
         raise InvalidRequest(
             "input: these are token ids of a text, which some clients send in place of strings; the models here see "
             "images. Send data: URLs as they are: in LangChain OpenAIEmbeddings(check_embedding_ctx_length=False)"
+        )
+    if not items:
+        raise InvalidRequest("input: an empty list; send at least one image")
+    if len(items) > max_images:
+        raise InvalidRequest(
+            f"input: {len(items)} images; PVT_MAX_IMAGES allows {max_images} in one request; in LangChain "
+            f"OpenAIEmbeddings(chunk_size={max_images})"
         )
 
 

@@ -28,9 +28,21 @@ LETTERS = "ABCDwxyz0189+/"
 ODDITIES = ("=", "=", "\n", "\r\n", "\t", " ", "\f", "%", "é", "\v", "\0", ".", ":", "\u2028", "𝄞")
 HEADERS = (
     "data:", "DATA:", "Data:image/png", "data:image/png;charset=utf-8", "data:;charset=utf-8", "data: image/png ",
-    " data:image/jpeg", "da\nta:image/png", "\x01data:text/plain;a=b", "data:nonsense",
+    " data:image/jpeg", "da\nta:image/png", "\x01data:text/plain;a=b", "data:nonsense", "data:image#part",
 )  # fmt: skip
-ENCODINGS = ("", ";base64", ";base64", ";BASE64", "; base64", ";base64 ", ";base 64", ";base64;", "base64", ";b\nase64")
+ENCODINGS = (
+    "",
+    ";base64",
+    ";base64",
+    ";BASE64",
+    "; base64",
+    ";base64 ",
+    ";base 64",
+    ";base64;",
+    ";ba\u017fe64",
+    "base64",
+    ";b\nase64",
+)
 ENDS = ("", "", "", "#part", " ", "\x02", "\n", "%", "%4", "%zz")
 
 
@@ -94,7 +106,7 @@ def test_the_url_safe_alphabet_is_read_with_and_without_padding(wrapped: bool) -
         ("ab=", "character 3 begins 1 signs '=' after 2 letters; 2 are right, or none"),
         ("abcd=", "character 5 begins 1 signs '=' after 4 letters; 0 are right, or none"),
         ("ab =\n=\n=", "character 4 begins 3 signs '='"),
-        ("abcde", "its 5 letters are one too many, or the text was cut"),
+        ("abcde", "the number of its letters, 5, is one too many, or the text was cut"),
         ("http://example.org/a.png", "character 5 is ':'; an image's URL goes in {\"url\": ...}"),
         ("data:image/png;base64", "no comma ends the beginning of the data: URL"),
         ("data:image/png;base64,abc?", "character 4 is '?'"),

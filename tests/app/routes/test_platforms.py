@@ -3,8 +3,10 @@
 import base64
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +23,30 @@ from tests.app.conftest import MakeClient
 from tests.app.processes import ROOT, serving
 
 MODEL = "pvt_v2_b0.digits"
+# In a process of its own, and without the package's `__init__`, which imports a whole server.
+_KSERVE = """
+import asyncio, importlib, json, sys, types
+from importlib.util import find_spec
+
+package = types.ModuleType("kserve")
+package.__path__ = [*find_spec("kserve").submodule_search_locations]
+sys.modules["kserve"] = package
+clients = importlib.import_module("kserve.inference_client")
+url, model, *images = sys.argv[1:]
+
+async def main():
+    client = clients.InferenceRESTClient(clients.RESTConfig(protocol="v1"))
+    answer = await client.infer(url, {"instances": [{"b64": each} for each in images]}, model_name=model)
+    try:
+        await client.infer(url, {"instances": [{"b64": "abc%"}]}, model_name=model)
+    except Exception as error:
+        answer["error"] = str(error)
+    answer["ready"] = await client.is_model_ready(url, model)
+    await client.close()
+    print(json.dumps(answer))
+
+asyncio.run(main())
+"""
 PREDICT = f"/v1/models/{MODEL}:predict"
 
 
@@ -131,6 +157,17 @@ def test_models_are_listed_and_ready_for_clients_of_kserve(client: TestClient) -
     assert "no model 'none'" in unknown.json()["error"]
 
 
+@pytest.mark.skipif(find_spec("kserve") is None, reason="needs kserve")
+def test_kserves_own_client_gets_classes_and_readiness(container: str, images: list[bytes]) -> None:
+    command = [sys.executable, "-c", _KSERVE, container, MODEL, *map(b64, images)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert (labels(answer["predictions"]), answer["ready"]) == (["0", "7"], True)
+    assert answer["error"].startswith("not valid base64, nor a data: URL of it: character 4 is '%', '400 Bad Request'")
+
+
 @pytest.fixture(scope="module")
 def container() -> Iterator[str]:
     """The service as SageMaker starts its container: `serve`, and the port by SageMaker's variable."""
@@ -225,6 +262,16 @@ def test_keys_guard_predictions_and_not_health(make_client: MakeClient, images: 
         assert client.post(path, json=body).status_code == 401
         assert client.post(path, json=body, headers={"Authorization": "Bearer secret"}).status_code == 200
     assert client.get("/ping").status_code == client.get("/alive").status_code == 200
+
+
+def test_a_health_check_never_counts_against_the_limits_of_its_client(
+    make_client: MakeClient,
+) -> None:
+    client = make_client(client_rate=0.001, client_burst=1, health_route="/alive")
+
+    assert client.get("/models").status_code == 200
+    assert client.get("/models").status_code == 429
+    assert {client.get(path).status_code for path in ("/ping", "/alive") for _ in range(5)} == {200}
 
 
 def test_a_variable_of_a_platform_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
