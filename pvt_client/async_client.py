@@ -223,7 +223,7 @@ class AsyncClient(Exchange, AsyncCalls):
 
     def __post_init__(self) -> None:
         self._http = httpx.AsyncClient(**self.http_settings(), transport=self.transport)
-        self._size = RequestSize(clock=self.clock.monotonic)
+        self._size = RequestSize(self.images_per_request, self.clock.monotonic)
 
     async def __aenter__(self) -> Self:
         return self
