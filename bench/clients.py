@@ -87,7 +87,11 @@ def over_http(images: Sequence[bytes], folder: Path, store: Path, seconds: int, 
             "AsyncClient, one a request": lambda: asyncio.run(on_a_loop(1)),
             "AsyncClient": lambda: asyncio.run(on_a_loop(SEVERAL)),
         }
-        _report([{name: rate() for name, rate in ways.items()} for _ in tqdm(range(rounds), leave=False)])
+        turns = [{name: rate() for name, rate in ways.items()} for _ in tqdm(range(rounds), leave=False)]
+        _report(turns)
+        for name in ("Client", "AsyncClient"):
+            gain = some([each[name] / each[f"{name}, one a request"] for each in turns])
+            print(f"{name}: several in a request reach {gain} times as many as one")
 
 
 async def here(images: Sequence[bytes], folder: Path, store: Path, seconds: int, rounds: int) -> None:
