@@ -1,8 +1,9 @@
-"""What our own ways to ask cost: `python -m bench.clients [--seconds 4] [--rounds 5] [--model digits]`.
+"""What our own ways to ask cost: `python -m bench.clients [--seconds 4] [--rounds 5] [--model digits] [--small]`.
 
-The Python client's `predict_many`, with threads and on an event loop, in turn with wrk, each on 8 connections to the
-same server; and what `pvt-serve embed` does in its process, files read and table written, in turn with a bare loop of
-decoding and inference, one thread for each core. Ratios are computed within each round.
+The Python client's `predict_many`, with threads and on an event loop, with one image in a request and with several, in
+turn with wrk, each on 8 connections to the same server; and what `pvt-serve embed` does in its process, files read and
+table written, in turn with a bare loop of decoding and inference, one thread for each core. Ratios are computed within
+each round.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import asyncio
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from bench.bare import bare_loop
 from bench.bodies import bodies
-from bench.images import jpegs
+from bench.images import USUAL, jpegs
 from bench.load import Wrk
 from bench.make_store import make_store
 from bench.ours import Ours
@@ -30,7 +32,7 @@ from cli.embeddings import FileState, growing_table
 from cli.inference import connect
 from pvt_client import AsyncClient, Client, Embedding
 
-CLIENTS, IMAGES = 8, 64
+CLIENTS, IMAGES, SEVERAL = 8, 64, 16
 # Images per second of one of the things that are compared.
 Rate = Callable[[], float]
 T = TypeVar("T")
@@ -42,14 +44,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=4, help="of each turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", choices=["b0", "digits"], default="b0", help="b0 at 224, or the embedded one at 64")
+    parser.add_argument("--small", action="store_true", help="images of the size that the model takes")
     parser.add_argument("--only", choices=["client", "embed"], help="one of the two comparisons")
     arguments = parser.parse_args()
-    images = jpegs(IMAGES)
+    side = {"b0": 224, "digits": 64}[arguments.model] if arguments.small else 0
+    images = jpegs(IMAGES, (side, side) if side else USUAL)
     with TemporaryDirectory() as name:
         folder, store = Path(name), ROOT / "model_store"
         if arguments.model == "b0":
             make_store(store := folder / "store", "pvt_v2_b0")
-        print(f"{arguments.model}, JPEG 640x427, {arguments.rounds} rounds of {arguments.seconds} s")
+        shown = "x".join(map(str, (side, side) if side else USUAL))
+        print(f"{arguments.model}, JPEG {shown}, {arguments.rounds} rounds of {arguments.seconds} s")
         if arguments.only != "embed":
             over_http(images, folder, store, arguments.seconds, arguments.rounds)
         if arguments.only != "client":
@@ -64,23 +69,29 @@ def over_http(images: Sequence[bytes], folder: Path, store: Path, seconds: int, 
         server.wait(bodies(images, "raw")[0])
         url = server.url.removesuffix(OURS.path)
 
-        def with_threads() -> float:
-            with Client(url) as client:
+        def with_threads(images_per_request: int) -> float:
+            with Client(url, images_per_request=images_per_request) as client:
                 return _rate(client.predict_many(_until(images, seconds), concurrency=CLIENTS))
 
-        async def on_a_loop() -> float:
+        async def on_a_loop(images_per_request: int) -> float:
             start, count = perf_counter(), 0
-            async with AsyncClient(url) as client:
+            async with AsyncClient(url, images_per_request=images_per_request) as client:
                 async for _ in client.predict_many(_until(images, seconds), concurrency=CLIENTS):
                     count += 1
             return count / (perf_counter() - start)
 
         ways: dict[str, Rate] = {
             "wrk": lambda: wrk.run(server.url, CLIENTS, seconds).images_per_second,
-            "Client.predict_many": with_threads,
-            "AsyncClient.predict_many": lambda: asyncio.run(on_a_loop()),
+            "Client, one a request": partial(with_threads, 1),
+            "Client": partial(with_threads, SEVERAL),
+            "AsyncClient, one a request": lambda: asyncio.run(on_a_loop(1)),
+            "AsyncClient": lambda: asyncio.run(on_a_loop(SEVERAL)),
         }
-        _report([{name: rate() for name, rate in ways.items()} for _ in tqdm(range(rounds), leave=False)])
+        turns = [{name: rate() for name, rate in ways.items()} for _ in tqdm(range(rounds), leave=False)]
+        _report(turns)
+        for name in ("Client", "AsyncClient"):
+            gain = some([each[name] / each[f"{name}, one a request"] for each in turns])
+            print(f"{name}: several in a request reach {gain} times as many as one")
 
 
 async def here(images: Sequence[bytes], folder: Path, store: Path, seconds: int, rounds: int) -> None:

@@ -13,9 +13,9 @@ LARGE = (4000, 3000)  # 12 megapixels
 NOISE = 4.0  # of 255, standard deviation: what enlarging takes away of a camera's image, its noise, and so its bytes
 
 
-def jpegs(count: int, *, seed: int = 0) -> list[bytes]:
-    """`count` JPEGs of 640x427, no two alike, so that no cache on the way can help."""
-    return [_jpeg(np.asarray(image)) for image in _crops(count, USUAL, seed)]
+def jpegs(count: int, size: tuple[int, int] = USUAL, *, seed: int = 0) -> list[bytes]:
+    """`count` JPEGs of `size` (width, height), no two alike, so that no cache on the way can help."""
+    return [_jpeg(np.asarray(image)) for image in _crops(count, size, seed)]
 
 
 def large_jpegs(count: int, *, seed: int = 1) -> list[bytes]:

@@ -224,7 +224,7 @@ class AsyncClient(Exchange, AsyncCalls):
     def __post_init__(self) -> None:
         settings = self.http_settings(httpx.AsyncHTTPTransport)
         self._http = httpx.AsyncClient(**settings | ({"transport": self.transport} if self.transport else {}))
-        self._size = RequestSize(clock=self.clock.monotonic)
+        self._size = RequestSize(self.images_per_request, self.clock.monotonic)
 
     async def __aenter__(self) -> Self:
         return self

@@ -33,7 +33,7 @@ from pvt_client.results import Features
 T = TypeVar("T")
 F = TypeVar("F")  # the future of a result
 
-_MOST_IMAGES, _MOST_BYTES = 16, 4_000_000  # of a request among many; more gains nothing and is waited for longer
+_MOST_BYTES = 4_000_000  # of a request among many; more gains nothing and is waited for longer
 _QUICK, _SLOW = 0.25, 1.0  # seconds for a request; it grows while it takes less, and is halved when it takes more
 # Of a request of a whole list, until the service refuses so much: its defaults, less what a form takes.
 _LONGEST_LIST, _LARGEST_LIST = 64, 31_000_000
@@ -67,7 +67,7 @@ class RequestSize:
     Threads share it without a lock: what they overwrite for one another makes no more than a smaller request.
     """
 
-    most: int = _MOST_IMAGES
+    most: int
     clock: Callable[[], float] = monotonic
     # What responses have taught.
     images: int = field(default=1, init=False)
@@ -75,6 +75,8 @@ class RequestSize:
     allowed_bytes: int = field(default=_LARGEST_LIST, init=False)
 
     def __post_init__(self) -> None:
+        if self.most < 1:
+            raise ValueError(f"images_per_request is {self.most}; it is 1 or more")
         self.allowed_images = _LONGEST_LIST if self.most > 1 else 1
 
     def answered(self, images: int, seconds: float) -> None:

@@ -62,7 +62,7 @@ class Client(Exchange):
     def __post_init__(self) -> None:
         settings = self.http_settings(httpx.HTTPTransport)
         self._http = httpx.Client(**settings | ({"transport": self.transport} if self.transport else {}))
-        self._size = RequestSize(clock=self.clock.monotonic)
+        self._size = RequestSize(self.images_per_request, self.clock.monotonic)
 
     def __enter__(self) -> Self:
         return self
@@ -119,7 +119,8 @@ class Client(Exchange):
     ) -> Generator[tuple[AnyImage, Prediction | PvtError]]:
         """Each of `images` with its best classes, in order, `concurrency` requests at a time.
 
-        A request carries as many images as the service answers within a quarter of a second, 16 at the most. The error
+        A request carries as many images as the service answers within a quarter of a second, `images_per_request` at
+        the most. The error
         of a bad image takes its place, or with `errors="raise"` is raised; an error that the other images would meet
         too always is. Images are taken as results are consumed, so `images` may be endless.
         """

@@ -128,6 +128,8 @@ class Exchange:
     api_key: str | None = None
     timeout: float | None = 60.0
     retries: Retries | None = None
+    images_per_request: int = 16
+    """The most that the methods for many images send in a request; fewer where the service does not answer soon."""
     clock: Clock = field(default_factory=Clock)
 
     def steps(self, call: Call[T]) -> Generator[Attempt | Result[T], Outcome]:

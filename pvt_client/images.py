@@ -120,7 +120,7 @@ def upload(image: Image) -> Upload:
     try:
         data: object = _encoded(image)
     except ImageUnreadable as error:
-        raise error if path is None else ImageUnreadable(f"{label}: {error}") from error.__cause__
+        raise error if not path else ImageUnreadable(f"{label}: {error}") from error.__cause__
     except Exception as error:  # whatever a decoder or another library raises: it is of this image
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageUnreadable(f"{label}: {reason}{_encoded_advice(path)}") from error
@@ -169,7 +169,7 @@ def _encoded(image: Image) -> bytes:
         case BinaryFile():
             return image.read()
     if _is_array_like(image):
-        return encode_png(_of_tensor(image) if isinstance(image, Tensor) else np.asarray(image))
+        return encode_png(_of_tensor(image) if isinstance(image, Tensor) else np.asanyarray(image))
     if isinstance(image, Iterable):
         raise ImageUnreadable(f"{type(image).__name__} is not one image: pass a list, or pass it to predict_many")
     raise ImageUnreadable(f"{type(image).__name__} is not an image: {_ONE}")
@@ -198,6 +198,8 @@ def _encoded_advice(path: object) -> str:
 
 def _of_path(path: str | os.PathLike[str]) -> bytes:
     if isinstance(path, str):
+        if not path:
+            raise ImageUnreadable("an empty path is no file; pass the path of one")
         if match := _DATA_URL.match(path):
             return _of_data_url(match[0], path[match.end() :])
         if match := _URL.match(path):

@@ -30,6 +30,8 @@ def encode_png(pixels: Array) -> bytes:
     Raises:
         ImageUnreadable: another dtype or shape, or floats beyond; the message says what to pass.
     """
+    if np.ma.is_masked(pixels):
+        raise _refused(pixels, "it has masked values; pass array.filled(value)")
     pixels = np.asarray(pixels)  # a matrix or another subclass, as what it is
     planes = pixels[:, :, None] if pixels.ndim == _PLANE else pixels
     if planes.ndim != _IMAGE or planes.shape[2] not in COLOUR_TYPES or not planes.size:

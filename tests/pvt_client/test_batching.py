@@ -91,6 +91,15 @@ def test_quick_answers_make_requests_larger_and_keep_the_order(call: CallMethod,
     assert sorted(data for each in server.requests for data in each.images) == IMAGES
 
 
+def test_no_request_has_more_images_than_it_may(call: CallMethod) -> None:
+    for most in (1, 5):
+        with scripted(sized) as server:
+            call(server.url, "predict_many", IMAGES, client={"images_per_request": most})
+        assert max(counts(server.requests)) == most
+    with pytest.raises(ValueError, match="images_per_request is 0; it is 1 or more"):
+        call("localhost:1", "predict_many", IMAGES, client={"images_per_request": 0})
+
+
 def test_slow_answers_make_requests_smaller(call: CallMethod) -> None:
     with scripted(sized) as server:
         found = call(server.url, "predict_many", IMAGES[:20], concurrency=1, time=FakeTime(tick=0.6))
@@ -258,10 +267,10 @@ def test_a_bad_image_s_embedding_is_raised_or_a_row_of_nan(call: CallMethod) -> 
 
 @pytest.mark.parametrize("method", ["embed", "features"])
 def test_vectors_of_two_versions_are_not_stacked(call: CallMethod, method: str) -> None:
-    def newer(connection: Any, received: Received) -> None:
-        vectors(connection, received, version="2")
+    def behaviour(connection: Any, received: Received) -> None:
+        vectors(connection, received, version="1" if IMAGES[0] in received.images else "2")
 
-    with scripted(vectors, newer) as server, pytest.raises(ModelChanged, match=r"m@1 and m@2, .* model='m@2'"):
+    with scripted(behaviour) as server, pytest.raises(ModelChanged, match=r"m@1 and m@2, .* model='m@2'"):
         call(server.url, method, IMAGES)
 
 
@@ -374,7 +383,7 @@ def test_server_timing_is_read_as_the_standard_says(header: str, times: dict[str
 
 
 def test_threads_that_take_images_share_them() -> None:
-    size = RequestSize()
+    size = RequestSize(16)
     size.images = 16
     waiting = Waiting[int, None](size, 4)
     for number in range(1000):

@@ -419,6 +419,8 @@ def test_encoded_bytes_of_every_kind_are_sent_as_they_are(digits: Path) -> None:
         (np.zeros((4, 4), "M8[s]"), r"datetime64\[s\] .* convert it to uint8"),
         (np.zeros((0, 4), np.uint8), "it has no pixels"),
         (np.zeros((4, 0, 3)), "it has no pixels"),
+        (np.ma.masked_less(GREY, 9), r"it has masked values; pass array.filled\(value\)"),
+        ("", "an empty path is no file"),
         (np.zeros(4, np.uint8), "one array for each image"),
         (np.uint8(3), "one array for each image"),
         (np.array(["a.png", "b.png"]), r"a list of images; pass list\(array\)"),

@@ -221,7 +221,7 @@ def test_too_many_images_name_their_setting(make_client: MakeClient) -> None:
 
     response = client.post("/predict", files=[("image", png())] * 3)
 
-    assert response.status_code == 422
+    assert (response.status_code, response.json()["type"]) == (422, "urn:pvt-serve:problem:too-many-images")
     assert "more than 2 images in one request, which PVT_MAX_IMAGES allows" in response.json()["detail"]
 
 
