@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from service.errors import InvalidImage
+from service.images.header import LOSSLESS
 from service.images.limits import BoundedReader, more_than
 from service.images.resampling import strips
 
@@ -59,11 +60,16 @@ def open_jpeg(reader: BoundedReader) -> Image.Image:
     """As Pillow's `open`, but without its own limit on pixels.
 
     Raises:
+        InvalidImage: it has another number of bits or components than is read.
         UnidentifiedImageError: its header can not be read.
     """
     try:
         return JpegImagePlugin.jpeg_factory(reader, "")
     except (SyntaxError, IndexError, TypeError, struct.error) as error:
+        if (reason := str(error)).startswith("cannot handle"):  # so many bits or components
+            raise InvalidImage(
+                f"not a supported image (JPEG: {reason}); save it with 8 bits, in grey or RGB"
+            ) from error
         raise UnidentifiedImageError from error
 
 
@@ -74,14 +80,13 @@ def check_scans(raw: bytes) -> bool:
 
     Raises:
         InvalidImage: a component has no scan, or a progressive one lacks the last bits of some coefficients; or it is
-            coded arithmetically, where missing data looks like zeros.
+            coded arithmetically, or lossless.
     """
     frame, components = 0, b""
     whole: set[tuple[int, int]] = set()  # components, and those of their 64 coefficients that have all bits
     for marker, body, _ in _segments(raw):
         if marker in _FRAMES and not frame:
-            if marker in _ARITHMETIC:
-                raise InvalidImage("not a supported image (JPEG with arithmetic coding); save it with Huffman coding")
+            _check_coding(marker)
             frame, components = marker, body[6 : 6 + 3 * body[5] : 3]
         elif marker == _START_OF_SCAN and body:
             ids, (first, last, bits) = body[1 : 1 + 2 * body[0] : 2], body[1 + 2 * body[0] :][:3]
@@ -94,6 +99,18 @@ def check_scans(raw: bytes) -> bool:
     if not whole.issuperset((component, k) for component in components for k in range(64)):
         raise InvalidImage("truncated JPEG: its last scans are missing")
     return True
+
+
+def _check_coding(frame: int) -> None:
+    """Refuse frames that simplejpeg must not be given.
+
+    Arithmetic coding does not show what is missing. A lossless JPEG can't be read at reduced size: libjpeg-turbo would
+    write all its pixels into memory for the reduced ones.
+    """
+    if frame in LOSSLESS:
+        raise InvalidImage("not a supported image (lossless JPEG); save it as a usual JPEG or PNG")
+    if frame in _ARITHMETIC:
+        raise InvalidImage("not a supported image (JPEG with arithmetic coding); save it with Huffman coding")
 
 
 def check_passes(pixels: int, raw: bytes) -> None:
@@ -135,7 +152,10 @@ def load_jpeg(image: Image.Image, raw: bytes, reduction: int) -> Image.Image:
 
 
 def check_inner_jpeg(raw: bytes, most: int) -> None:
-    """Refuse a JPEG inside another file that lacks pixels, or has more than `most`."""
+    """Refuse a JPEG inside another file that lacks pixels, or has more than `most`, or is not read at all."""
+    for marker, *_ in _segments(raw):
+        if marker in _FRAMES:
+            _check_coding(marker)
     try:
         image = open_jpeg(BoundedReader(raw))
     except UnidentifiedImageError:  # its decoder says what is wrong
