@@ -7,7 +7,8 @@ reports them. A JPEG without an end marker is whole if nothing else is missing, 
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import suppress
+from hashlib import blake2b
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from service.errors import InvalidImage
+from service.images.header import LOSSLESS
 from service.images.limits import BoundedReader, more_than
+from service.images.resampling import strips
 
 _END = b"\xff\xd9"
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # within a scan FF 00 is data, and FF D0 to FF D7 restart it
@@ -24,15 +27,15 @@ _MOST_SEGMENTS = 20_000
 _BARE = {0x01, 0xD8, *range(0xD0, 0xD8)}  # markers without a segment
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE, _ARITHMETIC = {0xC2, 0xCA}, range(0xC9, 0xD0)
-_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+_START_OF_SCAN, _END_OF_IMAGE, _RESTARTS = 0xDA, 0xD9, 0xDD
 _MAX_SCANNED_PIXELS = 2_000_000_000  # passes over the pixels of a JPEG, 0.3 s per billion; real ones make 10
 _HALVED_PIXELS = 2**24  # above, a JPEG of several scans is read at half its sides: libjpeg keeps 8 bytes per pixel
 # Words of libjpeg's warnings; its other warnings are about bytes that no pixel needs, or about the header.
 _MISSING = ("premature end", "Premature end")
 _DAMAGED = ("bad Huffman code", "instead of RST")
 _SMALL_PIXELS = 2**21  # up to here the resampling wants three bytes per pixel, above it would be a copy too many
-# Read in place of an end marker: libjpeg looks 8 bytes ahead, and of these 17 bits make no more than one value.
-_LOOKED_AT = b"\xff\x00" * 8
+# Read where the data of the last scan ends: 8 bytes, which libjpeg looks ahead, and of which little is a whole block.
+_FILLERS = (bytes(8), b"\xff\0" * 8, b"\x22\x91\xd3\x08\xa6\x5b\x0e\x7c", b"\x9a\x4d\x64\xf1\x37\xc8\x85\x1b")
 
 
 class _Pixels(Image.Image):
@@ -57,11 +60,16 @@ def open_jpeg(reader: BoundedReader) -> Image.Image:
     """As Pillow's `open`, but without its own limit on pixels.
 
     Raises:
+        InvalidImage: it has another number of bits or components than is read.
         UnidentifiedImageError: its header can not be read.
     """
     try:
         return JpegImagePlugin.jpeg_factory(reader, "")
     except (SyntaxError, IndexError, TypeError, struct.error) as error:
+        if (reason := str(error)).startswith("cannot handle"):  # so many bits or components
+            raise InvalidImage(
+                f"not a supported image (JPEG: {reason}); save it with 8 bits, in grey or RGB"
+            ) from error
         raise UnidentifiedImageError from error
 
 
@@ -72,14 +80,13 @@ def check_scans(raw: bytes) -> bool:
 
     Raises:
         InvalidImage: a component has no scan, or a progressive one lacks the last bits of some coefficients; or it is
-            coded arithmetically, where missing data looks like zeros.
+            coded arithmetically, or lossless.
     """
     frame, components = 0, b""
     whole: set[tuple[int, int]] = set()  # components, and those of their 64 coefficients that have all bits
     for marker, body, _ in _segments(raw):
         if marker in _FRAMES and not frame:
-            if marker in _ARITHMETIC:
-                raise InvalidImage("not a supported image (JPEG with arithmetic coding); save it with Huffman coding")
+            _check_coding(marker)
             frame, components = marker, body[6 : 6 + 3 * body[5] : 3]
         elif marker == _START_OF_SCAN and body:
             ids, (first, last, bits) = body[1 : 1 + 2 * body[0] : 2], body[1 + 2 * body[0] :][:3]
@@ -92,6 +99,18 @@ def check_scans(raw: bytes) -> bool:
     if not whole.issuperset((component, k) for component in components for k in range(64)):
         raise InvalidImage("truncated JPEG: its last scans are missing")
     return True
+
+
+def _check_coding(frame: int) -> None:
+    """Refuse frames that simplejpeg must not be given.
+
+    Arithmetic coding does not show what is missing. A lossless JPEG can't be read at reduced size: libjpeg-turbo would
+    write all its pixels into memory for the reduced ones.
+    """
+    if frame in LOSSLESS:
+        raise InvalidImage("not a supported image (lossless JPEG); save it as a usual JPEG or PNG")
+    if frame in _ARITHMETIC:
+        raise InvalidImage("not a supported image (JPEG with arithmetic coding); save it with Huffman coding")
 
 
 def check_passes(pixels: int, raw: bytes) -> None:
@@ -114,17 +133,17 @@ def load_jpeg(image: Image.Image, raw: bytes, reduction: int) -> Image.Image:
     """
     raw, size = _ended(raw), {}
     if reduction > 1:
-        image.draft(None, (image.width // reduction, image.height // reduction))
+        _reduced(image, reduction)
         size = {"min_height": image.height, "min_width": image.width, "min_factor": reduction}
     large = image.width * image.height > _SMALL_PIXELS
     mode = image.mode if image.mode in {"L", "CMYK"} else "RGBX" if large else "RGB"
     try:
         if simplejpeg.decode_jpeg_header(raw, **size)[:2] != (image.height, image.width):
-            return _load_tolerantly(image, raw)  # before memory is taken for another size than was checked
+            return _load_tolerantly(image, raw, reduction)  # before memory is taken for another size than was checked
         pixels = simplejpeg.decode_jpeg(raw, "GRAY" if mode == "L" else mode, **size)
     except (ValueError, KeyError) as error:  # KeyError: a subsampling that it has no name for, such as 4:4:1
         _refuse_damage(error)
-        return _load_tolerantly(image, raw)
+        return _load_tolerantly(image, raw, reduction)
     if mode == "RGB":
         return _Pixels(pixels)
     if mode == "CMYK":  # stored inverted, as Adobe does
@@ -133,16 +152,17 @@ def load_jpeg(image: Image.Image, raw: bytes, reduction: int) -> Image.Image:
 
 
 def check_inner_jpeg(raw: bytes, most: int) -> None:
-    """Refuse a JPEG inside another file that lacks pixels, or has more than `most`."""
-    raw = _ended(raw)
-    with suppress(ValueError, KeyError):  # a file that simplejpeg can't read is checked by its decoder
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(raw)
-        if height * width > most:
-            raise InvalidImage("corrupt JPEG: it is larger than its place in the file that it is in")
-        try:
-            simplejpeg.decode_jpeg(raw, "CMYK" if colours in {"CMYK", "YCCK"} else "RGB", min_factor=8)
-        except ValueError as error:
-            _refuse_damage(error)
+    """Refuse a JPEG inside another file that lacks pixels, or has more than `most`, or is not read at all."""
+    for marker, *_ in _segments(raw):
+        if marker in _FRAMES:
+            _check_coding(marker)
+    try:
+        image = open_jpeg(BoundedReader(raw))
+    except UnidentifiedImageError:  # its decoder says what is wrong
+        return
+    if image.width * image.height > most:
+        raise InvalidImage("corrupt JPEG: it is larger than its place in the file that it is in")
+    load_jpeg(image, raw, 8)
 
 
 def _ended(raw: bytes) -> bytes:
@@ -158,18 +178,59 @@ def _refuse_damage(error: Exception) -> None:
         raise OSError(warning) from error
 
 
-def _load_tolerantly(image: Image.Image, raw: bytes) -> Image.Image:
+def _load_tolerantly(image: Image.Image, raw: bytes, reduction: int) -> Image.Image:
     """Load with Pillow, where libjpeg has other warnings or simplejpeg does not support the subsampling of colours.
 
-    Without an end marker, libjpeg waits for more data when it has read all of a scan and misses pixels, and Pillow
-    refuses the file; when it misses none it ends. For several scans it needs the marker.
+    Pillow drops warnings, so missing data is found by what libjpeg reads in its place. Without an end marker it waits
+    when that is too little, and Pillow refuses the file; for several scans it needs the marker. Else the pixels depend
+    on what was read.
     """
-    starts = [end for marker, _, end in _segments(raw) if marker == _START_OF_SCAN]
-    if len(starts) == 1 and (end := _MARKER.search(raw, starts[0])):
-        raw = raw[: end.start()] + _LOOKED_AT
-    vars(image)["fp"] = BoundedReader(raw)
-    image.load()
+    scans = [end for marker, _, end in _segments(raw) if marker == _START_OF_SCAN]
+    found = _MARKER.search(raw, scans[-1]) if scans else None
+    data = raw[: found.start() if found else len(raw)].removesuffix(b"\xff")
+    closing = _END if len(scans) > 1 else b""
+    if _missing_restarts(data):
+        raise OSError("image file is truncated (restart markers are missing)")
+    seen = set()
+    for filler in _FILLERS[1:]:
+        seen.add(_digest(_reduced(open_jpeg(BoundedReader(data + filler + closing)), reduction)))
+    vars(image)["fp"] = BoundedReader(data + _FILLERS[0] + closing)
+    image.load()  # the others' memory is free again
+    if seen != {_digest(image)}:
+        raise OSError("image file is truncated (its last scan)")
     return image
+
+
+def _missing_restarts(data: bytes) -> bool:
+    """Whether the last scan, with which `data` ends, has fewer restart markers than its blocks need."""
+    every, height, width, factors, ids, start = 0, 0, 0, {}, b"", 0
+    for marker, body, end in _segments(data):
+        if marker == _RESTARTS:
+            every = int.from_bytes(body[:2])
+        elif marker in _FRAMES:
+            height, width = int.from_bytes(body[1:3]), int.from_bytes(body[3:5])
+            factors = {body[at]: (body[at + 1] >> 4, body[at + 1] & 15) for at in range(6, 4 + 3 * body[5], 3)}
+        elif marker == _START_OF_SCAN:
+            ids, start = body[1 : 1 + 2 * body[0] : 2], end
+    across, down = (8 * max(each) for each in zip(*factors.values(), strict=True))
+    if len(ids) == 1:  # the blocks of one component, without those that others would add
+        across, down = across / factors[ids[0]][0], down / factors[ids[0]][1]
+    needed = -(-ceil(width / across) * ceil(height / down) // every) - 1 if every else 0
+    return sum(data.count(bytes((0xFF, marker)), start) for marker in range(0xD0, 0xD8)) < needed
+
+
+def _reduced(image: Image.Image, reduction: int) -> Image.Image:
+    """The same image, set to be read at 1/`reduction` of its sides."""
+    image.draft(None, (image.width // reduction, image.height // reduction))
+    return image
+
+
+def _digest(image: Image.Image) -> bytes:
+    image.load()
+    digest = blake2b()
+    for box in strips(image):
+        digest.update(image.crop(box).tobytes())
+    return digest.digest()
 
 
 def _segments(raw: bytes) -> Iterator[tuple[int, bytes, int]]:

@@ -1,4 +1,4 @@
-"""libvips and ImageMagick, as second decoders and as writers of files: commands, which the tests call."""
+"""libvips, ImageMagick and cjpeg, as second decoders and as writers of files: commands, which the tests call."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from PIL import Image
 def run(*command: str, stdin: bytes = b"") -> bytes:
     """What it writes to its standard output. Where the command is not installed, the test fails in CI, else skips."""
     if not shutil.which(command[0]):
-        missing = f"{command[0]} is not installed: apt-get install imagemagick libvips-tools"
+        missing = f"{command[0]} is not installed: apt-get install imagemagick libvips-tools libjpeg-turbo-progs"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
     done = subprocess.run(command, input=stdin, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
@@ -51,6 +51,21 @@ def written(image: Image.Image, kind: str, *options: str) -> bytes:
     """`image` as ImageMagick writes it."""
     image.save(buffer := io.BytesIO(), "PNG")
     return run("convert", "png:-", *options, f"{kind}:-", stdin=buffer.getvalue())
+
+
+def by_vips(image: Image.Image, target: str) -> bytes:
+    """`image` as libvips writes it; `target` is a suffix with options, such as `.png[interlace]`."""
+    with tempfile.TemporaryDirectory() as folder:
+        image.save(source := Path(folder) / "source.png")
+        run("vips", "copy", str(source), f"{folder}/target{target}")
+        return (Path(folder) / f"target{target.partition('[')[0]}").read_bytes()
+
+
+def by_cjpeg(image: Image.Image, *options: str, scans: str = "") -> bytes:
+    """`image` as libjpeg's own program writes it; `scans` is a script of its option of that name."""
+    with tempfile.TemporaryDirectory() as folder:
+        (script := Path(folder) / "scans").write_text(scans)
+        return run("cjpeg", *options, *(["-scans", str(script)] if scans else []), stdin=saved(image, "PPM"))
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -1,16 +1,18 @@
 """What is not read is called by its name, with what to do; never "corrupt"."""
 
 import io
+import struct
 from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from service.errors import InvalidImage
 from service.images import kinds
 from service.images.decoding import Geometry, decode
+from tests.service.images.second_decoder import saved
 from tests.service.images.test_wholeness import PHOTO
 
 
@@ -51,6 +53,56 @@ def by_pillow(kind: str, **options: Any) -> bytes:
 )  # fmt: skip
 def test_other_kinds_are_named(data: bytes, words: str) -> None:
     assert refusal(data).startswith(f"not a supported image ({words}")
+
+
+def lossless(width: int, height: int, components: int) -> bytes:
+    """A lossless JPEG of grey: each difference takes a bit, which is zero."""
+
+    def segment(marker: int, body: bytes) -> bytes:
+        return bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body
+
+    ids = range(1, components + 1)
+    frame = struct.pack(">BHHB", 8, height, width, components) + b"".join(bytes((each, 0x11, 0)) for each in ids)
+    scan = bytes((components,)) + b"".join(bytes((each, 0)) for each in ids) + bytes((1, 0, 0))
+    table = bytes((0, 1)) + bytes(15) + b"\0"
+    data = bytes(-(-width * height * components // 8))
+    return b"\xff\xd8" + segment(0xC3, frame) + segment(0xC4, table) + segment(0xDA, scan) + data + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("components", [1, 3])
+@pytest.mark.parametrize("side", [64, 427])
+def test_a_lossless_jpeg_is_refused_before_libjpeg_writes_beyond_the_reduced_image(components: int, side: int) -> None:
+    """Read at 1/2 to 1/8 of its sides it ended the process."""
+    data = lossless(640, 427, components)
+
+    with Image.open(io.BytesIO(data)) as image:  # a sound one
+        image.load()
+    for each in (data, data.replace(b"\xff\xc3", b"\xff\xff\xff\xc3"), data[:2] + b"\xff\xfe\0\4\xff\xc0" + data[2:]):
+        with pytest.raises(InvalidImage, match=r"^not a supported image \(lossless JPEG\)"):
+            decode(each, Geometry(side, side, 1.0, "bicubic"), max_pixels=10**6)
+
+
+def test_a_lossless_jpeg_in_a_tiff_is_refused_too() -> None:
+    data, grey = saved(PHOTO.convert("L"), "TIFF", compression="jpeg"), lossless(*PHOTO.size, 1)
+    with Image.open(io.BytesIO(data)) as image:
+        assert isinstance(image, TiffImagePlugin.TiffImageFile)
+        (start,), (count,) = image.tag_v2[273], image.tag_v2[279]
+    entry = data.rindex(struct.pack("<HHII", 273, 4, 1, start)) + 8
+    lengths = data.rindex(struct.pack("<HHII", 279, 4, 1, count)) + 8
+    other = bytearray(data + grey)
+    other[entry : entry + 4], other[lengths : lengths + 4] = struct.pack("<I", len(data)), struct.pack("<I", len(grey))
+
+    assert refusal(bytes(other)).startswith("not a supported image (lossless JPEG)")
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_a_jpeg_of_more_than_8_bits_is_named(bits: int) -> None:
+    data = saved(PHOTO, "JPEG")
+    at = data.index(b"\xff\xc0") + 4
+
+    message = refusal(data[:at] + bytes([bits]) + data[at + 1 :])
+
+    assert message.startswith(f"not a supported image (JPEG: cannot handle {bits}-bit layers)")
 
 
 def test_heic_without_its_decoder_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
