@@ -7,6 +7,7 @@ from string import Template
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -82,6 +83,20 @@ def _response(request: Request, state: Health, *, healthy: bool) -> JSONResponse
 async def get_metrics(page: MetricsPageDep) -> Response:
     """Prometheus text."""
     return Response(page.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+async def docs(request: Request) -> HTMLResponse:
+    """Every endpoint, to try out; it loads nothing from elsewhere."""
+    root = request.scope.get("root_path", "")
+    files = f"{root}/static-offline-docs"
+    return get_swagger_ui_html(
+        openapi_url=f"{root}/openapi.json",
+        title="pvt-serve - Swagger UI",
+        swagger_js_url=f"{files}/swagger-ui-bundle.js",
+        swagger_css_url=f"{files}/swagger-ui.css",
+        swagger_favicon_url=f"{files}/favicon.png",
+    )
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)

@@ -187,6 +187,7 @@ def test_every_link_works_below_a_path(tmp_path: Path, setting: str, header: str
     assert all(each.url.path.startswith("/pvt/") for each in followed)
     assert below == f"{url}/pvt"
     assert f"curl -F image=@image.png {url}/pvt/predict" in start.text
+    assert not re.findall(r"['\"]/(?!pvt/)[\w-]+", docs.text)  # nothing in its script leads elsewhere
     assert outside.status_code == 404
     assert "send it to /pvt/models, without the slash" in lost.text
     assert not any(each.has_redirect_location or each.history for each in (*followed, lost, predicted))

@@ -34,12 +34,16 @@ def placed(
         ("/pvt/", "/pvt/"),
         ("/", "/pvt/"),
         ("/pvtx", "/pvt/pvtx"),
+        ("//predict", "/pvt/predict"),
+        ("/pvt//predict", "/pvt/predict"),
+        ("*", "*"),
         ("/pvt/pvt", "/pvt/pvt"),
     ],
 )
 def test_a_path_has_the_prefix_once_whether_it_was_removed_or_not(path: str, full: str) -> None:
     for scope in (placed(path, root_path="/pvt"), placed(path, ("X-Forwarded-Prefix", "/pvt"))):
-        assert (scope["root_path"], scope["path"], scope["raw_path"]) == ("/pvt", full, full.encode())
+        assert (scope["path"], scope["raw_path"]) == (full, full.encode())
+        assert scope["root_path"] == ("" if path == "*" else "/pvt")
 
 
 def test_a_prefix_like_an_endpoint_was_removed() -> None:
