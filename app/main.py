@@ -67,6 +67,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     http = HttpMetrics(registry)
     app = FastAPIOffline(
         **openapi.INFO,
+        docs_url=None,  # `operations` has it
         redirect_slashes=False,  # a redirect would go to whatever host the client names
         lifespan=partial(_lifespan, settings, engine_options(settings), registry, http.traffic, worker=worker),
         exception_handlers=dict.fromkeys(problems.EXPECTED, problems.expected),

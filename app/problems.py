@@ -298,7 +298,7 @@ async def expected(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         body = problem(errors.InvalidRequest(_reasons(error)), request_id)
     elif isinstance(error, HTTPException):
-        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED or request.scope["path"] == "*":
             allow = {"Allow": ", ".join(sorted(_methods(request.scope)))}
             if request.method == "OPTIONS":
                 return Response(status_code=int(HTTPStatus.NO_CONTENT), headers=allow)
@@ -332,6 +332,8 @@ def _way(scope: Scope, error: HTTPException) -> str:
 
 def _methods(scope: Scope) -> set[str]:
     """Those that the path of `scope` has, by whichever routes."""
+    if scope["path"] == "*":  # of OPTIONS, and means the whole service
+        return {"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"}
     bare = {"type": "http", "path": scope["state"]["path"], "root_path": "", "headers": []}
     found = {
         method

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Final
+from urllib.parse import quote
 from urllib.request import parse_http_list
 
 from multipart import parse_options_header
@@ -94,14 +95,14 @@ class Proxies:
                 scope["state"]["host"] = host
             prefix = below or prefix
         mounted, path = scope.get("root_path", ""), scope["path"]
-        if not prefix or f"{mounted}/".startswith(f"{prefix}/"):
+        if not prefix or f"{mounted}/".startswith(f"{prefix}/") or not path.startswith("/"):
             return
+        if prefix.split("/")[1] not in self._endpoints and f"{path}/".startswith(f"{prefix}/"):
+            path = path.removeprefix(prefix)
         scope["root_path"] = prefix + mounted
-        removed = prefix.split("/")[1] in self._endpoints or not f"{path}/".startswith(f"{prefix}/")
-        if removed or path == prefix:
-            scope["path"] = prefix + path if removed else f"{prefix}/"
-            raw: bytes | None = scope.get("raw_path")
-            scope["raw_path"] = raw and (prefix.encode() + raw if removed else raw + b"/")
+        # `location /images { proxy_pass http://service/; }` of nginx removes the path and leaves two slashes.
+        scope["path"] = f"{prefix}/{path.lstrip('/')}"
+        scope["raw_path"] = quote(scope["path"]).encode()
 
 
 def base_url(scope: Scope) -> str:

@@ -26,7 +26,9 @@ _TRAILER = 8  # bytes after an image, which decoders do not read; they differ fr
 
 
 def serve(
-    host: Annotated[str | None, Option(help="Address to listen on; 0.0.0.0 for all.  [PVT_HOST]")] = None,
+    host: Annotated[
+        str | None, Option(help="Address to listen on; 0.0.0.0 or :: for all, unix:/path for a socket.  [PVT_HOST]")
+    ] = None,
     port: Annotated[int | None, Option(help="Port to listen on; 0 takes a free one.  [PVT_PORT]")] = None,
     workers: Annotated[int | None, Option(help="Processes that share the port.  [PVT_WORKERS]")] = None,
     model_store: Annotated[str | None, Option(help="The model store.  [PVT_MODEL_STORE]")] = None,

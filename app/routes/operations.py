@@ -7,6 +7,7 @@ from string import Template
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -111,6 +112,20 @@ async def stream_stats(request: Request, page: StatsPageDep) -> Response:
     if request.state.method == "HEAD":
         return Response(media_type=EventStream.media_type, headers=headers)
     return EventStream(page.stream(), headers=headers)
+
+
+@router.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+async def docs(request: Request) -> HTMLResponse:
+    """Every endpoint, to try out; it loads nothing from elsewhere."""
+    root = request.scope.get("root_path", "")
+    files = f"{root}/static-offline-docs"
+    return get_swagger_ui_html(
+        openapi_url=f"{root}/openapi.json",
+        title="pvt-serve - Swagger UI",
+        swagger_js_url=f"{files}/swagger-ui-bundle.js",
+        swagger_css_url=f"{files}/swagger-ui.css",
+        swagger_favicon_url=f"{files}/favicon.png",
+    )
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)

@@ -1,9 +1,11 @@
-"""The head of every request of a connection is bounded, and so is what chunks bring along."""
+"""The head of every request is bounded, so is what chunks bring along, and how long a connection may be idle."""
+
+from typing import Any
 
 import pytest
 
 from app.protocol import MAX_HEAD_BYTES
-from tests.app.wire import BODIES, CHUNKED, NEXT, OFFERS, POST, SMUGGLED, asked, exchange
+from tests.app.wire import BODIES, CHUNKED, NEXT, OFFERS, POST, SMUGGLED, Wire, asked, connected, exchange, settled
 
 BEFORE = {
     "nothing": (b"", 0),
@@ -71,3 +73,37 @@ def test_what_is_around_chunks_is_bounded(sent: bytes, step: int) -> None:
 
     assert [status for status, _ in wire.answers()] == [431]
     assert wire.ended
+
+
+def ended_after(seconds: float, connection: Any, wire: Wire) -> bool:
+    """Whether the connection is closed after so long, in which it is looked at every half second."""
+    for _ in range(round(seconds * 2)):
+        connection.watch(0.5)
+    return wire.ended
+
+
+async def test_an_idle_connection_is_closed_after_the_keep_alive_and_not_before() -> None:
+    connection, state, wire = connected(client_seconds=1, keep_alive_seconds=75)
+    connection.data_received(NEXT)
+    await settled(state, wire)
+    assert not ended_after(75, connection, wire)  # 75 s, and not the second that a client has for a head
+
+    connection.data_received(NEXT)
+    await settled(state, wire)
+    assert not ended_after(75, connection, wire)  # each request begins the time anew
+
+    assert ended_after(0.5, connection, wire)
+    assert [status for status, _ in wire.answers()] == [200, 200]
+
+
+async def test_a_connection_on_which_a_request_has_begun_is_not_idle() -> None:
+    connection, state, wire = connected(client_seconds=10, keep_alive_seconds=1)
+    connection.data_received(NEXT)
+    await settled(state, wire)
+    connection.data_received(NEXT[:8])
+    assert not ended_after(10, connection, wire)
+
+    connection.data_received(NEXT[8:])
+    await settled(state, wire)
+    assert [status for status, _ in wire.answers()] == [200, 200]
+    assert ended_after(1.5, connection, wire)

@@ -116,29 +116,38 @@ class Answers:
         self._body = b""
 
 
+def connected(
+    protocol: type[Any] = BoundedProtocol, app: App = echo, *, client_seconds: float = 20, keep_alive_seconds: int = 5
+) -> tuple[Any, Connections, Wire]:
+    """A connection that has just been accepted, those of its process, and what it writes."""
+    config = uvicorn.Config(app, http=protocol, ws="none", log_config=None, server_header=False, date_header=False,
+                            timeout_keep_alive=keep_alive_seconds)  # fmt: skip
+    config.load()
+    state, wire = Connections(client_seconds=client_seconds, identify=lambda _: ""), Wire()
+    connection = protocol(config=config, server_state=state, app_state={})
+    connection.connection_made(wire)
+    return connection, state, wire
+
+
 def exchange(*pieces: bytes, protocol: type[Any] = BoundedProtocol, app: App = echo, in_turn: bool = False) -> Wire:
     """Send `pieces` on one connection, `in_turn` each after what those before it caused."""
 
     async def run() -> Wire:
-        config = uvicorn.Config(app, http=protocol, ws="none", log_config=None, server_header=False, date_header=False)
-        config.load()
-        state, wire = Connections(client_seconds=20, identify=lambda _: ""), Wire()
-        connection = protocol(config=config, server_state=state, app_state={})
-        connection.connection_made(wire)
+        connection, state, wire = connected(protocol, app)
         for piece in pieces:
             if not wire.ended or protocol is BoundedProtocol:  # which still reads, and must ignore it
                 connection.data_received(piece)
             if in_turn:
-                await _settled(state, wire)
-        await _settled(state, wire)
+                await settled(state, wire)
+        await settled(state, wire)
         connection.connection_lost(ConnectionResetError())
-        await _settled(state, wire)
+        await settled(state, wire)
         return wire
 
     return asyncio.run(run())
 
 
-async def _settled(state: Connections, wire: Wire) -> None:
+async def settled(state: Connections, wire: Wire) -> None:
     """Until nothing more happens: the requests that are left wait for more."""
     quiet, before = 0, (-1, -1)
     while quiet < 10:

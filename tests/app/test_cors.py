@@ -1,0 +1,108 @@
+"""Web pages of other origins: off unless PVT_CORS_ORIGINS names them, and then errors are readable too."""
+
+import pytest
+from starlette.testclient import TestClient
+
+from app.settings import Settings, SettingsInvalid
+from tests.app.conftest import MakeClient, png
+
+PAGE = "https://app.example.org"
+PREFLIGHT = {
+    "Origin": PAGE,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization, content-type, x-request-id, prefer",
+}
+ALLOWED = "access-control-allow-origin"
+
+
+def test_by_default_no_page_is_allowed_anything(client: TestClient) -> None:
+    answered = client.post("/predict", files={"image": png()}, headers={"Origin": PAGE})
+    preflight = client.options("/predict", headers=PREFLIGHT)
+
+    assert answered.status_code == 200
+    for response in (answered, preflight):
+        assert [name for name in response.headers if name.startswith("access-control-")] == []
+
+
+@pytest.mark.parametrize("origins", [PAGE, f"http://localhost:3000,{PAGE}", "HTTPS://App.Example.org:443"])
+def test_a_page_of_a_named_origin_may_send_and_read(make_client: MakeClient, origins: str) -> None:
+    client = make_client(cors_origins=origins, api_keys="secret", client_rate=0.001, client_burst=1, max_body_mb=0.001)
+    preflights = [client.options("/predict", headers=PREFLIGHT) for _ in range(3)]  # they count for no limit
+    key = {"Origin": PAGE, "Authorization": "Bearer secret"}
+    refused = {
+        401: client.get("/models", headers={"Origin": PAGE}),
+        413: client.post("/predict", content=b"x" * 2000, headers={**key, "Content-Type": "image/png"}),
+        429: client.get("/models", headers=key),
+    }
+
+    for preflight in preflights:
+        assert (preflight.status_code, preflight.headers[ALLOWED]) == (200, PAGE)
+        assert preflight.headers["access-control-allow-headers"] == PREFLIGHT["Access-Control-Request-Headers"]
+        assert {"POST", "PUT", "DELETE"} <= {*preflight.headers["access-control-allow-methods"].split(", ")}
+        assert "Origin" in preflight.headers["vary"]
+    for status, response in refused.items():
+        assert response.status_code == status
+        assert (response.headers[ALLOWED], response.headers["vary"]) == (PAGE, "Origin")
+        exposed = {*response.headers["access-control-expose-headers"].split(", ")}
+        assert {"X-Request-ID", "Server-Timing", "Retry-After"} <= exposed
+        assert "access-control-allow-credentials" not in response.headers
+
+
+def test_pages_of_other_origins_are_not(make_client: MakeClient) -> None:
+    client = make_client(cors_origins=PAGE)
+    for origin in ("https://evil.example", "http://app.example.org", f"{PAGE}.evil.example", f"{PAGE}:8443", "null"):
+        preflight = client.options("/predict", headers={**PREFLIGHT, "Origin": origin})
+        answered = client.get("/health", headers={"Origin": origin})
+
+        assert (preflight.status_code, answered.status_code) == (400, 200)
+        assert ALLOWED not in preflight.headers
+        assert ALLOWED not in answered.headers
+        assert answered.headers["vary"] == "Origin"  # a cache may not give it to an allowed page
+    assert client.get("/health").headers["vary"] == "Origin"
+
+
+def test_with_a_star_any_page_may(make_client: MakeClient) -> None:
+    client = make_client(cors_origins="*")
+    preflight = client.options("/predict", headers={**PREFLIGHT, "Origin": "null"})
+    answered = client.post("/predict", files={"image": png()}, headers={"Origin": "https://any.example"})
+    failed = client.get("/predict", headers={"Origin": "https://any.example"})
+
+    assert (preflight.status_code, preflight.headers[ALLOWED]) == (200, "*")
+    assert (answered.status_code, answered.headers[ALLOWED]) == (200, "*")
+    assert (failed.status_code, failed.headers[ALLOWED]) == (405, "*")
+
+
+def test_an_unexpected_error_is_readable_too(make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("secret")
+
+    client = make_client(cors_origins=PAGE)
+    monkeypatch.setattr("app.routes.operations.base_url", fail)
+    broken = client.get("/", headers={"Origin": PAGE})
+
+    assert (broken.status_code, broken.headers[ALLOWED]) == (500, PAGE)
+    assert "secret" not in broken.text
+
+
+def test_plain_options_still_say_which_methods_there_are(make_client: MakeClient) -> None:
+    response = make_client(cors_origins=PAGE).options("/predict", headers={"Origin": PAGE})
+
+    assert (response.status_code, response.headers["allow"]) == (204, "OPTIONS, POST")
+
+
+def test_an_open_management_port_stays_closed_to_pages(make_client: MakeClient) -> None:
+    client = make_client(cors_origins="*", management_port=9999)
+    refused = client.get("http://localhost:9999/aliases", headers={"Origin": PAGE})
+
+    assert refused.status_code == 403
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["example.org", "https://example.org/", "https://example.org/app", "https://*.example.org", "null", "https://a b"],
+)
+def test_what_is_no_origin_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PVT_CORS_ORIGINS", value)
+
+    with pytest.raises(SettingsInvalid, match=r"is no origin; write https://example\.org"):
+        Settings.from_environment()
