@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from app.compression import codings, decoded
 from app.data_urls import from_base64
-from app.forms import is_form, parts
+from app.forms import is_form, parts, uncoded
 from app.problems import BodyTooLarge, TooManyImages, UnsupportedMediaType
 from app.settings import Settings
 from service.errors import InvalidImage, InvalidRequest, ServiceError
@@ -30,6 +30,7 @@ FIELD = "image"  # of a form
 RAW_TYPES = re.compile(r"image/[\w.+-]+|application/(octet-stream|x-image)")
 _NO_IMAGE = b"-{[ \t\r\n\xef"  # how no image begins, but a form may, or JSON
 _JSON_BEGINS = re.compile(rb"(?:\xef\xbb\xbf)?\s*[{\[]")
+_INDENTED = 4096  # bytes that may stand before the first bracket of JSON
 _SHOWN = 100  # characters of what a client has sent
 # One white pixel as a PNG.
 EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
@@ -99,7 +100,7 @@ async def read_uploads(
     body = await read_body(request, settings.max_body_bytes, held)
     form = _form(content_type, body)
     if form == FORM:
-        return _multipart(body, options.get("boundary", ""), settings.max_images)
+        return await _multipart(body, options.get("boundary", ""), settings.max_images, held)
     if form == JSON:
         return await _parsed(body, held, partial(parse or _json, max_images=settings.max_images))
     return [Upload(None, body)]
@@ -118,7 +119,7 @@ def _form(content_type: str, body: bytes) -> str:
         return RAW
     if is_form(body):
         return FORM
-    if _JSON_BEGINS.match(body):
+    if _JSON_BEGINS.match(body, 0, _INDENTED):
         return JSON
     if raw or is_known(body):
         return RAW
@@ -256,16 +257,20 @@ def check_count(count: int, max_images: int) -> None:
         raise TooManyImages(f"more than {max_images} images in one request, which PVT_MAX_IMAGES allows")
 
 
-def _multipart(body: bytes, boundary: str, max_images: int) -> list[Upload | Link]:
+async def _multipart(body: bytes, boundary: str, max_images: int, held: Reservation) -> list[Upload | Link]:
     uploads: list[Upload | Link] = []
-    for name, filename, data in parts(body, boundary):
+    for name, filename, data, coding in parts(body, boundary):
         if name != FIELD:
             way = f"files go in {FIELD!r}: curl -F {FIELD}=@FILE"
             if filename is None:
                 way += f"; parameters go in the query: ?{name[:_SHOWN]}=..."
             raise InvalidRequest(f"unknown form field {name[:_SHOWN]!r}; {way}")
         check_count(len(uploads) + 1, max_images)
-        uploads.append(Upload(filename, data if filename is not None else _without_name(data)))
+        image: bytes | InvalidImage = data
+        if coding:
+            held.grow(len(data))
+            image = await run_in_threadpool(uncoded, data, coding)
+        uploads.append(Upload(filename, image if filename is not None else _without_name(image)))
     if not uploads:
         raise InvalidRequest(f"the form has no file; send at least one in the field {FIELD!r}: curl -F {FIELD}=@FILE")
     return uploads

@@ -15,7 +15,8 @@ from service.errors import InvalidImage, InvalidRequest
 _BOUNDARY = re.compile(rb"--([!-~](?:[ -~]{0,198}[!-~])?)[ \t]*\r?\n(?=content-)", re.IGNORECASE)
 # RFC 8187, which forms should not use and urllib3 1.x does for names that are not ASCII.
 _EXTENDED_NAME = re.compile(r";\s*filename\*\s*=\s*\"?(utf-8|iso-8859-1)'[^']*'([^;\"\s]*)", re.IGNORECASE)
-_PLAIN_CODINGS = {"7bit", "8bit", "binary"}
+_PLAIN_CODINGS = {"", "7bit", "8bit", "binary"}
+_NESTED = "multipart/"
 # Words of the parser's errors, and what helps.
 _ADVICE = {
     "end of multipart": "the upload was cut, or its boundary is not the one of the Content-Type",
@@ -36,11 +37,15 @@ class _Parser(PushMultipartParser):  # type: ignore[misc]  # untyped
 
 
 class Part(NamedTuple):
-    """A part: the names of its field and its file, None if it has no file name, and its data or why it has none."""
+    """A part: the names of its field and its file, None if it has no file name, its data, and what that is coded in.
+
+    `coding` is empty for plain data, else an argument of `uncoded`.
+    """
 
     name: str
     filename: str | None
-    data: bytes | InvalidImage
+    data: bytes
+    coding: str
 
 
 def is_form(body: bytes) -> bool:
@@ -76,18 +81,15 @@ def parts(body: bytes, boundary: str) -> Iterator[Part]:
 
 
 def _part(segment: MultipartSegment, data: bytes) -> Part:
-    filename, coded, nested = segment.filename, "", (segment.content_type or "").startswith("multipart/")
+    filename, coding, content_type = segment.filename, "", segment.content_type or ""
     for header, value in segment.headerlist:
         if header == "Content-Disposition" and (extended := _EXTENDED_NAME.search(value)):
             filename = unquote(extended[2], extended[1], "replace")
-        elif header == "Content-Transfer-Encoding":
-            coded = value.strip().lower()
-    image = (
-        InvalidImage("a form within a form; send each file in a field of its own (-F image=@A -F image=@B)")
-        if nested
-        else _read(data, coded)
-    )
-    return Part(_text(segment.name), filename and _text(filename), image)
+        elif header == "Content-Transfer-Encoding" and (named := value.strip().lower()) not in _PLAIN_CODINGS:
+            coding = named
+    if content_type.startswith(_NESTED):
+        coding = content_type
+    return Part(_text(segment.name), filename and _text(filename), data, coding)
 
 
 def _text(name: str) -> str:
@@ -98,10 +100,13 @@ def _text(name: str) -> str:
     return name
 
 
-def _read(data: bytes, coding: str) -> bytes | InvalidImage:
-    """`data` without its Content-Transfer-Encoding (RFC 2045, 6), which some mail libraries write into forms."""
-    if not coding or coding in _PLAIN_CODINGS:
-        return data
+def uncoded(data: bytes, coding: str) -> bytes | InvalidImage:
+    """`data` without its Content-Transfer-Encoding (RFC 2045, 6), which mail libraries write into forms; or why not.
+
+    It takes milliseconds for each megabyte.
+    """
+    if coding.startswith(_NESTED):
+        return InvalidImage("a form within a form; send each file in a field of its own (-F image=@A -F image=@B)")
     try:
         if coding == "base64":
             return binascii.a2b_base64(data)

@@ -2,6 +2,7 @@
 
 from typing import Self
 
+import orjson
 from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -12,11 +13,19 @@ _SHOWN = 100  # characters of a name
 
 
 class Strict(BaseModel, extra="forbid"):
-    """Takes no other names than its fields', and says for another one which are near and which there are."""
+    """Takes no other names than its fields', and says for another one which are near and which there are.
+
+    A body that came with another content type than JSON's, such as curl's, is JSON too.
+    """
 
     @model_validator(mode="wrap")
     @classmethod
     def _name_known(cls, value: object, check: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(value, bytes):
+            try:
+                value = orjson.loads(value)
+            except orjson.JSONDecodeError as error:
+                raise PydanticCustomError("json_invalid", "no JSON: {reason}", {"reason": str(error)}) from error
         try:
             return check(value)
         except ValidationError as error:

@@ -136,7 +136,7 @@ def explanation_json(image: Source, found: Explanation) -> str:
     """The map and its numbers."""
     names = ("model", "version", "width", "height", "class_id", "label", "score", "logit", "bias")
     numbers = {name: getattr(found, name) for name in names}
-    return json.dumps({"file": str(image), **numbers, "map": found.map.tolist()})
+    return json.dumps({"file": str(image), **numbers, "crop": found.crop, "map": found.map.tolist()})
 
 
 def write_overlay(png: bytes, target: Path, *, new: bool) -> None:

@@ -5,7 +5,7 @@ Each function here is a method of `Client` and `AsyncClient`, which send the cal
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
@@ -22,6 +22,7 @@ T_co = TypeVar("T_co", covariant=True)
 JSON, _BINARY = "application/json", "application/octet-stream"
 _LONGEST_MS = 3_600_000  # the most that the service takes
 _CONNECT_SECONDS = 5.0  # then another attempt, if there is time
+_EXPLANATION = frozenset(each.name for each in fields(Explanation))
 _LENGTH = 8  # bytes of the length of a safetensors header
 _TYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 
@@ -231,7 +232,9 @@ def _embedding(result: Mapping[str, Any]) -> Embedding:
 
 
 def _explanation(result: Mapping[str, Any]) -> Explanation:
-    return Explanation(**{**result, "map": np.array(result["map"], np.float32)})
+    known = {name: result[name] for name in _EXPLANATION if name in result}  # newer services may say more
+    crop = tuple(result["crop"][side] for side in ("left", "top", "right", "bottom")) if "crop" in result else None
+    return Explanation(**{**known, "map": np.array(result["map"], np.float32), "crop": crop})
 
 
 def _tensors(body: bytes) -> tuple[dict[str, Floats], Mapping[str, str]]:

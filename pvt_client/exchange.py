@@ -6,6 +6,8 @@ Nothing here does I/O: `Exchange.steps` is a generator, and the clients carry ou
 import asyncio
 import json
 import random
+import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import suppress
@@ -29,6 +31,7 @@ _ERROR, _TOO_MANY, _UNAVAILABLE = 400, 429, 503
 _IDLE_SECONDS = 4.0  # less than the 5 after which many servers and proxies close an idle connection
 _UNIX = "unix:"  # before the path of a socket
 _LAST_PORT = 65535
+_PLAIN = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"}  # OpenSSL's reasons where an HTTP response begins
 _SHOWN = 200  # characters of a response that is not understood
 
 
@@ -172,7 +175,18 @@ class Exchange:
             ) from error
 
     def _timed_out(self) -> TimedOut:
-        return TimedOut("no response" if self.timeout is None else f"no response within {self.timeout:g} s")
+        within = "" if self.timeout is None else f" within {self.timeout:g} s; allow more with `timeout`"
+        return TimedOut(f"no response from {self._address()}{within}")
+
+    def _base_url(self) -> str:
+        return self.url if "://" in self.url else f"http://{self.url}"
+
+    def _address(self) -> str:
+        """What an error calls the service: never the name and password that a URL may have."""
+        if self.url.startswith(_UNIX):
+            return self.url
+        url = httpx.URL(self._base_url())
+        return f"{url.scheme}://{url.netloc.decode()}"
 
     def failure(self, error: Exception) -> PvtError:
         """The error of this package for one of NO_RESPONSE."""
@@ -180,13 +194,17 @@ class Exchange:
         failure: PvtError
         match error:
             case httpx.ConnectError() | httpx.ConnectTimeout() | httpx.PoolTimeout():
-                failure = ConnectionFailed(f"the service was not reached: {reason}")
+                failure = ConnectionFailed(f"{self._address()} was not reached: {reason}{_advice(error)}")
             case httpx.TimeoutException() | TimeoutError():
                 failure = self._timed_out()
             case httpx.UnsupportedProtocol() | httpx.InvalidURL():
                 failure = InvalidUrl(f"not the address of a service: {reason}")
+            case httpx.RemoteProtocolError() if "illegal" in reason:
+                failure = ConnectionLost(f"{self._address()} did not respond with HTTP: {reason}; does it speak https?")
             case _:
-                failure = ConnectionLost(f"the connection broke before the response was complete: {reason}")
+                failure = ConnectionLost(
+                    f"the connection to {self._address()} broke before the response was complete: {reason}"
+                )
         failure.__cause__ = error
         return failure
 
@@ -207,7 +225,7 @@ class Exchange:
         if self.url.startswith(_UNIX):
             unix = transport(uds=self.url.removeprefix(_UNIX), limits=limits, verify=False)
             return {"base_url": "http://localhost", "headers": encoded, "transport": unix}
-        base_url = self.url if "://" in self.url else f"http://{self.url}"
+        base_url = self._base_url()
         try:
             parsed = httpx.URL(base_url)
         except httpx.InvalidURL as error:
@@ -249,3 +267,21 @@ def server_timing(header: str) -> dict[str, float]:
 
 def _excerpt(body: bytes) -> str:
     return body[: 4 * _SHOWN].decode("utf-8", "replace")[:_SHOWN].strip() or "an empty body"
+
+
+def _advice(error: BaseException) -> str:
+    """What to do about a connection that did not open, by the errors below `error`."""
+    below: list[BaseException] = [error]
+    for each in below:  # grows
+        inner = each.exceptions if isinstance(each, BaseExceptionGroup) else ()
+        below += [cause for cause in (each.__cause__ or each.__context__, *inner) if cause and cause not in below]
+    kinds = tuple(map(type, below))
+    if any(issubclass(kind, ConnectionRefusedError) for kind in kinds):
+        return "; is the service running? Start it with `pvt-serve serve`, or give its URL"
+    if any(issubclass(kind, socket.gaierror) for kind in kinds):
+        return "; no such host: check the name in the URL"
+    if any(isinstance(each, ssl.SSLError) and each.reason in _PLAIN for each in below):
+        return "; it speaks plain HTTP: write http:// in place of https://"
+    if any(issubclass(kind, httpx.ConnectTimeout) for kind in kinds):
+        return "; nobody answers there: check the address, and what firewalls let through"
+    return ""

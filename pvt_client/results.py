@@ -96,6 +96,8 @@ class Explanation(Answer):
     """(H, W), one value for each cell of the last stage."""
     model: str
     version: str
+    crop: tuple[float, float, float, float] | None = None
+    """Left, top, right, bottom of what `map` covers, in pixels of the upright image; older services do not say it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,8 +69,7 @@ class InferenceRoute(APIRoute):
     @override
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":
-            url = Request(scope).url
-            there = url.replace(path=url.path[: url.path.rindex(self.path)] + self.path, query="")
+            there = Request(scope).url.replace(path=scope.get("root_path", "") + self.path, query="")
             way = f"it takes POST, of a file: curl -F {FIELD}=@FILE {there}, or curl -X POST -T FILE {there}"
             raise HTTPException(405, way, {"Allow": "POST"})
         await self.app(scope, receive, send)

@@ -96,6 +96,19 @@ def test_a_misspelled_member_of_managements_json_gets_the_right_one(make_client:
     assert "body Model: no such name; did you mean 'model'?" in response.json()["detail"]
 
 
+@pytest.mark.parametrize("content_type", ["", "application/x-www-form-urlencoded", "text/plain", "application/json"])
+def test_managements_json_may_have_any_content_type(make_client: MakeClient, content_type: str) -> None:
+    headers = {"Authorization": "Bearer key", "Content-Type": content_type}
+    client = make_client(management_keys=("key",))
+
+    wrong = client.put("/aliases/a", content=b'{"model": "b9"}', headers=headers)
+    broken = client.put("/aliases/a", content=b'{"model"', headers=headers)
+
+    assert (wrong.status_code, broken.status_code) == (422, 422)
+    assert "alias target 'b9'" in wrong.json()["detail"]
+    assert "JSON" in broken.json()["detail"]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "way"),
     [

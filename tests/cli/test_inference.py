@@ -121,7 +121,13 @@ def test_hidden_files_and_other_kinds_are_left_out_of_a_folder(
 
 @pytest.mark.parametrize(
     ("options", "code", "message"),
-    [(["--model", "b9"], 2, "no model 'b9'"), (["--url", "localhost:1"], 1, "the service was not reached")],
+    [
+        (["--model", "b9"], 2, "no model 'b9'"),
+        (["--model", "b2"], 2, "no model 'b2' in the store; did you mean 'pvt_v2_b2'?"),
+        (["--url", "localhost:1"], 1, "Start it with `pvt-serve serve`, or give its URL"),
+        (["--url", "no-such-host.invalid:80"], 1, "http://no-such-host.invalid was not reached"),
+        (["--url", "ftp://localhost"], 2, "http://host:port or unix:/path is expected"),
+    ],
 )
 @pytest.mark.usefixtures("local_engine")
 def test_an_error_that_every_image_would_meet_is_one_line_and_ends_the_command(

@@ -92,7 +92,7 @@ def test_an_explanation_is_a_png_or_numbers(call: CallMethod) -> None:
     body = json.dumps({"model": "m", "version": "1", "results": [result]}).encode()
     with scripted(response(200, b"PNG", "image/png"), response(200, body)) as server:
         assert call(server.url, "explain", b"a", class_id=1, alpha=0.4) == b"PNG"
-        explanation: Explanation = call(server.url, "explain_map", b"a", class_id=1)
+        explanation: Explanation = call(server.url, "explain_map", b"a", class_id=1)  # it says what is new here, too
 
     assert explanation.map.mean() + explanation.bias == explanation.logit
     assert [each.headers["accept"] for each in server.requests] == ["image/png", "application/json"]

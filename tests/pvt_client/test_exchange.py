@@ -3,6 +3,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from email.utils import format_datetime
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,13 +12,14 @@ from pvt_client import (
     ConnectionFailed,
     ConnectionLost,
     DeadlineExceeded,
+    InvalidUrl,
     Problem,
     QueueFull,
     Retries,
     TimedOut,
 )
 from pvt_client.errors import problem
-from pvt_client.exchange import retry_after
+from pvt_client.exchange import Exchange, retry_after
 from tests.pvt_client.conftest import CallMethod
 from tests.pvt_client.scripted import (
     NOW,
@@ -97,6 +99,47 @@ def test_a_service_that_is_never_there_fails_after_five_attempts(call: CallMetho
         call(f"127.0.0.1:{port}", "health", time=time)
 
     assert (type(caught.value), len(time.slept)) == (ConnectionFailed, 4)
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "advice"),
+    [
+        ("http://127.0.0.1:{port}", ConnectionFailed, "http://127.0.0.1:{port} was not reached: "),
+        ("127.0.0.1:{port}", ConnectionFailed, "; is the service running? Start it with `pvt-serve serve`"),
+        ("http://me:secret@127.0.0.1:{port}/below", ConnectionFailed, "http://127.0.0.1:{port} was not reached: "),
+        ("http://no-such-host.invalid:8000", ConnectionFailed, "; no such host: check the name in the URL"),
+        ("ftp://127.0.0.1", InvalidUrl, "http://host:port is expected"),
+        ("http://", InvalidUrl, "http://host:port is expected"),
+        ("127.0.0.1:99999", InvalidUrl, "http://host:port is expected"),
+    ],
+)
+def test_a_service_that_is_not_there_is_named_with_what_to_do(
+    call: CallMethod, url: str, error: type[Exception], advice: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    with pytest.raises(error) as caught:
+        call(url.format(port=port), "health", client={"retries": Retries(attempts=1)})
+
+    assert advice.format(port=port) in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_tls_to_a_service_without_it_is_told_to_write_http(call: CallMethod, service_url: str) -> None:
+    with pytest.raises(ConnectionFailed, match="it speaks plain HTTP: write http:// in place of https://"):
+        call(service_url.replace("http:", "https:"), "health", client={"retries": Retries(attempts=1)})
+
+
+def test_http_to_a_service_with_tls_is_asked_about_https(call: CallMethod) -> None:
+    with scripted(b"\x15\x03\x03\0\2\2\x46") as server, pytest.raises(ConnectionLost, match="does it speak https"):
+        call(server.url, "predict", IMAGE)
+
+
+def test_a_connection_that_nobody_takes_is_told_where_to_look() -> None:
+    error = Exchange("10.1.2.3").failure(httpx.ConnectTimeout("timed out"))
+
+    assert str(error).startswith("http://10.1.2.3 was not reached: timed out; nobody answers there: check the address")
 
 
 def test_a_connection_that_is_cut_after_the_request_is_not_tried_again(call: CallMethod) -> None:

@@ -106,6 +106,7 @@ def test_the_mean_of_an_explanation_and_its_bias_are_the_logit(
     call: CallMethod, service_url: str, digits: Path
 ) -> None:
     found = call(service_url, "explain_map", digits / "one.png", class_id=7)
+    assert found.crop == (0, 0, 64, 64)
     png = call(service_url, "explain", digits / "one.png", class_id=7, alpha=0.3)
 
     assert float(found.map.mean() + found.bias) == pytest.approx(found.logit, abs=1e-4)
