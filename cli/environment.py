@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from app.settings import Settings
-from cli.options import KEY_VARIABLE, URL_VARIABLE
+from cli import KEY_VARIABLE, URL_VARIABLE
 from cli.terminal import USAGE, CommandError, print_note
 from service.store.location import without_secrets
 

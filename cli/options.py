@@ -4,9 +4,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from cli import completion
-
-URL_VARIABLE, KEY_VARIABLE = "PVT_URL", "PVT_KEY"
+from cli import KEY_VARIABLE, URL_VARIABLE, completion
 
 Url = Annotated[
     str | None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Exit, Option
 
-from cli import options
+from cli import KEY_VARIABLE, URL_VARIABLE, options
 from cli.terminal import SOME_FAILED, USAGE, CommandError, print_line
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ def serve(
     given = {"HOST": host, "PORT": port, "WORKERS": workers, "MODEL_STORE": model_store, "PRELOAD": preload}
     # Worker processes read them there, too.
     os.environ.update({f"PVT_{name}": str(value) for name, value in given.items() if value is not None})
-    os.environ.pop(options.URL_VARIABLE, None)  # which other commands read
-    if os.environ.pop(options.KEY_VARIABLE, None) and not {"PVT_API_KEYS", "PVT_MANAGEMENT_KEYS"} & {*os.environ}:
+    os.environ.pop(URL_VARIABLE, None)  # which other commands read
+    if os.environ.pop(KEY_VARIABLE, None) and not {"PVT_API_KEYS", "PVT_MANAGEMENT_KEYS"} & {*os.environ}:
         raise CommandError(
-            f"{options.KEY_VARIABLE} is the key that commands send, and locks no service: set PVT_API_KEYS or "
-            f"PVT_MANAGEMENT_KEYS for that, or unset {options.KEY_VARIABLE}",
+            f"{KEY_VARIABLE} is the key that commands send, and locks no service: set PVT_API_KEYS or "
+            f"PVT_MANAGEMENT_KEYS for that, or unset {KEY_VARIABLE}",
             USAGE,
         )
     from app.__main__ import StartRefused, serve

@@ -13,7 +13,7 @@ from tests.app.processes import post, serving
 from tests.cli.conftest import Done, PvtServe
 from tests.cli.terminals import on_terminal
 from tests.conftest import ROOT
-from tests.pvt_client.scripted import response, scripted
+from tests.pvt_client.scripted import cut, response, scripted
 
 DIGITS = "pvt_v2_b0.digits"
 QUICK = {
@@ -109,7 +109,7 @@ def test_a_service_without_management_says_what_turns_it_on(pvt_serve: PvtServe,
 
 
 def test_what_is_no_service_of_this_kind_is_said_to_be(pvt_serve: PvtServe) -> None:
-    with scripted(lambda connection, _: connection.sendall(response(200, b'{"hello": "there"}'))) as other:
+    with scripted(response(200, b'{"hello": "there"}')) as other:
         for command in (["top"], ["load", "x"], ["ps"]):
             done = pvt_serve(*command, "--url", other.url)
 
@@ -120,7 +120,8 @@ def test_what_is_no_service_of_this_kind_is_said_to_be(pvt_serve: PvtServe) -> N
 def test_top_shows_the_last_minute_of_the_service(manage: Manage, url: str) -> None:
     image = (ROOT / "docs" / "digits" / "one.png").read_bytes()
     for _ in range(3):
-        httpx.post(f"{url}/predict", content=image, headers={"Authorization": "Bearer reader"}, timeout=60)
+        headers = {"Authorization": "Bearer reader", "Content-Type": "image/png"}
+        assert httpx.post(f"{url}/predict", content=image, headers=headers, timeout=60).status_code == 200
     post(url, [("image", image)])  # without a key
 
     stats: dict[str, Any] = {"routes": []}
@@ -144,12 +145,12 @@ def test_top_shows_the_last_minute_of_the_service(manage: Manage, url: str) -> N
 def test_top_on_a_terminal_goes_on_until_ctrl_c_even_if_the_service_goes(url: str) -> None:
     answer = response(200, httpx.get(f"{url}/stats").content)
     with (
-        scripted(lambda connection, _: connection.sendall(answer), lambda connection, _: connection.close()) as server,
+        scripted(answer, cut) as server,
         on_terminal("top", "--url", server.url, "--seconds", "0.1") as top,
     ):
         top.until("requests in flight")
         top.until("trying again: ")
-        server.behaviours[:] = [lambda connection, _: connection.sendall(answer)]
+        server.behaviours[:] = [answer]
         top.seen = ""
         top.until("http")
         top.interrupt()
