@@ -88,11 +88,11 @@ def test_features_that_are_cut_off_are_refused(call: CallMethod, cut: int) -> No
 
 def test_an_explanation_is_a_png_or_numbers(call: CallMethod) -> None:
     result = {"filename": None, "width": 9, "height": 8, "class_id": 1, "label": "one", "score": 0.5, "logit": 2.0,
-              "bias": 0.5, "map": [[1, 2], [1, 2]]}  # fmt: skip
+              "bias": 0.5, "map": [[1, 2], [1, 2]], "of_a_newer_service": 1}  # fmt: skip
     body = json.dumps({"model": "m", "version": "1", "results": [result]}).encode()
     with scripted(response(200, b"PNG", "image/png"), response(200, body)) as server:
         assert call(server.url, "explain", b"a", class_id=1, alpha=0.4) == b"PNG"
-        explanation: Explanation = call(server.url, "explain_map", b"a", class_id=1)  # it says what is new here, too
+        explanation: Explanation = call(server.url, "explain_map", b"a", class_id=1)
 
     assert explanation.map.mean() + explanation.bias == explanation.logit
     assert [each.headers["accept"] for each in server.requests] == ["image/png", "application/json"]
