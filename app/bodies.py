@@ -18,7 +18,7 @@ from app.compression import codings, decoded
 from app.problems import BodyTooLarge, UnsupportedMediaType
 from app.settings import Settings
 from service.errors import InvalidImage, InvalidRequest, ServiceError
-from service.memory import Reservation
+from service.memory import SMALL_BYTES, Reservation
 
 FIELD = "image"  # of a form
 RAW_TYPES = re.compile(r"image/[\w.+-]+|application/octet-stream")
@@ -136,7 +136,8 @@ async def _read_encoded(request: Request, max_bytes: int, held: Reservation) -> 
             if "expect" not in request.headers:  # a client that expects 100-continue has not sent anything yet
                 await _discard(request)
             raise _too_large(max_bytes)
-        held.check(int(announced))
+        if int(announced) > SMALL_BYTES:
+            held.check(int(announced))
     body, more = await _receive(request)
     if not more:
         _count(body, 0, max_bytes, held)

@@ -114,7 +114,9 @@ class Scheduler(Generic[S, T, R]):
                 self._dispatcher.release(places)
 
     def refusal(self, lane: Lane[S, T, R], deadline: float = inf, client: str = "") -> ServiceError | None:
-        """What `reserve` would raise for one small image of `client`, if it would."""
+        """What `reserve` would raise for one small image of `client`, if it would; None too where little waits."""
+        if lane.admitted < lane.capacity and lane.ahead() < lane.plan.largest:  # not worth the lock
+            return None
         with self._changed:
             return self._dispatcher.refusal(lane, monotonic(), deadline, client)
 
