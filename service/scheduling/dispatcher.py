@@ -104,9 +104,10 @@ class Dispatcher(Generic[S, T, R]):
             for _ in range(count):
                 self._metrics.cancelled("admission")
             raise late
-        while lane.admitted + count > lane.capacity and self._push_out(lane, client):
-            pass
-        self._check_room(lane, count, client, large, pushed=True)
+        if lane.admitted + count > lane.capacity:
+            while lane.admitted + count > lane.capacity and self._push_out(lane, client):
+                pass
+            self._check_room(lane, count, client, large, pushed=True)
         lane.admitted += count
         self.admitted += count
         lane.large_admitted += large
@@ -148,8 +149,8 @@ class Dispatcher(Generic[S, T, R]):
         """Why `count` more images of `client` can't be answered by `deadline`, if that is so."""
         if deadline == inf or not self.admitted:
             return None
-        left = deadline - now
-        ahead, seconds = lane.ahead(), self.least_seconds(lane, count, lane.ahead())
+        left, ahead = deadline - now, lane.ahead()
+        seconds = self.least_seconds(lane, count, ahead)
         if seconds > SPEED_MARGIN * left:
             ahead = lane.ahead_of(client, count)
             seconds = self.least_seconds(lane, count, ahead)
