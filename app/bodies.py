@@ -22,7 +22,7 @@ from app.problems import BodyTooLarge, TooManyImages, UnsupportedMediaType
 from app.settings import Settings
 from service.errors import InvalidImage, InvalidRequest, ServiceError
 from service.images.kinds import is_known
-from service.memory import Reservation
+from service.memory import SMALL_BYTES, Reservation
 from service.names import meant
 
 FORM, JSON, RAW = "multipart/form-data", "application/json", "image/*"
@@ -186,7 +186,8 @@ async def _read_encoded(request: Request, max_bytes: int, held: Reservation) -> 
             if "expect" not in request.headers:  # a client that expects 100-continue has not sent anything yet
                 await _discard(request)
             raise _too_large(max_bytes)
-        held.check(int(announced))
+        if int(announced) > SMALL_BYTES:
+            held.check(int(announced))
     body, more = await _receive(request)
     if not more:
         _count(body, 0, max_bytes, held)

@@ -69,6 +69,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         **openapi.INFO,
         docs_url=None,  # `operations` has it
         redirect_slashes=False,  # a redirect would go to whatever host the client names
+        telemetry=dict.fromkeys(("tracing", "metrics", "logs"), any(each.startswith("OTEL_") for each in os.environ)),
         lifespan=partial(_lifespan, settings, engine_options(settings), registry, http.traffic, worker=worker),
         exception_handlers=dict.fromkeys(problems.EXPECTED, problems.expected),
         # First in the table of routes, so that no time is lost on others.

@@ -162,7 +162,8 @@ class Engine:
                     self._reserve_maps(resident.executable, size, len(images), held)
                 async with resident.at(size, stages=stages) as sized:
                     load_seconds = monotonic() - start
-                    self._last_used[name, size] = sized
+                    if self._last_used.get((name, size)) is not sized:
+                        self._last_used[name, size] = sized
                     results = await self._pipeline.infer(sized, images, deadline, stages=stages, client=client)
         if any(isinstance(each, DeadlineExceeded) for each in results):  # all have the same time
             raise _late(seconds)
@@ -178,7 +179,8 @@ class Engine:
     ) -> ServiceError | None:
         """What `infer` would raise for one image for want of room or time, if it would; it costs microseconds.
 
-        Ask before a body is read: refusing must not cost what answering does. None where the model was not used yet.
+        Ask before a body is read: refusing must not cost what answering does. None where the model was not used yet, or
+        where so little waits that `infer` may decide.
         """
         name = self.options.default_model if model is None else model
         if not (sized := self._last_used.get((name, size))):

@@ -36,6 +36,7 @@ from service.results import InferenceResult
 from service.store.cards import ModelCard
 
 LARGE = 32_768  # numbers; more, even as JSON on the event loop, would hold it up for over a millisecond and a half
+WATCH_AFTER_SECONDS = 0.02  # a request that is over by then costs no task that watches its client
 JSON = "application/json"
 LOAD_SECONDS = 0.001  # a request that gets its model later has waited for it
 BYTES_PER_NUMBER = 13  # as JSON: nine digits, a sign, a point, an exponent or zeros, a comma
@@ -75,19 +76,19 @@ class InferenceRoute(APIRoute):
         await self.app(scope, receive, send)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive, send)
-        if (settings := request.state.settings).api_keys:
+        request, state = Request(scope, receive, send), scope["state"]
+        if (settings := state["settings"]).api_keys:
             await require_key(request, settings)
         try:
             query = self._query.model_validate(dict(request.query_params)) if scope["query_string"] else self._defaults
         except ValidationError as error:
             in_query = [{**each, "loc": ("query", *each["loc"])} for each in error.errors()]
             raise RequestValidationError(in_query) from error  # in the framework's own words
-        refused = request.state.engine.refusal(
+        refused = state["engine"].refusal(
             model=query.model,
             size=query.input_size,
             timeout_seconds=query.timeout_ms and query.timeout_ms / 1000,
-            client=request.state.client,
+            client=state["client"],
         )
         response = await (expected(request, refused) if refused else self.endpoint(request, query))
         await response(scope, receive, send)
@@ -204,7 +205,7 @@ async def infer_images(
             check=check,
             max_wait_seconds=await max_wait_seconds(request),
             timeout_seconds=timeout,
-            client=request.state.client,
+            client=state.client,
             held=hold_answer(request) if stages else None,
         )
     note(request, result)
@@ -214,8 +215,9 @@ async def infer_images(
 @asynccontextmanager
 async def cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
     """Cancel what runs inside when the client disconnects, and raise ClientDisconnect. The body must have been read."""
-    task, gone = asyncio.current_task(), False
+    loop, task, gone = asyncio.get_running_loop(), asyncio.current_task(), False
     assert task is not None  # noqa: S101  a coroutine that runs has a task
+    watcher: asyncio.Task[None] | None = None
 
     async def watch() -> None:
         nonlocal gone
@@ -224,7 +226,11 @@ async def cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
         gone = True
         task.cancel()
 
-    watcher = asyncio.create_task(watch())
+    def begin() -> None:
+        nonlocal watcher
+        watcher = loop.create_task(watch())
+
+    timer = loop.call_later(WATCH_AFTER_SECONDS, begin)
     try:
         yield
     except asyncio.CancelledError:
@@ -233,7 +239,9 @@ async def cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
         task.uncancel()
         raise ClientDisconnect from None
     finally:
-        watcher.cancel()
+        timer.cancel()
+        if watcher:
+            watcher.cancel()
 
 
 def note(request: Request, result: InferenceResult) -> None:

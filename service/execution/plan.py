@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from time import perf_counter
 from types import MappingProxyType
@@ -26,28 +26,26 @@ class BatchPlan:
 
     seconds: Mapping[int, float]
     alone_seconds: float | None = None
+    # The compiled sizes, ascending, the largest, and t(n) for each n from 0 on: read several times for each image.
+    sizes: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    largest: int = field(init=False, repr=False, compare=False)
+    _times: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.seconds:
             raise ValueError("a batch plan needs at least one size")
-        object.__setattr__(self, "seconds", MappingProxyType(dict(sorted(self.seconds.items()))))
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The compiled sizes, ascending."""
-        return tuple(self.seconds)
-
-    @property
-    def largest(self) -> int:
-        """The largest compiled size."""
-        return self.sizes[-1]
+        seconds = dict(sorted(self.seconds.items()))
+        object.__setattr__(self, "seconds", MappingProxyType(seconds))
+        object.__setattr__(self, "sizes", tuple(seconds))
+        object.__setattr__(self, "largest", self.sizes[-1])
+        times = (next(t for size, t in seconds.items() if size >= n) for n in range(self.largest + 1))
+        object.__setattr__(self, "_times", tuple(times))
 
     def time(self, n: int) -> float:
         """Seconds that a batch of `n` takes, padded to the next compiled size."""
-        for size, seconds in self.seconds.items():  # a generator would take twice as long, several times an image
-            if size >= n:
-                return seconds
-        raise ValueError(f"a batch of {n}; the largest compiled size is {self.largest}")
+        if n > self.largest:
+            raise ValueError(f"a batch of {n}; the largest compiled size is {self.largest}")
+        return self._times[n]
 
     def best(self, waiting: int) -> int:
         """The number of `waiting` images to run now, for the most images per second, padding included."""

@@ -51,7 +51,8 @@ class Dispatcher(Generic[S, T, R]):
         self._large_decoders = max(1, decoders // 2)
         # Mutable state: the lanes, and whether new work is refused; what waits to be decoded and what waits for an
         # instance; the jobs under way, idle instances, the last releases; calls that ended since `take_ended`; how fast
-        # images are decoded, by the image and, large ones, by the megapixel; when a batch ended while others waited.
+        # images are decoded, by the image and, large ones, by the megapixel; when a batch ended while others waited;
+        # how many images have a place, in all lanes.
         self.lanes: list[Lane[S, T, R]] = []
         self.closed = False
         self._sources: Queues[Call[S, T, R]] = Queues()
@@ -65,6 +66,7 @@ class Dispatcher(Generic[S, T, R]):
         self._large_decoding = 0
         self._small_speed, self._large_speed = Speed(), Speed()
         self._since: float | None = None
+        self.admitted = 0
 
     def __repr__(self) -> str:
         return (
@@ -77,11 +79,6 @@ class Dispatcher(Generic[S, T, R]):
         """Refuse new work, and delay no batch any longer."""
         self.closed = True
         self._payloads.max_delay_seconds = 0.0
-
-    @property
-    def admitted(self) -> int:
-        """Images that have a place, in all lanes."""
-        return sum(lane.admitted for lane in self.lanes)
 
     def admit(  # noqa: PLR0917  as a request has them
         self, lane: Lane[S, T, R], count: int, now: float, deadline: float = inf, client: str = "", large: int = 0
@@ -107,10 +104,12 @@ class Dispatcher(Generic[S, T, R]):
             for _ in range(count):
                 self._metrics.cancelled("admission")
             raise late
-        while lane.admitted + count > lane.capacity and self._push_out(lane, client):
-            pass
-        self._check_room(lane, count, client, large, pushed=True)
+        if lane.admitted + count > lane.capacity:
+            while lane.admitted + count > lane.capacity and self._push_out(lane, client):
+                pass
+            self._check_room(lane, count, client, large, pushed=True)
         lane.admitted += count
+        self.admitted += count
         lane.large_admitted += large
         lane.held[client] = lane.held.get(client, 0) + count
         places = Places(lane, client, count, large, count)
@@ -127,6 +126,7 @@ class Dispatcher(Generic[S, T, R]):
         places.images -= images
         places.large -= large
         lane.admitted -= images
+        self.admitted -= images
         lane.large_admitted -= large
         if left := lane.held.get(client, 0) - images:
             lane.held[client] = left
@@ -149,8 +149,8 @@ class Dispatcher(Generic[S, T, R]):
         """Why `count` more images of `client` can't be answered by `deadline`, if that is so."""
         if deadline == inf or not self.admitted:
             return None
-        left = deadline - now
-        ahead, seconds = lane.ahead(), self.least_seconds(lane, count, lane.ahead())
+        left, ahead = deadline - now, lane.ahead()
+        seconds = self.least_seconds(lane, count, ahead)
         if seconds > SPEED_MARGIN * left:
             ahead = lane.ahead_of(client, count)
             seconds = self.least_seconds(lane, count, ahead)
@@ -234,6 +234,8 @@ class Dispatcher(Generic[S, T, R]):
         """
         if not self.admitted:
             return 0.0
+        if ahead + count <= lane.plan.largest:  # the usual case, in which the rest comes to this
+            return lane.plan.time(1)
         longest = max(each.plan.time(each.plan.largest) for each in self.lanes if each.admitted or each is lane)
         seconds = lane.seconds(max(0, ahead + count - lane.plan.largest))
         return max(0.0, seconds - (self._instances - 1) * longest) / self._instances + lane.plan.time(1)

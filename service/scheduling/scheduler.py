@@ -26,6 +26,9 @@ J = TypeVar("J")
 O = TypeVar("O")  # noqa: E741
 
 
+LITTLE_WAITS = 16  # images; with fewer, a refusal that comes after the body was read costs nobody much
+
+
 class Scheduler(Generic[S, T, R]):
     """Gives work to idle instances as soon as there is some, and lets batches grow only while all are busy.
 
@@ -114,7 +117,9 @@ class Scheduler(Generic[S, T, R]):
                 self._dispatcher.release(places)
 
     def refusal(self, lane: Lane[S, T, R], deadline: float = inf, client: str = "") -> ServiceError | None:
-        """What `reserve` would raise for one small image of `client`, if it would."""
+        """What `reserve` would raise for one small image of `client`, if it would; None too where little waits."""
+        if lane.admitted < min(lane.capacity, LITTLE_WAITS):  # not worth the lock
+            return None
         with self._changed:
             return self._dispatcher.refusal(lane, monotonic(), deadline, client)
 
