@@ -52,6 +52,8 @@ def serve() -> int:
         if settings.pull == "on_demand":
             settings.writable_store()
         listeners = [_listen(settings.host, settings.port, "PVT_HOST and PVT_PORT")]
+        if settings.grpc_port:  # each worker listens itself: whether it is free is known only here
+            _listen(settings.host, settings.grpc_port, "PVT_HOST and PVT_GRPC_PORT").close()
         if settings.workers > 1:
             return supervise(settings, listeners[0])
         if port := settings.management_port:

@@ -119,4 +119,8 @@ async def _lifespan(
         metrics = MetricsPage(shown, engine.collect_metrics)
         state = State(engine=engine, settings=settings, metrics=metrics, worker=worker, fetcher=fetcher)
         app.state.started = state  # for hosts without lifespan state
+        if settings.grpc_port:
+            from app.open_inference import grpc_server  # noqa: PLC0415  an extra, which not everybody has
+
+            await stack.enter_async_context(grpc_server.serving(app, state, registry))
         yield state

@@ -137,6 +137,8 @@ class RequestContext:
         if route in _PROBES and status < 400:  # noqa: PLR2004  the first status of errors
             return
         fields = {"ms": round(seconds * 1000, 2), "request_id": state["request_id"], "client": state["client"]}
+        if scope.get("scheme") == "grpc":
+            fields["protocol"] = "grpc"
         fields |= state.get("log", {})
         log.info("request", method=scope["method"], path=scope["path"], status=status, **fields)
 

@@ -4,6 +4,7 @@ import os
 import re
 from difflib import get_close_matches
 from functools import cached_property
+from importlib.util import find_spec
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
@@ -31,6 +32,7 @@ PREFIX = "PVT_"
 _SERVICE_LINK = re.compile(r"PVT_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+_\w+)")
 
 
+GRPC_MODULES = "grpc", "grpc_health", "grpc_reflection"  # of the extra
 UNIX = "unix"  # among networks: whoever connects to a Unix socket
 _INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs"}
 
@@ -103,6 +105,8 @@ class Settings(BaseSettings):
     """Address to listen on; 0.0.0.0 for all."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one."""
+    grpc_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port for the Open Inference Protocol over gRPC, on `PVT_HOST`; needs the extra `grpc`. 0: off."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes that share the port; each has its own models and its share of cores and instances."""
     model_store: Annotated[Path | str, BeforeValidator(_folder_or_url)] = Path("model_store")
@@ -227,6 +231,10 @@ class Settings(BaseSettings):
             raise ValueError("PVT_MANAGEMENT_PORT is for one process, whose models it manages; PVT_WORKERS is above 1")
         if self.management_port and self.management_port == self.port:
             raise ValueError("PVT_MANAGEMENT_PORT is PVT_PORT; it must be another one")
+        if self.grpc_port and self.grpc_port in {self.port, self.management_port}:
+            raise ValueError("PVT_GRPC_PORT is the port of HTTP or of management; it must be another one")
+        if self.grpc_port and not all(map(find_spec, GRPC_MODULES)):
+            raise ValueError("PVT_GRPC_PORT needs the extra grpc: pip install 'pvt-serve[grpc]', or leave it out")
         if self.backend == "openvino" and self.device.startswith("cuda"):
             raise ValueError(f"PVT_BACKEND=openvino runs on the CPU, and PVT_DEVICE={self.device} asks for a GPU")
         if self.pull == "on_demand" and self.remote_store:

@@ -53,7 +53,10 @@ def test_what_is_no_list_of_numbers_is_left_to_the_parser(data: list[Any]) -> No
     [
         (b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[1],"data":[1],"data":[2]}]}', "has data twice"),
         (b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[1]}],"data":[1]}', "data: Extra inputs"),
-        (b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[1],"parameters":{"data":[1]}}]}', "must have either"),
+        (
+            b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[1],"parameters":{"data":[1]}}]}',
+            "must have either",
+        ),
         (b'{"inputs":[{"data":[1', "data has no end"),
         (b'{"inputs":[{"data":' + b"[" * 1_000_000, "depth limit exceeded"),
         (b'{"inputs":[{"data":' + b" " * 1_000_000, "the body is no JSON"),
