@@ -20,7 +20,7 @@ _MOST_MICROSECONDS = 3_600_000_000  # of `timeout`
 
 
 def _pool() -> descriptor_pool.DescriptorPool:
-    """The messages in a pool of their own: Triton's and KServe's packages have some of the same names in the default one.
+    """The messages in a pool of their own: packages of Triton and KServe put the same names into the default one.
 
     Messages that are made of descriptors depend on no version of protobuf, as generated modules would.
     """

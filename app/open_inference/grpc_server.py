@@ -33,6 +33,7 @@ from service.memory import BODIES, Reservation
 log = structlog.get_logger(component="grpc")
 
 Context = Any  # grpc.aio.ServicerContext, which has no static types
+Metadata = tuple[tuple[str, str], ...]
 HEALTH = "grpc.health.v1.Health"
 # Of a call's metadata; the others are no business of the application.
 _PASSED = frozenset({"authorization", "forwarded", "prefer", "x-forwarded-for", "x-request-id"})
@@ -66,8 +67,8 @@ class _Answer(NamedTuple):
     body: bytes
 
     @property
-    def metadata(self) -> list[tuple[str, str]]:
-        return [(key, value) for key, value in self.headers.items() if key in _RETURNED]
+    def metadata(self) -> Metadata:
+        return tuple((key, value) for key, value in self.headers.items() if key in _RETURNED)
 
     @property
     def code(self) -> grpc.StatusCode:
@@ -167,7 +168,8 @@ class Gateway:
 
     def _unary(self, method: str) -> Callable[[object, Context], Awaitable[bytes]]:
         async def call(_: object, context: Context) -> bytes:
-            code, details, metadata, message = grpc.StatusCode.INTERNAL, "", [], b""
+            code, details, message = grpc.StatusCode.INTERNAL, "", b""
+            metadata: Metadata = ()
             try:
                 with self._state["engine"].memory.reserve(0, BODIES) as held:
                     request = await self._read(method, context, held)
@@ -360,10 +362,10 @@ class _Absent(grpc.GenericRpcHandler):  # type: ignore[misc]  # it has no static
         return grpc.unary_unary_rpc_method_handler(refuse)
 
 
-def _of(error: ServiceError) -> tuple[grpc.StatusCode, str, list[tuple[str, str]]]:
+def _of(error: ServiceError) -> tuple[grpc.StatusCode, str, Metadata]:
     """What a client learns of an error that arose before the application had the request."""
     known = problem(error)
-    retry = [("retry-after", "2")] if isinstance(error, MemoryExhausted) else []
+    retry = (("retry-after", "2"),) if isinstance(error, MemoryExhausted) else ()
     return _CODES.get(known.status, grpc.StatusCode.INTERNAL), known.detail[:_MOST_DETAILS], retry
 
 

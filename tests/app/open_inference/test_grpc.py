@@ -1,21 +1,27 @@
 """gRPC against Triton's own client, unchanged, and against gRPC's own clients of health checks and reflection."""
 
-import asyncio
+import json
+import os
 import queue
+import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.http as triton_http
+from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from tritonclient.grpc import service_pb2
@@ -41,7 +47,8 @@ def free_port() -> int:
 def grpc_serving(**settings: str) -> Iterator[tuple[Server, str]]:
     """A server, and its address for gRPC."""
     port = str(free_port())
-    with serving(grpc_port=port, backend="torch", precision="float32", timeout_ms="120000", **settings) as server:
+    variables = {"grpc_port": port, "backend": "torch", "precision": "float32", "timeout_ms": "120000", **settings}
+    with serving(environment={f"PVT_{name.upper()}": value for name, value in variables.items()}) as server:
         yield server, f"127.0.0.1:{port}"
 
 
@@ -78,8 +85,6 @@ def files(module: Any = triton, *contents: bytes) -> Any:
 
 
 def plain(message: Any) -> Any:
-    from google.protobuf.json_format import MessageToDict  # noqa: PLC0415
-
     return MessageToDict(message, preserving_proto_field_name=True)
 
 
@@ -158,14 +163,14 @@ def test_statistics_count_calls(client: Any, http: Any) -> None:
     assert [each.name for each in client.get_inference_statistics().model_stats] == [MODEL]
 
 
-def test_classes_and_typed_contents(client: Any) -> None:
+def test_classes_and_typed_contents(both: tuple[Server, str], client: Any) -> None:
     output = triton.InferRequestedOutput("probabilities", class_count=2)
     classes = client.infer(MODEL, [files()], outputs=[output]).as_numpy("probabilities")
     assert classes.shape == (2, 2)
     assert len(classes[0, 0].decode().split(":")) == 3
 
     raw = client.infer(MODEL, [pixels()])
-    with grpc.insecure_channel(client_address(client)) as channel:
+    with grpc.insecure_channel(both[1]) as channel:
         call = channel.unary_unary(
             f"/{SERVICE}/ModelInfer",
             service_pb2.ModelInferRequest.SerializeToString,
@@ -193,14 +198,6 @@ def test_classes_and_typed_contents(client: Any) -> None:
             assert told in raised.value.details()
 
 
-def client_address(client: Any) -> str:
-    return (
-        str(client._channel.target)
-        if hasattr(client._channel, "target")
-        else client._channel._channel.target().decode()
-    )
-
-
 def refused(call: Any, *arguments: Any, **options: Any) -> tuple[str, str]:
     with pytest.raises(InferenceServerException) as raised:
         call(*arguments, **options)
@@ -225,7 +222,7 @@ def test_errors_have_the_codes_of_grpc_and_say_what_http_says(client: Any, http:
     assert "send the tensors' bytes" in refused(client.register_system_shared_memory, "a", "/a", 8)[1]
 
 
-def test_a_deadline_of_the_call_is_that_of_the_request(both: tuple[Server, str], client: Any) -> None:
+def test_a_deadline_of_the_call_is_that_of_the_request(client: Any) -> None:
     client.infer(MODEL, [pixels()])
     assert refused(client.infer, MODEL, [pixels()], client_timeout=0.0005)[0] == "DEADLINE_EXCEEDED"
 
@@ -248,6 +245,42 @@ def test_a_stream_answers_in_order_and_goes_on_after_an_error(client: Any) -> No
 
     assert isinstance(found.pop(3), InferenceServerException)
     assert [each.get_response().id for each in found] == [str(i) for i in range(20) if i != 3]
+
+
+def test_the_example_of_the_page_prints_what_is_shown(
+    both: tuple[Server, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", (ROOT / "docs" / "grpc.md").read_text(), re.DOTALL)
+    assert found
+    monkeypatch.chdir(ROOT)
+    code = (
+        found[1]
+        .replace("localhost:8001", both[1])
+        .replace("open(", "Path(")
+        .replace(', "rb").read()', ").read_bytes()")
+    )
+
+    exec(compile(code, "docs/grpc.md", "exec"), {"Path": Path})  # noqa: S102  our own
+
+    assert capsys.readouterr().out == found[2]
+
+
+@pytest.mark.skipif(
+    shutil.which("perf_analyzer") is None, reason="Triton's wheels up to 2.50 have it, none on PyPI now"
+)
+@pytest.mark.parametrize("over", ["http", "grpc", "stream"])
+def test_perf_analyzer_measures(both: tuple[Server, str], tmp_path: Path, over: str) -> None:
+    image = {"images": {"content": [0] * 64 * 64 * 3, "shape": [1, 64, 64, 3]}}
+    (tmp_path / "data.json").write_text(json.dumps({"data": [image]}))
+    where = [both[0].url.removeprefix("http://")] if over == "http" else [both[1], "-i", "grpc"]
+    done = subprocess.run(
+        ["perf_analyzer", "-m", MODEL, "-u", *where, *(["--streaming"] if over == "stream" else []),
+         "--input-data", str(tmp_path / "data.json"), "--measurement-mode", "count_windows",
+         "--measurement-request-count", "10", "--stability-percentage", "999"],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Successful request count" in done.stdout
 
 
 def test_health_and_reflection(both: tuple[Server, str]) -> None:
@@ -299,8 +332,6 @@ def test_keys_management_the_log_and_the_metrics(tmp_path: Path) -> None:
             pass
         assert (line["protocol"], line["status"], line["images"], line["client"][:4]) == ("grpc", 200, 1, "key:")
         client.unload_model("pvt_v2_b0.tiny", headers=MANAGER)
-        import httpx  # noqa: PLC0415
-
         text = httpx.get(f"{server.url}/metrics").text
         assert 'pvt_grpc_requests_total{code="OK",method="ModelInfer"} 1.0' in text
         assert 'pvt_grpc_requests_total{code="UNAUTHENTICATED",method="ModelInfer"} 1.0' in text
@@ -315,8 +346,6 @@ def test_messages_beyond_the_limit_are_refused_and_so_are_bombs() -> None:
         bomb = tensor(triton, "encoded", np.array([bytes(100_000_000)], dtype=np.object_), "BYTES")
         assert refused(client.infer, MODEL, [bomb], compression_algorithm="gzip")[0] == "RESOURCE_EXHAUSTED"
         assert client.infer(MODEL, [pixels()], compression_algorithm="gzip").as_numpy("logits").shape == (2, 10)
-        import psutil  # noqa: PLC0415
-
         assert psutil.Process(server.process.pid).memory_info().rss < 700e6
 
 
@@ -328,49 +357,37 @@ def test_workers_share_the_port_and_drain() -> None:
         assert server.stop() == 0
 
 
+def wait_for_load(url: str) -> None:
+    """Until the first call has reached the engine, which loads the model for it."""
+    while httpx.post(f"{url}/v2/repository/index").json()[0]["state"] == "UNAVAILABLE":
+        pass
+
+
 def test_calls_under_way_are_answered_before_the_process_ends() -> None:
-    with grpc_serving() as (server, address), triton.InferenceServerClient(address) as client:
-        client.infer(MODEL, [pixels()])
+    with (
+        grpc_serving(shutdown_seconds="120") as (server, address),
+        triton.InferenceServerClient(address) as client,
+    ):
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        many = tensor(triton, "images", np.repeat(PIXELS, 32, axis=0), "UINT8")
         for _ in range(4):
-            client.async_infer(MODEL, [many], lambda result, error: done.put(error or result))
-        while "pvt_queue" and not queued(server.url):
-            pass
-        assert server.stop() == 0
-        found = [done.get(timeout=60) for _ in range(4)]
-        assert [each.as_numpy("logits").shape for each in found] == [(64, 10)] * 4
-
-
-def queued(url: str) -> bool:
-    import httpx  # noqa: PLC0415
-
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
-    return any(line.startswith("pvt_memory_reserved_bytes") and '"bodies"' in line and not line.endswith(" 0.0")
-               for line in lines)  # fmt: skip
+            client.async_infer(MODEL, [pixels()], lambda result, error: done.put(error or result))
+        wait_for_load(server.url)
+        server.process.send_signal(signal.SIGTERM)
+        server.event("draining")
+        assert refused(client.infer, MODEL, [pixels()])[0] == "UNAVAILABLE"
+        assert [done.get(timeout=60).as_numpy("logits").shape for _ in range(4)] == [(2, 10)] * 4
+        assert server.process.wait(60) == 0
 
 
 def test_a_caller_that_hangs_up_ends_its_request() -> None:
-    async def cancel(address: str) -> None:
-        async with grpc.aio.insecure_channel(address) as channel:
-            call = channel.unary_unary(f"/{SERVICE}/ModelInfer")
-            request = service_pb2.ModelInferRequest(model_name=MODEL)
-            request.inputs.add(name="images", datatype="UINT8", shape=[64, 64, 64, 3])
-            request.raw_input_contents.append(bytes(64 * 64 * 64 * 3))
-            calling = call(request.SerializeToString())
-            await calling.wait_for_connection()
-            await asyncio.to_thread(arrived.wait, 60)
-            calling.cancel()
-
-    with grpc_serving() as (server, address):
-        arrived = threading.Event()
-        poll = threading.Thread(
-            target=lambda: [None for _ in iter(lambda: queued(server.url), True)] and None or arrived.set()
-        )
-        poll.start()
-        asyncio.run(cancel(address))
-        poll.join()
-        while (line := server.event("request"))["status"] == 200:
+    with grpc_serving() as (server, address), grpc.insecure_channel(address) as channel:
+        request = service_pb2.ModelInferRequest(model_name=MODEL)
+        request.inputs.add(name="images", datatype="UINT8", shape=PIXELS.shape)
+        request.raw_input_contents.append(PIXELS.tobytes())
+        call = channel.unary_unary(f"/{SERVICE}/ModelInfer").future(request.SerializeToString())
+        wait_for_load(server.url)
+        call.cancel()
+        while "/infer" not in (line := server.event("request"))["path"]:
             pass
         assert (line["status"], line["protocol"]) == (499, "grpc")
 
@@ -387,7 +404,7 @@ def test_a_port_that_can_not_be_had_is_told_in_a_line(environment: dict[str, str
         port = str(listener.getsockname()[1])
         variables = {name: port if value == "taken" else value for name, value in environment.items()}
         done = subprocess.run(
-            [sys.executable, "-m", "app"], cwd=ROOT, env={**__import__("os").environ, **variables}, capture_output=True,
+            [sys.executable, "-m", "app"], cwd=ROOT, env={**os.environ, **variables}, capture_output=True,
             text=True, timeout=60, check=False,
         )  # fmt: skip
     assert done.returncode == 2
