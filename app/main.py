@@ -110,7 +110,6 @@ async def _lifespan(
         engine = Engine(worker.share_of(options) if worker else options, EngineMetrics(registry))
         await stack.enter_async_context(engine)
         if worker:
-            await stack.enter_async_context(worker.reporting(engine))
             shown = worker.group.registry(os.getppid())
         else:
             shown = registry
@@ -123,4 +122,6 @@ async def _lifespan(
             from app.open_inference import grpc_server  # noqa: PLC0415  an extra, which not everybody has
 
             await stack.enter_async_context(grpc_server.serving(app, state, registry))
+        if worker:  # the first report says that it listens
+            await stack.enter_async_context(worker.reporting(engine))
         yield state
