@@ -7,8 +7,7 @@ implementation of the protocol (decision 82). It runs on the application's event
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
-from urllib.parse import unquote
+from typing import Any
 
 import grpc
 import orjson
@@ -17,114 +16,34 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from prometheus_client import CollectorRegistry, Counter
 from starlette.concurrency import run_in_threadpool
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp
 
 from app.bodies import LARGE_JSON
 from app.clients import Directory
 from app.dependencies import State
 from app.open_inference import grpc_messages
+from app.open_inference.grpc_exchange import OK, Answer, Exchange, Metadata, address, outcome_of
 from app.open_inference.grpc_messages import METHODS, POOL, SERVICE, RestRequest
 from app.open_inference.messages import HEADER_LENGTH
-from app.problems import problem
 from app.settings import Settings
-from service.errors import DeadlineExceeded, MemoryExhausted, ServiceError
+from service.errors import DeadlineExceeded
 from service.memory import BODIES, Reservation
 
 log = structlog.get_logger(component="grpc")
 
 Context = Any  # grpc.aio.ServicerContext, which has no static types
-Metadata = tuple[tuple[str, str], ...]
 HEALTH = "grpc.health.v1.Health"
 # Of a call's metadata; the others are no business of the application.
 _PASSED = frozenset({"authorization", "forwarded", "prefer", "x-forwarded-for", "x-request-id"})
-_RETURNED = frozenset({"retry-after", "server-timing", "x-request-id"})
-_CODES = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    401: grpc.StatusCode.UNAUTHENTICATED,
-    403: grpc.StatusCode.PERMISSION_DENIED,
-    404: grpc.StatusCode.NOT_FOUND,
-    409: grpc.StatusCode.FAILED_PRECONDITION,
-    413: grpc.StatusCode.INVALID_ARGUMENT,
-    422: grpc.StatusCode.INVALID_ARGUMENT,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    499: grpc.StatusCode.CANCELLED,
-    501: grpc.StatusCode.UNIMPLEMENTED,
-    503: grpc.StatusCode.UNAVAILABLE,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
-_OK = 200
-_MOST_DETAILS = 2000  # characters; clients take 8 KB of metadata
 _FRAMING_BYTES = 65_536  # of a message, beside what a body of PVT_MAX_BODY_MB has
 _MOST_READING = 32  # messages that arrive at the same time, where memory has no limit
-_STREAM_AHEAD = 16  # requests of one stream under way
+_STREAM_AHEAD = 16  # requests of one stream under way, unless PVT_CLIENT_CONCURRENCY is less
 _WATCH_SECONDS = 1.0
 _SENDING_SECONDS = 2.0  # for responses that are being sent when all else has ended
 
 
-class _Answer(NamedTuple):
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def metadata(self) -> Metadata:
-        return tuple((key, value) for key, value in self.headers.items() if key in _RETURNED)
-
-    @property
-    def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.OK if self.status == _OK else _CODES.get(self.status, grpc.StatusCode.INTERNAL)
-
-    @property
-    def details(self) -> str:
-        return str(orjson.loads(self.body)["error"])[:_MOST_DETAILS] if self.body else f"status {self.status}"
-
-
-class _Exchange:
-    """One request of the application. Its end waits for `sent`, so that memory for the response is held until then."""
-
-    def __init__(self, app: ASGIApp, scope: dict[str, Any], body: bytes) -> None:
-        self._body: bytes | None = body
-        self._pieces: list[bytes] = []
-        self._status, self._headers = 0, dict[str, str]()
-        self._gone = asyncio.Event()
-        self.sent = asyncio.Event()
-        self._answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
-        self.task = asyncio.create_task(self._run(app, scope))
-
-    async def answer(self) -> _Answer:
-        """The response; whoever is cancelled while waiting for it has gone, and the application is told."""
-        try:
-            return await asyncio.shield(self._answer)
-        except asyncio.CancelledError:
-            self._gone.set()
-            raise
-
-    async def _run(self, app: ASGIApp, scope: dict[str, Any]) -> None:
-        try:
-            await app(scope, self._receive, self._send)
-        except Exception as error:  # noqa: BLE001  the application has logged it
-            log.warning("call_failed", reason=str(error))
-        finally:
-            if not self._answer.done():
-                self._answer.set_result(_Answer(self._status or 500, self._headers, b""))
-
-    async def _receive(self) -> Message:
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        await self._gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._status = message["status"]
-            self._headers = {key.decode().lower(): value.decode("latin-1") for key, value in message["headers"]}
-            return
-        self._pieces.append(message.get("body", b""))
-        if not message.get("more_body", False) and not self._answer.done():
-            self._answer.set_result(_Answer(self._status, self._headers, b"".join(self._pieces)))
-            self._pieces.clear()
-            await self.sent.wait()
+# What the application gets of a call without a key, whose message is not read.
+_UNREAD = RestRequest("POST", "/v2/models/unread/infer")
 
 
 class Gateway:
@@ -184,8 +103,8 @@ class Gateway:
                 raise
             except _Refused as refused:
                 code, details = refused.code, refused.details
-            except ServiceError as error:
-                code, details, metadata = _of(error)
+            except Exception as error:  # noqa: BLE001  gRPC would send its text to the client
+                code, details, metadata = outcome_of(error)
             finally:
                 self._calls.labels(method, code.name).inc()
             if code != grpc.StatusCode.OK:
@@ -197,9 +116,8 @@ class Gateway:
 
     async def _read(self, method: str, context: Context, held: Reservation) -> RestRequest:
         """The call's request, whose message takes memory from `held`; it is not read where a key is missing."""
-        scope = self._scope(context, RestRequest("POST", "/v2/models/unread/infer"))
-        if method == "ModelInfer" and self._settings.api_keys and self._identify(scope)[1] != "api":
-            return RestRequest("POST", "/v2/models/unread/infer")
+        if method == "ModelInfer" and self._lacks_key(context):
+            return _UNREAD
         seconds = self._settings.client_timeout_seconds
         async with self._reading:
             try:
@@ -213,21 +131,24 @@ class Gateway:
             held.grow(len(message))
         return await self._parsed(method, message, context.time_remaining())
 
+    def _lacks_key(self, context: Context) -> bool:
+        return bool(self._settings.api_keys) and self._identify(self._scope(context, _UNREAD))[1] != "api"
+
     async def _parsed(self, method: str, message: bytes, seconds_left: float | None) -> RestRequest:
         def parse() -> RestRequest:
             return grpc_messages.rest_request(method, grpc_messages.parsed(method, message), seconds_left)
 
         return parse() if len(message) < LARGE_JSON else await run_in_threadpool(parse)
 
-    async def _message(self, method: str, answer: _Answer) -> bytes:
+    async def _message(self, method: str, answer: Answer) -> bytes:
         """The message of the response; raises _Refused where the answer is an error."""
         if method == "ModelReady" and answer.status in {200, 404, 503}:
-            return bytes(grpc_messages.response(method, {"ready": answer.status == _OK}).SerializeToString())
+            return bytes(grpc_messages.response(method, {"ready": answer.status == OK}).SerializeToString())
         if method in {"ServerLive", "ServerReady"} and answer.status in {200, 503} and answer.body:
             found = orjson.loads(answer.body)
             if "error" not in found:
                 return bytes(grpc_messages.response(method, found).SerializeToString())
-        if answer.status != _OK:
+        if answer.status != OK:
             raise _Refused(answer.code, answer.details)
         if method == "ModelInfer":
             return bytes((await self._inferred(answer)).SerializeToString())
@@ -236,7 +157,7 @@ class Gateway:
         return bytes(grpc_messages.response(method, wrapped).SerializeToString())
 
     @staticmethod
-    async def _inferred(answer: _Answer) -> Any:  # noqa: ANN401  a message
+    async def _inferred(answer: Answer) -> Any:  # noqa: ANN401  a message
         make, length = grpc_messages.inference_response, int(answer.headers[HEADER_LENGTH.lower()])
         if len(answer.body) < LARGE_JSON:
             return make(answer.body, length)
@@ -245,50 +166,63 @@ class Gateway:
     async def _stream(self, requests: object, context: Context) -> None:
         """Requests one after another, several under way at once; responses in their order, errors among them."""
         del requests  # read one by one below
-        waiting: asyncio.Queue[asyncio.Task[tuple[bytes, asyncio.Event | None]] | None] = asyncio.Queue(_STREAM_AHEAD)
+        if self._lacks_key(context):
+            exchange = self._begin(context, _UNREAD)
+            exchange.sent.set()
+            answer = await exchange.answer()
+            self._calls.labels("ModelStreamInfer", answer.code.name).inc()
+            await context.abort(answer.code, answer.details, answer.metadata)
+        waiting: asyncio.Queue[asyncio.Task[tuple[bytes, Exchange | None]] | None] = asyncio.Queue()
+        places = asyncio.Semaphore(min(_STREAM_AHEAD, self._settings.client_concurrency or _STREAM_AHEAD))
+        unsent: set[Exchange] = set()
 
         async def read(group: asyncio.TaskGroup) -> None:
+            await places.acquire()
             while (message := await context.read()) is not grpc.aio.EOF:
-                await waiting.put(group.create_task(self._streamed(context, message)))
-            await waiting.put(None)
+                waiting.put_nowait(group.create_task(self._streamed(context, message, unsent)))
+                await places.acquire()
+            waiting.put_nowait(None)
 
-        async with asyncio.TaskGroup() as group:
-            group.create_task(read(group))
-            while task := await waiting.get():
-                reply, sent = await task
-                try:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(read(group))
+                while task := await waiting.get():
+                    reply, sent = await task
                     await context.write(reply)
-                finally:
-                    if sent:
-                        sent.set()
+                    if sent is not None:
+                        sent.sent.set()
+                        unsent.discard(sent)
+                        await asyncio.wait([sent.task])  # its client may have as many as PVT_CLIENT_CONCURRENCY
+                    places.release()
+        finally:
+            for each in unsent:
+                each.sent.set()
 
-    async def _streamed(self, context: Context, message: bytes) -> tuple[bytes, asyncio.Event | None]:
-        """The response to one request of a stream, and what to set once it is sent. Errors bear the request's id."""
-        reply, sent, code = grpc_messages.response("ModelStreamInfer", {}), None, grpc.StatusCode.OK
+    async def _streamed(self, context: Context, message: bytes, unsent: set[Exchange]) -> tuple[bytes, Exchange | None]:
+        """The response to one request of a stream, and what waits until it is sent. Errors bear the request's id."""
+        reply, code = grpc_messages.response("ModelStreamInfer", {}), grpc.StatusCode.OK
+        exchange: Exchange | None = None
         try:
             with self._state["engine"].memory.reserve(len(message), BODIES):
                 reply.infer_response.id = grpc_messages.parsed("ModelStreamInfer", message).id
-                request = await self._parsed("ModelStreamInfer", message, context.time_remaining())
-                exchange = self._begin(context, request)
-                sent = exchange.sent
-                try:
-                    answer = await exchange.answer()
-                except asyncio.CancelledError:
-                    sent.set()
-                    raise
-            if answer.status == _OK:
+                exchange = self._begin(
+                    context, await self._parsed("ModelStreamInfer", message, context.time_remaining())
+                )
+                unsent.add(exchange)
+                answer = await exchange.answer()
+            if answer.status == OK:
                 reply.infer_response.CopyFrom(await self._inferred(answer))
             else:
                 code, reply.error_message = answer.code, answer.details
-        except ServiceError as error:
-            code, reply.error_message, _ = _of(error)
+        except Exception as error:  # noqa: BLE001  as above
+            code, reply.error_message, _ = outcome_of(error)
         finally:
             self._calls.labels("ModelStreamInfer", code.name).inc()
         reply.infer_response.parameters["triton_final_response"].bool_param = True
-        return reply.SerializeToString(), sent
+        return reply.SerializeToString(), exchange
 
-    def _begin(self, context: Context, request: RestRequest) -> _Exchange:
-        exchange = _Exchange(self._app, self._scope(context, request), request.body)
+    def _begin(self, context: Context, request: RestRequest) -> Exchange:
+        exchange = Exchange(self._app, self._scope(context, request), request.body)
         self._tasks.add(exchange.task)
         exchange.task.add_done_callback(self._tasks.discard)
         return exchange
@@ -308,7 +242,7 @@ class Gateway:
             "root_path": "",
             "query_string": b"",
             "headers": [*headers, *request.headers],
-            "client": _address(context.peer()),
+            "client": address(context.peer()),
             "server": (self._settings.host, self._settings.grpc_port),
             "state": dict(self._state),
         }
@@ -320,7 +254,7 @@ class Gateway:
             )
         exchange = self._begin(context, RestRequest("GET", "/v2/health/ready"))
         exchange.sent.set()  # nothing waits for a few bytes
-        ready = (await exchange.answer()).status == _OK
+        ready = (await exchange.answer()).status == OK
         states = health_pb2.HealthCheckResponse
         return states(status=states.SERVING if ready else states.NOT_SERVING)
 
@@ -360,22 +294,6 @@ class _Absent(grpc.GenericRpcHandler):  # type: ignore[misc]  # it has no static
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method[:100]}: {why}")
 
         return grpc.unary_unary_rpc_method_handler(refuse)
-
-
-def _of(error: ServiceError) -> tuple[grpc.StatusCode, str, Metadata]:
-    """What a client learns of an error that arose before the application had the request."""
-    known = problem(error)
-    retry = (("retry-after", "2"),) if isinstance(error, MemoryExhausted) else ()
-    return _CODES.get(known.status, grpc.StatusCode.INTERNAL), known.detail[:_MOST_DETAILS], retry
-
-
-def _address(peer: str) -> tuple[str, int] | None:
-    """From gRPC's form, such as `ipv4:127.0.0.1:1234` or `ipv6:%5B::1%5D:1234`; None of a Unix socket."""
-    kind, _, rest = unquote(peer).partition(":")
-    if kind not in {"ipv4", "ipv6"}:
-        return None
-    host, _, port = rest.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 @asynccontextmanager

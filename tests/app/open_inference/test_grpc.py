@@ -247,6 +247,25 @@ def test_a_stream_answers_in_order_and_goes_on_after_an_error(client: Any) -> No
     assert [each.get_response().id for each in found] == [str(i) for i in range(20) if i != 3]
 
 
+def test_streams_need_keys_and_keep_to_the_limits_of_their_client() -> None:
+    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    with (
+        grpc_serving(api_keys="sesame", client_concurrency="1") as (_, address),
+        triton.InferenceServerClient(address) as client,
+    ):
+        client.start_stream(lambda result, error: done.put(error or result))
+        client.async_stream_infer(MODEL, [pixels()])
+        error = done.get(timeout=60)
+        assert isinstance(error, InferenceServerException)
+        assert "UNAUTHENTICATED" in str(error)
+        client.stop_stream()
+        client.start_stream(lambda result, error: done.put(error or result), headers=KEY)
+        for i in range(10):
+            client.async_stream_infer(MODEL, [pixels()], request_id=str(i))
+        assert [done.get(timeout=60).get_response().id for _ in range(10)] == [str(i) for i in range(10)]
+        client.stop_stream()
+
+
 def test_the_example_of_the_page_prints_what_is_shown(
     both: tuple[Server, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
