@@ -4,7 +4,7 @@ FROM python:3.11-slim-bookworm AS build
 ARG TORCH_INDEX=
 # Anything: torch comes with CUDA, from the index that TORCH_INDEX then names, and with what torch.compile needs.
 ARG GPU=
-# Extras of pyproject.toml, for model stores by URL: s3, gcs, hub, http; for photos of phones: heif; with commas.
+# Extras of pyproject.toml, for model stores by URL: s3, gcs, hub, http; for photos of phones: heif; for gRPC: grpc; with commas.
 ARG EXTRAS=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv

@@ -65,6 +65,9 @@ def _listen_and_serve(settings: Settings) -> int:
     with ExitStack() as stack:
         public = listening(settings.host, settings.port, mode, "PVT_HOST and PVT_PORT")
         listeners = stack.enter_context(public)
+        if settings.grpc_port:  # each worker listens itself: whether it is free is known only here
+            with listening(settings.host, settings.grpc_port, mode, "PVT_HOST and PVT_GRPC_PORT"):
+                pass
         if settings.workers > 1:
             return supervise(settings, listeners)
         management: list[socket.socket] = []

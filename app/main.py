@@ -149,7 +149,6 @@ async def _lifespan(
         await stack.enter_async_context(engine)
         own = partial(share_of, engine, traffic, monotonic())
         if worker:
-            await stack.enter_async_context(worker.reporting(engine, own))
             shown = worker.group.registry(os.getppid())
         else:
             shown = registry
@@ -159,4 +158,10 @@ async def _lifespan(
         stats = StatsPage(engine, partial(worker.shares, own) if worker else lambda: [own()])
         state = State(engine=engine, settings=settings, metrics=metrics, stats=stats, worker=worker, fetcher=fetcher)
         app.state.started = state  # for hosts without lifespan state
+        if settings.grpc_port:
+            from app.open_inference import grpc_server  # noqa: PLC0415  an extra, which not everybody has
+
+            await stack.enter_async_context(grpc_server.serving(app, state, registry))
+        if worker:  # the first report says that it listens
+            await stack.enter_async_context(worker.reporting(engine, own))
         yield state

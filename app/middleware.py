@@ -161,6 +161,8 @@ class RequestContext:
         if route in self._probes and status < 400:  # noqa: PLR2004  the first status of errors
             return
         fields = {"ms": round(seconds * 1000, 2), "request_id": state["request_id"], "client": state["client"]}
+        if scope.get("scheme") == "grpc":
+            fields["protocol"] = "grpc"
         fields |= state.get("log", {})
         log.info("request", method=method, path=state["path"], status=status, **fields)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from difflib import get_close_matches
 from functools import cached_property
+from importlib.util import find_spec
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -34,6 +35,7 @@ PREFIX = "PVT_"
 _SERVICE_LINK = re.compile(r"PVT_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+_\w+)")
 
 
+GRPC_MODULES = "grpc", "grpc_health", "grpc_reflection"  # of the extra
 # What SageMaker and Vertex AI set in their containers. It says where they connect, so it wins over PVT_*.
 PLATFORM_VARIABLES = {
     "AIP_HTTP_PORT": "port",
@@ -159,6 +161,8 @@ class Settings(BaseSettings):
     """Port to listen on; 0 takes a free one."""
     socket_mode: Annotated[str, AfterValidator(_mode)] = "660"
     """Permissions of a Unix socket, as `chmod` takes them; who may write to it may send requests."""
+    grpc_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port for the Open Inference Protocol over gRPC, on `PVT_HOST`; needs the extra `grpc`. 0: off."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes that share the port; each has its own models and its share of cores and instances."""
     model_store: Annotated[Path | str, BeforeValidator(_folder_or_url)] = Path("model_store")
@@ -301,6 +305,12 @@ class Settings(BaseSettings):
             raise ValueError("PVT_MANAGEMENT_PORT is PVT_PORT; it must be another one")
         if all(on_unix) and self.host == self.management_host:
             raise ValueError("PVT_MANAGEMENT_HOST is PVT_HOST; it must be another socket")
+        if self.grpc_port and self.grpc_port in {self.port, self.management_port}:
+            raise ValueError("PVT_GRPC_PORT is the port of HTTP or of management; it must be another one")
+        if self.grpc_port and not all(map(find_spec, GRPC_MODULES)):
+            raise ValueError("PVT_GRPC_PORT needs the extra grpc: pip install 'pvt-serve[grpc]', or leave it out")
+        if self.grpc_port and on_unix[0]:
+            raise ValueError("PVT_GRPC_PORT needs an address in PVT_HOST, which is a Unix socket")
         if self.backend == "openvino" and self.device.startswith("cuda"):
             raise ValueError(f"PVT_BACKEND=openvino runs on the CPU, and PVT_DEVICE={self.device} asks for a GPU")
         if self.pull == "on_demand" and self.remote_store:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from app.bodies import EXAMPLE, parse_json
 from app.open_inference.tensors import OUTPUTS, InputTensor
@@ -45,7 +46,9 @@ class TensorParameters(Parameters):
     @field_validator("shared_memory_region")
     @classmethod
     def _no_shared_memory(cls, _: str | None) -> None:
-        raise ValueError("shared memory is not supported; send the tensor's bytes in the request")
+        raise PydanticCustomError(
+            "shared_memory", "shared memory is not supported; send the tensor's bytes in the request"
+        )
 
 
 class InputParameters(TensorParameters):

@@ -58,6 +58,16 @@ def test_a_management_port_is_another_one_and_for_one_process(
         Settings.from_environment()
 
 
+@pytest.mark.parametrize("missing", ["grpc", "grpc_health", "grpc_reflection"])
+def test_a_grpc_port_needs_its_extra(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setenv("PVT_GRPC_PORT", "8001")
+    assert Settings.from_environment().grpc_port == 8001
+    monkeypatch.setitem(sys.modules, missing, None)
+
+    with pytest.raises(SettingsInvalid, match=r"^PVT_GRPC_PORT needs the extra grpc: pip install 'pvt-serve\[grpc\]'"):
+        Settings.from_environment()
+
+
 def test_the_memory_budget_is_in_bytes_for_the_engine_and_shared_out_among_workers(tmp_path: Path) -> None:
     options = engine_options(Settings(memory_budget_mb=300))
 

@@ -71,7 +71,7 @@ def test_every_metric_is_on_the_page_of_operations_and_no_other_is() -> None:
 
     section = (DOCS / "operations.md").read_text().partition("## Metrics")[2].partition("Alert on")[0]
 
-    assert {*re.findall(r"`(pvt_\w+)`", section)} == expected | {"pvt_worker_restarts_total"}
+    assert {*re.findall(r"`(pvt_\w+)`", section)} == expected | {"pvt_worker_restarts_total", "pvt_grpc_requests_total"}
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
