@@ -50,3 +50,10 @@ async def test_who_has_many_requests_waits_for_its_own() -> None:
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may() -> None:
     assert descriptor_limit() == descriptor_limit() > 0
+
+
+def test_probes_come_first_below_the_root_path_too() -> None:
+    state = Connections(client_seconds=1, identify=lambda scope: scope["who"], root_path="/pvt")
+
+    assert {"/health/live", "/pvt/health/live", "/v2/health/ready", "/pvt/v2/health/ready"} <= state.probes
+    assert not {"/", "/pvt", "/pvt/predict", "/health/live/pvt"} & state.probes

@@ -129,14 +129,14 @@ def test_no_request_meets_a_connection_that_is_being_closed(tmp_path: Path) -> N
         serving(read_log=False, **LIGHT, keep_alive_seconds="1") as server,
         nginx(tmp_path, upstream_of(server.url), everything, idle="900ms") as url,
         httpx.Client(timeout=60) as client,
-        ThreadPoolExecutor(8) as threads,
+        ThreadPoolExecutor(16) as threads,
     ):
 
         def send(gap: float) -> int:
             threading.Event().wait(gap)
             return client.post(f"{url}/predict", files={"image": png()}).status_code
 
-        gaps = [0.0] * 8 + [0.80 + 0.01 * n for n in range(64)]
+        gaps = [0.0] * 16 + [0.80 + 0.01 * n for n in range(48)]
         statuses = list(threads.map(send, gaps))
 
     assert statuses == [200] * len(gaps)
