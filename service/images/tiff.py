@@ -39,7 +39,17 @@ _ORDERED = re.compile(r"([IF];(?:16|32|64))B?([SF]?)")
 # the type of the samples where the mode's is another
 _TYPES: dict[tuple[int, int], np.dtype[Any]] = {(_SIGNED, 8): np.dtype(np.int8), (_UNSIGNED, 32): np.dtype(np.uint32)}
 
-_PHOTOMETRICS = {0: "grey with white as zero", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "Lab"}
+_PHOTOMETRICS = {
+    0: "grey with white as zero",
+    1: "grey",
+    2: "RGB",
+    3: "palette",
+    5: "CMYK",
+    6: "YCbCr",
+    8: "Lab",
+    9: "ICC Lab",
+    10: "ITU Lab",
+}
 _FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 4: "untyped", 5: "complex", 6: "complex"}
 
 
