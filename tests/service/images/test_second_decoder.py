@@ -15,7 +15,7 @@ from sklearn.datasets import load_sample_images
 
 from service.errors import InvalidImage
 from service.images.decoding import FORMATS, Geometry, decode
-from tests.service.images.second_decoder import magick, saved, vips, written
+from tests.service.images.second_decoder import by_vips, magick, saved, vips, written
 
 Order = Literal["<", ">"]
 PHOTO = Image.fromarray(load_sample_images().images[0]).resize((101, 67), Image.Resampling.BICUBIC)
@@ -164,6 +164,17 @@ def test_colours_of_other_types_are_refused_with_what_they_are(kind: str) -> Non
 
     with pytest.raises(InvalidImage, match=r"not a supported image \(TIFF of RGB: 3 "):
         decode(data, Geometry(4, 4, 1.0, "bilinear"), max_pixels=100)
+
+
+def test_a_tiff_of_webps_is_read_where_libtiff_can_and_else_named() -> None:
+    data = by_vips(PHOTO, ".tif[compression=webp,lossless]")
+
+    try:
+        read = ours(data)
+    except InvalidImage as error:
+        assert str(error) == "not a supported image (TIFF with webp inside); save it with deflate or LZW"  # noqa: PT017
+    else:
+        assert apart(read, vips(data)) <= 2
 
 
 GREY_TIFFS = [
