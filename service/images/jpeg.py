@@ -24,6 +24,7 @@ from service.images.resampling import strips
 _END = b"\xff\xd9"
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # within a scan FF 00 is data, and FF D0 to FF D7 restart it
 _MOST_SEGMENTS = 20_000
+_HEADER_BYTES = 4096  # in which a JPEG-LS that begins as a JPEG has its frame
 _BARE = {0x01, 0xD8, *range(0xD0, 0xD8)}  # markers without a segment
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE, _ARITHMETIC = {0xC2, 0xCA}, range(0xC9, 0xD0)
@@ -66,6 +67,8 @@ def open_jpeg(reader: BoundedReader) -> Image.Image:
     try:
         return JpegImagePlugin.jpeg_factory(reader, "")
     except (SyntaxError, IndexError, TypeError, struct.error) as error:
+        if b"\xff\xf7" in reader.getvalue()[:_HEADER_BYTES]:
+            raise InvalidImage("not a supported image (JPEG-LS; convert it to JPEG or PNG)") from error
         if (reason := str(error)).startswith("cannot handle"):  # so many bits or components
             raise InvalidImage(
                 f"not a supported image (JPEG: {reason}); save it with 8 bits, in grey or RGB"

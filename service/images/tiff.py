@@ -4,8 +4,11 @@ Pillow's table of TIFFs lacks some kinds that it can read, and is wrong for some
 All other kinds are refused with a description.
 """
 
+import io
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -24,6 +27,7 @@ _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 _SEPARATE = 2
 _LOWEST_BIT_FIRST = 2
 _JPEG = 7
+_OPTIONAL = {"lzma", "zstd", "webp"}  # Pillow's names of compressions that libtiff may lack
 _JPEG_TABLES = 347
 _DEEP = {  # sample format and bits: Pillow's mode, and its raw mode for little-endian samples
     (_SIGNED, 8): ("L", "L"),
@@ -39,7 +43,17 @@ _ORDERED = re.compile(r"([IF];(?:16|32|64))B?([SF]?)")
 # the type of the samples where the mode's is another
 _TYPES: dict[tuple[int, int], np.dtype[Any]] = {(_SIGNED, 8): np.dtype(np.int8), (_UNSIGNED, 32): np.dtype(np.uint32)}
 
-_PHOTOMETRICS = {0: "grey with white as zero", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "Lab"}
+_PHOTOMETRICS = {
+    0: "grey with white as zero",
+    1: "grey",
+    2: "RGB",
+    3: "palette",
+    5: "CMYK",
+    6: "YCbCr",
+    8: "Lab",
+    9: "ICC Lab",
+    10: "ITU Lab",
+}
 _FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 4: "untyped", 5: "complex", 6: "complex"}
 
 
@@ -59,6 +73,15 @@ def _complete_table() -> None:
 
 
 _complete_table()
+
+
+@cache
+def _is_built_in(compression: str) -> bool:
+    """Whether Pillow's libtiff knows it; it depends on what it was built with, and Pillow does not say."""
+    with suppress(OSError):
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), "TIFF", compression=compression)
+        return True
+    return False
 
 
 class _Layout:
@@ -111,6 +134,9 @@ def prepare(image: Image.Image, raw: bytes, max_pixels: int) -> Grey | None:
     if opened["tile"][0].codec_name == "raw":
         _check_offsets(tags, layout)
     _choose_decoder(image, layout)
+    compression = TiffImagePlugin.COMPRESSION_INFO.get(tags.get(TiffImagePlugin.COMPRESSION, 1), "")
+    if compression in _OPTIONAL and not _is_built_in(compression):
+        raise InvalidImage(f"not a supported image (TIFF with {compression} inside); save it with deflate or LZW")
     if opened["tile"][0].codec_name == "libtiff":  # which decodes them whole; Pillow reads uncompressed ones by rows
         _check_blocks(image, tags, max_pixels)
     if tags.get(TiffImagePlugin.COMPRESSION) == _JPEG:

@@ -1,7 +1,12 @@
 """What is not read is called by its name, with what to do; never "corrupt"."""
 
+import base64
+import bz2
+import gzip
 import io
+import lzma
 import struct
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -12,7 +17,7 @@ from PIL import Image, TiffImagePlugin
 from service.errors import InvalidImage
 from service.images import kinds
 from service.images.decoding import Geometry, decode
-from tests.service.images.second_decoder import saved
+from tests.service.images.second_decoder import saved, written
 from tests.service.images.test_wholeness import PHOTO
 
 
@@ -53,6 +58,66 @@ def by_pillow(kind: str, **options: Any) -> bytes:
 )  # fmt: skip
 def test_other_kinds_are_named(data: bytes, words: str) -> None:
     assert refusal(data).startswith(f"not a supported image ({words}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("tga", "TGA; convert"), ("psd", "Photoshop document; convert"),
+        ("pcx", "PCX; convert"), ("xbm", "XBM; convert"),
+        ("xpm", "XPM; convert"), ("sgi", "SGI image; convert"), ("sun", "Sun raster; convert"),
+        ("fits", "FITS; convert"),
+        ("hdr", "Radiance HDR; convert"), ("dpx", "DPX or Cineon; convert"), ("cin", "DPX or Cineon; convert"),
+        ("mng", "MNG or JNG; convert"), ("pam", "PNM; convert"), ("pfm", "PNM; convert"), ("pgm", "PNM; convert"),
+        ("dcx", "PCX; convert"), ("mat", "an array file; send"), ("ico", "icon or cursor; convert"),
+    ],
+)  # fmt: skip
+def test_files_that_imagemagick_writes_are_named(kind: str, words: str) -> None:
+    assert refusal(written(PHOTO, kind)).startswith(f"not a supported image ({words}")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (by_pillow("QOI"), "QOI; convert it"),
+        (b"BLP2\1\0\0\0", "a texture; convert it"),
+        (by_pillow("ICNS"), "icon or cursor; convert it"),
+        (by_pillow("TGA", compression="tga_rle"), "TGA; convert it"),
+        (gzip.compress(by_pillow("PNG")), "a compressed file; decompress it"),
+        (bz2.compress(by_pillow("PNG")), "a compressed file; decompress it"),
+        (lzma.compress(by_pillow("PNG")), "a compressed file; decompress it"),
+        (base64.b64encode(by_pillow("PNG")), "base64 of an image; send the bytes"),
+        (base64.b64encode(by_pillow("JPEG")), "base64 of an image; send the bytes"),
+        (b'{"error": "not found"}', "JSON; send it with the content type"),
+        (b"[1, 2]", "JSON; send it with the content type"),
+        (b"<!-- a proxy --><html>", "an HTML page"),
+        (b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC "-//W3C//DTD XHTML 1.0"><html>', "an HTML page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "XML; send an image"),
+        (b'<?xml version="1.0"?><!-- Inkscape --><svg:svg xmlns:svg="http://www.w3.org/2000/svg">', "SVG; render"),
+        (b'\xef\xbb\xbf<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "x" [ <!ENTITY a "b"> ]><svg>', "SVG; render"),
+        (b"https://example.org/a.jpg", "a URL; send the bytes"),
+        (b"farbfeld\0\0\0\1\0\0\0\1" + bytes(8), "Farbfeld; convert it"),
+        (b"\xd7\xcd\xc6\x9a\0\0", "Windows metafile; render it"),
+        (b"\1\0\0\0\x6c\0\0\0" + bytes(32) + b" EMF", "Windows metafile; render it"),
+        (b"\x76\x2f\x31\x01\2\0\0\0", "OpenEXR; convert it"),
+        (b"\x93NUMPY\1\0v\0{'descr'", "a NumPy file; send its pixels"),
+        (b"II\x1a\0\0\0HEAPCCDR", "camera raw: CRW; send"),
+        (b"\0\0\0\x08wide\0\0\0\0mdat", "a video; send one"),
+        (b"\0\0\0\x18ftypvvic\0\0\0\0mif1vvic", "HEIF with VVC inside; convert it"),
+        (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS; fetch"),
+    ],
+)  # fmt: skip
+def test_what_else_people_send_is_named(data: bytes, words: str) -> None:
+    assert refusal(data).startswith(f"not a supported image ({words}")
+
+
+@pytest.mark.parametrize("filler", [b"<!---->", b"<!-->", b"<!", b" ", b"<?xml", b"<", b"<!-- -", b"{ ", b"\0"])
+@pytest.mark.parametrize("head", [b"", b"<", b"<?xml "])
+def test_no_beginning_takes_long_to_be_named(head: bytes, filler: bytes) -> None:
+    start = process_time()
+    refusal(head + filler * 100_000)
+
+    assert process_time() - start < 0.2
 
 
 def lossless(width: int, height: int, components: int) -> bytes:

@@ -5,6 +5,7 @@ import struct
 import zlib
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -14,7 +15,7 @@ from sklearn.datasets import load_sample_images
 
 from service.errors import InvalidImage
 from service.images.decoding import FORMATS, Geometry, decode
-from tests.service.images.second_decoder import magick, saved, vips, written
+from tests.service.images.second_decoder import by_vips, magick, saved, vips, written
 
 Order = Literal["<", ">"]
 PHOTO = Image.fromarray(load_sample_images().images[0]).resize((101, 67), Image.Resampling.BICUBIC)
@@ -117,6 +118,34 @@ def test_cmyk_is_mixed_as_imagemagick_mixes_it(planes: str, kind: str) -> None:
     assert apart(ours(data), magick(data, "tiff")) <= 2
 
 
+@pytest.mark.parametrize("tiles", [{}, {"tile": (32, 32)}, {"compression": "zlib"}])
+def test_lab_of_8_bits_is_what_imagemagick_reads_with_signed_colours(tiles: dict[str, Any]) -> None:
+    lab = cv2.cvtColor(COLOURS.astype(np.float32), cv2.COLOR_RGB2LAB)
+    signed = np.rint(lab * (2.55, 1, 1)).astype(np.int16).astype(np.uint8)  # as two's complement
+    data = tiff(signed, "<", False, photometric="cielab", **tiles)
+
+    assert apart(ours(data), magick(data, "tiff")) <= 8  # of another white
+    assert np.abs(ours(data) - COLOURS * 255).mean() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "photometric", "name"),
+    [
+        ("u2", "cielab", "Lab: 3 unsigned samples of 16 bits"),
+        ("i2", "cielab", "Lab: 3 signed samples of 16 bits"),
+        ("f4", "cielab", "Lab: 3 floating-point samples of 32 bits"),
+        ("u1", "icclab", "ICC Lab: 3 unsigned samples of 8 bits"),
+        ("u2", "icclab", "ICC Lab: 3 unsigned samples of 16 bits"),
+        ("u1", "itulab", "ITU Lab: 3 unsigned samples of 8 bits"),
+    ],
+)
+def test_other_lab_is_refused_by_name(kind: str, photometric: str, name: str) -> None:
+    data = tiff(np.zeros((4, 4, 3), kind), "<", False, photometric=photometric)
+
+    with pytest.raises(InvalidImage, match=rf"^not a supported image \(TIFF of {name}"):
+        decode(data, Geometry(4, 4, 1.0, "bilinear"), max_pixels=100)
+
+
 @pytest.mark.parametrize("kind", ["f2", "u8", "i8"])
 @pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
 def test_grey_that_can_not_be_read_rightly_is_refused_with_what_it_is(kind: str, photometric: str) -> None:
@@ -135,6 +164,17 @@ def test_colours_of_other_types_are_refused_with_what_they_are(kind: str) -> Non
 
     with pytest.raises(InvalidImage, match=r"not a supported image \(TIFF of RGB: 3 "):
         decode(data, Geometry(4, 4, 1.0, "bilinear"), max_pixels=100)
+
+
+def test_a_tiff_of_webps_is_read_where_libtiff_can_and_else_named() -> None:
+    data = by_vips(PHOTO, ".tif[compression=webp,lossless]")
+
+    try:
+        read = ours(data)
+    except InvalidImage as error:
+        assert str(error) == "not a supported image (TIFF with webp inside); save it with deflate or LZW"  # noqa: PT017
+    else:
+        assert apart(read, vips(data)) <= 2
 
 
 GREY_TIFFS = [
