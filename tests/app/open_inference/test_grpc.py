@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -245,6 +246,27 @@ def test_a_stream_answers_in_order_and_goes_on_after_an_error(client: Any) -> No
 
     assert isinstance(found.pop(3), InferenceServerException)
     assert [each.get_response().id for each in found] == [str(i) for i in range(20) if i != 3]
+
+
+def test_messages_that_never_arrive_keep_no_other_client_waiting() -> None:
+    with grpc_serving(api_keys="sesame,other") as (_, address), grpc.insecure_channel(address) as channel:
+        answered = threading.Event()
+
+        def never() -> Iterator[bytes]:
+            answered.wait(60)
+            yield from ()
+
+        slow = channel.stream_unary(f"/{SERVICE}/ModelInfer")
+        hanging = [slow.future(never(), metadata=[*KEY.items()]) for _ in range(50)]
+        request = service_pb2.ModelInferRequest(model_name=MODEL)
+        request.inputs.add(name="images", datatype="UINT8", shape=PIXELS.shape)
+        request.raw_input_contents.append(PIXELS.tobytes())
+        call = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+        for _ in range(3):
+            assert call(request.SerializeToString(), metadata=[("authorization", "Bearer other")], timeout=60)
+        assert not any(each.done() for each in hanging[:20])
+        answered.set()
+        assert {each.exception(60).code() for each in hanging} == {grpc.StatusCode.INVALID_ARGUMENT}
 
 
 def test_streams_need_keys_and_keep_to_the_limits_of_their_client() -> None:
