@@ -7,6 +7,7 @@ implementation of the protocol (decision 82). It runs on the application's event
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from math import inf
 from typing import Any
 
 import grpc
@@ -25,6 +26,7 @@ from app.open_inference import grpc_messages
 from app.open_inference.grpc_exchange import OK, Answer, Exchange, Metadata, address, outcome_of
 from app.open_inference.grpc_messages import METHODS, POOL, SERVICE, RestRequest
 from app.open_inference.messages import HEADER_LENGTH
+from app.remote_images.shares import Key, Share, Shares
 from app.settings import Settings
 from service.errors import DeadlineExceeded
 from service.memory import BODIES, Reservation
@@ -56,8 +58,9 @@ class Gateway:
         self._identify = Directory(self._settings).identify
         self._calls = Counter("pvt_grpc_requests", "Calls answered.", ["method", "code"], registry=registry)
         memory, most = state["engine"].memory, self._settings.max_body_bytes
-        # A message is whole before its size is known, so few may arrive at the same time.
-        self._reading = asyncio.Semaphore(max(2, memory.most.get(BODIES, _MOST_READING * most) // most))
+        # A message is whole before its size is known, so few may arrive at the same time; of one client two in three.
+        places = max(2, memory.most.get(BODIES, _MOST_READING * most) // most)
+        self._reading = Shares(places, {"client": Share(weight=2, reserved=1)}, room=inf)
         # Mutable state: the requests of the application under way, their responses being sent included.
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -116,10 +119,11 @@ class Gateway:
 
     async def _read(self, method: str, context: Context, held: Reservation) -> RestRequest:
         """The call's request, whose message takes memory from `held`; it is not read where a key is missing."""
-        if method == "ModelInfer" and self._lacks_key(context):
+        client, role = self._identify(self._scope(context, _UNREAD))
+        if method == "ModelInfer" and self._settings.api_keys and role != "api":
             return _UNREAD
         seconds = self._settings.client_timeout_seconds
-        async with self._reading:
+        async with self._reading.place([Key("client", client)]):
             try:
                 async with asyncio.timeout(seconds):
                     message = await context.read()
@@ -130,9 +134,6 @@ class Gateway:
             message = b"" if message is grpc.aio.EOF else message
             held.grow(len(message))
         return await self._parsed(method, message, context.time_remaining())
-
-    def _lacks_key(self, context: Context) -> bool:
-        return bool(self._settings.api_keys) and self._identify(self._scope(context, _UNREAD))[1] != "api"
 
     async def _parsed(self, method: str, message: bytes, seconds_left: float | None) -> RestRequest:
         def parse() -> RestRequest:
@@ -166,7 +167,7 @@ class Gateway:
     async def _stream(self, requests: object, context: Context) -> None:
         """Requests one after another, several under way at once; responses in their order, errors among them."""
         del requests  # read one by one below
-        if self._lacks_key(context):
+        if self._settings.api_keys and self._identify(self._scope(context, _UNREAD))[1] != "api":
             exchange = self._begin(context, _UNREAD)
             exchange.sent.set()
             answer = await exchange.answer()

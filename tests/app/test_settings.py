@@ -58,6 +58,15 @@ def test_a_management_port_is_another_one_and_for_one_process(
         Settings.from_environment()
 
 
+@pytest.mark.parametrize("name", ["PVT_PORT", "PVT_MANAGEMENT_PORT"])
+def test_a_grpc_port_is_another_one(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("PVT_GRPC_PORT", "9001")
+    monkeypatch.setenv(name, "9001")
+
+    with pytest.raises(SettingsInvalid, match=r"^PVT_GRPC_PORT is the port of HTTP or of management"):
+        Settings.from_environment()
+
+
 @pytest.mark.parametrize("missing", ["grpc", "grpc_health", "grpc_reflection"])
 def test_a_grpc_port_needs_its_extra(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setenv("PVT_GRPC_PORT", "8001")
