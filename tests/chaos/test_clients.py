@@ -147,6 +147,9 @@ def test_a_slash_too_many_is_no_redirect_to_a_host_of_the_clients(keyed: Server,
     for given in (f"{path}/", f"{path}//"):
         response = httpx.request(method, keyed.url + given, headers={"Host": "evil.example"})
 
-        assert response.status_code == 404
         assert "location" not in response.headers
+        if method == "PUT" and path in {"/predict", "/features", "/explain"}:  # curl -T FILE URL/
+            assert response.status_code == 405
+            continue
+        assert response.status_code == 404
         assert method == "HEAD" or f"send it to {path}, without the slash" in response.text
