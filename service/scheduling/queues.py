@@ -8,6 +8,7 @@ from typing import Generic, Literal, TypeVar
 from service.execution.plan import BatchPlan
 
 ReleaseReason = Literal["idle", "full", "delay"]
+BATCH_MATES = 2.0
 _REMEMBERED = 32  # clients, before those for whom nothing waits are looked through
 
 
@@ -33,9 +34,11 @@ class Share(Generic[I]):
 
     virtual_time: float
     requests: dict[object, dict[I, None]] = field(default_factory=dict)
+    count: int = 0  # of items, in all requests
 
     def take(self) -> I:
         """The first item of the request whose turn it is; the request then goes behind the others."""
+        self.count -= 1
         request, items = next(iter(self.requests.items()))
         item = next(iter(items))
         del items[item], self.requests[request]
@@ -75,12 +78,14 @@ class Queue(Generic[I]):
         elif not share.requests:
             share.virtual_time = max(share.virtual_time, self._present)
         share.requests.setdefault(item.request or item, {})[item] = None
+        share.count += 1
 
     def remove(self, item: I) -> None:
         """Remove `item`, which waits."""
         del self.waiting[item]
         share, request = self._shares[item.client], item.request or item
         del share.requests[request][item]
+        share.count -= 1
         if not share.requests[request]:
             del share.requests[request]
             self._forget()
@@ -96,6 +101,22 @@ class Queue(Generic[I]):
         if not share.requests:
             self._forget()
         return item
+
+    def together(self, plan: BatchPlan, most: int) -> int:
+        """How many items run together, of at most `most`: a client that is next and has few is not held up by many.
+
+        Few are no more than an even share of what waits. Images of clients that have more join those of clients that
+        have few as long as the batch takes at most BATCH_MATES times as long.
+        """
+        shares = [share for share in self._shares.values() if share.count]
+        even = len(self.waiting) / len(shares)
+        if min(shares, key=lambda each: each.virtual_time).count > even:
+            return most
+        few = sum(share.count for share in shares if share.count <= even)
+        if few >= most:
+            return most
+        longest = BATCH_MATES * plan.time(few)
+        return max(few, *(size for size in plan.sizes if size <= most and plan.time(size) <= longest))
 
     def charge(self, client: str, seconds: float) -> None:
         """Charge the queue, and `client` in it, what the last item taken for it took beyond what was expected."""
@@ -202,6 +223,8 @@ class Queues(Generic[I]):
         # An even share for each idle instance: two of one image each end sooner than one of two.
         share = ceil(len(queue.waiting) / idle)
         count = queue.plan.best(share) if queue.plan else 1
+        if queue.plan and count > 1:
+            count = queue.together(queue.plan, count)
         seconds = queue.plan.time(count) if queue.plan else 0.0
         self._virtual_time = queue.virtual_time
         queue.virtual_time += seconds

@@ -174,3 +174,53 @@ def test_every_item_leaves_exactly_once_in_the_order_of_its_model(
 
     assert sorted(item.number for item in left) == [item.number for _, item in items]
     assert all(order == sorted(order) for order in taken.values())
+
+
+STEEP = {1: 1.0, 2: 1.9, 4: 3.6, 8: 7.0}
+
+
+def waiting(sizes: dict[int, float], **clients: int) -> tuple[Queues[Numbered], Queue[Numbered]]:
+    """As many images of each client as named; they came in this order."""
+    queues, a = Queues[Numbered](), queue(sizes)
+    for client, count in clients.items():
+        for number in range(count):
+            queues.add(a, Numbered(number, client=client))
+    return queues, a
+
+
+def test_an_image_of_who_has_few_runs_in_no_batch_that_takes_over_twice_as_long() -> None:
+    queues, a = waiting(STEEP, flood=100)
+    take(queues)
+    queues.add(a, Numbered(0, client="polite"))
+
+    batch = take(queues)
+
+    assert "polite" in {item.client for item in batch.items}
+    assert len(batch.items) == 2  # 1.9 is less than twice 1.0; 4 would take 3.6
+    assert len(take(queues).items) == 8  # the flood's own are as large as ever
+
+
+def test_many_clients_with_few_images_each_share_full_batches() -> None:
+    queues, _ = waiting(STEEP, **{f"client {i}": 1 + i % 2 for i in range(20)})
+
+    assert [len(take(queues).items) for _ in range(3)] == [8, 8, 8]
+
+
+def test_where_large_batches_take_hardly_longer_all_run_together() -> None:
+    queues, _ = waiting({1: 1.0, 8: 1.5}, polite=1, flood=100)
+
+    assert len(take(queues).items) == 8
+
+
+def test_small_batches_for_who_has_few_cost_their_own_share() -> None:
+    """A client that always has one image waiting gets no more instance time than the flood beside it."""
+    queues, a = waiting(STEEP, flood=400)
+    seconds = {"flood": 0.0, "polite": 0.0}
+    for _ in range(60):
+        if not any(item.client == "polite" for item in a.waiting):
+            queues.add(a, Numbered(0, client="polite"))
+        batch = take(queues)
+        for item in batch.items:
+            seconds[item.client] += STEEP[len(batch.items)] / len(batch.items)
+
+    assert seconds["polite"] < seconds["flood"]
