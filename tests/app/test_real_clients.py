@@ -94,7 +94,9 @@ def test_curl_through_a_proxy_sends_absolute_targets(service_url: str, digits: P
     ("options", "path", "status", "way"),
     [
         (["-T", "{file}"], "/predict", 405, "curl -F image=@FILE {url}/predict, or curl -X POST -T FILE {url}/predict"),
-        (["-T", "{file}"], "/predict/", 405, "curl -F image=@FILE {url}/predict, or"),
+        (["-T", "{file}"], "/predict/", 404, "to send a file: curl -X POST -T FILE {url}/predict"),
+        (["-T", "{file}"], "/invocations", 405, "to send a file: curl -X POST -T FILE {url}/invocations"),
+        (["-T", "{file}"], "", 404, "to send a file: curl -X POST -T FILE {url}/predict"),
         (["-T", "-"], "/predict", 405, "curl -X POST -T FILE {url}/predict"),
         ([], "/predict", 405, "it takes POST, of a file: curl -F image=@FILE {url}/predict"),
         (["--data", "@{file}"], "/predict", 422, "with curl by --data-binary, not by --data"),
