@@ -224,4 +224,4 @@ def test_nodes_fetch_gets_an_answer_or_is_told_what_is_wrong(service_url: str, s
     assert [(status, labels(answer)[0][1]) for status, answer in good] == [(200, "7")] * 5
     assert labels(good[0][1])[0][0] == NAME
     assert (as_text[0], "sent as text" in as_text[1]["detail"]) == (422, True)
-    assert (as_base64[0], "base64; send the bytes" in as_base64[1]["detail"]) == (422, True)
+    assert (as_base64[0], "base64 of an image; send the bytes" in as_base64[1]["detail"]) == (422, True)
