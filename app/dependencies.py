@@ -27,6 +27,7 @@ from service.results import Health
 log = structlog.get_logger(component="management")
 
 _WAIT = re.compile(r"wait\s*=\s*\"?([0-9]{1,9})\"?")  # of `Prefer`, RFC 7240
+_SIMILAR = {"origin"}  # to Authorization in its letters alone
 _KEY_HEADERS = {"x-api-key", "api-key", "apikey", "x-auth-token", "x-access-token", "x-api-token", "token"}
 _SHOWN = 100  # characters of a header's name
 APPLIED = {"Preference-Applied": "respond-async"}
@@ -111,7 +112,11 @@ def _misplaced(request: Request) -> str:
         )
     if scheme:
         return "; the Authorization that was sent is no Bearer"
-    others = (name for name in request.headers if name in _KEY_HEADERS or meant(name, ["authorization"]))
+    others = (
+        name
+        for name in request.headers
+        if name in _KEY_HEADERS or (name not in _SIMILAR and meant(name, ["authorization"]))
+    )
     return "".join(f"; {name[:_SHOWN]!r} is not read" for name in [*others][:1])
 
 

@@ -15,6 +15,8 @@ from service.errors import InvalidImage, InvalidRequest
 _BOUNDARY = re.compile(rb"--([!-~](?:[ -~]{0,198}[!-~])?)[ \t]*\r?\n(?=content-)", re.IGNORECASE)
 # RFC 8187, which forms should not use and urllib3 1.x does for names that are not ASCII.
 _EXTENDED_NAME = re.compile(r";\s*filename\*\s*=\s*\"?(utf-8|iso-8859-1)'[^']*'([^;\"\s]*)", re.IGNORECASE)
+_UNQUOTED_NAME = re.compile(r";\s*filename\s*=\s*([^\";\s][^;]*)", re.IGNORECASE)
+_QUOTED = re.compile(r"(?<!\*)=\s*\"(?:\\.|[^\"\\])*\"")  # a value in which nothing is a parameter; RFC 8187 has none
 _PLAIN_CODINGS = {"", "7bit", "8bit", "binary"}
 _NESTED = "multipart/"
 # Words of the parser's errors, and what helps.
@@ -83,13 +85,21 @@ def parts(body: bytes, boundary: str) -> Iterator[Part]:
 def _part(segment: MultipartSegment, data: bytes) -> Part:
     filename, coding, content_type = segment.filename, "", segment.content_type or ""
     for header, value in segment.headerlist:
-        if header == "Content-Disposition" and (extended := _EXTENDED_NAME.search(value)):
-            filename = unquote(extended[2], extended[1], "replace")
+        if header == "Content-Disposition" and ("*" in value or 'filename="' not in value):
+            filename = _unusual_name(_QUOTED.sub("", value)) or filename
         elif header == "Content-Transfer-Encoding" and (named := value.strip().lower()) not in _PLAIN_CODINGS:
             coding = named
     if content_type.startswith(_NESTED):
         coding = content_type
     return Part(_text(segment.name), filename and _text(filename), data, coding)
+
+
+def _unusual_name(parameters: str) -> str | None:
+    """The file name in `parameters`, those that are not quoted, in one of the forms that the parser does not read."""
+    if extended := _EXTENDED_NAME.search(parameters):
+        return unquote(extended[2], extended[1], "replace")
+    unquoted = _UNQUOTED_NAME.search(parameters)
+    return unquoted and unquoted[1].rstrip()
 
 
 def _text(name: str) -> str:

@@ -87,7 +87,6 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         app.include_router(router, dependencies=protected)
     for router in OTHERS:
         app.include_router(router)
-    app.router.routes.append(operations.ServerWide())
     openapi.describe(app, settings)
     own = next(n for n, route in enumerate(app.routes) if getattr(route, "path", "") == app.openapi_url)
     app.router.routes[own] = openapi_route(app)

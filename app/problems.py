@@ -10,17 +10,15 @@ import structlog
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match, Mount
 from starlette.types import Scope
 
+from app.alternatives import alternative, methods
 from app.disclosure import shown
 from service import errors
 from service.memory import RETRY_SECONDS
-from service.names import meant
 
 log = structlog.get_logger(component="http")
 
@@ -29,7 +27,6 @@ MEDIA_TYPE = "application/problem+json"
 EXPECTED = (errors.ServiceError, RequestValidationError, HTTPException, ClientDisconnect)
 CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that disconnected
 _MOST_REASONS = 5  # of what is wrong with one request
-_SHOWN = 100  # characters of a path that are compared with others
 
 
 class UnsupportedMediaType(errors.ServiceError):
@@ -298,12 +295,13 @@ async def expected(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         body = problem(errors.InvalidRequest(_reasons(error)), request_id)
     elif isinstance(error, HTTPException):
-        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED or request.scope["path"] == "*":
-            allow = {"Allow": ", ".join(sorted(_methods(request.scope)))}
+        path = request.state.path
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED or path == "*":
+            allow = {"Allow": ", ".join(sorted(methods(request.scope, path)))}
             if request.method == "OPTIONS":
                 return Response(status_code=int(HTTPStatus.NO_CONTENT), headers=allow)
             error = HTTPException(error.status_code, error.detail, allow)
-        detail = f"{request.method} {request.url.path}: {error.detail}{_way(request.scope, error)}"
+        detail = f"{request.method} {request.url.path}: {error.detail}{alternative(request.scope, error)}"
         body = _problem(HTTPStatus(error.status_code).phrase, error.status_code, detail, request_id)
     else:
         body = problem(error, request_id)
@@ -313,37 +311,6 @@ async def expected(request: Request, error: Exception) -> Response:
         )
     request.state.log = {"problem": body.title, "detail": body.detail}
     return _response(request.scope, body, _headers(error))
-
-
-def _way(scope: Scope, error: HTTPException) -> str:
-    """What to send in place of a request that no route takes; no redirect, which would go to a host of the client's."""
-    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        phrase = HTTPStatus.METHOD_NOT_ALLOWED.phrase
-        return f"; it takes {(error.headers or {}).get('Allow', '')}" if error.detail == phrase else ""
-    root = scope.get("app_root_path", scope.get("root_path", ""))  # a mounted route changes the latter
-    routes, path = scope["app"].routes, scope["path"].rstrip("/")
-    if path.strip("/") and path != scope["path"]:
-        matches = (route.matches({**scope, "path": path})[0] for route in routes)
-        if any(match != Match.NONE for match in matches):
-            return f"; send it to {path}, without the slash"
-    paths = {each.path for each in iter_route_contexts(routes) if each.path and "{" not in each.path} - {"/"}
-    return f"{meant(scope['state']['path'][-_SHOWN:], paths) or ';'} GET {root}/docs lists what there is"
-
-
-def _methods(scope: Scope) -> set[str]:
-    """Those that the path of `scope` has, by whichever routes."""
-    if scope["path"] == "*":  # of OPTIONS, and means the whole service
-        return {"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"}
-    bare = {"type": "http", "path": scope["state"]["path"], "root_path": "", "headers": []}
-    found = {
-        method
-        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
-        for route in scope["app"].routes
-        # Files are mounted, and a mount takes every method.
-        if (method == "GET" or not isinstance(route, Mount))
-        and route.matches({**bare, "method": method})[0] == Match.FULL
-    }
-    return found | ({"HEAD"} if "GET" in found else set()) | {"OPTIONS"}
 
 
 def unexpected(error: Exception, scope: Scope) -> Response:

@@ -17,7 +17,6 @@ from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
-from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
@@ -28,6 +27,7 @@ from app.bodies import FIELD, Link, Upload, read_uploads
 from app.dependencies import max_wait_seconds, require_key
 from app.encodings import chunks
 from app.problems import NotAcceptable, expected
+from app.proxies import base_url
 from app.strict import Strict
 from service.engine import Engine, time_limit
 from service.errors import ServiceError
@@ -63,16 +63,14 @@ class InferenceRoute(APIRoute):
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] == self.path:
             return Match.FULL, {"endpoint": self.endpoint, "path_params": {}, "route": self}
-        if scope["type"] == "http" and scope["method"] == "PUT" and get_route_path(scope).startswith(f"{self.path}/"):
-            return Match.PARTIAL, {"endpoint": self.endpoint, "path_params": {}, "route": self}  # curl -T FILE URL/
         return super().matches(scope)  # mounted below another application, or not allowed
 
     @override
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":
-            there = Request(scope).url.replace(path=scope.get("root_path", "") + self.path, query="")
+            there = base_url(scope) + self.path
             way = f"it takes POST, of a file: curl -F {FIELD}=@FILE {there}, or curl -X POST -T FILE {there}"
-            raise HTTPException(405, way, {"Allow": "POST"})
+            raise HTTPException(405, way)
         await self.app(scope, receive, send)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -11,9 +11,6 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from starlette._utils import get_route_path
-from starlette.routing import BaseRoute, Match
-from starlette.types import Receive, Scope, Send
 
 from app.dependencies import HealthDep, LivenessDep, MetricsPageDep, SettingsDep, StatsPageDep
 from app.disclosure import shown
@@ -134,20 +131,3 @@ async def index(request: Request, settings: SettingsDep) -> str:
     root = request.scope.get("root_path", "")
     model = escape(settings.default_model)
     return _PAGE.substitute(model=model, root=root, url=base_url(request.scope), version=version("pvt-serve"))
-
-
-class ServerWide(BaseRoute):
-    """`OPTIONS *`, by which proxies look whether a server is there (RFC 9110, 9.3.7)."""
-
-    path = "*"
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """See Starlette; the base path of a server stands before the asterisk."""
-        whole = scope["type"] == "http" and scope["method"] == "OPTIONS" and get_route_path(scope) == self.path
-        return (Match.FULL if whole else Match.NONE), {"route": self}
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Respond with no more than that."""
-        await Response(status_code=204, headers={"Allow": "GET, HEAD, POST, PUT, DELETE, OPTIONS"})(
-            scope, receive, send
-        )

@@ -94,7 +94,9 @@ def test_curl_through_a_proxy_sends_absolute_targets(service_url: str, digits: P
     ("options", "path", "status", "way"),
     [
         (["-T", "{file}"], "/predict", 405, "curl -F image=@FILE {url}/predict, or curl -X POST -T FILE {url}/predict"),
-        (["-T", "{file}"], "/predict/", 405, "curl -F image=@FILE {url}/predict, or"),
+        (["-T", "{file}"], "/predict/", 404, "to send a file: curl -X POST -T FILE {url}/predict"),
+        (["-T", "{file}"], "/invocations", 405, "to send a file: curl -X POST -T FILE {url}/invocations"),
+        (["-T", "{file}"], "", 404, "to send a file: curl -X POST -T FILE {url}/predict"),
         (["-T", "-"], "/predict", 405, "curl -X POST -T FILE {url}/predict"),
         ([], "/predict", 405, "it takes POST, of a file: curl -F image=@FILE {url}/predict"),
         (["--data", "@{file}"], "/predict", 422, "with curl by --data-binary, not by --data"),
@@ -222,4 +224,4 @@ def test_nodes_fetch_gets_an_answer_or_is_told_what_is_wrong(service_url: str, s
     assert [(status, labels(answer)[0][1]) for status, answer in good] == [(200, "7")] * 5
     assert labels(good[0][1])[0][0] == NAME
     assert (as_text[0], "sent as text" in as_text[1]["detail"]) == (422, True)
-    assert (as_base64[0], "base64; send the bytes" in as_base64[1]["detail"]) == (422, True)
+    assert (as_base64[0], "base64 of an image; send the bytes" in as_base64[1]["detail"]) == (422, True)

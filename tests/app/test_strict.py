@@ -1,9 +1,14 @@
 """Misspelled names get the nearest one, on every endpoint."""
 
+import re
+from pathlib import Path
+
 import pytest
 from starlette.testclient import TestClient
 
 from app.bodies import EXAMPLE
+from app.main import create_app
+from app.settings import Settings
 from tests.app.conftest import MakeClient, png
 
 PNG = {"Content-Type": "image/png"}
@@ -119,6 +124,11 @@ def test_managements_json_may_have_any_content_type(make_client: MakeClient, con
         ("GET", "/health/readyz", "did you mean '/health/ready'?"),
         ("POST", "/v1/embedding", "did you mean '/v1/embeddings'?"),
         ("POST", "/predict/", "send it to /predict, without the slash"),
+        ("POST", "/v2/model/b9/infer", "did you mean '/v2/models/b9/infer'?"),
+        ("GET", "/v2/models/b9/configs", "did you mean '/v2/models/b9/config'?"),
+        ("POST", "/v1/model/b9:predict", "did you mean '/v1/models/b9:predict'?"),
+        ("GET", "/model/b9", "did you mean '/models/b9'?"),
+        ("GET", "/%00", "/\\u0000: Not Found; GET /docs lists what there is"),
         ("GET", "/" + "x" * 20_000, "; GET /docs lists what there is"),
     ],
 )
@@ -129,13 +139,47 @@ def test_a_misspelled_path_gets_the_nearest_one(client: TestClient, method: str,
     assert way in response.text
 
 
-@pytest.mark.parametrize("path", ["/predict", "/predict/", "/predict/one.png", "/features/a/b", "/explain"])
-def test_a_file_that_is_put_is_told_the_line_to_type(client: TestClient, path: str) -> None:
-    url = f"http://testserver/{path.split('/')[1]}"
+def test_a_misspelled_path_below_a_prefix_gets_the_nearest_one_as_the_client_reaches_it(
+    make_client: MakeClient,
+) -> None:
+    client = make_client(root_path="/images")
+
+    assert "did you mean '/images/predict'? GET /images/docs lists" in client.post("/images/predicts").text
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("/invocations", "curl -X POST -T FILE https://example.org/pvt/invocations"),
+        ("/v1/embeddings", "curl -X POST -T FILE https://example.org/pvt/v1/embeddings"),
+        ("/v2/models/b9/infer", "curl -X POST -T FILE https://example.org/pvt/v2/models/b9/infer"),
+        ("/v1/models/b9:predict", "curl -X POST -T FILE https://example.org/pvt/v1/models/b9:predict"),
+        ("/predict", "curl -X POST -T FILE https://example.org/pvt/predict"),
+        ("/predict/one.png", "curl -X POST -T FILE https://example.org/pvt/predict"),
+        ("/one.png", "curl -X POST -T FILE https://example.org/pvt/predict"),
+        ("/invocations/one.png", "curl -X POST -T FILE https://example.org/pvt/invocations"),
+        ("/predict/", "curl -X POST -T FILE https://example.org/pvt/predict"),
+    ],
+)
+def test_a_file_that_is_put_anywhere_is_told_the_line_to_type_behind_a_proxy_too(
+    model_store: Path, path: str, line: str
+) -> None:
+    front = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "example.org", "X-Forwarded-Prefix": "/pvt"}
+    app = create_app(Settings(model_store=model_store, trusted_proxies="127.0.0.1"))  # type: ignore[arg-type]  # as from a variable
+    with TestClient(app, client=("127.0.0.1", 9)) as client:
+        response = client.put(path, content=png(), headers=front)
+
+    assert response.status_code in {404, 405}
+    assert re.search(rf"{re.escape(line)}(?![/\w])", response.text)
+
+
+@pytest.mark.parametrize("path", ["/predict", "/features", "/explain"])
+def test_a_file_that_is_put_where_images_go_is_told_the_line_to_type(client: TestClient, path: str) -> None:
+    url = f"http://testserver{path}"
 
     response = client.put(path, content=png())
 
-    assert (response.status_code, response.headers["Allow"]) == (405, "POST")
+    assert (response.status_code, response.headers["Allow"]) == (405, "OPTIONS, POST")
     assert f"curl -F image=@FILE {url}, or curl -X POST -T FILE {url}" in response.json()["detail"]
 
 
@@ -148,7 +192,8 @@ def test_another_method_is_told_the_one_that_a_path_takes(
 ) -> None:
     response = client.request(method, path)
 
-    assert (response.status_code, response.headers["Allow"].split(", ")[0]) == (405, allowed)
+    assert response.status_code == 405
+    assert allowed in response.headers["Allow"].split(", ")
     assert f"it takes {allowed}" in response.json()["detail"]
 
 
@@ -158,6 +203,8 @@ def test_another_method_is_told_the_one_that_a_path_takes(
         ({}, "(PVT_API_KEYS)"),
         ({"X-API-Key": "one"}, "; 'x-api-key' is not read"),
         ({"Authorisation": "Bearer one"}, "; 'authorisation' is not read"),
+        ({"X-Authorization": "Bearer one"}, "; 'x-authorization' is not read"),
+        ({"Origin": "https://example.org", "Via": "1.1 proxy"}, "(PVT_API_KEYS)"),
         ({"Authorization": "one"}, "; the Authorization that was sent is no Bearer"),
         ({"Authorization": "Token one"}, "; the Authorization that was sent is no Bearer"),
         ({"Authorization": "Bearer secret"}, "; the one that was sent is none of them"),
