@@ -93,6 +93,11 @@ def _banner(event: EventDict) -> str:
     return "\n".join([*lines, "  stop it with Ctrl-C"])
 
 
+def dropped_lines() -> int:
+    """How many lines of this process were dropped, because nobody read them in time."""
+    return sum(each.dropped_in_all for each in logging.getLogger().handlers if isinstance(each, LogWriter))
+
+
 class LogWriter(logging.Handler):
     """Takes lines from any thread without ever waiting for the file; a thread writes those of a short while at once.
 
@@ -107,11 +112,12 @@ class LogWriter(logging.Handler):
         self._descriptor = descriptor
         self._secrets = secrets
         self._changed = threading.Condition()
-        # Mutable state: the lines that wait, the bytes not yet written, how many lines were dropped, and whether
-        # somebody waits for all to be written.
+        # Mutable state: the lines that wait, the bytes not yet written, how many lines were dropped since the last
+        # note of it and in all, and whether somebody waits for all to be written.
         self._lines: list[bytes] = []
         self._bytes = 0
         self._dropped = 0
+        self.dropped_in_all = 0
         self._flushing = False
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
@@ -128,6 +134,7 @@ class LogWriter(logging.Handler):
         with self._changed:
             if self._bytes + len(data) > MAX_WAITING_BYTES:
                 self._dropped += 1
+                self.dropped_in_all += 1
                 return
             self._lines.append(data)
             self._bytes += len(data)

@@ -1,5 +1,6 @@
 """The application, put together."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -17,7 +18,8 @@ from starlette.routing import Mount, Route
 from app import logs, openapi, problems
 from app.clients import Clients
 from app.dependencies import State, require_key
-from app.middleware import HttpMetrics, RequestContext
+from app.metrics import HttpMetrics, ProcessMetrics
+from app.middleware import RequestContext
 from app.open_inference import routes as open_inference
 from app.open_inference.messages import HEADER_LENGTH
 from app.proxies import Proxies
@@ -32,6 +34,7 @@ from service.engine import Engine
 from service.machine import memory_limit_bytes, usable_cores
 from service.metrics import EngineMetrics
 from service.options import Budget, EngineOptions, default_instances
+from service.sharing import cancel
 
 # Images per batch where no setting says so; the batch plan stops earlier, as soon as more do not pay.
 MAX_BATCH_SIZE = {"cpu": 8, "gpu": 256}
@@ -147,6 +150,14 @@ async def _lifespan(
         await stack.enter_async_context(fetcher)
         engine = Engine(worker.share_of(options) if worker else options, EngineMetrics(registry))
         await stack.enter_async_context(engine)
+        process = ProcessMetrics(registry)
+
+        def collect() -> None:
+            engine.collect_metrics()
+            process.collect()
+
+        lag = asyncio.create_task(process.measure_lag())
+        stack.push_async_callback(cancel, [lag])
         own = partial(share_of, engine, traffic, monotonic())
         if worker:
             shown = worker.group.registry(os.getppid())
@@ -154,7 +165,7 @@ async def _lifespan(
             shown = registry
             for collector in (ProcessCollector, PlatformCollector, GCCollector):
                 collector(registry=registry)
-        metrics = MetricsPage(shown, engine.collect_metrics)
+        metrics = MetricsPage(shown, collect)
         stats = StatsPage(engine, partial(worker.shares, own) if worker else lambda: [own()])
         state = State(engine=engine, settings=settings, metrics=metrics, stats=stats, worker=worker, fetcher=fetcher)
         app.state.started = state  # for hosts without lifespan state
@@ -163,5 +174,5 @@ async def _lifespan(
 
             await stack.enter_async_context(grpc_server.serving(app, state, registry))
         if worker:  # the first report says that it listens
-            await stack.enter_async_context(worker.reporting(engine, own))
+            await stack.enter_async_context(worker.reporting(engine, own, collect))
         yield state

@@ -166,7 +166,8 @@ class Pipeline:
         try:
             with self._devices.watched():
                 pixels = [each.decoded.pixels for each in payloads]
-                outputs = executable.run(instance, pixels, alone=alone, stages=stages)
+                ran = partial(self._metrics.graph_ran, executable.stored.id)
+                outputs = executable.run(instance, pixels, alone=alone, stages=stages, ran=ran)
         except MemoryError as error:
             raise OutOfMemory(f"the outputs of a batch of {len(payloads)} do not fit into memory") from error
         return [

@@ -144,13 +144,19 @@ class InferenceQuery(Strict):
 
 def chosen_media_type(request: Request, offered: Sequence[str]) -> str:
     """The media type of `offered`, the default first, that the request's `Accept` prefers; raises NotAcceptable."""
-    accept = ", ".join(request.headers.getlist("accept")) or "*/*"
+    if not (best := preferred_media_type(request, offered)):
+        accept = ", ".join(request.headers.getlist("accept"))
+        raise NotAcceptable(f"Accept {accept[:200]!r}: this endpoint responds with {', '.join(offered)}")
+    return best
+
+
+def preferred_media_type(request: Request, offered: Sequence[str]) -> str:
+    """The same, and empty where it allows none of them."""
     try:
-        best: str = mimeparse.best_match(offered[::-1], accept)  # of equals the last one wins
+        # Of equals the last one wins.
+        best: str = mimeparse.best_match(offered[::-1], ", ".join(request.headers.getlist("accept")) or "*/*")
     except mimeparse.MimeTypeParseException:
         best = ""
-    if not best:
-        raise NotAcceptable(f"Accept {accept[:200]!r}: this endpoint responds with {', '.join(offered)}")
     return best
 
 
