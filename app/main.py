@@ -65,7 +65,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     """
     if settings is None:
         settings = Settings.from_environment()
-        logs.configure(settings.log_format, secrets=settings.secrets)
+        logs.configure(settings.log_format, level=settings.log_level, secrets=settings.secrets)
     registry = CollectorRegistry()  # of this application's own, so that several can live in one process
     http = HttpMetrics(registry)
     app = FastAPIOffline(
@@ -80,7 +80,12 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     )
     clients, proxies = Clients(settings, registry), Proxies(settings, _first_segments(app))
     app.add_middleware(
-        RequestContext, metrics=http, clients=clients, proxies=proxies, health_route=settings.health_route
+        RequestContext,
+        metrics=http,
+        clients=clients,
+        proxies=proxies,
+        health_route=settings.health_route,
+        slow_seconds=settings.slow_ms / 1000,
     )
     if settings.cors_origins:  # outermost: errors of every kind have its headers
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)

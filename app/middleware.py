@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app import problems
 from app.clients import Clients
 from app.dependencies import State
-from app.metrics import HttpMetrics
+from app.metrics import SERVER_ERRORS, HttpMetrics
 from app.problems import CLIENT_CLOSED_REQUEST, ClientLimitExceeded
 from app.proxies import Proxies
 from app.stats import STREAM
@@ -38,13 +38,21 @@ class RequestContext:
     """Gives each request an id and a log line, and counts it, whatever its outcome."""
 
     def __init__(
-        self, app: ASGIApp, metrics: HttpMetrics, clients: Clients, proxies: Proxies, health_route: str = ""
+        self,
+        app: ASGIApp,
+        metrics: HttpMetrics,
+        clients: Clients,
+        proxies: Proxies,
+        *,
+        health_route: str = "",
+        slow_seconds: float = 0.0,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._clients = clients
         self._proxies = proxies
         self._probes = _PROBES | {health_route}
+        self._slow_seconds = slow_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -137,10 +145,16 @@ class RequestContext:
         if route in self._probes and status < 400:  # noqa: PLR2004  the first status of errors
             return
         fields = {"ms": round(seconds * 1000, 2), "request_id": state["request_id"], "client": state["client"]}
-        if scope.get("scheme") == "grpc":
+        if state["role"]:  # else the address is the client's name
+            fields["address"] = self._clients.address(scope)
+        if scheme == "grpc":
             fields["protocol"] = "grpc"
-        fields |= state.get("log", {})
-        log.info("request", method=method, path=state["path"], status=status, **fields)
+        fields |= {"bytes_received": sizes["received"], "bytes_sent": sizes["sent"], **state.get("log", {})}
+        if timing := state.get("timing"):
+            fields["stages_ms"] = {name: round(value * 1000, 2) for name, value in timing.items() if name != "total"}
+        slow = self._slow_seconds and seconds >= self._slow_seconds
+        write = log.warning if slow or status >= SERVER_ERRORS else log.info
+        write("request", method=method, path=state["path"], status=status, **fields)
 
 
 def _add_headers(message: Message, state: dict[str, Any], start: float) -> None:

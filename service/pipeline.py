@@ -227,4 +227,5 @@ class Pipeline:
         )
         for stage, seconds in zip(Timing._fields, timing, strict=True):
             self._metrics.stage_seconds.labels(stage, model).observe(seconds)
-        return ImageResult(decoded.width, decoded.height, outputs, timing, decoded.pixels)
+        batch = completed.batch_size, completed.reason
+        return ImageResult(decoded.width, decoded.height, outputs, timing, decoded.pixels, *batch)

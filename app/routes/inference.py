@@ -256,11 +256,17 @@ def note(request: Request, result: InferenceResult) -> None:
     Raises the error of an image that failed alone.
     """
     results, state = result.results, request.state
-    state.log = {"model": result.model, "images": len(results)}
+    state.log = {"model": result.model, "version": result.version, "images": len(results)}
     state.images = len(results)
-    timings = [each.timing for each in results if not isinstance(each, ServiceError)]
-    if timings:
-        slowest = max(timings, key=sum)
+    answered = [each for each in results if not isinstance(each, ServiceError)]
+    if answered:
+        last = max(answered, key=lambda each: sum(each.timing)) if len(answered) > 1 else answered[0]
+        slowest = last.timing
+        state.log |= {
+            "pixels": sum(each.width * each.height for each in answered),
+            "batch_size": last.batch_size,
+            "batch_reason": last.batch_reason,
+        }
         state.timing = timing = dict[str, float]()
         for stage in ("read", "fetch"):
             if (seconds := getattr(state, f"{stage}_seconds", None)) is not None:
