@@ -52,7 +52,7 @@ def serve() -> int:
     faulthandler.enable()  # a crash of native code leaves the stack of each thread on standard error, as plain text
     try:
         settings = Settings.from_environment()
-        logs.configure(settings.log_format, secrets=settings.secrets)
+        logs.configure(settings.log_format, level=settings.log_level, secrets=settings.secrets)
         if settings.pull == "on_demand":
             settings.writable_store()
         return _listen_and_serve(settings)
@@ -88,7 +88,7 @@ def _work(index: int, group: WorkerGroup, stop_pipe: int, listeners: Sequence[st
 
     faulthandler.enable()
     settings = Settings.from_environment()
-    logs.configure(settings.log_format, index, secrets=settings.secrets)
+    logs.configure(settings.log_format, index, level=settings.log_level, secrets=settings.secrets)
     group.share_metrics(str(index))
     try:
         worker = Worker(group, index, stop_pipe)

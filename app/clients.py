@@ -51,23 +51,38 @@ class Directory:
         The name is `key:` and 8 hex digits of the key's SHA-256, if the service has such a key. Otherwise it is `ip:`
         and an IPv4 address or the /64 network of an IPv6 address; behind a trusted proxy the one that its header names.
         """
-        authorization, forwarded_for, forwarded = b"", [], []
-        for name, value in scope["headers"]:
-            if name == b"authorization":
-                authorization = authorization or value
-            elif name == b"x-forwarded-for":
-                forwarded_for.append(value)
-            elif name == b"forwarded":
-                forwarded.append(value)
+        authorization, forwarded_for, forwarded = _said(scope)
         if authorization and self._keys:
             scheme, _, secret = authorization.partition(b" ")
             found = self._keys.get(sha256(secret.strip(b" \t")).digest())
             if found and scheme.lower() == b"bearer":
                 return found
+        return f"ip:{self._address(scope, forwarded_for, forwarded)}", ""
+
+    def address(self, scope: Scope) -> str:
+        """The address from which the request of `scope` comes, whatever key it has; as in `identify`."""
+        return self._address(scope, *_said(scope)[1:])
+
+    def _address(self, scope: Scope, forwarded_for: list[bytes], forwarded: list[bytes]) -> str:
         peer = scope["client"][0] if scope.get("client") else ""
         if (forwarded_for or forwarded) and self._proxies.trusts(address_of(peer)):
-            return f"ip:{_network(self._proxies.client(peer, forwarded_for, forwarded))}", ""
-        return f"ip:{_network(peer)}", ""
+            return _network(self._proxies.client(peer, forwarded_for, forwarded))
+        return _network(peer)
+
+
+def _said(scope: Scope) -> tuple[bytes, list[bytes], list[bytes]]:
+    """The values of `Authorization`, `X-Forwarded-For` and `Forwarded`."""
+    authorization = b""
+    forwarded_for: list[bytes] = []
+    forwarded: list[bytes] = []
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            authorization = authorization or value
+        elif name == b"x-forwarded-for":
+            forwarded_for.append(value)
+        elif name == b"forwarded":
+            forwarded.append(value)
+    return authorization, forwarded_for, forwarded
 
 
 def key_name(key: str) -> str:
@@ -220,6 +235,6 @@ class Clients:
 
     def __init__(self, settings: Settings, registry: CollectorRegistry) -> None:
         directory = Directory(settings)
-        self.identify = directory.identify
+        self.identify, self.address = directory.identify, directory.address
         self.limits = ClientLimits(settings, registry)
         self.usage = KeyUsage(directory.names(), registry)

@@ -16,6 +16,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from service.store.location import hide
 
+Level = Literal["debug", "info", "warning", "error"]
 GATHER_SECONDS = 0.02
 MAX_WAITING_BYTES = 4_000_000
 FLUSH_SECONDS = 2.0
@@ -23,9 +24,15 @@ _CLOCK = structlog.processors.TimeStamper("%H:%M:%S", utc=False)  # for people
 
 
 def configure(
-    log_format: Literal["auto", "json", "console"], worker: int | None = None, *, secrets: Sequence[str] = ()
+    log_format: Literal["auto", "json", "console"],
+    worker: int | None = None,
+    *,
+    level: Level = "info",
+    secrets: Sequence[str] = (),
 ) -> None:
-    """Send every log line of the process to standard error in `log_format`, with the number of the `worker`, if any.
+    """Send log lines of the process to standard error in `log_format`, with the number of the `worker`, if any.
+
+    Those below `level` are left out, whoever writes them.
 
     `auto` is text on a terminal, and JSON elsewhere. `secrets` are hidden wherever they stand, in the messages of
     libraries and in tracebacks too.
@@ -51,7 +58,7 @@ def configure(
     structlog.configure(
         processors=[*shared, *last],
         logger_factory=lambda *_: logger,
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )
     writer.setFormatter(
@@ -60,8 +67,9 @@ def configure(
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
         )
     )
-    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it reports every change of a folder
-    logging.basicConfig(handlers=[writer], level=logging.INFO, force=True)
+    least = logging.getLevelNamesMapping()[level.upper()]
+    logging.getLogger("watchfiles").setLevel(max(logging.WARNING, least))  # it reports every change of a folder
+    logging.basicConfig(handlers=[writer], level=least, force=True)
 
 
 def console_renderer(stream: TextIO) -> Processor:
@@ -93,6 +101,11 @@ def _banner(event: EventDict) -> str:
     return "\n".join([*lines, "  stop it with Ctrl-C"])
 
 
+def dropped_lines() -> int:
+    """How many lines of this process were dropped, because nobody read them in time."""
+    return sum(each.dropped_in_all for each in logging.getLogger().handlers if isinstance(each, LogWriter))
+
+
 class LogWriter(logging.Handler):
     """Takes lines from any thread without ever waiting for the file; a thread writes those of a short while at once.
 
@@ -107,11 +120,12 @@ class LogWriter(logging.Handler):
         self._descriptor = descriptor
         self._secrets = secrets
         self._changed = threading.Condition()
-        # Mutable state: the lines that wait, the bytes not yet written, how many lines were dropped, and whether
-        # somebody waits for all to be written.
+        # Mutable state: the lines that wait, the bytes not yet written, how many lines were dropped since the last
+        # note of it and in all, and whether somebody waits for all to be written.
         self._lines: list[bytes] = []
         self._bytes = 0
         self._dropped = 0
+        self.dropped_in_all = 0
         self._flushing = False
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
@@ -128,6 +142,7 @@ class LogWriter(logging.Handler):
         with self._changed:
             if self._bytes + len(data) > MAX_WAITING_BYTES:
                 self._dropped += 1
+                self.dropped_in_all += 1
                 return
             self._lines.append(data)
             self._bytes += len(data)

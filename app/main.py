@@ -1,5 +1,6 @@
 """The application, put together."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -17,7 +18,8 @@ from starlette.routing import Mount, Route
 from app import logs, openapi, problems
 from app.clients import Clients
 from app.dependencies import State, require_key
-from app.middleware import HttpMetrics, RequestContext
+from app.metrics import HttpMetrics, ProcessMetrics
+from app.middleware import RequestContext
 from app.open_inference import routes as open_inference
 from app.open_inference.messages import HEADER_LENGTH
 from app.proxies import Proxies
@@ -32,6 +34,7 @@ from service.engine import Engine
 from service.machine import memory_limit_bytes, usable_cores
 from service.metrics import EngineMetrics
 from service.options import Budget, EngineOptions, default_instances
+from service.sharing import cancel
 
 # Images per batch where no setting says so; the batch plan stops earlier, as soon as more do not pay.
 MAX_BATCH_SIZE = {"cpu": 8, "gpu": 256}
@@ -62,7 +65,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     """
     if settings is None:
         settings = Settings.from_environment()
-        logs.configure(settings.log_format, secrets=settings.secrets)
+        logs.configure(settings.log_format, level=settings.log_level, secrets=settings.secrets)
     registry = CollectorRegistry()  # of this application's own, so that several can live in one process
     http = HttpMetrics(registry)
     app = FastAPIOffline(
@@ -77,7 +80,12 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     )
     clients, proxies = Clients(settings, registry), Proxies(settings, _first_segments(app))
     app.add_middleware(
-        RequestContext, metrics=http, clients=clients, proxies=proxies, health_route=settings.health_route
+        RequestContext,
+        metrics=http,
+        clients=clients,
+        proxies=proxies,
+        health_route=settings.health_route,
+        slow_seconds=settings.slow_ms / 1000,
     )
     if settings.cors_origins:  # outermost: errors of every kind have its headers
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
@@ -146,6 +154,14 @@ async def _lifespan(
         await stack.enter_async_context(fetcher)
         engine = Engine(worker.share_of(options) if worker else options, EngineMetrics(registry))
         await stack.enter_async_context(engine)
+        process = ProcessMetrics(registry)
+
+        def collect() -> None:
+            engine.collect_metrics()
+            process.collect()
+
+        lag = asyncio.create_task(process.measure_lag())
+        stack.push_async_callback(cancel, [lag])
         own = partial(share_of, engine, traffic, monotonic())
         if worker:
             shown = worker.group.registry(os.getppid())
@@ -153,7 +169,7 @@ async def _lifespan(
             shown = registry
             for collector in (ProcessCollector, PlatformCollector, GCCollector):
                 collector(registry=registry)
-        metrics = MetricsPage(shown, engine.collect_metrics)
+        metrics = MetricsPage(shown, collect)
         stats = StatsPage(engine, partial(worker.shares, own) if worker else lambda: [own()])
         state = State(engine=engine, settings=settings, metrics=metrics, stats=stats, worker=worker, fetcher=fetcher)
         app.state.started = state  # for hosts without lifespan state
@@ -162,5 +178,5 @@ async def _lifespan(
 
             await stack.enter_async_context(grpc_server.serving(app, state, registry))
         if worker:  # the first report says that it listens
-            await stack.enter_async_context(worker.reporting(engine, own))
+            await stack.enter_async_context(worker.reporting(engine, own, collect))
         yield state

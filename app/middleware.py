@@ -8,7 +8,6 @@ from time import perf_counter
 from typing import Any
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,17 +17,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app import problems
 from app.clients import Clients
 from app.dependencies import State
+from app.metrics import SERVER_ERRORS, HttpMetrics
 from app.problems import CLIENT_CLOSED_REQUEST, ClientLimitExceeded
 from app.proxies import Proxies
-from app.stats import STREAM, Traffic
+from app.stats import STREAM
 from service.errors import ShuttingDown
 from service.memory import ANSWERS, Reservation
 
 log = structlog.get_logger(component="access")
 
-REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 PIECE_BYTES = 65_536  # of a body; more at once, and the server would hold it for a client that does not read
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _UNLIMITED = nullcontext()
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 # Probes, scrapers and pages request these every few seconds.
@@ -36,47 +34,25 @@ _PROBES = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/liv
                      "/ping", "/stats", STREAM})  # fmt: skip
 
 
-class HttpMetrics:
-    """Requests by route template, never by path, so that no client can make new time series."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.traffic = Traffic()
-        self.requests = Counter(
-            "pvt_http_requests", "Requests answered.", ["route", "method", "status"], registry=registry
-        )
-        help_text = "Seconds from a request's head to its response's end."
-        self.request_seconds = Histogram(
-            "pvt_http_request_seconds", help_text, ["route"], buckets=REQUEST_BUCKETS, registry=registry
-        )
-        # Mutable state: the series that were counted before, since finding them costs more than counting.
-        self._series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-
-    def record(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count one request."""
-        series = self._series.get((route, method, status))
-        if series is None:
-            known = method if method in METHODS else "other"
-            series = self.requests.labels(route, known, str(status)), self.request_seconds.labels(route)
-            if known == method:  # a client can make up any number of others
-                self._series[route, method, status] = series
-        series[0].inc()
-        if route != STREAM:  # which lasts until its client goes: that says nothing of latency
-            series[1].observe(seconds)
-        if route not in _PROBES:
-            self.traffic.answered(route, status, seconds)
-
-
 class RequestContext:
     """Gives each request an id and a log line, and counts it, whatever its outcome."""
 
     def __init__(
-        self, app: ASGIApp, metrics: HttpMetrics, clients: Clients, proxies: Proxies, health_route: str = ""
+        self,
+        app: ASGIApp,
+        metrics: HttpMetrics,
+        clients: Clients,
+        proxies: Proxies,
+        *,
+        health_route: str = "",
+        slow_seconds: float = 0.0,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._clients = clients
         self._proxies = proxies
         self._probes = _PROBES | {health_route}
+        self._slow_seconds = slow_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -111,11 +87,13 @@ class RequestContext:
             await send(message)
 
         has_key, traffic = state["client"] in self._clients.usage, self._metrics.traffic
+        active = self._metrics.active(method, scope.get("scheme", "http"))
         counted = state["path"] not in self._probes
         traffic.in_flight += counted
+        active.inc()
         try:
             with self._limited(scope):
-                await self._app(scope, receive_counted if has_key else receive, send_with_headers)
+                await self._app(scope, receive_counted, send_with_headers)
         except (Exception, asyncio.CancelledError) as error:
             if status != CLIENT_CLOSED_REQUEST:  # the response has begun and can't be taken back
                 raise
@@ -126,10 +104,11 @@ class RequestContext:
             if held := state.get("answer"):
                 held.release()
             traffic.in_flight -= counted
+            active.dec()
             seconds = perf_counter() - start
             if has_key:
                 self._clients.usage.record(state["client"], state.get("images", 0), received, sent, seconds)
-            self._record(scope, method, status, seconds)
+            self._record(scope, method, status, seconds, received=received, sent=sent)
 
     def _begun(self, scope: Scope) -> dict[str, Any]:
         """The request's state, with its id and its client."""
@@ -155,16 +134,27 @@ class RequestContext:
             return _UNLIMITED
         return limits.admitted(state["client"], scope)
 
-    def _record(self, scope: Scope, method: str, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, method: str, status: int, seconds: float, **sizes: int) -> None:
         route, state = getattr(scope.get("route"), "path", "unmatched"), scope["state"]
-        self._metrics.record(route, method, status, seconds)
+        scheme, reason = scope.get("scheme", "http"), state.get("reason")
+        self._metrics.record(
+            route, method, status, seconds, scheme=scheme, request_id=state["request_id"], reason=reason, **sizes
+        )
+        if route not in self._probes:
+            self._metrics.traffic.answered(route, status, seconds)
         if route in self._probes and status < 400:  # noqa: PLR2004  the first status of errors
             return
         fields = {"ms": round(seconds * 1000, 2), "request_id": state["request_id"], "client": state["client"]}
-        if scope.get("scheme") == "grpc":
+        if state["role"]:  # else the address is the client's name
+            fields["address"] = self._clients.address(scope)
+        if scheme == "grpc":
             fields["protocol"] = "grpc"
-        fields |= state.get("log", {})
-        log.info("request", method=method, path=state["path"], status=status, **fields)
+        fields |= {"bytes_received": sizes["received"], "bytes_sent": sizes["sent"], **state.get("log", {})}
+        if timing := state.get("timing"):
+            fields["stages_ms"] = {name: round(value * 1000, 2) for name, value in timing.items() if name != "total"}
+        slow = self._slow_seconds and seconds >= self._slow_seconds
+        write = log.warning if slow or status >= SERVER_ERRORS else log.info
+        write("request", method=method, path=state["path"], status=status, **fields)
 
 
 def _add_headers(message: Message, state: dict[str, Any], start: float) -> None:

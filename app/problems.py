@@ -362,6 +362,7 @@ def _headers(error: Exception) -> dict[str, str]:
 
 
 def _response(scope: Scope, body: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    scope["state"]["reason"] = body.type.rpartition(":")[2]  # for the metrics
     if foreign := translated(scope["state"]["path"], body):
         return JSONResponse(foreign[1].model_dump(), foreign[0], headers)
     return JSONResponse(body.model_dump(exclude_none=True), body.status, headers, media_type=MEDIA_TYPE)

@@ -1,12 +1,14 @@
 """Pages that cost the event loop more than a request for them should: rendered once, or not too often."""
 
 from asyncio import Lock
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from time import perf_counter
 
 import orjson
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -20,27 +22,42 @@ RENDER_BURST = 10  # times in a row that they are rendered anew all the same
 ROOT_PATHS = 8  # below which the document is kept
 
 
-class MetricsPage:
+# By media type: how it is written, and the response's whole content type. The first is the default.
+FORMATS: Mapping[str, tuple[Callable[[Collector], bytes], str]] = {
+    "text/plain": (generate_latest, CONTENT_TYPE_LATEST),
+    "application/openmetrics-text": (openmetrics.generate_latest, openmetrics.CONTENT_TYPE_LATEST),
+}
+
+
+class MetricsPage(Collector):
     """The metrics as text. Those who scrape more often than RENDER_SHARE allows get the text of the one before."""
 
     def __init__(self, registry: CollectorRegistry, collect: Callable[[], None]) -> None:
         """`collect` brings gauges up to date."""
         self._registry = registry
         self._collect = collect
-        # Mutable state: the last text, how long it took, and how often more may be made.
-        self._text = b""
+        # Mutable state: the last texts by media type, how long one took, and how often more may be made.
+        self._texts: dict[str, bytes] = {}
         self._seconds = 0.0
         self._allowance = Allowance()
 
-    def text(self) -> bytes:
-        """The metrics in Prometheus's format."""
+    def text(self, media_type: str = "text/plain") -> bytes:
+        """The metrics in Prometheus's format, or another one of FORMATS."""
         start = perf_counter()
-        if not self._text or not self._allowance.wait_seconds(start, self._rate, RENDER_BURST):
+        if not self._texts or not self._allowance.wait_seconds(start, self._rate, RENDER_BURST):
+            self._texts.clear()
             self._collect()
-            self._text = generate_latest(self._registry)
+        if media_type not in self._texts:
+            self._texts[media_type] = FORMATS[media_type][0](self)
             self._seconds = perf_counter() - start
             self._allowance.take(start, self._rate)
-        return self._text
+        return self._texts[media_type]
+
+    def collect(self) -> Iterator[Metric]:
+        """See `Collector.collect`: every metric, without the times at which its series began."""
+        for metric in self._registry.collect():
+            metric.samples = [each for each in metric.samples if not each.name.endswith("_created")]
+            yield metric
 
     def samples(self, names: Collection[str]) -> list[Sample]:
         """The samples that have one of `names`, of all workers."""

@@ -272,6 +272,10 @@ class Settings(BaseSettings):
     """One more path for `GET /ping`; on Vertex AI that of `AIP_HEALTH_ROUTE`."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """`json`: one object on each line; `console`: text for people; `auto`: text on a terminal, else JSON."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Leave out log lines below this level; requests that succeed in time are `info`."""
+    slow_ms: Annotated[float, Field(ge=0, le=3_600_000)] = 5000
+    """Log requests that take at least so long as warnings; 0: none for their time."""
 
     @field_validator("url_hosts")
     @classmethod

@@ -27,7 +27,7 @@ BATCHES = 20
 _FIRST_SECONDS, _STEP = 1e-4, log(1.05)  # bins of latency are 5 % wide
 _REFUSED = frozenset({429, 503})
 _SERVER_ERRORS = 500
-_VERSION = version("pvt-serve")
+VERSION = version("pvt-serve")
 
 
 class RouteStats(BaseModel):
@@ -189,7 +189,7 @@ def summed(shares: Sequence[Share]) -> Stats:
     images = sum(size * number for size, number in batches.items())
     last = sorted((each for share in shares for each in share.last), key=lambda each: -each.at)
     return Stats(
-        version=_VERSION,
+        version=VERSION,
         at=round(time(), 3),
         uptime_seconds=max(each.uptime_seconds for each in shares),
         workers=len(shares),

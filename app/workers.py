@@ -188,19 +188,21 @@ class Worker:
         return replace(own, live=all(each.live for each in reports), ready=ready, reasons=reasons)
 
     @asynccontextmanager
-    async def reporting(self, engine: "Engine", own: "Callable[[], Share]") -> AsyncIterator[None]:
-        """Report each second, keep the gauges of `engine` up to date, stop when the supervisor closes the pipe.
+    async def reporting(
+        self, engine: "Engine", own: "Callable[[], Share]", collect: Callable[[], None]
+    ) -> AsyncIterator[None]:
+        """Report each second, and stop when the supervisor closes the pipe.
 
-        `own` is this worker's share of the stats.
+        `own` is this worker's share of the stats; `collect` brings its gauges up to date.
         """
 
         async def keep_reporting() -> None:
             while True:
                 await asyncio.sleep(REPORT_SECONDS)
-                await self._report(engine, own)
+                await self._report(engine, own, collect)
 
         with self.group.folder_in_use():
-            await self._report(engine, own)
+            await self._report(engine, own, collect)
             task = asyncio.create_task(keep_reporting())
             try:
                 yield
@@ -235,8 +237,8 @@ class Worker:
                 shares.append(type(shares[0]).model_validate_json(self.group.share_file(worker).read_bytes()))
         return shares
 
-    async def _report(self, engine: "Engine", own: "Callable[[], Share]") -> None:
-        engine.collect_metrics()
+    async def _report(self, engine: "Engine", own: "Callable[[], Share]", collect: Callable[[], None]) -> None:
+        collect()
         health = await engine.health()
         before = self.group.last_report(self.index) or _STARTING
         starting = before.starting and not health.ready

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from math import inf
 from time import monotonic
 from typing import Self, TypeVar
 from weakref import WeakValueDictionary
@@ -16,8 +17,9 @@ from service.architecture.variants import VARIANTS
 from service.backends.base import DeviceHealth
 from service.errors import DeadlineExceeded, InvalidRequest, ServiceError, ShuttingDown, WeightsUnavailable
 from service.execution.executable import Executable
+from service.machine import gpu_memory, gpu_utilization
 from service.memory import Reservation
-from service.metrics import EngineMetrics
+from service.metrics import EngineMetrics, Labels
 from service.options import EngineOptions
 from service.pipeline import Pipeline, Sized
 from service.registry.catalog import Catalog, watch
@@ -252,6 +254,10 @@ class Engine:
         """Count the `seconds` that encoding a response of `model` took."""
         self._metrics.stage_seconds.labels("encode", model).observe(seconds)
 
+    def scored(self, model: str, score: float) -> None:
+        """Count an image of `model` whose best class has that score, from 0 to 1."""
+        self._metrics.top1_score.labels(model).observe(score)
+
     def live(self) -> Health:
         """Live while the threads move and no GPU failed; says nothing of readiness, and reads no disk."""
         threads = (self._catalog.thread, self._encoders)
@@ -292,15 +298,27 @@ class Engine:
 
     def collect_metrics(self) -> None:
         """Bring the gauges up to date; call before they are read."""
-        activity, sizes = self.activity(), self.loaded_bytes()
-        self._metrics.report_queues({model: depth._asdict() for model, depth in activity.depths().items()})
-        self._metrics.instances.set(len(activity.instances))
-        self._metrics.instances_busy.set(activity.busy)
-        self._metrics.models_loaded.set(len(self._registry.loaded()))
-        self._metrics.report_memory(sizes)
-        self._metrics.memory_limit_bytes.set(self.memory.limit)
+        metrics, activity, sizes = self._metrics, self.activity(), self.loaded_bytes()
+        metrics.report_queues({model: depth._asdict() for model, depth in activity.depths().items()})
+        metrics.instances.set(len(activity.instances))
+        metrics.instances_busy.set(activity.busy)
+        metrics.models_loaded.set(len(self._registry.loaded()))
+        metrics.report(metrics.model_memory_bytes, {(model,): size for model, size in sizes.items()})
+        self._report_models()
+        metrics.models_budget_bytes.set(self.options.budget.bytes or inf)
+        metrics.report(metrics.gpu_memory_bytes, gpu_memory(self.options.devices))
+        metrics.report(metrics.gpu_utilization, gpu_utilization(self.options.devices))
+        metrics.memory_limit_bytes.set(self.memory.limit)
         for what, count in self.memory.reserved().items():
-            self._metrics.memory_reserved_bytes.labels(what).set(count)
+            metrics.memory_reserved_bytes.labels(what).set(count)
+
+    def _report_models(self) -> None:
+        self._metrics.report_states([(each.id, each.version, each.state) for each in self._registry.all()])
+        loaded = [each.executable for each in self._registry.loaded()]
+        info: dict[Labels, float] = {
+            (each.stored.id, each.stored.version, each.report.precision, each.report.device): 1.0 for each in loaded
+        }
+        self._metrics.report(self._metrics.model_info, info)
 
     async def _preload(self, name: str, load: Callable[[str], Awaitable[None]]) -> None:
         """Load `name`; what fails is tried again, since it keeps the service from being ready."""

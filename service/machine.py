@@ -3,7 +3,7 @@
 import ctypes
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -140,6 +140,25 @@ def held_bytes() -> int:
     """Resident memory and, on GPUs, the memory that torch reserves there."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return resident_bytes() + sum(torch.cuda.memory_reserved(i) for i in gpus)
+
+
+def gpu_memory(names: Sequence[str]) -> dict[tuple[str, ...], float]:
+    """Bytes of each GPU of those `names`: `used`, by whatever process, and `total`; none of a card that has failed."""
+    found: dict[tuple[str, ...], float] = {}
+    for name in names:
+        with suppress(RuntimeError):
+            free, total = torch.cuda.mem_get_info(name)
+            found |= {(name, "used"): total - free, (name, "total"): total}
+    return found
+
+
+def gpu_utilization(names: Sequence[str]) -> dict[tuple[str, ...], float]:
+    """The share of the last moments in which each GPU computed; torch needs the package nvidia-ml-py to know it."""
+    found: dict[tuple[str, ...], float] = {}
+    for name in names:
+        with suppress(ModuleNotFoundError, RuntimeError):
+            found[name,] = torch.cuda.utilization(name) / 100
+    return found
 
 
 def trim() -> None:

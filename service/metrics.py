@@ -1,7 +1,7 @@
 """The engine's metrics: one catalogue, every label bounded by the models of the store."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -12,6 +12,10 @@ from service.recent import Recent
 STAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 LOAD_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SCORE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+STATES = ("loading", "ready", "failed")
+
+Labels = tuple[str, ...]
 
 
 class EngineMetrics:
@@ -30,6 +34,13 @@ class EngineMetrics:
         self.batch_size = histogram(
             "pvt_batch_size", "Images per batch, padding not counted.", ["model"], buckets=SIZE_BUCKETS
         )
+        self.batch_seconds = histogram(
+            "pvt_batch_seconds",
+            "Seconds of one run of the graph that was compiled for so many images.",
+            ["model", "size"],
+            buckets=STAGE_BUCKETS,
+        )
+        self.padding = counter("pvt_batch_padding_images", "Places of such runs that had no image.", ["model"])
         self.batch_releases = counter("pvt_batch_releases", "Batches released to an instance.", ["reason", "model"])
         self.queue_images = gauge("pvt_queue_images", "Admitted images by how far they are.", ["model", "state"])
         self.queue_capacity = gauge("pvt_queue_capacity_images", "Images that are admitted at most.", ["model"])
@@ -48,6 +59,30 @@ class EngineMetrics:
         )
         self.cancellations = counter(
             "pvt_cancelled", "Images whose caller hung up, whose time ran out, or whose place another got.", ["stage"]
+        )
+        self.top1_score = histogram(
+            "pvt_top1_score",
+            "The best class's score of each image that was classified, from 0 to 1.",
+            ["model"],
+            buckets=SCORE_BUCKETS,
+        )
+        # Info metrics can't be summed over processes; these are 1 while it is so in any of them.
+        state = partial(Gauge, registry=registry, multiprocess_mode="livemax")
+        self.model_info = state(
+            "pvt_model_info", "1 for each loaded model.", ["model", "version", "precision", "device"]
+        )
+        self.model_state = state(
+            "pvt_model_state",
+            "1 for the state of each version that is in memory, or was to be.",
+            ["model", "version", "state"],
+        )
+        self.gpu_memory_bytes = state("pvt_gpu_memory_bytes", "Memory of each GPU: used, total.", ["device", "kind"])
+        self.gpu_utilization = state("pvt_gpu_utilization_ratio", "Share of time in which it computes.", ["device"])
+        self.plan_cache = counter(
+            "pvt_plan_cache", "Loads with plan and graphs from the plan cache (hit) or not.", ["model", "outcome"]
+        )
+        self.models_budget_bytes = gauge(
+            "pvt_models_memory_budget_bytes", "PVT_MEMORY_BUDGET_MB in bytes; +Inf without one."
         )
         self.model_loads = counter("pvt_model_loads", "Attempts to load a model.", ["model", "outcome"])
         self.model_load_seconds = histogram(
@@ -69,12 +104,13 @@ class EngineMetrics:
         self.models_loaded = gauge("pvt_models_loaded", "Models that are ready.")
         self.instances = gauge("pvt_instances", "Batches that can run at the same time.")
         self.instances_busy = gauge("pvt_instances_busy", "Instances that run a batch.")
-        for metric in (self.stage_seconds, self.batch_size, self.batch_releases, self.images, self.last_batch):
+        for metric in (self.stage_seconds, self.batch_size, self.batch_releases, self.images, self.last_batch,
+                       self.batch_seconds, self.padding, self.top1_score):  # fmt: skip
             # Looking for a series costs several times what counting does, so each is looked for once.
             metric.__dict__["labels"] = cache(metric.labels)
         self.recent_batches = Recent[int]()  # by size
-        # Mutable state: the models whose memory, and those whose queue is reported.
-        self._reported: set[str] = set()
+        # Mutable state: the series of each gauge that come and go with models, and the models whose queue is reported.
+        self._reported: dict[Gauge, set[Labels]] = {}
         self._queues: dict[str, Mapping[str, int]] = {}
 
     def batch_released(self, model: str, reason: str, size: int) -> None:
@@ -100,13 +136,23 @@ class EngineMetrics:
                     self.queue_images.labels(model, state).set(images)
             self.queue_depth.labels(model).set(depth["queued"])
 
-    def report_memory(self, sizes: Mapping[str, int]) -> None:
-        """Report the bytes that each loaded model takes, and no other model any more."""
-        for model in self._reported - {*sizes}:
+    def graph_ran(self, model: str, size: int, images: int, seconds: float) -> None:
+        """A graph of `model` that was compiled for `size` images ran with so many, in `seconds`."""
+        self.batch_seconds.labels(model, size).observe(seconds)
+        self.padding.labels(model).inc(size - images)
+
+    def report(self, gauge: Gauge, values: Mapping[Labels, float]) -> None:
+        """Set the series of `gauge` by their labels, and end those that it had before."""
+        for labels in self._reported.get(gauge, set()) - {*values}:
             if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # what several processes share can't be removed
-                self.model_memory_bytes.labels(model).set(0)
+                gauge.labels(*labels).set(0)
             else:
-                self.model_memory_bytes.remove(model)
-        self._reported = {*sizes}
-        for model, size in sizes.items():
-            self.model_memory_bytes.labels(model).set(size)
+                gauge.remove(*labels)
+        self._reported[gauge] = {*values}
+        for labels, value in values.items():
+            gauge.labels(*labels).set(value)
+
+    def report_states(self, states: Sequence[tuple[str, str, str]]) -> None:
+        """Report model, version and state of each version that is in memory, or was to be."""
+        known = {(*version, state): 0.0 for *version, _ in states for state in STATES}
+        self.report(self.model_state, known | dict.fromkeys(states, 1.0))

@@ -166,7 +166,8 @@ class Pipeline:
         try:
             with self._devices.watched():
                 pixels = [each.decoded.pixels for each in payloads]
-                outputs = executable.run(instance, pixels, alone=alone, stages=stages)
+                ran = partial(self._metrics.graph_ran, executable.stored.id)
+                outputs = executable.run(instance, pixels, alone=alone, stages=stages, ran=ran)
         except MemoryError as error:
             raise OutOfMemory(f"the outputs of a batch of {len(payloads)} do not fit into memory") from error
         return [
@@ -226,4 +227,5 @@ class Pipeline:
         )
         for stage, seconds in zip(Timing._fields, timing, strict=True):
             self._metrics.stage_seconds.labels(stage, model).observe(seconds)
-        return ImageResult(decoded.width, decoded.height, outputs, timing, decoded.pixels)
+        batch = completed.batch_size, completed.reason
+        return ImageResult(decoded.width, decoded.height, outputs, timing, decoded.pixels, *batch)

@@ -55,7 +55,8 @@ class Timing(NamedTuple):
 class ImageResult:
     """One image after inference: its own size in pixels, the model's outputs, and the time that they took.
 
-    `pixels` is the image as the model saw it, uint8 (height, width, 3).
+    `pixels` is the image as the model saw it, uint8 (height, width, 3). `batch_size` counts the images of its batch,
+    and `batch_reason` says why that ran when it did.
     """
 
     width: int
@@ -63,6 +64,8 @@ class ImageResult:
     outputs: Outputs
     timing: Timing
     pixels: Pixels
+    batch_size: int = 1
+    batch_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,14 +20,17 @@ from service.errors import InvalidRequest, ServiceError
 from service.postprocess import (
     DEFAULT_CLASSES,
     MOST_CLASSES,
+    ClassScore,
     FeatureOptions,
     check_classes,
     classify,
     feature,
     numbers,
+    scores,
 )
 from service.postprocess import features as selected_features
 from service.results import JSON_INSTEAD, InferenceResult, require_all
+from service.results import ImageResult as Inferred
 from service.store.cards import Activation
 
 router = APIRouter(
@@ -173,8 +176,18 @@ def predictions(request: Request, names: Names, result: InferenceResult, query: 
     for entry, image in zip(results, result.results, strict=True):
         if not isinstance(image, ServiceError):
             # A ClassScore has a ClassPrediction's fields, and orjson knows dataclasses.
-            entry.update(classify(image.outputs.logits, result.card, query.top_k, query.min_score))
+            found = classify(image.outputs.logits, result.card, query.top_k, query.min_score)
+            entry.update(found)
+            _count_score(request, result, image, found["predictions"])
     return results
+
+
+def _count_score(request: Request, result: InferenceResult, image: Inferred, best_first: Sequence[ClassScore]) -> None:
+    """Count the best class's score, also where it is below the model's threshold; logits have no range to count in."""
+    if result.card.activation == "none":
+        return
+    score = best_first[0].score if best_first else float(scores(image.outputs.logits, result.card).max())
+    request.state.engine.scored(result.model, score)
 
 
 def _are_stages(value: str) -> str:

@@ -142,13 +142,19 @@ class InferenceQuery(Strict):
 
 def chosen_media_type(request: Request, offered: Sequence[str]) -> str:
     """The media type of `offered`, the default first, that the request's `Accept` prefers; raises NotAcceptable."""
-    accept = ", ".join(request.headers.getlist("accept")) or "*/*"
+    if not (best := preferred_media_type(request, offered)):
+        accept = ", ".join(request.headers.getlist("accept"))
+        raise NotAcceptable(f"Accept {accept[:200]!r}: this endpoint responds with {', '.join(offered)}")
+    return best
+
+
+def preferred_media_type(request: Request, offered: Sequence[str]) -> str:
+    """The same, and empty where it allows none of them."""
     try:
-        best: str = mimeparse.best_match(offered[::-1], accept)  # of equals the last one wins
+        # Of equals the last one wins.
+        best: str = mimeparse.best_match(offered[::-1], ", ".join(request.headers.getlist("accept")) or "*/*")
     except mimeparse.MimeTypeParseException:
         best = ""
-    if not best:
-        raise NotAcceptable(f"Accept {accept[:200]!r}: this endpoint responds with {', '.join(offered)}")
     return best
 
 
@@ -248,11 +254,17 @@ def note(request: Request, result: InferenceResult) -> None:
     Raises the error of an image that failed alone.
     """
     results, state = result.results, request.state
-    state.log = {"model": result.model, "images": len(results)}
+    state.log = {"model": result.model, "version": result.version, "images": len(results)}
     state.images = len(results)
-    timings = [each.timing for each in results if not isinstance(each, ServiceError)]
-    if timings:
-        slowest = max(timings, key=sum)
+    answered = [each for each in results if not isinstance(each, ServiceError)]
+    if answered:
+        last = max(answered, key=lambda each: sum(each.timing)) if len(answered) > 1 else answered[0]
+        slowest = last.timing
+        state.log |= {
+            "pixels": sum(each.width * each.height for each in answered),
+            "batch_size": last.batch_size,
+            "batch_reason": last.batch_reason,
+        }
         state.timing = timing = dict[str, float]()
         for stage in ("read", "fetch"):
             if (seconds := getattr(state, f"{stage}_seconds", None)) is not None:

@@ -9,13 +9,14 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from app.dependencies import HealthDep, LivenessDep, MetricsPageDep, SettingsDep, StatsPageDep
 from app.disclosure import shown
 from app.problems import documented
 from app.proxies import base_url
+from app.rendered import FORMATS
+from app.routes.inference import preferred_media_type
 from app.stats import STREAM, Stats
 from service.results import Health
 
@@ -91,9 +92,10 @@ def _response(request: Request, state: Health, *, healthy: bool) -> JSONResponse
 
 
 @router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
-async def get_metrics(page: MetricsPageDep) -> Response:
-    """Prometheus text."""
-    return Response(page.text(), media_type=CONTENT_TYPE_LATEST)
+async def get_metrics(request: Request, page: MetricsPageDep) -> Response:
+    """Prometheus text, or OpenMetrics, which has exemplars, where `Accept` prefers it."""
+    chosen = preferred_media_type(request, tuple(FORMATS)) or "text/plain"
+    return Response(page.text(chosen), media_type=FORMATS[chosen][1], headers={"Vary": "Accept"})
 
 
 @router.get("/stats", summary="The last minute", response_model=Stats)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from time import perf_counter
 
 import structlog
 
@@ -164,11 +165,18 @@ class Executable:
         return self._optimizer if self._optimizer and self._optimizer.size else None
 
     def run(
-        self, instance: int, images: Sequence[Pixels], *, alone: bool = False, stages: bool = False
+        self,
+        instance: int,
+        images: Sequence[Pixels],
+        *,
+        alone: bool = False,
+        stages: bool = False,
+        ran: Callable[[int, int, float], None] = lambda *_: None,
     ) -> list[Outputs]:
         """The outputs of `images`, in their order. Each `instance` makes one call at a time.
 
-        `alone` says that nothing else runs, so that one image may have all cores. `stages` adds stage maps.
+        `alone` says that nothing else runs, so that one image may have all cores. `stages` adds stage maps. `ran` is
+        called after each run of a graph, with the size that it was compiled for, its images and its seconds.
         """
         chosen = self.staged if stages else self._plain
         if chosen is None:
@@ -179,7 +187,9 @@ class Executable:
             size = min((size for size in graphs if size >= len(images)), default=max(graphs))
             graph = latency if alone and latency and size == 1 else graphs[size]
             part, images = images[:size], images[size:]
+            start = perf_counter()
             found = graph.run(instance, part)
+            ran(size, len(part), perf_counter() - start)
             logits, embedding, *maps = found if has_head else (found[0][:, :0], *found)
             outputs += [Outputs(logits[i], embedding[i], tuple(each[i] for each in maps)) for i in range(len(part))]
         return outputs

@@ -89,6 +89,7 @@ class Loading:
             raise
         report = executable.report
         self._metrics.model_loads.labels(stored.id, "loaded").inc()
+        self._metrics.plan_cache.labels(stored.id, "hit" if report.cached else "miss").inc()
         self._metrics.model_load_seconds.labels(stored.id).observe(perf_counter() - start)
         log.info("model_loaded", model=stored.id, backend=report.backend, precision=report.precision,
                  layout=f"{report.layout.streams}x{report.layout.threads}", batch_sizes=executable.plan.sizes,

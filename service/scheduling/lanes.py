@@ -261,7 +261,10 @@ class Call(Item, Generic[S, T, R]):
 
 @dataclass(frozen=True, slots=True)
 class Completed(Generic[R]):
-    """A result; the seconds it waited for a thread, was decoded, queued, and in its batch; that batch's size."""
+    """A result; the seconds it waited for a thread, was decoded, queued, and in its batch; that batch's size.
+
+    `reason`: why the batch was released when it was.
+    """
 
     result: R
     wait_seconds: float
@@ -269,6 +272,7 @@ class Completed(Generic[R]):
     queue_seconds: float
     run_seconds: float
     batch_size: int
+    reason: ReleaseReason
 
 
 Outcome = Completed[R] | Exception

@@ -59,6 +59,25 @@ def test_without_a_choice_a_pipe_gets_json() -> None:
     assert all(json.loads(line) for line in written("auto"))
 
 
+@pytest.mark.parametrize(("level", "events"), [("warning", []), ("info", ["request"])])
+def test_lines_below_the_level_are_left_out(level: str, events: list[str]) -> None:
+    script = """
+import logging, structlog
+from app import logs
+logs.configure("json", level=LEVEL)
+structlog.get_logger().info("request")
+structlog.get_logger().warning("slow")
+logging.getLogger("library").info("request")
+logging.getLogger("library").debug("detail")
+logging.getLogger("watchfiles").info("change")
+logging.getLogger("library").warning("trouble")
+""".replace("LEVEL", repr(level))
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    found = [json.loads(line)["event"] for line in done.stderr.splitlines()]
+    assert found == [*events, "slow", *events, "trouble"]
+
+
 @pytest.mark.parametrize(
     ("url", "expected"),
     [

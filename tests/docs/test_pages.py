@@ -12,7 +12,7 @@ from app import problems
 from app.addresses import Reach
 from app.clients import Clients
 from app.main import create_app
-from app.middleware import HttpMetrics
+from app.metrics import HttpMetrics, ProcessMetrics
 from app.remote_images.fetching import Fetcher
 from app.settings import Settings
 from service.metrics import EngineMetrics
@@ -62,7 +62,7 @@ def test_every_problem_is_on_the_page_of_errors_with_its_status_and_no_other_is(
 
 def test_every_metric_is_on_the_page_of_operations_and_no_other_is() -> None:
     registry = CollectorRegistry()
-    for make in (EngineMetrics, HttpMetrics):
+    for make in (EngineMetrics, HttpMetrics, ProcessMetrics):
         make(registry)
     Clients(Settings(), registry)
     Fetcher(Reach(), registry, max_bytes=1, seconds=1)
@@ -71,7 +71,8 @@ def test_every_metric_is_on_the_page_of_operations_and_no_other_is() -> None:
 
     section = (DOCS / "operations.md").read_text().partition("## Metrics")[2].partition("Alert on")[0]
 
-    assert {*re.findall(r"`(pvt_\w+)`", section)} == expected | {"pvt_worker_restarts_total", "pvt_grpc_requests_total"}
+    found = {*re.findall(r"`((?:pvt|http_server)_\w+)`", section)}
+    assert found == expected | {"pvt_worker_restarts_total", "pvt_grpc_requests_total"}
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)

@@ -69,7 +69,9 @@ def test_an_image_is_decoded_and_runs_and_its_end_is_told_once() -> None:
     dispatcher.ran(job, [6], 19.0)
 
     assert outcomes(dispatcher) == {
-        3: Completed(6, wait_seconds=1.0, decode_seconds=1.0, queue_seconds=3.0, run_seconds=4.0, batch_size=1)
+        3: Completed(
+            6, wait_seconds=1.0, decode_seconds=1.0, queue_seconds=3.0, run_seconds=4.0, batch_size=1, reason="idle"
+        )
     }
     assert outcomes(dispatcher) == {}
     assert dispatcher.next_job(20.0) is None
