@@ -246,8 +246,17 @@ def parse_json(body: bytes) -> Any:  # noqa: ANN401  whatever JSON holds
     except orjson.JSONDecodeError as error:
         if "enough memory" in str(error):  # orjson's words for it
             raise MemoryError from error
-        encoding = "; JSON is UTF-8, and this looks like UTF-16" if b"\0" in body[:4] else ""
-        raise InvalidRequest(f"the body is no JSON: {error}{encoding}") from error
+        raise InvalidRequest(_no_json(body, str(error))) from error
+
+
+def _no_json(body: bytes, reason: str) -> str:
+    is_file = not _JSON_BEGINS.match(body, 0, _INDENTED) and is_known(body)
+    what = "the body is a form" if is_form(body) else "the body is a file's bytes" if is_file else ""
+    if what or not body.strip():
+        way = "files go to /predict, /features and /explain, or into the JSON as base64"
+        return f"{what or 'the request has no body'}, and this endpoint reads JSON; {way}"
+    encoding = "; JSON is UTF-8, and this looks like UTF-16" if b"\0" in body[:4] else ""
+    return f"the body is no JSON: {reason}{encoding}"
 
 
 def check_count(count: int, max_images: int) -> None:

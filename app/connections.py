@@ -5,7 +5,7 @@ import os
 import resource
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import nsmallest
 from time import perf_counter
 from typing import Protocol
@@ -67,15 +67,18 @@ class Connections(ServerState):
         client_seconds: float,
         identify: Callable[[Scope], str],
         root_path: str = "",
+        cors_origins: Sequence[str] = (),
         accepts_per_turn: int = ACCEPTS_PER_TURN,
     ) -> None:
         """`client_seconds`: how long a client may take, see `Settings.client_timeout_seconds`.
 
         `identify` names the client of a request. `root_path` is what the paths of probes may begin with.
+        `cors_origins`: whose pages may read refusals, see `Settings.cors_origins`.
         """
         super().__init__()
         self._identify = identify
         self.client_seconds = client_seconds
+        self.cors_origins = cors_origins
         self.probes = PROBES | {root_path + each for each in PROBES}
         self.limit = MAX_CONNECTIONS
         self._accepts_per_turn = accepts_per_turn

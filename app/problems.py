@@ -221,7 +221,7 @@ def translated(path: str, problem: Problem) -> tuple[int, BaseModel] | None:
     form = dialect(path)
     if form is None:
         return None
-    status = HTTPStatus.BAD_REQUEST if problem.status == HTTPStatus.UNPROCESSABLE_ENTITY else problem.status
+    status = HTTPStatus.BAD_REQUEST.value if problem.status == HTTPStatus.UNPROCESSABLE_ENTITY else problem.status
     if form is OpenInferenceError:
         return status, OpenInferenceError(error=problem.detail)
     code = problem.type.rpartition(":")[2].replace("-", "_")

@@ -241,8 +241,8 @@ class BoundedProtocol(HttpToolsProtocol):
         scope = cast("Scope | None", self.scope) or {"state": {}, "headers": ()}
         problem = problems.problem(error, scope["state"].get("request_id") or request_id(scope))
         log.warning("request_refused", status=problem.status, detail=problem.detail, request_id=problem.request_id)
-        is_head = bool(self.url) and self.parser.get_method() == b"HEAD"
-        self._refusal = refusals.response(problem, has_body=not is_head)
+        has_body = not (self.url and self.parser.get_method() == b"HEAD")
+        self._refusal = refusals.response(problem, scope["headers"], self.server_state.cors_origins, has_body=has_body)
         cycle = cast("RequestResponseCycle | None", self.cycle)
         if self._in_head or cycle is None:
             if cycle is None or cycle.response_complete:

@@ -1,6 +1,7 @@
 """What came over a connection and is no request that is read: what it may be, and the response that refuses it."""
 
 import re
+from collections.abc import Collection, Iterable
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
@@ -74,12 +75,28 @@ def origin_form(method: bytes, target: bytes) -> tuple[bytes, bytes | None]:
     return (found["path"] or b"/") + (found["query"] or b""), found["host"]
 
 
-def response(problem: Problem, *, has_body: bool) -> bytes:
-    """The response that refuses, after which the connection is closed; without a body to HEAD."""
+def response(
+    problem: Problem, headers: Iterable[tuple[bytes, bytes]], origins: Collection[str], *, has_body: bool
+) -> bytes:
+    """The response that refuses, after which the connection is closed; without a body to HEAD.
+
+    Pages of `origins`, see `Settings.cors_origins`, may read it. `headers` are those of the request that have arrived.
+    """
     body = problem.model_dump_json(exclude_none=True).encode()
     return b"".join((
         STATUS_LINE[problem.status],
         b"Content-Type: %b\r\nContent-Length: %d\r\n" % (MEDIA_TYPE.encode(), len(body)),
-        b"X-Request-ID: %b\r\nConnection: close\r\n\r\n" % (problem.request_id or "").encode(),
+        b"X-Request-ID: %b\r\n%b" % ((problem.request_id or "").encode(), _readers(headers, origins)),
+        b"Connection: close\r\n\r\n",
         body if has_body else b"",
     ))  # fmt: skip
+
+
+def _readers(headers: Iterable[tuple[bytes, bytes]], origins: Collection[str]) -> bytes:
+    """The lines of a head that say which pages may read a response, as `CORSMiddleware` has them."""
+    if not origins:
+        return b""
+    origin = next((value.decode("latin-1") for name, value in headers if name == b"origin"), "")
+    allowed = "*" if "*" in origins else origin if origin in origins else ""
+    lines = f"Access-Control-Allow-Origin: {allowed}\r\nAccess-Control-Expose-Headers: X-Request-ID\r\n"
+    return (f"{lines if allowed else ''}Vary: Origin\r\n").encode()

@@ -75,6 +75,7 @@ def run(
         client_seconds=settings.client_timeout_seconds,
         identify=lambda scope: directory.identify(scope)[0],
         root_path=settings.root_path,
+        cors_origins=settings.cors_origins,
         **share,
     )
     urls = {name: url_of(each[0]) for name, each in (("url", listeners), ("management", management)) if each}

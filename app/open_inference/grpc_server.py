@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import orjson
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from prometheus_client import CollectorRegistry, Counter
@@ -77,10 +78,10 @@ class Gateway:
             if name != "ModelStreamInfer"
         }  # on the wire the same as unary; it leaves the reading of the message to us
         methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._stream)
-        request, reply = health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString
+        reply = health_pb2.HealthCheckResponse.SerializeToString
         probes = {
-            "Check": grpc.unary_unary_rpc_method_handler(self._check, request, reply),
-            "Watch": grpc.unary_stream_rpc_method_handler(self._watch, request, reply),
+            "Check": grpc.unary_unary_rpc_method_handler(self._check, response_serializer=reply),
+            "Watch": grpc.unary_stream_rpc_method_handler(self._watch, response_serializer=reply),
         }
         return [
             grpc.method_handlers_generic_handler(SERVICE, methods),
@@ -248,21 +249,23 @@ class Gateway:
             "state": dict(self._state),
         }
 
-    async def _check(self, request: Any, context: Context) -> Any:  # noqa: ANN401  messages
-        if request.service not in {"", SERVICE}:
-            await context.abort(
-                grpc.StatusCode.NOT_FOUND, f"service {request.service[:100]!r} is none of this server's"
-            )
+    async def _check(self, message: bytes, context: Context) -> Any:  # noqa: ANN401  a message
+        try:
+            service = health_pb2.HealthCheckRequest.FromString(message).service
+        except DecodeError as error:  # which gRPC would tell the client as an exception of Python's
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the message is no HealthCheckRequest: {error}")
+        if service not in {"", SERVICE}:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"service {service[:100]!r} is none of this server's")
         exchange = self._begin(context, RestRequest("GET", "/v2/health/ready"))
         exchange.sent.set()  # nothing waits for a few bytes
         ready = (await exchange.answer()).status == OK
         states = health_pb2.HealthCheckResponse
         return states(status=states.SERVING if ready else states.NOT_SERVING)
 
-    async def _watch(self, request: Any, context: Context) -> AsyncIterator[Any]:  # noqa: ANN401  messages
+    async def _watch(self, message: bytes, context: Context) -> AsyncIterator[Any]:
         last = None
         while True:
-            status = await self._check(request, context)
+            status = await self._check(message, context)
             if status != last:
                 yield status
             last = status

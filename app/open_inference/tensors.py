@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from app.data_urls import from_base64
 from app.encodings import Stack
+from app.problems import TooManyImages
 from service.architecture.variants import VARIANTS
 from service.errors import InvalidImage, InvalidRequest
 from service.postprocess import scores
@@ -156,7 +157,7 @@ def _check(tensor: InputTensor, datatype: Datatype, shape: str, most: int, *, fi
     if not fits or min(actual) < 1:
         raise InvalidRequest(f"input {name!r} has the shape {[*actual]}; expected {shape}, n at least 1")
     if actual[0] > most:
-        raise InvalidRequest(f"input {name!r} holds {actual[0]} images; PVT_MAX_IMAGES allows {most} in one request")
+        raise TooManyImages(f"input {name!r} holds {actual[0]} images; PVT_MAX_IMAGES allows {most} in one request")
 
 
 def _pixels(tensor: InputTensor, most: int) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from app.dependencies import EngineDep
 from app.encodings import json_array, little_endian
 from app.json_images import image_of
 from app.openapi import json_body
-from app.problems import refusals
+from app.problems import TooManyImages, refusals
 from app.routes.inference import JSON, InferenceQuery, encoded, infer_images
 from service.architecture.variants import VARIANTS
 from service.errors import InvalidRequest, reasons
@@ -190,7 +190,7 @@ def _check_items(items: Sequence[Any], max_images: int) -> None:
     if not items:
         raise InvalidRequest("input: an empty list; send at least one image")
     if len(items) > max_images:
-        raise InvalidRequest(
+        raise TooManyImages(
             f"input: {len(items)} images; PVT_MAX_IMAGES allows {max_images} in one request; in LangChain "
             f"OpenAIEmbeddings(chunk_size={max_images})"
         )

@@ -109,7 +109,7 @@ async def stream_stats(request: Request, page: StatsPageDep) -> Response:
     """Server-sent events: the object of `GET /stats` at once, and again each second."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # a proxy that buffers would hold events back
     if request.state.method == "HEAD":
-        return Response(media_type=EventStream.media_type, headers=headers)
+        return EventStream(iter(()), headers=headers)  # without a length, as that of GET has none
     return EventStream(page.stream(), headers=headers)
 
 

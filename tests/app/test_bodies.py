@@ -117,6 +117,53 @@ def test_a_wrong_json_body_says_what_is_wrong(client: TestClient, body: str, rea
 
 
 @pytest.mark.parametrize(
+    "path",
+    ["/v1/embeddings", "/v1/models/pvt_v2_b0.digits:predict", "/v2/models/pvt_v2_b0.digits/infer"],
+)
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (b"", "the request has no body"),
+        (png(), "the body is a file's bytes"),
+        (form(("image", "a.png", png())), "the body is a form"),
+        (base64.b64encode(png()), "the body is a file's bytes"),
+    ],
+)
+def test_an_endpoint_of_json_says_what_a_body_is_instead(client: TestClient, path: str, body: bytes, what: str) -> None:
+    response = client.post(path, content=body)
+
+    assert response.status_code == 400
+    assert f"{what}, and this endpoint reads JSON" in response.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/predict", {"images": [EXAMPLE] * 3}),
+        ("/v1/embeddings", {"input": [f"data:image/png;base64,{EXAMPLE}"] * 3}),
+        ("/v1/models/pvt_v2_b0.digits:predict", {"instances": [EXAMPLE] * 3}),
+        (
+            "/v2/models/pvt_v2_b0.digits/infer",
+            {"inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [3], "data": [EXAMPLE] * 3}]},
+        ),
+    ],
+)
+def test_too_many_images_are_that_problem_in_every_protocol(
+    make_client: MakeClient, path: str, body: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    response = make_client(max_images=2).post(path, json=body)
+
+    assert response.status_code == (422 if path == "/predict" else 400)
+    assert "PVT_MAX_IMAGES" in response.text
+    line = capsys.readouterr().out  # the log has the problem of each protocol
+    assert "Too many images" in line
+    assert f"status={response.status_code}" in line
+    if path == "/v1/embeddings":
+        error = response.json()["error"]
+        assert (error["code"], error["param"]) == ("too_many_images", "input")
+
+
+@pytest.mark.parametrize(
     ("body", "reason"),
     [
         (b"", "multipart body is broken"),

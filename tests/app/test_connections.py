@@ -25,10 +25,10 @@ def connections() -> Connections:
 async def test_a_turn_begins_few_requests_in_their_order_and_a_probe_at_once() -> None:
     state, order = connections(), list[int]()
     for number in range(100):
-        state.begin(partial(order.append, number), {"who": "one"}, first=False)
+        state.begin(partial(order.append, number), {"who": "one", "state": {}}, first=False)
     assert order == [*range(BEGUN_PER_TURN)]
 
-    state.begin(partial(order.append, -1), {"who": "one"}, first=True)
+    state.begin(partial(order.append, -1), {"who": "one", "state": {}}, first=True)
     assert order[-1] == -1
 
     turns = await until_begun(order, 101)
@@ -39,9 +39,9 @@ async def test_a_turn_begins_few_requests_in_their_order_and_a_probe_at_once() -
 async def test_who_has_many_requests_waits_for_its_own() -> None:
     state, order = connections(), list[str]()
     for _ in range(50):
-        state.begin(partial(order.append, "greedy"), {"who": "greedy"}, first=False)
+        state.begin(partial(order.append, "greedy"), {"who": "greedy", "state": {}}, first=False)
     for who in ("polite", "other", "polite"):
-        state.begin(partial(order.append, who), {"who": who}, first=False)
+        state.begin(partial(order.append, who), {"who": who, "state": {}}, first=False)
 
     await until_begun(order, 53)
     assert order[:BEGUN_PER_TURN] == ["greedy"] * BEGUN_PER_TURN

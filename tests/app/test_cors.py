@@ -1,10 +1,15 @@
 """Web pages of other origins: off unless PVT_CORS_ORIGINS names them, and then errors are readable too."""
 
+import socket
+from http.client import HTTPResponse
+
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
 from app.settings import Settings, SettingsInvalid
 from tests.app.conftest import MakeClient, png
+from tests.app.processes import serving
 
 PAGE = "https://app.example.org"
 PREFLIGHT = {
@@ -82,6 +87,31 @@ def test_an_unexpected_error_is_readable_too(make_client: MakeClient, monkeypatc
 
     assert (broken.status_code, broken.headers[ALLOWED]) == (500, PAGE)
     assert "secret" not in broken.text
+
+
+PARTS = {
+    400: b"POST /predict HTTP/1.1\r\nHost: x\r\nOrigin: %b\r\nContent-Length: x\r\n\r\n",
+    431: b"POST /predict HTTP/1.1\r\nHost: x\r\nOrigin: %b\r\nCookie: " + b"a" * 70_000,
+    408: b"POST /predict HTTP/1.1\r\nHost: x\r\nOrigin: %b\r\nContent-Length: 1000\r\n\r\nslow",
+}
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "allowed"), [(PAGE, PAGE, PAGE), ("*", PAGE, "*"), (PAGE, "https://evil.example", None)]
+)
+def test_refusals_of_the_parser_are_readable_too(origins: str, origin: str, allowed: str | None) -> None:
+    """So that a page learns why its upload over a slow line was ended."""
+    with serving(backend="torch", max_batch_size="1", cors_origins=origins, client_timeout_seconds="1") as server:
+        url = httpx.URL(server.url)
+        for status, head in PARTS.items():
+            with socket.create_connection((url.host, url.port or 0), timeout=30) as connection:
+                connection.sendall(head % origin.encode())
+                response = HTTPResponse(connection)
+                response.begin()
+
+                assert (response.status, response.headers[ALLOWED]) == (status, allowed)
+                assert response.headers["vary"] == "Origin"
+                assert response.headers["access-control-expose-headers"] == (allowed and "X-Request-ID")
 
 
 def test_plain_options_still_say_which_methods_there_are(make_client: MakeClient) -> None:

@@ -55,6 +55,20 @@ def test_head_is_get_without_the_body_on_a_connection_that_goes_on(server: Serve
     assert lengths[0] is not None
 
 
+def test_head_of_a_stream_has_no_length_and_the_connection_goes_on(server: Server) -> None:
+    url = httpx.URL(server.url)
+    connection = HTTPConnection(url.host, url.port or 0, timeout=30)
+    head, _ = asked(connection, "HEAD", "/stats/stream")
+    opened = connection.sock
+    after, _ = asked(connection, "GET", "/health/live")
+
+    assert (head.status, head.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    assert head.headers["content-length"] is None  # that of GET has none either
+    assert connection.sock is opened
+    assert after.status == 200
+    connection.close()
+
+
 def test_not_one_byte_of_a_body_follows_a_head(server: Server) -> None:
     """On the wire, where a client's library can't hide it."""
     url = httpx.URL(server.url)

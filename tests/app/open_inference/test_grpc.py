@@ -336,6 +336,13 @@ def test_health_and_reflection(both: tuple[Server, str]) -> None:
         with pytest.raises(grpc.RpcError) as raised:
             health.Check(health_pb2.HealthCheckRequest(service="x"), timeout=60)
         assert raised.value.code() == grpc.StatusCode.NOT_FOUND
+        for broken in (
+            channel.unary_unary("/grpc.health.v1.Health/Check"),
+            channel.unary_unary("/inference.GRPCInferenceService/ServerLive"),
+        ):
+            with pytest.raises(grpc.RpcError) as raised:
+                broken(b"\xff\xff", timeout=60)
+            assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         names = ProtoReflectionDescriptorDatabase(channel)
         assert {SERVICE, "grpc.health.v1.Health"} <= set(names.get_services())
         assert names.FindFileContainingSymbol(SERVICE).service[0].name == "GRPCInferenceService"
