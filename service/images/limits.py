@@ -144,7 +144,7 @@ def check_blocks(raw: bytes, name: str) -> None:
 def tags(tiff: bytes) -> Iterator[tuple[int, int, int, bytes]]:
     """Tag, type, count and value field of each entry of the first directory."""
     if tiff[2:4] in {b"+\0", b"\0+"}:
-        raise InvalidImage("not a supported image (BigTIFF)")
+        raise InvalidImage("not a supported image (BigTIFF); save it as a usual TIFF or as PNG")
     order = "<" if tiff[:2] == b"II" else ">"
     start = struct.unpack_from(order + "I", tiff, 4)[0] + 2
     entries = min(struct.unpack_from(order + "H", tiff, start - 2)[0], (len(tiff) - start) // 12)
