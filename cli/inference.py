@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from cli.checks import class_of_label
 from cli.environment import TIMEOUT_SECONDS, settings
 from cli.inputs import Images, Source
-from cli.terminal import CommandError, print_line, progress_bar, reason
+from cli.terminal import CommandError, print_line, printable, progress_bar, reason
 from pvt_client import Explanation, Prediction, PvtError
 from pvt_client.async_client import AsyncCalls, AsyncClient
 from pvt_client.calls import MapOptions, PredictOptions
@@ -69,12 +69,13 @@ def waiting_for(model: str | None, url: str | None) -> str:
 
 def text_line(image: Source, result: Prediction | PvtError) -> Iterator[str]:
     """For people: the name, then scores and labels."""
+    name = printable(str(image))
     if isinstance(result, Prediction):
         form = "{:.4g}" if result.activation == "none" else "{:6.2%}"
         classes = "   ".join(f"{form.format(each.score)} {each.label}" for each in result.classes)
-        yield f"{image}  {'unknown   ' if result.unknown else ''}{classes or 'no class'}"
+        yield f"{name}  {'unknown   ' if result.unknown else ''}{classes or 'no class'}"
     else:
-        yield f"{image}  no result: {reason(result)}"
+        yield f"{name}  no result: {reason(result)}"
 
 
 def json_line(image: Source, result: Prediction | PvtError) -> Iterator[str]:
@@ -104,8 +105,8 @@ def csv_lines(image: Source, result: Prediction | PvtError) -> Iterator[str]:
 def csv_line(values: Sequence[object]) -> str:
     """A row of CSV without the end of the line."""
     line = StringIO()
-    csv.writer(line, lineterminator="").writerow(values)
-    return line.getvalue()
+    csv.writer(line, lineterminator="\n").writerow(values)  # which it quotes in values
+    return line.getvalue().removesuffix("\n")
 
 
 async def explain_image(

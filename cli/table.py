@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from rich.cells import cell_len
 
-from cli.terminal import print_line
+from cli.terminal import print_line, printable
 
 T = TypeVar("T")
 _GAP = "  "
@@ -79,11 +79,6 @@ def print_fields(fields: Mapping[str, str]) -> None:
 
 def _wrapped(text: str, width: int) -> list[str]:
     return wrap(text, width, break_on_hyphens=False)
-
-
-def printable(text: str) -> str:
-    """`text` without characters that move the cursor or change colours: they are escaped."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _widths(columns: Sequence[Column[T]], rows: Sequence[T]) -> list[int]:

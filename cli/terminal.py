@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FAILED, USAGE, SOME_FAILED, INTERRUPTED = 1, 2, 3, 130
 """Exit codes beside 0: it could not be done, the command was used wrongly, done but for the failures that are listed,
 and Ctrl-C."""
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 QUIET, NORMAL, VERBOSE = -1, 0, 1
 verbosity: ContextVar[int] = ContextVar("verbosity", default=NORMAL)
 """What -q and -v set for the command that runs."""
@@ -38,9 +39,17 @@ def reason(error: BaseException) -> str:
 
 
 def print_line(text: str, *, err: bool = False) -> None:
-    """A line of the result, on standard output; what its encoding does not have, as bytes of a name, is escaped."""
+    """A line of the result, on standard output.
+
+    What its encoding does not have, as bytes of a name, is escaped, and so is what moves the cursor or changes colours.
+    """
     encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
-    typer.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
+    typer.echo(text.translate(_CONTROLS).encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+def printable(text: str) -> str:
+    """`text` in one line, without characters that move the cursor or change colours: they are escaped."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def print_problem(text: str) -> None:

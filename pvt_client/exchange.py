@@ -29,6 +29,7 @@ NO_RESPONSE = (httpx.HTTPError, httpx.InvalidURL, TimeoutError)
 """What an attempt without a response ends with."""
 _ERROR, _TOO_MANY, _UNAVAILABLE = 400, 429, 503
 _IDLE_SECONDS = 4.0  # less than the 5 after which many servers and proxies close an idle connection
+_FOREIGN = "pvt-serve does not answer so: check the URL, and what stands before the service"
 _UNIX = "unix:"  # before the path of a socket
 _LAST_PORT = 65535
 _PLAIN = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"}  # OpenSSL's reasons where an HTTP response begins
@@ -166,7 +167,7 @@ class Exchange:
                 return Result(_completed(call.read(json.loads(body) if call.accept == JSON else body), headers))
             is_problem = headers.get("content-type", "").startswith("application/problem+json")
             fields = json.loads(body) if is_problem else None
-            fields = fields if isinstance(fields, dict) else {"detail": _excerpt(body)}
+            fields = fields if isinstance(fields, dict) else {"detail": f"{_excerpt(body)}; {_FOREIGN}"}
             wait = retry_after(headers.get("retry-after"), self.clock.now())
             return errors.problem(fields, status, headers.get("x-request-id"), wait)
         except (LookupError, TypeError, ValueError) as error:
@@ -278,6 +279,8 @@ def _advice(error: BaseException) -> str:
     kinds = tuple(map(type, below))
     if any(issubclass(kind, ConnectionRefusedError) for kind in kinds):
         return "; is the service running? Start it with `pvt-serve serve`, or give its URL"
+    if any(issubclass(kind, FileNotFoundError) for kind in kinds):
+        return "; no such socket: start the service with PVT_HOST=unix:/path, or give its path"
     if any(issubclass(kind, socket.gaierror) for kind in kinds):
         return "; no such host: check the name in the URL"
     if any(isinstance(each, ssl.SSLError) and each.reason in _PLAIN for each in below):

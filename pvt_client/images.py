@@ -114,7 +114,8 @@ def upload(image: Image) -> Upload:
     is_data = isinstance(path, str) and _DATA_URL.match(path)
     named = path or getattr(image, "name", None) or getattr(image, "filename", None)
     name = Path(named).name if isinstance(named, str | os.PathLike) and not is_data else None
-    label = name or ("the PIL image" if isinstance(image, PilImage) else "the file")
+    kind = "the PIL image" if isinstance(image, PilImage) else "the tensor" if isinstance(image, Tensor) else "the file"
+    label = name or kind
     if path is not None:
         label = "the data URL" if is_data else _shortened(str(path))
     try:
@@ -170,6 +171,8 @@ def _encoded(image: Image) -> bytes:
             return image.read()
     if _is_array_like(image):
         return encode_png(_of_tensor(image) if isinstance(image, Tensor) else np.asanyarray(image))
+    if isinstance(image, list | tuple):
+        raise ImageUnreadable("a list in a list is not one image: pass one list, and pixels as numpy.array(numbers)")
     if isinstance(image, Iterable):
         raise ImageUnreadable(f"{type(image).__name__} is not one image: pass a list, or pass it to predict_many")
     raise ImageUnreadable(f"{type(image).__name__} is not an image: {_ONE}")

@@ -14,6 +14,7 @@ Array = NDArray[Any]
 UPRIGHT = 1  # EXIF's and TIFF's number for an image that is not turned
 COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # PNG's number for grey, RGB and RGBA
 _PLANE, _IMAGE, _BATCH = 2, 3, 4  # axes
+_GREY_AND_ALPHA = 2  # channels
 _WHITE = {1: 255, 2: 65_535}  # the brightest value of so many bytes
 _FAST = 1  # zlib level: each of these images is sent once
 _SHORT, _LONG = 3, 4  # TIFF's types
@@ -96,6 +97,8 @@ def _shape_advice(pixels: Array) -> str:
         return "pass a batch as list(array), or to predict_many"
     if pixels.ndim == _IMAGE and pixels.shape[0] in COLOUR_TYPES:
         return "where channels come first, pass array.transpose(1, 2, 0)"
+    if pixels.ndim == _IMAGE and pixels.shape[2] == _GREY_AND_ALPHA:
+        return "of grey with alpha pass a PIL image of mode LA"
     return "pass one array for each image"
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.ImageFile import _Tile
 
 from service.images.geometry import Box
-from service.images.limits import HELD_BYTES, counted_jpeg_pixels
+from service.images.limits import codec_bytes, counted_jpeg_pixels
 from service.images.tiff import held_bytes
 
 LARGE_BYTES = 16_000_000  # 4 megapixels in colour
@@ -51,7 +51,7 @@ def cost_of(
     elif image.format == "TIFF":
         held = held_bytes(image)
     else:
-        held = (HELD_BYTES.get((image.format or "", image.mode)) or _pixel_bytes(image)) * pixels
+        held = (codec_bytes(image) or _pixel_bytes(image)) * pixels
     if not filtered:  # float32 sums of the target, and what a strip adds to them
         return Cost(pixels, int(held + 48 * target[0] * target[1] + 2 * _STRIP_BYTES * (held > _STRIP_BYTES)))
     # Pillow resizes rows to the target's width before columns; where it can't take the image itself, in two steps.

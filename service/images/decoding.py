@@ -26,7 +26,7 @@ from service.images.kinds import HEIF, format_of
 from service.images.limits import BoundedReader, check_blocks, check_jpeg_size, check_size, map_errors, tags
 from service.images.resampling import Grey, resample
 from service.images.sampling import Taps, axes, sample
-from service.images.tiff import describe, prepare
+from service.images.tiff import prepare, refusal
 
 _LOADERS = {
     "PNG": formats.load_png,
@@ -194,7 +194,7 @@ def _open(reader: BoundedReader, raw: bytes, name: str) -> Image.Image:
         return Image.open(reader, formats=(name.upper(),))
     except UnidentifiedImageError:
         if name == "TIFF":
-            raise InvalidImage(f"not a supported image ({describe(raw)})") from None
+            raise refusal(raw) from None
         raise
 
 

@@ -70,6 +70,7 @@ _OTHERS = (
     (rb"(?:\xef\xbf\xbd){3}|(?:\xef\xbf\xbd|\xc2\x89)PNG|\xc3\xbf\xc3\x98\xc3\xbf", _AS_TEXT),
     (rb"P[1-7F f]\s", "PNM" + _AS_JPEG),
     (rb"\x00\x00[\x01\x02]\x00[^\x00]|icns", "icon or cursor" + _AS_JPEG),
+    (rb"\xab[\x01\x02]", "VIFF" + _AS_JPEG),
     (
         rb"(?s).\x00\x02\x00{9}|.\x01\x01.{5}\x00{4}|.\x00[\x03\x0a\x0b]\x00{9}|.{2}[\x02\x03\x0a\x0b]\x00\x00.{11}[\x08\x10\x18\x20][\x00\x08\x20\x28]",
         "TGA" + _AS_JPEG,
@@ -78,6 +79,8 @@ _OTHERS = (
     (rb"#define\s", "XBM" + _AS_JPEG),
     (rb"/\* XPM \*/", "XPM" + _AS_JPEG),
     (rb"\x01\xda[\x00\x01][\x01\x02]", "SGI image" + _AS_JPEG),
+    (rb"id=ImageMagick", "MIFF" + _AS_JPEG),
+    (rb"\x08\xf2\xa6\xb6|\xb6\xa6\xf2\x08", "a file of libvips" + _AS_JPEG),
     (rb"\x59\xa6\x6a\x95", "Sun raster" + _AS_JPEG),
     (rb"farbfeld", "Farbfeld" + _AS_JPEG),
     (rb"SDPX|XPDS|\x80\x2a\x5f\xd7", "DPX or Cineon" + _AS_JPEG),

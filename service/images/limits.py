@@ -18,18 +18,18 @@ _MAX_SIDE = 65_535  # JPEG's own; costs per row and Pillow's float32 boxes are f
 _MAX_READS = 100_000  # by Pillow in Python, for it walks markers, chunks and blocks there: 0.1 s
 _MAX_TIFF_VALUES = 65_536  # of one TIFF tag: Pillow makes a Python object of each
 _MAX_BYTES = 9  # of memory per pixel of the limit: 4 of the image, as much in the decoder, and small parts
-# Per pixel: libwebp's two canvases, the planes of 16 bits of libavif and libheif and their RGB, Pillow's copy.
-HELD_BYTES = {
+# Per pixel: libwebp's two canvases, the planes of libavif and libheif with their RGB, Pillow's copy.
+_CODEC_BYTES = {
     ("WEBP", "RGB"): 12,
     ("WEBP", "RGBA"): 12,
     ("AVIF", "RGB"): 12,
     ("AVIF", "RGBA"): 16,
-    ("HEIF", "L"): 12,
-    ("HEIF", "LA"): 16,
-    ("HEIF", "I;16"): 12,
-    ("HEIF", "RGB"): 12,
-    ("HEIF", "RGBA"): 16,
+    ("HEIF", "L"): 4,
+    ("HEIF", "LA"): 8,
+    ("HEIF", "RGB"): 9,
+    ("HEIF", "RGBA"): 12,
 }
+_DEEP_HEIF_BYTES = {"I;16": 12, "LA": 16, "RGB": 15, "RGBA": 20}  # of 10 and 12 bits, whose planes have 16
 # Pixels of a JPEG of one scan that are read at 1/8 of their sides in less time than one pixel of a PNG is decoded.
 READ_PIXELS = 8
 _MOST_PIXELS = 178_956_970  # Pillow's own limit on every file, whatever the setting
@@ -68,7 +68,8 @@ def map_errors(name: str, max_pixels: int) -> Iterator[None]:
     except _FOREIGN as error:
         message = str(error).lower()
         if message.startswith("unsupported"):  # Pillow's word for a form that it can't read
-            raise InvalidImage(f"not a supported image ({name}: {message}); save it in its usual form") from error
+            usual = "with 24 bits per pixel, uncompressed" if name == "BMP" else "in its usual form"
+            raise InvalidImage(f"not a supported image ({name}: {message}); save it {usual}") from error
         state = "truncated" if isinstance(error, EOFError) or "truncated" in message else "corrupt"
         reason = not isinstance(error, PIL.UnidentifiedImageError) and str(error)
         raise InvalidImage(f"{state} {name}: {reason or 'its header can not be read'}") from error
@@ -90,7 +91,14 @@ def check_size(image: Image.Image, max_pixels: int) -> None:
         raise too_large(f"{pixels / 1e6:.4g}", max_pixels)
     if max(image.size) > _MAX_SIDE:
         raise ImageTooLarge(f"the image has {max(image.size)} pixels on a side, the limit is {_MAX_SIDE}")
-    check_memory(HELD_BYTES.get((image.format or "", image.mode), 0) * pixels, max_pixels)
+    check_memory(codec_bytes(image) * pixels, max_pixels)
+
+
+def codec_bytes(image: Image.Image) -> int:
+    """The most bytes of memory per pixel that an open WebP, AVIF or HEIF takes; 0 of other formats."""
+    if image.format == "HEIF" and (image.info["bit_depth"] > 8 or image.mode == "I;16"):  # noqa: PLR2004
+        return _DEEP_HEIF_BYTES.get(image.mode, 20)
+    return _CODEC_BYTES.get((image.format or "", image.mode), 0)
 
 
 def counted_jpeg_pixels(pixels: int, reduction: int, *, several_scans: bool) -> int:
@@ -136,7 +144,7 @@ def check_blocks(raw: bytes, name: str) -> None:
 def tags(tiff: bytes) -> Iterator[tuple[int, int, int, bytes]]:
     """Tag, type, count and value field of each entry of the first directory."""
     if tiff[2:4] in {b"+\0", b"\0+"}:
-        raise InvalidImage("not a supported image (BigTIFF)")
+        raise InvalidImage("not a supported image (BigTIFF); save it as a usual TIFF or as PNG")
     order = "<" if tiff[:2] == b"II" else ">"
     start = struct.unpack_from(order + "I", tiff, 4)[0] + 2
     entries = min(struct.unpack_from(order + "H", tiff, start - 2)[0], (len(tiff) - start) // 12)

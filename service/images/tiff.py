@@ -55,6 +55,8 @@ _PHOTOMETRICS = {
     10: "ITU Lab",
 }
 _FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 4: "untyped", 5: "complex", 6: "complex"}
+_AS_DEFLATE = "); save it with deflate or LZW"
+_AS_USUAL = "); save it in grey or RGB, with 8 or 16 bits for each sample"
 
 
 def _ordered(raw_mode: str, order: str) -> str:
@@ -103,8 +105,8 @@ class _Layout:
         return f"TIFF of {kind}: {self.samples} {form} {samples} of {bits} bits{planes}"
 
 
-def describe(raw: bytes) -> str:
-    """The kind of a TIFF that Pillow does not read, in words.
+def refusal(raw: bytes) -> InvalidImage:
+    """The error for a TIFF that Pillow does not read, which describes it.
 
     Raises:
         Exception: whatever Pillow raises on tags that it can't read.
@@ -113,9 +115,11 @@ def describe(raw: bytes) -> str:
     (stream := BoundedReader(raw)).seek(tags.next)
     tags.load(stream)
     compression = tags.get(TiffImagePlugin.COMPRESSION, 1)
+    if not {TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH}.issubset(tags):
+        return InvalidImage("corrupt TIFF: its first directory has no size")
     if compression not in TiffImagePlugin.COMPRESSION_INFO:
-        return f"TIFF with compression {compression}"
-    return str(_Layout(tags))
+        return InvalidImage(f"not a supported image (TIFF with compression {compression}{_AS_DEFLATE}")
+    return InvalidImage(f"not a supported image ({_Layout(tags)}{_AS_USUAL}")
 
 
 def prepare(image: Image.Image, raw: bytes, max_pixels: int) -> Grey | None:
@@ -130,13 +134,13 @@ def prepare(image: Image.Image, raw: bytes, max_pixels: int) -> Grey | None:
     tags: Mapping[int, Any] = opened["tag_v2"]
     layout = _Layout(tags)
     if layout.separate and image.mode in {"LA", "La", "PA", "LAB"}:
-        raise InvalidImage(f"not a supported image ({layout})")
+        raise InvalidImage(f"not a supported image ({layout}{_AS_USUAL}")
     if opened["tile"][0].codec_name == "raw":
         _check_offsets(tags, layout)
     _choose_decoder(image, layout)
     compression = TiffImagePlugin.COMPRESSION_INFO.get(tags.get(TiffImagePlugin.COMPRESSION, 1), "")
     if compression in _OPTIONAL and not _is_built_in(compression):
-        raise InvalidImage(f"not a supported image (TIFF with {compression} inside); save it with deflate or LZW")
+        raise InvalidImage(f"not a supported image (TIFF with {compression} inside{_AS_DEFLATE}")
     if opened["tile"][0].codec_name == "libtiff":  # which decodes them whole; Pillow reads uncompressed ones by rows
         _check_blocks(image, tags, max_pixels)
     if tags.get(TiffImagePlugin.COMPRESSION) == _JPEG:

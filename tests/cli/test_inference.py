@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,23 @@ def test_a_name_that_is_not_utf_8_is_shown_escaped(
 
     assert (done.code, done.out.split()[0]) == (0, f"{tmp_path}/\\udcff.png")
     assert (embedded.code, "its name is not UTF-8" in embedded.err) == (3, True)
+
+
+def test_a_name_with_control_characters_stays_in_its_line_and_moves_no_cursor(
+    pvt_serve: PvtServe, service_url: str, digits: Path, tmp_path: Path
+) -> None:
+    odd, run = tmp_path / "a\x1b[31m\nb.png", ("predict", "--url", service_url, "-k", "1")
+    odd.write_bytes((digits / "one.png").read_bytes())
+
+    text, rows, lines = (pvt_serve(*run, *form, tmp_path) for form in ([], ["--csv"], ["--json"]))
+    with on_terminal(*run, str(tmp_path)) as shown:
+        assert shown.ended() == 0
+
+    assert text.lines == [f"{tmp_path}/a\\x1b[31m\\nb.png{text.lines[0].partition('.png')[2]}"]
+    (row,) = csv.DictReader(StringIO(rows.out, newline=""))
+    assert (row["file"], row["label"]) == (f"{tmp_path}/a\\x1b[31m\nb.png", "1")
+    assert json.loads(lines.out)["file"] == str(odd)
+    assert "/a\\x1b[31m\\nb.png" in shown.seen
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_no_request_has_more_images_than_it_may(call: CallMethod) -> None:
     for most in (1, 5):
         with scripted(sized) as server:
             call(server.url, "predict_many", IMAGES, client={"images_per_request": most})
-        assert max(counts(server.requests)) == most
+        assert max(counts(server.requests)) <= most
     with pytest.raises(ValueError, match="images_per_request is 0; it is 1 or more"):
         call("localhost:1", "predict_many", IMAGES, client={"images_per_request": 0})
 

@@ -108,9 +108,9 @@ def test_a_service_that_is_never_there_fails_after_five_attempts(call: CallMetho
         ("127.0.0.1:{port}", ConnectionFailed, "; is the service running? Start it with `pvt-serve serve`"),
         ("http://me:secret@127.0.0.1:{port}/below", ConnectionFailed, "http://127.0.0.1:{port} was not reached: "),
         ("http://no-such-host.invalid:8000", ConnectionFailed, "; no such host: check the name in the URL"),
-        ("ftp://127.0.0.1", InvalidUrl, "http://host:port is expected"),
-        ("http://", InvalidUrl, "http://host:port is expected"),
-        ("127.0.0.1:99999", InvalidUrl, "http://host:port is expected"),
+        ("ftp://127.0.0.1", InvalidUrl, "http://host:port or unix:/path is expected"),
+        ("http://", InvalidUrl, "http://host:port or unix:/path is expected"),
+        ("127.0.0.1:99999", InvalidUrl, "http://host:port or unix:/path is expected"),
     ],
 )
 def test_a_service_that_is_not_there_is_named_with_what_to_do(
@@ -134,6 +134,16 @@ def test_tls_to_a_service_without_it_is_told_to_write_http(call: CallMethod, ser
 def test_http_to_a_service_with_tls_is_asked_about_https(call: CallMethod) -> None:
     with scripted(b"\x15\x03\x03\0\2\2\x46") as server, pytest.raises(ConnectionLost, match="does it speak https"):
         call(server.url, "predict", IMAGE)
+
+
+def test_a_socket_that_is_not_there_is_told_what_makes_one() -> None:
+    error = httpx.ConnectError("[Errno 2] No such file or directory")
+    error.__cause__ = FileNotFoundError(2, "No such file or directory")
+
+    assert str(Exchange("unix:/run/pvt.sock").failure(error)) == (
+        "unix:/run/pvt.sock was not reached: [Errno 2] No such file or directory; no such socket: start the service "
+        "with PVT_HOST=unix:/path, or give its path"
+    )
 
 
 def test_a_connection_that_nobody_takes_is_told_where_to_look() -> None:
@@ -213,7 +223,10 @@ def test_the_refusal_of_a_proxy_shows_its_page(call: CallMethod) -> None:
     with scripted(response(502, b"<html>bad gateway", "text/html")) as server, pytest.raises(Problem) as caught:
         call(server.url, "predict", IMAGE)
 
-    assert str(caught.value) == "HTTP 502 (502): <html>bad gateway"
+    assert str(caught.value) == (
+        "HTTP 502 (502): <html>bad gateway; pvt-serve does not answer so: check the URL, and what stands before the "
+        "service"
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ def run(*command: str, stdin: bytes = b"") -> bytes:
     if not shutil.which(command[0]):
         missing = f"{command[0]} is not installed: apt-get install imagemagick libvips-tools libjpeg-turbo-progs"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
-    done = subprocess.run(command, input=stdin, capture_output=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:  # where ImageMagick leaves files of kinds that it takes for names
+        done = subprocess.run(command, input=stdin, capture_output=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout
 

@@ -5,10 +5,11 @@ import struct
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from service.errors import InvalidImage
 from service.images.decoding import Geometry, decode
-from tests.service.images.second_decoder import magick
+from tests.service.images.second_decoder import magick, written
 
 WIDTH, HEIGHT = 37, 21
 RANDOM = np.random.default_rng(0)
@@ -118,6 +119,14 @@ def test_an_alpha_of_one_bit_is_one_where_the_header_has_a_mask_for_it(size: int
     assert np.abs(ours(data) - colours).max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["RGB565", "RGB555"])
+def test_colours_of_5_and_6_bits_are_what_imagemagick_reads(kind: str) -> None:
+    data = written(Image.fromarray(COLOURS), "bmp", "-define", f"bmp:subtype={kind}")
+
+    assert data[28] == 16
+    assert np.abs(ours(data).astype(int) - magick(data, "bmp")).max() <= 1
+
+
 INDICES = RANDOM.integers(0, 5, (HEIGHT, WIDTH))
 INDICES[3:5] = INDICES[10, 20:] = INDICES[15:19] = 0
 GREYS_AND_MORE = RANDOM.integers(0, 256, (16, 3), dtype=np.uint8)
@@ -187,9 +196,11 @@ def test_run_lengths_that_lead_nowhere_are_given_up() -> None:
         bmp(32, bytes(4 * WIDTH * HEIGHT), masks=struct.pack("<3I", 0x3FF << 20, 0x3FF << 10, 0x3FF)),
         bmp(24, rows(COLOURS), method=4),
         bmp(5, rows(COLOURS)),
+        bmp(16, rows(COLOURS[..., :1].astype(np.uint16)), method=3),
+        written(Image.fromarray(COLOURS), "bmp3", "-define", "bmp:subtype=RGB565"),  # without its masks
     ],
-    ids=["masks of 4 bits", "masks of 10 bits", "a JPEG inside", "5 bits"],
+    ids=["masks of 4 bits", "masks of 10 bits", "a JPEG inside", "5 bits", "no masks", "ImageMagick's"],
 )
 def test_a_form_that_is_not_read_is_no_fault_of_the_file(data: bytes) -> None:
-    with pytest.raises(InvalidImage, match=r"not a supported image \(BMP: unsupported bmp .*\); save it in its usual"):
+    with pytest.raises(InvalidImage, match=r"not a supported image \(BMP: unsupported bmp .*\); save it with 24 bits"):
         ours(data)

@@ -51,8 +51,9 @@ def by_tifffile(pixels: NDArray[Any], **options: Any) -> bytes:
 def jpegs() -> dict[str, Writer]:
     """cjpeg's, of every subsampling; libjpeg reports no warning of those that simplejpeg has no name for."""
     found: dict[str, Writer] = {}
-    for factors in ("1x1", "2x1", "1x2", "2x2", "4x1", "1x4", "4x2", "2x4", "3x1"):
-        for options in ((), ("-progressive", "-restart", "3B"), ("-optimize", "-restart", "1B")):
+    ways: list[tuple[str, ...]] = [(), ("-progressive", "-restart", "3B"), ("-optimize", "-restart", "1B")]
+    for at, factors in enumerate(("1x1", "2x1", "1x2", "2x2", "4x1", "1x4", "4x2", "2x4", "3x1")):
+        for options in ways if factors in {"2x2", "1x4"} else ways[at % 3 : at % 3 + 1]:
             found[" ".join(("jpeg", factors, *options))] = partial(by_cjpeg, PHOTO, "-sample", factors, *options)
     for name, script in SCANS.items():
         found[f"jpeg {name}"] = partial(by_cjpeg, PHOTO, "-sample", "2x2", scans=script)
@@ -77,8 +78,8 @@ def pngs() -> dict[str, Writer]:
         **{f"palette {count}": ("-colors", count, "-define", "png:format=png8") for count in ("2", "16", "200")},
     }
     found: dict[str, Writer] = {}
-    for name, options in kinds.items():
-        for interlace in ("None", "PNG"):
+    for at, (name, options) in enumerate(kinds.items()):
+        for interlace in ("None", "PNG")[at % 2 : at % 2 + 1]:
             found[f"png {name} {interlace}"] = partial(written, PHOTO, "png", *options, "-interlace", interlace)
     several = partial(saved, PHOTO, "PNG", save_all=True, append_images=[TURNED])
     return {**found, "png libvips": partial(by_vips, PHOTO, ".png[interlace]"), "png animated": several}
@@ -165,7 +166,7 @@ def test_a_cut_file_is_the_whole_image_or_refused(name: str) -> None:
     whole = ours(data)
     assert whole is not None
     refused = []
-    for end in sorted({*range(len(data) - 16, len(data)), *range(0, len(data), len(data) // 12)}):
+    for end in sorted({*range(len(data) - 17, len(data), 2), *range(0, len(data), len(data) // 9)}):
         cut = ours(data[:end])
         if cut is None:
             refused.append(end)
@@ -173,5 +174,5 @@ def test_a_cut_file_is_the_whole_image_or_refused(name: str) -> None:
             assert np.array_equal(cut, whole), (end - len(data), np.abs(cut.astype(int) - whole).max())
 
     assert len(refused) > 3
-    if (read := read_by_vips(data)) is not None:
-        assert read_by_vips(data[: refused[-1]]) != read
+    cut_too = read_by_vips(data[: refused[-1]])
+    assert cut_too is None or cut_too != read_by_vips(data)

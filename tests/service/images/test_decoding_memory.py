@@ -62,8 +62,6 @@ def of_mode(mode: str, size: tuple[int, int] = SIZE) -> Image.Image:
         ("WebP", "RGB", {"method": 0}, 12),
         ("AVIF", "RGB", {"speed": 10}, 12),
         ("AVIF", "RGBA", {"speed": 10, "subsampling": "4:4:4"}, 16),
-        ("HEIF", "RGB", {"quality": 30}, 12),
-        ("HEIF", "RGBA", {"quality": 30, "chroma": "444"}, 16),
     ],
 )
 def test_the_peak_is_the_decoded_image_and_little_more(

@@ -2,6 +2,8 @@
 
 import io
 import struct
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from PIL import Image
 from service.errors import ImageTooLarge, InvalidImage
 from service.images.decoding import Decoded, Geometry, cost, decode
 from service.images.header import megapixels
+from service.images.limits import codec_bytes
+from tests.service.images.peaks import measuring
 from tests.service.images.test_wholeness import PHOTO
 
 GEOMETRY = Geometry(64, 64, 0.9, "bicubic")
@@ -31,6 +35,12 @@ def distance(one: bytes, other: bytes) -> float:
 
 
 HEIF = saved(PHOTO)
+
+
+@pytest.fixture(scope="module")
+def grown() -> Iterator[Callable[..., int]]:
+    with measuring() as measure:
+        yield measure
 
 
 def turned(orientation: int) -> dict[str, Any]:
@@ -98,8 +108,32 @@ def test_its_size_is_checked_before_a_pixel_is_decoded() -> None:
     lying = HEIF[:at] + struct.pack(">II", 30_000, 30_000) + HEIF[at + 8 :]
     with pytest.raises((ImageTooLarge, InvalidImage)):  # libheif compares it with the bytes of the file first
         opened(lying)
-    assert cost(HEIF, GEOMETRY, max_pixels=10**6).bytes >= 12 * 160 * 107
+    assert cost(HEIF, GEOMETRY, max_pixels=10**6).bytes >= 9 * 160 * 107
     assert megapixels(saved(PHOTO.resize((1024, 512)), tile_size=256)) == pytest.approx(1024 * 512 / 1e6)
+
+
+def test_a_photo_of_48_megapixels_fits_into_the_limit_of_50() -> None:
+    """Of 8 bits, as phones write them; here so many times smaller."""
+    limit = 160 * 107 * 50_000_000 // (8064 * 6048)
+
+    for chroma in ("420", "422", "444"):
+        assert decode(saved(PHOTO, chroma=chroma), GEOMETRY, max_pixels=limit).width == 160
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("mode", "bits"), [("RGB", 8), ("RGB;16", 10), ("RGBA;16", 10)])
+def test_no_more_memory_is_taken_than_counted(mode: str, bits: int, grown: Callable[..., int]) -> None:
+    """Colours are at full size, which takes most."""
+    size, channels = (2048, 1040), 4 if "A" in mode else 3
+    pixels = np.full((size[1], size[0], channels), 90, np.uint8 if bits == 8 else np.uint16)
+    pillow_heif.from_bytes(mode, size, pixels.tobytes()).save(buffer := io.BytesIO(), quality=30, chroma="444")
+    with Image.open(buffer) as image:
+        assert image.info["bit_depth"] == bits
+        counted = codec_bytes(image) * size[0] * size[1]
+
+    grown(HEIF)  # the first one warms up
+
+    assert 0.7 * counted < grown(buffer.getvalue()) < counted + 4_000_000
 
 
 def test_a_header_of_another_size_is_refused() -> None:

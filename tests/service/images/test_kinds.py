@@ -69,6 +69,7 @@ def test_other_kinds_are_named(data: bytes, words: str) -> None:
         ("fits", "FITS; convert"),
         ("hdr", "Radiance HDR; convert"), ("dpx", "DPX or Cineon; convert"), ("cin", "DPX or Cineon; convert"),
         ("mng", "MNG or JNG; convert"), ("pam", "PNM; convert"), ("pfm", "PNM; convert"), ("pgm", "PNM; convert"),
+        ("viff", "VIFF; convert"), ("miff", "MIFF; convert"), ("vips", "a file of libvips; convert"),
         ("dcx", "PCX; convert"), ("mat", "an array file; send"), ("ico", "icon or cursor; convert"),
     ],
 )  # fmt: skip
@@ -197,7 +198,19 @@ def test_samples_that_are_not_read_are_described(pixels: Any, words: str, compre
     message = refusal(buffer.getvalue())
 
     assert message.startswith("not a supported image (TIFF")
-    assert words in message
+    assert message.endswith(f"{words}); save it in grey or RGB, with 8 or 16 bits for each sample")
+
+
+def test_what_helps_with_other_tiffs_is_said() -> None:
+    tifffile.imwrite(big := io.BytesIO(), np.zeros((32, 32), np.uint8), bigtiff=True)
+    tifffile.imwrite(usual := io.BytesIO(), np.zeros((32, 32), np.uint8), photometric="minisblack")
+    compression = struct.pack("<HHIH", 259, 3, 1, 1)
+    assert usual.getvalue().count(compression) == 1
+    other = usual.getvalue().replace(compression, struct.pack("<HHIH", 259, 3, 1, 34887))
+
+    assert refusal(big.getvalue()) == "not a supported image (BigTIFF); save it as a usual TIFF or as PNG"
+    assert refusal(other) == "not a supported image (TIFF with compression 34887); save it with deflate or LZW"
+    assert refusal(b"II*\0\x08\0\0\0" + bytes(6)) == "corrupt TIFF: its first directory has no size"
 
 
 def test_bytes_of_no_known_kind_get_the_list_of_formats() -> None:
