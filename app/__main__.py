@@ -92,7 +92,7 @@ def _work(index: int, group: WorkerGroup, stop_pipe: int, listeners: Sequence[st
     group.share_metrics(str(index))
     try:
         worker = Worker(group, index, stop_pipe)
-        worker.watch(settings.shutdown_seconds)
+        worker.watch(settings.exit_seconds)
         server.run(settings, [socket.socket(fileno=int(each)) for each in listeners], worker=worker)
     except BackendUnavailable as error:
         structlog.get_logger(component="worker").error("start_refused", reason=str(error))

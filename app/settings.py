@@ -233,6 +233,9 @@ class Settings(BaseSettings):
     """A decode or inference thread that spends longer on one job makes the service unhealthy."""
     shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 25
     """How long requests under way may take after SIGTERM, and their responses to be sent; the exit takes 3 more."""
+    drain_delay_seconds: Annotated[int, Field(ge=0, le=3600)] = 0
+    """How long it serves on after SIGTERM, reporting that it is not ready, so that load balancers notice; then
+    `PVT_SHUTDOWN_SECONDS` begin."""
     client_timeout_seconds: Annotated[float, Field(ge=1, le=3600)] = 20
     """How long a client may take to send a request's head, to send less than 1000 bytes/s of a body, or to read none
     of its response."""
@@ -357,6 +360,11 @@ class Settings(BaseSettings):
     def url_reach(self) -> Reach:
         """From where images by URL may come."""
         return Reach([HostRule.parse(entry) for entry in self.url_hosts], self.url_private_networks)
+
+    @property
+    def exit_seconds(self) -> int:
+        """How long requests may go on after SIGTERM."""
+        return self.drain_delay_seconds + self.shutdown_seconds
 
     @property
     def secrets(self) -> list[str]:
