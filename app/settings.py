@@ -31,8 +31,10 @@ from service.store.folder import default_store, writable_default_store
 from service.store.location import RemoteOptions, is_url, objection, secrets_of, without_secrets
 
 PREFIX = "PVT_"
-# What Kubernetes sets in every pod for a service named pvt-serve, or pvt-anything.
-_SERVICE_LINK = re.compile(r"PVT_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+_\w+)")
+# What Kubernetes sets in every pod for a service named pvt, or pvt-anything, and the value of those that end in PORT:
+# https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+_SERVICE_LINK = re.compile(r"PVT_(\w+_)?(SERVICE_HOST|SERVICE_PORT\w*|PORT_\d+_\w+)")
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
 
 
 GRPC_MODULES = "grpc", "grpc_health", "grpc_reflection"  # of the extra
@@ -333,11 +335,13 @@ class Settings(BaseSettings):
         """
         known = {f"{PREFIX}{name.upper()}" for name in cls.model_fields}
         for name in {*os.environ} - but:
-            if name.upper().startswith(PREFIX) and name.upper() not in known and not _SERVICE_LINK.fullmatch(name):
+            if name.upper().startswith(PREFIX) and name.upper() not in known and not _is_service_link(name):
                 near = get_close_matches(name.upper(), known, n=1, cutoff=0)[0]
                 raise SettingsInvalid(f"{name} is not a setting; the nearest one is {near}")
         platform = {field: name for name, field in PLATFORM_VARIABLES.items() if os.environ.get(name)}
-        given: dict[str, Any] = {field: os.environ[name] for field, name in platform.items()}
+        links = (name for name in cls.model_fields if _is_service_link(f"{PREFIX}{name.upper()}"))
+        given: dict[str, Any] = {name: cls.model_fields[name].default for name in links}
+        given |= {field: os.environ[name] for field, name in platform.items()}
         try:
             return cls(**given)
         except ValidationError as error:
@@ -410,6 +414,13 @@ class Settings(BaseSettings):
         """
         named = "model_store" in self.model_fields_set
         return (self.store_folder, False) if named else writable_default_store()
+
+
+def _is_service_link(variable: str) -> bool:
+    """Whether the variable is one of those of Kubernetes."""
+    if variable.endswith("_PORT") and _SERVICE_URL.fullmatch(os.environ.get(variable, "")):
+        return True
+    return _SERVICE_LINK.fullmatch(variable) is not None
 
 
 def _reason(error: ErrorDetails, variables: Mapping[str, str]) -> str:

@@ -247,10 +247,24 @@ class Worker:
         atomic_write(self.group.share_file(self.index), own().model_dump_json())
 
 
+class NoTemporaryFolder(Exception):
+    """The workers have no folder to share; the message says why, and what helps."""
+
+
 def supervise(settings: Settings, listeners: Sequence[socket.socket]) -> int:
-    """Serve on `listeners` with `settings.workers` processes until a signal stops it; returns the exit code."""
-    _remove_old_folders()
-    group = WorkerGroup(Path(mkdtemp(prefix=FOLDER_PREFIX)), settings.workers)
+    """Serve on `listeners` with `settings.workers` processes until a signal stops it; returns the exit code.
+
+    Raises:
+        NoTemporaryFolder: no folder for temporary files can be written to.
+    """
+    try:
+        _remove_old_folders()
+        group = WorkerGroup(Path(mkdtemp(prefix=FOLDER_PREFIX)), settings.workers)
+    except OSError as error:
+        raise NoTemporaryFolder(
+            f"several workers share a folder for temporary files, and none can be made: {error.strerror or error}; "
+            "mount one (docker run --tmpfs /tmp, an emptyDir in Kubernetes), name one in TMPDIR, or set PVT_WORKERS=1"
+        ) from error
     with group.folder_in_use():
         group.share_metrics("supervisor")
         return asyncio.run(Supervisor(settings, listeners, group).run())

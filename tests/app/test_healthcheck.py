@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from app import healthcheck
 from tests.app.processes import ROOT, serving
 
 LIGHT: Any = {"backend": "torch", "max_batch_size": "1"}
@@ -44,6 +46,23 @@ def test_it_follows_the_address_and_ignores_proxies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("port", ["0", "", "http", "٣"])
 def test_a_port_that_is_no_number_is_named(port: str) -> None:
     assert check(PVT_PORT=port) == (1, f"PVT_PORT={port} names no port; a health check needs the port's number")
+
+
+@pytest.mark.parametrize(("port", "expected"), [("tcp://10.0.0.11:8001", "8000"), ("8001", "8001")])
+def test_a_port_that_kubernetes_sets_for_a_service_means_the_default(
+    monkeypatch: pytest.MonkeyPatch, port: str, expected: str
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def connections(*address: str) -> list[HTTPConnection]:
+        asked.append((address[0], address[1]))
+        return []
+
+    monkeypatch.setenv("PVT_PORT", port)
+    monkeypatch.setattr(healthcheck, "connections", connections)
+
+    assert healthcheck.main() == 1
+    assert asked == [("127.0.0.1", expected)]
 
 
 def test_the_container_and_compose_run_it_and_nothing_else() -> None:
