@@ -39,9 +39,11 @@ COPY model_store /srv/model_store
 COPY deploy/serve /usr/local/bin/serve
 # Measured batch plans and compiled graphs, and copies out of a store by URL: volumes there let the next container start
 # without measuring and fetching.
-RUN useradd --system --uid 10001 --no-create-home pvt \
-    && install --directory --owner pvt --mode 700 /var/cache/pvt-serve /var/cache/pvt-serve-stores
-USER pvt
+# Any user of the group 0 may write there: OpenShift gives each project a user id of its own.
+RUN useradd --system --uid 10001 --gid 0 --no-create-home pvt \
+    && install --directory --owner 10001 --group 0 --mode 770 /var/cache/pvt-serve /var/cache/pvt-serve-stores
+# By number, so that Kubernetes' runAsNonRoot can tell that it is not root.
+USER 10001:0
 WORKDIR /srv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PVT_HOST=0.0.0.0 PVT_PORT=8000 PVT_MODEL_STORE=/srv/model_store \
     PVT_CACHE_DIR=/var/cache/pvt-serve PVT_STORE_CACHE_DIR=/var/cache/pvt-serve-stores

@@ -14,7 +14,7 @@ import structlog
 from app import logs
 from app.listening import ListenRefused, listening
 from app.settings import PREFIX, Settings, SettingsInvalid
-from app.workers import STARTUP_FAILURE, Worker, WorkerGroup, supervise
+from app.workers import STARTUP_FAILURE, NoTemporaryFolder, Worker, WorkerGroup, supervise
 from service.errors import BackendUnavailable, StoreNotWritable
 
 
@@ -56,7 +56,7 @@ def serve() -> int:
         if settings.pull == "on_demand":
             settings.writable_store()
         return _listen_and_serve(settings)
-    except (SettingsInvalid, StoreNotWritable, BackendUnavailable, ListenRefused) as error:
+    except (SettingsInvalid, StoreNotWritable, BackendUnavailable, ListenRefused, NoTemporaryFolder) as error:
         raise StartRefused(str(error)) from error
 
 
@@ -92,7 +92,7 @@ def _work(index: int, group: WorkerGroup, stop_pipe: int, listeners: Sequence[st
     group.share_metrics(str(index))
     try:
         worker = Worker(group, index, stop_pipe)
-        worker.watch(settings.shutdown_seconds)
+        worker.watch(settings.exit_seconds)
         server.run(settings, [socket.socket(fileno=int(each)) for each in listeners], worker=worker)
     except BackendUnavailable as error:
         structlog.get_logger(component="worker").error("start_refused", reason=str(error))

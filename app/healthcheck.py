@@ -15,6 +15,7 @@ from typing import Final
 PATH: Final = "/health/ready"
 TIMEOUT_SECONDS: Final = 4.0
 OK: Final = 200
+DEFAULT_PORT: Final = "8000"
 _UNIX_PREFIX = "unix:"
 _LOOPBACK = {4: ("127.0.0.1",), 6: ("127.0.0.1", "::1")}  # what an address that stands for all includes, by family
 
@@ -50,7 +51,10 @@ def main() -> int:
     """Ask once; see the module."""
     reason = ""
     try:
-        for connection in connections(os.environ.get("PVT_HOST", "127.0.0.1"), os.environ.get("PVT_PORT", "8000")):
+        port = os.environ.get("PVT_PORT", DEFAULT_PORT)
+        if "://" in port:  # Kubernetes sets it so for a service named pvt; see app/settings.py
+            port = DEFAULT_PORT
+        for connection in connections(os.environ.get("PVT_HOST", "127.0.0.1"), port):
             try:
                 connection.request("GET", PATH)
                 response = connection.getresponse()

@@ -159,7 +159,7 @@ class RequestContext:
 
 def _add_headers(message: Message, state: dict[str, Any], start: float) -> None:
     """Add what every response has to its first message."""
-    if state["engine"].draining:
+    if state["engine"].leaving or state["engine"].draining:
         # So that no client sends its next request into a closing socket.
         MutableHeaders(scope=message)["Connection"] = "close"
     headers = message["headers"] = [*message.get("headers", ())]

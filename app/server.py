@@ -79,7 +79,7 @@ def run(
         **share,
     )
     urls = {name: url_of(each[0]) for name, each in (("url", listeners), ("management", management)) if each}
-    server = DrainingServer(config, started_event, urls, settings.shutdown_seconds, connections)
+    server = DrainingServer(config, started_event, urls, settings, connections)
     server.run(sockets=[*listeners, *management])
 
 
@@ -101,7 +101,7 @@ class DrainingServer(uvicorn.Server):
         config: uvicorn.Config,
         started_event: str,
         urls: Mapping[str, str],
-        drain_seconds: float,
+        settings: Settings,
         connections: Connections,
     ) -> None:
         """`started_event` is the name of the log line when it listens, which has `urls`."""
@@ -109,7 +109,8 @@ class DrainingServer(uvicorn.Server):
         self.server_state: Connections = connections
         self._started_event = started_event
         self._urls = urls
-        self._drain_seconds = drain_seconds
+        self._drain_seconds = settings.shutdown_seconds
+        self._delay_seconds = settings.drain_delay_seconds
         # Mutable state: the signals that came since it listens, and the drain that the first one began.
         self._signals: list[int] = []
         self._draining: asyncio.Task[None] | None = None
@@ -149,8 +150,13 @@ class DrainingServer(uvicorn.Server):
         return self._draining is not None and self._draining.done()
 
     async def _drain(self) -> None:
-        """Refuse new work; let each request that has begun send its response to the last byte, within the limit."""
-        log.info("draining", signal=signal.Signals(self._signals[0]).name)
+        """After PVT_DRAIN_DELAY_SECONDS, refuse new work; let what has begun send its last byte, within the limit."""
+        sig = signal.Signals(self._signals[0])
+        if self._delay_seconds and sig == signal.SIGTERM:  # Ctrl-C is a person's, who waits
+            self.lifespan.state["engine"].leaving = True
+            log.info("leaving", signal=sig.name, seconds=self._delay_seconds)
+            await asyncio.sleep(self._delay_seconds)
+        log.info("draining", signal=sig.name)
         end = asyncio.get_running_loop().time() + self._drain_seconds
         uploads = asyncio.create_task(self._end_uploads())
         try:

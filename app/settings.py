@@ -31,8 +31,10 @@ from service.store.folder import default_store, writable_default_store
 from service.store.location import RemoteOptions, is_url, objection, secrets_of, without_secrets
 
 PREFIX = "PVT_"
-# What Kubernetes sets in every pod for a service named pvt-serve, or pvt-anything.
-_SERVICE_LINK = re.compile(r"PVT_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+_\w+)")
+# What Kubernetes sets in every pod for a service named pvt, or pvt-anything, and the value of those that end in PORT:
+# https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+_SERVICE_LINK = re.compile(r"PVT_(\w+_)?(SERVICE_HOST|SERVICE_PORT\w*|PORT_\d+_\w+)")
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
 
 
 GRPC_MODULES = "grpc", "grpc_health", "grpc_reflection"  # of the extra
@@ -233,6 +235,9 @@ class Settings(BaseSettings):
     """A decode or inference thread that spends longer on one job makes the service unhealthy."""
     shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 25
     """How long requests under way may take after SIGTERM, and their responses to be sent; the exit takes 3 more."""
+    drain_delay_seconds: Annotated[int, Field(ge=0, le=3600)] = 0
+    """How long it serves on after SIGTERM, reporting that it is not ready, so that load balancers notice; then
+    `PVT_SHUTDOWN_SECONDS` begin."""
     client_timeout_seconds: Annotated[float, Field(ge=1, le=3600)] = 20
     """How long a client may take to send a request's head, to send less than 1000 bytes/s of a body, or to read none
     of its response."""
@@ -330,11 +335,13 @@ class Settings(BaseSettings):
         """
         known = {f"{PREFIX}{name.upper()}" for name in cls.model_fields}
         for name in {*os.environ} - but:
-            if name.upper().startswith(PREFIX) and name.upper() not in known and not _SERVICE_LINK.fullmatch(name):
+            if name.upper().startswith(PREFIX) and name.upper() not in known and not _is_service_link(name):
                 near = get_close_matches(name.upper(), known, n=1, cutoff=0)[0]
                 raise SettingsInvalid(f"{name} is not a setting; the nearest one is {near}")
         platform = {field: name for name, field in PLATFORM_VARIABLES.items() if os.environ.get(name)}
-        given: dict[str, Any] = {field: os.environ[name] for field, name in platform.items()}
+        links = (name for name in cls.model_fields if _is_service_link(f"{PREFIX}{name.upper()}"))
+        given: dict[str, Any] = {name: cls.model_fields[name].default for name in links}
+        given |= {field: os.environ[name] for field, name in platform.items()}
         try:
             return cls(**given)
         except ValidationError as error:
@@ -357,6 +364,11 @@ class Settings(BaseSettings):
     def url_reach(self) -> Reach:
         """From where images by URL may come."""
         return Reach([HostRule.parse(entry) for entry in self.url_hosts], self.url_private_networks)
+
+    @property
+    def exit_seconds(self) -> int:
+        """How long requests may go on after SIGTERM."""
+        return self.drain_delay_seconds + self.shutdown_seconds
 
     @property
     def secrets(self) -> list[str]:
@@ -402,6 +414,13 @@ class Settings(BaseSettings):
         """
         named = "model_store" in self.model_fields_set
         return (self.store_folder, False) if named else writable_default_store()
+
+
+def _is_service_link(variable: str) -> bool:
+    """Whether the variable is one of those of Kubernetes."""
+    if variable.endswith("_PORT") and _SERVICE_URL.fullmatch(os.environ.get(variable, "")):
+        return True
+    return _SERVICE_LINK.fullmatch(variable) is not None
 
 
 def _reason(error: ErrorDetails, variables: Mapping[str, str]) -> str:

@@ -209,16 +209,16 @@ class Worker:
             finally:
                 task.cancel()
 
-    def watch(self, shutdown_seconds: float) -> None:
+    def watch(self, exit_seconds: float) -> None:
         """From a thread of its own: stop when the supervisor closes the pipe or dies, at the latest when time is up.
 
         A process that is stopped (SIGSTOP) goes on when its supervisor dies: nobody else would ever let it end.
         """
 
         def stop() -> None:
-            os.read(self.stop_pipe, 1)
-            os.kill(os.getpid(), signal.SIGTERM)
-            sleep(shutdown_seconds + OVERTIME_SECONDS)
+            interrupted = os.read(self.stop_pipe, 1)
+            os.kill(os.getpid(), signal.SIGINT if interrupted else signal.SIGTERM)
+            sleep(exit_seconds + OVERTIME_SECONDS)
             # Only a process whose event loop hangs is still there.
             structlog.get_logger(component="worker").error("worker_killed", worker=self.index)
             logging.shutdown()
@@ -247,10 +247,24 @@ class Worker:
         atomic_write(self.group.share_file(self.index), own().model_dump_json())
 
 
+class NoTemporaryFolder(Exception):
+    """The workers have no folder to share; the message says why, and what helps."""
+
+
 def supervise(settings: Settings, listeners: Sequence[socket.socket]) -> int:
-    """Serve on `listeners` with `settings.workers` processes until a signal stops it; returns the exit code."""
-    _remove_old_folders()
-    group = WorkerGroup(Path(mkdtemp(prefix=FOLDER_PREFIX)), settings.workers)
+    """Serve on `listeners` with `settings.workers` processes until a signal stops it; returns the exit code.
+
+    Raises:
+        NoTemporaryFolder: no folder for temporary files can be written to.
+    """
+    try:
+        _remove_old_folders()
+        group = WorkerGroup(Path(mkdtemp(prefix=FOLDER_PREFIX)), settings.workers)
+    except OSError as error:
+        raise NoTemporaryFolder(
+            f"several workers share a folder for temporary files, and none can be made: {error.strerror or error}; "
+            "mount one (docker run --tmpfs /tmp, an emptyDir in Kubernetes), name one in TMPDIR, or set PVT_WORKERS=1"
+        ) from error
     with group.folder_in_use():
         group.share_metrics("supervisor")
         return asyncio.run(Supervisor(settings, listeners, group).run())
@@ -308,6 +322,8 @@ class Supervisor:
             self._send(signal.SIGTERM)  # a worker that drains stops at once
         else:
             log.info("draining", signal=signal.Signals(sig).name)
+            if sig == signal.SIGINT:  # one byte for each worker; its end alone means SIGTERM
+                os.write(self._held, bytes(self._group.size))
             self._stop()
 
     def _stop(self) -> None:
@@ -317,7 +333,7 @@ class Supervisor:
         for listener in self._listeners:
             listener.close()  # the last worker to close its own must find nobody else holding it
         os.close(self._held)
-        wait = self._settings.shutdown_seconds + OVERTIME_SECONDS
+        wait = self._settings.exit_seconds + OVERTIME_SECONDS
         asyncio.get_running_loop().call_later(wait, self._send, signal.SIGKILL)
 
     def _send(self, sig: signal.Signals) -> None:

@@ -63,6 +63,7 @@ class Engine:
         # The models that were last used under a name, at a size, for as long as they are loaded.
         self._last_used = WeakValueDictionary[tuple[str, Size | None], Sized]()
         self._requests: set[asyncio.Task[object]] = set()
+        self.leaving = False  # it serves, and is not ready: whoever sends requests here is to send them elsewhere
         self.draining = False
         self._aborted = False
 
@@ -271,7 +272,7 @@ class Engine:
     async def health(self) -> Health:
         """Live, and ready when the default model and what is preloaded answer, or would once requested."""
         live = self.live()
-        reasons = [*live.reasons, *(["the service is shutting down"] if self.draining else [])]
+        reasons = [*live.reasons, *(["the service is shutting down"] if self.leaving or self.draining else [])]
         try:
             async with asyncio.timeout(STORE_SECONDS):
                 names = (self.options.default_model, *self.options.preload, *self.options.pinned)

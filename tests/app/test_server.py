@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from http.client import HTTPResponse
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import httpx
@@ -59,6 +60,39 @@ def test_sigterm_finishes_what_is_under_way_and_exits_0(workers: str) -> None:
 
     assert [answer.status_code for answer in answers] == [200]
     assert len(answers[0].json()["results"]) == 30
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_with_a_drain_delay_it_serves_on_after_sigterm_but_is_not_ready(workers: str) -> None:
+    with serving(**LIGHT, workers=workers, drain_delay_seconds="3", shutdown_seconds="5") as server:
+        assert post(server.url, [("image", png())]).status_code == 200
+        started = monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        for _ in range(int(workers)):
+            server.event("leaving")
+
+        ready, live = (httpx.get(f"{server.url}/health/{which}") for which in ("ready", "live"))
+        answer = post(server.url, [("image", png())])  # on a new connection
+
+        assert (ready.status_code, live.status_code) == (503, 200)
+        assert "the service is shutting down" in ready.json()["reasons"]
+        assert answer.status_code == 200
+        assert answer.headers["Connection"] == "close"
+        assert server.process.wait(30) == 0
+        assert monotonic() - started > 3
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_nobody_who_presses_ctrl_c_or_asks_twice_waits_for_the_drain_delay(workers: str, signals: list[int]) -> None:
+    with serving(**LIGHT, workers=workers, drain_delay_seconds="3600") as server:
+        server.process.send_signal(signals[0])
+        for sig in signals[1:]:
+            for _ in range(int(workers)):
+                server.event("leaving")
+            server.process.send_signal(sig)
+
+        assert server.process.wait(20) == 0
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

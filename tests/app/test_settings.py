@@ -103,13 +103,39 @@ def test_instances_default_to_the_usable_cores() -> None:
     assert engine_options(Settings(instances=3)).instances == 3
 
 
-@pytest.mark.parametrize("name", ["PVT_SERVE_SERVICE_HOST", "PVT_SERVE_PORT", "PVT_SERVE_PORT_8000_TCP_ADDR"])
+# As the page on services of Kubernetes's documentation lists them for redis-primary.
+@pytest.mark.parametrize("service", ["PVT", "PVT_SERVE", "PVT_MANAGEMENT", "PVT_GRPC"])
 def test_what_kubernetes_sets_for_a_service_of_that_name_is_no_setting(
-    monkeypatch: pytest.MonkeyPatch, name: str
+    monkeypatch: pytest.MonkeyPatch, service: str
 ) -> None:
-    monkeypatch.setenv(name, "tcp://10.0.0.1:8000")
+    for name, value in {
+        "SERVICE_HOST": "10.0.0.11",
+        "SERVICE_PORT": "8001",
+        "SERVICE_PORT_HTTP": "8001",
+        "PORT": "tcp://10.0.0.11:8001",
+        "PORT_8001_TCP": "tcp://10.0.0.11:8001",
+        "PORT_8001_TCP_PROTO": "tcp",
+        "PORT_8001_TCP_PORT": "8001",
+        "PORT_8001_TCP_ADDR": "10.0.0.11",
+    }.items():
+        monkeypatch.setenv(f"{service}_{name}", value)
 
-    assert Settings.from_environment() == Settings()
+    assert Settings.from_environment() == Settings(port=8000, management_port=0, grpc_port=0)
+
+
+@pytest.mark.parametrize("value", ["9001", "tcp://", "http://10.0.0.11:8001"])
+def test_a_misspelled_port_is_no_service_of_kubernetes(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PVT_MANGEMENT_PORT", value)
+
+    with pytest.raises(SettingsInvalid, match=r"PVT_MANGEMENT_PORT is not a setting; .* PVT_MANAGEMENT_PORT"):
+        Settings.from_environment()
+
+
+def test_a_platforms_port_wins_over_a_service_of_kubernetes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PVT_PORT", "tcp://10.0.0.11:8001")
+    monkeypatch.setenv("AIP_HTTP_PORT", "8080")
+
+    assert Settings.from_environment().port == 8080
 
 
 def test_a_list_with_nothing_in_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

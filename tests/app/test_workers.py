@@ -144,3 +144,22 @@ def test_a_gpu_that_is_not_there_keeps_the_service_from_starting(workers: str, c
     assert done.returncode == code
     assert "PVT_DEVICE=cuda:7: torch" in done.stderr
     assert "set PVT_DEVICE=cpu" in done.stderr
+
+
+def test_without_a_folder_for_temporary_files_one_line_says_what_to_do() -> None:
+    script = """
+import sys, tempfile
+tempfile._candidate_tempdir_list = lambda: ["/nonexistent"]
+from app.__main__ import main
+sys.argv = ["app", "--workers", "2"]
+sys.exit(main())
+"""
+    environment = {**os.environ, "PVT_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("pvt-serve: several workers share a folder for temporary files, and none can be made")
+    assert "TMPDIR" in line
