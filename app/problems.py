@@ -327,7 +327,8 @@ def _way(scope: Scope, error: HTTPException) -> str:
         if any(match != Match.NONE for match in matches):
             return f"; send it to {path}, without the slash"
     paths = {each.path for each in iter_route_contexts(routes) if each.path and "{" not in each.path} - {"/"}
-    return f"{meant(scope['state']['path'][-_SHOWN:], paths) or ';'} GET {root}/docs lists what there is"
+    way = meant(scope["state"]["path"][-_SHOWN:], paths) or ";"
+    return f"{way} GET {root}/{'docs' if '/docs' in paths else 'openapi.json'} lists what there is"
 
 
 def _methods(scope: Scope) -> set[str]:
