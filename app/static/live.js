@@ -6,10 +6,11 @@ import { $, el, megabytes, ms, table } from "./dom.js";
 const SECONDS = 300, WIDTH = 300, HEIGHT = 90;
 const sum = (list, of) => list.reduce((total, each) => total + of(each), 0);
 const most = (list) => Math.max(0, ...list);
-const count = (value) => value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 1 : 0 });
-const busiest = (stats) => stats.routes.find(({ route }) => route !== "/" && !route.startsWith("/static")); // not the page
+const count = (value) => value.toLocaleString("en", { maximumFractionDigits: value < 1 ? 2 : value < 10 ? 1 : 0 });
+const endpoints = (stats) => stats.routes.filter(({ route }) => route !== "/" && !route.startsWith("/static")); // not the page's files
+const busiest = (stats) => endpoints(stats)[0];
 const CHARTS = [
-  ["Requests a second", count, { requests: (s) => sum(s.routes, (r) => r.per_second) }],
+  ["Requests a second", count, { requests: (s) => sum(endpoints(s), (r) => r.per_second) }],
   ["Errors in the last minute", count, {
     client: (s) => sum(s.routes, (r) => r.client_errors), refused: (s) => sum(s.routes, (r) => r.refused),
     server: (s) => sum(s.routes, (r) => r.server_errors),
@@ -62,8 +63,8 @@ function draw() {
 
 function tables(stats) {
   if ($("live").hidden) return;
-  table($("routes"), ["Route", ["a second", true], ["p50", true], ["p99", true], ["4xx", true], ["429, 503", true], ["5xx", true]],
-    stats.routes.map((r) => [r.route, [count(r.per_second), true], [ms(r.p50_ms), true], [ms(r.p99_ms), true],
+  table($("routes"), ["Route", ["per s", true], ["p50", true], ["p99", true], ["4xx", true], ["429, 503", true], ["5xx", true]],
+    endpoints(stats).map((r) => [r.route, [count(r.per_second), true], [ms(r.p50_ms), true], [ms(r.p99_ms), true],
       [r.client_errors, true], [r.refused, true], [r.server_errors, true]]));
   table($("batches"), ["Model", ["images", true], "released", ["waited", true], ["ran", true]],
     stats.batches.last.slice(0, 10).map((b) => [b.model, [b.size, true], b.reason, [ms(b.wait_ms), true], [b.run_ms === null ? "runs" : ms(b.run_ms), true]]));
@@ -77,7 +78,7 @@ function seen(stats) {
   const mean = stats.batches.mean_size, hours = stats.uptime_seconds / 3600;
   $("live-state").textContent = `up ${hours >= 1 ? `${hours.toFixed(1)} h` : `${Math.floor(stats.uptime_seconds / 60)} min`}`
     + ` · ${stats.workers} ${stats.workers === 1 ? "worker" : "workers"} · ${stats.in_flight} under way`
-    + ` · ${mean ? `${mean} images a batch` : "no batch in the last minute"}`;
+    + ` · ${mean ? `mean batch ${mean}` : "no batch in the last minute"}`;
   $("version").textContent = `pvt-serve ${stats.version} ·`;
   draw();
   tables(stats);

@@ -30,6 +30,7 @@ function failed(error) {
   }
 }
 
+let reloading = 0; // the timer of another attempt
 let current = null; // the model, as GET /models/{id} has it
 
 function use(model) {
@@ -39,10 +40,12 @@ function use(model) {
 }
 
 async function loadModels() {
+  clearTimeout(reloading);
   try {
     use(await models.menu());
   } catch (error) {
     failed(error);
+    if (error.retryAfter) reloading = setTimeout(loadModels, 1000 * error.retryAfter);
   }
 }
 

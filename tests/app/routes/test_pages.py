@@ -112,3 +112,11 @@ def test_the_schema_describes_all_three_forms_of_a_body(client: TestClient) -> N
         "application/json",
     }
     assert {"200", "404", "413", "415", "422", "429", "503", "504"} <= set(operation["responses"])
+
+
+def test_files_of_the_page_count_for_no_limit_of_clients(make_client: MakeClient) -> None:
+    client = make_client(client_rate=0.001, client_burst=1)
+
+    assert [client.get(path).status_code for path in ("/", "/static/main.js", "/static/try.js", "/")] == [200] * 4
+    assert client.post("/predict", files={"image": png()}).status_code == 200
+    assert client.post("/predict", files={"image": png()}).status_code == 429
