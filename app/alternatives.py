@@ -51,7 +51,7 @@ def alternative(scope: Scope, error: HTTPException) -> str:
     templates = {each.path for each in iter_route_contexts(scope["app"].routes) if each.path} - {"/"}
     fixed = [each for each in templates if "{" not in each]
     near = meant(path[-_SHOWN:], [*_filled(path, templates - {*fixed})] or fixed).replace("'/", f"'{root}/", 1)
-    return f"{near or ';'} GET {root}/docs lists what there is"
+    return f"{near or ';'} GET {root}/{'docs' if '/docs' in fixed else 'openapi.json'} lists what there is"
 
 
 def _line(scope: Scope, path: str) -> str:

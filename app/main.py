@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
 from functools import partial
@@ -25,7 +25,7 @@ from app.open_inference.messages import HEADER_LENGTH
 from app.proxies import Proxies
 from app.remote_images.fetching import Fetcher
 from app.rendered import MetricsPage, openapi_route
-from app.routes import images, management, models, openai, operations, platforms
+from app.routes import images, management, models, openai, operations, page, platforms
 from app.settings import Settings
 from app.stats import StatsPage, Traffic, share_of
 from app.workers import Worker
@@ -40,7 +40,7 @@ from service.sharing import cancel
 MAX_BATCH_SIZE = {"cpu": 8, "gpu": 256}
 # The endpoints behind PVT_API_KEYS; the others have keys of their own, or none.
 PROTECTED = models.router, open_inference.router, openai.router, platforms.router
-OTHERS = operations.router, management.router, open_inference.health, open_inference.management
+OTHERS = operations.router, management.router, open_inference.health, open_inference.management, page.router
 
 # What web pages of PVT_CORS_ORIGINS may send and read. Keys travel in a header, so no cookies are allowed.
 CORS: Mapping[str, Any] = {
@@ -68,9 +68,12 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         logs.configure(settings.log_format, level=settings.log_level, secrets=settings.secrets)
     registry = CollectorRegistry()  # of this application's own, so that several can live in one process
     http = HttpMetrics(registry)
-    app = FastAPIOffline(
+    framework: Callable[..., FastAPI] = (
+        FastAPIOffline if settings.ui else FastAPI
+    )  # with the files of `/docs`, or without
+    app = framework(
         **openapi.INFO,
-        docs_url=None,  # `operations` has it
+        docs_url=None,  # `page` has it
         redirect_slashes=False,  # a redirect would go to whatever host the client names
         telemetry=dict.fromkeys(("tracing", "metrics", "logs"), any(each.startswith("OTEL_") for each in os.environ)),
         lifespan=partial(_lifespan, settings, engine_options(settings), registry, http.traffic, worker=worker),
@@ -94,7 +97,8 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     for router in PROTECTED:
         app.include_router(router, dependencies=protected)
     for router in OTHERS:
-        app.include_router(router)
+        if settings.ui or router is not page.router:
+            app.include_router(router)
     openapi.describe(app, settings)
     own = next(n for n, route in enumerate(app.routes) if getattr(route, "path", "") == app.openapi_url)
     app.router.routes[own] = openapi_route(app)

@@ -32,6 +32,7 @@ _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 # Probes, scrapers and pages request these every few seconds.
 _PROBES = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics",
                      "/ping", "/stats", STREAM})  # fmt: skip
+_PAGE_FILES = "/static/"  # a dozen for one look at the page, from memory
 
 
 class RequestContext:
@@ -126,11 +127,11 @@ class RequestContext:
         return state
 
     def _limited(self, scope: Scope) -> AbstractContextManager[None]:
-        """Within the limits of its client; probes, scrapes and management have none."""
+        """Within the limits of its client; probes, scrapes, management and the files of the page have none."""
         limits, state = self._clients.limits, scope["state"]
         if not limits.are_set or state["role"] == "management":
             return _UNLIMITED
-        if state["path"] in self._probes:
+        if state["path"] in self._probes or state["path"] == "/" or state["path"].startswith(_PAGE_FILES):
             return _UNLIMITED
         return limits.admitted(state["client"], scope)
 

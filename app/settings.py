@@ -275,6 +275,8 @@ class Settings(BaseSettings):
     """One more path for `POST /invocations`; on Vertex AI that of `AIP_PREDICT_ROUTE`."""
     health_route: Route = ""
     """One more path for `GET /ping`; on Vertex AI that of `AIP_HEALTH_ROUTE`."""
+    ui: bool = True
+    """The page at `/`, and `/docs`; off: neither, and the endpoints as ever."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """`json`: one object on each line; `console`: text for people; `auto`: text on a terminal, else JSON."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -1,0 +1,81 @@
+"""What people open in a browser: the page, its files, and `/docs`. PVT_UI=off takes them away.
+
+The page loads nothing from elsewhere, and the policy below lets it do nothing else (Content Security Policy, level 3).
+"""
+
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse
+
+from app.proxies import base_url
+
+router = APIRouter(include_in_schema=False)
+
+FOLDER = Path(__file__).parent.parent / "static"
+TYPES: Mapping[str, str] = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+}
+HEADERS: Mapping[str, str] = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; media-src 'self' blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    "Cache-Control": "no-cache",  # kept, and asked for by its ETag
+}
+# Read once: a name of a request never becomes a path.
+FILES: Mapping[str, bytes] = {
+    path.relative_to(FOLDER).as_posix(): path.read_bytes()
+    for folder in (FOLDER, FOLDER / "samples")
+    for path in sorted(folder.iterdir())
+    if path.suffix in TYPES
+}
+
+
+@router.get("/")
+async def index(request: Request) -> Response:
+    """The page. Its paths are relative, but below a known prefix absolute: that may be without the slash at its end."""
+    content = FILES["index.html"].replace(b"{{url}}", base_url(request.scope).encode())
+    if root := request.scope.get("root_path", ""):
+        content = content.replace(b'="./', f'="{root}/'.encode())
+    return _file(request, content, ".html")
+
+
+@router.get("/static/{name:path}")
+async def static_file(request: Request, name: str) -> Response:
+    """One of its files."""
+    if name not in FILES:
+        raise HTTPException(404)
+    return _file(request, FILES[name], Path(name).suffix)
+
+
+def _file(request: Request, content: bytes, suffix: str) -> Response:
+    tag = f'"{sha256(content).hexdigest()[:24]}"'
+    headers = {**HEADERS, "ETag": tag}
+    known = {each.strip().removeprefix("W/") for each in request.headers.get("if-none-match", "").split(",")}
+    if known & {tag, "*"}:
+        return Response(status_code=304, headers=headers)
+    return Response(content, headers=headers, media_type=TYPES[suffix])
+
+
+@router.get("/docs", response_class=HTMLResponse)
+async def docs(request: Request) -> HTMLResponse:
+    """Every endpoint, to try out; it loads nothing from elsewhere."""
+    root = request.scope.get("root_path", "")
+    files = f"{root}/static-offline-docs"
+    return get_swagger_ui_html(
+        openapi_url=f"{root}/openapi.json",
+        title="pvt-serve - Swagger UI",
+        swagger_js_url=f"{files}/swagger-ui-bundle.js",
+        swagger_css_url=f"{files}/swagger-ui.css",
+        swagger_favicon_url=f"{files}/favicon.png",
+    )

@@ -1,0 +1,138 @@
+"""Debian's Chromium, servers, and a page that must not do what the tests did not expect."""
+
+import json
+import os
+import shutil
+from base64 import b64decode
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Page, Request, sync_playwright
+
+from tests.app.conftest import png
+from tests.app.processes import Server, serving
+
+CHROMIUM = shutil.which("chromium")
+DIGITS, EVIL = "pvt_v2_b0.digits", "pvt_v2_b0.evil"
+MARKUP = '<img src=x onerror="document.title=1">'
+SMALL = {"backend": "torch", "precision": "float32", "instances": "1", "max_batch_size": "2"}
+# Which images were sent, violations of the policy, and when the pointer last went up.
+_WATCH = """
+window.seen = { sent: [], violations: [], up: 0, running: 0, most: 0 };
+addEventListener("securitypolicyviolation", ({ violatedDirective, blockedURI }) => {
+  seen.violations.push(violatedDirective + " " + blockedURI);
+});
+addEventListener("pointerup", () => { seen.up = performance.now(); }, true);
+const original = window.fetch;
+window.fetch = async (url, options = {}) => {
+  if (!String(url).includes("/predict")) return original(url, options);
+  seen.sent.push({ at: performance.now(), images: options.body.getAll("image") });
+  seen.most = Math.max(seen.most, ++seen.running);
+  try { return await original(url, options); } finally { seen.running--; }
+};
+"""
+
+
+@dataclass
+class Watched:
+    """A page, and what it did that tests must expect."""
+
+    page: Page
+    url: str
+    console: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+
+    def open(self, path: str = "/") -> Page:
+        self.page.goto(self.url + path)
+        self.page.wait_for_selector("#model option", state="attached")
+        return self.page
+
+    def bars(self) -> list[tuple[str, float]]:
+        """Label and score of each."""
+        found = self.page.eval_on_selector_all(
+            "#bars li", "all => all.map(each => [each.querySelector('.name').textContent, Number(each.dataset.score)])"
+        )
+        return [(label, score) for label, score in found]
+
+    def sent(self) -> bytes:
+        """The image that was sent last."""
+        code = """() => new Promise((done) => {
+            const reader = new FileReader();
+            reader.onload = () => done(reader.result);
+            reader.readAsDataURL(seen.sent.at(-1).images[0]);
+        })"""
+        return b64decode(self.page.evaluate(code).partition(",")[2])
+
+    def texts(self, selector: str) -> str:
+        return self.page.locator(selector).inner_text()
+
+
+def answer(url: str, image: bytes, **query: str) -> list[tuple[str, float]]:
+    """What the service says of `image` by itself."""
+    response = httpx.post(f"{url}/predict", files={"image": image}, params=query, timeout=60)
+    return [(each["label"], each["score"]) for each in response.json()["results"][0]["predictions"]]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not CHROMIUM and not os.environ.get("CI"):
+        pytest.skip("needs chromium; CI has it")
+    camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *camera])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def store(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, and the same with markup for labels."""
+    store = tmp_path_factory.mktemp("store")
+    for name in (DIGITS, EVIL):
+        shutil.copytree(model_store / DIGITS, store / name)
+    path = store / EVIL / "1" / "card.json"
+    card = json.loads(path.read_text())
+    card["labels"] = [f"{n} {MARKUP}" for n in range(10)]
+    path.write_text(json.dumps({**card, "id": EVIL} if "id" in card else card))
+    return store
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    """As a user starts it, with the model in memory."""
+    with serving(read_log=False, model_store=str(store), preload=DIGITS, **SMALL) as server:
+        httpx.post(f"{server.url}/explain", files={"image": png(size=(64, 64))}, timeout=60)  # its graph too is there
+        yield server
+
+
+def watch(browser: Browser, url: str, **options: Any) -> Iterator[Watched]:
+    """A page at `url`; whatever it asks of other origins, and whatever it logs, is kept."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900}, **options)
+    context.add_init_script(_WATCH)
+    watched = Watched(context.new_page(), url)
+    watched.page.set_default_timeout(20_000)
+
+    def requested(request: Request) -> None:
+        if not request.url.startswith((url.partition("/team")[0], "blob:", "data:")):
+            watched.foreign.append(request.url)
+
+    watched.page.on("request", requested)
+    watched.page.on("console", lambda message: watched.console.append(f"{message.type}: {message.text}"))
+    watched.page.on("pageerror", lambda error: watched.console.append(str(error)))
+    yield watched
+    assert watched.foreign == []
+    if watched.page.evaluate("typeof seen") == "object":
+        assert watched.page.evaluate("seen.violations") == []
+    context.close()
+
+
+@pytest.fixture
+def watched(browser: Browser, server: Server) -> Iterator[Watched]:
+    """A page at the server; it must log nothing."""
+    for each in watch(browser, server.url):
+        yield each
+        assert each.console == []
