@@ -107,6 +107,11 @@ def served(installed: Environment, home: Path) -> Iterator[str]:
             process.terminate()
 
 
+def test_the_page_is_served_with_its_samples(served: str, digits: Path) -> None:
+    assert "<script" in httpx.get(served).text
+    assert httpx.get(f"{served}/static/samples/seven.png").content == (digits / "seven.png").read_bytes()
+
+
 def test_the_embedded_model_is_served_from_any_folder(served: str, digits: Path) -> None:
     response = httpx.post(f"{served}/predict", content=(digits / "two.png").read_bytes(),
                           headers={"Content-Type": "image/png"}, timeout=60)  # fmt: skip
