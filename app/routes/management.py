@@ -7,14 +7,18 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Request, Response
-from pydantic import BaseModel, Field
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from app.bodies import parse_json, read_json
 from app.dependencies import APPLIED, EngineDep, MaxWaitDep, audited, require_management, require_one_process
+from app.openapi import json_body
 from app.problems import documented
 from app.routes.models import BatchSize, ModelInfo, ModelList, milliseconds, model_info
 from app.strict import Strict
 from service.engine import Engine, time_limit
 from service.errors import ModelLoading
+from service.memory import BODIES
 from service.scheduling.lanes import QueueActivity, Release
 
 router = APIRouter(tags=["management"], dependencies=[Depends(require_management)])
@@ -33,6 +37,13 @@ class AliasTarget(Strict):
     model: Annotated[
         str, Field(description="`<variant>.<tag>` or `<variant>.<tag>@<version>`.", examples=["pvt_v2_b0.digits@1"])
     ]
+
+
+def _target(body: bytes) -> AliasTarget:
+    try:
+        return AliasTarget.model_validate(parse_json(body))
+    except ValidationError as error:
+        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from error
 
 
 class AliasList(BaseModel):
@@ -166,12 +177,19 @@ async def aliases(engine: EngineDep) -> AliasList:
     return AliasList(aliases=await engine.aliases())
 
 
-@router.put("/aliases/{name}", summary="Set an alias", responses=CHANGED)
-async def set_alias(request: Request, name: str, target: AliasTarget, engine: EngineDep) -> AliasList:
+@router.put(
+    "/aliases/{name}",
+    summary="Set an alias",
+    responses={**CHANGED, **documented(413, 415)},
+    openapi_extra={"requestBody": json_body(AliasTarget, {"a version": {"model": "pvt_v2_b0.digits@1"}})},
+)
+async def set_alias(request: Request, name: str, engine: EngineDep) -> AliasList:
     """Let an alias stand for a model, in the store, so for all who use it.
 
     Where the alias is in use, its clients switch once the new model is loaded, and wait for nothing.
     """
+    with engine.memory.reserve(0, BODIES) as held:
+        target = await read_json(request, held, _target)
     with audited(request, engine, "set_alias", alias=name, model=target.model):
         await engine.set_alias(name, target.model)
     return AliasList(aliases=await engine.aliases())

@@ -131,3 +131,21 @@ def test_what_expands_beyond_the_limit_is_refused(make_client: MakeClient, name:
 
     assert response.status_code == 413
     assert "PVT_MAX_BODY_MB" in response.json()["detail"]
+
+
+def test_the_target_of_an_alias_may_be_compressed_too(make_client: MakeClient) -> None:
+    """Within the limit of bodies, and with the words of the other endpoints."""
+    client = make_client(management_keys=("boss",), max_body_mb=0.001)
+
+    def put(body: bytes, coding: str) -> tuple[int, str]:
+        headers = {"Authorization": "Bearer boss", "Content-Encoding": coding}
+        response = client.put("/aliases/best", content=body, headers=headers)
+        return response.status_code, response.json()["detail"]
+
+    unknown = put(gzip.compress(b'{"model": "pvt_v2_b0.none"}'), "gzip")
+    bomb = put(zstd.compress(b" " * 1_000_000), "zstd")
+    other = put(b"{}", "compress")
+
+    assert (unknown[0], "pvt_v2_b0.none" in unknown[1]) == (404, True)
+    assert (bomb[0], "PVT_MAX_BODY_MB" in bomb[1]) == (413, True)
+    assert (other[0], "content encoding 'compress'" in other[1]) == (415, True)

@@ -97,7 +97,7 @@ def test_the_versions_of_a_model_are_listed_with_where_they_stand(boss: TestClie
 
     assert (model["version"], model["state"]) == ("2", "available")
     newest, oldest = model["versions"]
-    assert newest == {"version": "2", "state": "available"}
+    assert newest == {"version": "2", "state": "available", "state_text": "on disk; the first request loads it"}
     assert (oldest["version"], oldest["state"], oldest["aliases"]) == ("1", "ready", ["old"])
     assert oldest["memory_bytes"] > 10e6
     assert boss.get("/models/old").json()["state"] == "ready"
