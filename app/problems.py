@@ -162,7 +162,7 @@ class Problem(BaseModel):
 
 MEANING: Mapping[int, str] = {
     401: "A key is required (PVT_API_KEYS, or PVT_MANAGEMENT_KEYS for management).",
-    403: "Management is off, or not for this port (PVT_MANAGEMENT_KEYS, PVT_MANAGEMENT_PORT).",
+    403: "Management is off or on another port (PVT_MANAGEMENT_*), or another site's page sent it (PVT_CORS_ORIGINS).",
     404: "No such model.",
     406: "No form of response that `Accept` allows.",
     409: "The model is pinned in memory.",
@@ -327,8 +327,8 @@ def _way(scope: Scope, error: HTTPException) -> str:
         if any(match != Match.NONE for match in matches):
             return f"; send it to {path}, without the slash"
     paths = {each.path for each in iter_route_contexts(routes) if each.path and "{" not in each.path} - {"/"}
-    way = meant(scope["state"]["path"][-_SHOWN:], paths) or ";"
-    return f"{way} GET {root}/{'docs' if '/docs' in paths else 'openapi.json'} lists what there is"
+    listed = f"{root}/docs" if "/docs" in paths else f"{root}/openapi.json"
+    return f"{meant(scope['state']['path'][-_SHOWN:], paths) or ';'} GET {listed} lists what there is"
 
 
 def _methods(scope: Scope) -> set[str]:
