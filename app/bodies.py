@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import orjson
 from fastapi import Request
@@ -18,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from app.compression import codings, decoded
 from app.data_urls import from_base64
 from app.forms import is_form, parts, uncoded
-from app.problems import BodyTooLarge, TooManyImages, UnsupportedMediaType
+from app.problems import BodyTooLarge, Forbidden, TooManyImages, UnsupportedMediaType
 from app.settings import Settings
 from service.errors import InvalidImage, InvalidRequest, ServiceError
 from service.images.kinds import is_known
@@ -31,6 +32,8 @@ RAW_TYPES = re.compile(r"image/[\w.+-]+|application/(octet-stream|x-image)")
 _NO_IMAGE = b"-{[ \t\r\n\xef"  # how no image begins, but a form may, or JSON
 _JSON_BEGINS = re.compile(rb"(?:\xef\xbb\xbf)?\s*[{\[]")
 _INDENTED = 4096  # bytes that may stand before the first bracket of JSON
+_SIMPLE_TYPES = {FORM, "application/x-www-form-urlencoded", "text/plain", ""}  # what pages send without a preflight
+_PREFLIGHTED = {"authorization", "prefer", "x-request-id"}  # only after one
 _SHOWN = 100  # characters of what a client has sent
 # One white pixel as a PNG.
 EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
@@ -144,7 +147,10 @@ async def read_body(request: Request, max_bytes: int, held: Reservation) -> byte
         UnsupportedContentEncoding, BodyTooLarge: see `app.compression`; the body or its content exceeds `max_bytes`.
         MemoryExhausted: it does not fit into memory.
         InvalidRequest: it is not in the coding that its headers name.
+        Forbidden: a web page of another site sent it.
     """
+    if "origin" in request.headers:
+        _refuse_other_sites(request)
     if "content-encoding" not in request.headers:
         return await _read_encoded(request, max_bytes, held)
     names = codings(request.headers.getlist("content-encoding"))
@@ -152,6 +158,30 @@ async def read_body(request: Request, max_bytes: int, held: Reservation) -> byte
     for name in reversed(names) if body else ():
         body = await _decode(name, body, max_bytes, held)
     return body
+
+
+def _refuse_other_sites(request: Request) -> None:
+    """Keep pages of other sites from using their reader's browser; no other client sends `Origin` by itself.
+
+    Raises:
+        Forbidden: the request is one that a browser sends without a preflight (Fetch standard, "CORS-safelisted"), and
+            comes from an origin that is neither this one nor one of PVT_CORS_ORIGINS.
+    """
+    headers, settings = request.headers, request.state.settings
+    origin, host = headers["origin"], request.scope["state"].get("host") or headers.get("host", "")
+    content_type = parse_options_header(headers.get("content-type", ""))[0]
+    if (
+        content_type not in _SIMPLE_TYPES
+        or not _PREFLIGHTED.isdisjoint(headers)
+        or headers.get("sec-fetch-site") in {"same-origin", "none"}
+        or urlsplit(origin).netloc == host
+        or not {origin, "*"}.isdisjoint(settings.cors_origins)
+    ):
+        return
+    raise Forbidden(
+        f"a page of {origin[:_SHOWN]!r} may send nothing to {host[:_SHOWN]!r} unless PVT_CORS_ORIGINS names it; "
+        "a proxy that replaces Host is to be in PVT_TRUSTED_PROXIES"
+    )
 
 
 async def read_json(request: Request, held: Reservation, parse: Callable[[bytes], T]) -> T:

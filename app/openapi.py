@@ -38,7 +38,7 @@ _TAGS = [
     {"name": "operations", "description": "Health for orchestrators, metrics for Prometheus; never behind a key."},
 ]
 # The problems of every endpoint that reads images: of the model, the body, the queue, the time.
-IMAGE_PROBLEMS = (401, 404, 413, 415, 422, 429, 502, 503, 504)
+IMAGE_PROBLEMS = (401, 403, 404, 413, 415, 422, 429, 502, 503, 504)
 
 BINARY: Json = {"type": "string", "format": "binary"}
 BINARY_CONTENT: Json = {"schema": BINARY}

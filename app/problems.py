@@ -159,7 +159,7 @@ class Problem(BaseModel):
 
 MEANING: Mapping[int, str] = {
     401: "A key is required (PVT_API_KEYS, or PVT_MANAGEMENT_KEYS for management).",
-    403: "Management is off, or not for this port (PVT_MANAGEMENT_KEYS, PVT_MANAGEMENT_PORT).",
+    403: "Management is off or on another port (PVT_MANAGEMENT_*), or another site's page sent it (PVT_CORS_ORIGINS).",
     404: "No such model.",
     406: "No form of response that `Accept` allows.",
     409: "The model is pinned in memory.",

@@ -232,7 +232,10 @@ _post = partial(
     router.post,
     summary="Inference on tensors",
     response_model=messages.InferResponse,
-    responses={200: {"content": {BYTES: BINARY_CONTENT}}, **refusals("/v2", 400, 401, 404, 413, 415, 429, 503, 504)},
+    responses={
+        200: {"content": {BYTES: BINARY_CONTENT}},
+        **refusals("/v2", 400, 401, 403, 404, 413, 415, 429, 503, 504),
+    },
     openapi_extra={"requestBody": {**_BODY, "content": {**_BODY["content"], BYTES: BINARY_CONTENT}}},
 )
 

@@ -133,7 +133,7 @@ class ModelEntries(BaseModel):
     "/embeddings",
     summary="Embeddings of images",
     response_model=EmbeddingsResponse,
-    responses=refusals("/v1", 400, 401, 404, 413, 415, 429, 502, 503, 504),
+    responses=refusals("/v1", 400, 401, 403, 404, 413, 415, 429, 502, 503, 504),
     openapi_extra={
         "requestBody": json_body(EmbeddingsRequest, {"data URL": {"input": f"data:image/png;base64,{EXAMPLE}"}})
     },

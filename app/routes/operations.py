@@ -81,5 +81,3 @@ async def stream_stats(request: Request, page: StatsPageDep) -> Response:
     if request.state.method == "HEAD":
         return EventStream(iter(()), headers=headers)  # without a length, as that of GET has none
     return EventStream(page.stream(), headers=headers)
-
-

@@ -83,7 +83,7 @@ _post = partial(
     router.post,
     summary="Classify images (KServe version 1)",
     response_model=InstancesResponse,
-    responses=refusals(PREDICT, 400, 401, 404, 413, 415, 429, 502, 503, 504),
+    responses=refusals(PREDICT, 400, 401, 403, 404, 413, 415, 429, 502, 503, 504),
     openapi_extra={"requestBody": _INSTANCES},
 )
 

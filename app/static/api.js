@@ -32,8 +32,11 @@ export function address(path, query = {}) {
   return url;
 }
 
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (each) => each.toString(16).padStart(2, "0")).join("");
+
 /** The response; throws a Problem, or an AbortError. */
 export async function call(path, { query, headers = {}, ...options } = {}) {
+  headers = { ...headers, "X-Request-ID": newId() }; // no page of another site can send one unasked
   if (key.get()) headers = { ...headers, Authorization: `Bearer ${key.get()}` };
   let response;
   try {

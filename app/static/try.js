@@ -141,7 +141,7 @@ function showResult(quiet = false) {
   if (several) showLabels();
   if (result.error) {
     show(new Problem(result.error.title, result.error.detail, result.error.status, null, result.error.request_id));
-    $("result").hidden = true;
+    $("result").hidden = $("more").hidden = true;
     return;
   }
   $("problem").hidden = true;

@@ -2,6 +2,7 @@
 
 import socket
 from http.client import HTTPResponse
+from typing import Any
 
 import httpx
 import pytest
@@ -21,7 +22,7 @@ ALLOWED = "access-control-allow-origin"
 
 
 def test_by_default_no_page_is_allowed_anything(client: TestClient) -> None:
-    answered = client.post("/predict", files={"image": png()}, headers={"Origin": PAGE})
+    answered = client.get("/models", headers={"Origin": PAGE})
     preflight = client.options("/predict", headers=PREFLIGHT)
 
     assert answered.status_code == 200
@@ -82,7 +83,7 @@ def test_an_unexpected_error_is_readable_too(make_client: MakeClient, monkeypatc
         raise RuntimeError("secret")
 
     client = make_client(cors_origins=PAGE)
-    monkeypatch.setattr("app.routes.operations.base_url", fail)
+    monkeypatch.setattr("app.routes.page.base_url", fail)
     broken = client.get("/", headers={"Origin": PAGE})
 
     assert (broken.status_code, broken.headers[ALLOWED]) == (500, PAGE)
@@ -136,3 +137,57 @@ def test_what_is_no_origin_is_refused(monkeypatch: pytest.MonkeyPatch, value: st
 
     with pytest.raises(SettingsInvalid, match=r"is no origin; write https://example\.org"):
         Settings.from_environment()
+
+
+BODIES: dict[str, Any] = {
+    "form": {"files": {"image": png()}},
+    "text": {"content": png(), "headers": {"Content-Type": "text/plain;charset=UTF-8"}},
+    "urlencoded": {"content": png(), "headers": {"Content-Type": "application/x-www-form-urlencoded"}},
+    "nothing said": {"content": png()},
+}
+
+
+@pytest.mark.parametrize("path", ["/predict", "/features", "/explain", "/invocations", "/v1/embeddings",
+                                  "/v2/models/pvt_v2_b0.digits/infer"])  # fmt: skip
+def test_a_form_of_another_site_is_refused_before_it_is_read(client: TestClient, path: str) -> None:
+    for site, origin in (("cross-site", PAGE), ("same-site", "http://other.testserver"), (None, PAGE), (None, "null")):
+        headers = {"Origin": origin, "Content-Type": "text/plain", **({"Sec-Fetch-Site": site} if site else {})}
+        refused = client.post(path, content=png(), headers=headers)
+
+        assert refused.status_code == 403, origin
+        assert "PVT_CORS_ORIGINS" in refused.text
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_who_is_no_page_of_another_site_may_send_any_form_of_body(client: TestClient, body: str) -> None:
+    """Programs, which send no `Origin`; the service's own page; a page that opens a file; a preflighted request."""
+    given = {"headers": {}, **BODIES[body]}
+    for headers in (
+        {},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Origin": "http://testserver"},
+        {"Origin": "https://public.example", "Sec-Fetch-Site": "same-origin"},
+        {"Origin": PAGE, "X-Request-ID": "preflighted"},
+    ):
+        answered = client.post("/predict", **{**given, "headers": {**given["headers"], **headers}})
+
+        assert answered.status_code == 200, headers
+
+
+@pytest.mark.parametrize("origins", [PAGE, "*"])
+def test_a_form_of_a_named_origin_is_read(make_client: MakeClient, origins: str) -> None:
+    client = make_client(cors_origins=origins)
+
+    answered = client.post("/predict", files={"image": png()}, headers={"Origin": PAGE, "Sec-Fetch-Site": "cross-site"})
+
+    assert (answered.status_code, answered.headers[ALLOWED]) == (200, origins)
+
+
+def test_behind_a_proxy_the_host_that_it_says_is_the_own_one(make_client: MakeClient) -> None:
+    client = make_client(trusted_proxies="unix")
+    headers = {"Origin": "http://public.example", "X-Forwarded-Host": "public.example"}
+
+    assert client.post("/predict", files={"image": png()}, headers=headers).status_code == 200
+    assert (
+        client.post("/predict", files={"image": png()}, headers={"Origin": "http://public.example"}).status_code == 403
+    )
