@@ -32,7 +32,7 @@ SECONDS, SECONDS_PER_PARAMETER = 2.0, 1.5e-7
 # the plan cache, one graph and its file.
 PEAK_BYTES, PEAK_BYTES_PER_PARAMETER = 160_000_000, {"torch": 12, "compiled": 22}
 CACHED_PEAK_BYTES, CACHED_PEAK_BYTES_PER_PARAMETER = 50_000_000, 12
-# Of one more graph (decision 89): what any takes, its copy of the weights, and for each pixel of its batch and channel
+# Of one more graph (decision 88): what any takes, its copy of the weights, and for each pixel of its batch and channel
 # of the first stage, to which activations are proportional. torch makes no copies.
 GRAPH_BYTES = {"torch": 0, "compiled": 40_000_000}
 GRAPH_BYTES_PER_PARAMETER = {"torch": 0, "compiled": 9}
