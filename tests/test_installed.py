@@ -117,6 +117,11 @@ def test_the_embedded_model_is_served_from_any_folder(served: str, digits: Path)
                           headers={"Content-Type": "image/png"}, timeout=60)  # fmt: skip
 
     assert response.json()["results"][0]["predictions"][0]["label"] == "2"
+    files = [path.relative_to(ROOT / "app" / "static").as_posix() for path in (ROOT / "app" / "static").rglob("*.*")]
+    assert {"main.js", "samples/seven.png"} < {*files}
+    for name in files:
+        assert httpx.get(f"{served}/static/{name}").status_code == 200, name
+    assert "static/main.js" in httpx.get(served).text
 
 
 def test_what_is_written_goes_into_the_home_folder_beside_a_copy_of_the_embedded_model(

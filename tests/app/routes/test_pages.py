@@ -1,5 +1,6 @@
 import re
 from gzip import compress
+from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
@@ -120,3 +121,12 @@ def test_files_of_the_page_count_for_no_limit_of_clients(make_client: MakeClient
     assert [client.get(path).status_code for path in ("/", "/static/main.js", "/static/try.js", "/")] == [200] * 4
     assert client.post("/predict", files={"image": png()}).status_code == 200
     assert client.post("/predict", files={"image": png()}).status_code == 429
+
+
+def test_the_samples_are_the_digits_of_the_docs(client: TestClient, digits: Path) -> None:
+    names = sorted(path.name for path in digits.iterdir())
+
+    assert names == sorted(name.removeprefix("samples/") for name in FILES if name.startswith("samples/"))
+    assert [
+        name for name in names if client.get(f"/static/samples/{name}").content != (digits / name).read_bytes()
+    ] == []
