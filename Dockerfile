@@ -18,8 +18,6 @@ COPY pyproject.toml README.md LICENSE ./
 # may stay: its empty files are newer than the source's, and setuptools would keep them.
 RUN mkdir app cli pvt_client service && touch app/__init__.py cli/__init__.py pvt_client/__init__.py service/__init__.py \
     && pip install --constraint constraints.txt ".${EXTRAS:+[$EXTRAS]}" && pip uninstall --yes pvt-serve && rm -rf build *.egg-info
-# The samples of the page: `app/static/samples` leads there.
-COPY docs/digits docs/digits
 COPY app app
 COPY cli cli
 COPY pvt_client pvt_client
