@@ -16,6 +16,7 @@ from service.files import locked
 BACKLOG: Final = 2048
 _ALL_V6 = IPv6Address("::")
 _ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}  # a family of addresses that this machine does not have
+_FREE_PORT_TRIES = 8
 # What to do about the errors that strangers meet.
 _ADVICE = {
     errno.EADDRINUSE: "another process listens there; end it, or choose another port (0 takes a free one)",
@@ -75,6 +76,17 @@ def _reason(error: OSError | ValueError) -> str:
 
 def _tcp(host: str, port: int) -> Sequence[socket.socket]:
     """A socket for each address of `host`, all with the same port; `::` takes IPv4 too, as do mapped addresses."""
+    tries = 1 if port else _FREE_PORT_TRIES
+    while True:
+        tries -= 1
+        try:
+            return _same_port(host, port)
+        except OSError as error:  # a port that is free on one address may be taken on another
+            if not tries or error.errno != errno.EADDRINUSE:
+                raise
+
+
+def _same_port(host: str, port: int) -> Sequence[socket.socket]:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     listeners: list[socket.socket] = []
     with ExitStack() as opened:

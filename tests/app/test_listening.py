@@ -1,6 +1,7 @@
 """Where the service listens: Unix sockets, both families of addresses, and what can't be listened on."""
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -198,6 +199,19 @@ def test_a_name_is_listened_on_at_each_of_its_addresses(monkeypatch: pytest.Monk
     with opened("both") as listeners:
         assert [each.getsockname()[0] for each in listeners] == ["::1", "127.0.0.1"]
         assert len({each.getsockname()[1] for each in listeners}) == 1
+
+    create, refused = socket.create_server, list[int]()
+
+    def taken_once(address: Any, **options: Any) -> socket.socket:
+        if address[0] == "127.0.0.1" and not refused:
+            refused.append(address[1])
+            raise OSError(errno.EADDRINUSE, "Address already in use")
+        return create(address, **options)
+
+    monkeypatch.setattr(socket, "create_server", taken_once)
+    with opened("both") as listeners:
+        assert len({each.getsockname()[1] for each in listeners}) == 1
+        assert len(refused) == 1
 
     def absent(*_: object, **__: object) -> list[Any]:
         return [
