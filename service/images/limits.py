@@ -71,7 +71,7 @@ def map_errors(name: str, max_pixels: int) -> Iterator[None]:
             usual = "with 24 bits per pixel, uncompressed" if name == "BMP" else "in its usual form"
             raise InvalidImage(f"not a supported image ({name}: {message}); save it {usual}") from error
         state = "truncated" if isinstance(error, EOFError) or "truncated" in message else "corrupt"
-        reason = not isinstance(error, PIL.UnidentifiedImageError) and str(error)
+        reason = not isinstance(error, PIL.UnidentifiedImageError) and " ".join(str(error).split())  # in one line
         raise InvalidImage(f"{state} {name}: {reason or 'its header can not be read'}") from error
 
 

@@ -97,8 +97,9 @@ def test_a_file_of_a_neutral_brand_is_known_by_how_it_is_coded() -> None:
 
 def test_a_file_that_is_cut_anywhere_is_refused() -> None:
     for end in [*range(0, len(HEIF), len(HEIF) // 40), *range(len(HEIF) - 20, len(HEIF))]:
-        with pytest.raises(InvalidImage):
+        with pytest.raises(InvalidImage) as caught:
             opened(HEIF[:end])
+        assert "\n" not in str(caught.value)
 
 
 def test_its_size_is_checked_before_a_pixel_is_decoded() -> None:
