@@ -169,6 +169,8 @@ def _complete(operation: Json, form: type[BaseModel] | None, used_keys: set[str]
             content := response.get("content", {})
         ):  # what the endpoint sends unless `Accept` says otherwise
             response["content"] = {"image/png": content.pop("image/png"), **content}
+        if "text/event-stream" in content:  # not a string: each event's data is JSON
+            content["text/event-stream"] = {"schema": {}}
     timed = INFERENCE in operation["tags"]
     for status, response in responses.items():
         if "$ref" in response:

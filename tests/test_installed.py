@@ -86,7 +86,7 @@ def test_the_embedded_model_is_listed_and_predicts_from_any_folder(
     listed = installed.run("pvt-serve", "ls", "--json", cwd=home, HOME=str(home))
     predicted = installed.run("pvt-serve", "predict", "-k", "1", "seven.png", cwd=home, HOME=str(home), **QUICK)
 
-    assert [(row["model"], row["state"]) for row in json.loads(listed.stdout)["models"]] == [(DIGITS, "available")]
+    assert [(row["id"], row["state"]) for row in json.loads(listed.stdout)["models"]] == [(DIGITS, "available")]
     assert predicted.stdout.split()[2] == "7"
     assert [each.name for each in home.iterdir()] == ["seven.png"]
 

@@ -110,6 +110,9 @@ def test_refusals_of_the_parser_are_readable_too(origins: str, origin: str, allo
                 response = HTTPResponse(connection)
                 response.begin()
 
+                if (allowed, status) == (None, 408):  # bodies from pages of other sites are not even waited for
+                    assert (response.status, response.headers[ALLOWED]) == (403, None)
+                    continue
                 assert (response.status, response.headers[ALLOWED]) == (status, allowed)
                 assert response.headers["vary"] == "Origin"
                 assert response.headers["access-control-expose-headers"] == (allowed and "X-Request-ID")

@@ -1,4 +1,5 @@
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,14 @@ class Done(NamedTuple):
 
 
 PvtServe = Callable[..., Done]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_reaches_commands() -> Iterator[None]:
+    """Also where the tests run in the background of a script: that ignores the signal, and processes inherit it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

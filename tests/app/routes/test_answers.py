@@ -369,7 +369,7 @@ def test_commands_know_a_model_without_a_head(
     options = (*(("--url", url) if remote else ()), "--model", "pvt_v2_b0.backbone", image)
 
     for refused in (run("predict", *options), run("explain", *options, "-o", tmp_path / "map.png")):
-        assert (refused.code, "no classification head" in refused.err) == (1, True)
+        assert (refused.code, "no classification head" in refused.err) == (2, True)
     assert run("embed", *options, "-o", tmp_path / "all.npz").code == 0
     with np.load(tmp_path / "all.npz") as table:
         np.testing.assert_allclose(table["embedding"], truth[0][:1], rtol=5e-4, atol=2e-5)
@@ -387,7 +387,7 @@ def test_verify_checks_the_embedding_of_a_model_without_a_head(run: commands.Pvt
     done = run("verify")
     assert "ok   pvt_v2_b0.backbone@1  8 reference outputs reproduced" in done.lines
 
-    (listed,) = [row for row in json.loads(run("ls", "--json").out)["models"] if row["model"] == "pvt_v2_b0.backbone"]
-    assert listed["classes"] == 0
+    (listed,) = [row for row in json.loads(run("ls", "--json").out)["models"] if row["id"] == "pvt_v2_b0.backbone"]
+    assert listed["num_classes"] == 0
     with safe_open(store / "pvt_v2_b0.backbone" / "1" / "reference.safetensors", "np") as file:
         assert {*file.keys()} == {"images", "embeddings"}
