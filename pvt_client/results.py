@@ -17,8 +17,8 @@ class Answer:
     request_id: str | None = field(default=None, compare=False, repr=False)
     """What the service's log has it under."""
     timing_ms: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)
-    """Milliseconds in the service, from `Server-Timing`: `read`, `wait`, `decode`, `queue`, `infer`, `encode`, `total` and
-    some more; of several images the slowest one's. Empty where a proxy removed it."""
+    """Milliseconds in the service, from `Server-Timing`: `read`, `wait`, `decode`, `queue`, `infer`, `encode`, `total`
+    and some more; of several images the slowest one's. Empty where a proxy removed it."""
 
 
 class ClassScore(NamedTuple):
