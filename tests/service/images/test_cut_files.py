@@ -117,7 +117,7 @@ def others() -> dict[str, Writer]:
             several = {"save_all": True, "append_images": [image.rotate(180)]}
             found[f"webp animated{how}"] = partial(saved, image, "WebP", lossless=lossless, **several)
         found[f"webp libvips{name}"] = partial(by_vips, image, ".webp")
-        for kind in {"AVIF", "HEIF"}.intersection(FORMATS):
+        for kind in sorted({"AVIF", "HEIF"}.intersection(FORMATS)):
             found[f"{kind}{name}"] = partial(saved, image, kind)
     for colours in ("2", "64", "256"):
         for interlace in ("None", "Line"):
