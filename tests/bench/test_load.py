@@ -1,11 +1,15 @@
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from bench.bodies import Body, bodies
+from bench.http_overhead import FORMS
 from bench.load import Wrk, parse
 from bench.results import Closed
+from tests.app.processes import serving
 
 REPORT = """\
 Running 4s test @ http://127.0.0.1:8111/predict
@@ -42,6 +46,18 @@ def test_wrk_that_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     with pytest.raises(RuntimeError, match="wrk is missing; install it"):
         Wrk(tmp_path, [Body("image/jpeg", b"a")]).run("http://localhost/predict", 1, 1)
+
+
+@pytest.mark.skipif(not shutil.which("wrk") and not os.environ.get("CI"), reason="needs wrk; CI has it")
+def test_the_service_answers_what_wrk_sends(digits: Path, tmp_path: Path) -> None:
+    """A request without a Host is refused, and wrk sends none unless its script knows it."""
+    images = [(digits / f"{name}.png").read_bytes() for name in ("one", "two")]
+    with serving(read_log=False, backend="torch", max_batch_size="1") as server:
+        for form in FORMS:
+            load = Wrk(tmp_path / form, bodies(images, form)).run(f"{server.url}/predict", 2, 1)
+
+            assert load.requests > 0
+            assert load.failed == 0
 
 
 def test_wrk_is_given_each_body_and_their_content_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
