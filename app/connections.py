@@ -24,7 +24,7 @@ LOG_SECONDS = 10.0  # between two log lines about connections that were closed f
 ACCEPTS_PER_TURN = 64  # connections that one turn of the event loop accepts
 BEGUN_PER_TURN = 4  # requests that one turn of the event loop begins
 # Their requests begin before those of others: they cost little, and an orchestrator restarts who does not answer.
-PROBES = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"})
+PROBES = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/ping"})
 _RETRY_SECONDS = 0.05  # until it is tried again to accept, where no connection can be closed
 
 
@@ -67,19 +67,22 @@ class Connections(ServerState):
         client_seconds: float,
         identify: Callable[[Scope], str],
         root_path: str = "",
+        health_route: str = "",
         cors_origins: Sequence[str] = (),
         accepts_per_turn: int = ACCEPTS_PER_TURN,
     ) -> None:
         """`client_seconds`: how long a client may take, see `Settings.client_timeout_seconds`.
 
-        `identify` names the client of a request. `root_path` is what the paths of probes may begin with.
+        `identify` names the client of a request. `root_path` is what the paths of probes may begin with;
+        `health_route` is one more of them.
         `cors_origins`: whose pages may read refusals, see `Settings.cors_origins`.
         """
         super().__init__()
         self._identify = identify
         self.client_seconds = client_seconds
         self.cors_origins = cors_origins
-        self.probes = PROBES | {root_path + each for each in PROBES}
+        paths = PROBES | ({health_route} - {""})
+        self.probes = paths | {root_path + each for each in paths}
         self.limit = MAX_CONNECTIONS
         self._accepts_per_turn = accepts_per_turn
         # Mutable state: the listening sockets, what is accepted and has no transport yet, the requests begun in this

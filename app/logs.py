@@ -44,15 +44,7 @@ def configure(
     shared: list[Processor] = [structlog.processors.add_log_level, time]
     if worker is not None:
         shared.append(lambda _, __, event: {**event, "worker": worker})
-    if as_json:
-        # Without the frames' variables: keys and images are among them.
-        tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        last: list[Processor] = [
-            structlog.processors.ExceptionRenderer(tracebacks),
-            lambda _, __, event: orjson.dumps(event, default=str).decode(),
-        ]
-    else:
-        last = [console_renderer(sys.stderr)]
+    last = _json_renderer() if as_json else [console_renderer(sys.stderr)]
     writer = LogWriter(sys.stderr.fileno(), secrets)
     logger = SimpleNamespace(**dict.fromkeys(("debug", "info", "warning", "error", "critical"), writer.write))
     structlog.configure(
@@ -70,6 +62,15 @@ def configure(
     least = logging.getLevelNamesMapping()[level.upper()]
     logging.getLogger("watchfiles").setLevel(max(logging.WARNING, least))  # it reports every change of a folder
     logging.basicConfig(handlers=[writer], level=least, force=True)
+
+
+def _json_renderer() -> list[Processor]:
+    # Without the frames' variables: keys and images are among them.
+    tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    return [
+        structlog.processors.ExceptionRenderer(tracebacks),
+        lambda _, __, event: orjson.dumps(event, default=str).decode(),
+    ]
 
 
 def console_renderer(stream: TextIO) -> Processor:

@@ -68,9 +68,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         logs.configure(settings.log_format, level=settings.log_level, secrets=settings.secrets)
     registry = CollectorRegistry()  # of this application's own, so that several can live in one process
     http = HttpMetrics(registry)
-    framework: Callable[..., FastAPI] = (
-        FastAPIOffline if settings.ui else FastAPI
-    )  # with the files of `/docs`, or without
+    framework: Callable[..., FastAPI] = FastAPIOffline if settings.ui else FastAPI  # with the files of `/docs`, or not
     app = framework(
         **openapi.INFO,
         docs_url=None,  # `page` has it
@@ -81,17 +79,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         # First in the table of routes, so that no time is lost on others.
         routes=[*platforms.own_routes(settings), *images.router.routes],
     )
-    clients, proxies = Clients(settings, registry), Proxies(settings, _first_segments(app))
-    app.add_middleware(
-        RequestContext,
-        metrics=http,
-        clients=clients,
-        proxies=proxies,
-        health_route=settings.health_route,
-        slow_seconds=settings.slow_ms / 1000,
-    )
-    if settings.cors_origins:  # outermost: errors of every kind have its headers
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
+    _add_middleware(app, settings, http, Clients(settings, registry))
     # Only where keys are set: a dependency costs each request.
     protected = [Depends(require_key)] if settings.api_keys else []
     for router in PROTECTED:
@@ -103,6 +91,19 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     own = next(n for n, route in enumerate(app.routes) if getattr(route, "path", "") == app.openapi_url)
     app.router.routes[own] = openapi_route(app)
     return app
+
+
+def _add_middleware(app: FastAPI, settings: Settings, metrics: HttpMetrics, clients: Clients) -> None:
+    app.add_middleware(
+        RequestContext,
+        metrics=metrics,
+        clients=clients,
+        proxies=Proxies(settings, _first_segments(app)),
+        health_route=settings.health_route,
+        slow_seconds=settings.slow_ms / 1000,
+    )
+    if settings.cors_origins:  # outermost: errors of every kind have its headers
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
 
 
 def _first_segments(app: FastAPI) -> set[str]:
@@ -142,6 +143,13 @@ def engine_options(settings: Settings) -> EngineOptions:
     return EngineOptions(**options)
 
 
+def _with_process(registry: CollectorRegistry) -> CollectorRegistry:
+    """`registry`, with what the client library knows of this process."""
+    for collector in (ProcessCollector, PlatformCollector, GCCollector):
+        collector(registry=registry)
+    return registry
+
+
 @asynccontextmanager
 async def _lifespan(
     settings: Settings,
@@ -167,13 +175,7 @@ async def _lifespan(
         lag = asyncio.create_task(process.measure_lag())
         stack.push_async_callback(cancel, [lag])
         own = partial(share_of, engine, traffic, monotonic())
-        if worker:
-            shown = worker.group.registry(os.getppid())
-        else:
-            shown = registry
-            for collector in (ProcessCollector, PlatformCollector, GCCollector):
-                collector(registry=registry)
-        metrics = MetricsPage(shown, collect)
+        metrics = MetricsPage(worker.group.registry(os.getppid()) if worker else _with_process(registry), collect)
         stats = StatsPage(engine, partial(worker.shares, own) if worker else lambda: [own()])
         state = State(engine=engine, settings=settings, metrics=metrics, stats=stats, worker=worker, fetcher=fetcher)
         app.state.started = state  # for hosts without lifespan state

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import problems
 from app.clients import Clients
+from app.connections import PROBES
 from app.dependencies import State
 from app.metrics import SERVER_ERRORS, HttpMetrics
 from app.problems import CLIENT_CLOSED_REQUEST, ClientLimitExceeded
@@ -29,10 +30,44 @@ log = structlog.get_logger(component="access")
 PIECE_BYTES = 65_536  # of a body; more at once, and the server would hold it for a client that does not read
 _UNLIMITED = nullcontext()
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
-# Probes, scrapers and pages request these every few seconds.
-_PROBES = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics",
-                     "/ping", "/stats", STREAM})  # fmt: skip
+_PROBES = PROBES | {"/metrics", "/stats", STREAM}  # scrapers and pages request these every few seconds, as probes are
 _PAGE_FILES = "/static/"  # a dozen for one look at the page, from memory
+
+
+class _Exchange:
+    """The messages of a request and its response: counted, and given what every response has."""
+
+    __slots__ = ("_receive", "_send", "_state", "received", "sent", "status")
+
+    def __init__(self, state: dict[str, Any], receive: Receive, send: Send) -> None:
+        self._state = state
+        self._receive = receive
+        self._send = send
+        # Mutable state: the response's status, once it has begun; the bytes of both bodies.
+        self.status = CLIENT_CLOSED_REQUEST
+        self.received = 0
+        self.sent = 0
+
+    async def receive(self) -> Message:
+        """See the ASGI specification."""
+        message = await self._receive()
+        self.received += len(message.get("body", b""))
+        return message
+
+    async def send(self, message: Message) -> None:
+        """See the ASGI specification; nothing of a body goes out in response to HEAD."""
+        if self._state["method"] == "HEAD":
+            message = {**message, "body": b""}
+        size = len(message.get("body", b""))
+        self.sent += size
+        if message["type"] == "http.response.start":
+            _reserve(message, self._state)
+            self.status = message["status"]
+            _add_headers(message, self._state)
+        elif size > PIECE_BYTES:
+            await _send_in_pieces(message, self._send)
+            return
+        await self._send(message)
 
 
 class RequestContext:
@@ -62,31 +97,10 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         state = self._begun(scope)
-        start: float = state["arrived"]
         state["method"] = method = scope["method"]
         # Whatever has a GET has a HEAD. The server knows by its own scope that no body follows.
         scope = {**scope, "method": "GET"} if method == "HEAD" else scope
-        status, received, sent = CLIENT_CLOSED_REQUEST, 0, 0
-
-        async def receive_counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            return message
-
-        async def send_with_headers(message: Message) -> None:
-            nonlocal status, sent
-            message = {**message, "body": b""} if method == "HEAD" else message
-            sent += len(message.get("body", b""))
-            if message["type"] == "http.response.start":
-                _reserve(message, state)
-                status = message["status"]
-                _add_headers(message, state, start)
-            elif len(message.get("body", b"")) > PIECE_BYTES:
-                await _send_in_pieces(message, send)
-                return
-            await send(message)
-
+        exchange = _Exchange(state, receive, send)
         has_key, traffic = state["client"] in self._clients.usage, self._metrics.traffic
         active = self._metrics.active(method, scope.get("scheme", "http"))
         counted = state["path"] not in self._probes
@@ -94,22 +108,23 @@ class RequestContext:
         active.inc()
         try:
             with self._limited(scope):
-                await self._app(scope, receive_counted, send_with_headers)
+                await self._app(scope, exchange.receive, exchange.send)
         except (Exception, asyncio.CancelledError) as error:
-            if status != CLIENT_CLOSED_REQUEST:  # the response has begun and can't be taken back
+            if exchange.status != CLIENT_CLOSED_REQUEST:  # the response has begun and can't be taken back
                 raise
             # Here, and not in the framework's outermost layer, so that this response too has its headers and its line.
             response = await _failure(scope, error)
-            await response(scope, receive, send_with_headers)
+            await response(scope, receive, exchange.send)
         finally:
             if held := state.get("answer"):
                 held.release()
             traffic.in_flight -= counted
             active.dec()
-            seconds = perf_counter() - start
+            seconds = perf_counter() - state["arrived"]
+            received, sent = exchange.received, exchange.sent
             if has_key:
                 self._clients.usage.record(state["client"], state.get("images", 0), received, sent, seconds)
-            self._record(scope, method, status, seconds, received=received, sent=sent)
+            self._record(scope, method, exchange.status, seconds, received=received, sent=sent)
 
     def _begun(self, scope: Scope) -> dict[str, Any]:
         """The request's state, with its id and its client."""
@@ -158,7 +173,7 @@ class RequestContext:
         write("request", method=method, path=state["path"], status=status, **fields)
 
 
-def _add_headers(message: Message, state: dict[str, Any], start: float) -> None:
+def _add_headers(message: Message, state: dict[str, Any]) -> None:
     """Add what every response has to its first message."""
     if state["engine"].leaving or state["engine"].draining:
         # So that no client sends its next request into a closing socket.
@@ -166,7 +181,7 @@ def _add_headers(message: Message, state: dict[str, Any], start: float) -> None:
     headers = message["headers"] = [*message.get("headers", ())]
     headers.append((b"x-request-id", state["request_id"].encode()))
     if timing := state.get("timing"):
-        timing["total"] = perf_counter() - start
+        timing["total"] = perf_counter() - state["arrived"]
         entries = ", ".join(f"{k};dur={v * 1000:.2f}" for k, v in timing.items())
         headers.append((b"server-timing", entries.encode()))
 

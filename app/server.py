@@ -68,19 +68,24 @@ def run(
     gc.freeze()
     sys.setswitchinterval(SWITCH_SECONDS)
     started_event = "listening" if worker is None else "worker_listening"
-    # Workers share the queue of new connections: one that takes few at a time leaves some to the others.
-    share = {} if worker is None else {"accepts_per_turn": ACCEPTS_OF_A_WORKER}
-    directory = Directory(settings)
-    connections = Connections(
-        client_seconds=settings.client_timeout_seconds,
-        identify=lambda scope: directory.identify(scope)[0],
-        root_path=settings.root_path,
-        cors_origins=settings.cors_origins,
-        **share,
-    )
+    connections = _connections(settings, worker)
     urls = {name: url_of(each[0]) for name, each in (("url", listeners), ("management", management)) if each}
     server = DrainingServer(config, started_event, urls, settings, connections)
     server.run(sockets=[*listeners, *management])
+
+
+def _connections(settings: Settings, worker: Worker | None) -> Connections:
+    # Workers share the queue of new connections: one that takes few at a time leaves some to the others.
+    share = {} if worker is None else {"accepts_per_turn": ACCEPTS_OF_A_WORKER}
+    directory = Directory(settings)
+    return Connections(
+        client_seconds=settings.client_timeout_seconds,
+        identify=lambda scope: directory.identify(scope)[0],
+        root_path=settings.root_path,
+        health_route=settings.health_route,
+        cors_origins=settings.cors_origins,
+        **share,
+    )
 
 
 def leave() -> None:

@@ -53,7 +53,10 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may() -> None:
 
 
 def test_probes_come_first_below_the_root_path_too() -> None:
-    state = Connections(client_seconds=1, identify=lambda scope: scope["who"], root_path="/pvt")
+    made = partial(Connections, client_seconds=1, identify=lambda scope: scope["who"], root_path="/pvt")
+    state, platform = made(), made(health_route="/ready")
 
-    assert {"/health/live", "/pvt/health/live", "/v2/health/ready", "/pvt/v2/health/ready"} <= state.probes
-    assert not {"/", "/pvt", "/pvt/predict", "/health/live/pvt"} & state.probes
+    for path in ("/health/live", "/v2/health/ready", "/ping"):
+        assert {path, f"/pvt{path}"} <= state.probes
+    assert {"/ready", "/pvt/ready"} <= platform.probes
+    assert not {"", "/", "/pvt", "/pvt/predict", "/health/live/pvt"} & state.probes
