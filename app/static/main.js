@@ -39,15 +39,22 @@ function use(model) {
   trial.use(model);
 }
 
-async function loadModels() {
+/** Run `job`. What the service refuses for now runs again when it says so, and only that: each request counts there. */
+async function untilAllowed(job) {
   clearTimeout(reloading);
   try {
-    use(await models.menu());
+    await job();
   } catch (error) {
     failed(error);
-    if (error.retryAfter) reloading = setTimeout(loadModels, 1000 * error.retryAfter);
+    if (error.retryAfter) reloading = setTimeout(untilAllowed, 1000 * error.retryAfter, job);
   }
 }
+
+const loadModel = () => untilAllowed(async () => use(await models.chosen()));
+const loadModels = () => untilAllowed(async () => {
+  await models.menu();
+  loadModel();
+});
 
 function theme() {
   const stored = localStorage.getItem("pvt-serve-theme");
@@ -79,10 +86,10 @@ $("key-forget").addEventListener("click", () => { key.set(""); $("key-box").open
 addEventListener("keydown", (event) => {
   if (event.key === "Escape" && $("key-box").open) { $("key-box").open = false; $("key-summary").focus(); }
 });
-$("model").addEventListener("change", loadModels);
+$("model").addEventListener("change", loadModel);
 document.addEventListener("answered", async () => { // the first request has loaded it
   if (current?.state === "ready") return;
-  current = await models.menu().catch(() => current);
+  current = await models.menu().then(models.chosen).catch(() => current);
   $("model-line").textContent = models.describe(current);
 });
 reach.addEventListener("gone", () => live.gone(true));

@@ -7,16 +7,20 @@ const SIGNS = { ready: "●", loading: "◔", available: "○", failed: "✕", r
 const WORDS = { ready: "in memory", loading: "loading", available: "on disk", failed: "failed", remote: "can be fetched" };
 const state = (model) => `${SIGNS[model.state] ?? "?"} ${WORDS[model.state] ?? model.state}`;
 
-/** Fill the menu with the models of the store; returns the one that is chosen, in full. */
+/** Fill the menu with the models of the store. */
 export async function menu() {
   const { models } = await json("models");
   const local = models.filter((each) => each.state !== "remote" && each.state !== "failed");
   const before = $("model").value;
   $("model").replaceChildren(...local.map((each) => el("option", { value: each.id }, `${each.id} · ${state(each)}`)));
   const known = local.find((each) => each.id === before) ?? local.find((each) => each.default) ?? local[0];
-  if (!known) return null;
-  $("model").value = known.id;
-  return json(`models/${encodeURIComponent(known.id)}`);
+  if (known) $("model").value = known.id;
+}
+
+/** The model that the menu has chosen, in full; null if the store has none. */
+export async function chosen() {
+  const id = $("model").value;
+  return id ? json(`models/${encodeURIComponent(id)}`) : null;
 }
 
 export function describe(model) {

@@ -131,6 +131,7 @@ function countDown(seconds, line) {
   };
   button.addEventListener("click", () => classify());
   tick();
+  clearInterval(retry);
   retry = setInterval(tick, 250);
 }
 

@@ -35,6 +35,10 @@ window.fetch = async (url, options = {}) => {
   try { return await original(url, options); } finally { seen.running--; }
 };
 """
+_MODEL_IN_USE = """() => {
+  const id = document.querySelector("#model").value;
+  return id && document.querySelector("#model-line").textContent.startsWith(`${id}:`);
+}"""
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Watched:
 
     def open(self, path: str = "/") -> Page:
         self.page.goto(self.url + path)
-        self.page.wait_for_selector("#model option", state="attached")
+        self.page.wait_for_function(_MODEL_IN_USE)
         return self.page
 
     def bars(self) -> list[tuple[str, float]]:

@@ -74,6 +74,16 @@ def test_refusals_are_shown_in_the_words_of_the_service(behind: Watched, tmp_pat
         assert detail in behind.texts("#live-region")
 
 
+def test_a_client_at_its_limit_still_gets_a_page_that_works(behind: Watched) -> None:
+    page, key = behind.page, {"Authorization": "Bearer sesame"}
+    page.add_init_script("sessionStorage.setItem('pvt-serve-key', 'sesame')")
+    while httpx.get(f"{behind.url}/models", headers=key).status_code != 429:
+        pass
+    behind.open()
+    page.click("#samples button")
+    page.wait_for_selector("#bars li")
+
+
 def test_after_a_429_the_image_is_sent_again_when_the_service_says_so(behind: Watched) -> None:
     page = behind.page
     page.add_init_script("sessionStorage.setItem('pvt-serve-key', 'sesame')")
