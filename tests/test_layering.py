@@ -48,7 +48,7 @@ LAYERS = {
     "labelled": [{"checking", "publishing"}, {"fitting", "running"}, {"folder", "measures"}],
     "scheduling": [{"scheduler"}, {"dispatcher"}, {"lanes"}, {"queues"}],
     "execution": [{"executable"}, {"tuning"}, {"plan_cache", "reference"}, {"plan"}],
-    "backends": [{"cpu", "cuda"}, {"cuda_compiling"}, {"base"}],
+    "backends": [{"cpu", "cuda"}, {"cuda_compiling"}, {"base"}, {"folding"}],
     "store": [
         {"remote"},
         {"folder", "location"},

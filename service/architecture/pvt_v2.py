@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.reduces = self.linear or side > 1
         if self.reduces:
             self.sr = nn.Conv2d(dim, dim, side, side)
-            self.norm = nn.LayerNorm(dim)
+            self.norm: nn.Module = nn.LayerNorm(dim)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)  # (B, N, C) -> (B, heads, N, C / heads)

@@ -163,7 +163,7 @@ class Backend(Protocol):
         ...
 
     def program(self, module: Served, height: int, width: int) -> Program:
-        """The program of `module` for images of `height` x `width`."""
+        """The program of `module` for images of `height` x `width`; it may replace the module's weights by others."""
         ...
 
 

@@ -16,6 +16,7 @@ from openvino.properties import hint
 from torch.jit import _recursive, _state
 
 from service.backends.base import DTYPES, Backend, Batch, Blob, Graph, Images, Layout, Precision, Program, Served
+from service.backends.folding import fold_norms
 from service.errors import OutOfMemory
 from service.machine import give_back, resident_bytes
 from service.results import Floats
@@ -91,7 +92,8 @@ class OpenVinoBackend(CpuBackend):
         self.precisions = ("bfloat16", "float32") if native else ("float32",)
 
     def program(self, module: Served, height: int, width: int) -> Program:
-        """The program of `module`, which is traced."""
+        """The program of `module`, whose norms are folded and which is traced."""
+        fold_norms(module.model)
         traced = _traced(module, height, width)
 
         def graph(size: int, layout: Layout, precision: Precision) -> Graph:

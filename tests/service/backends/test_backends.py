@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -29,11 +30,17 @@ def card() -> ModelCard:
 
 
 @pytest.fixture(scope="module")
-def served(card: ModelCard) -> Served:
-    """The embedded model, plain float32."""
+def plain(card: ModelCard) -> Served:
+    """The embedded model, plain float32, as no backend gets it."""
     model = create(card.variant, num_classes=len(card.labels))
     load_weights(model, DIGITS / card.weights.file, card.weights.sha256)
     return Served(model, card.preprocessing.mean, card.preprocessing.std).eval()
+
+
+@pytest.fixture
+def served(plain: Served) -> Served:
+    """The same for a backend, which may replace its weights."""
+    return deepcopy(plain)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +51,9 @@ def images() -> NDArray[np.uint8]:
 
 
 @pytest.fixture(scope="module")
-def truth(served: Served, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def truth(plain: Served, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     with torch.inference_mode():
-        logits, embedding = served(torch.from_numpy(images))
+        logits, embedding = plain(torch.from_numpy(images))
     return logits.numpy(), embedding.numpy()
 
 
