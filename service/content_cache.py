@@ -23,7 +23,7 @@ from service.workers import Workers
 
 DIGEST_BYTES = 131_072  # of images whose digests are made on the event loop; more would hold it up for over 0.1 ms
 # That an entry takes beside its arrays, and each of these beside its data; tests/service compares with tracemalloc.
-ENTRY_BYTES, ARRAY_BYTES = 1_000, 250
+ENTRY_BYTES, ARRAY_BYTES = 500, 200
 _DROPPED_AT_ONCE = 1000  # entries of an unloaded model; then the event loop has its turn
 _NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 _NO_TIME = Timing(0, 0, 0, 0)
