@@ -260,7 +260,9 @@ def note(request: Request, result: InferenceResult) -> None:
     results, state = result.results, request.state
     state.log = {"model": result.model, "version": result.version, "images": len(results)}
     state.images = len(results)
-    state.cache_status = cache_status(request, result)
+    if status := cache_status(request, result):
+        state.cache_status = status
+        state.log["cache"] = status.partition("; ")[2]
     answered = [each for each in results if not isinstance(each, ServiceError)]
     if answered:
         last = max(answered, key=lambda each: sum(each.timing)) if len(answered) > 1 else answered[0]
