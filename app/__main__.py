@@ -94,7 +94,7 @@ def _work(index: int, group: WorkerGroup, stop_pipe: int, listeners: Sequence[st
         worker = Worker(group, index, stop_pipe)
         worker.watch(settings.exit_seconds)
         server.run(settings, [socket.socket(fileno=int(each)) for each in listeners], worker=worker)
-    except BackendUnavailable as error:
+    except (BackendUnavailable, SettingsInvalid) as error:
         structlog.get_logger(component="worker").error("start_refused", reason=str(error))
         return STARTUP_FAILURE
     server.leave()

@@ -26,12 +26,13 @@ from app.proxies import Proxies
 from app.remote_images.fetching import Fetcher
 from app.rendered import MetricsPage, openapi_route
 from app.routes import images, management, models, openai, operations, page, platforms
-from app.settings import Settings
+from app.settings import Settings, SettingsInvalid
 from app.stats import StatsPage, Traffic, share_of
 from app.workers import Worker
 from service.backends.cuda import choose, visible
 from service.engine import Engine
 from service.machine import memory_limit_bytes, usable_cores
+from service.memory import budget
 from service.metrics import EngineMetrics
 from service.options import Budget, EngineOptions, default_instances
 from service.sharing import cancel
@@ -49,7 +50,7 @@ CORS: Mapping[str, Any] = {
     "allow_private_network": True,
     "expose_headers": (
         *("X-Request-ID", "Server-Timing", "Retry-After", "WWW-Authenticate", "Allow", "Accept-Encoding"),
-        *("Preference-Applied", HEADER_LENGTH),
+        *("Preference-Applied", HEADER_LENGTH, "ETag", "Cache-Status"),
     ),
 }
 
@@ -60,12 +61,16 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     Without `settings` they, and the form of log lines, come from the environment. `worker`: one of several.
 
     Raises:
-        SettingsInvalid: a setting is unknown or out of bounds.
+        SettingsInvalid: a setting is unknown or out of bounds, or the content cache does not fit into memory.
         BackendUnavailable: the settings name a GPU that does not exist.
     """
     if settings is None:
         settings = Settings.from_environment()
         logs.configure(settings.log_format, level=settings.log_level, secrets=settings.secrets)
+    options = engine_options(settings)
+    if worker:
+        options = worker.share_of(options)
+    _check_cache(options)
     registry = CollectorRegistry()  # of this application's own, so that several can live in one process
     http = HttpMetrics(registry)
     framework: Callable[..., FastAPI] = FastAPIOffline if settings.ui else FastAPI  # with the files of `/docs`, or not
@@ -74,7 +79,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         docs_url=None,  # `page` has it
         redirect_slashes=False,  # a redirect would go to whatever host the client names
         telemetry=dict.fromkeys(("tracing", "metrics", "logs"), any(each.startswith("OTEL_") for each in os.environ)),
-        lifespan=partial(_lifespan, settings, engine_options(settings), registry, http.traffic, worker=worker),
+        lifespan=partial(_lifespan, settings, options, registry, http.traffic, worker=worker),
         exception_handlers=dict.fromkeys(problems.EXPECTED, problems.expected),
         # First in the table of routes, so that no time is lost on others.
         routes=[*platforms.own_routes(settings), *images.router.routes],
@@ -139,8 +144,21 @@ def engine_options(settings: Settings) -> EngineOptions:
         "max_map_bytes": int(settings.max_maps_mb * 1e6),
         "max_body_bytes": settings.max_body_bytes,
         "memory_bytes": int(settings.memory_mb * 1e6) or memory_limit_bytes(),
+        "cache_bytes": int(settings.cache_mb * 1e6),
     }
     return EngineOptions(**options)
+
+
+def _check_cache(options: EngineOptions) -> None:
+    """Raises SettingsInvalid where the content cache would leave too little memory for everything else."""
+    if not options.memory_bytes or not options.cache_bytes:
+        return
+    most = budget(options.memory_bytes, options.max_body_bytes, options.max_map_bytes).limit // 2
+    if options.cache_bytes > most:
+        raise SettingsInvalid(
+            f"PVT_CACHE_MB: {options.cache_bytes / 1e6:.0f} MB for each process are more than half of what the limit "
+            f"of the container, or PVT_MEMORY_MB, leaves it; {most / 1e6:.0f} MB would fit"
+        )
 
 
 def _with_process(registry: CollectorRegistry) -> CollectorRegistry:
@@ -164,7 +182,7 @@ async def _lifespan(
         seconds = settings.url_timeout_ms / 1000
         fetcher = Fetcher(settings.url_reach, registry, max_bytes=settings.max_body_bytes, seconds=seconds)
         await stack.enter_async_context(fetcher)
-        engine = Engine(worker.share_of(options) if worker else options, EngineMetrics(registry))
+        engine = Engine(options, EngineMetrics(registry))
         await stack.enter_async_context(engine)
         process = ProcessMetrics(registry)
 

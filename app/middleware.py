@@ -180,6 +180,8 @@ def _add_headers(message: Message, state: dict[str, Any]) -> None:
         MutableHeaders(scope=message)["Connection"] = "close"
     headers = message["headers"] = [*message.get("headers", ())]
     headers.append((b"x-request-id", state["request_id"].encode()))
+    if cached := state.get("cache_status"):
+        headers.append((b"cache-status", cached.encode()))
     if timing := state.get("timing"):
         timing["total"] = perf_counter() - state["arrived"]
         entries = ", ".join(f"{k};dur={v * 1000:.2f}" for k, v in timing.items())

@@ -65,6 +65,10 @@ class ImageHostBusy(errors.ServiceError):
     """An image's URL was not requested: its host, or the client, has its share of images under way."""
 
 
+class AnswerUnchanged(errors.ServiceError):
+    """The answer to a POST is the one whose tag its `If-None-Match` names."""
+
+
 class Unauthorized(errors.ServiceError):
     """The request carries no valid key."""
 
@@ -129,6 +133,7 @@ STATUS: Mapping[type[Exception], int] = {
     NotAcceptable: 406,
     RequestTimeout: 408,
     errors.ModelPinned: 409,
+    AnswerUnchanged: 412,
     errors.ImageTooLarge: 413,
     TargetTooLong: 414,
     UnsupportedMediaType: 415,
@@ -163,6 +168,7 @@ MEANING: Mapping[int, str] = {
     404: "No such model.",
     406: "No form of response that `Accept` allows.",
     409: "The model is pinned in memory.",
+    412: "The answer is the one whose `ETag` the request's `If-None-Match` names.",
     413: "The body or an image exceeds a limit.",
     415: "Unsupported form of body.",
     422: "A parameter or an image is wrong.",

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from app.caching import validated
 from app.clients import Allowance
 
 RENDER_SHARE = 0.02  # of the event loop's time, for metrics
@@ -87,6 +88,6 @@ def openapi_route(app: FastAPI) -> Route:
                     if len(documents) >= ROOT_PATHS:
                         documents.clear()
                     documents[root_path] = await run_in_threadpool(document, root_path)
-        return Response(documents[root_path], media_type="application/json")
+        return validated(request, documents[root_path], "application/json")
 
     return Route(app.openapi_url or "", openapi, include_in_schema=False)

@@ -190,6 +190,9 @@ class Settings(BaseSettings):
     0: the limit of the container, or what the machine has."""
     memory_budget_mb: Annotated[float, Field(ge=0)] = 0
     """Memory limit for all loaded models, in units of 10^6 bytes; others are evicted to make room. 0: no limit."""
+    cache_mb: Annotated[float, Field(ge=0)] = 0
+    """Memory for results of images that were answered before, in units of 10^6 bytes, shared out among workers; equal
+    images get them again. 0: no cache."""
     min_residency_seconds: Annotated[float, Field(ge=0)] = 10
     """How long a model stays in memory after its load before it may be evicted."""
     cold: Literal["wait", "refuse"] = "wait"
@@ -305,6 +308,13 @@ class Settings(BaseSettings):
         ]
         if set.intersection(*both):
             raise ValueError("one of these is in PVT_API_KEYS too; who may ask for predictions is not who manages")
+        return value
+
+    @field_validator("cache_mb")
+    @classmethod
+    def _holds_some(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError("1 or more, since a result takes some kilobytes, with stage maps a thousand; 0: no cache")
         return value
 
     @model_validator(mode="after")

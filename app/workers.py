@@ -162,8 +162,10 @@ class Worker:
         bound = options.budget.bytes
         budget = replace(options.budget, bytes=None if bound is None else bound // self.group.size)
         # A process that runs fewer batches at a time than there are GPUs would leave some of them unused.
-        instances, memory = max(instances, len(options.devices)), options.memory_bytes // self.group.size
-        return replace(options, instances=instances, cores=cores, budget=budget, memory_bytes=memory)
+        instances = max(instances, len(options.devices))
+        memory, cache = options.memory_bytes // self.group.size, options.cache_bytes // self.group.size
+        options = replace(options, memory_bytes=memory, cache_bytes=cache)
+        return replace(options, instances=instances, cores=cores, budget=budget)
 
     def health(self, own: "Health", stall_seconds: float) -> "Health":
         """`own` and that of the other workers combined: a client reaches any of them, and means the service.

@@ -15,10 +15,11 @@ from service import memory
 from service.acquisition.pulling import RemoteModel
 from service.architecture.variants import VARIANTS
 from service.backends.base import DeviceHealth
+from service.content_cache import CacheUse, ContentCache
 from service.errors import DeadlineExceeded, InvalidRequest, ServiceError, ShuttingDown, WeightsUnavailable
 from service.execution.executable import Executable
 from service.machine import gpu_memory, gpu_utilization
-from service.memory import Reservation
+from service.memory import CACHE, Reservation
 from service.metrics import EngineMetrics, Labels
 from service.options import EngineOptions
 from service.pipeline import Pipeline, Sized
@@ -50,12 +51,13 @@ class Engine:
         self._metrics = metrics
         self.memory = memory.budget(options.memory_bytes, options.max_body_bytes, options.max_map_bytes)
         self._devices = DeviceHealth()
-        self._pipeline = Pipeline(options, metrics, self._devices, self.memory)
+        self._encoders = Workers("encode", 2)  # a small response need not wait for a large one; more slow the loop
+        self.memory.reserve(options.cache_bytes, CACHE)
+        self._cache = ContentCache(options.cache_bytes, metrics, self._encoders) if options.cache_bytes else None
+        self._pipeline = Pipeline(options, metrics, self._devices, self.memory, self._cache)
         self._catalog = Catalog(options)
         self._loading = Loading(options, metrics, self._pipeline, self._catalog, self._devices, memory=self.memory)
         self._registry = Registry[Resident](self._catalog, self._loading, options.budget)
-        # Two, so that a small response need not wait for a large one; more would take the event loop's turns.
-        self._encoders = Workers("encode", 2)
         # Mutable state: work that no request waits for; what is to be loaded before the service is ready; the tasks of
         # the requests under way; whether new ones are refused, and whether those under way are ended too.
         self._tasks: set[asyncio.Task[None]] = set()
@@ -140,12 +142,14 @@ class Engine:
         timeout_seconds: float | None = None,
         client: str = "",
         held: Reservation | None = None,
+        cache: CacheUse | None = None,
     ) -> InferenceResult:
         """The model's outputs for each of `images`; with stage maps and the head's weights, if `stages` says so.
 
         Images are resized to `size`, height and width, the model's own by default; pixels must have it already.
         `check` may refuse the model's card. `max_wait_seconds` limits the wait for a load; None: as the options say.
-        The machine is shared fairly among clients. `held` grows by the memory of stage maps, for the caller to release.
+        The machine is shared fairly among clients. `held` grows by the memory of stage maps, for the caller to release;
+        `cache` rules the use of the content cache.
 
         Raises:
             InvalidRequest: no such size, or more images or larger stage maps than one request may have.
@@ -167,7 +171,9 @@ class Engine:
                     load_seconds = monotonic() - start
                     if self._last_used.get((name, size)) is not sized:
                         self._last_used[name, size] = sized
-                    results = await self._pipeline.infer(sized, images, deadline, stages=stages, client=client)
+                    results = await self._pipeline.infer(
+                        sized, images, deadline, stages=stages, client=client, cache=cache
+                    )
         if any(isinstance(each, DeadlineExceeded) for each in results):  # all have the same time
             raise _late(seconds)
         return sized.executable.result(results, stages=stages, load_seconds=load_seconds)
@@ -182,11 +188,11 @@ class Engine:
     ) -> ServiceError | None:
         """What `infer` would raise for one image for want of room or time, if it would; it costs microseconds.
 
-        Ask before a body is read: refusing must not cost what answering does. None where the model was not used yet, or
-        where so little waits that `infer` may decide.
+        Ask before a body is read: refusing must not cost what answering does. None where the model was not used yet,
+        where so little waits that `infer` may decide, or where the content cache may have the answer.
         """
         name = self.options.default_model if model is None else model
-        if not (sized := self._last_used.get((name, size))):
+        if self._cache or not (sized := self._last_used.get((name, size))):
             return None
         deadline = monotonic() + (timeout_seconds or self.options.timeout_seconds)
         return self._pipeline.scheduler.refusal(sized.lane, deadline, client)

@@ -13,7 +13,7 @@ from typing import Self
 from service.errors import MemoryExhausted
 from service.machine import resident_bytes
 
-BODIES, ANSWERS, DECODING, MODELS = "bodies", "answers", "decoding", "models"  # what they are reserved for
+BODIES, ANSWERS, DECODING, MODELS, CACHE = "bodies", "answers", "decoding", "models", "cache"  # what they are for
 # A reservation of so many bytes is small. The last part of the budget is for small ones only: a digit is answered
 # whatever large requests hold.
 SMALL_BYTES = 1_000_000  # a body of 256 kB, and what parsing its JSON takes beside it

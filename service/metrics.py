@@ -94,6 +94,13 @@ class EngineMetrics:
         self.model_memory_bytes = gauge(
             "pvt_model_memory_bytes", "Resident memory that each loaded model takes.", ["model"]
         )
+        self._cache_hits = counter("pvt_cache_hits", "Images answered from the content cache.", ["model"])
+        self.cache_misses = counter("pvt_cache_misses", "Images that were not in the content cache.", ["model"])
+        self._cache_coalesced = counter(
+            "pvt_cache_coalesced", "Images answered by the computation of an equal one.", ["model"]
+        )
+        self.cache_evictions = counter("pvt_cache_evictions", "Results that left the content cache for others.")
+        self.cache_bytes = gauge("pvt_cache_bytes", "Bytes of the results in the content cache.")
         self.memory_limit_bytes = gauge("pvt_memory_limit_bytes", "Memory for bodies, decoding, answers and loads.")
         self.memory_reserved_bytes = gauge(
             "pvt_memory_reserved_bytes", "Memory of that limit which is reserved now, by what for.", ["what"]
@@ -105,7 +112,7 @@ class EngineMetrics:
         self.instances = gauge("pvt_instances", "Batches that can run at the same time.")
         self.instances_busy = gauge("pvt_instances_busy", "Instances that run a batch.")
         for metric in (self.stage_seconds, self.batch_size, self.batch_releases, self.images, self.last_batch,
-                       self.batch_seconds, self.padding, self.top1_score):  # fmt: skip
+                       self.batch_seconds, self.padding, self.top1_score, self._cache_hits):  # fmt: skip
             # Looking for a series costs several times what counting does, so each is looked for once.
             metric.__dict__["labels"] = cache(metric.labels)
         self.recent_batches = Recent[int]()  # by size
@@ -123,6 +130,17 @@ class EngineMetrics:
     def cancelled(self, stage: str) -> None:
         """An image left at `stage` because its caller hung up or its time ran out."""
         self.cancellations.labels(stage).inc()
+
+    def cache_hit(self, model: str, seconds: float) -> None:
+        """An image of `model` was answered from the content cache, in `seconds`."""
+        self._cache_hits.labels(model).inc()
+        self.stage_seconds.labels("cache", model).observe(seconds)
+        self.images.labels(model, "answered").inc()
+
+    def cache_coalesced(self, model: str, *, answered: bool) -> None:
+        """An image of `model` got the outcome of an equal one: a result, or what is wrong with it."""
+        self._cache_coalesced.labels(model).inc()
+        self.images.labels(model, "answered" if answered else "refused").inc()
 
     def report_queues(self, depths: Mapping[str, Mapping[str, int]]) -> None:
         """Report the images of each model by state, and its `capacity`; a model that is gone has none any more."""

@@ -39,7 +39,7 @@ class EngineOptions:
     loaded waits; `reload_seconds` 0 never looks for new versions. `pull` fetches published weights when they are first
     requested, `mirror` is a base URL in place of their hosts. `devices` are the GPUs to use, by torch's names, none for
     the CPU; `compile` makes their graphs faster in the background. `memory_bytes` is what the process may take of the
-    machine's memory in all; 0: no limit.
+    machine's memory in all; 0: no limit. `cache_bytes` of it are for the content cache; 0: there is none.
     """
 
     model_store: Path
@@ -71,6 +71,7 @@ class EngineOptions:
     max_map_bytes: int = 128_000_000
     max_body_bytes: int = 32_000_000
     memory_bytes: int = 0
+    cache_bytes: int = 0
     stall_seconds: float = 30.0
 
     @property

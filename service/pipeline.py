@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from threading import Condition, Timer
 from time import monotonic
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from service.backends.base import DeviceHealth
+from service.content_cache import CacheUse, ContentCache, Ended, Outcome, Work, owned
 from service.errors import ImageTooLarge, InvalidImage, MemoryExhausted, OutOfMemory, ServiceError
 from service.execution.executable import Executable
 from service.images.costs import Cost
@@ -53,10 +55,11 @@ _Places = Places[_Source, _Prepared, _Inferred]
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Sized:
-    """A loaded model at one input size, and its lane through the scheduler."""
+    """A loaded model at one input size, and its lane through the scheduler; no other one has its `number`."""
 
     executable: Executable
     lane: Lane[_Source, _Prepared, _Inferred]
+    number: int = field(default_factory=count().__next__)
 
 
 class LargeImages:
@@ -123,9 +126,15 @@ class Pipeline:
     """The scheduler, and the work of its threads for each model. It lives until the scheduler is closed."""
 
     def __init__(
-        self, options: EngineOptions, metrics: EngineMetrics, devices: DeviceHealth, memory: MemoryBudget
+        self,
+        options: EngineOptions,
+        metrics: EngineMetrics,
+        devices: DeviceHealth,
+        memory: MemoryBudget,
+        cache: ContentCache | None = None,
     ) -> None:
         self._options = options
+        self._cache = cache
         self._large = LargeImages(memory)
         self._metrics = metrics
         self._devices = devices
@@ -146,6 +155,12 @@ class Pipeline:
             model,
         )
         return Sized(executable, self.scheduler.open_lane(lane))
+
+    async def close(self, sized: Sized) -> None:
+        """Close the lane of `sized`, which no request uses, and drop its results."""
+        if self._cache:
+            await self._cache.forget(sized.number)
+        await self.scheduler.close_lane(sized.lane)
 
     def _decode(self, geometry: Geometry, source: _Source) -> _Prepared:
         image, shape = source.image, (geometry.height, geometry.width, 3)
@@ -170,36 +185,76 @@ class Pipeline:
                 outputs = executable.run(instance, pixels, alone=alone, stages=stages, ran=ran)
         except MemoryError as error:
             raise OutOfMemory(f"the outputs of a batch of {len(payloads)} do not fit into memory") from error
-        return [
+        inferred = [
             (each, output if each.stages else output._replace(stages=()))
             for each, output in zip(payloads, outputs, strict=True)
         ]
+        return [(each, owned(output)) for each, output in inferred] if self._cache else inferred
 
     async def infer(
-        self, sized: Sized, images: Sequence[Image], deadline: float, *, stages: bool = False, client: str = ""
-    ) -> list[ImageResult | ServiceError]:
+        self,
+        sized: Sized,
+        images: Sequence[Image],
+        deadline: float,
+        *,
+        stages: bool = False,
+        client: str = "",
+        cache: CacheUse | None = None,
+    ) -> list[Outcome]:
         """Each of `images` through the model, with stage maps if `stages`; one that fails does not harm the others.
 
-        `client` shares the model fairly with others.
+        `client` shares the model fairly with others. What the content cache answers needs no place in the queue.
 
         Raises:
             QueueFull: the model's queue has not that many places left; nothing was done.
             DeadlineExceeded: what is queued keeps these images from being answered by `deadline`; nothing was done.
         """
+        if self._cache is None or (cache and not (cache.lookup or cache.store)):
+            return await self._compute(sized, images, deadline, stages=stages, client=client)
+
+        async def compute(own: Sequence[int], ended: Ended) -> None:
+            def ended_one(i: int, outcome: Outcome) -> None:
+                ended(own[i], outcome)
+
+            chosen = [images[i] for i in own]
+            await self._compute(sized, chosen, deadline, stages=stages, client=client, ended=ended_one)
+
+        def may_join(other: str) -> bool:  # not one that stands behind a queue of its client's own
+            return self.scheduler.waiting(sized.lane, other) <= sized.lane.plan.largest
+
+        work = Work(sized.executable.stored.id, sized.number, stages, client, compute, may_join)
+        return await self._cache.infer(images, work, cache or CacheUse())
+
+    async def _compute(
+        self,
+        sized: Sized,
+        images: Sequence[Image],
+        deadline: float,
+        *,
+        stages: bool,
+        client: str,
+        ended: Ended = lambda *_: None,
+    ) -> list[Outcome]:
+        """As `infer`, without the cache; `ended` is called with the index and outcome of each image as it ends."""
         most = self._options.max_image_pixels / 1e6  # a broken header may name any size, and takes no time to refuse
         sizes = [min(most, megapixels(image)) if isinstance(image, bytes) else 0.0 for image in images]
         large = sum(size > LARGE_MEGAPIXELS for size in sizes)
         with self.scheduler.reserve(sized.lane, len(images), deadline, client, large) as places:
-            infer_one = partial(self._infer_one, sized, places, deadline, stages=stages)
+
+            async def infer_one(i: int) -> Outcome:
+                outcome = await self._infer_one(sized, places, deadline, images[i], sizes[i], stages=stages)
+                ended(i, outcome)
+                return outcome
+
             if len(images) == 1:
-                return [await infer_one(images[0], sizes[0])]
+                return [await infer_one(0)]
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(infer_one(*each)) for each in zip(images, sizes, strict=True)]
+                tasks = [group.create_task(infer_one(i)) for i in range(len(images))]
         return [task.result() for task in tasks]
 
     async def _infer_one(
         self, sized: Sized, places: _Places, deadline: float, image: Image, megapixels: float, *, stages: bool
-    ) -> ImageResult | ServiceError:
+    ) -> Outcome:
         model, outcome, start = sized.executable.stored.id, "failed", monotonic()
         try:
             if isinstance(image, ServiceError):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,8 @@ class ImageResult:
     """One image after inference: its own size in pixels, the model's outputs, and the time that they took.
 
     `pixels` is the image as the model saw it, uint8 (height, width, 3). `batch_size` counts the images of its batch,
-    and `batch_reason` says why that ran when it did.
+    and `batch_reason` says why that ran when it did. `reuse` says that it is another request's: from the content cache
+    (`hit`, without pixels where it has no stage maps), or computed at the same time (`coalesced`).
     """
 
     width: int
@@ -66,6 +67,7 @@ class ImageResult:
     pixels: Pixels
     batch_size: int = 1
     batch_reason: str = ""
+    reuse: Literal["", "hit", "coalesced"] = ""
 
 
 @dataclass(frozen=True, slots=True)

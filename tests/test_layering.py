@@ -19,7 +19,7 @@ LAYERS = {
         {"scheduling"},
         {"execution"},
         {"backends"},
-        {"postprocess"},
+        {"content_cache", "postprocess"},
         {"results"},
         {"store"},
         {"images"},

@@ -15,7 +15,7 @@ from service.errors import MemoryExhausted, ServiceError
 log = structlog.get_logger(component="grpc")
 
 Metadata = tuple[tuple[str, str], ...]
-_RETURNED = frozenset({"retry-after", "server-timing", "x-request-id"})
+_RETURNED = frozenset({"cache-status", "retry-after", "server-timing", "x-request-id"})
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,

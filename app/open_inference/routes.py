@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from app.bodies import JSON_COPIES, LARGE_JSON, parse_json, read_body
+from app.caching import cache_use
 from app.dependencies import (
     EngineDep,
     HealthDep,
@@ -263,6 +264,7 @@ async def infer(
                 timeout_seconds=timeout / 1e6 if timeout else None,
                 client=request.state.client,
                 held=hold_answer(request),
+                cache=cache_use(request),
             )
     note(request, result)
     outputs = partial(_outputs, message, result, hold_answer(request))

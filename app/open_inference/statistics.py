@@ -14,7 +14,7 @@ from service.errors import InvalidRequest
 
 _NAMES = frozenset({
     "pvt_images_total", "pvt_stage_seconds_sum", "pvt_stage_seconds_count", "pvt_failed_seconds_total",
-    "pvt_batch_releases_total", "pvt_last_batch_timestamp_seconds",
+    "pvt_batch_releases_total", "pvt_last_batch_timestamp_seconds", "pvt_cache_misses_total",
 })  # fmt: skip
 _ANSWERED = "answered"
 
@@ -29,7 +29,8 @@ class Duration(BaseModel):
 class InferStatistics(BaseModel):
     """By image. `compute_input` is decoding, with the wait for a thread; `compute_output` is making the response.
 
-    `success` is the sum of the four; `fail` are images that were refused, failed or given up. There is no cache.
+    `success` is the sum of the four and of `cache_hit`, images answered from the content cache; `fail` are images that
+    were refused, failed or given up. Of `cache_miss` only the number is known.
     """
 
     success: Duration
@@ -99,7 +100,7 @@ def _of(name: str, version: str, samples: list[Sample]) -> ModelStatistics:
 
     answered = int(total("pvt_images_total", lambda labels: labels["outcome"] == _ANSWERED))
     failed = int(total("pvt_images_total", lambda labels: labels["outcome"] != _ANSWERED))
-    stages = [stage("queue", "wait"), stage("decode"), stage("infer"), stage("encode")]
+    stages = [stage("queue", "wait"), stage("decode"), stage("infer"), stage("encode"), stage("cache")]
     return ModelStatistics(
         name=name,
         version=version,
@@ -113,6 +114,8 @@ def _of(name: str, version: str, samples: list[Sample]) -> ModelStatistics:
             compute_input=stages[1],
             compute_infer=stages[2],
             compute_output=stages[3],
+            cache_hit=stages[4],
+            cache_miss=Duration(count=int(total("pvt_cache_misses_total"))),
         ),
     )
 

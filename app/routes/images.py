@@ -83,7 +83,7 @@ def example(image: Mapping[str, Any], **more: JsonValue) -> JsonDict:
 def documentation(*binary: str) -> dict[str, Any]:
     """What the route of an endpoint that takes images documents, with the `binary` forms of its response."""
     content: dict[int | str, Any] = {200: {"content": dict.fromkeys(binary, BINARY_CONTENT)}} if binary else {}
-    statuses = (406, *IMAGE_PROBLEMS) if binary else IMAGE_PROBLEMS
+    statuses = (406, 412, *IMAGE_PROBLEMS) if binary else (412, *IMAGE_PROBLEMS)
     return {"openapi_extra": {"requestBody": IMAGES}, "responses": {**content, **documented(*statuses)}}
 
 

@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
 from app.bodies import FIELD, Link, Upload, read_uploads
+from app.caching import cache_status, cache_use, tagged
 from app.dependencies import max_wait_seconds, require_key
 from app.encodings import chunks
 from app.problems import NotAcceptable, expected
@@ -89,6 +90,8 @@ class InferenceRoute(APIRoute):
             client=state["client"],
         )
         response = await (expected(request, refused) if refused else self.endpoint(request, query))
+        if settings.cache_mb:
+            response = await tagged(request, response)
         await response(scope, receive, send)
 
 
@@ -211,6 +214,7 @@ async def infer_images(
             timeout_seconds=timeout,
             client=state.client,
             held=hold_answer(request) if stages else None,
+            cache=cache_use(request),
         )
     note(request, result)
     return [upload.filename for upload in uploads], result
@@ -256,6 +260,9 @@ def note(request: Request, result: InferenceResult) -> None:
     results, state = result.results, request.state
     state.log = {"model": result.model, "version": result.version, "images": len(results)}
     state.images = len(results)
+    if status := cache_status(request, result):
+        state.cache_status = status
+        state.log["cache"] = status.partition("; ")[2]
     answered = [each for each in results if not isinstance(each, ServiceError)]
     if answered:
         last = max(answered, key=lambda each: sum(each.timing)) if len(answered) > 1 else answered[0]

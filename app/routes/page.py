@@ -4,13 +4,13 @@ The page loads nothing from elsewhere, and the policy below lets it do nothing e
 """
 
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 
+from app.caching import validated
 from app.proxies import base_url
 
 router = APIRouter(include_in_schema=False)
@@ -59,12 +59,7 @@ async def static_file(request: Request, name: str) -> Response:
 
 
 def _file(request: Request, content: bytes, suffix: str) -> Response:
-    tag = f'"{sha256(content).hexdigest()[:24]}"'
-    headers = {**HEADERS, "ETag": tag}
-    known = {each.strip().removeprefix("W/") for each in request.headers.get("if-none-match", "").split(",")}
-    if known & {tag, "*"}:
-        return Response(status_code=304, headers=headers)
-    return Response(content, headers=headers, media_type=TYPES[suffix])
+    return validated(request, content, TYPES[suffix], HEADERS)
 
 
 @router.get("/docs", response_class=HTMLResponse)

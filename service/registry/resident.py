@@ -138,7 +138,7 @@ class Resident:
 
     async def _close_evicted(self) -> None:
         while self._evicted:
-            await self._pipeline.scheduler.close_lane(self._evicted.pop().lane)
+            await self._pipeline.close(self._evicted.pop())
 
     async def _resize(self, size: Size) -> Sized:
         await self._close_evicted()

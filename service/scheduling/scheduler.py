@@ -123,6 +123,11 @@ class Scheduler(Generic[S, T, R]):
         with self._changed:
             return self._dispatcher.refusal(lane, monotonic(), deadline, client)
 
+    def waiting(self, lane: Lane[S, T, R], client: str) -> int:
+        """Images of `client` in `lane` that are in no batch yet."""
+        with self._changed:
+            return sum(places.waiting for places in lane.requests if places.client == client)
+
     async def submit(
         self, places: Places[S, T, R], source: S, deadline: float = inf, megapixels: float = 0.0
     ) -> Completed[R]:
