@@ -14,7 +14,9 @@ import orjson
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from app.tracing import exporters
 from service.store.location import hide
+from service.tracing import current
 
 Level = Literal["debug", "info", "warning", "error"]
 GATHER_SECONDS = 0.02
@@ -34,6 +36,8 @@ def configure(
 
     Those below `level` are left out, whoever writes them.
 
+    Lines about a request that is traced have its ids. Raises SettingsInvalid as `app.tracing.exporters` does.
+
     `auto` is text on a terminal, and JSON elsewhere. `secrets` are hidden wherever they stand, in the messages of
     libraries and in tracebacks too.
 
@@ -42,6 +46,8 @@ def configure(
     as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
     time = structlog.processors.TimeStamper("iso", utc=True) if as_json else _CLOCK
     shared: list[Processor] = [structlog.processors.add_log_level, time]
+    if exporters():
+        shared.append(_trace_ids)
     if worker is not None:
         shared.append(lambda _, __, event: {**event, "worker": worker})
     last = _json_renderer() if as_json else [console_renderer(sys.stderr)]
@@ -62,6 +68,12 @@ def configure(
     least = logging.getLevelNamesMapping()[level.upper()]
     logging.getLogger("watchfiles").setLevel(max(logging.WARNING, least))  # it reports every change of a folder
     logging.basicConfig(handlers=[writer], level=least, force=True)
+
+
+def _trace_ids(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Adds the ids of the request that the line is about, in the form of OpenTelemetry's log data model."""
+    request = current.get()
+    return {**event, **request.ids} if request and not request.ended else event
 
 
 def _json_renderer() -> list[Processor]:

@@ -19,7 +19,7 @@ LAYERS = {
         {"scheduling"},
         {"execution"},
         {"backends"},
-        {"postprocess"},
+        {"postprocess", "tracing"},
         {"results"},
         {"store"},
         {"images"},
