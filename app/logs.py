@@ -9,6 +9,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Literal, TextIO
+from weakref import WeakMethod
 
 import orjson
 import structlog
@@ -132,13 +133,20 @@ class LogWriter(logging.Handler):
         super().__init__()
         self._descriptor = descriptor
         self._secrets = secrets
+        self.dropped_in_all = 0
+        self._begin()
+        # A thread does not survive a fork: servers such as `gunicorn --preload` import the application first.
+        again = WeakMethod(self._begin)
+        os.register_at_fork(after_in_child=lambda: (begin := again()) and begin())
+
+    def _begin(self) -> None:
+        """Begin to write, with nothing that waits."""
         self._changed = threading.Condition()
         # Mutable state: the lines that wait, the bytes not yet written, how many lines were dropped since the last
         # note of it and in all, and whether somebody waits for all to be written.
         self._lines: list[bytes] = []
         self._bytes = 0
         self._dropped = 0
-        self.dropped_in_all = 0
         self._flushing = False
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
