@@ -3,10 +3,11 @@
 import asyncio
 import re
 from codecs import BOM_UTF8
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
-from typing import Annotated, Any, NamedTuple, TypeVar
+from time import perf_counter
+from typing import Annotated, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import orjson
@@ -45,6 +46,7 @@ LARGE_JSON = 65_536  # bytes; parsing more would hold up the event loop
 MAX_COMMAS = 20_000
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Upload(NamedTuple):
@@ -86,6 +88,20 @@ BODY_EXAMPLES = {
 }
 
 
+def timed(read: Callable[Concatenate[Request, P], Awaitable[T]]) -> Callable[Concatenate[Request, P], Awaitable[T]]:
+    """`read`, with its beginning and end, on `perf_counter`, left in the request's state, also where it fails."""
+
+    async def run(request: Request, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        start = perf_counter()
+        try:
+            return await read(request, *args, **kwargs)
+        finally:
+            request.state.read = start, perf_counter()
+
+    return run
+
+
+@timed
 async def read_uploads(
     request: Request, held: Reservation, parse: Callable[..., list[Upload | Link]] | None = None
 ) -> list[Upload | Link]:
@@ -184,6 +200,7 @@ def _refuse_other_sites(request: Request) -> None:
     )
 
 
+@timed
 async def read_json(request: Request, held: Reservation, parse: Callable[[bytes], T]) -> T:
     """What `parse` makes of the body, on a thread if that is large; raises as `read_body` and `parse`."""
     return await _parsed(await read_body(request, request.state.settings.max_body_bytes, held), held, parse)

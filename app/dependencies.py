@@ -19,6 +19,7 @@ from app.remote_images.fetching import Fetcher
 from app.rendered import MetricsPage
 from app.settings import UNIX_PREFIX, Settings
 from app.stats import StatsPage
+from app.tracing import Tracing
 from app.workers import Worker
 from service.engine import Engine
 from service.names import meant
@@ -36,7 +37,7 @@ API_KEY, MANAGEMENT_KEY = "api_key", "management_key"
 
 
 class State(TypedDict):
-    """What the lifespan yields; `worker` where there are several."""
+    """What the lifespan yields; `worker` where there are several, `tracing` where requests are traced."""
 
     engine: Engine
     settings: Settings
@@ -44,6 +45,7 @@ class State(TypedDict):
     stats: StatsPage
     worker: Worker | None
     fetcher: Fetcher
+    tracing: Tracing | None
 
 
 def _from_state(name: str) -> Callable[[Request], Awaitable[Any]]:

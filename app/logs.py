@@ -9,12 +9,15 @@ from contextlib import suppress
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Literal, TextIO
+from weakref import WeakMethod
 
 import orjson
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from app.tracing import exporters
 from service.store.location import hide
+from service.tracing import current
 
 Level = Literal["debug", "info", "warning", "error"]
 GATHER_SECONDS = 0.02
@@ -34,6 +37,8 @@ def configure(
 
     Those below `level` are left out, whoever writes them.
 
+    Lines about a request that is traced have its ids. Raises SettingsInvalid as `app.tracing.exporters` does.
+
     `auto` is text on a terminal, and JSON elsewhere. `secrets` are hidden wherever they stand, in the messages of
     libraries and in tracebacks too.
 
@@ -42,6 +47,8 @@ def configure(
     as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
     time = structlog.processors.TimeStamper("iso", utc=True) if as_json else _CLOCK
     shared: list[Processor] = [structlog.processors.add_log_level, time]
+    if exporters():
+        shared.append(_trace_ids)
     if worker is not None:
         shared.append(lambda _, __, event: {**event, "worker": worker})
     last = _json_renderer() if as_json else [console_renderer(sys.stderr)]
@@ -62,6 +69,12 @@ def configure(
     least = logging.getLevelNamesMapping()[level.upper()]
     logging.getLogger("watchfiles").setLevel(max(logging.WARNING, least))  # it reports every change of a folder
     logging.basicConfig(handlers=[writer], level=least, force=True)
+
+
+def _trace_ids(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Adds the ids of the request that the line is about, in the form of OpenTelemetry's log data model."""
+    request = current.get()
+    return {**event, **request.ids} if request and not request.ended else event
 
 
 def _json_renderer() -> list[Processor]:
@@ -120,13 +133,20 @@ class LogWriter(logging.Handler):
         super().__init__()
         self._descriptor = descriptor
         self._secrets = secrets
+        self.dropped_in_all = 0
+        self._begin()
+        # A thread does not survive a fork: servers such as `gunicorn --preload` import the application first.
+        again = WeakMethod(self._begin)
+        os.register_at_fork(after_in_child=lambda: (begin := again()) and begin())
+
+    def _begin(self) -> None:
+        """Begin to write, with nothing that waits."""
         self._changed = threading.Condition()
         # Mutable state: the lines that wait, the bytes not yet written, how many lines were dropped since the last
         # note of it and in all, and whether somebody waits for all to be written.
         self._lines: list[bytes] = []
         self._bytes = 0
         self._dropped = 0
-        self.dropped_in_all = 0
         self._flushing = False
         threading.Thread(target=self._run, name="log", daemon=True).start()
 

@@ -28,6 +28,7 @@ from app.rendered import MetricsPage, openapi_route
 from app.routes import images, management, models, openai, operations, page, platforms
 from app.settings import Settings, SettingsInvalid
 from app.stats import StatsPage, Traffic, share_of
+from app.tracing import exporters, tracing
 from app.workers import Worker
 from service.backends.cuda import choose, visible
 from service.engine import Engine
@@ -61,9 +62,11 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     Without `settings` they, and the form of log lines, come from the environment. `worker`: one of several.
 
     Raises:
-        SettingsInvalid: a setting is unknown or out of bounds, or the content cache does not fit into memory.
+        SettingsInvalid: a setting is unknown or out of bounds, the content cache does not fit into memory, or `OTEL_*`
+            ask for what is not installed.
         BackendUnavailable: the settings name a GPU that does not exist.
     """
+    exporters()
     if settings is None:
         settings = Settings.from_environment()
         logs.configure(settings.log_format, level=settings.log_level, secrets=settings.secrets)
@@ -78,7 +81,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         **openapi.INFO,
         docs_url=None,  # `page` has it
         redirect_slashes=False,  # a redirect would go to whatever host the client names
-        telemetry=dict.fromkeys(("tracing", "metrics", "logs"), any(each.startswith("OTEL_") for each in os.environ)),
+        telemetry=dict.fromkeys(("tracing", "metrics", "logs"), False),  # `app.tracing` knows the stages too
         lifespan=partial(_lifespan, settings, options, registry, http.traffic, worker=worker),
         exception_handlers=dict.fromkeys(problems.EXPECTED, problems.expected),
         # First in the table of routes, so that no time is lost on others.
@@ -182,7 +185,8 @@ async def _lifespan(
         seconds = settings.url_timeout_ms / 1000
         fetcher = Fetcher(settings.url_reach, registry, max_bytes=settings.max_body_bytes, seconds=seconds)
         await stack.enter_async_context(fetcher)
-        engine = Engine(options, EngineMetrics(registry))
+        spans = await stack.enter_async_context(tracing())
+        engine = Engine(options, EngineMetrics(registry), spans.batch if spans else None)
         await stack.enter_async_context(engine)
         process = ProcessMetrics(registry)
 
@@ -195,7 +199,15 @@ async def _lifespan(
         own = partial(share_of, engine, traffic, monotonic())
         metrics = MetricsPage(worker.group.registry(os.getppid()) if worker else _with_process(registry), collect)
         stats = StatsPage(engine, partial(worker.shares, own) if worker else lambda: [own()])
-        state = State(engine=engine, settings=settings, metrics=metrics, stats=stats, worker=worker, fetcher=fetcher)
+        state = State(
+            engine=engine,
+            settings=settings,
+            metrics=metrics,
+            stats=stats,
+            worker=worker,
+            fetcher=fetcher,
+            tracing=spans,
+        )
         app.state.started = state  # for hosts without lifespan state
         if settings.grpc_port:
             from app.open_inference import grpc_server  # noqa: PLC0415  an extra, which not everybody has

@@ -5,7 +5,9 @@ Those of HTTP have the names, labels and buckets of OpenTelemetry's conventions 
 """
 
 import asyncio
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -20,9 +22,8 @@ OLD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 LAG_SECONDS = 0.25
 SERVER_ERRORS = 500
-# OpenMetrics allows 128 characters in an exemplar, its label's name among them.
-_EXEMPLAR = "request_id"
-_MOST_CHARACTERS = 128 - len(_EXEMPLAR)
+NAMELESS: Mapping[str, str] = MappingProxyType({})
+_MOST_CHARACTERS = 128  # that OpenMetrics allows in an exemplar, names and values of its labels together
 
 
 class _Series(NamedTuple):
@@ -83,15 +84,19 @@ class HttpMetrics:
 
     def record(
         self, route: str, method: str, status: int, seconds: float, *,
-        scheme: str = "http", received: int = 0, sent: int = 0, request_id: str = "", reason: str | None = None,
+        scheme: str = "http", received: int = 0, sent: int = 0, names: Mapping[str, str] = NAMELESS,
+        reason: str | None = None,
     ) -> None:  # fmt: skip
-        """Count one request, with the bytes of its body and of its response's, and why it was refused, if so."""
+        """Count one request, with the bytes of its body and of its response's, and why it was refused, if so.
+
+        `names` are its ids, the most important first: its exemplar has as many as fit.
+        """
         series = self._series.get((route, method, status, scheme)) or self._found(route, method, status, scheme)
         series.received.observe(received)
         series.sent.observe(sent)
         series.old_requests.inc()
         if route != STREAM:  # which lasts until its client goes: that says nothing of latency
-            series.seconds.observe(seconds, {_EXEMPLAR: request_id} if len(request_id) <= _MOST_CHARACTERS else None)
+            series.seconds.observe(seconds, _exemplar(names))
             series.old_seconds.observe(seconds)
         if reason:
             self._rejected.labels(reason).inc()
@@ -109,6 +114,16 @@ class HttpMetrics:
         if known == method:
             self._series[route, method, status, scheme] = series
         return series
+
+
+def _exemplar(names: Mapping[str, str]) -> dict[str, str] | None:
+    exemplar, left = dict[str, str](), _MOST_CHARACTERS
+    for name, value in names.items():
+        left -= len(name) + len(value)
+        if left < 0:
+            break
+        exemplar[name] = value
+    return exemplar or None
 
 
 class ProcessMetrics:

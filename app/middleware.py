@@ -22,6 +22,7 @@ from app.metrics import SERVER_ERRORS, HttpMetrics
 from app.problems import CLIENT_CLOSED_REQUEST, ClientLimitExceeded
 from app.proxies import Proxies
 from app.stats import STREAM
+from app.tracing import Tracing
 from service.errors import ShuttingDown
 from service.memory import ANSWERS, Reservation
 
@@ -104,6 +105,8 @@ class RequestContext:
         has_key, traffic = state["client"] in self._clients.usage, self._metrics.traffic
         active = self._metrics.active(method, scope.get("scheme", "http"))
         counted = state["path"] not in self._probes
+        tracing: Tracing | None = state["tracing"]
+        traced = tracing.begin(scope) if tracing and counted else None
         traffic.in_flight += counted
         active.inc()
         try:
@@ -111,6 +114,7 @@ class RequestContext:
                 await self._app(scope, exchange.receive, exchange.send)
         except (Exception, asyncio.CancelledError) as error:
             if exchange.status != CLIENT_CLOSED_REQUEST:  # the response has begun and can't be taken back
+                state["exception"] = type(error).__qualname__
                 raise
             # Here, and not in the framework's outermost layer, so that this response too has its headers and its line.
             response = await _failure(scope, error)
@@ -124,7 +128,10 @@ class RequestContext:
             received, sent = exchange.received, exchange.sent
             if has_key:
                 self._clients.usage.record(state["client"], state.get("images", 0), received, sent, seconds)
-            self._record(scope, method, exchange.status, seconds, received=received, sent=sent)
+            noted = self._record(scope, method, exchange.status, seconds, received=received, sent=sent)
+            if tracing and traced:
+                noted["address"] = self._clients.address(scope)
+                tracing.end(traced, scope, exchange.status, noted)
 
     def _begun(self, scope: Scope) -> dict[str, Any]:
         """The request's state, with its id and its client."""
@@ -150,16 +157,18 @@ class RequestContext:
             return _UNLIMITED
         return limits.admitted(state["client"], scope)
 
-    def _record(self, scope: Scope, method: str, status: int, seconds: float, **sizes: int) -> None:
+    def _record(self, scope: Scope, method: str, status: int, seconds: float, **sizes: int) -> dict[str, Any]:
+        """Count and log a request; the fields of its line that every request has."""
         route, state = getattr(scope.get("route"), "path", "unmatched"), scope["state"]
         scheme, reason = scope.get("scheme", "http"), state.get("reason")
-        self._metrics.record(
-            route, method, status, seconds, scheme=scheme, request_id=state["request_id"], reason=reason, **sizes
-        )
+        names = {"request_id": state["request_id"]}
+        if (trace := state.get("trace")) and trace.recorded:
+            names = {**trace.ids, **names}
+        self._metrics.record(route, method, status, seconds, scheme=scheme, names=names, reason=reason, **sizes)
         if route not in self._probes:
             self._metrics.traffic.answered(route, status, seconds)
         if route in self._probes and status < 400:  # noqa: PLR2004  the first status of errors
-            return
+            return {}
         fields = {"ms": round(seconds * 1000, 2), "request_id": state["request_id"], "client": state["client"]}
         if state["role"]:  # else the address is the client's name
             fields["address"] = self._clients.address(scope)
@@ -171,6 +180,7 @@ class RequestContext:
         slow = self._slow_seconds and seconds >= self._slow_seconds
         write = log.warning if slow or status >= SERVER_ERRORS else log.info
         write("request", method=method, path=state["path"], status=status, **fields)
+        return fields
 
 
 def _add_headers(message: Message, state: dict[str, Any]) -> None:

@@ -311,12 +311,17 @@ async def expected(request: Request, error: Exception) -> Response:
         body = _problem(HTTPStatus(error.status_code).phrase, error.status_code, detail, request_id)
     else:
         body = problem(error, request_id)
-        request.state.log = {"problem": body.title, "detail": body.detail}  # the log has whole paths
+        _note(request, body)  # the log has whole paths
         return _response(
             request.scope, body.model_copy(update={"detail": shown(request, body.detail)}), _headers(error)
         )
-    request.state.log = {"problem": body.title, "detail": body.detail}
+    _note(request, body)
     return _response(request.scope, body, _headers(error))
+
+
+def _note(request: Request, body: Problem) -> None:
+    """Add to what the request's log line has already: which model it got, for one."""
+    request.scope["state"].setdefault("log", {}).update(problem=body.title, detail=body.detail)
 
 
 def unexpected(error: Exception, scope: Scope) -> Response:
@@ -334,6 +339,7 @@ def unexpected(error: Exception, scope: Scope) -> Response:
     if isinstance(error, errors.MemoryExhausted):
         return _response(scope, problem(error, request_id), _headers(error))
     log.error("unexpected_error", request_id=request_id, exc_info=error)
+    scope["state"]["exception"] = type(error).__qualname__  # for the trace
     return _response(scope, problem(error, request_id))
 
 

@@ -32,6 +32,7 @@ from service.results import Health, Image, InferenceResult, Size
 from service.scheduling.lanes import Activity
 from service.sharing import cancel
 from service.store.cards import ModelCard
+from service.tracing import BatchTracer, recorded_request
 from service.workers import Workers
 
 T = TypeVar("T")
@@ -46,15 +47,17 @@ ANSWER_BYTES = 1_500_000  # of an answer that is encoded and not sent yet: up to
 class Engine:
     """Use as an async context manager: leaving it finishes what is under way. It belongs to one event loop."""
 
-    def __init__(self, options: EngineOptions, metrics: EngineMetrics) -> None:
+    def __init__(self, options: EngineOptions, metrics: EngineMetrics, trace_batch: BatchTracer | None = None) -> None:
+        """`trace_batch`: runs each batch of which an image is traced (`service.tracing`); None: no request is."""
         self.options = options
+        self._traces = trace_batch is not None
         self._metrics = metrics
         self.memory = memory.budget(options.memory_bytes, options.max_body_bytes, options.max_map_bytes)
         self._devices = DeviceHealth()
         self._encoders = Workers("encode", 2)  # a small response need not wait for a large one; more slow the loop
         self.memory.reserve(options.cache_bytes, CACHE)
         self._cache = ContentCache(options.cache_bytes, metrics, self._encoders) if options.cache_bytes else None
-        self._pipeline = Pipeline(options, metrics, self._devices, self.memory, self._cache)
+        self._pipeline = Pipeline(options, metrics, self._devices, self.memory, self._cache, trace_batch=trace_batch)
         self._catalog = Catalog(options)
         self._loading = Loading(options, metrics, self._pipeline, self._catalog, self._devices, memory=self.memory)
         self._registry = Registry[Resident](self._catalog, self._loading, options.budget)
@@ -143,13 +146,15 @@ class Engine:
         client: str = "",
         held: Reservation | None = None,
         cache: CacheUse | None = None,
+        admitting: Callable[[str, str, int], None] = lambda *_: None,
     ) -> InferenceResult:
         """The model's outputs for each of `images`; with stage maps and the head's weights, if `stages` says so.
 
         Images are resized to `size`, height and width, the model's own by default; pixels must have it already.
         `check` may refuse the model's card. `max_wait_seconds` limits the wait for a load; None: as the options say.
         The machine is shared fairly among clients. `held` grows by the memory of stage maps, for the caller to release;
-        `cache` rules the use of the content cache.
+        `cache` rules the use of the content cache. `admitting` is called once the model is there, with its id, its
+        version, and how many images wait or run there.
 
         Raises:
             InvalidRequest: no such size, or more images or larger stage maps than one request may have.
@@ -162,6 +167,9 @@ class Engine:
         seconds = timeout_seconds or self.options.timeout_seconds
         most = 0.0 if max_wait_seconds is None and self.options.cold == "refuse" else max_wait_seconds
         start = monotonic()
+        trace = recorded_request() if self._traces else None
+        if trace:
+            trace.loading = start
         with self.request():
             async with time_limit(seconds) as deadline, self._registry.lease(name, most) as resident:
                 check(resident.executable.card)
@@ -169,8 +177,11 @@ class Engine:
                     self._reserve_maps(resident.executable, size, len(images), held)
                 async with resident.at(size, stages=stages) as sized:
                     load_seconds = monotonic() - start
+                    if trace:
+                        trace.loaded = start + load_seconds
                     if self._last_used.get((name, size)) is not sized:
                         self._last_used[name, size] = sized
+                    admitting(sized.executable.stored.id, sized.executable.stored.version, sized.lane.admitted)
                     results = await self._pipeline.infer(
                         sized, images, deadline, stages=stages, client=client, cache=cache
                     )

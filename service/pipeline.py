@@ -25,8 +25,9 @@ from service.memory import DECODING, MODELS, MemoryBudget
 from service.metrics import EngineMetrics
 from service.options import EngineOptions
 from service.results import Image, ImageResult, Outputs, Pixels, Timing
-from service.scheduling.lanes import LARGE_MEGAPIXELS, Lane, Places
+from service.scheduling.lanes import LARGE_MEGAPIXELS, Completed, Lane, Places
 from service.scheduling.scheduler import Scheduler
+from service.tracing import BatchTracer, ImageTrace, submitted
 
 _LEFT_TO_ANSWER = 0.1  # of the time of a request
 _TRIM_SECONDS = 1.0  # after the last large image
@@ -39,6 +40,7 @@ class _Source(NamedTuple):
     image: bytes | Pixels
     stages: bool
     deadline: float
+    trace: ImageTrace | None
 
 
 class _Prepared(NamedTuple):
@@ -47,6 +49,7 @@ class _Prepared(NamedTuple):
     decoded: Decoded
     stages: bool
     waited_seconds: float = 0.0
+    trace: ImageTrace | None = None
 
 
 _Inferred = tuple[_Prepared, Outputs]
@@ -132,9 +135,13 @@ class Pipeline:
         devices: DeviceHealth,
         memory: MemoryBudget,
         cache: ContentCache | None = None,
+        *,
+        trace_batch: BatchTracer | None = None,
     ) -> None:
+        """`trace_batch`: runs each batch of which an image is traced; None where no request ever is."""
         self._options = options
         self._cache = cache
+        self._trace_batch = trace_batch
         self._large = LargeImages(memory)
         self._metrics = metrics
         self._devices = devices
@@ -146,11 +153,14 @@ class Pipeline:
         """Open a lane for `executable`."""
         height, width, model = executable.height, executable.width, executable.stored.id
         geometry = replace(executable.card.preprocessing.geometry, height=height, width=width)
+        # What is not traced takes no step for the sake of what is.
+        decode = self._decode if self._trace_batch is None else self._decode_traced
+        run = self._run if self._trace_batch is None else partial(self._run_traced, self._trace_batch)
         lane = Lane(
             model if executable.own_size else f"{model} at {height}x{width}",
             executable.plan,
-            partial(self._decode, geometry),
-            partial(self._run, executable),
+            partial(decode, geometry),
+            partial(run, executable),
             self._options.queue_size,
             model,
         )
@@ -174,6 +184,14 @@ class Pipeline:
             raise InvalidImage(f"pixels are {image.dtype} {image.shape}; the model takes uint8 {shape}")
         return _Prepared(Decoded(np.ascontiguousarray(image), geometry.width, geometry.height), source.stages)
 
+    def _decode_traced(self, geometry: Geometry, source: _Source) -> _Prepared:
+        if not (trace := source.trace):
+            return self._decode(geometry, source)
+        trace.decoding = monotonic()
+        prepared = self._decode(geometry, source)._replace(trace=trace)
+        trace.decoded = monotonic()
+        return prepared
+
     def _run(
         self, executable: Executable, instance: int, payloads: Sequence[_Prepared], *, alone: bool
     ) -> list[_Inferred]:
@@ -190,6 +208,24 @@ class Pipeline:
             for each, output in zip(payloads, outputs, strict=True)
         ]
         return [(each, owned(output)) for each, output in inferred] if self._cache else inferred
+
+    def _run_traced(
+        self,
+        trace_batch: BatchTracer,
+        executable: Executable,
+        instance: int,
+        payloads: Sequence[_Prepared],
+        *,
+        alone: bool,
+    ) -> list[_Inferred]:
+        images = [each.trace for each in payloads if each.trace]
+        if not images:
+            return self._run(executable, instance, payloads, alone=alone)
+        stored, report = executable.stored, executable.report
+        what: dict[str, str | int] = {"model": stored.id, "version": stored.version, "batch_size": len(payloads)}
+        what |= {"instance": instance, "device": report.device, "precision": report.precision}
+        with trace_batch(images, what):
+            return self._run(executable, instance, payloads, alone=alone)
 
     async def infer(
         self,
@@ -256,11 +292,15 @@ class Pipeline:
         self, sized: Sized, places: _Places, deadline: float, image: Image, megapixels: float, *, stages: bool
     ) -> Outcome:
         model, outcome, start = sized.executable.stored.id, "failed", monotonic()
+        trace: ImageTrace | None = None
         try:
             if isinstance(image, ServiceError):
                 outcome = "refused"
                 return image
-            completed = await self.scheduler.submit(places, _Source(image, stages, deadline), deadline, megapixels)
+            if self._trace_batch:
+                trace = submitted(start)
+            source = _Source(image, stages, deadline, trace)
+            completed = await self.scheduler.submit(places, source, deadline, megapixels)
             outcome = "answered"
         except asyncio.CancelledError:
             outcome = "cancelled"
@@ -273,7 +313,12 @@ class Pipeline:
             self._metrics.images.labels(model, outcome).inc()
             if outcome != "answered":
                 self._metrics.failed_seconds.labels(model).inc(monotonic() - start)
-        (decoded, _, waited), outputs = completed.result
+            if trace:
+                trace.ended = monotonic()
+        return self._result(model, completed)
+
+    def _result(self, model: str, completed: Completed[_Inferred]) -> ImageResult:
+        (decoded, _, waited, trace), outputs = completed.result
         timing = Timing(
             wait=completed.wait_seconds + waited,
             decode=completed.decode_seconds - waited,
@@ -282,5 +327,7 @@ class Pipeline:
         )
         for stage, seconds in zip(Timing._fields, timing, strict=True):
             self._metrics.stage_seconds.labels(stage, model).observe(seconds)
+        if trace:
+            trace.timing, trace.batch_began = timing, completed.began
         batch = completed.batch_size, completed.reason
         return ImageResult(decoded.width, decoded.height, outputs, timing, decoded.pixels, *batch)

@@ -19,7 +19,7 @@ LAYERS = {
         {"scheduling"},
         {"execution"},
         {"backends"},
-        {"content_cache", "postprocess"},
+        {"content_cache", "postprocess", "tracing"},
         {"results"},
         {"store"},
         {"images"},

@@ -34,6 +34,10 @@ OK = 200
 _MOST_DETAILS = 2000  # characters; clients take 8 KB of metadata
 
 
+def _code(status: int) -> grpc.StatusCode:
+    return grpc.StatusCode.OK if status == OK else _CODES.get(status, grpc.StatusCode.INTERNAL)
+
+
 class Answer(NamedTuple):
     """The application's response."""
 
@@ -49,7 +53,7 @@ class Answer(NamedTuple):
     @property
     def code(self) -> grpc.StatusCode:
         """Its status in gRPC's terms."""
-        return grpc.StatusCode.OK if self.status == OK else _CODES.get(self.status, grpc.StatusCode.INTERNAL)
+        return _code(self.status)
 
     @property
     def details(self) -> str:
@@ -62,6 +66,7 @@ class Exchange:
 
     def __init__(self, app: ASGIApp, scope: dict[str, Any], body: bytes) -> None:
         self._body: bytes | None = body
+        self._state: dict[str, Any] = scope["state"]
         self._pieces: list[bytes] = []
         self._status, self._headers = 0, dict[str, str]()
         self._gone = asyncio.Event()
@@ -96,6 +101,7 @@ class Exchange:
     async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
+            self._state["grpc_status"] = _code(self._status).name  # for the trace
             self._headers = {key.decode().lower(): value.decode("latin-1") for key, value in message["headers"]}
             return
         self._pieces.append(message.get("body", b""))

@@ -57,6 +57,7 @@ class Gateway:
         self._state = state
         self._settings: Settings = state["settings"]
         self._identify = Directory(self._settings).identify
+        self._passed = _PASSED.union(tracing.headers if (tracing := state["tracing"]) else ())
         self._calls = Counter("pvt_grpc_requests", "Calls answered.", ["method", "code"], registry=registry)
         memory, most = state["engine"].memory, self._settings.max_body_bytes
         # A message is whole before its size is known, so few may arrive at the same time; of one client two in three.
@@ -96,7 +97,7 @@ class Gateway:
             try:
                 with self._state["engine"].memory.reserve(0, BODIES) as held:
                     request = await self._read(method, context, held)
-                    exchange = self._begin(context, request)
+                    exchange = self._begin(context, request, method)
                     context.add_done_callback(lambda _: exchange.sent.set())
                     answer = await exchange.answer()
                 code, details, metadata = answer.code, "", answer.metadata
@@ -169,7 +170,7 @@ class Gateway:
         """Requests one after another, several under way at once; responses in their order, errors among them."""
         del requests  # read one by one below
         if self._settings.api_keys and self._identify(self._scope(context, _UNREAD))[1] != "api":
-            exchange = self._begin(context, _UNREAD)
+            exchange = self._begin(context, _UNREAD, "ModelStreamInfer")
             exchange.sent.set()
             answer = await exchange.answer()
             self._calls.labels("ModelStreamInfer", answer.code.name).inc()
@@ -207,9 +208,8 @@ class Gateway:
         try:
             with self._state["engine"].memory.reserve(len(message), BODIES):
                 reply.infer_response.id = grpc_messages.parsed("ModelStreamInfer", message).id
-                exchange = self._begin(
-                    context, await self._parsed("ModelStreamInfer", message, context.time_remaining())
-                )
+                request = await self._parsed("ModelStreamInfer", message, context.time_remaining())
+                exchange = self._begin(context, request, "ModelStreamInfer")
                 unsent.add(exchange)
                 answer = await exchange.answer()
             if answer.status == OK:
@@ -223,14 +223,16 @@ class Gateway:
         reply.infer_response.parameters["triton_final_response"].bool_param = True
         return reply.SerializeToString(), exchange
 
-    def _begin(self, context: Context, request: RestRequest) -> Exchange:
-        exchange = Exchange(self._app, self._scope(context, request), request.body)
+    def _begin(self, context: Context, request: RestRequest, method: str = "") -> Exchange:
+        scope = self._scope(context, request)
+        scope["state"]["grpc_method"] = method and f"{SERVICE}/{method}"
+        exchange = Exchange(self._app, scope, request.body)
         self._tasks.add(exchange.task)
         exchange.task.add_done_callback(self._tasks.discard)
         return exchange
 
     def _scope(self, context: Context, request: RestRequest) -> dict[str, Any]:
-        metadata = [(key, value) for key, value in context.invocation_metadata() or () if key in _PASSED]
+        metadata = [(key, value) for key, value in context.invocation_metadata() or () if key in self._passed]
         headers = [(key.encode(), value if isinstance(value, bytes) else value.encode()) for key, value in metadata]
         return {
             "type": "http",

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from app.bodies import JSON_COPIES, LARGE_JSON, parse_json, read_body
+from app.bodies import JSON_COPIES, LARGE_JSON, parse_json, read_body, timed
 from app.caching import cache_use
 from app.dependencies import (
     EngineDep,
@@ -31,7 +31,16 @@ from app.open_inference.statistics import Statistics, statistics
 from app.open_inference.tensors import TensorMetadata
 from app.openapi import BINARY_CONTENT, json_body
 from app.problems import ExtensionUnsupported, refusals
-from app.routes.inference import BYTES_PER_NUMBER, JSON, LARGE, answer, cancel_on_disconnect, hold_answer, note
+from app.routes.inference import (
+    BYTES_PER_NUMBER,
+    JSON,
+    LARGE,
+    answer,
+    cancel_on_disconnect,
+    hold_answer,
+    note,
+    note_arrival,
+)
 from app.routes.management import changing
 from service.memory import BODIES, Reservation
 from service.results import Image, InferenceResult, Size
@@ -265,6 +274,7 @@ async def infer(
                 client=request.state.client,
                 held=hold_answer(request),
                 cache=cache_use(request),
+                admitting=partial(note_arrival, request),
             )
     note(request, result)
     outputs = partial(_outputs, message, result, hold_answer(request))
@@ -276,6 +286,7 @@ async def infer(
     return await answer(request, result, pieces, result.numbers, BYTES, headers=headers)
 
 
+@timed
 async def _read(request: Request, held: Reservation) -> tuple[InferRequest, list[Image], Size | None]:
     """The request's message, its images, and their input size: None where they are encoded."""
     settings, headers = request.state.settings, request.headers

@@ -176,9 +176,7 @@ async def infer(
     """
     engine = request.state.engine
     with engine.request(), engine.memory.reserve(0, BODIES) as held:
-        start = perf_counter()
         sent = await read_uploads(request, held)
-        request.state.read_seconds = perf_counter() - start
         if check_count:
             check_count(len(sent))
         return await infer_images(request, query, sent, held, stages=stages, check=check)
@@ -202,8 +200,10 @@ async def infer_images(
     async with cancel_on_disconnect(request), limit:
         if fetches:
             start = perf_counter()
-            uploads = await state.fetcher.fetched(sent, state.request_id, state.client, held)
-            state.fetch_seconds = perf_counter() - start
+            try:
+                uploads = await state.fetcher.fetched(sent, state.request_id, state.client, held)
+            finally:
+                state.fetch = start, perf_counter()
         result: InferenceResult = await engine.infer(
             [upload.data for upload in uploads],
             model=query.model,
@@ -215,6 +215,7 @@ async def infer_images(
             client=state.client,
             held=hold_answer(request) if stages else None,
             cache=cache_use(request),
+            admitting=partial(note_arrival, request),
         )
     note(request, result)
     return [upload.filename for upload in uploads], result
@@ -252,14 +253,18 @@ async def cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
             watcher.cancel()
 
 
+def note_arrival(request: Request, model: str, version: str, queue: int) -> None:
+    """Leave which model the request has got, and how many images it found there, whatever becomes of it."""
+    request.state.log = {"model": model, "version": version, "queue_at_arrival": queue}
+
+
 def note(request: Request, result: InferenceResult) -> None:
     """Leave what the middleware writes into headers and log; of several images the times of the slowest.
 
     Raises the error of an image that failed alone.
     """
     results, state = result.results, request.state
-    state.log = {"model": result.model, "version": result.version, "images": len(results)}
-    state.images = len(results)
+    state.log["images"] = state.images = len(results)
     if status := cache_status(request, result):
         state.cache_status = status
         state.log["cache"] = status.partition("; ")[2]
@@ -274,8 +279,8 @@ def note(request: Request, result: InferenceResult) -> None:
         }
         state.timing = timing = dict[str, float]()
         for stage in ("read", "fetch"):
-            if (seconds := getattr(state, f"{stage}_seconds", None)) is not None:
-                timing[stage] = seconds
+            if interval := getattr(state, stage, None):
+                timing[stage] = interval[1] - interval[0]
         if result.load_seconds > LOAD_SECONDS:
             timing["load"] = result.load_seconds
         timing |= slowest._asdict()
@@ -336,7 +341,8 @@ async def encoded(request: Request, result: InferenceResult, encode: Callable[[]
     engine: Engine = state.engine
     start = perf_counter()
     content = await engine.encode(encode) if numbers > LARGE else encode()
-    seconds = perf_counter() - start
+    state.encode = start, (end := perf_counter())
+    seconds = end - start
     engine.encoded(result.model, seconds)
     if hasattr(state, "timing"):  # every image may have failed
         state.timing["encode"] = seconds

@@ -307,7 +307,7 @@ class Dispatcher(Generic[S, T, R]):
         if not isinstance(results, Exception):
             for call, result in zip(part, results, strict=True):
                 seconds = call.wait_seconds, call.decode_seconds, job.started - call.arrived, now - job.started
-                self._end(call, Completed(result, *seconds, len(part), job.release.reason))
+                self._end(call, Completed(result, *seconds, len(part), job.release.reason, job.started))
         elif len(part) == 1:
             self._end(part[0], results)
         else:

@@ -263,7 +263,7 @@ class Call(Item, Generic[S, T, R]):
 class Completed(Generic[R]):
     """A result; the seconds it waited for a thread, was decoded, queued, and in its batch; that batch's size.
 
-    `reason`: why the batch was released when it was.
+    `reason`: why the batch was released when it was; `began`: when it did.
     """
 
     result: R
@@ -273,6 +273,7 @@ class Completed(Generic[R]):
     run_seconds: float
     batch_size: int
     reason: ReleaseReason
+    began: float
 
 
 Outcome = Completed[R] | Exception

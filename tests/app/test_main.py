@@ -1,10 +1,12 @@
 """The application under servers and applications that are not ours."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -23,29 +25,59 @@ from tests.app.processes import ROOT
 IMAGE = {"image": png()}
 
 
+UVICORN = ("uvicorn", "--port", "0")
+GUNICORN = ("gunicorn", "--bind", "127.0.0.1:0", "--worker-class")
+
+
 @contextmanager
-def uvicorn(*arguments: str, **settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Uvicorn's own command on a free port: the process, and where it listens."""
+def hosted(*command: str, **settings: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """Another server's own command on a free port: the process, where it listens, and what it writes from then on."""
     environment = {**os.environ, **{f"PVT_{name.upper()}": value for name, value in settings.items()}}
-    command = [sys.executable, "-m", "uvicorn", "--port", "0", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    arguments = [sys.executable, "-m", *command]
+    with subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
+        found = (re.search(r"(?:running on|Listening at:) (\S+)", line) for line in process.stderr)
+        lines: list[str] = []
+        reader = threading.Thread(target=lines.extend, args=(process.stderr,))
         try:
-            yield process, next(match[1] for line in process.stderr if (match := re.search(r"running on (\S+)", line)))
+            url = next(match[1] for match in found if match)
+            reader.start()
+            yield process, url, lines
         finally:
-            process.kill()
+            process.terminate()  # the parent of gunicorn's workers ends them
+            try:
+                process.wait(30)
+            finally:
+                process.kill()
+            if reader.ident:
+                reader.join()
 
 
-@pytest.mark.parametrize("arguments", [("--factory", "app.main:create_app"), ("app.asgi:app",)])
-def test_uvicorns_own_command_serves_with_settings_from_the_environment(arguments: Sequence[str]) -> None:
-    with uvicorn(*arguments, backend="torch", max_batch_size="1", max_images="1") as (process, url):
+@pytest.mark.parametrize(
+    "command",
+    [
+        (*UVICORN, "--factory", "app.main:create_app"),
+        (*UVICORN, "app.asgi:app"),
+        (*GUNICORN, "uvicorn_worker.UvicornWorker", "app.main:create_app()"),
+        (*GUNICORN, "uvicorn.workers.UvicornWorker", "--preload", "app.asgi:app"),  # forked after the import
+    ],
+    ids=["factory", "object", "gunicorn", "preloaded"],
+)
+def test_other_servers_own_commands_serve_with_settings_from_the_environment(command: Sequence[str]) -> None:
+    with hosted(*command, backend="torch", max_batch_size="1", max_images="1", log_format="json") as (
+        process,
+        url,
+        lines,
+    ):
         answered = httpx.post(f"{url}/predict", files=IMAGE, timeout=60)
         refused = httpx.post(f"{url}/predict", files=[("image", png())] * 2, timeout=60)
         process.send_signal(signal.SIGTERM)
 
         assert answered.json()["model"] == "pvt_v2_b0.digits"
         assert "PVT_MAX_IMAGES" in refused.json()["detail"]
-        assert process.wait(30) in {0, -signal.SIGTERM}  # as uvicorn has it
+        assert process.wait(30) in {0, -signal.SIGTERM}  # as each of them has it
+    statuses = [json.loads(line)["status"] for line in lines if '"event":"request"' in line]
+    assert statuses == [200, 422]
 
 
 def test_settings_of_the_environment_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,14 @@ def test_an_image_is_decoded_and_runs_and_its_end_is_told_once() -> None:
 
     assert outcomes(dispatcher) == {
         3: Completed(
-            6, wait_seconds=1.0, decode_seconds=1.0, queue_seconds=3.0, run_seconds=4.0, batch_size=1, reason="idle"
+            6,
+            wait_seconds=1.0,
+            decode_seconds=1.0,
+            queue_seconds=3.0,
+            run_seconds=4.0,
+            batch_size=1,
+            reason="idle",
+            began=15.0,
         )
     }
     assert outcomes(dispatcher) == {}
