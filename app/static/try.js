@@ -79,8 +79,7 @@ async function classify({ patient = false, quiet = false } = {}) {
   let problem = null;
   await requests.run(async (signal) => {
     const sent = images;
-    $("answer").classList.add("stale");
-    $("answer").setAttribute("aria-busy", "true");
+    running(true);
     if (!quiet) say("Reading the image");
     try {
       const response = await call("predict", {
@@ -101,16 +100,24 @@ async function classify({ patient = false, quiet = false } = {}) {
   return problem;
 }
 
+/** What is shown is not the answer to the newest image; it stays, dimmed. */
+function running(on) {
+  for (const id of ["answer", "more"]) $(id).classList.toggle("stale", on);
+  $("answer").setAttribute("aria-busy", String(on));
+  $("empty").textContent = "Reading the image…";
+  $("empty").hidden = !on || !$("result").hidden;
+}
+
 function show(error) {
   $("answer").setAttribute("aria-busy", "false");
+  $("empty").hidden = true;
   refusal.show(error, camera ? null : classify);
   if (error.status === 401) $("key-box").open = true;
 }
 
 function showResult(quiet = false) {
   const result = answer.results[chosen], several = answer.results.length > 1;
-  $("answer").classList.remove("stale");
-  $("answer").setAttribute("aria-busy", "false");
+  running(false);
   if (several) showLabels();
   if (result.error) {
     show(new Problem(result.error.title, result.error.detail, result.error.status, null, result.error.request_id));
@@ -118,7 +125,6 @@ function showResult(quiet = false) {
     return;
   }
   refusal.clear();
-  $("empty").hidden = true;
   $("result").hidden = false;
   const [best] = result.predictions;
   $("best").replaceChildren(...(best ? [best.label, " ", el("small", {}, score(best.score, answer.activation))] : ["No class reaches its threshold"]));
