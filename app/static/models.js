@@ -10,6 +10,7 @@ const KEY = "pvt-serve-management-key";
 const SECONDS = 5; // how long one request waits for a load, before the table shows how far it is
 const busy = new Map(); // what is being done, by model
 let refusal = null;
+let watching = 0; // the timer of the next look at what is loading
 
 const managementKey = () => sessionStorage.getItem(KEY) || "";
 
@@ -64,9 +65,20 @@ export async function showTable() {
   const focused = document.activeElement?.closest?.("[data-model]")?.dataset.model;
   table($("models-table"), ["Model", ...(manages ? ["Manage"] : []), "Version", "State", ["Memory", true], ["Parameters", true], "Input", ["Top-1", true], "Runs as", "Batch plan", "Notes"], rows);
   if (focused) $("models-table").querySelector(`[data-model="${CSS.escape(focused)}"] button`)?.focus();
+  if (models.some((each) => each.state === "loading")) watch();
   const taken = Object.values(memory.models_bytes).reduce((sum, each) => sum + each, 0);
   $("models-memory").textContent = `Models in memory take ${megabytes(taken)}`
     + (memory.models_budget_bytes === null ? "; there is no budget (PVT_MEMORY_BUDGET_MB)." : ` of ${megabytes(memory.models_budget_bytes)} (PVT_MEMORY_BUDGET_MB).`);
+}
+
+/** Look again while the table is shown. */
+function watch() {
+  clearTimeout(watching);
+  watching = setTimeout(() => {
+    if ($("models").hidden) return;
+    if (document.hidden) watch();
+    else showTable().catch(failed);
+  }, 2000);
 }
 
 /** What can be done with `model` now. */

@@ -1,6 +1,5 @@
 """Debian's Chromium, a server, and a page that must not do what the tests did not expect."""
 
-import json
 import os
 import shutil
 from base64 import b64decode
@@ -19,11 +18,12 @@ from playwright.sync_api import Browser, Page, Request, sync_playwright
 
 from tests.app.conftest import png
 from tests.app.processes import Server, serving
+from tests.browser.servers import DIGITS, copied
 from tests.service.checkpoints import checkpoint, path_of
 from tests.service.hub import Hub, serving_hub
 
 CHROMIUM = shutil.which("chromium")
-DIGITS, EVIL = "pvt_v2_b0.digits", "pvt_v2_b0.evil"
+EVIL = "pvt_v2_b0.evil"
 MANAGEMENT = {"Authorization": "Bearer root"}
 MARKUP = '<img src=x onerror="document.title=1">'
 SMALL: Any = {"backend": "torch", "precision": "float32", "instances": "1", "max_batch_size": "2"}
@@ -107,14 +107,6 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-def copied(store: Path, name: str, **changes: Any) -> None:
-    """Put the embedded model, which is in `store`, there again as `name`, with changes to its card."""
-    shutil.copytree(store / DIGITS, store / name)
-    path = store / name / "1" / "card.json"
-    card = json.loads(path.read_text())
-    path.write_text(json.dumps({**card, **({"id": name} if "id" in card else {}), **changes}))
-
-
 @pytest.fixture(scope="package")
 def store(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model, and the same with markup for labels."""
@@ -146,7 +138,7 @@ def watch(browser: Browser, url: str, **options: Any) -> Iterator[Watched]:
     context = browser.new_context(viewport={"width": 1200, "height": 900}, **options)
     context.add_init_script(_WATCH)
     watched = Watched(context.new_page(), url)
-    watched.page.set_default_timeout(20_000)
+    watched.page.set_default_timeout(120_000)
 
     def requested(request: Request) -> None:
         if not request.url.startswith((url.partition("/team")[0], "blob:", "data:")):

@@ -14,7 +14,8 @@ from typing import Any
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.app.processes import ROOT, serving
-from tests.browser.conftest import copied
+from tests.browser.servers import DIGITS as MODEL
+from tests.browser.servers import copied, wait_until_ready
 
 DIGITS = ROOT / "docs" / "digits"
 SMALL: Any = {"backend": "torch", "precision": "float32", "instances": "1", "max_batch_size": "4"}
@@ -137,7 +138,7 @@ STATES: dict[str, Callable[[Page], None]] = {
 def _store() -> Iterator[Path]:
     """The embedded model twice, as two models."""
     with TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "model_store" / "pvt_v2_b0.digits", Path(folder) / "pvt_v2_b0.digits")
+        shutil.copytree(ROOT / "model_store" / MODEL, Path(folder) / MODEL)
         copied(Path(folder), "pvt_v2_b0.copy")
         yield Path(folder)
 
@@ -169,12 +170,13 @@ def shoot(browser: Browser, url: str, folder: Path, names: list[str]) -> None:
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    settings: Any = {"preload": "pvt_v2_b0.digits", "management_keys": "root", "max_body_mb": "0.3"}
+    settings: Any = {"preload": MODEL, "management_keys": "root", "max_body_mb": "0.3"}
     with (
         _store() as store,
         serving(read_log=False, model_store=str(store), **SMALL, **settings) as server,
         sync_playwright() as playwright,
     ):
+        wait_until_ready(server.url)
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         shoot(browser, server.url, target, sys.argv[2:] or [*STATES])
         browser.close()

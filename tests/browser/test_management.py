@@ -5,7 +5,8 @@ import pytest
 from playwright.sync_api import Page
 
 from tests.app.processes import Server
-from tests.browser.conftest import DIGITS, EVIL, MANAGEMENT, Watched
+from tests.browser.conftest import EVIL, MANAGEMENT, Watched
+from tests.browser.servers import DIGITS
 
 B0, B1 = "pvt_v2_b0.in1k", "pvt_v2_b1.in1k"
 

@@ -14,7 +14,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Route
 
 from tests.app.processes import Server, serving
-from tests.browser.conftest import DIGITS, EVIL, MANAGEMENT, SMALL, Watched, is_answer, watch
+from tests.browser.conftest import EVIL, MANAGEMENT, SMALL, Watched, is_answer, watch
+from tests.browser.servers import DIGITS, wait_until_ready
 
 LOCKED: Any = {"api_keys": "sesame", "root_path": "/team/images", "max_body_mb": "0.05", "client_rate": "1",
           "client_burst": "10"}  # fmt: skip
@@ -136,7 +137,7 @@ def test_an_answer_is_dimmed_while_the_next_one_is_under_way(watched: Watched) -
     assert "Drop an image here" in watched.texts("#invite")  # and there is none yet
     page.click("#samples button[title='one.png']")
     page.wait_for_selector("#stages canvas")
-    page.route("**/predict*", lambda route: held.append(route))
+    page.route("**/predict*", lambda route: held.append(route))  # noqa: PLW0108  it needs a function of its own
     page.click("#samples button[title='two.png']")
     page.wait_for_function("() => getComputedStyle(document.querySelector('#answer')).opacity < 0.5")
     page.wait_for_function("() => getComputedStyle(document.querySelector('#more')).opacity < 0.5")
@@ -155,6 +156,7 @@ def test_an_answer_is_dimmed_while_the_next_one_is_under_way(watched: Watched) -
 def test_with_several_workers_everything_is_as_with_one(browser: Browser, store: Path, digits: Path) -> None:
     settings: Any = {"model_store": str(store), "preload": DIGITS, "workers": "2", "management_keys": "root"}
     with serving(read_log=False, **settings, **SMALL) as server:
+        wait_until_ready(server.url)
         for watched in watch(browser, server.url):
             page = watched.open()
             page.set_input_files("#file", [digits / "one.png", digits / "two.png"])
@@ -183,7 +185,7 @@ def test_a_server_that_is_gone_has_a_banner_until_it_is_back_and_one_that_drains
         page.set_input_files("#file", digits / "six.png")
         page.wait_for_selector("#problem", state="visible")
     with serving(read_log=False, environment={"PVT_PORT": str(urlsplit(watched.url).port)}, **settings) as server:
-        page.wait_for_selector("#banner", state="hidden", timeout=60_000)
+        page.wait_for_selector("#banner", state="hidden")
         page.wait_for_selector("#bars li")
 
         assert is_answer(watched.bars(), server.url, (digits / "six.png").read_bytes())
