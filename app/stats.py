@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from app.problems import TooManyStreams
+from app.problems import CLIENT_CLOSED_REQUEST, TooManyStreams
 from service.engine import Engine
 from service.machine import resident_bytes
 from service.recent import Recent
@@ -26,6 +26,7 @@ MOST_STREAMS = 256  # of a process
 BATCHES = 20
 _FIRST_SECONDS, _STEP = 1e-4, log(1.05)  # bins of latency are 5 % wide
 _REFUSED = frozenset({429, 503})
+_NO_MISTAKES = _REFUSED | {CLIENT_CLOSED_REQUEST}  # of the client
 _SERVER_ERRORS = 500
 VERSION = version("pvt-serve")
 
@@ -36,7 +37,8 @@ class RouteStats(BaseModel):
     route: str
     requests: int
     per_second: float
-    client_errors: Annotated[int, Field(description="Statuses 400 to 499, without 429.")]
+    client_errors: Annotated[int, Field(description="Statuses 400 to 498, without 429.")]
+    abandoned: Annotated[int, Field(description="Their clients disconnected before the answer (499 in the log).")]
     refused: Annotated[int, Field(description="429 and 503: send it again later.")]
     server_errors: Annotated[int, Field(description="Statuses from 500, without 503.")]
     p50_ms: float
@@ -226,7 +228,8 @@ def _routes(counted: Iterable[tuple[Request, int]], window: int) -> list[RouteSt
             route=route,
             requests=statuses[route].total(),
             per_second=round(statuses[route].total() / window, 2),
-            client_errors=some(route, lambda it: 400 <= it < _SERVER_ERRORS and it not in _REFUSED),  # noqa: PLR2004
+            client_errors=some(route, lambda it: 400 <= it < _SERVER_ERRORS and it not in _NO_MISTAKES),  # noqa: PLR2004
+            abandoned=statuses[route][CLIENT_CLOSED_REQUEST],
             refused=some(route, lambda it: it in _REFUSED),
             server_errors=some(route, lambda it: it >= _SERVER_ERRORS and it not in _REFUSED),
             p50_ms=_percentile_ms(bins[route], 0.5),

@@ -4,14 +4,19 @@ The page loads nothing from elsewhere, and the policy below lets it do nothing e
 """
 
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
+from typing import Literal
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 
 from app.caching import validated
+from app.dependencies import SettingsDep, require_management, require_one_process
+from app.problems import Forbidden, Unauthorized
 from app.proxies import base_url
+from app.settings import Settings
 
 router = APIRouter(include_in_schema=False)
 
@@ -42,12 +47,27 @@ FILES: Mapping[str, bytes] = {
 
 
 @router.get("/")
-async def index(request: Request) -> Response:
+async def index(request: Request, settings: SettingsDep) -> Response:
     """The page. Its paths are relative, but below a known prefix absolute: that may be without the slash at its end."""
-    content = FILES["index.html"].replace(b"{{url}}", base_url(request.scope).encode())
+    way, words = await _management(request, settings)
+    content = FILES["index.html"]
+    for name, text in {"url": base_url(request.scope), "way": way, "management": words}.items():
+        content = content.replace(b"{{%b}}" % name.encode(), escape(text).encode())
     if root := request.scope.get("root_path", ""):
         content = content.replace(b'="./', f'="{root}/'.encode())
     return _file(request, content, ".html")
+
+
+async def _management(request: Request, settings: Settings) -> tuple[Literal["open", "key", "refused"], str]:
+    """Whether a page at this address can manage models, and the words for it: where it can't, those of a refusal."""
+    try:
+        await require_one_process(settings)
+        await require_management(request, settings)
+    except Unauthorized:
+        return "key", "A management key (PVT_MANAGEMENT_KEYS) lets this page load, pin, unload and pull models."
+    except Forbidden as error:
+        return "refused", f"{error}. A page reaches only the address that it came from."
+    return "open", "This port needs no management key: the table has buttons."
 
 
 @router.get("/static/{name:path}")

@@ -35,9 +35,9 @@ export function address(path, query = {}) {
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (each) => each.toString(16).padStart(2, "0")).join("");
 
 /** The response; throws a Problem, or an AbortError. */
-export async function call(path, { query, headers = {}, ...options } = {}) {
+export async function call(path, { query, headers = {}, bearer = key.get(), ...options } = {}) {
   headers = { ...headers, "X-Request-ID": newId() }; // no page of another site can send one unasked
-  if (key.get()) headers = { ...headers, Authorization: `Bearer ${key.get()}` };
+  if (bearer) headers = { ...headers, Authorization: `Bearer ${bearer}` };
   let response;
   try {
     response = await fetch(address(path, query), { ...options, headers, cache: "no-store" });
@@ -47,7 +47,7 @@ export async function call(path, { query, headers = {}, ...options } = {}) {
       throw new Problem("The key can't be sent", "It has characters that no header carries.", 401);
     }
     reached(false);
-    throw new Problem("The service does not answer", "The image was not sent. It is sent again when the service is back.", 0);
+    throw new Problem("The service does not answer", "The request got no answer.", 0);
   }
   reached(true);
   if (response.ok) return response;

@@ -13,7 +13,7 @@ const CHARTS = [
   ["Requests a second", count, { requests: (s) => sum(endpoints(s), (r) => r.per_second) }],
   ["Errors in the last minute", count, {
     client: (s) => sum(s.routes, (r) => r.client_errors), refused: (s) => sum(s.routes, (r) => r.refused),
-    server: (s) => sum(s.routes, (r) => r.server_errors),
+    server: (s) => sum(s.routes, (r) => r.server_errors), abandoned: (s) => sum(s.routes, (r) => r.abandoned),
   }],
   ["Latency of the busiest endpoint", ms, { p50: (s) => busiest(s)?.p50_ms ?? 0, p99: (s) => busiest(s)?.p99_ms ?? 0 }],
   ["Images in the queues", count, {
@@ -63,9 +63,9 @@ function draw() {
 
 function tables(stats) {
   if ($("live").hidden) return;
-  table($("routes"), ["Route", ["per s", true], ["p50", true], ["p99", true], ["4xx", true], ["429, 503", true], ["5xx", true]],
+  table($("routes"), ["Route", ["per s", true], ["p50", true], ["p99", true], ["4xx", true], ["429, 503", true], ["5xx", true], ["left", true]],
     endpoints(stats).map((r) => [r.route, [count(r.per_second), true], [ms(r.p50_ms), true], [ms(r.p99_ms), true],
-      [r.client_errors, true], [r.refused, true], [r.server_errors, true]]));
+      [r.client_errors, true], [r.refused, true], [r.server_errors, true], [r.abandoned, true]]));
   table($("batches"), ["Model", ["images", true], "released", ["waited", true], ["ran", true]],
     stats.batches.last.slice(0, 10).map((b) => [b.model, [b.size, true], b.reason, [ms(b.wait_ms), true], [b.run_ms === null ? "runs" : ms(b.run_ms), true]]));
 }

@@ -2,6 +2,8 @@
 
 import { key, reach } from "./api.js";
 import * as code from "./code.js";
+import * as compare from "./compare.js";
+import * as details from "./details.js";
 import { $, say } from "./dom.js";
 import * as live from "./live.js";
 import * as models from "./models.js";
@@ -37,6 +39,7 @@ function use(model) {
   current = model;
   $("model-line").textContent = models.describe(model);
   trial.use(model);
+  compare.offer();
 }
 
 /** Run `job`. What the service refuses for now runs again when it says so, and only that: each request counts there. */
@@ -55,6 +58,13 @@ const loadModels = () => untilAllowed(async () => {
   await models.menu();
   loadModel();
 });
+
+/** Show how the models are now. */
+async function look() {
+  current = await models.menu().then(models.chosen).catch(() => current);
+  $("model-line").textContent = models.describe(current);
+  compare.offer();
+}
 
 function theme() {
   const stored = localStorage.getItem("pvt-serve-theme");
@@ -87,11 +97,8 @@ addEventListener("keydown", (event) => {
   if (event.key === "Escape" && $("key-box").open) { $("key-box").open = false; $("key-summary").focus(); }
 });
 $("model").addEventListener("change", loadModel);
-document.addEventListener("answered", async () => { // the first request has loaded it
-  if (current?.state === "ready") return;
-  current = await models.menu().then(models.chosen).catch(() => current);
-  $("model-line").textContent = models.describe(current);
-});
+document.addEventListener("answered", () => { if (current?.state !== "ready") look(); }); // the first request has loaded it
+document.addEventListener("managed", look);
 reach.addEventListener("gone", () => live.gone(true));
 reach.addEventListener("back", () => { live.gone(false); loadModels(); });
 addEventListener("hashchange", view);
@@ -99,6 +106,9 @@ addEventListener("hashchange", view);
 theme();
 code.start();
 trial.start();
+details.start();
+compare.start();
+models.start();
 live.start();
 view();
 keySet();

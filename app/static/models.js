@@ -1,11 +1,24 @@
-// The models: the menu of the header, and the table.
+// The models: the menu of the header, the table, and what a management key lets its owner do with them.
 
-import { json } from "./api.js";
-import { $, el, megabytes, ms, table } from "./dom.js";
+import { call, json } from "./api.js";
+import { $, el, megabytes, ms, say, table } from "./dom.js";
+import { Refusal } from "./refusal.js";
 
 const SIGNS = { ready: "●", loading: "◔", available: "○", failed: "✕", remote: "↓" };
 const WORDS = { ready: "in memory", loading: "loading", available: "on disk", failed: "failed", remote: "can be fetched" };
-const state = (model) => `${SIGNS[model.state] ?? "?"} ${WORDS[model.state] ?? model.state}`;
+const KEY = "pvt-serve-management-key";
+const SECONDS = 5; // how long one request waits for a load, before the table shows how far it is
+const busy = new Map(); // what is being done, by model
+let refusal = null;
+let watching = 0; // the timer of the next look at what is loading
+
+const managementKey = () => sessionStorage.getItem(KEY) || "";
+
+function state(model) {
+  const { bytes, total } = model.pull ?? {};
+  const fetched = total ? `, ${Math.round((100 * bytes) / total)} % fetched` : bytes ? `, ${megabytes(bytes)} fetched` : "";
+  return `${SIGNS[model.state] ?? "?"} ${WORDS[model.state] ?? model.state}${fetched}${model.pinned ? ", pinned" : ""}`;
+}
 
 /** Fill the menu with the models of the store. */
 export async function menu() {
@@ -37,9 +50,10 @@ export function describe(model) {
 }
 
 export async function showTable() {
-  const { models } = await json("models");
+  const [{ models }, { memory }] = await Promise.all([json("models"), json("stats")]);
+  const manages = $("manage-note").dataset.way === "open" || Boolean(managementKey());
   const rows = models.map((each) => [
-    el("strong", {}, each.id), each.version || "–", el("span", { class: "state" }, state(each)),
+    el("strong", {}, each.id), ...(manages ? [actions(each)] : []), each.version || "–", el("span", { class: "state" }, state(each)),
     [each.memory_bytes ? megabytes(each.memory_bytes) : "–", true],
     [each.parameters ? `${(each.parameters / 1e6).toFixed(1)} M` : "–", true],
     each.input_size?.join(" × ") ?? "–",
@@ -48,5 +62,82 @@ export async function showTable() {
     each.batch_plan?.map(({ size, ms: time }) => `${size}: ${ms(time)}`).join(", ") ?? "–",
     [each.reason, ...(each.notes ?? []), each.aliases?.length ? `alias ${each.aliases.join(", ")}` : "", each.licence].filter(Boolean).join("; "),
   ]);
-  table($("models-table"), ["Model", "Version", "State", ["Memory", true], ["Parameters", true], "Input", ["Top-1", true], "Runs as", "Batch plan", "Notes"], rows);
+  const focused = document.activeElement?.closest?.("[data-model]")?.dataset.model;
+  table($("models-table"), ["Model", ...(manages ? ["Manage"] : []), "Version", "State", ["Memory", true], ["Parameters", true], "Input", ["Top-1", true], "Runs as", "Batch plan", "Notes"], rows);
+  if (focused) $("models-table").querySelector(`[data-model="${CSS.escape(focused)}"] button`)?.focus();
+  if (models.some((each) => each.state === "loading")) watch();
+  const taken = Object.values(memory.models_bytes).reduce((sum, each) => sum + each, 0);
+  $("models-memory").textContent = `Models in memory take ${megabytes(taken)}`
+    + (memory.models_budget_bytes === null ? "; there is no budget (PVT_MEMORY_BUDGET_MB)." : ` of ${megabytes(memory.models_budget_bytes)} (PVT_MEMORY_BUDGET_MB).`);
+}
+
+/** Look again while the table is shown. */
+function watch() {
+  clearTimeout(watching);
+  watching = setTimeout(() => {
+    if ($("models").hidden) return;
+    if (document.hidden) watch();
+    else showTable().catch(failed);
+  }, 2000);
+}
+
+/** What can be done with `model` now. */
+function actions(model) {
+  const doing = busy.get(model.id);
+  const offered = doing || model.state === "loading" ? [] : {
+    ready: model.pinned ? ["Unpin"] : ["Pin", "Unload"], remote: ["Pull"],
+  }[model.state] ?? ["Load", "Pin"];
+  return el("div", { class: "row", "data-model": model.id }, ...(doing ? [el("span", { class: "hint" }, doing)] : []),
+    ...offered.map((name) => {
+      const button = el("button", { type: "button", "aria-label": `${name} ${model.id}` }, name);
+      button.addEventListener("click", () => act(model.id, name));
+      return button;
+    }));
+}
+
+const DO = {
+  Load: loaded, Pull: loaded,
+  Pin: async (path) => { await loaded(path); await manage(`${path}/pin`); },
+  Unpin: (path) => manage(`${path}/pin`, { method: "DELETE" }),
+  Unload: (path) => manage(`${path}/unload`),
+};
+
+const manage = (path, { method = "POST", headers } = {}) => call(path, { method, headers, bearer: managementKey() });
+
+/** A model is in memory in the end; the table shows how far it is meanwhile. */
+async function loaded(path) {
+  while ((await manage(`${path}/load`, { headers: { Prefer: `wait=${SECONDS}` } })).status === 202) await showTable();
+}
+
+async function act(id, name) {
+  busy.set(id, { Load: "loading…", Pull: "fetching…", Pin: "pinning…", Unpin: "unpinning…", Unload: "unloading…" }[name]);
+  refusal.clear();
+  await showTable().catch(failed);
+  try {
+    await DO[name](`models/${encodeURIComponent(id)}`);
+    say(`${name} ${id}: done`);
+  } catch (error) { failed(error); }
+  busy.delete(id);
+  await showTable().catch(failed);
+  document.dispatchEvent(new Event("managed"));
+}
+
+function failed(error) {
+  refusal.show(error);
+  if (error.status === 401) $("manage-key").focus();
+}
+
+function keySet(value) {
+  if (value) sessionStorage.setItem(KEY, value);
+  else sessionStorage.removeItem(KEY);
+  $("manage-key").value = "";
+  refusal.clear();
+  showTable().catch(failed);
+}
+
+export function start() {
+  refusal = new Refusal($("manage-problem"));
+  $("manage-form").hidden = $("manage-note").dataset.way !== "key";
+  $("manage-form").addEventListener("submit", (event) => { event.preventDefault(); keySet($("manage-key").value.trim()); });
+  $("manage-forget").addEventListener("click", () => keySet(""));
 }

@@ -75,14 +75,34 @@ export function principal(data, channels, positions) {
   });
 }
 
-/** The components as the colours of a canvas: red, green, blue, each from its least score to its greatest. */
-export function paint(canvas, data, [channels, height, width]) {
-  [canvas.width, canvas.height] = [width, height];
-  const context = canvas.getContext("2d"), image = context.createImageData(width, height);
-  principal(data, channels, height * width).forEach((scores, colour) => {
-    const least = Math.min(...scores), range = Math.max(...scores) - least;
-    scores.forEach((each, p) => { image.data[4 * p + colour] = range ? Math.round(255 * (each - least) / range) : 128; });
+/** The maps { shape, data } one after another, as one: channel by channel. */
+function joined(maps, channels, positions) {
+  if (maps.length === 1) return maps[0].data;
+  const all = new Float32Array(channels * positions);
+  let from = 0;
+  for (const { data } of maps) {
+    const size = data.length / channels;
+    for (let c = 0; c < channels; c++) all.set(data.subarray(c * size, (c + 1) * size), c * positions + from);
+    from += size;
+  }
+  return all;
+}
+
+/** The components of all maps together as the colours of a canvas for each: red, green, blue, each from its least score
+ * of all to its greatest. The maps have as many channels. */
+export function paint(canvases, maps) {
+  const [channels] = maps[0].shape, positions = maps.reduce((sum, { data }) => sum + data.length / channels, 0);
+  const colours = principal(joined(maps, channels, positions), channels, positions).map((scores) => {
+    const least = scores.reduce((a, b) => Math.min(a, b)), range = scores.reduce((a, b) => Math.max(a, b)) - least;
+    return scores.map((each) => (range ? Math.round((255 * (each - least)) / range) : 128));
   });
-  for (let p = 3; p < image.data.length; p += 4) image.data[p] = 255;
-  context.putImageData(image, 0, 0);
+  let from = 0;
+  canvases.forEach((canvas, n) => {
+    const [, height, width] = maps[n].shape;
+    [canvas.width, canvas.height] = [width, height];
+    const context = canvas.getContext("2d"), image = context.createImageData(width, height);
+    for (let p = 0; p < width * height; p++) image.data.set([...colours.map((each) => each[from + p]), 255], 4 * p);
+    context.putImageData(image, 0, 0);
+    from += width * height;
+  });
 }

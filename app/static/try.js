@@ -2,21 +2,20 @@
 
 import { Problem, call, form, timing } from "./api.js";
 import * as code from "./code.js";
+import * as compare from "./compare.js";
+import * as details from "./details.js";
 import { $, el, ms, say, score } from "./dom.js";
 import { Pad, render } from "./draw.js";
 import { Latest } from "./latest.js";
-import { readSafetensors, paint as paintStage } from "./pca.js";
-import * as where from "./where.js";
+import { Refusal } from "./refusal.js";
 
 const SAMPLES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"];
-const STRIDES = [4, 8, 16, 32];
 const CAMERA_SIDE = 320;
-const requests = new Latest(), details = new Latest();
+const requests = new Latest(), refusal = new Refusal($("problem"));
 let model = null; // as GET /models/{id} has it
 let images = []; // { blob, name, live }
 let chosen = 0; // of several images
 let answer = null; // of them
-let retry = 0; // the timer of a countdown
 let camera = null; // its stream
 
 const query = () => (model && !model.default ? { model: model.id } : {});
@@ -76,12 +75,11 @@ function choose(n) {
 
 /** Ask for the classes of the images. Returns what went wrong, if anything did. */
 async function classify({ patient = false, quiet = false } = {}) {
-  clearInterval(retry);
+  refusal.stop();
   let problem = null;
   await requests.run(async (signal) => {
     const sent = images;
-    $("answer").classList.add("stale");
-    $("answer").setAttribute("aria-busy", "true");
+    running(true);
     if (!quiet) say("Reading the image");
     try {
       const response = await call("predict", {
@@ -102,51 +100,31 @@ async function classify({ patient = false, quiet = false } = {}) {
   return problem;
 }
 
-function show(error) {
-  const problem = error instanceof Problem ? error : new Problem("The page failed", String(error), -1);
-  const waits = problem.status === 503 && problem.retryAfter !== null;
-  const next = el("p");
-  $("problem").className = waits ? "problem waits" : "problem";
-  $("problem").hidden = false;
-  $("problem").replaceChildren(
-    el("strong", {}, problem.status > 0 ? `${problem.title} (${problem.status})` : problem.title),
-    el("p", {}, problem.detail), next,
-    ...(problem.requestId ? [el("p", { class: "hint" }, "Request ", el("code", {}, problem.requestId))] : []),
-  );
-  $("answer").setAttribute("aria-busy", "false");
-  say(`${problem.title}. ${problem.detail}`);
-  if (problem.status === 401) $("key-box").open = true;
-  if (problem.retryAfter !== null && !camera) countDown(problem.retryAfter, next);
+/** What is shown is not the answer to the newest image; it stays, dimmed. */
+function running(on) {
+  for (const id of ["answer", "more"]) $(id).classList.toggle("stale", on);
+  $("answer").setAttribute("aria-busy", String(on));
+  $("empty").textContent = "Reading the image…";
+  $("empty").hidden = !on || !$("result").hidden;
 }
 
-function countDown(seconds, line) {
-  const button = el("button", { type: "button" }, "Send now");
-  const text = el("span");
-  line.replaceChildren(text, " ", button);
-  const until = performance.now() + 1000 * seconds;
-  const tick = () => {
-    const left = Math.ceil((until - performance.now()) / 1000);
-    text.textContent = `Sends it again in ${Math.max(left, 0)} s.`;
-    if (left <= 0) classify({ quiet: true });
-  };
-  button.addEventListener("click", () => classify());
-  tick();
-  clearInterval(retry);
-  retry = setInterval(tick, 250);
+function show(error) {
+  $("answer").setAttribute("aria-busy", "false");
+  $("empty").hidden = true;
+  refusal.show(error, camera ? null : classify);
+  if (error.status === 401) $("key-box").open = true;
 }
 
 function showResult(quiet = false) {
   const result = answer.results[chosen], several = answer.results.length > 1;
-  $("answer").classList.remove("stale");
-  $("answer").setAttribute("aria-busy", "false");
+  running(false);
   if (several) showLabels();
   if (result.error) {
     show(new Problem(result.error.title, result.error.detail, result.error.status, null, result.error.request_id));
     $("result").hidden = $("more").hidden = true;
     return;
   }
-  $("problem").hidden = true;
-  $("empty").hidden = true;
+  refusal.clear();
   $("result").hidden = false;
   const [best] = result.predictions;
   $("best").replaceChildren(...(best ? [best.label, " ", el("small", {}, score(best.score, answer.activation))] : ["No class reaches its threshold"]));
@@ -162,7 +140,9 @@ function showResult(quiet = false) {
   showTiming();
   $("request-id").textContent = answer.id;
   if (!quiet) say(best ? `${best.label}, ${score(best.score, answer.activation)}` : "No class reaches its threshold");
-  if (!camera) showDetails(result);
+  if (camera) return;
+  details.show({ images, results: answer.results, chosen, model, query: query() });
+  compare.against({ image: images[chosen], model, images });
 }
 
 function showTiming() {
@@ -189,50 +169,6 @@ function showLabels() {
   });
 }
 
-function showDetails(result) {
-  const image = images[chosen], tasks = model?.tasks ?? [];
-  $("more").hidden = false;
-  const labels = model?.labels ?? result.predictions.map((each) => each.label);
-  const best = result.predictions[0]?.class_id;
-  const select = $("where-class");
-  select.replaceChildren(...labels.map((label, n) => el("option", { value: model?.labels ? n : result.predictions[n].class_id }, label)));
-  if (best !== undefined) select.value = best;
-  details.run(async (signal) => {
-    if (tasks.includes("explain")) await explain(image, signal);
-    await showStages(image, signal);
-  }, { patient: image.live });
-}
-
-async function explain(image, signal) {
-  try {
-    await where.explain(image, query(), $("where-class").value, signal);
-  } catch (error) {
-    if (signal.aborted || error.name === "AbortError") throw error;
-    $("identity").textContent = error.detail ?? String(error);
-  }
-}
-
-async function showStages(image, signal) {
-  try {
-    const response = await call("features", {
-      method: "POST", body: form([image]), query: { ...query(), embedding: false, stages: "1,2,3,4" },
-      headers: { Accept: "application/vnd.safetensors" }, signal,
-    });
-    const arrays = readSafetensors(await response.arrayBuffer());
-    if (signal.aborted) return;
-    $("stages").replaceChildren(...STRIDES.map((stride, n) => {
-      const { shape: [, channels, height, width], data } = arrays[`stage${n + 1}`];
-      const canvas = el("canvas", { role: "img" });
-      canvas.setAttribute("aria-label", `Stage ${n + 1} in three colours`);
-      paintStage(canvas, data, [channels, height, width]);
-      return el("figure", {}, canvas, el("figcaption", {}, `${n + 1}: ${width} × ${height}, ${channels} channels, stride ${stride}`));
-    }));
-  } catch (error) {
-    if (signal.aborted || error.name === "AbortError") throw error;
-    $("stages").replaceChildren(el("p", { class: "hint" }, error.detail ?? String(error)));
-  }
-}
-
 function drawing(on) {
   $("pad").hidden = $("clear").hidden = !on;
   $("draw").setAttribute("aria-pressed", String(on));
@@ -240,7 +176,7 @@ function drawing(on) {
   if (!on) return;
   film(false);
   requests.stop();
-  clearInterval(retry);
+  refusal.stop();
   pad.clear();
   images = [];
   showStrip();
@@ -339,8 +275,6 @@ export function start() {
     button.addEventListener("click", async () => take([{ blob: await (await fetch(address)).blob(), name: `${name}.png` }]));
     return button;
   }));
-  $("opacity").addEventListener("input", where.paint);
-  $("where-class").addEventListener("change", () => details.run((signal) => explain(images[chosen], signal)));
   $("save-csv").addEventListener("click", () => save("classes.csv", "text/csv", csv()));
   $("save-json").addEventListener("click", () => {
     const { id, times, ...plain } = answer;

@@ -1,7 +1,7 @@
 // The class activation map on the part of the image that the model saw.
 
 import { call, form, json } from "./api.js";
-import { $, el } from "./dom.js";
+import { $, el, score } from "./dom.js";
 import { VIRIDIS } from "./viridis.js";
 
 const SIDE = 512; // of the canvas's longer side
@@ -73,7 +73,7 @@ function scale(cells) {
 }
 
 /** Ask for the map of a class (of the most likely one without `classId`), and show it with its numbers. */
-export async function explain(image, query, classId, signal) {
+export async function explain(image, { query, classId, activation }, signal) {
   const answer = await json("explain", {
     method: "POST", body: form([image]), query: { ...query, class_id: classId }, headers: { Accept: "application/json" }, signal,
   });
@@ -89,7 +89,7 @@ export async function explain(image, query, classId, signal) {
   $("overlay").setAttribute("aria-label", `Class activation map of ${found.label} on the model's crop`);
   $("identity").replaceChildren(
     el("strong", {}, `mean ${mean.toFixed(4)} + bias ${found.bias.toFixed(4)} = ${(mean + found.bias).toFixed(4)}`),
-    ` ${holds ? "is" : "differs from"} the logit ${found.logit.toFixed(4)} of ${found.label}${holds ? " ✓" : ""}. `
+    ` ${holds ? "is" : "differs from"} the logit ${found.logit.toFixed(4)} of ${found.label}${holds ? " ✓" : ""}, whose score is ${score(found.score, activation)}. `
       + `${found.map[0].length} × ${found.map.length} cells, each of 32 × 32 pixels of the ${width} × ${height} input.`,
   );
   const small = cells.length <= 16;

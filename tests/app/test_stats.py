@@ -70,16 +70,17 @@ def test_statuses_are_told_apart_and_the_busiest_route_is_first() -> None:
         (Request("/models", 404, 1), 2),
         *(
             (Request("/predict", status, 1), count)
-            for status, count in ((200, 5), (422, 2), (429, 3), (503, 4), (500, 1))
+            for status, count in ((200, 5), (422, 2), (429, 3), (499, 6), (503, 4), (500, 1))
         ),
     ]
 
     first, second = summed([share(requests=requests)]).routes
 
     assert (first.route, second.route) == ("/predict", "/models")
-    assert (first.requests, first.client_errors, first.refused, first.server_errors) == (15, 2, 7, 1)
+    assert (first.requests, first.client_errors, first.refused, first.server_errors) == (21, 2, 7, 1)
+    assert first.abandoned == 6
     assert (second.requests, second.client_errors) == (2, 2)
-    assert first.per_second == 0.25
+    assert first.per_second == 0.35
 
 
 def test_the_shares_of_several_processes_are_summed() -> None:

@@ -1,23 +1,30 @@
-"""Debian's Chromium, servers, and a page that must not do what the tests did not expect."""
+"""Debian's Chromium, a server, and a page that must not do what the tests did not expect."""
 
-import json
 import os
 import shutil
 from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
 from playwright.sync_api import Browser, Page, Request, sync_playwright
 
 from tests.app.conftest import png
 from tests.app.processes import Server, serving
+from tests.browser.servers import DIGITS, copied
+from tests.service.checkpoints import checkpoint, path_of
+from tests.service.hub import Hub, serving_hub
 
 CHROMIUM = shutil.which("chromium")
-DIGITS, EVIL = "pvt_v2_b0.digits", "pvt_v2_b0.evil"
+EVIL = "pvt_v2_b0.evil"
+MANAGEMENT = {"Authorization": "Bearer root"}
 MARKUP = '<img src=x onerror="document.title=1">'
 SMALL: Any = {"backend": "torch", "precision": "float32", "instances": "1", "max_batch_size": "2"}
 # Which images were sent, violations of the policy, and when the pointer last went up.
@@ -71,6 +78,11 @@ class Watched:
         })"""
         return b64decode(self.page.evaluate(code).partition(",")[2])
 
+    def pixels(self, canvas: str) -> NDArray[np.int64]:
+        """(height, width, 3), from 0 to 255."""
+        address = self.page.locator(canvas).evaluate("canvas => canvas.toDataURL()")
+        return np.asarray(Image.open(BytesIO(b64decode(address.partition(",")[2]))).convert("RGB")).astype(np.int64)
+
     def texts(self, selector: str) -> str:
         return self.page.locator(selector).inner_text()
 
@@ -95,23 +107,28 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def store(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model, and the same with markup for labels."""
     store = tmp_path_factory.mktemp("store")
-    for name in (DIGITS, EVIL):
-        shutil.copytree(model_store / DIGITS, store / name)
-    path = store / EVIL / "1" / "card.json"
-    card = json.loads(path.read_text())
-    card["labels"] = [f"{n} {MARKUP}" for n in range(10)]
-    path.write_text(json.dumps({**card, "id": EVIL} if "id" in card else card))
+    shutil.copytree(model_store / DIGITS, store / DIGITS)
+    copied(store, EVIL, labels=[f"{n} {MARKUP}" for n in range(10)])
     return store
 
 
-@pytest.fixture(scope="module")
-def server(store: Path) -> Iterator[Server]:
+@pytest.fixture(scope="package")
+def hub() -> Iterator[Hub]:
+    """A hub that has one of the published models."""
+    with serving_hub() as hub:
+        hub.put(path_of("timm"), checkpoint("timm"))
+        yield hub
+
+
+@pytest.fixture(scope="package")
+def server(store: Path, hub: Hub) -> Iterator[Server]:
     """As a user starts it, with the model in memory."""
-    with serving(read_log=False, model_store=str(store), preload=DIGITS, **SMALL) as server:
+    more: Any = {"management_keys": "root", "pull": "on_demand", "mirror": hub.url}
+    with serving(read_log=False, model_store=str(store), preload=DIGITS, **more, **SMALL) as server:
         httpx.post(f"{server.url}/explain", files={"image": png(size=(64, 64))}, timeout=60)  # its graph too is there
         yield server
 
@@ -121,7 +138,7 @@ def watch(browser: Browser, url: str, **options: Any) -> Iterator[Watched]:
     context = browser.new_context(viewport={"width": 1200, "height": 900}, **options)
     context.add_init_script(_WATCH)
     watched = Watched(context.new_page(), url)
-    watched.page.set_default_timeout(20_000)
+    watched.page.set_default_timeout(120_000)
 
     def requested(request: Request) -> None:
         if not request.url.startswith((url.partition("/team")[0], "blob:", "data:")):
@@ -143,3 +160,11 @@ def watched(browser: Browser, server: Server) -> Iterator[Watched]:
     for each in watch(browser, server.url):
         yield each
         assert each.console == []
+
+
+@pytest.fixture
+def lenient(browser: Browser, server: Server) -> Iterator[Watched]:
+    """The same; the console may log refusals."""
+    for each in watch(browser, server.url):
+        yield each
+        assert [line for line in each.console if "Failed to load resource" not in line] == []

@@ -1,6 +1,8 @@
 """What the page shows when not all is well: keys, limits, refusals, a server that is gone; and to whom."""
 
 import os
+import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,23 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, Route
 
 from tests.app.processes import Server, serving
-from tests.browser.conftest import DIGITS, SMALL, Watched, is_answer, watch
+from tests.browser.conftest import EVIL, MANAGEMENT, SMALL, Watched, is_answer, watch
+from tests.browser.servers import DIGITS, wait_until_ready
 
 LOCKED: Any = {"api_keys": "sesame", "root_path": "/team/images", "max_body_mb": "0.05", "client_rate": "1",
           "client_burst": "10"}  # fmt: skip
+
+
+# Every text that the page shows as a problem, with the class of its element.
+_NOTE_PROBLEMS = """() => {
+  seen.problems = [];
+  const target = document.querySelector("#problem");
+  new MutationObserver(() => seen.problems.push(`${target.className}: ${target.textContent}`))
+    .observe(target, { childList: true, subtree: true, characterData: true });
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +114,65 @@ def test_after_a_429_the_image_is_sent_again_when_the_service_says_so(behind: Wa
     page.wait_for_function("(name) => document.querySelector('#preview').alt.includes(name)", arg=name)
 
 
-def test_a_server_that_is_gone_has_a_banner_until_it_is_back(browser: Browser, store: Path, digits: Path) -> None:
+def test_a_model_that_is_not_in_memory_has_a_countdown_until_it_is(lenient: Watched, server: Server) -> None:
+    httpx.post(f"{server.url}/models/{EVIL}/unload", headers=MANAGEMENT).raise_for_status()
+    page = lenient.open()
+    page.evaluate(_NOTE_PROBLEMS)
+    page.select_option("#model", EVIL)
+    page.wait_for_function(f"() => document.querySelector('#model-line').textContent.startsWith('{EVIL}')")
+    page.click("#samples button[title='two.png']")
+    page.wait_for_selector("#bars li")
+
+    first, *_ = page.evaluate("seen.problems")
+    assert first.startswith("problem waits: Model loading (503)")
+    assert "Sends it again in " in first
+    assert page.locator("#problem").is_hidden()
+    page.wait_for_function(
+        f"() => document.querySelector('#model option[value=\"{EVIL}\"]').textContent.includes('in memory')"
+    )
+
+
+def test_an_answer_is_dimmed_while_the_next_one_is_under_way(watched: Watched) -> None:
+    page, held = watched.open(), list[Route]()
+    assert "Drop an image here" in watched.texts("#invite")  # and there is none yet
+    page.click("#samples button[title='one.png']")
+    page.wait_for_selector("#stages canvas")
+    page.route("**/predict*", lambda route: held.append(route))  # noqa: PLW0108  it needs a function of its own
+    page.click("#samples button[title='two.png']")
+    page.wait_for_function("() => getComputedStyle(document.querySelector('#answer')).opacity < 0.5")
+    page.wait_for_function("() => getComputedStyle(document.querySelector('#more')).opacity < 0.5")
+    while not held:
+        page.evaluate("0")
+
+    assert watched.bars()[0][0] == "1"
+    assert page.locator("#answer").get_attribute("aria-busy") == "true"
+    assert watched.texts("#live-region") == "Reading the image"
+    held[0].continue_()
+    page.wait_for_function("() => getComputedStyle(document.querySelector('#answer')).opacity === '1'")
+    assert watched.bars()[0][0] == "2"
+    assert page.locator(".stale").count() == 0
+
+
+def test_with_several_workers_everything_is_as_with_one(browser: Browser, store: Path, digits: Path) -> None:
+    settings: Any = {"model_store": str(store), "preload": DIGITS, "workers": "2", "management_keys": "root"}
+    with serving(read_log=False, **settings, **SMALL) as server:
+        wait_until_ready(server.url)
+        for watched in watch(browser, server.url):
+            page = watched.open()
+            page.set_input_files("#file", [digits / "one.png", digits / "two.png"])
+            page.wait_for_selector("#stages canvas")
+            assert is_answer(watched.bars(), server.url, (digits / "one.png").read_bytes())
+            page.wait_for_function("() => document.querySelector('#live-state').textContent.includes('2 workers')")
+            page.click("nav >> text=Models")
+            page.wait_for_selector("#models-table tbody tr")
+            refused = httpx.post(f"{server.url}/models/{DIGITS}/load", headers=MANAGEMENT).json()["detail"]
+            assert refused in watched.texts("#manage-note")
+            assert watched.console == []
+
+
+def test_a_server_that_is_gone_has_a_banner_until_it_is_back_and_one_that_drains_says_so(
+    browser: Browser, store: Path, digits: Path
+) -> None:
     settings: Any = {"model_store": str(store), "preload": DIGITS, **SMALL}
     with serving(read_log=False, **settings) as server:
         pages = watch(browser, server.url)
@@ -115,10 +185,21 @@ def test_a_server_that_is_gone_has_a_banner_until_it_is_back(browser: Browser, s
         page.set_input_files("#file", digits / "six.png")
         page.wait_for_selector("#problem", state="visible")
     with serving(read_log=False, environment={"PVT_PORT": str(urlsplit(watched.url).port)}, **settings) as server:
-        page.wait_for_selector("#banner", state="hidden", timeout=60_000)
+        page.wait_for_selector("#banner", state="hidden")
         page.wait_for_selector("#bars li")
 
         assert is_answer(watched.bars(), server.url, (digits / "six.png").read_bytes())
+        page.click("#camera")
+        page.wait_for_function("() => seen.sent.at(-1).images[0].name === 'camera.jpg' && !seen.running")
+        page.evaluate(_NOTE_PROBLEMS)
+        with socket.create_connection((urlsplit(server.url).hostname, urlsplit(server.url).port)) as upload:
+            upload.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nand")  # not complete
+            server.process.send_signal(signal.SIGTERM)
+            page.wait_for_function("() => seen.problems.some((each) => each.includes('the service is shutting down'))")
+            page.wait_for_selector("#banner", state="visible")
+        assert server.process.wait(60) == 0
+        assert page.evaluate("seen.most") == 1
+        page.click("#camera")
         assert [line for line in watched.console if "Failed to load resource" not in line] == []
         next(pages, None)
 
@@ -146,42 +227,40 @@ def test_the_live_view_shows_what_stats_count(watched: Watched) -> None:
     page.wait_for_function("() => document.querySelector('#batches')?.textContent.includes('pvt_v2_b0.digits')")
 
     assert page.locator("#charts svg").count() == 6
-    page.wait_for_function("() => document.querySelectorAll('#charts svg path[d*=L]').length === 14")  # two events
+    page.wait_for_function("() => document.querySelectorAll('#charts svg path[d*=L]').length === 15")  # two events
     assert "/static" not in watched.texts("#routes")
 
 
-def test_the_models_view_is_the_table_of_models(watched: Watched, server: Server) -> None:
-    page = watched.open("/#models")
-    page.wait_for_selector("#models-table tbody tr")
-
-    listed = httpx.get(f"{server.url}/models").json()["models"]
-    rows = page.locator("#models-table tbody tr").all_inner_texts()
-    assert [row.split("\t")[0] for row in rows] == [each["id"] for each in listed]
-    first = next(row for row in rows if row.startswith(DIGITS))
-    assert "● in memory" in first
-    assert "99.7 %" in first
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 390])
-def test_there_is_no_violation_of_accessibility(browser: Browser, server: Server, scheme: str, width: int) -> None:
-    for watched in watch(browser, server.url, color_scheme=scheme, reduced_motion="reduce"):
-        page = watched.open()
-        page.set_viewport_size({"width": width, "height": 844})
-        page.click("#samples button[title='five.png']")
+@pytest.mark.parametrize(
+    ("scheme", "width", "zoom"),
+    [("light", 1200, 1), ("dark", 1200, 1), ("light", 390, 1), ("dark", 390, 1), ("light", 600, 2)],
+)
+def test_there_is_no_violation_of_accessibility(
+    browser: Browser, server: Server, digits: Path, *, scheme: str, width: int, zoom: int
+) -> None:
+    """A zoom of 200 % leaves a window of 1200 pixels 600 of the page's."""
+    for watched in watch(browser, server.url, color_scheme=scheme, reduced_motion="reduce", device_scale_factor=zoom):
+        page = watched.page
+        page.add_init_script("sessionStorage.setItem('pvt-serve-management-key', 'root')")
+        watched.open()
+        page.set_viewport_size({"width": width, "height": 844 // zoom})
+        page.set_input_files("#file", [digits / "five.png", digits / "six.png"])
         page.wait_for_selector("#stages canvas")
-        for view in ("try", "models", "live"):
+        page.click("#compare-toggle")
+        page.click("#other-strip button")
+        page.wait_for_selector("#compare-stages canvas")
+        for view, shown in {"try": "#mirror", "models": "[data-model] button", "live": "#charts"}.items():
             page.click(f"nav a[href='#{view}']")
-            page.wait_for_selector(f"#{view}", state="visible")
+            page.wait_for_selector(f"#{view} {shown}", state="visible")
             found = Axe().run(page, options={"resultTypes": ["violations"]})
 
             assert found.violations_count == 0, found.generate_report()
             assert page.evaluate("document.documentElement.scrollWidth") <= width
-        small = page.evaluate("""() => [...document.querySelectorAll('button, select, summary, a')].filter(each => {
-            const box = each.getBoundingClientRect();
-            return box.width && (box.width < 44 || box.height < 44);
-        }).map((each) => each.outerHTML)""")  # fmt: skip
-        assert small == []
+            small = page.evaluate("""() => [...document.querySelectorAll('button, select, summary, a')].filter(each => {
+                const box = each.getBoundingClientRect();
+                return box.width && (box.width < 44 || box.height < 44);
+            }).map((each) => each.outerHTML)""")  # fmt: skip
+            assert small == []
 
 
 def test_the_whole_flow_works_by_keyboard(watched: Watched) -> None:

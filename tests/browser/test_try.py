@@ -1,6 +1,6 @@
 """Every way to give an image, and what the page then shows."""
 
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +15,7 @@ from playwright.sync_api import Page
 from safetensors.numpy import load
 
 from tests.app.processes import Server
+from tests.browser.components import off_from_components
 from tests.browser.conftest import EVIL, MARKUP, Watched, is_answer
 from tests.browser.strokes import STROKES
 
@@ -48,12 +49,6 @@ def draw(page: Page, strokes: list[list[tuple[float, float]]]) -> None:
         for point in points[1:]:
             page.mouse.move(*point)
         page.mouse.up()
-
-
-def pixels_of(page: Page, canvas: str) -> NDArray[np.int64]:
-    """(height, width, 3), from 0 to 255."""
-    address = page.locator(canvas).evaluate("canvas => canvas.toDataURL()")
-    return np.asarray(Image.open(BytesIO(b64decode(address.partition(",")[2]))).convert("RGB")).astype(np.int64)
 
 
 WAYS: dict[str, Callable[[Page, Path], None]] = {
@@ -178,7 +173,7 @@ def test_the_overlay_is_the_map_on_the_crop_of_the_model(watched: Watched, serve
 
     def pixels(opacity: int) -> NDArray[np.int64]:
         page.locator("#opacity").fill(str(opacity))
-        return pixels_of(page, "#overlay")
+        return watched.pixels("#overlay")
 
     cells = np.array(explained["map"])
     shown = pixels(100)[128::256, 128::256]  # the middles of the 2 x 2 cells, nearly: enlarging is bilinear
@@ -208,23 +203,66 @@ def test_another_class_has_another_map(watched: Watched, server: Server, digits:
     assert f"logit {found['logit']:.4f} of 3" in watched.texts("#identity")
 
 
+def plain(text: str) -> str:
+    """With a letter in the place of the multiplication sign."""
+    return text.replace("\N{MULTIPLICATION SIGN}", "x")
+
+
+def test_at_a_larger_size_the_map_has_more_cells_and_its_mean_and_the_bias_are_the_logit(
+    watched: Watched, server: Server, digits: Path
+) -> None:
+    page, image = watched.open(), (digits / "eight.png").read_bytes()
+    page.set_input_files("#file", digits / "eight.png")
+    page.wait_for_selector("#stages canvas")
+    page.select_option("#size", "128")
+    page.wait_for_function("() => document.querySelector('#stages').textContent.includes('32 \u00d7 32')")
+    found = httpx.post(f"{server.url}/explain?size=128&class_id=8", files={"image": image},
+                       headers={"Accept": "application/json"}, timeout=60).json()["results"][0]  # fmt: skip
+    cells = np.array(found["map"])
+    page.locator("#opacity").fill("100")
+
+    assert cells.shape == (4, 4)
+    assert cells.mean() + found["bias"] == pytest.approx(found["logit"], abs=1e-3)
+    assert f"is the logit {found['logit']:.4f} of 8 ✓" in watched.texts("#identity")
+    assert f"score is {100 * found['score']:.1f} %" in watched.texts("#identity")
+    assert "4 x 4 cells, each of 32 x 32 pixels of the 128 x 128 input" in plain(watched.texts("#identity"))
+    shown = watched.pixels("#overlay")[64::128, 64::128]
+    expected = colormaps["viridis"]((cells - cells.min()) / np.ptp(cells))[..., :3] * 255
+    assert np.abs(shown - expected).max() <= 4
+    sizes = [plain(each) for each in page.locator("#size option").all_inner_texts()]
+    assert sizes == ["64 x 64, the model's", "128 x 128", "224 x 224", "320 x 320", "448 x 448"]
+
+
+def stages_of(url: str, path: Path) -> list[NDArray[np.float32]]:
+    """The four maps of an image, each (channels, height, width)."""
+    response = httpx.post(f"{url}/features?stages=1,2,3,4", files={"image": path.read_bytes()},
+                          headers={"Accept": "application/vnd.safetensors"})  # fmt: skip
+    stages = load(response.content)
+    return [stages[f"stage{n}"][0] for n in (1, 2, 3, 4)]
+
+
 def test_the_colours_of_the_stages_are_the_principal_components_of_numpy(
     watched: Watched, server: Server, digits: Path
 ) -> None:
     page = watched.open()
     page.set_input_files("#file", digits / "three.png")
     page.wait_for_selector("#stages canvas")
-    response = httpx.post(f"{server.url}/features?stages=1,2,3,4", files={"image": (digits / "three.png").read_bytes()},
-                          headers={"Accept": "application/vnd.safetensors"})  # fmt: skip
-    stages = load(response.content)
+    for n, maps in enumerate(stages_of(server.url, digits / "three.png")):
+        shown = watched.pixels(f"#stages figure:nth-child({n + 1}) canvas")
+        assert off_from_components([shown], [maps]) <= 2, n
+
+
+def test_images_of_a_strip_share_the_components_of_all_of_them(watched: Watched, server: Server, digits: Path) -> None:
+    page, paths = watched.open(), [digits / f"{name}.png" for name in ("one", "eight", "three")]
+    page.set_input_files("#file", paths)
+    page.wait_for_selector("#stages canvas")
+    page.select_option("#basis", "all")
+    page.wait_for_selector("#stages.several canvas")
+    of_all = [stages_of(server.url, path) for path in paths]
+
     for n in range(4):
-        shown = pixels_of(page, f"#stages figure:nth-child({n + 1}) canvas").reshape(-1, 3)
-        maps = stages[f"stage{n + 1}"][0].astype(np.float64).reshape(stages[f"stage{n + 1}"].shape[1], -1).T
-        left, values, _ = np.linalg.svd(maps - maps.mean(axis=0), full_matrices=False)
-        scores = (left * values)[:, :3]
-        scaled = 255 * (scores - scores.min(axis=0)) / np.ptp(scores, axis=0)
-        off = np.minimum(np.abs(shown - scaled).max(axis=0), np.abs(shown - (255 - scaled)).max(axis=0))
-        assert off.max() <= 2, (n, off)
+        shown = [watched.pixels(f"#stages figure:nth-child({n + 1}) canvas:nth-child({i + 1})") for i in range(3)]
+        assert off_from_components(shown, [stages[n] for stages in of_all]) <= 2, n
 
 
 def test_the_colours_are_those_of_matplotlib(watched: Watched) -> None:

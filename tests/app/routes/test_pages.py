@@ -1,6 +1,8 @@
 import re
 from gzip import compress
+from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -72,6 +74,37 @@ def test_below_a_prefix_the_page_works_with_and_without_a_slash_at_its_end(make_
         assert "/team/images/static/main.js" in addresses_of(page.text)
         assert all(each.startswith("/team/images/") for each in addresses_of(page.text))
     assert client.get("/team/images/static/main.js").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "way"),
+    [
+        ({}, "refused"),
+        ({"management_keys": ("root",)}, "key"),
+        ({"management_port": 8001}, "refused"),
+        ({"management_port": 8001, "management_keys": ("root",)}, "refused"),
+        ({"management_keys": ("root",), "workers": 2}, "refused"),
+    ],
+)
+def test_the_page_says_whether_it_can_manage_models_in_the_words_of_a_refusal(
+    make_client: MakeClient, settings: dict[str, Any], way: str
+) -> None:
+    client = make_client(**settings)
+    match = re.search(r'<p id="manage-note" data-way="(.*?)">(.*?)</p>', client.get("/").text)
+    refused = client.post("/models/pvt_v2_b0.digits/load", headers={"Authorization": "Bearer root"})
+
+    assert match
+    assert match[1] == way
+    assert (refused.status_code == 403) == (way == "refused")
+    if way == "refused":
+        assert unescape(match[2]).startswith(refused.json()["detail"])
+
+
+def test_on_the_port_of_management_the_page_needs_no_key_for_it(make_client: MakeClient) -> None:
+    client = make_client(management_port=80)
+
+    assert 'data-way="open"' in client.get("http://localhost/").text
+    assert 'data-way="refused"' in client.get("/").text  # at a name that another site could have given it
 
 
 def test_a_host_of_the_client_is_no_markup(client: TestClient) -> None:
