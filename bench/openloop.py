@@ -1,6 +1,7 @@
 """Open-loop load: requests leave at times fixed beforehand, whether or not earlier ones were answered.
 
     python -m bench.openloop --url URL --bodies FOLDER --content-type TYPE --rate 50 --seconds 5 [--uniform] [--seed 0]
+        [--suffix .body]
 
 Latency counts from the time at which a request was to be sent, so a server that stalls is charged for every request
 that the stall delayed ("coordinated omission" can't occur). It runs as a process of its own, of one thread, and prints
@@ -64,7 +65,12 @@ def summary(calls: Sequence[Call], offered: float, now: float, cpu_share: float)
 
 
 async def _main(arguments: argparse.Namespace) -> Open:
-    bodies = [Body(arguments.content_type, path.read_bytes()) for path in sorted(arguments.bodies.glob("*.body"))]
+    bodies = [
+        Body(arguments.content_type, path.read_bytes())
+        for path in sorted(arguments.bodies.glob(f"*{arguments.suffix}"))
+    ]
+    if not bodies:
+        raise SystemExit(f"{arguments.bodies} has no file that ends in {arguments.suffix}; name another --suffix")
     times = arrivals(arguments.rate, arguments.seconds, seed=arguments.seed, uniform=arguments.uniform)
     loop = asyncio.get_running_loop()
     gc.disable()
@@ -86,7 +92,8 @@ def main() -> None:
     """Read the command line, send, and print the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", required=True)
-    parser.add_argument("--bodies", required=True, type=Path, help="folder with a *.body file for each request body")
+    parser.add_argument("--bodies", required=True, type=Path, help="folder with a file for each request body")
+    parser.add_argument("--suffix", default=".body", help="of these files; .body by default")
     parser.add_argument("--content-type", required=True)
     parser.add_argument("--rate", required=True, type=float, help="requests a second")
     parser.add_argument("--seconds", required=True, type=float)
