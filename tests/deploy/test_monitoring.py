@@ -26,6 +26,7 @@ from app.clients import Clients
 from app.metrics import HttpMetrics, ProcessMetrics
 from app.remote_images.fetching import Fetcher
 from app.settings import Settings
+from bench.dashboard import Source, draw
 from service.metrics import EngineMetrics
 from tests.app.processes import Server, serving
 from tests.conftest import ROOT
@@ -256,6 +257,16 @@ def test_every_query_runs_and_each_panel_shows_something(stack: Stack, digits: P
     groups = prometheus.client.get("/api/v1/rules").json()["data"]["groups"]
     assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
     assert prometheus.alerts() == {}
+
+
+def test_the_picture_of_the_docs_has_every_panel(stack: Stack) -> None:
+    figure = draw(Source(str(stack.prometheus.client.base_url), 60))
+
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == [panel["title"] for panel in PANELS]
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert "ready" in texts
+    assert texts.count("No data") <= len(NO_DATA)
 
 
 def test_alerts_and_an_autoscalers_query_rise_with_the_queue_and_fall_with_it(stack: Stack, tmp_path: Path) -> None:
