@@ -2,11 +2,12 @@
 
 from asyncio import Lock
 from collections.abc import Callable, Collection, Iterator, Mapping
-from time import perf_counter
+from time import perf_counter, thread_time
 
 import orjson
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
@@ -18,7 +19,7 @@ from starlette.routing import Route
 from app.caching import validated
 from app.clients import Allowance
 
-RENDER_SHARE = 0.02  # of the event loop's time, for metrics
+RENDER_SHARE = 0.02  # of a core, for metrics
 RENDER_BURST = 10  # times in a row that they are rendered anew all the same
 ROOT_PATHS = 8  # below which the document is kept
 
@@ -37,25 +38,30 @@ class MetricsPage(Collector):
         """`collect` brings gauges up to date."""
         self._registry = registry
         self._collect = collect
-        # Mutable state: the last texts by media type, how long one took, and how often more may be made.
+        # Mutable state: the last texts by media type, how long one took, whether the service was ready then, and how
+        # often more may be made.
         self._texts: dict[str, bytes] = {}
         self._seconds = 0.0
+        self._ready: bool | None = None
         self._allowance = Allowance()
 
-    def text(self, media_type: str = "text/plain") -> bytes:
-        """The metrics in Prometheus's format, or another one of FORMATS."""
-        start = perf_counter()
+    def text(self, media_type: str = "text/plain", *, ready: bool | None = None) -> bytes:
+        """The metrics in Prometheus's format, or another one of FORMATS; `ready`: whether the service is, if known."""
+        start, used = perf_counter(), thread_time()
         if not self._texts or not self._allowance.wait_seconds(start, self._rate, RENDER_BURST):
             self._texts.clear()
             self._collect()
+            self._ready = ready
         if media_type not in self._texts:
             self._texts[media_type] = FORMATS[media_type][0](self)
-            self._seconds = perf_counter() - start
+            self._seconds = thread_time() - used  # under load others have the core meanwhile: figures must stay fresh
             self._allowance.take(start, self._rate)
         return self._texts[media_type]
 
     def collect(self) -> Iterator[Metric]:
         """See `Collector.collect`: every metric, without the times at which its series began."""
+        if self._ready is not None:  # which is about all workers, so it is no gauge that each of them has
+            yield GaugeMetricFamily("pvt_ready", "Whether it is ready, as /health/ready says.", float(self._ready))
         for metric in self._registry.collect():
             metric.samples = [each for each in metric.samples if not each.name.endswith("_created")]
             yield metric

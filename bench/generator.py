@@ -150,7 +150,8 @@ async def drive(
     """Post `bodies` in turn to `url`, each at `start` (on the loop's clock) plus its one of `times`."""
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
-    requests = [_request(f"{host}:{port}", parts.path or "/", body) for body in bodies]
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    requests = [_request(f"{host}:{port}", path, body) for body in bodies]
     calls = [Call(request, start + time) for time, request in zip(times, cycle(requests), strict=False)]
     await Generator(host, port, calls).run(drain_seconds)
     return calls

@@ -1,6 +1,7 @@
 """Open-loop load: requests leave at times fixed beforehand, whether or not earlier ones were answered.
 
     python -m bench.openloop --url URL --bodies FOLDER --content-type TYPE --rate 50 --seconds 5 [--uniform] [--seed 0]
+        [--suffix .body]
 
 Latency counts from the time at which a request was to be sent, so a server that stalls is charged for every request
 that the stall delayed ("coordinated omission" can't occur). It runs as a process of its own, of one thread, and prints
@@ -63,15 +64,17 @@ def summary(calls: Sequence[Call], offered: float, now: float, cpu_share: float)
     )
 
 
-async def _main(arguments: argparse.Namespace) -> Open:
-    bodies = [Body(arguments.content_type, path.read_bytes()) for path in sorted(arguments.bodies.glob("*.body"))]
-    times = arrivals(arguments.rate, arguments.seconds, seed=arguments.seed, uniform=arguments.uniform)
+async def _main(given: argparse.Namespace) -> Open:
+    bodies = [Body(given.content_type, path.read_bytes()) for path in sorted(given.bodies.glob(f"*{given.suffix}"))]
+    if not bodies:
+        raise SystemExit(f"{given.bodies} has no file that ends in {given.suffix}; name another --suffix")
+    times = arrivals(given.rate, given.seconds, seed=given.seed, uniform=given.uniform)
     loop = asyncio.get_running_loop()
     gc.disable()
     start, cpu = loop.time() + 0.1, process_time()
-    calls = await drive(arguments.url, bodies, times, start)
+    calls = await drive(given.url, bodies, times, start)
     now = loop.time()
-    return summary(calls, arguments.rate, now, (process_time() - cpu) / (now - start))
+    return summary(calls, given.rate, now, (process_time() - cpu) / (now - start))
 
 
 def open_loop(url: str, folder: Path, content_type: str, *, rate: float, seconds: float, seed: int) -> Open:
@@ -82,17 +85,23 @@ def open_loop(url: str, folder: Path, content_type: str, *, rate: float, seconds
     return Open.model_validate_json(run.stdout)
 
 
-def main() -> None:
-    """Read the command line, send, and print the record."""
+def arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
+    """What `command_line`, by default that of this process, asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", required=True)
-    parser.add_argument("--bodies", required=True, type=Path, help="folder with a *.body file for each request body")
+    parser.add_argument("--bodies", required=True, type=Path, help="folder with a file for each request body")
+    parser.add_argument("--suffix", default=".body", help="of these files; .body by default")
     parser.add_argument("--content-type", required=True)
     parser.add_argument("--rate", required=True, type=float, help="requests a second")
     parser.add_argument("--seconds", required=True, type=float)
     parser.add_argument("--seed", type=int, default=0, help="of the Poisson arrivals")
     parser.add_argument("--uniform", action="store_true", help="evenly spaced arrivals instead of Poisson's")
-    print(asyncio.run(_main(parser.parse_args())).model_dump_json())
+    return parser.parse_args(command_line)
+
+
+def main() -> None:
+    """Read the command line, send, and print the record."""
+    print(asyncio.run(_main(arguments())).model_dump_json())
 
 
 if __name__ == "__main__":

@@ -85,12 +85,16 @@ class EngineMetrics:
             "pvt_models_memory_budget_bytes", "PVT_MEMORY_BUDGET_MB in bytes; +Inf without one."
         )
         self.model_loads = counter("pvt_model_loads", "Attempts to load a model.", ["model", "outcome"])
-        self.model_load_seconds = histogram(
+        self._model_load_seconds = histogram(
             "pvt_model_load_seconds",
             "Seconds from the first request for a model to its being ready.",
             ["model"],
             buckets=LOAD_BUCKETS,
         )
+        self._model_load_step_seconds = histogram(
+            "pvt_model_load_step_seconds", "Seconds that each step of a load takes.", ["model", "step"],
+            buckets=LOAD_BUCKETS,
+        )  # fmt: skip
         self.model_memory_bytes = gauge(
             "pvt_model_memory_bytes", "Resident memory that each loaded model takes.", ["model"]
         )
@@ -153,6 +157,12 @@ class EngineMetrics:
                 else:
                     self.queue_images.labels(model, state).set(images)
             self.queue_depth.labels(model).set(depth["queued"])
+
+    def model_loaded(self, model: str, seconds: float, steps: Mapping[str, float]) -> None:
+        """A load of `model` took `seconds`, of which `steps` account for some; the rest it waited."""
+        self._model_load_seconds.labels(model).observe(seconds)
+        for step, each in {"wait": seconds - sum(steps.values()), **steps}.items():
+            self._model_load_step_seconds.labels(model, step).observe(max(0.0, each))
 
     def graph_ran(self, model: str, size: int, images: int, seconds: float) -> None:
         """A graph of `model` that was compiled for `size` images ran with so many, in `seconds`."""

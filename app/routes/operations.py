@@ -62,10 +62,10 @@ def _response(request: Request, state: Health, *, healthy: bool) -> JSONResponse
 
 
 @router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
-async def get_metrics(request: Request, page: MetricsPageDep) -> Response:
+async def get_metrics(request: Request, page: MetricsPageDep, state: HealthDep) -> Response:
     """Prometheus text, or OpenMetrics, which has exemplars, where `Accept` prefers it."""
     chosen = preferred_media_type(request, tuple(FORMATS)) or "text/plain"
-    return Response(page.text(chosen), media_type=FORMATS[chosen][1], headers={"Vary": "Accept"})
+    return Response(page.text(chosen, ready=state.ready), media_type=FORMATS[chosen][1], headers={"Vary": "Accept"})
 
 
 @router.get("/stats", summary="The last minute", response_model=Stats)

@@ -1,6 +1,6 @@
 """A loaded model at one input size: it runs batches, and makes more graphs when they are first needed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,6 +40,7 @@ class LoadReport:
 
     `device` is `cpu` or names of GPUs. `notes` says what was left out, and why; `cached` whether plan and graphs came
     from the plan cache. `memory_bytes` is what the load took on the device, at least the size of the weights.
+    `steps` has the seconds of `read`, `compile`, `check` and, for the plan cache, `write`.
     """
 
     backend: str
@@ -51,6 +52,7 @@ class LoadReport:
     load_seconds: float
     memory_bytes: int
     deviation: Deviation | None = None
+    steps: Mapping[str, float] = field(default_factory=dict)
 
 
 # Graphs by batch size, and the latency graph, where there is one: it runs an image that is alone on all cores.

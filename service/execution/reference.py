@@ -8,11 +8,12 @@ synthetic images when the model is first loaded, and kept with its batch plan.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
 from stat import S_ISREG
+from time import perf_counter
 
 import numpy as np
 import safetensors.numpy
@@ -228,7 +229,7 @@ def computed_reference(module: Served, height: int, width: int, count: int = SYN
     return Reference(images, logits, module.head() is None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReferenceCheck:
     """Checks that graphs reproduce `reference`.
 
@@ -239,6 +240,8 @@ class ReferenceCheck:
     reference: Reference
     source: str = ""
     plain: Callable[[], Floats] | None = None
+    # Mutable state: what all checks took.
+    seconds: float = field(init=False, default=0.0)
 
     def check(self, graph: Graph, size: int, count: int | None = None) -> Deviation:
         """Run `graph`, made for batches of `size`, on all images, or on `count` and as many as fill its batches.
@@ -251,7 +254,9 @@ class ReferenceCheck:
         order = np.argsort(-self.reference.ranges, kind="stable").tolist()
         numbers = [order[i % len(order)] for i in range(ceil((count or len(order)) / size) * size)]
         batches = [images[numbers[i : i + size]] for i in range(0, len(numbers), size)]
+        start = perf_counter()
         logits = np.concatenate([graph.run(0, batch)[0] for batch in batches])
+        self.seconds += perf_counter() - start
         deviation = self.reference.deviation(logits, numbers)
         if objection := deviation.objection(graph.precision):
             self.require_own_reference()

@@ -52,7 +52,7 @@ def load(
         ModelLoadFailed: the card or the weights are wrong, or the model computes no finite numbers.
         Exception: what `compiling` raises, or the last backend's, if none could run it.
     """
-    start, devices, failures = perf_counter(), devices or DeviceHealth(), list[str]()
+    steps, devices, failures = _Steps(), devices or DeviceHealth(), list[str]()
     for i, make in enumerate(backends, 1):
         name = f"backend number {i}"
         try:
@@ -61,7 +61,7 @@ def load(
                 name = backend.name if backend.device == "cpu" else f"{backend.name} on {backend.device}"
                 memory = backend.memory_bytes()  # after its libraries, which are not the model's memory
                 own = reference_of(stored.require_card(), stored.folder)
-                attempt = _Attempt(stored, backend, limits, cache, devices, own, failures, memory, start)
+                attempt = _Attempt(stored, backend, limits, cache, devices, own, failures, memory, steps)
                 return attempt.restored() or attempt.measured(compiling, reserve)
         except Exception as error:
             failures.append(_failure(name, error))
@@ -94,11 +94,29 @@ def _mismatch(stored: StoredModel, failures: Sequence[str], limits: Limits) -> G
     )
 
 
+class _Steps:
+    """How long each step of a load takes, in seconds; a load begins when this is made."""
+
+    def __init__(self) -> None:
+        self.start = perf_counter()
+        # Mutable state: the seconds by step, and when the last one ended.
+        self.seconds: dict[str, float] = {}
+        self._ended = self.start
+
+    def end(self, step: str, check: ReferenceCheck | None = None) -> None:
+        """What ran since the last step was `step`, but for what `check` took, which is new in it."""
+        now = perf_counter()
+        checked = {"check": check.seconds} if check else {}
+        for each, seconds in {step: now - self._ended - sum(checked.values()), **checked}.items():
+            self.seconds[each] = self.seconds.get(each, 0.0) + seconds
+        self._ended = now
+
+
 @dataclass(frozen=True, slots=True)
 class _Attempt:
     """Loads `stored` on `backend`. `own` is the reference that its card names.
 
-    `failures` are those of other backends; the load began at `start` with `memory` bytes in use.
+    `failures` are those of other backends; the load began with `memory` bytes in use.
     """
 
     stored: StoredModel
@@ -109,7 +127,7 @@ class _Attempt:
     own: Reference | None
     failures: Sequence[str]
     memory: int
-    start: float
+    steps: _Steps
 
     def restored(self) -> Executable | None:
         """The model with plan and graphs from the cache, if it has an entry."""
@@ -118,6 +136,7 @@ class _Attempt:
             return None
         entry, paths = found
         blobs = {size: np.memmap(path, np.uint8, "r") for size, path in paths.items()}
+        self.steps.end("read")
         try:
             graphs = {size: restore(blob, entry.layout, entry.precision) for size, blob in blobs.items()}
             latency, plan = None, BatchPlan(entry.seconds, entry.alone_seconds)
@@ -126,6 +145,7 @@ class _Attempt:
                 latency = LatencyGraph(layout, entry.alone_seconds, make)
             check = self._check(self.own or self._cached_reference(cache, entry))
             deviation = check.check_restored(graphs, plan.time(1))
+            self.steps.end("compile", check)
             tuned = Tuned(entry.precision, entry.layout, plan, graphs, latency, entry.notes, deviation)
             return self._executable(tuned, check, cached=True)
         except Exception as error:  # noqa: BLE001  whatever is wrong with it, it can be made anew
@@ -140,7 +160,9 @@ class _Attempt:
         module = build(card, self.stored.folder)
         check = self._check(self.own or computed_reference(module, *shape))
         program = self.backend.program(module, *shape)
+        self.steps.end("read")
         tuned = Tuning(self.backend, program, check, shape, self.limits, reserve=reserve).run()
+        self.steps.end("compile", check)
         optimizer = None
         if optimized := program.optimized:
             optimizer = Optimizer(
@@ -150,6 +172,7 @@ class _Attempt:
         del module, program, optimized  # nothing else needs the plain weights
         if self.cache and self.backend.restore:
             self._write(self.cache, tuned, check.reference)
+            self.steps.end("write")
         for note in tuned.notes:
             log.warning("plan_note", model=self.stored.id, note=note)
         return self._executable(tuned, check, optimizer, cached=False)
@@ -166,8 +189,9 @@ class _Attempt:
             notes=(*self.failures, *tuned.notes),
             cached=cached,
             memory_bytes=max(stored.require_card().weights.bytes, backend.memory_bytes() - self.memory),
-            load_seconds=perf_counter() - self.start,
+            load_seconds=perf_counter() - self.steps.start,
             deviation=tuned.deviation,
+            steps=self.steps.seconds,
         )
         checked = CheckedGraphs(stored.id, tuned.precision, check, forced=self.limits.precision is not None)
         return Executable(stored, backend, tuned, report, checked=checked, optimizer=optimizer)

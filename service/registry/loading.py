@@ -82,15 +82,17 @@ class Loading:
         """
         start = perf_counter()
         try:
-            async with self._catalog.fetched(stored) as local, self._one_at_a_time:
-                executable, held = await self._loaded(stored, local, free)
+            async with self._catalog.fetched(stored) as local:
+                fetched = perf_counter()
+                async with self._one_at_a_time:
+                    executable, held = await self._loaded(stored, local, free)
         except ServiceError:
             self._metrics.model_loads.labels(stored.id, "failed").inc()
             raise
         report = executable.report
         self._metrics.model_loads.labels(stored.id, "loaded").inc()
         self._metrics.plan_cache.labels(stored.id, "hit" if report.cached else "miss").inc()
-        self._metrics.model_load_seconds.labels(stored.id).observe(perf_counter() - start)
+        self._metrics.model_loaded(stored.id, perf_counter() - start, {"fetch": fetched - start, **report.steps})
         log.info("model_loaded", model=stored.id, backend=report.backend, precision=report.precision,
                  layout=f"{report.layout.streams}x{report.layout.threads}", batch_sizes=executable.plan.sizes,
                  cached=report.cached, seconds=round(report.load_seconds, 3),

@@ -23,6 +23,11 @@ from tests.app.conftest import MakeClient, png
 from tests.app.processes import post, serving
 
 OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"}
+PROMETHEUS_3 = (  # what it sends
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,"
+    "text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
 DIGITS = ("model", "pvt_v2_b0.digits")
 # https://opentelemetry.io/docs/specs/semconv/http/http-metrics/#metric-httpserverrequestduration
 ADVISED = ["0.005", "0.01", "0.025", "0.05", "0.075", "0.1", "0.25", "0.5", "0.75", "1.0", "2.5", "5.0", "7.5", "10.0"]
@@ -99,12 +104,25 @@ def test_models_are_described_and_their_work_is_measured(make_client: MakeClient
     assert found["pvt_models_memory_budget_bytes",] == 5e9
     outcomes = [value for key, value in found.items() if key[0] == "pvt_plan_cache_total"]
     assert outcomes == [1]
+    steps = {key[2][1]: value for key, value in found.items()  # type: ignore[index]
+             if key[0] == "pvt_model_load_step_seconds_sum"}  # fmt: skip
+    assert {*steps} == {"fetch", "wait", "read", "compile", "check"} | ({"write"} & {*steps})
+    assert sum(steps.values()) == pytest.approx(found["pvt_model_load_seconds_sum", DIGITS])
+    assert min(steps[step] for step in ("read", "compile", "check")) > 0
     ran = {key[2][1]: value for key, value in found.items() if key[0] == "pvt_batch_seconds_count"}  # type: ignore[index]
     padding = found.get(("pvt_batch_padding_images_total", DIGITS), 0)
     assert sum(int(size) * runs for size, runs in ran.items()) - padding == 4  # places without padding are images
     best = [each["predictions"][0]["score"] for answer in answers for each in answer["results"]]
     assert found["pvt_top1_score_count", DIGITS] == 4
     assert found["pvt_top1_score_sum", DIGITS] == pytest.approx(sum(best), abs=1e-6)
+
+
+@pytest.mark.parametrize(("model", "ready"), [("pvt_v2_b0.digits", 1), ("pvt_v2_b0.none", 0)])
+def test_readiness_is_what_the_probe_says(make_client: MakeClient, model: str, ready: int) -> None:
+    client = make_client(default_model=model)
+
+    assert client.get("/health/ready").is_success == ready
+    assert samples(client.get("/metrics").text)["pvt_ready",] == ready
 
 
 def test_padding_is_what_the_graph_had_room_for() -> None:
@@ -169,6 +187,7 @@ def test_openmetrics_has_request_ids_as_exemplars_and_no_series_of_its_own_age(m
         ("application/openmetrics-text;q=0.1, text/plain", "text/plain"),
         ("application/openmetrics-text;q=0, */*", "text/plain"),
         ("application/openmetrics-text; version=9999.1", "application/openmetrics-text"),
+        (PROMETHEUS_3, "application/openmetrics-text; version=1.0.0"),
     ],
 )
 def test_the_form_is_what_accept_prefers(client: TestClient, accept: str, expected: str) -> None:
@@ -277,6 +296,7 @@ def test_several_workers_are_summed_and_described_once() -> None:
             infos = [(dict(key[1:]), value) for key, value in found.items() if key[0] == "pvt_model_info"]
             assert [(info["device"], info["precision"], value) for info, value in infos] == [("cpu", "float32", 1)]
             assert [value for key, value in found.items() if key[0] == "pvt_build_info"] == [1]
+            assert [value for key, value in found.items() if key[0] == "pvt_ready"] == [1]
             assert found["pvt_model_state", DIGITS, ("state", "ready"), ("version", "1")] == 1
             assert found["pvt_event_loop_lag_seconds_count",] > 0
         assert server.stop() == 0

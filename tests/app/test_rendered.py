@@ -1,3 +1,5 @@
+from threading import Event
+
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter
 from starlette.testclient import TestClient
@@ -20,6 +22,20 @@ def test_metrics_are_fresh_until_somebody_scrapes_too_often() -> None:
         True
     ] * RENDER_BURST
     assert len(collected) < 500
+
+
+def test_metrics_are_fresh_where_rendering_takes_long_because_others_have_the_cores() -> None:
+    registry = CollectorRegistry()
+    counter = Counter("scrapes", "So many.", registry=registry)
+
+    def wait() -> None:
+        Event().wait(0.02)
+
+    page = MetricsPage(registry, wait)
+
+    for n in range(1, 3 * RENDER_BURST):
+        counter.inc()
+        assert f"scrapes_total {n}.0".encode() in page.text()
 
 
 def test_the_document_is_made_once(make_client: MakeClient) -> None:

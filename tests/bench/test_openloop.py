@@ -1,14 +1,16 @@
 """Tests of the open-loop generator, against servers in the same event loop."""
 
 import asyncio
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
 from bench.bodies import Body
 from bench.generator import Call, drive
-from bench.openloop import arrivals, percentile, summary
+from bench.openloop import arrivals, open_loop, percentile, summary
 
 BODY = Body("image/jpeg", b"image")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
@@ -77,6 +79,23 @@ async def test_requests_are_whole_and_connections_are_used_again() -> None:
     assert fake.requests[0].endswith(b"Content-Type: image/jpeg\r\nContent-Length: 5\r\n\r\nimage")
     assert [call.status for call in calls] == [200, 200]
     assert fake.connections == 1
+
+
+async def test_the_query_of_the_url_is_sent() -> None:
+    fake = Fake()
+    async with fake.serving() as url:
+        await drive(f"{url}?timeout_ms=200&size=96", [BODY], [0.0], asyncio.get_running_loop().time())
+
+    assert fake.requests[0].startswith(b"POST /predict?timeout_ms=200&size=96 HTTP/1.1\r\n")
+
+
+def test_a_folder_without_bodies_is_named(tmp_path: Path) -> None:
+    (tmp_path / "digit.png").touch()
+
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        open_loop("http://127.0.0.1:1", tmp_path, "image/png", rate=1, seconds=1, seed=0)
+
+    assert failure.value.stderr.strip() == f"{tmp_path} has no file that ends in .body; name another --suffix"
 
 
 async def test_refused_broken_and_unanswered_requests_are_told_apart() -> None:

@@ -69,10 +69,10 @@ def test_every_metric_is_on_the_page_of_operations_and_no_other_is() -> None:
     counters = {metric.name for metric in registry.collect() if metric.type == "counter"}
     expected = {f"{name}_total" if name in counters else name for name in (each.name for each in registry.collect())}
 
-    section = (DOCS / "operations.md").read_text().partition("## Metrics")[2].partition("Alert on")[0]
+    section = (DOCS / "operations.md").read_text().partition("## Metrics")[2].partition("come with the service")[0]
 
     found = {*re.findall(r"`((?:pvt|http_server)_\w+)`", section)}
-    assert found == expected | {"pvt_worker_restarts_total", "pvt_grpc_requests_total"}
+    assert found == expected | {"pvt_ready", "pvt_worker_restarts_total", "pvt_grpc_requests_total"}
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
