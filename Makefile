@@ -11,7 +11,7 @@ PIP := $(BIN)/$(INSTALL)
 # Kubernetes and Kafka. What the tests need of them is in "dev".
 UNBOUND := kserve mlserver timm torchvision
 
-.PHONY: serve test test-isa check format docs bench bench-quick wheels image lock clean
+.PHONY: serve test test-isa check lint types types-win32 types-darwin format docs bench bench-quick wheels image lock clean
 
 serve: .venv/.serve
 	$(BIN)/python -m app
@@ -23,12 +23,18 @@ test: .venv/.dev
 test-isa: .venv/.dev
 	.ci/isa
 
-check: .venv/.dev
+check: lint types types-win32 types-darwin
+
+lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: .venv/.dev
 	$(BIN)/mypy
-	$(BIN)/mypy --cache-dir .mypy_cache/win32 --platform win32 --package pvt_client
-	$(BIN)/mypy --cache-dir .mypy_cache/darwin --platform darwin --package pvt_client
+
+# The client runs on other systems too.
+types-win32 types-darwin: types-%: .venv/.dev
+	$(BIN)/mypy --cache-dir .mypy_cache/$* --platform $* --package pvt_client
 
 format: .venv/.dev
 	$(BIN)/ruff format .

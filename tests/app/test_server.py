@@ -16,7 +16,8 @@ import pytest
 from tests.app.conftest import png
 from tests.app.processes import Server, post, serving
 
-LIGHT: Any = {"backend": "torch", "max_batch_size": "1"}  # nothing compiled, little measured
+# Nothing compiled, little measured.
+LIGHT: Any = {"backend": "torch", "precision": "float32", "instances": "1", "max_batch_size": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +64,9 @@ def test_sigterm_finishes_what_is_under_way_and_exits_0(workers: str) -> None:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_with_a_drain_delay_it_serves_on_after_sigterm_but_is_not_ready(workers: str) -> None:
-    with serving(**LIGHT, workers=workers, drain_delay_seconds="3", shutdown_seconds="5") as server:
+def test_with_a_drain_delay_it_serves_on_after_sigterm_but_is_not_ready_until_the_second(workers: str) -> None:
+    with serving(**LIGHT, workers=workers, drain_delay_seconds="3600") as server:
         assert post(server.url, [("image", png())]).status_code == 200
-        started = monotonic()
         server.process.send_signal(signal.SIGTERM)
         for _ in range(int(workers)):
             server.event("leaving")
@@ -78,21 +78,15 @@ def test_with_a_drain_delay_it_serves_on_after_sigterm_but_is_not_ready(workers:
         assert "the service is shutting down" in ready.json()["reasons"]
         assert answer.status_code == 200
         assert answer.headers["Connection"] == "close"
-        assert server.process.wait(30) == 0
-        assert monotonic() - started > 3
+        assert server.stop() == 0
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
-def test_nobody_who_presses_ctrl_c_or_asks_twice_waits_for_the_drain_delay(workers: str, signals: list[int]) -> None:
+def test_nobody_who_presses_ctrl_c_waits_for_the_drain_delay(workers: str) -> None:
     with serving(**LIGHT, workers=workers, drain_delay_seconds="3600") as server:
-        server.process.send_signal(signals[0])
-        for sig in signals[1:]:
-            for _ in range(int(workers)):
-                server.event("leaving")
-            server.process.send_signal(sig)
+        server.process.send_signal(signal.SIGINT)
 
-        assert server.process.wait(20) == 0
+        assert server.process.wait(30) == 0
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -158,12 +152,14 @@ def test_an_upload_under_way_is_not_cut_off_by_sigterm(digits: Path) -> None:
 
 
 def test_an_upload_that_never_ends_does_not_keep_it_from_stopping_and_leaves_no_key_in_the_log() -> None:
-    with serving(**LIGHT, shutdown_seconds="1", api_keys="hush-hush") as server:
+    with serving(**LIGHT, drain_delay_seconds="1", shutdown_seconds="1", api_keys="hush-hush") as server:
         url = httpx.URL(server.url)
         with socket.create_connection((url.host, url.port)) as connection:
             begin_upload(connection, server, 9, b"x", "Authorization: Bearer hush-hush")
+            started = monotonic()
 
             assert server.stop() == 0
+            assert monotonic() - started > 2  # the delay, then the limit
             assert connection.recv(65536).startswith(b"HTTP/1.1 503")
         lines = list(iter(server.lines.get, None))
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +17,8 @@ from tests.app.conftest import png
 from tests.app.processes import ROOT, Server, post, serving
 
 Samples = Mapping[tuple[object, ...], float]
-LIGHT: Any = {"backend": "torch", "max_batch_size": "1"}  # nothing compiled, little measured
+# Nothing compiled, little measured.
+LIGHT: Any = {"backend": "torch", "precision": "float32", "max_batch_size": "1"}
 ANSWERED = ("pvt_http_requests_total", ("method", "POST"), ("route", "/predict"), ("status", "200"))
 
 
@@ -44,7 +46,7 @@ def ask_both_workers(server: Server) -> int:
     return sent
 
 
-def test_every_worker_gives_the_sums_over_all() -> None:
+def test_every_worker_gives_the_sums_over_all_and_of_one_that_is_killed_and_replaced_too() -> None:
     with serving(**LIGHT, workers="2", instances="3") as server:
         sent = ask_both_workers(server)
 
@@ -56,13 +58,6 @@ def test_every_worker_gives_the_sums_over_all() -> None:
             assert found["pvt_instances",] == 3
             assert found["pvt_worker_restarts_total",] == 0
             assert found["process_resident_memory_bytes",] > 100e6
-
-        assert server.stop() == 0
-
-
-def test_a_worker_that_is_killed_is_replaced_and_no_counter_goes_back() -> None:
-    with serving(**LIGHT, workers="2", instances="2") as server:
-        sent = ask_both_workers(server)
 
         before = samples(server, ("counter", "histogram"))
         victim = psutil.Process(server.process.pid).children()[0]
@@ -79,7 +74,7 @@ def test_a_worker_that_is_killed_is_replaced_and_no_counter_goes_back() -> None:
         assert httpx.get(f"{server.url}/health/ready").status_code == 200
         assert {name: value for name, value in before.items() if after[name] < value} == {}
         assert after["pvt_worker_restarts_total",] == 1
-        assert samples(server)["pvt_instances",] == 2
+        assert samples(server)["pvt_instances",] == 3
         sent += ask_both_workers(server)
         assert samples(server)[ANSWERED] == sent
         assert server.stop() == 0
@@ -102,8 +97,10 @@ def test_a_worker_that_is_stopped_is_replaced() -> None:
         assert server.stop() == 0
 
 
-def test_a_model_to_preload_is_loaded_in_every_worker() -> None:
-    with serving(**LIGHT, workers="2", preload="pvt_v2_b0.digits") as server:
+def test_every_worker_loads_a_model_to_preload_and_the_folder_they_share_goes_with_them(tmp_path: Path) -> None:
+    with serving(**LIGHT, workers="2", preload="pvt_v2_b0.digits", environment={"TMPDIR": str(tmp_path)}) as server:
+        (shared,) = tmp_path.iterdir()
+        assert shared.stat().st_mode & 0o777 == 0o700
         # A worker may have loaded its model before the other one listened.
         loaded = {record["worker"] for record in server.seen if record["event"] == "model_loaded"}
         while len(loaded) < 2:
@@ -112,16 +109,7 @@ def test_a_model_to_preload_is_loaded_in_every_worker() -> None:
         assert loaded == {0, 1}
         assert server.stop() == 0
 
-
-def test_the_folder_that_workers_share_goes_with_them(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("run")
-    with serving(**LIGHT, workers="2", environment={"TMPDIR": str(folder)}) as server:
-        (shared,) = folder.iterdir()
-        assert shared.stat().st_mode & 0o777 == 0o700
-
-        assert server.stop() == 0
-
-    assert list(folder.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("value", "reason"), [("0", "greater than or equal to 1"), ("many", "a valid integer")])

@@ -1,5 +1,5 @@
 import io
-from time import perf_counter
+from time import thread_time
 
 import pytest
 from hypothesis import given
@@ -8,7 +8,7 @@ from PIL import Image
 
 from service.images.header import megapixels
 
-SIDES = (3000, 2000)  # 6 megapixels
+SIDES = (600, 500)  # 0.3 megapixels
 
 
 def encode(kind: str, mode: str = "RGB", **options: object) -> bytes:
@@ -20,17 +20,17 @@ def encode(kind: str, mode: str = "RGB", **options: object) -> bytes:
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (encode("PNG", "1"), 6.0),
-        (encode("GIF", "P"), 6.0),
-        (encode("BMP"), 6.0),
-        (encode("TIFF"), 6.0),
-        (encode("TIFF", "1", compression="group4"), 6.0),
-        (encode("AVIF", speed=10), 6.0),
-        (encode("WEBP", method=0), 6.0),
-        (encode("WEBP", lossless=True, method=0), 6.0),
-        (encode("WEBP", "RGBA", method=0, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"), 6.0),
-        (encode("JPEG", "L"), 1.5),
-        (encode("JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff" * 5000), 6.0),
+        (encode("PNG", "1"), 0.3),
+        (encode("GIF", "P"), 0.3),
+        (encode("BMP"), 0.3),
+        (encode("TIFF"), 0.3),
+        (encode("TIFF", "1", compression="group4"), 0.3),
+        (encode("AVIF", speed=10), 0.3),
+        (encode("WEBP", method=0), 0.3),
+        (encode("WEBP", lossless=True, method=0), 0.3),
+        (encode("WEBP", "RGBA", method=0, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"), 0.3),
+        (encode("JPEG", "L", quality=95), 0.075),
+        (encode("JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff" * 5000), 0.3),
     ],
     ids=["png", "gif", "bmp", "tiff", "group4", "avif", "vp8", "vp8l", "vp8x", "jpeg", "progressive"],
 )
@@ -49,7 +49,7 @@ def test_any_bytes_have_some_number_and_raise_nothing(head: bytes, rest: bytes) 
 @pytest.mark.parametrize("filler", [b"\xff", b"\xff\xd0", b"\xff\xe1\0\2", b"\0", b"\xff\0"])
 def test_no_jpeg_keeps_the_event_loop_busy(filler: bytes) -> None:
     data = b"\xff\xd8" + filler * (8_000_000 // len(filler))
-    start = perf_counter()
+    start = thread_time()
     megapixels(data)
 
-    assert perf_counter() - start < 0.05
+    assert thread_time() - start < 0.2  # a loop over every byte takes seconds
