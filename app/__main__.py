@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from app import logs
+from app import logs, tracing
 from app.listening import ListenRefused, listening
 from app.settings import PREFIX, Settings, SettingsInvalid
 from app.workers import STARTUP_FAILURE, NoTemporaryFolder, Worker, WorkerGroup, supervise
@@ -53,6 +53,7 @@ def serve() -> int:
     try:
         settings = Settings.from_environment()
         logs.configure(settings.log_format, level=settings.log_level, secrets=settings.secrets)
+        tracing.check()
         if settings.pull == "on_demand":
             settings.writable_store()
         return _listen_and_serve(settings)

@@ -28,7 +28,7 @@ from app.rendered import MetricsPage, openapi_route
 from app.routes import images, management, models, openai, operations, page, platforms
 from app.settings import Settings, SettingsInvalid
 from app.stats import StatsPage, Traffic, share_of
-from app.tracing import exporters, tracing
+from app.tracing import check, tracing
 from app.workers import Worker
 from service.backends.cuda import choose, visible
 from service.engine import Engine
@@ -66,7 +66,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
             ask for what is not installed.
         BackendUnavailable: the settings name a GPU that does not exist.
     """
-    exporters()
+    check()
     if settings is None:
         settings = Settings.from_environment()
         logs.configure(settings.log_format, level=settings.log_level, secrets=settings.secrets)

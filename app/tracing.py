@@ -25,6 +25,7 @@ from service.workers import detached
 
 if TYPE_CHECKING:  # imported late, as the log and the supervisor need to know only whether there are traces
     from opentelemetry.context import Context
+    from opentelemetry.sdk.trace import SpanProcessor
     from opentelemetry.trace import TracerProvider
     from starlette.types import Scope
 
@@ -96,6 +97,25 @@ def _protocol() -> str:
                 f"takes gRPC needs {PROTOCOLS[1]}=grpc"
             )
     return entry
+
+
+def check() -> None:
+    """See that what is asked for can be made.
+
+    Raises:
+        SettingsInvalid: it can't.
+    """
+    for entry in exporters():
+        _processor(entry).shutdown()
+
+
+def _processor(entry: EntryPoint) -> "SpanProcessor":
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415  an extra, which not everybody has
+
+    try:
+        return BatchSpanProcessor(entry.load()())
+    except Exception as error:  # exporters have classes of their own
+        raise SettingsInvalid(f"traces can't be exported as OTEL_* say ({entry.name}): {error}") from error
 
 
 @dataclass(eq=False, slots=True)
@@ -280,7 +300,7 @@ async def tracing() -> AsyncIterator[Tracing | None]:
     Where the process has a tracer provider already, its owner exports, and OTEL_* are the owner's business.
 
     Raises:
-        SettingsInvalid: see `exporters`.
+        SettingsInvalid: see `exporters` and `check`.
     """
     from opentelemetry import trace  # noqa: PLC0415  see above
 
@@ -291,8 +311,7 @@ async def tracing() -> AsyncIterator[Tracing | None]:
     if not (chosen := exporters()):
         yield None
         return
-    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415  an extra, which not everybody has
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415  as above
     from opentelemetry.sdk.trace.sampling import ALWAYS_ON  # noqa: PLC0415
 
     resource = _resource()
@@ -300,7 +319,7 @@ async def tracing() -> AsyncIterator[Tracing | None]:
     # A batch is recorded if one of its requests is, whatever sampler those have.
     batches = TracerProvider(resource=resource, sampler=ALWAYS_ON, shutdown_on_exit=False)
     for entry in chosen:
-        processor = BatchSpanProcessor(entry.load()())
+        processor = _processor(entry)
         requests.add_span_processor(processor)
         batches.add_span_processor(processor)
     try:

@@ -426,6 +426,7 @@ def test_the_standard_variables_switch_traces_on(
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4318"}, "collector:4318: a URL such as http://collector:4318"),
         ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://"}, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=http:: a URL such as"),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:port"}, "a URL such as"),
+        ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_BSP_MAX_QUEUE_SIZE": "4"}, "traces can't be exported as OTEL_* say"),
     ],
 )
 def test_what_they_ask_for_and_can_not_be_had_is_said_in_a_line(
