@@ -21,12 +21,13 @@ def cache_use(request: Request) -> CacheUse | None:
     `Cache-Control: no-cache` computes anew and stores that, `no-store` does neither (RFC 9111, 5.2.1). Who has a key
     finds only what was stored with that key.
     """
-    if not request.state.settings.cache_mb:
+    state = request.scope["state"]  # by its name it costs each request a microsecond more
+    if not state["settings"].cache_mb:
         return None
     said = ",".join(request.headers.getlist("cache-control")).lower().split(",")
     directives = {each.partition("=")[0].strip() for each in said}
     store = "no-store" not in directives
-    partition = request.state.client if request.state.role else ""
+    partition = state["client"] if state["role"] else ""
     return CacheUse(lookup=store and "no-cache" not in directives, store=store, partition=partition)
 
 

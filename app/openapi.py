@@ -50,6 +50,11 @@ _HEADERS: Json = {
         "schema": {"type": "string"},
         "example": "read;dur=0.13, wait;dur=0.05, decode;dur=0.68, queue;dur=0.09, infer;dur=1.79, total;dur=3.79",
     },
+    "Cache-Status": {
+        "description": "Whether images were found in the content cache (RFC 9211); only with PVT_CACHE_MB.",
+        "schema": {"type": "string"},
+        "example": "pvt-serve; hit",
+    },
     "Retry-After": {
         "description": "Seconds after which a place, or the model, is likely to be available.",
         "schema": {"type": "integer", "minimum": 1},
@@ -176,7 +181,7 @@ def _complete(operation: Json, form: type[BaseModel] | None, used_keys: set[str]
         if "$ref" in response:
             response.pop("description", None)  # the framework's
         else:
-            more = ["Server-Timing"] if timed and status == "200" else []
+            more = ["Server-Timing", "Cache-Status"] if timed and status == "200" else []
             response.setdefault("headers", {}).update(_headers(status, *more))
     operation["responses"] = dict(sorted(responses.items()))
 
