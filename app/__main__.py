@@ -14,7 +14,8 @@ import structlog
 from app import logs
 from app.listening import ListenRefused, listening
 from app.settings import PREFIX, Settings, SettingsInvalid
-from app.workers import STARTUP_FAILURE, NoTemporaryFolder, Worker, WorkerGroup, supervise
+from app.supervisor import STARTUP_FAILURE, NoTemporaryFolder, supervise
+from app.workers import Worker, WorkerGroup
 from service.errors import BackendUnavailable, StoreNotWritable
 
 

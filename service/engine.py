@@ -14,6 +14,7 @@ import structlog
 from service import memory
 from service.acquisition.pulling import RemoteModel
 from service.architecture.variants import VARIANTS
+from service.awake import AwakeClock
 from service.backends.base import DeviceHealth
 from service.errors import DeadlineExceeded, InvalidRequest, ServiceError, ShuttingDown, WeightsUnavailable
 from service.execution.executable import Executable
@@ -56,6 +57,7 @@ class Engine:
         self._registry = Registry[Resident](self._catalog, self._loading, options.budget)
         # Two, so that a small response need not wait for a large one; more would take the event loop's turns.
         self._encoders = Workers("encode", 2)
+        self.clock = AwakeClock()
         # Mutable state: work that no request waits for; what is to be loaded before the service is ready; the tasks of
         # the requests under way; whether new ones are refused, and whether those under way are ended too.
         self._tasks: set[asyncio.Task[None]] = set()
@@ -69,6 +71,7 @@ class Engine:
 
     async def __aenter__(self) -> Self:
         """Begin to load what is to be preloaded, and log why the default model can't be had, if so."""
+        self.clock.start()
         for name in {self.options.default_model} - self._preloading:
             for reason in await self._unready(name):
                 log.warning("default_model_unavailable", reason=reason)
@@ -88,6 +91,7 @@ class Engine:
         await self._pipeline.scheduler.close(wait=not self._aborted)
         self._loading.close()  # nothing runs a model any more
         self._catalog.close()
+        self.clock.close()
         self._encoders.close(wait=not self._aborted)
 
     async def drain(self) -> None:
@@ -260,13 +264,18 @@ class Engine:
         self._metrics.top1_score.labels(model).observe(score)
 
     def live(self) -> Health:
-        """Live while the threads move and no GPU failed; says nothing of readiness, and reads no disk."""
+        """Live while the threads move and no GPU failed; says nothing of readiness, and reads no disk.
+
+        Time in which the whole process was stopped counts for no thread.
+        """
         threads = (self._catalog.thread, self._encoders)
         busy = self._pipeline.scheduler.stalled_seconds() | {each.name: each.stalled_seconds() for each in threads}
         reasons = [self._devices.failure] if self._devices.failure else []
         for name, seconds in busy.items():
             if seconds > self.options.stall_seconds:
-                reasons.append(f"a thread for {name} has been at one job for {seconds:.0f} s")
+                awake = self.clock.since(monotonic() - seconds)
+                if awake > self.options.stall_seconds:
+                    reasons.append(f"a thread for {name} has been at one job for {awake:.0f} s")
         return Health(live=not reasons, ready=not reasons, reasons=reasons)
 
     async def health(self) -> Health:

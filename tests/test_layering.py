@@ -28,7 +28,7 @@ LAYERS = {
         {"machine", "workers"},
         {"sharing"},
         {"metrics"},
-        {"errors", "files", "names", "recent"},
+        {"awake", "errors", "files", "names", "recent"},
     ],
     "registry": [
         {"loading"},
