@@ -23,6 +23,7 @@ from service.memory import Reservation
 from service.metrics import EngineMetrics, Labels
 from service.options import EngineOptions
 from service.pipeline import Pipeline, Sized
+from service.registry.canaries import Canaries
 from service.registry.catalog import Catalog, watch
 from service.registry.loading import Loading
 from service.registry.registry import Registry
@@ -81,6 +82,8 @@ class Engine:
             self._background(self._preload(name, self.load))
         if self.options.reload_seconds:
             self._background(watch(self._catalog.folder, self.options.reload_seconds, self.refresh))
+        if seconds := self.options.canary_seconds:
+            self._background(Canaries(self._registry, self._pipeline, self._metrics, seconds).run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -359,6 +362,8 @@ class Engine:
             return [] if pulled and not preloading else [f"{name}: {error}"]
         if model.failure:
             return [f"{name}: {model.failure}"]
+        if reason := self._registry.distrusted(name):
+            return [f"{name}: it is loaded anew, as a canary image showed that its answers were wrong: {reason}"]
         waiting = preloading and model.state != "ready"
         return [f"{name}: {model.state}, to be loaded before the service is ready"] if waiting else []
 

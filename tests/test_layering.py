@@ -31,7 +31,7 @@ LAYERS = {
         {"awake", "errors", "files", "names", "recent"},
     ],
     "registry": [
-        {"loading"},
+        {"canaries", "loading"},
         {"catalog", "loader"},
         {"registry", "resident"},
         {"versions"},
