@@ -24,6 +24,7 @@ from app.listening import url_of
 from app.main import create_app
 from app.protocol import BoundedProtocol
 from app.settings import Settings
+from app.starting import Starting
 from app.watchdog import Watchdog
 from app.workers import Worker
 
@@ -44,8 +45,12 @@ def run(
     listeners: Sequence[socket.socket],
     management: Sequence[socket.socket] = (),
     worker: Worker | None = None,
+    *,
+    starting: Starting,
 ) -> None:
     """Serve on `listeners`, and `management` on others, until a signal stops it; as `worker`, if there are several.
+
+    `starting` ends the process at signals until uvicorn handles them.
 
     Raises:
         BackendUnavailable: the settings name a GPU that does not exist.
@@ -62,9 +67,6 @@ def run(
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=1,  # after a drain
     )
-    # Uvicorn raises a signal that came while it started again once it is done; a requested stop is no failure.
-    for sig in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sig, lambda *_: None)
     # What libraries made is never garbage: measuring a model's memory then looks through the rest only, and holds up
     # requests for some milliseconds instead of a hundred.
     gc.freeze()
@@ -72,7 +74,9 @@ def run(
     started_event = "listening" if worker is None else "worker_listening"
     connections = _connections(settings, worker)
     urls = {name: url_of(each[0]) for name, each in (("url", listeners), ("management", management)) if each}
-    server = DrainingServer(config, started_event, urls, settings, connections, notifies=worker is None)
+    server = DrainingServer(
+        config, started_event, urls, settings, connections, starting=starting, notifies=worker is None
+    )
     server.run(sockets=[*listeners, *management])
 
 
@@ -111,6 +115,7 @@ class DrainingServer(uvicorn.Server):
         settings: Settings,
         connections: Connections,
         *,
+        starting: Starting,
         notifies: bool,
     ) -> None:
         """`started_event` is the name of the log line when it listens, which has `urls`; systemd hears of it too."""
@@ -120,6 +125,7 @@ class DrainingServer(uvicorn.Server):
         self._urls = urls
         self._drain_seconds = settings.shutdown_seconds
         self._delay_seconds = settings.drain_delay_seconds
+        self._starting = starting
         self._notifies = notifies
         # Mutable state: the signals that came since it listens, the drain that the first one began, and what ends a
         # process that is stuck.
@@ -129,6 +135,7 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then log where."""
+        self._starting.over()  # uvicorn's handlers are in place
         await super().startup([])  # which would accept one connection in each turn of the event loop
         if self.started and sockets:
             protocol = partial(BoundedProtocol, self.config, self.server_state, self.lifespan.state)

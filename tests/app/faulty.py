@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from app import __main__ as application
+from app.starting import Starting
 
 
 def never_return() -> None:
@@ -48,4 +49,4 @@ if __name__ == "__main__":
         put_fault()
     else:
         start_faulty_workers()
-    sys.exit(application.main())
+    sys.exit(application.main(Starting()))
