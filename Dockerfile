@@ -1,8 +1,8 @@
 # syntax=docker/dockerfile:1
 FROM python:3.11-slim-bookworm AS build
-# Where the CPU build of torch comes from, for example the CPU index that pytorch.org names. Empty: pip's own settings.
-ARG TORCH_INDEX=
-# Anything: torch comes with CUDA, from the index that TORCH_INDEX then names, and with what torch.compile needs.
+# Where the CPU build of torch comes from. Empty: from where pip's own settings say, which may be a build with CUDA.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Anything: torch comes with CUDA, from the index that TORCH_INDEX then has to name, and with what torch.compile needs.
 ARG GPU=
 # Extras of pyproject.toml, for model stores by URL: s3, gcs, hub, http; for photos of phones: heif; for gRPC: grpc; with commas.
 ARG EXTRAS=
@@ -39,8 +39,10 @@ COPY model_store /srv/model_store
 COPY deploy/serve /usr/local/bin/serve
 # Measured batch plans and compiled graphs, and copies out of a store by URL: volumes there let the next container start
 # without measuring and fetching.
-# Any user of the group 0 may write there: OpenShift gives each project a user id of its own.
+# Any user of the group 0 may write there: OpenShift gives each project a user id of its own. So it may to the model
+# store: a volume that is mounted there gets its contents and permissions, and `pvt-serve pull` puts models into it.
 RUN useradd --system --uid 10001 --gid 0 --no-create-home pvt \
+    && chown --recursive 10001:0 /srv/model_store && chmod --recursive u+w,g=u /srv/model_store \
     && install --directory --owner 10001 --group 0 --mode 770 /var/cache/pvt-serve /var/cache/pvt-serve-stores
 # By number, so that Kubernetes' runAsNonRoot can tell that it is not root.
 USER 10001:0

@@ -1,5 +1,7 @@
 # Each target sets up what it needs; a second call sets up nothing.
 PYTHON ?= python3
+# Unless TORCH_INDEX is set, even to nothing, an image takes the index of its Dockerfile.
+IMAGE_INDEX := $(if $(filter undefined,$(origin TORCH_INDEX)),,--build-arg TORCH_INDEX=$(TORCH_INDEX))
 # Where the CPU build of torch comes from, for example the CPU index that pytorch.org names. Empty: pip's own settings.
 TORCH_INDEX ?=
 
@@ -61,7 +63,7 @@ wheels:
 	rm -rf build
 
 image:
-	docker build --network host --build-arg TORCH_INDEX=$(TORCH_INDEX) --build-arg EXTRAS=$(EXTRAS) --tag pvt-serve .
+	docker build --network host $(IMAGE_INDEX) --build-arg EXTRAS=$(EXTRAS) --tag pvt-serve .
 
 # The newest versions that pyproject.toml allows, but for torch, whose pin stays: an unpinned one brings CUDA. So does
 # torchvision's, which is made for one version of torch.

@@ -67,7 +67,9 @@ async def get_liveness(request: Request) -> Health:
 
 def _combined(request: Request, own: Health) -> Health:
     worker: Worker | None = request.state.worker
-    return worker.health(own, request.state.settings.stall_seconds) if worker else own
+    if not worker:
+        return own
+    return worker.health(own, request.state.settings.stall_seconds, request.state.engine.clock)
 
 
 EngineDep = Annotated[Engine, Depends(_from_state("engine"))]

@@ -35,7 +35,7 @@ def url_of(listener: socket.socket) -> str:
     """The address as a client takes it: `http://host:port`, IPv6 in brackets with its zone, or `unix:/path`."""
     name = listener.getsockname()
     if listener.family == socket.AF_UNIX:
-        return f"{UNIX_PREFIX}{name}"
+        return f"{UNIX_PREFIX}{'@' + name[1:].decode() if isinstance(name, bytes) else name}"  # @: it has no file
     host, port = name[:2]
     if listener.family == socket.AF_INET6:
         zone = f"%25{socket.if_indextoname(name[3])}" if name[3] else ""  # RFC 6874

@@ -17,12 +17,15 @@ import structlog
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from app import systemd
 from app.clients import Directory
 from app.connections import Connections
 from app.listening import url_of
 from app.main import create_app
 from app.protocol import BoundedProtocol
 from app.settings import Settings
+from app.starting import Starting
+from app.watchdog import Watchdog
 from app.workers import Worker
 
 log = structlog.get_logger(component="server")
@@ -42,8 +45,12 @@ def run(
     listeners: Sequence[socket.socket],
     management: Sequence[socket.socket] = (),
     worker: Worker | None = None,
+    *,
+    starting: Starting,
 ) -> None:
     """Serve on `listeners`, and `management` on others, until a signal stops it; as `worker`, if there are several.
+
+    `starting` ends the process at signals until uvicorn handles them.
 
     Raises:
         BackendUnavailable: the settings name a GPU that does not exist.
@@ -60,9 +67,6 @@ def run(
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=1,  # after a drain
     )
-    # Uvicorn raises a signal that came while it started again once it is done; a requested stop is no failure.
-    for sig in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sig, lambda *_: None)
     # What libraries made is never garbage: measuring a model's memory then looks through the rest only, and holds up
     # requests for some milliseconds instead of a hundred.
     gc.freeze()
@@ -70,7 +74,9 @@ def run(
     started_event = "listening" if worker is None else "worker_listening"
     connections = _connections(settings, worker)
     urls = {name: url_of(each[0]) for name, each in (("url", listeners), ("management", management)) if each}
-    server = DrainingServer(config, started_event, urls, settings, connections)
+    server = DrainingServer(
+        config, started_event, urls, settings, connections, starting=starting, notifies=worker is None
+    )
     server.run(sockets=[*listeners, *management])
 
 
@@ -108,20 +114,28 @@ class DrainingServer(uvicorn.Server):
         urls: Mapping[str, str],
         settings: Settings,
         connections: Connections,
+        *,
+        starting: Starting,
+        notifies: bool,
     ) -> None:
-        """`started_event` is the name of the log line when it listens, which has `urls`."""
+        """`started_event` is the name of the log line when it listens, which has `urls`; systemd hears of it too."""
         super().__init__(config)
         self.server_state: Connections = connections
         self._started_event = started_event
         self._urls = urls
         self._drain_seconds = settings.shutdown_seconds
         self._delay_seconds = settings.drain_delay_seconds
-        # Mutable state: the signals that came since it listens, and the drain that the first one began.
+        self._starting = starting
+        self._notifies = notifies
+        # Mutable state: the signals that came since it listens, the drain that the first one began, and what ends a
+        # process that is stuck.
         self._signals: list[int] = []
         self._draining: asyncio.Task[None] | None = None
+        self._watchdog: Watchdog | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then log where."""
+        self._starting.over()  # uvicorn's handlers are in place
         await super().startup([])  # which would accept one connection in each turn of the event loop
         if self.started and sockets:
             protocol = partial(BoundedProtocol, self.config, self.server_state, self.lifespan.state)
@@ -135,6 +149,16 @@ class DrainingServer(uvicorn.Server):
                 cores=options.cores,
                 memory_budget_mb=budget,
             )
+            self._watchdog = Watchdog(engine, self._end_stuck, notifies=self._notifies)
+            self._watchdog.start()
+            if self._notifies:
+                systemd.notify("READY=1")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close what is left."""
+        await super().shutdown(sockets)
+        if self._watchdog:
+            self._watchdog.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note the signal, nothing more: whatever it interrupted may hold a lock, the log's for one."""
@@ -157,6 +181,8 @@ class DrainingServer(uvicorn.Server):
     async def _drain(self) -> None:
         """After PVT_DRAIN_DELAY_SECONDS, refuse new work; let what has begun send its last byte, within the limit."""
         sig = signal.Signals(self._signals[0])
+        if self._notifies:
+            systemd.notify("STOPPING=1")
         if self._delay_seconds and sig == signal.SIGTERM:  # Ctrl-C is a person's, who waits
             self.lifespan.state["engine"].leaving = True
             log.info("leaving", signal=sig.name, seconds=self._delay_seconds)
@@ -193,6 +219,13 @@ class DrainingServer(uvicorn.Server):
         for task in self.server_state.tasks:
             if not task.cancelling():
                 task.cancel()
+
+    async def _end_stuck(self) -> None:
+        """Answer 503 to all requests under way, to the last byte: the process ends with a thread that is stuck."""
+        await self.server_state.stop_listening()
+        self._give_up()
+        await _ended({*self.server_state.tasks})
+        await self._close(asyncio.get_running_loop().time() + LINGER_SECONDS)
 
     async def _close(self, end: float) -> None:
         """Wait until each connection is closed by the response to the last request of its client.

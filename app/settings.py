@@ -235,7 +235,9 @@ class Settings(BaseSettings):
     max_maps_mb: Annotated[float, Field(gt=0, le=65_536)] = 128
     """Memory limit for the stage maps of one request, in units of 10^6 bytes; a number takes 4 bytes."""
     stall_seconds: Annotated[float, Field(gt=0)] = 30
-    """A decode or inference thread that spends longer on one job makes the service unhealthy."""
+    """A decode or inference thread that spends longer on one job makes the service unhealthy, and the process end."""
+    canary_seconds: Annotated[float, Field(ge=0, le=86_400)] = 60
+    """How often each loaded model must still give the right logits for a reference image; 0: never."""
     shutdown_seconds: Annotated[int, Field(ge=1, le=3600)] = 25
     """How long requests under way may take after SIGTERM, and their responses to be sent; the exit takes 3 more."""
     drain_delay_seconds: Annotated[int, Field(ge=0, le=3600)] = 0

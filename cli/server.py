@@ -49,10 +49,13 @@ def serve(
             f"PVT_MANAGEMENT_KEYS for that, or unset {KEY_VARIABLE}",
             USAGE,
         )
+    from app.starting import Starting
+
+    starting = Starting()
     from app.__main__ import StartRefused, serve
 
     try:
-        code = serve()
+        code = serve(starting)
     except StartRefused as error:
         raise CommandError(str(error), USAGE) from error
     raise Exit(code)

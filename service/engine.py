@@ -14,6 +14,7 @@ import structlog
 from service import memory
 from service.acquisition.pulling import RemoteModel
 from service.architecture.variants import VARIANTS
+from service.awake import AwakeClock
 from service.backends.base import DeviceHealth
 from service.content_cache import CacheUse, ContentCache
 from service.errors import DeadlineExceeded, InvalidRequest, ServiceError, ShuttingDown, WeightsUnavailable
@@ -23,6 +24,7 @@ from service.memory import CACHE, Reservation
 from service.metrics import EngineMetrics, Labels
 from service.options import EngineOptions
 from service.pipeline import Pipeline, Sized
+from service.registry.canaries import Canaries
 from service.registry.catalog import Catalog, watch
 from service.registry.loading import Loading
 from service.registry.registry import Registry
@@ -61,6 +63,7 @@ class Engine:
         self._catalog = Catalog(options)
         self._loading = Loading(options, metrics, self._pipeline, self._catalog, self._devices, memory=self.memory)
         self._registry = Registry[Resident](self._catalog, self._loading, options.budget)
+        self.clock = AwakeClock()
         # Mutable state: work that no request waits for; what is to be loaded before the service is ready; the tasks of
         # the requests under way; whether new ones are refused, and whether those under way are ended too.
         self._tasks: set[asyncio.Task[None]] = set()
@@ -74,6 +77,7 @@ class Engine:
 
     async def __aenter__(self) -> Self:
         """Begin to load what is to be preloaded, and log why the default model can't be had, if so."""
+        self.clock.start()
         for name in {self.options.default_model} - self._preloading:
             for reason in await self._unready(name):
                 log.warning("default_model_unavailable", reason=reason)
@@ -83,6 +87,8 @@ class Engine:
             self._background(self._preload(name, self.load))
         if self.options.reload_seconds:
             self._background(watch(self._catalog.folder, self.options.reload_seconds, self.refresh))
+        if seconds := self.options.canary_seconds:
+            self._background(Canaries(self._registry, self._pipeline, self._metrics, seconds).run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -93,6 +99,7 @@ class Engine:
         await self._pipeline.scheduler.close(wait=not self._aborted)
         self._loading.close()  # nothing runs a model any more
         self._catalog.close()
+        self.clock.close()
         self._encoders.close(wait=not self._aborted)
 
     async def drain(self) -> None:
@@ -277,13 +284,18 @@ class Engine:
         self._metrics.top1_score.labels(model).observe(score)
 
     def live(self) -> Health:
-        """Live while the threads move and no GPU failed; says nothing of readiness, and reads no disk."""
+        """Live while the threads move and no GPU failed; says nothing of readiness, and reads no disk.
+
+        Time in which the whole process was stopped counts for no thread.
+        """
         threads = (self._catalog.thread, self._encoders)
         busy = self._pipeline.scheduler.stalled_seconds() | {each.name: each.stalled_seconds() for each in threads}
         reasons = [self._devices.failure] if self._devices.failure else []
         for name, seconds in busy.items():
             if seconds > self.options.stall_seconds:
-                reasons.append(f"a thread for {name} has been at one job for {seconds:.0f} s")
+                awake = self.clock.since(monotonic() - seconds)
+                if awake > self.options.stall_seconds:
+                    reasons.append(f"a thread for {name} has been at one job for {awake:.0f} s")
         return Health(live=not reasons, ready=not reasons, reasons=reasons)
 
     async def health(self) -> Health:
@@ -367,6 +379,8 @@ class Engine:
             return [] if pulled and not preloading else [f"{name}: {error}"]
         if model.failure:
             return [f"{name}: {model.failure}"]
+        if reason := self._registry.distrusted(name):
+            return [f"{name}: it is loaded anew, as a canary image showed that its answers were wrong: {reason}"]
         waiting = preloading and model.state != "ready"
         return [f"{name}: {model.state}, to be loaded before the service is ready"] if waiting else []
 

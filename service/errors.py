@@ -98,6 +98,10 @@ class GoldenMismatch(ModelLoadFailed):
     """No backend reproduces the model's reference logits; the message says by how much each is off."""
 
 
+class AnswersWrong(ModelLoadFailed):
+    """A loaded model gave wrong logits for a canary image, and so it did when it was loaded again."""
+
+
 class BackendUnavailable(ModelLoadFailed):
     """The backend or device that a setting asks for can't run on this machine."""
 

@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import psutil
-import torch
 
 CGROUPS = Path("/proc/self/cgroup")
 MOUNTS = Path("/proc/self/mountinfo")
@@ -138,12 +137,16 @@ def peak_of(function: Callable[[], T]) -> tuple[T, int]:
 
 def held_bytes() -> int:
     """Resident memory and, on GPUs, the memory that torch reserves there."""
+    import torch  # noqa: PLC0415  not the supervisor of several workers, which takes no such memory
+
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return resident_bytes() + sum(torch.cuda.memory_reserved(i) for i in gpus)
 
 
 def gpu_memory(names: Sequence[str]) -> dict[tuple[str, ...], float]:
     """Bytes of each GPU of those `names`: `used`, by whatever process, and `total`; none of a card that has failed."""
+    import torch  # noqa: PLC0415  as above
+
     found: dict[tuple[str, ...], float] = {}
     for name in names:
         with suppress(RuntimeError):
@@ -154,6 +157,8 @@ def gpu_memory(names: Sequence[str]) -> dict[tuple[str, ...], float]:
 
 def gpu_utilization(names: Sequence[str]) -> dict[tuple[str, ...], float]:
     """The share of the last moments in which each GPU computed; torch needs the package nvidia-ml-py to know it."""
+    import torch  # noqa: PLC0415  as above
+
     found: dict[tuple[str, ...], float] = {}
     for name in names:
         with suppress(ModuleNotFoundError, RuntimeError):
@@ -169,6 +174,8 @@ def trim() -> None:
 
 def give_back() -> None:
     """Collect garbage, and make torch and glibc return the memory they keep; takes some tens of milliseconds."""
+    import torch  # noqa: PLC0415  as above
+
     gc.collect()
     if torch.cuda.is_initialized():
         with suppress(RuntimeError):  # raised again by a card that has failed, which does not concern models on the CPU

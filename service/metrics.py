@@ -110,8 +110,12 @@ class EngineMetrics:
             "pvt_memory_reserved_bytes", "Memory of that limit which is reserved now, by what for.", ["what"]
         )
         self.evictions = counter(
-            "pvt_evictions", "Models that left memory: for want of room, replaced, unloaded.", ["reason"]
+            "pvt_evictions", "Models that left memory: for want of room, replaced, unloaded, wrong.", ["reason"]
         )
+        self.canaries = counter(
+            "pvt_canaries", "Canary images: right, wrong, or not run for want of memory.", ["model", "outcome"]
+        )
+        self.canary_failures = counter("pvt_canary_failures", "Canary images whose logits were wrong.", ["model"])
         self.models_loaded = gauge("pvt_models_loaded", "Models that are ready.")
         self.instances = gauge("pvt_instances", "Batches that can run at the same time.")
         self.instances_busy = gauge("pvt_instances_busy", "Instances that run a batch.")

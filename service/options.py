@@ -39,7 +39,8 @@ class EngineOptions:
     loaded waits; `reload_seconds` 0 never looks for new versions. `pull` fetches published weights when they are first
     requested, `mirror` is a base URL in place of their hosts. `devices` are the GPUs to use, by torch's names, none for
     the CPU; `compile` makes their graphs faster in the background. `memory_bytes` is what the process may take of the
-    machine's memory in all; 0: no limit. `cache_bytes` of it are for the content cache; 0: there is none.
+    machine's memory in all; 0: no limit. `cache_bytes` of it are for the content cache; 0: there is none. Every
+    `canary_seconds` each model has to prove itself; 0: never.
     """
 
     model_store: Path
@@ -73,6 +74,7 @@ class EngineOptions:
     memory_bytes: int = 0
     cache_bytes: int = 0
     stall_seconds: float = 30.0
+    canary_seconds: float = 0.0
 
     @property
     def images_at_a_time(self) -> int:

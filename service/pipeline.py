@@ -1,14 +1,14 @@
 """The way of an image through a loaded model: decoded on a thread, queued, run in a batch."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from threading import Condition, Timer
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from service.backends.base import DeviceHealth
 from service.content_cache import CacheUse, ContentCache, Ended, Outcome, Work, owned
 from service.errors import ImageTooLarge, InvalidImage, MemoryExhausted, OutOfMemory, ServiceError
 from service.execution.executable import Executable
+from service.execution.plan import BatchPlan
 from service.images.costs import Cost
 from service.images.decoding import Decoded, decode
 from service.images.geometry import Geometry
@@ -32,6 +33,8 @@ from service.tracing import BatchTracer, ImageTrace, submitted
 _LEFT_TO_ANSWER = 0.1  # of the time of a request
 _TRIM_SECONDS = 1.0  # after the last large image
 _LOOK_AGAIN_SECONDS = 0.1  # what others free wakes nobody
+_CHECK_SECONDS = 0.001
+T = TypeVar("T")
 
 
 class _Source(NamedTuple):
@@ -148,6 +151,10 @@ class Pipeline:
         self.scheduler = Scheduler[_Source, _Prepared, _Inferred](
             options.instances, metrics, decoders=options.cores, max_delay_seconds=options.max_batch_delay_seconds
         )
+        # Its plan is there for the form: nothing waits behind it, and one at a time is admitted.
+        plan = BatchPlan({1: _CHECK_SECONDS})
+        check: Lane[Any, Any, Any] = Lane("check", plan, lambda function: function, self._run_checks, 1, internal=True)
+        self._checks = self.scheduler.open_lane(check)
 
     def open(self, executable: Executable) -> Sized:
         """Open a lane for `executable`."""
@@ -226,6 +233,21 @@ class Pipeline:
         what |= {"instance": instance, "device": report.device, "precision": report.precision}
         with trace_batch(images, what):
             return self._run(executable, instance, payloads, alone=alone)
+
+    async def on_instance(self, check: Callable[[int], T]) -> T:
+        """What `check` returns for the number of an instance, which runs nothing else meanwhile.
+
+        Raises:
+            QueueFull, ShuttingDown: another check is under way, or the service ends.
+            Exception: what `check` raises.
+        """
+        with self.scheduler.reserve(self._checks, 1) as places:
+            completed = await self.scheduler.submit(places, cast("Any", check))
+        return cast("T", completed.result)
+
+    def _run_checks(self, instance: int, payloads: Sequence[Callable[[int], object]], *, alone: bool) -> list[object]:  # noqa: ARG002
+        with self._devices.watched():
+            return [check(instance) for check in payloads]
 
     async def infer(
         self,

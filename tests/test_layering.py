@@ -28,10 +28,10 @@ LAYERS = {
         {"machine", "workers"},
         {"sharing"},
         {"metrics"},
-        {"errors", "files", "names", "recent"},
+        {"awake", "errors", "files", "names", "recent"},
     ],
     "registry": [
-        {"loading"},
+        {"canaries", "loading"},
         {"catalog", "loader"},
         {"registry", "resident"},
         {"versions"},

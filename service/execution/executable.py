@@ -196,6 +196,24 @@ class Executable:
             outputs += [Outputs(logits[i], embedding[i], tuple(each[i] for each in maps)) for i in range(len(part))]
         return outputs
 
+    @property
+    def _graphs(self) -> list[tuple[int, Graph]]:
+        """Every graph that serves, with its batch size."""
+        sets = [each for each in (self._plain, self.staged) if each]
+        return [pair for graphs, alone in sets for pair in (*graphs.items(), *([(1, alone)] if alone else []))]
+
+    def wrong(self, instance: int, turn: int) -> str | None:
+        """Run one of its graphs, by `turn`, on the reference image that tells most; why its logits are wrong, if so.
+
+        They may be off by what the load allows the graph's precision. None without reference logits.
+        """
+        if not (check := self._checked.reference_check):
+            return None
+        size, graph = self._graphs[turn % len(self._graphs)]
+        deviation = check.measure(graph, size, 1, instance)
+        objection = deviation.objection(graph.precision)
+        return objection and f"{objection} ({graph.precision}, batches of {size}: {deviation})"
+
     def result(
         self, results: list[ImageResult | ServiceError], *, stages: bool, load_seconds: float
     ) -> InferenceResult:

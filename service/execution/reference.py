@@ -249,19 +249,23 @@ class ReferenceCheck:
         Raises GoldenMismatch with the figures if its logits are too far off for the precision it computes in, or
         ReferenceInvalid if those of the plain module are too, so that the reference is not this model's.
         """
+        deviation = self.measure(graph, size, count)
+        if objection := deviation.objection(graph.precision):
+            self.require_own_reference()
+            raise GoldenMismatch(f"{objection} ({graph.precision}, batches of {size}: {deviation})")
+        return deviation
+
+    def measure(self, graph: Graph, size: int, count: int | None = None, instance: int = 0) -> Deviation:
+        """How far `graph` is off on those images, run on `instance`."""
         images = self.reference.images
         # Images whose logits differ most come first: even a few of them measure the precision, and not its noise.
         order = np.argsort(-self.reference.ranges, kind="stable").tolist()
         numbers = [order[i % len(order)] for i in range(ceil((count or len(order)) / size) * size)]
         batches = [images[numbers[i : i + size]] for i in range(0, len(numbers), size)]
         start = perf_counter()
-        logits = np.concatenate([graph.run(0, batch)[0] for batch in batches])
+        logits = np.concatenate([graph.run(instance, batch)[0] for batch in batches])
         self.seconds += perf_counter() - start
-        deviation = self.reference.deviation(logits, numbers)
-        if objection := deviation.objection(graph.precision):
-            self.require_own_reference()
-            raise GoldenMismatch(f"{objection} ({graph.precision}, batches of {size}: {deviation})")
-        return deviation
+        return self.reference.deviation(logits, numbers)
 
     def check_all(self, graphs: Mapping[int, Graph], latency: Graph | None = None) -> Deviation:
         """Check `graphs`, which are by batch size, and the latency graph, on all images; return the worst deviation."""

@@ -6,14 +6,22 @@ no request ever waits for a swap. What a loaded model is, only the loader knows:
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from math import inf
 from typing import Generic, TypeVar
 
 import structlog
 
-from service.errors import ModelLoadFailed, ModelLoading, ModelNotFound, ModelPinned, ServiceError, WeightsUnavailable
+from service.errors import (
+    AnswersWrong,
+    ModelLoadFailed,
+    ModelLoading,
+    ModelNotFound,
+    ModelPinned,
+    ServiceError,
+    WeightsUnavailable,
+)
 from service.options import Budget
 from service.registry.residency import Full, MemoryUse, credit, make_room, no_room, used_bytes
 from service.registry.versions import Candidate, Entry, Finder, Loader, UnloadReason, VersionStatus
@@ -24,6 +32,7 @@ M = TypeVar("M")
 log = structlog.get_logger(component="registry")
 
 _LOOK_AGAIN_SECONDS = 0.25  # for memory that requests have freed, which wakes nobody
+WRONG_AGAIN_SECONDS = 3600.0  # a model whose answers are wrong twice within that time fails
 FAILURE_SECONDS = 10.0  # how long a failure is reported to requests that would not wait for another attempt
 
 
@@ -37,7 +46,8 @@ class Registry(Generic[M]):
         self._one_refresh = asyncio.Lock()
         # Mutable state: the entries by identity, and those that are being unloaded; what each name stands for; pinned
         # names, and the name of each call of `pin` under way; GreedyDual's inflation; what wakes those who wait for
-        # room or an unloading, and clear it first; and why a name could not be refreshed, so that it is logged once.
+        # room or an unloading, and clear it first; why a name could not be refreshed, so that it is logged once; and
+        # when answers of a version were wrong.
         self._entries: dict[str, Entry[M]] = {}
         self._unloading: set[Entry[M]] = set()
         self._names: dict[str, Entry[M]] = {}
@@ -46,6 +56,7 @@ class Registry(Generic[M]):
         self._inflation = 0.0
         self._changed = asyncio.Event()
         self._not_refreshed: dict[str, str] = {}
+        self._distrusted: dict[str, float] = {}
 
     # The states of an entry, and every transition:
     #
@@ -61,6 +72,8 @@ class Registry(Generic[M]):
     #    for the same version begins another entry.
     # 6. `_free`: its memory is free.
     # 7. `_enter`: that version is tried again.
+    #
+    # `distrust` puts another entry in the place of one that is ready, which goes the way of 5 and 6 once it is free.
 
     def __repr__(self) -> str:
         return f"<Registry { ({each.stored.key: each.state for each in self._entries.values()}) }>"
@@ -124,6 +137,8 @@ class Registry(Generic[M]):
             raise ModelPinned(f"{', '.join(pinned)} is pinned; unpin it first (DELETE /models/{name}/pin)")
         for entry in entries:
             await asyncio.wait([entry.task])
+            if isinstance(entry.failure, AnswersWrong):
+                self._entries.pop(entry.candidate.identity, None)  # 7, at the next request
             if not self._pinned(entry):
                 entry.reason = "unloaded"
                 self._forget_names(entry)
@@ -152,6 +167,53 @@ class Registry(Generic[M]):
                     self._not_refreshed.pop(name, None)
                 finally:
                     self._release(serving, used=False)
+
+    @contextmanager
+    def held(self, loaded: M) -> Iterator[bool]:
+        """Keep `loaded` in memory while the context lasts, which is no use of it; False where it has left already."""
+        entry = self._entry_of(loaded)
+        if entry is None:
+            yield False
+            return
+        entry.leases += 1
+        try:
+            yield True
+        finally:
+            self._release(entry, used=False)
+
+    def distrust(self, loaded: M, reason: str) -> None:
+        """The answers of `loaded` are wrong: it is loaded anew, and requests from now on wait for that.
+
+        Those that use it end. Where it happens again soon, that version fails, until its files change, or somebody
+        unloads it; a name goes on to its next best version, if it has one.
+        """
+        if (entry := self._entry_of(loaded)) is None:
+            return
+        candidate, names = entry.candidate, self._names_of(entry)
+        before = self._distrusted.get(candidate.identity, -inf)
+        self._distrusted[candidate.identity] = now()
+        del self._entries[candidate.identity]
+        self._unloading.add(entry)  # its memory still counts
+        self._forget_names(entry)
+        entry.reason = "wrong"
+        if now() - before > WRONG_AGAIN_SECONDS:
+            successor = self._enter(candidate)
+            successor.distrusted = reason
+            self._names |= dict.fromkeys(names, successor)
+        else:
+            failed = Entry[M](candidate, entry.footprint, now(), state="failed", ended_at=now())
+            failed.task = entry.task  # which has ended
+            failed.failure = AnswersWrong(
+                f"{candidate.stored.key} was loaded anew, and is wrong again: {reason}; the machine's memory or a "
+                "library is at fault: restart the service, elsewhere if it stays, or unload the model to try again"
+            )
+            self._entries[candidate.identity] = failed
+        self._settle(entry)
+
+    def distrusted(self, name: str) -> str:
+        """What was wrong with the answers of the version that `name` stands for, while that is being loaded anew."""
+        entry = self._names.get(name)
+        return entry.distrusted if entry and entry.loaded is None else ""
 
     def named(self, name: str) -> VersionStatus | None:
         """The version that `name` stands for, in memory or on its way there."""
@@ -184,6 +246,8 @@ class Registry(Generic[M]):
             raise fresh(next(iter(failures.values())))
         best = (left or found)[0]
         known = self._entries.get(best.identity)
+        if known and isinstance(known.failure, AnswersWrong) and known.candidate.mark == best.mark:
+            raise fresh(known.failure)
         if max_wait_seconds is not None and known and known.failure and now() - known.ended_at < FAILURE_SECONDS:
             raise fresh(known.failure)
         entry = self._names[name] = self._enter(best)
@@ -228,6 +292,9 @@ class Registry(Generic[M]):
             if entry.failure is None:
                 return
             log.warning("model_not_replaced", **change, still_serves=serving.stored.key, reason=str(entry.failure))
+
+    def _entry_of(self, loaded: M) -> Entry[M] | None:
+        return next((each for each in self._entries.values() if each.loaded is loaded), None)
 
     def _names_of(self, entry: Entry[M]) -> list[str]:
         return [name for name, each in self._names.items() if each is entry]
@@ -299,7 +366,8 @@ class Registry(Generic[M]):
 
     def _unload(self, entry: Entry[M], reason: UnloadReason) -> "asyncio.Task[None]":
         entry.state = "unloading"  # 5
-        del self._entries[entry.candidate.identity]
+        if self._entries.get(entry.candidate.identity) is entry:  # else another one has taken its place
+            del self._entries[entry.candidate.identity]
         self._unloading.add(entry)
         self._forget_names(entry)
         log.info("model_unloading", model=entry.stored.id, version=entry.stored.version, reason=reason)

@@ -97,6 +97,11 @@ class Resident:
         """Give the scheduler the executable's batch plan, which has changed."""
         self._pipeline.scheduler.replan(self._own.lane, self.executable.plan)
 
+    def wrong(self, turn: int, instance: int) -> str | None:
+        """What `Executable.wrong` finds at one of its input sizes, by `turn`. Blocking."""
+        compiled = self._compiled()
+        return compiled[turn % len(compiled)].executable.wrong(instance, turn // len(compiled))
+
     async def close(self) -> None:
         """Close the model's lanes in the scheduler and cancel what is being compiled."""
         self._evicted += self._compiled()

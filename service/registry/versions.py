@@ -13,7 +13,7 @@ from service.store.store import StoredModel
 
 M = TypeVar("M")
 
-UnloadReason = Literal["budget", "replaced", "unloaded"]
+UnloadReason = Literal["budget", "replaced", "unloaded", "wrong"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Entry(Generic[M]):
     task: "asyncio.Task[None]" = field(init=False)  # loads it, or frees it
     # Mutable state: where it stands; what was loaded, or why that failed; who uses it or waits for it; why it is
     # unloaded once nobody does and no name stands for it; when its load ended; when it was last used, and the
-    # registry's inflation then.
+    # registry's inflation then; what was wrong with the answers of the one in whose place it is loaded.
     state: Literal["waiting", "loading", "ready", "failed", "unloading"] = "waiting"
     loaded: M | None = None
     failure: BaseException | None = None
@@ -78,6 +78,7 @@ class Entry(Generic[M]):
     ended_at: float = inf
     used_at: float = 0.0
     inflation: float = 0.0
+    distrusted: str = ""
 
     @property
     def stored(self) -> StoredModel:

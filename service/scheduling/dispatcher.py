@@ -288,7 +288,7 @@ class Dispatcher(Generic[S, T, R]):
         (lane.large if call.large else lane.sources).charge(call.client, seconds - call.charged)
         if call.large:
             self._large_speed.add(seconds, call.megapixels)
-        else:
+        elif not lane.internal:
             self._small_speed.add(seconds, 1.0)
         if isinstance(payload, Exception):
             self._end(call, payload)
@@ -351,7 +351,7 @@ class Dispatcher(Generic[S, T, R]):
         """All that can be seen."""
         instances = [job.release if (job := self._running.get(i)) else None for i in range(self._instances)]
         past = [replace(release) for release in reversed(self._releases)]
-        return Activity(now, [lane.activity() for lane in self.lanes], instances, past)
+        return Activity(now, [lane.activity() for lane in self.lanes if not lane.internal], instances, past)
 
     def _may_decode(self) -> bool:
         return len(self._decoding) - self._large_decoding < max(1, self._decoders - self._large_decoding)
@@ -437,6 +437,7 @@ class Dispatcher(Generic[S, T, R]):
         job = Running(lane, release, calls, now)
         lane.running += size
         self._running[release.instance] = job
-        self._releases.append(release)
-        self._metrics.batch_released(lane.model, reason, size)
+        if not lane.internal:
+            self._releases.append(release)
+            self._metrics.batch_released(lane.model, reason, size)
         return job

@@ -132,7 +132,7 @@ class Lane(Generic[S, T, R]):
     """One model's way through the scheduler: `decode` makes payloads of sources, `run` results of payloads.
 
     `capacity` bounds its images, from their admission to their result. `name` is unique; several lanes may share a
-    `model`, which metrics go by.
+    `model`, which metrics go by. `internal`: the service's own work, which metrics and measured speeds leave out.
     """
 
     name: str
@@ -141,6 +141,7 @@ class Lane(Generic[S, T, R]):
     run: Run[T, R]
     capacity: int
     model: str = ""
+    internal: bool = False
     # Mutable state: the plan; what waits to be decoded, large images apart, and what waits for an instance; how many
     # images are admitted, how many of these are large, for whom, and by request; how long batches take beside their
     # plan, and images while others wait, and when that was measured; how many are being decoded, are in a batch; the

@@ -158,6 +158,11 @@ class Scheduler(Generic[S, T, R]):
             with self._changed:
                 self._dispatcher.abandon(call)
 
+    @property
+    def idle(self) -> bool:
+        """Whether no image is on its way."""
+        return not self._dispatcher.admitted
+
     def activity(self) -> Activity:
         """Queues, instances and the last releases."""
         with self._changed:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,25 @@ def test_the_image_names_its_user_by_number_and_its_caches_belong_to_the_group()
     )[0]
     named = re.findall(r"PVT_(?:STORE_)?CACHE_DIR=(\S+)", dockerfile)
     assert (group, mode, {*folders.split()}) == ("0", "770", {*named})
+
+
+@pytest.mark.skipif(not shutil.which("make") or not shutil.which("docker-compose"), reason="needs make, docker-compose")
+@pytest.mark.parametrize(
+    ("index", "expected"), [(None, None), ("", ""), ("https://index.test/cu", "https://index.test/cu")]
+)
+def test_the_image_takes_torch_for_cpus_unless_an_index_is_set_even_to_nothing(
+    index: str | None, expected: str | None
+) -> None:
+    (default,) = re.findall(r"^ARG TORCH_INDEX=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_INDEX"}
+    environment |= {} if index is None else {"TORCH_INDEX": index}
+    run = partial(subprocess.run, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    built = re.findall(r"--build-arg TORCH_INDEX=(\S*)", run(["make", "--dry-run", "image"]).stdout)
+    (composed,) = re.findall(r"TORCH_INDEX: (.*)", run(["docker-compose", "-f", "docker-compose.yml", "config"]).stdout)
+
+    assert default.endswith("/cpu")
+    assert built == ([] if expected is None else [expected])
+    assert composed.strip("'") == (default if expected is None else expected)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become another user")

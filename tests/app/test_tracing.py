@@ -28,6 +28,7 @@ from app import tracing
 from app.__main__ import StartRefused, serve
 from app.main import create_app
 from app.settings import Settings, SettingsInvalid
+from app.starting import Starting
 from service.execution.executable import Executable
 from service.tracing import current
 from tests.app.conftest import MakeClient, png
@@ -418,6 +419,15 @@ def test_the_standard_variables_switch_traces_on(
     assert [entry.name for entry in tracing.exporters()] == expected
 
 
+@pytest.fixture
+def starting() -> Iterator[Starting]:
+    """The handlers of signals are those of before afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield Starting()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
@@ -430,25 +440,27 @@ def test_the_standard_variables_switch_traces_on(
     ],
 )
 def test_what_they_ask_for_and_can_not_be_had_is_said_in_a_line(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], reason: str
+    monkeypatch: pytest.MonkeyPatch, starting: Starting, variables: dict[str, str], reason: str
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
     with pytest.raises(StartRefused, match=re.escape(reason)):
-        serve()
+        serve(starting)
     with pytest.raises(SettingsInvalid, match=re.escape(reason)):
         create_app()
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_without_the_extra_a_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, workers: str) -> None:
+def test_without_the_extra_a_line_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, starting: Starting, workers: str
+) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318")
     monkeypatch.setenv("PVT_WORKERS", workers)
     monkeypatch.setattr(tracing, "entry_points", lambda **_: ())
 
     with pytest.raises(StartRefused, match=r"OTEL_EXPORTER_OTLP_ENDPOINT asks .* pip install 'pvt-serve\[otel\]'"):
-        serve()
+        serve(starting)
 
 
 def test_what_is_not_traced_takes_no_step_for_what_is(make_client: MakeClient) -> None:

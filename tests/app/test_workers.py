@@ -139,8 +139,9 @@ def test_without_a_folder_for_temporary_files_one_line_says_what_to_do() -> None
 import sys, tempfile
 tempfile._candidate_tempdir_list = lambda: ["/nonexistent"]
 from app.__main__ import main
+from app.starting import Starting
 sys.argv = ["app", "--workers", "2"]
-sys.exit(main())
+sys.exit(main(Starting()))
 """
     environment = {**os.environ, "PVT_PORT": "0"}
     done = subprocess.run(

@@ -19,7 +19,10 @@ from tests.chaos.cgroup import memory_limit
 MB = 1_000_000
 BODY = 32 * MB
 GREEDY = "/features?stages=1,2,3,4&size=256"
-WITHOUT_COLLECTION = ("-c", "import gc, sys; gc.disable(); from app.__main__ import main; sys.exit(main())")
+WITHOUT_COLLECTION = (
+    "-c",
+    "import gc, sys; gc.disable(); from app import __main__ as app; sys.exit(app.main(app.Starting()))",
+)
 QUICK = {"PVT_BACKEND": "torch", "PVT_INSTANCES": "1", "PVT_MAX_BATCH_SIZE": "1"}
 
 

@@ -23,7 +23,7 @@ FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 TEXTS = [*FRONT, *sorted(DOCS.rglob("*.md"))]
 CODE = ("app", "bench", "cli", "pvt_client", "service", "tests", "training")
 # Variables of docker-compose.yml and of commands, which are no settings of the service.
-COMPOSE = {"PVT_PUBLISH", "PVT_MEM_LIMIT", "PVT_CPUS", "PVT_URL", "PVT_KEY"}
+COMPOSE = {"PVT_PUBLISH", "PVT_STORE_VOLUME", "PVT_MEM_LIMIT", "PVT_CPUS", "PVT_URL", "PVT_KEY"}
 # Problems that come from the framework, and the one of any error that is not a ServiceError.
 OTHER_PROBLEMS = {"not-found", "method-not-allowed", "internal-error"}
 
