@@ -160,8 +160,8 @@ class Engine:
         Images are resized to `size`, height and width, the model's own by default; pixels must have it already.
         `check` may refuse the model's card. `max_wait_seconds` limits the wait for a load; None: as the options say.
         The machine is shared fairly among clients. `held` grows by the memory of stage maps, for the caller to release;
-        `cache` rules the use of the content cache. `admitting` is called once the model is there, with its id, its
-        version, and how many images wait or run there.
+        `cache` says how the content cache is used; None: not at all. `admitting` is called once the model is there, with
+        its id, its version, and how many images wait or run there.
 
         Raises:
             InvalidRequest: no such size, or more images or larger stage maps than one request may have.

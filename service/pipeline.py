@@ -261,13 +261,14 @@ class Pipeline:
     ) -> list[Outcome]:
         """Each of `images` through the model, with stage maps if `stages`; one that fails does not harm the others.
 
-        `client` shares the model fairly with others. What the content cache answers needs no place in the queue.
+        `client` shares the model fairly with others. What the content cache answers needs no place in
+        the queue; `cache` says how it is used, None: not at all.
 
         Raises:
             QueueFull: the model's queue has not that many places left; nothing was done.
             DeadlineExceeded: what is queued keeps these images from being answered by `deadline`; nothing was done.
         """
-        if self._cache is None or (cache and not (cache.lookup or cache.store)):
+        if self._cache is None or cache is None or not (cache.lookup or cache.store):
             return await self._compute(sized, images, deadline, stages=stages, client=client)
 
         async def compute(own: Sequence[int], ended: Ended) -> None:
@@ -281,7 +282,7 @@ class Pipeline:
             return self.scheduler.waiting(sized.lane, other) <= sized.lane.plan.largest
 
         work = Work(sized.executable.stored.id, sized.number, stages, client, compute, may_join)
-        return await self._cache.infer(images, work, cache or CacheUse())
+        return await self._cache.infer(images, work, cache)
 
     async def _compute(
         self,

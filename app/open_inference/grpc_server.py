@@ -37,7 +37,7 @@ log = structlog.get_logger(component="grpc")
 Context = Any  # grpc.aio.ServicerContext, which has no static types
 HEALTH = "grpc.health.v1.Health"
 # Of a call's metadata; the others are no business of the application.
-_PASSED = frozenset({"authorization", "forwarded", "prefer", "x-forwarded-for", "x-request-id"})
+_PASSED = frozenset({"authorization", "cache-control", "forwarded", "prefer", "x-forwarded-for", "x-request-id"})
 _FRAMING_BYTES = 65_536  # of a message, beside what a body of PVT_MAX_BODY_MB has
 _MOST_READING = 32  # messages that arrive at the same time, where memory has no limit
 _STREAM_AHEAD = 16  # requests of one stream under way, unless PVT_CLIENT_CONCURRENCY is less

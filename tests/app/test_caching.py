@@ -7,18 +7,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx2
 import numpy as np
 import pytest
+import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton
 from PIL import Image
 from starlette.testclient import TestClient
+from tritonclient.grpc import service_pb2
+from tritonclient.grpc._utils import _get_inference_request
 
 from app.main import create_app, engine_options
+from app.open_inference.grpc_messages import SERVICE
 from app.open_inference.messages import HEADER_LENGTH
 from app.settings import Settings, SettingsInvalid
 from app.workers import Worker, WorkerGroup
 from tests.app.conftest import png
+from tests.app.open_inference.test_grpc import free_port
 
 MODEL = "pvt_v2_b0.digits"
 HIT, MISS = "pvt-serve; hit", "pvt-serve; fwd=miss"
@@ -26,7 +32,10 @@ HIT, MISS = "pvt-serve; hit", "pvt-serve; fwd=miss"
 
 @pytest.fixture(scope="module")
 def cached(model_store: Path) -> Iterator[TestClient]:
-    settings = Settings(model_store=model_store, backend="torch", precision="float32", max_batch_size=1, cache_mb=20)
+    settings = Settings(
+        model_store=model_store, backend="torch", precision="float32", max_batch_size=1, cache_mb=20,
+        grpc_port=free_port(),
+    )  # fmt: skip
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
         yield client
 
@@ -128,6 +137,28 @@ def test_every_protocol_shares_the_results(cached: TestClient, image: bytes) -> 
 
     assert [each.status_code for each in answers] == [200] * 4, [each.text for each in answers]
     assert statuses(*answers) == [MISS, HIT, HIT, HIT]
+
+
+def test_calls_over_grpc_share_them_too(cached: TestClient, image: bytes) -> None:
+    app: Any = cached.app
+    tensor = triton_grpc.InferInput("encoded", [1], "BYTES")
+    tensor.set_data_from_numpy(np.array([image], np.object_))
+    request = _get_inference_request(
+        MODEL, [tensor], "", "", None, sequence_id=0, sequence_start=False, sequence_end=False, priority=0,
+        timeout=None, parameters=None,
+    )  # fmt: skip
+    post(cached, image)
+
+    with grpc.insecure_channel(f"127.0.0.1:{app.state.started['settings'].grpc_port}") as channel:
+        call = channel.unary_unary(
+            f"/{SERVICE}/ModelInfer",
+            service_pb2.ModelInferRequest.SerializeToString,
+            service_pb2.ModelInferResponse.FromString,
+        )
+        calls = [call.with_call(request, metadata=each)[1] for each in ((), (("cache-control", "no-store"),))]
+
+    found = [dict(each.trailing_metadata())["cache-status"] for each in calls]
+    assert found == [HIT, "pvt-serve; fwd=request"]
 
 
 def test_several_images_say_how_many_were_found(cached: TestClient, image: bytes) -> None:

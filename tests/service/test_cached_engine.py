@@ -36,7 +36,7 @@ async def cached(root: Path, registry: CollectorRegistry | None = None, **option
 
 
 async def ask(e: Engine, image: Image, **options: Any) -> ImageResult:
-    (outcome,) = (await e.infer([image], **options)).results
+    (outcome,) = (await e.infer([image], **{"cache": CacheUse(), **options})).results
     assert isinstance(outcome, ImageResult), outcome
     return outcome
 
@@ -83,12 +83,20 @@ async def test_answers_with_and_without_the_cache_are_equal(tmp_path: Path, opti
         truth = [await ask(plain, each, **options) for each in images]
     async with cached(tmp_path) as e:
         answers = [[await ask(e, each, **options) for each in images] for _ in range(2)]
-        together = (await e.infer([*images, *images], **options)).results
+        together = (await e.infer([*images, *images], cache=CacheUse(), **options)).results
 
     assert [each.reuse for each in (*answers[0], *answers[1])] == [*[""] * 3, *["hit"] * 3]
     for each, expected in zip([*answers[0], *answers[1], *together], truth * 4, strict=True):
         assert isinstance(each, ImageResult)
         assert same(each, expected)
+
+
+async def test_who_does_not_ask_for_the_cache_goes_round_it(tmp_path: Path) -> None:
+    """So that a check of what a model computes is one."""
+    async with cached(tmp_path) as e:
+        answers = [await ask(e, png(), cache=each) for each in (CacheUse(), None, None)]
+
+    assert [each.reuse for each in answers] == ["", "", ""]
 
 
 async def test_what_is_kept_can_not_be_changed(tmp_path: Path) -> None:
@@ -110,7 +118,7 @@ async def test_a_new_version_never_gets_results_of_the_old_one(tmp_path: Path) -
         for version, difference in versions.items():
             add_model(tmp_path, NAME, version, **difference)
             await e.refresh()
-            new = [await e.infer([png()], model=name) for name in (NAME, NAME, "production")]
+            new = [await e.infer([png()], model=name, cache=CacheUse()) for name in (NAME, NAME, "production")]
             assert [each.version for each in new] == [version] * 3
             results = [each for one in new for each in one.results if isinstance(each, ImageResult)]
             assert [each.reuse for each in results] == ["", "hit", "hit"]
@@ -197,7 +205,7 @@ async def test_a_full_queue_refuses_only_what_is_not_in_the_cache(tmp_path: Path
         assert (await ask(e, png("red"))).reuse == "hit"
         for images in ([png("green")], [png("red"), png("green")]):
             with pytest.raises(QueueFull):
-                await e.infer(images)
+                await e.infer(images, cache=CacheUse())
         joined = asyncio.create_task(ask(e, png("blue")))
         await asyncio.sleep(0)
         gate.open.set()
@@ -208,7 +216,8 @@ async def test_a_full_queue_refuses_only_what_is_not_in_the_cache(tmp_path: Path
 async def test_an_image_that_can_not_be_read_is_tried_again(tmp_path: Path, gate: Gate) -> None:
     gate.open.set()
     async with cached(tmp_path) as e:
-        outcomes = [(await e.infer([b"\x89PNG\r\n\x1a\nnothing"])).results for _ in range(2)]
+        broken = b"\x89PNG\r\n\x1a\nnothing"
+        outcomes = [(await e.infer([broken], cache=CacheUse())).results for _ in range(2)]
 
     assert all(isinstance(each, InvalidImage) for (each,) in outcomes)
     assert gate.decoded == 2
