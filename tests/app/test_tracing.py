@@ -33,7 +33,7 @@ from service.execution.executable import Executable
 from service.tracing import current
 from tests.app.conftest import MakeClient, png
 from tests.app.otlp import SERVER, Receiver, grpc_receiver, http_receiver
-from tests.app.processes import Server, serving
+from tests.app.processes import LARGE_BATCHES, Server, serving
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"  # the specification's own examples
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
@@ -67,7 +67,7 @@ def traced() -> Iterator[tuple[Server, Receiver, httpx.Client]]:
             "OTEL_BSP_SCHEDULE_DELAY": "100",
         }
         with (
-            serving(environment=environment, preload="pvt_v2_b0.digits", **QUICK) as server,
+            serving(environment=environment, command=LARGE_BATCHES, preload="pvt_v2_b0.digits", **QUICK) as server,
             httpx.Client(base_url=server.url, timeout=120) as client,
         ):
             assert client.post("/predict", files={"image": png()}).status_code == 200

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.app.processes import ROOT, serving
+from tests.app.processes import LARGE_BATCHES, ROOT, serving
 from tests.chaos.cgroup import memory_limit
 from tests.service.stores import add_model
 
@@ -31,13 +31,6 @@ def webp(side: int) -> bytes:
     """Decoding one takes 12 bytes for each pixel."""
     Image.new("RGB", (side, side), "white").save(buffer := io.BytesIO(), "WebP", method=0, quality=10)
     return buffer.getvalue()
-
-
-# Every batch size pays, on any machine.
-LARGE_BATCHES = (
-    "-c",
-    "import service.execution.tuning as tuning; tuning.gain = lambda *_: 2.0; import app.__main__; app.__main__.main()",
-)
 
 
 @contextmanager
