@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -59,7 +60,9 @@ def scraping(url: str, folder: Path) -> Iterator[Prometheus]:
                "--web.listen-address=127.0.0.1:0", "--enable-feature=exemplar-storage"]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder) as process:
         try:
-            with httpx.Client(base_url=_address(process), timeout=60) as client:
+            address = _address(process)
+            Thread(target=process.communicate, daemon=True).start()  # a full pipe would stop it
+            with httpx.Client(base_url=address, timeout=60) as client:
                 yield Prometheus(client)
         finally:
             process.kill()
