@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import ROOT
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"
-WINDOW = "5s"
+WINDOW = "6s"
 
 
 @dataclass
@@ -46,7 +46,7 @@ def hastened(text: str) -> str:
     """Configuration or rules whose windows of minutes and hours last seconds."""
     text = re.sub(r"\[\d+[mh]\]", f"[{WINDOW}]", text)
     text = re.sub(r"\bfor: \d+m", "for: 1s", text)
-    return re.sub(r"interval: \d+s", "interval: 500ms", text)
+    return re.sub(r"interval: \d+s", "interval: 1s", text)
 
 
 @contextmanager

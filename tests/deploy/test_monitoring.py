@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, NamedTuple
 
 import httpx
@@ -67,6 +67,7 @@ def until(condition: Callable[[], object], *, seconds: float = 100) -> None:
     end = monotonic() + seconds
     while not condition():
         assert monotonic() < end, condition
+        sleep(0.05)  # leaves the cores to those who are watched
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +263,7 @@ def test_every_query_runs_and_each_panel_shows_something(stack: Stack, digits: P
         prometheus.query(rule["expr"])
     groups = prometheus.client.get("/api/v1/rules").json()["data"]["groups"]
     assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
-    assert prometheus.alerts() == {}
+    until(lambda: not prometheus.alerts())
 
 
 def test_the_picture_of_the_docs_has_every_panel(stack: Stack) -> None:
