@@ -23,8 +23,11 @@ SWEEP_SECONDS = 0.5
 LOG_SECONDS = 10.0  # between two log lines about connections that were closed for others
 ACCEPTS_PER_TURN = 64  # connections that one turn of the event loop accepts
 BEGUN_PER_TURN = 4  # requests that one turn of the event loop begins
-# Their requests begin before those of others: they cost little, and an orchestrator restarts who does not answer.
-PROBES = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/ping"})
+# Their requests begin before those of others: they cost little, an orchestrator restarts who does not answer, and who
+# watches an overload must see it.
+PROBES = frozenset(
+    {"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/ping", "/metrics"}
+)
 _RETRY_SECONDS = 0.05  # until it is tried again to accept, where no connection can be closed
 
 

@@ -31,7 +31,7 @@ log = structlog.get_logger(component="access")
 PIECE_BYTES = 65_536  # of a body; more at once, and the server would hold it for a client that does not read
 _UNLIMITED = nullcontext()
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
-_PROBES = PROBES | {"/metrics", "/stats", STREAM}  # scrapers and pages request these every few seconds, as probes are
+_PROBES = PROBES | {"/stats", STREAM}  # scrapers and pages request these every few seconds, as probes are
 _PAGE_FILES = "/static/"  # a dozen for one look at the page, from memory
 
 

@@ -37,7 +37,7 @@ class Source:
     """Answers of the Prometheus at `url` for the `seconds` before now."""
 
     def __init__(self, url: str, seconds: float) -> None:
-        self._client = httpx.Client(base_url=url, timeout=60)
+        self._url = url.rstrip("/")
         self._end = time()
         self._seconds, self._step = seconds, max(1.0, seconds / POINTS)
         self.shown = tuple(datetime.fromtimestamp(at, UTC) for at in (self._end - seconds, self._end))
@@ -48,7 +48,7 @@ class Source:
         for target in panel["targets"]:
             query = re.sub(r"\$(instance|model)\b", ".*", target["expr"].replace("$__rate_interval", "30s"))
             times = {"start": self._end - self._seconds, "end": self._end, "step": self._step}
-            answer = self._client.get("/api/v1/query_range", params={"query": query, **times})
+            answer = httpx.get(f"{self._url}/api/v1/query_range", params={"query": query, **times}, timeout=60)
             for each in answer.raise_for_status().json()["data"]["result"]:
                 labels = each["metric"]
                 name = target["legendFormat"] or ", ".join(labels.values())

@@ -56,7 +56,7 @@ def test_probes_come_first_below_the_root_path_too() -> None:
     made = partial(Connections, client_seconds=1, identify=lambda scope: scope["who"], root_path="/pvt")
     state, platform = made(), made(health_route="/ready")
 
-    for path in ("/health/live", "/v2/health/ready", "/ping"):
+    for path in ("/health/live", "/v2/health/ready", "/ping", "/metrics"):
         assert {path, f"/pvt{path}"} <= state.probes
     assert {"/ready", "/pvt/ready"} <= platform.probes
     assert not {"", "/", "/pvt", "/pvt/predict", "/health/live/pvt"} & state.probes

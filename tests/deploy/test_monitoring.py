@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, NamedTuple
 
 import httpx
@@ -67,6 +67,7 @@ def until(condition: Callable[[], object], *, seconds: float = 100) -> None:
     end = monotonic() + seconds
     while not condition():
         assert monotonic() < end, condition
+        sleep(0.05)  # leaves the cores to those who are watched
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +131,21 @@ def test_each_alert_has_its_section_in_the_runbook_and_no_other_has() -> None:
         assert all(f"**{part}.**" in section for part in ("Means", "Look at", "Do")), name
         assert ALERTS[name]["labels"]["severity"] in section.splitlines()[1], name
         assert {*ALERTS[name]["annotations"]} == {"summary", "description", "runbook_url"}, name
+
+
+def test_the_runbook_names_only_what_there_is() -> None:
+    runbook = (ROOT / "docs" / "runbook.md").read_text()
     code = "".join(path.read_text() for folder in ("app", "service") for path in (ROOT / folder).rglob("*.py"))
-    for name in re.findall(r"`([a-z]+_[a-z_]+)`", runbook):  # metrics, and events of the log
-        assert f'"{name}"' in code or f'"{name.removesuffix("_total")}"' in code or f'"{name}=' in code, name
     panels = {panel["title"] for panel in PANELS}
-    for names in re.findall(r"panels? ((?:\*[A-Z][^*]+\*(?:, | and )?)+)", runbook):
-        assert {*re.findall(r"\*([^*]+)\*", names)} <= panels | {"Targets"}, names
+    errors = {*re.findall(r"^\| \d+ \| `([\w-]+)`", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)}
+
+    assert {*re.findall(r"(?<!\*)\*([A-Z][^*\n]+)\*(?!\*)", runbook)} <= panels | {"Targets"}
+    assert {*re.findall(r"`([a-z]+-[a-z-]+)`", runbook)} <= errors | {"nvidia-smi", "pvt-serve"}
+    for name in re.findall(r"`([a-z]+_[a-z_]+)`", runbook):  # metrics, stages, and events of the log
+        assert re.search(rf"\b{name.removesuffix('_total')}\b", code), name
 
 
-# Of processes, and what only a group of workers or the page of metrics has.
+# Names of processes, of a group of workers, and of the page of metrics itself.
 UNREGISTERED = {"process_start_time_seconds", "process_cpu_seconds_total", "process_resident_memory_bytes", "pvt_ready",
                 "pvt_worker_restarts_total", "up"}  # fmt: skip
 
@@ -256,7 +263,7 @@ def test_every_query_runs_and_each_panel_shows_something(stack: Stack, digits: P
         prometheus.query(rule["expr"])
     groups = prometheus.client.get("/api/v1/rules").json()["data"]["groups"]
     assert {rule["health"] for group in groups for rule in group["rules"]} == {"ok"}
-    assert prometheus.alerts() == {}
+    until(lambda: not prometheus.alerts())
 
 
 def test_the_picture_of_the_docs_has_every_panel(stack: Stack) -> None:
@@ -275,19 +282,20 @@ def test_alerts_and_an_autoscalers_query_rise_with_the_queue_and_fall_with_it(st
     seven = Image.open(ROOT / "docs" / "digits" / "seven.png").convert("RGB")
     seven.resize((1900, 1900), Image.Resampling.BICUBIC).save(tmp_path / "large.png", compress_level=1)
     share = "sum(pvt_queue_images) / sum(pvt_queue_capacity_images)"
+    undecoded = 'sum(pvt_queue_images{state="waiting_decode"}) > sum(pvt_queue_depth)'
+    fired: dict[str, dict[str, Any]] = {}
+
+    def have_fired() -> bool:
+        fired.update(prometheus.alerts())
+        return {"PvtServeQueueFull", "PvtServeRefusing"} <= {*fired}
+
     assert prometheus.value(WAITING) == 0
     with load(server.url, tmp_path, rate=150):
-        until(lambda: {"PvtServeQueueFull", "PvtServeRefusing"} <= {*prometheus.alerts()})
+        until(have_fired)
         until(lambda: prometheus.value(WAITING) >= 4 and prometheus.value(share) > 0.8)
-        until(
-            lambda: (
-                prometheus.value('sum(pvt_queue_images{state="waiting_decode"})')
-                > prometheus.value("sum(pvt_queue_depth)")
-            )
-        )
-        alerts = prometheus.alerts()
+        until(lambda: prometheus.query(undecoded))
 
-    assert alerts["PvtServeQueueFull"]["labels"]["model"] == "pvt_v2_b0.digits"
-    for alert in alerts.values():
+    assert fired["PvtServeQueueFull"]["labels"]["model"] == "pvt_v2_b0.digits"
+    for alert in fired.values():
         assert not re.search(r"error|<no value>|\{\{", alert["annotations"]["description"])
     until(lambda: prometheus.value(WAITING) == 0 and not prometheus.alerts())
