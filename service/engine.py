@@ -2,10 +2,11 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from math import inf
 from time import monotonic
+from types import TracebackType
 from typing import Self, TypeVar
 from weakref import WeakValueDictionary
 
@@ -102,8 +103,7 @@ class Engine:
         for task in self._requests:
             task.cancel()
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
+    def request(self) -> AbstractContextManager[None]:
         """Count this task as a request while the context lasts; nested contexts count once.
 
         Enter it before reading a request's body, so that a shutdown does not cut off an upload.
@@ -111,22 +111,7 @@ class Engine:
         Raises:
             ShuttingDown: no new requests are accepted, or this one has just been ended.
         """
-        task = asyncio.current_task()
-        if task is None or task in self._requests:
-            yield
-            return
-        if self.draining:
-            raise ShuttingDown("the service is shutting down and takes no new work; send the request again")
-        self._requests.add(task)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not self._aborted:
-                raise
-            task.uncancel()
-            raise ShuttingDown("the service stopped before this request was answered; send it again") from None
-        finally:
-            self._requests.discard(task)
+        return _Counted(self)
 
     async def infer(
         self,
@@ -159,7 +144,7 @@ class Engine:
         most = 0.0 if max_wait_seconds is None and self.options.cold == "refuse" else max_wait_seconds
         start = monotonic()
         with self.request():
-            async with time_limit(seconds) as deadline, self._registry.lease(name, most) as resident:
+            async with TimeLimit(seconds) as deadline, self._registry.lease(name, most) as resident:
                 check(resident.executable.card)
                 if stages:
                     self._reserve_maps(resident.executable, size, len(images), held)
@@ -373,21 +358,63 @@ class Engine:
             held.grow(needed + needed // max(1, images) + images * height * width * 3 + ANSWER_BYTES)
 
 
-@asynccontextmanager
-async def time_limit(seconds: float) -> AsyncIterator[float]:
-    """Limit the time of one request; yields its deadline, on `monotonic`.
+# Classes rather than generators: every request enters both, and a generator costs several times as much.
+class _Counted(AbstractContextManager[None]):
+    """See `Engine.request`."""
 
-    Raises:
+    __slots__ = ("_engine", "_task")
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        # Mutable state: what is counted from here on; None in a context that is within another one.
+        self._task: asyncio.Task[object] | None = None
+
+    def __enter__(self) -> None:
+        task, engine = asyncio.current_task(), self._engine
+        if task is None or task in engine._requests:  # noqa: SLF001  of this module
+            return
+        if engine.draining:
+            raise ShuttingDown("the service is shutting down and takes no new work; send the request again")
+        engine._requests.add(task)  # noqa: SLF001
+        self._task = task
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is None:
+            return
+        self._engine._requests.discard(self._task)  # noqa: SLF001
+        if isinstance(error, asyncio.CancelledError) and self._engine._aborted:  # noqa: SLF001
+            self._task.uncancel()
+            raise ShuttingDown("the service stopped before this request was answered; send it again") from None
+
+
+class TimeLimit:
+    """Limits the time of one request; entering the context returns its deadline, on `monotonic`.
+
+    Leaving it raises:
         DeadlineExceeded: the time is over.
     """
-    scope = asyncio.timeout(seconds)
-    try:
-        async with scope:
-            yield monotonic() + seconds
-    except TimeoutError as error:
-        if not scope.expired():
-            raise
-        raise _late(seconds) from error
+
+    __slots__ = ("_scope", "_seconds")
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._scope = asyncio.timeout(seconds)
+
+    async def __aenter__(self) -> float:
+        """See the class."""
+        await self._scope.__aenter__()
+        return monotonic() + self._seconds
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """See the class."""
+        try:
+            await self._scope.__aexit__(kind, error, trace)
+        except TimeoutError as late:
+            raise _late(self._seconds) from late
 
 
 def _late(seconds: float) -> DeadlineExceeded:

@@ -30,7 +30,7 @@ from app.open_inference.statistics import Statistics, statistics
 from app.open_inference.tensors import TensorMetadata
 from app.openapi import BINARY_CONTENT, json_body
 from app.problems import ExtensionUnsupported, refusals
-from app.routes.inference import BYTES_PER_NUMBER, JSON, LARGE, answer, cancel_on_disconnect, hold_answer, note
+from app.routes.inference import BYTES_PER_NUMBER, JSON, LARGE, CancelOnDisconnect, answer, hold_answer, note
 from app.routes.management import changing
 from service.memory import BODIES, Reservation
 from service.results import Image, InferenceResult, Size
@@ -252,7 +252,7 @@ async def infer(
     with engine.request(), engine.memory.reserve(0, BODIES) as held:
         message, found, size = await _read(request, held)
         timeout = message.parameters.timeout
-        async with cancel_on_disconnect(request):
+        async with CancelOnDisconnect(request):
             result = await engine.infer(
                 found,
                 model=_versioned(name, version),

@@ -150,8 +150,9 @@ class Scheduler(Generic[S, T, R]):
             return await future
         finally:
             del self._futures[call], future  # an error refers to this frame, and must not do so through the future
-            with self._changed:
-                self._dispatcher.abandon(call)
+            if call.stage != "ended":  # the usual case, in which no lock is needed
+                with self._changed:
+                    self._dispatcher.abandon(call)
 
     def activity(self) -> Activity:
         """Queues, instances and the last releases."""
