@@ -2,10 +2,11 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from math import inf
 from time import monotonic
+from types import TracebackType
 from typing import Self, TypeVar
 from weakref import WeakValueDictionary
 
@@ -114,8 +115,7 @@ class Engine:
         for task in self._requests:
             task.cancel()
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
+    def request(self) -> AbstractContextManager[None]:
         """Count this task as a request while the context lasts; nested contexts count once.
 
         Enter it before reading a request's body, so that a shutdown does not cut off an upload.
@@ -123,22 +123,7 @@ class Engine:
         Raises:
             ShuttingDown: no new requests are accepted, or this one has just been ended.
         """
-        task = asyncio.current_task()
-        if task is None or task in self._requests:
-            yield
-            return
-        if self.draining:
-            raise ShuttingDown("the service is shutting down and takes no new work; send the request again")
-        self._requests.add(task)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not self._aborted:
-                raise
-            task.uncancel()
-            raise ShuttingDown("the service stopped before this request was answered; send it again") from None
-        finally:
-            self._requests.discard(task)
+        return _Counted(self)
 
     async def infer(
         self,
@@ -160,8 +145,8 @@ class Engine:
         Images are resized to `size`, height and width, the model's own by default; pixels must have it already.
         `check` may refuse the model's card. `max_wait_seconds` limits the wait for a load; None: as the options say.
         The machine is shared fairly among clients. `held` grows by the memory of stage maps, for the caller to release;
-        `cache` says how the content cache is used; None: not at all. `admitting` is called once the model is there, with
-        its id, its version, and how many images wait or run there.
+        `cache` says how the content cache is used; None: not at all. `admitting` is called once the model is there,
+        with its id, its version, and how many images wait or run there.
 
         Raises:
             InvalidRequest: no such size, or more images or larger stage maps than one request may have.
@@ -178,7 +163,7 @@ class Engine:
         if trace:
             trace.loading = start
         with self.request():
-            async with time_limit(seconds) as deadline, self._registry.lease(name, most) as resident:
+            async with TimeLimit(seconds) as deadline, self._registry.lease(name, most) as resident:
                 check(resident.executable.card)
                 if stages:
                     self._reserve_maps(resident.executable, size, len(images), held)
@@ -404,21 +389,63 @@ class Engine:
             held.grow(needed + needed // max(1, images) + images * height * width * 3 + ANSWER_BYTES)
 
 
-@asynccontextmanager
-async def time_limit(seconds: float) -> AsyncIterator[float]:
-    """Limit the time of one request; yields its deadline, on `monotonic`.
+# Classes rather than generators: every request enters both, and a generator costs several times as much.
+class _Counted(AbstractContextManager[None]):
+    """See `Engine.request`."""
 
-    Raises:
+    __slots__ = ("_engine", "_task")
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        # Mutable state: what is counted from here on; None in a context that is within another one.
+        self._task: asyncio.Task[object] | None = None
+
+    def __enter__(self) -> None:
+        task, engine = asyncio.current_task(), self._engine
+        if task is None or task in engine._requests:  # noqa: SLF001  of this module
+            return
+        if engine.draining:
+            raise ShuttingDown("the service is shutting down and takes no new work; send the request again")
+        engine._requests.add(task)  # noqa: SLF001
+        self._task = task
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is None:
+            return
+        self._engine._requests.discard(self._task)  # noqa: SLF001
+        if isinstance(error, asyncio.CancelledError) and self._engine._aborted:  # noqa: SLF001
+            self._task.uncancel()
+            raise ShuttingDown("the service stopped before this request was answered; send it again") from None
+
+
+class TimeLimit:
+    """Limits the time of one request; entering the context returns its deadline, on `monotonic`.
+
+    Leaving it raises:
         DeadlineExceeded: the time is over.
     """
-    scope = asyncio.timeout(seconds)
-    try:
-        async with scope:
-            yield monotonic() + seconds
-    except TimeoutError as error:
-        if not scope.expired():
-            raise
-        raise _late(seconds) from error
+
+    __slots__ = ("_scope", "_seconds")
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._scope = asyncio.timeout(seconds)
+
+    async def __aenter__(self) -> float:
+        """See the class."""
+        await self._scope.__aenter__()
+        return monotonic() + self._seconds
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """See the class."""
+        try:
+            await self._scope.__aexit__(kind, error, trace)
+        except TimeoutError as late:
+            raise _late(self._seconds) from late
 
 
 def _late(seconds: float) -> DeadlineExceeded:

@@ -35,8 +35,8 @@ from app.routes.inference import (
     BYTES_PER_NUMBER,
     JSON,
     LARGE,
+    CancelOnDisconnect,
     answer,
-    cancel_on_disconnect,
     hold_answer,
     note,
     note_arrival,
@@ -262,7 +262,7 @@ async def infer(
     with engine.request(), engine.memory.reserve(0, BODIES) as held:
         message, found, size = await _read(request, held)
         timeout = message.parameters.timeout
-        async with cancel_on_disconnect(request):
+        async with CancelOnDisconnect(request):
             result = await engine.infer(
                 found,
                 model=_versioned(name, version),

@@ -3,10 +3,11 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from time import perf_counter
+from types import TracebackType
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import mimeparse
@@ -30,7 +31,7 @@ from app.encodings import chunks
 from app.problems import NotAcceptable, expected
 from app.proxies import base_url
 from app.strict import Strict
-from service.engine import Engine, time_limit
+from service.engine import Engine, TimeLimit
 from service.errors import ServiceError
 from service.memory import ANSWERS, BODIES, Reservation
 from service.results import InferenceResult
@@ -196,8 +197,8 @@ async def infer_images(
     timeout = query.timeout_ms and query.timeout_ms / 1000
     uploads = [each for each in sent if isinstance(each, Upload)]
     fetches = len(uploads) < len(sent)
-    limit = time_limit(timeout or engine.options.timeout_seconds) if fetches else nullcontext()
-    async with cancel_on_disconnect(request), limit:
+    limit = TimeLimit(timeout or engine.options.timeout_seconds) if fetches else nullcontext()
+    async with CancelOnDisconnect(request), limit:
         if fetches:
             start = perf_counter()
             try:
@@ -221,36 +222,48 @@ async def infer_images(
     return [upload.filename for upload in uploads], result
 
 
-@asynccontextmanager
-async def cancel_on_disconnect(request: Request) -> AsyncIterator[None]:
-    """Cancel what runs inside when the client disconnects, and raise ClientDisconnect. The body must have been read."""
-    loop, task, gone = asyncio.get_running_loop(), asyncio.current_task(), False
-    assert task is not None  # noqa: S101  a coroutine that runs has a task
-    watcher: asyncio.Task[None] | None = None
+class CancelOnDisconnect:
+    """Cancels what runs inside when the client disconnects, and raises ClientDisconnect. The body must have been read.
 
-    async def watch() -> None:
-        nonlocal gone
-        while (await request.receive())["type"] != "http.disconnect":
+    A class rather than a generator, which costs each request several times as much.
+    """
+
+    __slots__ = ("_gone", "_request", "_task", "_timer", "_watcher")
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        # Mutable state, once it is entered: the task that may be cancelled, whether the client has gone, and what
+        # watches it.
+        self._task: asyncio.Task[Any] = request.scope["state"]["task"]
+        self._gone = False
+        self._watcher: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> None:
+        """See the class."""
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_SECONDS, self._begin)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """See the class."""
+        if self._timer:
+            self._timer.cancel()
+        if self._watcher:
+            self._watcher.cancel()
+        self._timer = self._watcher = None  # which lead back to this, and so to the request
+        if self._gone and isinstance(error, asyncio.CancelledError):
+            self._task.uncancel()
+            raise ClientDisconnect from None
+
+    def _begin(self) -> None:
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
             pass
-        gone = True
-        task.cancel()
-
-    def begin() -> None:
-        nonlocal watcher
-        watcher = loop.create_task(watch())
-
-    timer = loop.call_later(WATCH_AFTER_SECONDS, begin)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not gone:
-            raise
-        task.uncancel()
-        raise ClientDisconnect from None
-    finally:
-        timer.cancel()
-        if watcher:
-            watcher.cancel()
+        self._gone = True
+        self._task.cancel()
 
 
 def note_arrival(request: Request, model: str, version: str, queue: int) -> None:

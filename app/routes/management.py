@@ -16,7 +16,7 @@ from app.openapi import json_body
 from app.problems import documented
 from app.routes.models import BatchSize, ModelInfo, ModelList, milliseconds, model_info
 from app.strict import Strict
-from service.engine import Engine, time_limit
+from service.engine import Engine, TimeLimit
 from service.errors import ModelLoading
 from service.memory import BODIES
 from service.scheduling.lanes import QueueActivity, Release
@@ -107,7 +107,7 @@ class SchedulerInfo(BaseModel):
 async def changing(request: Request, engine: Engine, action: str, **what: str) -> AsyncIterator[None]:
     """What runs inside is audited, and has PVT_TIMEOUT_MS."""
     with audited(request, engine, action, **what):
-        async with time_limit(engine.options.timeout_seconds):
+        async with TimeLimit(engine.options.timeout_seconds):
             yield
 
 

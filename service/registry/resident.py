@@ -3,7 +3,7 @@
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -69,8 +69,7 @@ class Resident:
         """What was tried and left out, and why, at any of its sizes."""
         return [note for each in self._compiled() for note in each.executable.notes]
 
-    @asynccontextmanager
-    async def at(self, size: Size | None = None, *, stages: bool = False) -> AsyncIterator[Sized]:
+    def at(self, size: Size | None = None, *, stages: bool = False) -> AbstractAsyncContextManager[Sized]:
         """The model at `size`, its own by default, for as long as the context lasts.
 
         It is compiled first if need be, which goes on if a caller is cancelled.
@@ -80,7 +79,14 @@ class Resident:
             QueueFull: all other sizes that may be kept are in use.
             ModelLoadFailed: the model's files have changed since it was loaded, or can't be compiled for that.
         """
-        if size is None or size == (self.executable.height, self.executable.width):
+        own = size is None or size == (self.executable.height, self.executable.width)
+        if own and (not stages or self.executable.staged):
+            return nullcontext(self._own)
+        return self._compiled_at(None if own else size, stages=stages)
+
+    @asynccontextmanager
+    async def _compiled_at(self, size: Size | None, *, stages: bool) -> AsyncIterator[Sized]:
+        if size is None:
             await self._stage(self._own, stages=stages)
             yield self._own
             return

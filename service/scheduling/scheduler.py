@@ -155,8 +155,9 @@ class Scheduler(Generic[S, T, R]):
             return await future
         finally:
             del self._futures[call], future  # an error refers to this frame, and must not do so through the future
-            with self._changed:
-                self._dispatcher.abandon(call)
+            if call.stage != "ended":  # the usual case, in which no lock is needed
+                with self._changed:
+                    self._dispatcher.abandon(call)
 
     @property
     def idle(self) -> bool:
