@@ -124,8 +124,7 @@ def keyed() -> Iterator[Server]:
         yield server
 
 
-@pytest.mark.parametrize("name", ["PVT_API_KEYS", "PVT_MANAGEMENT_KEYS"])
-@pytest.mark.parametrize("value", ["", "good,,one"])
+@pytest.mark.parametrize(("name", "value"), [("PVT_API_KEYS", "good,,one"), ("PVT_MANAGEMENT_KEYS", "")])
 def test_a_blank_key_refuses_to_start(name: str, value: str) -> None:
     command = [sys.executable, "-m", "app"]
     done = subprocess.run(command, cwd=ROOT, env={name: value}, capture_output=True, text=True, check=False, timeout=60)

@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from http.client import HTTPResponse
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.app.conftest import png
-from tests.app.processes import Server, serving
+from tests.app.processes import LIGHT, Server, serving
 
-LIGHT: Any = {"backend": "torch", "max_batch_size": "1"}
 HEALTH = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 

@@ -6,15 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.app.conftest import png
-from tests.app.processes import Server, serving
+from tests.app.processes import LIGHT, Server, serving
 
-LIGHT: Any = {"backend": "torch", "max_batch_size": "1"}  # nothing compiled, little measured
 MAPS = {"stages": "1,2,3,4", "size": "512", "timeout_ms": "100000"}  # some 11 MB of JSON for one image
 NUMPY = {"Accept": "application/x-npz"}  # is written at once, JSON in chunks
 FILES = [("image", png())] * 3
