@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.app.processes import serving
+from tests.app.processes import LIGHT, serving
 
 ROOT = Path(__file__).parent.parent
 # Threads that wait for one another give their core to the tests beside them; read when torch is first imported.
@@ -62,7 +62,5 @@ def digits() -> Path:
 def service_url() -> Iterator[str]:
     """`pvt-serve serve` with the embedded model, loaded in the way that takes least; options win over variables."""
     command = ("-m", "cli", "serve", "--port", "0")
-    with serving(
-        read_log=False, command=command, port="1", backend="torch", instances="1", max_batch_size="1"
-    ) as server:
+    with serving(read_log=False, command=command, port="1", **LIGHT) as server:
         yield server.url

@@ -17,6 +17,8 @@ import httpx
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
+# Settings of a server that compiles nothing and measures little.
+LIGHT: Any = {"backend": "torch", "precision": "float32", "instances": "1", "max_batch_size": "1"}
 
 
 @dataclass

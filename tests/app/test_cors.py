@@ -2,6 +2,7 @@
 
 import socket
 from http.client import HTTPResponse
+from itertools import product
 from typing import Any
 
 import httpx
@@ -10,7 +11,7 @@ from starlette.testclient import TestClient
 
 from app.settings import Settings, SettingsInvalid
 from tests.app.conftest import MakeClient, png
-from tests.app.processes import serving
+from tests.app.processes import LIGHT, serving
 
 PAGE = "https://app.example.org"
 PREFLIGHT = {
@@ -98,13 +99,13 @@ PARTS = {
 
 
 @pytest.mark.parametrize(
-    ("origins", "origin", "allowed"), [(PAGE, PAGE, PAGE), ("*", PAGE, "*"), (PAGE, "https://evil.example", None)]
+    ("origins", "callers"), [(PAGE, {PAGE: PAGE, "https://evil.example": None}), ("*", {PAGE: "*"})]
 )
-def test_refusals_of_the_parser_are_readable_too(origins: str, origin: str, allowed: str | None) -> None:
+def test_refusals_of_the_parser_are_readable_too(origins: str, callers: dict[str, str | None]) -> None:
     """So that a page learns why its upload over a slow line was ended."""
-    with serving(backend="torch", max_batch_size="1", cors_origins=origins, client_timeout_seconds="1") as server:
+    with serving(**LIGHT, cors_origins=origins, client_timeout_seconds="1") as server:
         url = httpx.URL(server.url)
-        for status, head in PARTS.items():
+        for (origin, allowed), (status, head) in product(callers.items(), PARTS.items()):
             with socket.create_connection((url.host, url.port or 0), timeout=30) as connection:
                 connection.sendall(head % origin.encode())
                 response = HTTPResponse(connection)

@@ -9,7 +9,6 @@ import sys
 from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -17,12 +16,11 @@ import pytest
 from app import healthcheck
 from app.settings import Settings
 from tests.app.conftest import png
-from tests.app.processes import ROOT, serving
+from tests.app.processes import LIGHT, ROOT, serving
 from tests.unprivileged import open_folder
 
 __all__ = ["open_folder"]
 
-LIGHT: Any = {"backend": "torch", "max_batch_size": "1"}
 PROXIES = dict.fromkeys(("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"), "http://127.0.0.1:1")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.app.processes import serving
+from tests.app.processes import LIGHT, serving
 
 PROGRAM = Path(__file__).parent / "Predict.java"
 
@@ -24,7 +24,7 @@ def test_javas_client_gets_the_right_answer_to_every_request(digits: Path, tmp_p
         Image.open(digits / f"{name}.png").convert("RGB").resize((700, 700)).save(large)
         labels[str(large)] = str(label)
 
-    with serving(backend="torch", max_batch_size="1") as server:
+    with serving(**LIGHT) as server:
         command = ["java", str(PROGRAM), f"{server.url}/predict", *labels]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 

@@ -20,9 +20,8 @@ from app.listening import ListenRefused, listening, url_of
 from app.settings import Settings, SettingsInvalid
 from pvt_client import AsyncClient, Client
 from tests.app.conftest import png
-from tests.app.processes import ROOT, serving
+from tests.app.processes import LIGHT, ROOT, serving
 
-LIGHT: Any = {"backend": "torch", "max_batch_size": "1"}
 NAMES = "PVT_HOST and PVT_PORT"
 
 

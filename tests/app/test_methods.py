@@ -10,7 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.app.conftest import MakeClient, png
-from tests.app.processes import Server, serving
+from tests.app.processes import LIGHT, Server, serving
 
 GETS = [
     "/", "/docs", "/openapi.json", "/metrics", "/health", "/health/live", "/health/ready", "/models",
@@ -23,7 +23,7 @@ VARYING = {"x-request-id", "date", "server-timing"}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(backend="torch", max_batch_size="1", trusted_proxies="127.0.0.1") as server:
+    with serving(**LIGHT, trusted_proxies="127.0.0.1") as server:
         yield server
 
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from socket import create_connection, create_server
-from typing import Any
 from urllib.parse import urljoin
 
 import httpx
@@ -21,13 +20,12 @@ import pytest
 
 from app.settings import Settings
 from tests.app.conftest import png
-from tests.app.processes import serving
+from tests.app.processes import LIGHT, serving
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("nginx") and shutil.which("openssl")) and not os.environ.get("CI"),
     reason="needs nginx and openssl; CI has them",
 )
-LIGHT: Any = {"backend": "torch", "max_batch_size": "1"}
 NGINX_IDLE_SECONDS = 60  # how long nginx keeps an idle connection to an upstream, unless it is told otherwise
 CONFIGURATION = """
 daemon off;

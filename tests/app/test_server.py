@@ -8,16 +8,12 @@ from collections.abc import Iterator
 from http.client import HTTPResponse
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.app.conftest import png
-from tests.app.processes import Server, post, serving
-
-# Nothing compiled, little measured.
-LIGHT: Any = {"backend": "torch", "precision": "float32", "instances": "1", "max_batch_size": "1"}
+from tests.app.processes import LIGHT, Server, post, serving
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from http.client import HTTPResponse
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.app.conftest import png
-from tests.app.processes import Server, serving
+from tests.app.processes import LIGHT, Server, serving
 
-LIGHT: Any = {"backend": "torch", "max_batch_size": "1"}
 HEALTH = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -90,13 +88,11 @@ def test_beyond_the_limit_the_longest_silent_connections_are_closed_for_new_ones
     with serving(**LIGHT, prefix=limited, preload="pvt_v2_b0.digits") as server, ExitStack() as stack:
         for _ in range(1000):
             stack.enter_context(connect(server))
-        started = time.monotonic()
 
-        answer = httpx.get(f"{server.url}/health/live")
+        answer = httpx.get(f"{server.url}/health/live", timeout=15)  # silent ones end by themselves after 20 s
 
         assert answer.status_code == 200
-        assert time.monotonic() - started < 1
-        assert httpx.post(f"{server.url}/predict", files={"image": png()}).status_code == 200
+        assert httpx.post(f"{server.url}/predict", files={"image": png()}, timeout=60).status_code == 200
         assert server.event("connections_exhausted")["limit"] < 300
     assert any(line["event"] == "few_descriptors" for line in server.seen)
 

@@ -6,15 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.app.conftest import png
-from tests.app.processes import Server, serving
+from tests.app.processes import LIGHT, Server, serving
 
-LIGHT: Any = {"backend": "torch", "max_batch_size": "1"}  # nothing compiled, little measured
 MAPS = {"stages": "1,2,3,4", "size": "512", "timeout_ms": "100000"}  # some 11 MB of JSON for one image
 NUMPY = {"Accept": "application/x-npz"}  # is written at once, JSON in chunks
 FILES = [("image", png())] * 3
@@ -92,7 +90,7 @@ def test_uploads_that_do_not_end_are_answered_503_long_before_the_limit(server: 
     start = time.monotonic()
 
     assert server.stop() == 0
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 20  # PVT_SHUTDOWN_SECONDS is 25
     for answer in answers(connections):
         assert answer.startswith(b"http/1.1 503")
         assert b"connection: close" in answer
@@ -107,7 +105,7 @@ def test_answers_that_nobody_reads_do_not_keep_it_from_ending_within_the_limit()
         start = time.monotonic()
 
         assert server.stop() == 0
-        assert 2 < time.monotonic() - start < 2 + 3
+        assert 2 < time.monotonic() - start < 15  # by PVT_CLIENT_TIMEOUT_SECONDS it would end after 20
 
 
 def test_thirty_connections_of_mixed_chaos_lose_nothing_and_get_no_wrong_label(digits: Path) -> None:

@@ -19,7 +19,7 @@ from tests.chaos.namespace import in_namespace, name_server, with_resolver
 from tests.service.stores import add_model
 
 SEVEN = (ROOT / "docs" / "digits" / "seven.png").read_bytes()
-SOON = 2.0  # seconds; what hangs would take the 10 of PVT_URL_TIMEOUT_MS
+SOON = 5.0  # seconds; what hangs would take the 10 of PVT_URL_TIMEOUT_MS
 PUBLIC, PUBLIC_HANGING = "93.184.216.34", ("8.8.8.8", "9.9.9.9")
 
 
@@ -101,7 +101,7 @@ async def test_who_waits_for_a_host_that_hangs_learns_of_it_in_bounded_time(stor
                 *(client.post("/predict", json=images(f"http://{bad.place}/")) for _ in range(100))
             )
 
-    assert perf_counter() - start < 6
+    assert perf_counter() - start < 15  # 100 images, 8 at a time, would take 39 s
     assert {answer.status_code for answer in answers} == {503, 504}
     busy = [answer for answer in answers if answer.status_code == 503]
     assert len(busy) >= 60
@@ -112,14 +112,14 @@ async def test_who_waits_for_a_host_that_hangs_learns_of_it_in_bounded_time(stor
 
 
 def test_the_images_of_a_host_that_hangs_cost_the_others_of_their_request_nothing(store: Path) -> None:
-    with local(store, 1, url_timeout_ms="1000") as (server, good, (bad,)):
+    with local(store, 1, url_timeout_ms="2000") as (server, good, (bad,)):
         hanging = [f"http://{bad.place}/{number}" for number in range(60)]
         start = perf_counter()
         answer = predict(server, *hanging, *[f"http://{good.place}/"] * 3)
         seconds = perf_counter() - start
 
     *failed, first, second, third = answer.json()["results"]
-    assert seconds < 4  # 60 images, 8 at a time, would take 8 s
+    assert seconds < 10  # 60 images, 8 at a time, would take 16 s
     assert {each["error"]["status"] for each in failed} == {504}
     assert all("127.0.0.3" in each["error"]["detail"] for each in failed)
     assert all(each["predictions"] for each in (first, second, third))

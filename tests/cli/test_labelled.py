@@ -23,7 +23,7 @@ from service.images.geometry import Interpolation, Resize
 from service.store.cards import ModelCard, Preprocessing, read_card
 from service.store.folder import write_model
 from service.store.store import Store
-from tests.app.processes import post, serving
+from tests.app.processes import LIGHT, post, serving
 from tests.cli.conftest import PvtServe
 from tests.service.stores import add_model
 from training.digits import Digits, render, split
@@ -101,7 +101,7 @@ def test_check_finds_that_the_training_stretched_and_applies_it(
     pvt_serve: PvtServe, store: Path, tmp_path: Path
 ) -> None:
     digits, root = split().held_out, tmp_path / "test"
-    for i in range(100):
+    for i in range(50):
         (folder := root / str(digits.labels[i])).mkdir(parents=True, exist_ok=True)
         wide(render(digits.pixels[i])).save(folder / f"{i}.png")
     command = ("check", "pvt_v2_b0.mine", root)
@@ -115,12 +115,12 @@ def test_check_finds_that_the_training_stretched_and_applies_it(
 
     told, applied, after = pvt_serve(*command), pvt_serve(*command, "--apply"), pvt_serve(*command, "--json")
 
-    assert "preprocessing: resize stretch would be better: 100 of 100 right" in told.out
+    assert "preprocessing: resize stretch would be better: 50 of 50 right" in told.out
     assert f"to use it: pvt-serve check pvt_v2_b0.mine {root} --apply" in told.out
     assert "import the checkpoint again with --resize stretch" in told.out
     assert "pvt_v2_b0.mine@2 is the model with it" in applied.out
     found = json.loads(after.out)
-    assert (found["version"], found["right"]) == ("2", 100)
+    assert (found["version"], found["right"]) == ("2", 50)
     assert not any(each["better"] for each in found["alternatives"])
     assert Store(store).find("pvt_v2_b0.mine").require_card().accuracy is None
 
@@ -159,7 +159,7 @@ def test_a_fitted_model_answers_through_http_as_scikit_learn_does_on_timms_embed
     data = split()
     root = folder_of(tmp_path / "train", data.train, parity, 150)
     test = folder_of(tmp_path / "test", data.held_out, parity, 40)
-    with serving(model_store=str(store), backend="torch", precision="float32", reload_seconds="0.05") as server:
+    with serving(model_store=str(store), **LIGHT, reload_seconds="0.05") as server:
         assert post(server.url, [("image", next(test.rglob("*.png")).read_bytes())]).status_code == 200
 
         done = pvt_serve("fit", root, "--model", BACKBONE, "--tag", "parity", "--json")
@@ -220,7 +220,7 @@ def test_add_makes_the_next_version_from_earlier_embeddings_and_a_running_server
     pvt_serve("fit", first, "--model", BACKBONE, "--tag", "parity")
     for path in first.rglob("*.png"):
         path.unlink()  # the images are not needed any more
-    with serving(model_store=str(store), backend="torch", reload_seconds="0.05") as server:
+    with serving(model_store=str(store), **LIGHT, reload_seconds="0.05") as server:
         url = f"{server.url}/predict?model=pvt_v2_b0.parity"
         sample = (third / "1.png").read_bytes()
         before = httpx.post(url, files={"image": sample}, timeout=60).json()

@@ -85,8 +85,7 @@ def test_shards_that_torch_saved_are_read_too(root: Path, tmp_path: Path) -> Non
     assert "pytorch_model.bin.index.json with 2 shards" in imported(root, tmp_path / "hub")[1]
 
 
-@pytest.mark.parametrize("safe", [True, False])
-@pytest.mark.parametrize("variant", ["pvt_v2_b0", "pvt_v2_b2_li"])
+@pytest.mark.parametrize(("variant", "safe"), [("pvt_v2_b0", False), ("pvt_v2_b2_li", True)])
 def test_a_folder_of_timm_becomes_the_model_that_timm_has(
     root: Path, tmp_path: Path, variant: str, *, safe: bool
 ) -> None:
