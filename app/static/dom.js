@@ -27,6 +27,6 @@ export function table(target, head, rows) {
   );
 }
 
-export const ms = (value) => `${value < 10 ? value.toFixed(1) : Math.round(value).toLocaleString("en")} ms`;
+export const ms = (value) => `${value < 10 ? value.toFixed(1) : Math.round(value).toLocaleString("en")}\u00a0ms`;
 export const megabytes = (bytes) => `${(bytes / 1e6).toLocaleString("en", { maximumFractionDigits: bytes < 1e7 ? 1 : 0 })} MB`;
 export const score = (value, activation) => (activation === "none" ? value.toFixed(3) : `${(100 * value).toFixed(1)} %`);

@@ -3,7 +3,7 @@
 import { address, json, reached } from "./api.js";
 import { $, el, megabytes, ms, table } from "./dom.js";
 
-const SECONDS = 300, WIDTH = 300, HEIGHT = 90;
+const SECONDS = 300, LEAST_SECONDS = 60, WIDTH = 300, HEIGHT = 90;
 const sum = (list, of) => list.reduce((total, each) => total + of(each), 0);
 const most = (list) => Math.max(0, ...list);
 const count = (value) => value.toLocaleString("en", { maximumFractionDigits: value < 1 ? 2 : value < 10 ? 1 : 0 });
@@ -34,11 +34,14 @@ function shape(tag, attributes) {
   return element;
 }
 
+/** The seconds that the charts span: those that were seen. */
+const span = () => Math.min(SECONDS, Math.max(LEAST_SECONDS, history.at(-1).at - history[0].at));
+
 /** A line through what was seen, with gaps where nothing was. */
-function path(points, top, now) {
+function path(points, top, now, seconds) {
   let drawn = "", before = -Infinity;
   for (const [at, value] of points) {
-    const x = WIDTH * (1 - (now - at) / SECONDS), y = HEIGHT - 2 - ((HEIGHT - 6) * value) / (top || 1);
+    const x = WIDTH * (1 - (now - at) / seconds), y = HEIGHT - 2 - ((HEIGHT - 6) * value) / (top || 1);
     drawn += `${at - before > 3 ? "M" : "L"}${x.toFixed(1)} ${y.toFixed(1)}`;
     before = at;
   }
@@ -47,14 +50,15 @@ function path(points, top, now) {
 
 function draw() {
   if ($("live").hidden || !history.length) return;
-  const now = history.at(-1).at;
+  const now = history.at(-1).at, seconds = span();
+  $("live-span").textContent = seconds === SECONDS ? "the last five minutes" : seconds === LEAST_SECONDS ? "the last minute" : `the last ${Math.round(seconds)} s`;
   CHARTS.forEach(([title, format, series], n) => {
     const names = Object.keys(series), figure = $("charts").children[n];
     const top = most(history.flatMap((each) => each.values[n]));
     const svg = figure.querySelector("svg");
-    svg.setAttribute("aria-label", `${title}, last five minutes; ${names.map((name, i) => `${name} ${format(history.at(-1).values[n][i])}`).join(", ")}`);
+    svg.setAttribute("aria-label", `${title}; ${names.map((name, i) => `${name} ${format(history.at(-1).values[n][i])}`).join(", ")}`);
     names.forEach((name, i) => {
-      svg.querySelector(`.s${i + 1}`).setAttribute("d", path(history.map((each) => [each.at, each.values[n][i]]), top, now));
+      svg.querySelector(`.s${i + 1}`).setAttribute("d", path(history.map((each) => [each.at, each.values[n][i]]), top, now, seconds));
       figure.querySelectorAll("li")[i].lastChild.textContent = ` ${name} ${format(history.at(-1).values[n][i])}`;
     });
     figure.querySelector(".top").textContent = `up to ${format(top)}`;
@@ -63,7 +67,7 @@ function draw() {
 
 function tables(stats) {
   if ($("live").hidden) return;
-  table($("routes"), ["Route", ["per s", true], ["p50", true], ["p99", true], ["4xx", true], ["429, 503", true], ["5xx", true], ["left", true]],
+  table($("routes"), ["Route", ["per s", true], ["p50", true], ["p99", true], ["4xx", true], ["429, 503", true], ["5xx", true], ["499", true]],
     endpoints(stats).map((r) => [r.route, [count(r.per_second), true], [ms(r.p50_ms), true], [ms(r.p99_ms), true],
       [r.client_errors, true], [r.refused, true], [r.server_errors, true], [r.abandoned, true]]));
   table($("batches"), ["Model", ["images", true], "released", ["waited", true], ["ran", true]],

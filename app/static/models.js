@@ -53,17 +53,17 @@ export async function showTable() {
   const [{ models }, { memory }] = await Promise.all([json("models"), json("stats")]);
   const manages = $("manage-note").dataset.way === "open" || Boolean(managementKey());
   const rows = models.map((each) => [
-    el("strong", {}, each.id), ...(manages ? [actions(each)] : []), each.version || "–", el("span", { class: "state" }, state(each)),
+    el("strong", {}, each.id), el("span", { class: "state" }, state(each)), ...(manages ? [actions(each)] : []), each.version || "–",
     [each.memory_bytes ? megabytes(each.memory_bytes) : "–", true],
     [each.parameters ? `${(each.parameters / 1e6).toFixed(1)} M` : "–", true],
-    each.input_size?.join(" × ") ?? "–",
+    each.input_size?.join("\u00a0×\u00a0") ?? "–",
     [each.accuracy?.top1 ? `${(100 * each.accuracy.top1).toFixed(1)} %` : "–", true],
     each.precision ? `${each.backend}, ${each.precision}` : "–",
-    each.batch_plan?.map(({ size, ms: time }) => `${size}: ${ms(time)}`).join(", ") ?? "–",
+    each.batch_plan?.map(({ size, ms: time }) => `${size}:\u00a0${ms(time)}`).join(", ") ?? "–",
     [each.reason, ...(each.notes ?? []), each.aliases?.length ? `alias ${each.aliases.join(", ")}` : "", each.licence].filter(Boolean).join("; "),
   ]);
   const focused = document.activeElement?.closest?.("[data-model]")?.dataset.model;
-  table($("models-table"), ["Model", ...(manages ? ["Manage"] : []), "Version", "State", ["Memory", true], ["Parameters", true], "Input", ["Top-1", true], "Runs as", "Batch plan", "Notes"], rows);
+  table($("models-table"), ["Model", "State", ...(manages ? ["Manage"] : []), "Version", ["Memory", true], ["Parameters", true], "Input", ["Top-1", true], "Runs as", "Batch plan", "Notes"], rows);
   if (focused) $("models-table").querySelector(`[data-model="${CSS.escape(focused)}"] button`)?.focus();
   if (models.some((each) => each.state === "loading")) watch();
   const taken = Object.values(memory.models_bytes).reduce((sum, each) => sum + each, 0);

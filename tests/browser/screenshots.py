@@ -1,16 +1,22 @@
-"""Every state of the page as a picture, in light and dark, wide and narrow.
+"""Every state of the page as a picture, in light and dark, wide and narrow; or the pictures of the docs.
 
-`python -m tests.browser.screenshots FOLDER [STATE...]`
+`python -m tests.browser.screenshots FOLDER [STATE...]`, or `docs/assets` for those.
 """
 
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import httpx
+import numpy as np
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.app.processes import ROOT, serving
@@ -18,7 +24,7 @@ from tests.browser.servers import DIGITS as MODEL
 from tests.browser.servers import copied, wait_until_ready
 
 DIGITS = ROOT / "docs" / "digits"
-SMALL: Any = {"backend": "torch", "precision": "float32", "instances": "1", "max_batch_size": "4"}
+SMALL: Any = {"backend": "torch", "precision": "float32", "instances": "1", "max_batch_size": "1"}
 
 
 def _sample(page: Page, name: str) -> None:
@@ -88,13 +94,17 @@ def _draw(page: Page) -> None:
     page.click("#draw")
     box = page.locator("#pad").bounding_box()
     assert box
-    points = [(28, 16), (72, 16), (62, 40), (52, 62), (45, 86)]
-    page.mouse.move(box["x"] + 28 * box["width"] / 100, box["y"] + 16 * box["height"] / 100)
+    upper = [(47 + 20 * math.cos(a), 31 + 19 * math.sin(a)) for a in np.radians(range(-150, 91, 6))]
+    lower = [(47 + 23 * math.cos(a), 69 + 19 * math.sin(a)) for a in np.radians(range(-90, 151, 6))]
+    points = [(box["x"] + x * box["width"] / 100, box["y"] + y * box["height"] / 100) for x, y in upper + lower]
+    page.mouse.move(*points[0])
     page.mouse.down()
-    for x, y in points:
-        page.mouse.move(box["x"] + x * box["width"] / 100, box["y"] + y * box["height"] / 100)
+    for point in points:
+        page.mouse.move(*point)
     page.mouse.up()
-    page.wait_for_selector("#stages canvas")
+    page.wait_for_function("() => !document.querySelector('.stale')")
+    page.wait_for_function("() => document.querySelector('#identity').textContent.includes(' of 3')")
+    page.wait_for_timeout(2000)  # for the stages of the last stroke
 
 
 def _cold(page: Page) -> None:
@@ -134,6 +144,16 @@ STATES: dict[str, Callable[[Page], None]] = {
 }  # fmt: skip
 
 
+# Of the docs: the name of the file, the state, and the last element that is on it.
+DOCS = {
+    "page": ("draw", "#more .columns > section"),
+    "page-compare": ("compare", "#compare"),
+    "page-models": ("models", "#models > section"),
+    "page-live": ("live", "#live .columns > section:last-child"),
+    "page-refusal": ("refusal", "#try > .columns > section"),
+}
+
+
 @contextmanager
 def _store() -> Iterator[Path]:
     """The embedded model twice, as two models."""
@@ -167,6 +187,35 @@ def shoot(browser: Browser, url: str, folder: Path, names: list[str]) -> None:
             context.close()
 
 
+def _traffic(page: Page, url: str) -> None:
+    """A minute of requests, while the page counts them."""
+    images = [path.read_bytes() for path in sorted(DIGITS.iterdir())]
+    with ThreadPoolExecutor(8) as pool:
+        for turn in range(60):
+            wave = 1 + round(3 + 3 * math.sin(turn / 5))
+            for image in images[:wave]:
+                pool.submit(httpx.post, f"{url}/predict", files={"image": image}, timeout=60)
+            page.wait_for_timeout(1000)
+
+
+def shoot_for_docs(browser: Browser, url: str, folder: Path) -> None:
+    """Write the pictures of the docs."""
+    for name, (state, last) in DOCS.items():
+        page = browser.new_page(viewport={"width": 1120, "height": 844}, reduced_motion="reduce")
+        page.goto(url)
+        page.wait_for_function("() => document.querySelector('#model-line').textContent.includes(':')")
+        if state == "live":
+            _traffic(page, url)
+        STATES[state](page)
+        page.mouse.move(0, 0)
+        box = page.locator(last).first.bounding_box()
+        assert box
+        bottom = box["y"] + box["height"] + page.evaluate("scrollY") + 14
+        shot = page.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": 1120, "height": bottom})
+        Image.open(BytesIO(shot)).save(folder / f"{name}.png", optimize=True)
+        page.close()
+
+
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
@@ -178,5 +227,8 @@ if __name__ == "__main__":
     ):
         wait_until_ready(server.url)
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        shoot(browser, server.url, target, sys.argv[2:] or [*STATES])
+        if target.resolve() == ROOT / "docs" / "assets":
+            shoot_for_docs(browser, server.url, target)
+        else:
+            shoot(browser, server.url, target, sys.argv[2:] or [*STATES])
         browser.close()
