@@ -1,6 +1,6 @@
 """A loaded model at one input size: it runs batches, and makes more graphs when they are first needed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,6 +11,7 @@ import structlog
 from service.backends.base import Backend, Graph, Layout, Precision, build
 from service.errors import MemoryExhausted, ModelLoadFailed, ServiceError
 from service.execution.plan import BatchPlan
+from service.execution.plan_cache import PORTABLE, PortablePlan
 from service.execution.reference import Deviation, ReferenceCheck, computed_reference, concerns_precision, reason
 from service.execution.tuning import (
     LatencyGraph,
@@ -51,6 +52,9 @@ class LoadReport:
     load_seconds: float
     memory_bytes: int
     deviation: Deviation | None = None
+    # All that the plan depends on, and whether it was imported.
+    key: Mapping[str, str] = field(default_factory=dict)
+    pinned: bool = False
 
 
 # Graphs by batch size, and the latency graph, where there is one: it runs an image that is alone on all cores.
@@ -134,7 +138,7 @@ class Executable:
         self.report = report
         self._backend = backend
         self._layout = tuned.layout
-        self._latency_layout = tuned.latency and tuned.latency.layout
+        self._latency_layout = tuned.latency.layout if tuned.latency else None
         self._optimizer = optimizer
         self._checked = checked or CheckedGraphs(stored.id, report.precision, None)
         # Mutable state: the batch plan and its graphs; what makes the latency graph, until it is made; the graphs with
@@ -193,6 +197,21 @@ class Executable:
             logits, embedding, *maps = found if has_head else (found[0][:, :0], *found)
             outputs += [Outputs(logits[i], embedding[i], tuple(each[i] for each in maps)) for i in range(len(part))]
         return outputs
+
+    def portable_plan(self) -> PortablePlan:
+        """Its plan, for replicas."""
+        alone, key = self.plan.alone_seconds, self.report.key
+        return PortablePlan(
+            model=self.stored.id,
+            version=self.stored.version,
+            requires={name: key[name] for name in PORTABLE},
+            measured_on=key["cpu"],
+            precision=self.report.precision,
+            layout=self._layout,
+            seconds=dict(self.plan.seconds),
+            alone_seconds=alone,
+            alone_layout=self._latency_layout if alone else None,
+        )
 
     @property
     def _graphs(self) -> list[tuple[int, Graph]]:
