@@ -68,6 +68,7 @@ def serve(starting: Starting) -> int:
             settings.writable_store()
         return _listen_and_serve(settings, starting)
     except _REFUSALS as error:
+        starting.give_up()
         raise StartRefused(str(error)) from error
 
 

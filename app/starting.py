@@ -19,12 +19,16 @@ class Starting:
         self.opened = ExitStack()
         # Mutable state: whether the service looks after signals itself.
         self._over = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._leave)
+        self._before = {number: signal.signal(number, self._leave) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def over(self) -> None:
         """The service handles signals. Uvicorn raises again what it got, once it is done: that is no failure."""
         self._over = True
+
+    def give_up(self) -> None:
+        """It does not start: signals do what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _leave(self, *_: object) -> None:
         if not self._over:

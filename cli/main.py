@@ -34,6 +34,7 @@ COMMANDS: Mapping[str, Sequence[tuple[str, str, str]]] = {
         ("verify", "store", "Check every model of the store: its digest, its tensors, its reference logits."),
         ("rm", "store", "Remove a model from the store, or one version of it."),
         ("alias", "store", "Show the aliases of the model store, or let NAME stand for TARGET."),
+        ("plan", "plans", "Let replicas agree on a model's batch plan: export it, import it."),
         ("index", "store", "Write index.json into a model store, for web servers that do not list their folders."),
     ),
     "Server": (

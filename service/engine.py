@@ -20,6 +20,7 @@ from service.backends.base import DeviceHealth
 from service.content_cache import CacheUse, ContentCache
 from service.errors import DeadlineExceeded, InvalidRequest, ServiceError, ShuttingDown, WeightsUnavailable
 from service.execution.executable import Executable
+from service.execution.plan_cache import PortablePlan
 from service.machine import gpu_memory, gpu_utilization
 from service.memory import CACHE, Reservation
 from service.metrics import EngineMetrics, Labels
@@ -220,6 +221,11 @@ class Engine:
         """Load the model called `name`, if it is not in memory; raises what `infer` does of models."""
         async with self._registry.lease(name, max_wait_seconds):
             pass
+
+    async def portable_plan(self, name: str) -> PortablePlan:
+        """The batch plan of the model called `name`, which is loaded if need be; raises as `load`."""
+        async with self._registry.lease(name) as resident:
+            return resident.executable.portable_plan()
 
     async def unload(self, name: str) -> None:
         """Free the model called `name` once nobody uses it; raises ModelPinned, or as `model`."""

@@ -11,6 +11,7 @@ import structlog
 from service.backends.base import Backend, Graph, Layout, Precision, build
 from service.errors import MemoryExhausted, ModelLoadFailed, ServiceError
 from service.execution.plan import BatchPlan
+from service.execution.plan_cache import PORTABLE, PortablePlan
 from service.execution.reference import Deviation, ReferenceCheck, computed_reference, concerns_precision, reason
 from service.execution.tuning import (
     LatencyGraph,
@@ -53,6 +54,9 @@ class LoadReport:
     memory_bytes: int
     deviation: Deviation | None = None
     steps: Mapping[str, float] = field(default_factory=dict)
+    # All that the plan depends on, and whether it was imported.
+    key: Mapping[str, str] = field(default_factory=dict)
+    pinned: bool = False
 
 
 # Graphs by batch size, and the latency graph, where there is one: it runs an image that is alone on all cores.
@@ -136,7 +140,7 @@ class Executable:
         self.report = report
         self._backend = backend
         self._layout = tuned.layout
-        self._latency_layout = tuned.latency and tuned.latency.layout
+        self._latency_layout = tuned.latency.layout if tuned.latency else None
         self._optimizer = optimizer
         self._checked = checked or CheckedGraphs(stored.id, report.precision, None)
         # Mutable state: the batch plan and its graphs; what makes the latency graph, until it is made; the graphs with
@@ -195,6 +199,21 @@ class Executable:
             logits, embedding, *maps = found if has_head else (found[0][:, :0], *found)
             outputs += [Outputs(logits[i], embedding[i], tuple(each[i] for each in maps)) for i in range(len(part))]
         return outputs
+
+    def portable_plan(self) -> PortablePlan:
+        """Its plan, for replicas."""
+        alone, key = self.plan.alone_seconds, self.report.key
+        return PortablePlan(
+            model=self.stored.id,
+            version=self.stored.version,
+            requires={name: key[name] for name in PORTABLE},
+            measured_on=key["cpu"],
+            precision=self.report.precision,
+            layout=self._layout,
+            seconds=dict(self.plan.seconds),
+            alone_seconds=alone,
+            alone_layout=self._latency_layout if alone else None,
+        )
 
     @property
     def _graphs(self) -> list[tuple[int, Graph]]:

@@ -2,6 +2,7 @@
 
 <root>/<model>/<version>/plan.json
 <root>/<model>/<version>/1.graph      the compiled graph for batches of 1, as the backend exported it
+<root>/<model>/<version>.plan.json    a plan that was imported
 <root>/<model>/<version>/reference.safetensors      reference images and logits, where the card names none
 
 Each version of a model has one entry, which bounds the cache, for exactly one key. An entry that is broken or has
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import structlog
@@ -24,13 +25,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.backends.base import Layout, Precision
-from service.files import staging_folder
+from service.files import atomic_write, staging_folder
 from service.machine import usable_cores
 from service.store.cards import ReferenceFile
 
 log = structlog.get_logger(component="plan_cache")
 
 _FILE = "plan.json"
+# Of the key, what must be the same where a plan is used that another machine measured.
+PORTABLE = ("weights", "card", "input", "backend", "instances", "cores")
 _CHUNK = 1 << 24  # bytes
 _INSTRUCTION_SETS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
@@ -55,6 +58,31 @@ class CachedPlan(BaseModel):
     notes: tuple[str, ...]
     graphs: dict[int, str]
     reference: ReferenceFile | None = None
+
+
+class PortablePlan(BaseModel):
+    """A batch plan for replicas, so that all of them agree on it and none measures.
+
+    `requires` is what must be the same there: see `PORTABLE`. `measured_on` is a processor, for people.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["pvt-serve plan 1"] = "pvt-serve plan 1"
+    model: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    version: Annotated[str, Field(pattern=r"^[1-9]\d*$")]
+    requires: dict[str, str]
+    measured_on: str = ""
+    precision: Precision
+    layout: Layout
+    seconds: Annotated[dict[Annotated[int, Field(ge=1)], Positive], Field(min_length=1)]
+    alone_seconds: Positive | None
+    alone_layout: Layout | None
+
+    def differences(self, key: Key) -> str:
+        """What of `key` is not as it requires; empty where all is."""
+        names = [name for name in PORTABLE if self.requires.get(name) != key[name]]
+        return "; ".join(f"{name} was {self.requires.get(name, '')[:64]!r} and is {key[name][:64]!r}" for name in names)
 
 
 class PlanCache:
@@ -85,6 +113,26 @@ class PlanCache:
             log.warning("plan_cache_ignored", model=model, folder=str(folder), reason=reason)
             return None
         return entry, paths
+
+    def pinned(self, model: str, version: str) -> PortablePlan | None:
+        """The plan that was imported for that model version; raises ValueError if its file is broken."""
+        try:
+            return PortablePlan.model_validate_json(self._pinned_file(model, version).read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def pin(self, model: str, version: str, plan: PortablePlan | None) -> None:
+        """Use `plan` for that model version from the next load on; None: measure again."""
+        file = self._pinned_file(model, version)
+        if plan is None:
+            file.unlink(missing_ok=True)
+        else:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            file.parent.mkdir(exist_ok=True)
+            atomic_write(file, plan.model_dump_json(indent=2) + "\n")
+
+    def _pinned_file(self, model: str, version: str) -> Path:
+        return self.root / model / f"{version}.plan.json"
 
     def write(
         self,

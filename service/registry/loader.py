@@ -1,28 +1,30 @@
 """From a model in the store to one that can run: module, weights, graphs, batch plan. Blocking; it takes seconds."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 
 import numpy as np
 import structlog
 
-from service.backends.base import Backend, DeviceHealth, build, plain_logits
+from service.backends.base import Backend, DeviceHealth, Graph, Program, build, plain_logits
 from service.errors import (
     DeviceFailed,
     GoldenMismatch,
+    ModelLoadFailed,
     OutOfMemory,
     ReferenceInvalid,
     ServiceError,
 )
 from service.execution.executable import CheckedGraphs, Executable, LoadReport
 from service.execution.plan import BatchPlan
-from service.execution.plan_cache import CachedPlan, PlanCache, digest, machine
+from service.execution.plan_cache import CachedPlan, PlanCache, PortablePlan, digest, machine
 from service.execution.reference import (
     Reference,
     ReferenceCheck,
     computed_reference,
+    one_line,
     packed,
     reference_of,
 )
@@ -30,6 +32,8 @@ from service.execution.tuning import LatencyGraph, Limits, Optimizer, Reserve, T
 from service.store.store import StoredModel
 
 log = structlog.get_logger(component="loader")
+
+NOT_PINNED = "the imported plan is not used"
 
 
 def load(
@@ -112,6 +116,27 @@ class _Steps:
         self._ended = now
 
 
+def _as_pinned(
+    plan: PortablePlan, program: Program, check: ReferenceCheck, shape: tuple[int, int], reserve: Reserve
+) -> Tuned:
+    """The graphs of `plan`, checked and not measured; raises where this machine can't make them, or not exactly."""
+    graphs: dict[int, Graph] = {}
+    for size in sorted(plan.seconds):
+        if graphs:
+            reserve(size * shape[0] * shape[1])
+        graphs[size] = program.graph(size, plan.layout, plan.precision)
+    first = next(iter(graphs.values()))
+    if first.precision != plan.precision:
+        raise ModelLoadFailed(f"it computes in {plan.precision}, and this machine in {first.precision}")
+    latency = None
+    if plan.alone_layout and plan.alone_seconds:
+        alone = program.graph(1, plan.alone_layout, plan.precision)
+        latency = LatencyGraph(plan.alone_layout, plan.alone_seconds, lambda: alone)
+    deviation = check.check_all(graphs, latency.make() if latency else None)
+    batch_plan = BatchPlan(plan.seconds, plan.alone_seconds if latency else None)
+    return Tuned(plan.precision, plan.layout, batch_plan, graphs, latency, (), deviation)
+
+
 @dataclass(frozen=True, slots=True)
 class _Attempt:
     """Loads `stored` on `backend`. `own` is the reference that its card names.
@@ -147,7 +172,7 @@ class _Attempt:
             deviation = check.check_restored(graphs, plan.time(1))
             self.steps.end("compile", check)
             tuned = Tuned(entry.precision, entry.layout, plan, graphs, latency, entry.notes, deviation)
-            return self._executable(tuned, check, cached=True)
+            return self._executable(tuned, check, cached=True, pinned=self._pinned()[0] is not None)
         except Exception as error:  # noqa: BLE001  whatever is wrong with it, it can be made anew
             log.warning("plan_cache_ignored", model=stored.id, reason=f"{type(error).__name__}: {error}")
             return None
@@ -161,7 +186,7 @@ class _Attempt:
         check = self._check(self.own or computed_reference(module, *shape))
         program = self.backend.program(module, *shape)
         self.steps.end("read")
-        tuned = Tuning(self.backend, program, check, shape, self.limits, reserve=reserve).run()
+        tuned, pinned = self._tuned(program, check, shape, reserve)
         self.steps.end("compile", check)
         optimizer = None
         if optimized := program.optimized:
@@ -175,10 +200,25 @@ class _Attempt:
             self.steps.end("write")
         for note in tuned.notes:
             log.warning("plan_note", model=self.stored.id, note=note)
-        return self._executable(tuned, check, optimizer, cached=False)
+        return self._executable(tuned, check, optimizer, cached=False, pinned=pinned)
+
+    def _tuned(
+        self, program: Program, check: ReferenceCheck, shape: tuple[int, int], reserve: Reserve
+    ) -> tuple[Tuned, bool]:
+        """The plan that was imported, with its graphs, or else one that is measured; and whether it is the former."""
+        plan, refusal = self._pinned()
+        if plan:
+            try:
+                return _as_pinned(plan, program, check, shape, reserve), True
+            except Exception as error:  # noqa: BLE001  whatever is wrong with it here, another can be measured
+                refusal = one_line(error)
+        tuned = Tuning(self.backend, program, check, shape, self.limits, reserve=reserve).run()
+        if refusal:
+            tuned = replace(tuned, notes=(*tuned.notes, f"{NOT_PINNED}: {refusal}"))
+        return tuned, False
 
     def _executable(
-        self, tuned: Tuned, check: ReferenceCheck, optimizer: Optimizer | None = None, *, cached: bool
+        self, tuned: Tuned, check: ReferenceCheck, optimizer: Optimizer | None = None, *, cached: bool, pinned: bool
     ) -> Executable:
         stored, backend = self.stored, self.backend
         report = LoadReport(
@@ -192,6 +232,8 @@ class _Attempt:
             load_seconds=perf_counter() - self.steps.start,
             deviation=tuned.deviation,
             steps=self.steps.seconds,
+            key=self._key(),
+            pinned=pinned,
         )
         checked = CheckedGraphs(stored.id, tuned.precision, check, forced=self.limits.precision is not None)
         return Executable(stored, backend, tuned, report, checked=checked, optimizer=optimizer)
@@ -230,6 +272,28 @@ class _Attempt:
         source = str(folder / card.reference.file)
         return ReferenceCheck(reference, source, lambda: plain_logits(build(card, folder), reference.images))
 
+    def _pinned_digest(self) -> str:
+        try:
+            plan = self.cache.pinned(self.stored.id, self.stored.version) if self.cache else None
+        except ValueError:
+            return ""
+        return digest(plan.model_dump_json().encode()) if plan else ""
+
+    def _pinned(self) -> tuple[PortablePlan | None, str]:
+        """The plan that was imported for this model, if it is for this machine and these settings; else why not."""
+        try:
+            plan = self.cache.pinned(self.stored.id, self.stored.version) if self.cache else None
+        except ValueError as error:
+            return None, one_line(error)
+        if plan is None:
+            return None, ""
+        reasons = [plan.differences(self._key())] if plan.differences(self._key()) else []
+        if self.limits.precision not in {None, plan.precision}:
+            reasons.append(f"it computes in {plan.precision}, and PVT_PRECISION is {self.limits.precision}")
+        if (most := max(plan.seconds)) > self.limits.max_batch_size:
+            reasons.append(f"it has batches of {most}, and PVT_MAX_BATCH_SIZE allows {self.limits.max_batch_size}")
+        return (None, "; ".join(reasons)) if reasons else (plan, "")
+
     def _key(self) -> dict[str, str]:
         """Everything that plan and graphs depend on."""
         card = self.stored.require_card()
@@ -243,5 +307,6 @@ class _Attempt:
             "cores": str(self.limits.cores),
             "max_batch_size": str(self.limits.max_batch_size),
             "precision": self.limits.precision or "auto",
+            "pinned": self._pinned_digest(),
             **machine(),
         }
