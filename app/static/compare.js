@@ -62,7 +62,7 @@ async function ask(model, images, signal) {
 function run({ patient = false } = {}) {
   refusal.stop();
   const on = !$("compare").hidden, both = other || model;
-  $("compare-hint").hidden = Boolean(both);
+  $("compare-hint").hidden = Boolean(both && first);
   if (!both) { requests.stop(); $("compared").hidden = true; refusal.clear(); }
   if (!on || !first || !both) return;
   requests.run(async (signal) => {

@@ -209,7 +209,7 @@ async function film(on) {
     return;
   }
   drawing(false);
-  $("preview").hidden = $("invite").hidden = true;
+  $("preview").hidden = $("invite").hidden = $("more").hidden = true;
   images = [];
   showStrip();
   video.srcObject = camera;
