@@ -206,8 +206,8 @@ class Settings(BaseSettings):
     compile: bool = True
     """On a GPU: `torch.compile` makes faster graphs in the background; needs a C compiler and `PVT_CACHE_DIR`."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic. auto: 16 bits if that is faster and keeps the reference logits, else float32; replicas may differ in
-    it (docs/operations.md)."""
+    """Arithmetic. auto: 16 bits if that is faster and keeps the reference logits, else float32; replicas may differ
+    (docs/operations.md)."""
     cache_dir: Annotated[Path | None, BeforeValidator(lambda value: value or None)] = Path("~/.cache/pvt-serve")
     """Folder for measured batch plans and compiled graphs; empty: keep none."""
     instances: Annotated[int, Field(ge=0, le=1024)] = 0

@@ -48,14 +48,15 @@ def test_the_others_are_ready_while_a_worker_starts_again(tmp_path: Path) -> Non
         assert server.stop() == 0
 
 
-def test_a_worker_that_reports_that_a_thread_hangs_is_replaced(tmp_path: Path) -> None:
+def test_a_worker_that_reports_that_a_thread_hangs_and_does_not_end_is_replaced(tmp_path: Path) -> None:
+    """It has ten seconds to end itself, which `tests/app/test_watchdog.py` shows."""
     with serving(**LIGHT, environment={"TMPDIR": str(tmp_path)}) as server:
         (file,) = tmp_path.glob("*/worker1.json")
         report = Report(live=False, ready=False, reasons=["a thread for decode has been at one job for 31 s"])
         noticed = threading.Event()
 
         def report_so() -> None:
-            while not noticed.is_set():
+            while not noticed.wait(0.001):
                 atomic_write(file, report.model_dump_json())  # again, since the worker writes its own
 
         with ThreadPoolExecutor() as threads:
