@@ -26,6 +26,7 @@ from app.proxies import Proxies
 from app.remote_images.fetching import Fetcher
 from app.rendered import MetricsPage, openapi_route
 from app.routes import images, management, models, openai, operations, page, platforms
+from app.routes.inference import InferenceRoute
 from app.settings import Settings
 from app.stats import StatsPage, Traffic, share_of
 from app.workers import Worker
@@ -73,7 +74,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         **openapi.INFO,
         docs_url=None,  # `page` has it
         redirect_slashes=False,  # a redirect would go to whatever host the client names
-        telemetry=dict.fromkeys(("tracing", "metrics", "logs"), any(each.startswith("OTEL_") for each in os.environ)),
+        telemetry=dict.fromkeys(("tracing", "metrics", "logs"), _traces()),
         lifespan=partial(_lifespan, settings, engine_options(settings), registry, http.traffic, worker=worker),
         exception_handlers=dict.fromkeys(problems.EXPECTED, problems.expected),
         # First in the table of routes, so that no time is lost on others.
@@ -93,6 +94,10 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
     return app
 
 
+def _traces() -> bool:
+    return any(each.startswith("OTEL_") for each in os.environ)
+
+
 def _add_middleware(app: FastAPI, settings: Settings, metrics: HttpMetrics, clients: Clients) -> None:
     app.add_middleware(
         RequestContext,
@@ -101,6 +106,8 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: HttpMetrics, clie
         proxies=Proxies(settings, _first_segments(app)),
         health_route=settings.health_route,
         slow_seconds=settings.slow_ms / 1000,
+        # The framework's telemetry has to see the routes.
+        direct=() if _traces() else [each for each in images.router.routes if isinstance(each, InferenceRoute)],
     )
     if settings.cors_origins:  # outermost: errors of every kind have its headers
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)

@@ -176,7 +176,7 @@ async def infer(
     with engine.request(), engine.memory.reserve(0, BODIES) as held:
         start = perf_counter()
         sent = await read_uploads(request, held)
-        request.state.read_seconds = perf_counter() - start
+        request.scope["state"]["read_seconds"] = perf_counter() - start
         if check_count:
             check_count(len(sent))
         return await infer_images(request, query, sent, held, stages=stages, check=check)
@@ -266,26 +266,22 @@ def note(request: Request, result: InferenceResult) -> None:
 
     Raises the error of an image that failed alone.
     """
-    results, state = result.results, request.state
-    state.log = {"model": result.model, "version": result.version, "images": len(results)}
-    state.images = len(results)
+    results = result.results
+    state: dict[str, Any] = request.scope["state"]  # whose attributes would cost several times as much
+    log = state["log"] = {"model": result.model, "version": result.version, "images": len(results)}
+    state["images"] = len(results)
     answered = [each for each in results if not isinstance(each, ServiceError)]
     if answered:
         last = max(answered, key=lambda each: sum(each.timing)) if len(answered) > 1 else answered[0]
         slowest = last.timing
-        state.log |= {
-            "pixels": sum(each.width * each.height for each in answered),
-            "batch_size": last.batch_size,
-            "batch_reason": last.batch_reason,
-        }
-        state.timing = timing = dict[str, float]()
-        for stage in ("read", "fetch"):
-            if (seconds := getattr(state, f"{stage}_seconds", None)) is not None:
-                timing[stage] = seconds
+        log["pixels"] = sum([each.width * each.height for each in answered])
+        log["batch_size"], log["batch_reason"] = last.batch_size, last.batch_reason
+        before = (("read", state.get("read_seconds")), ("fetch", state.get("fetch_seconds")))
+        timing = state["timing"] = {stage: seconds for stage, seconds in before if seconds is not None}
         if result.load_seconds > LOAD_SECONDS:
             timing["load"] = result.load_seconds
-        timing |= slowest._asdict()
-        timing["wait"] += state.begin_seconds
+        timing.update(zip(slowest._fields, slowest, strict=True))
+        timing["wait"] += state["begin_seconds"]
     elif len(results) == 1 and isinstance(error := results[0], ServiceError):
         raise error
 
@@ -338,12 +334,12 @@ async def answer(
 
 async def encoded(request: Request, result: InferenceResult, encode: Callable[[], T], numbers: int = 0) -> T:
     """What `encode` returns, which encodes so many `numbers` of `result`: many on a thread. Measures its time."""
-    state = request.state
-    engine: Engine = state.engine
+    state: dict[str, Any] = request.scope["state"]
+    engine: Engine = state["engine"]
     start = perf_counter()
     content = await engine.encode(encode) if numbers > LARGE else encode()
     seconds = perf_counter() - start
     engine.encoded(result.model, seconds)
-    if hasattr(state, "timing"):  # every image may have failed
-        state.timing["encode"] = seconds
+    if timing := state.get("timing"):  # every image may have failed
+        timing["encode"] = seconds
     return content
