@@ -26,6 +26,7 @@ from app.proxies import Proxies
 from app.remote_images.fetching import Fetcher
 from app.rendered import MetricsPage, openapi_route
 from app.routes import images, management, models, openai, operations, page, platforms
+from app.routes.inference import InferenceRoute
 from app.settings import Settings, SettingsInvalid
 from app.stats import StatsPage, Traffic, share_of
 from app.tracing import check, tracing
@@ -109,6 +110,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: HttpMetrics, clie
         proxies=Proxies(settings, _first_segments(app)),
         health_route=settings.health_route,
         slow_seconds=settings.slow_ms / 1000,
+        direct=[each for each in images.router.routes if isinstance(each, InferenceRoute)],
     )
     if settings.cors_origins:  # outermost: errors of every kind have its headers
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)

@@ -10,10 +10,11 @@ from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from app import logs
 from app.stats import STREAM, VERSION, Traffic
+from service.metrics import Histogram
 
 DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)  # the conventions'
 SIZE_BUCKETS = (1e3, 1e4, 1e5, 1e6, 1e7, 1e8)  # the conventions have none

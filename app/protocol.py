@@ -36,6 +36,7 @@ CHUNK_ALLOWANCE = 16  # bytes around a chunk that are taken for granted, as Go's
 LINGER_SECONDS = 5.0  # closing on a client that still sends would destroy the response on its way
 MIN_BODY_RATE = 1000  # bytes/s; the slowest mobile networks carry more, and Apache demands 500
 _END = b"\r\n\r\n"
+_FRAMING = frozenset({b"content-length", b"transfer-encoding", b"host", b"expect"})  # what `_framing` reads
 _VERSION = b"HTTP/1.1 "  # how every response begins
 _SHOWN = 200  # bytes of a message that tell what it is
 _GONE_SECONDS = 0.1  # after that a client near by that has closed has said so
@@ -154,7 +155,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, without the spaces around its value."""
-        super().on_header(name, value.strip())
+        name, value = name.lower(), value.strip()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """A head is complete."""
@@ -176,6 +180,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """The length that the head announces, and whether the body is chunked; refuses what a head may not have."""
         length, codings, hosts = 0, [], 0
         for name, value in self.headers:
+            if name not in _FRAMING:
+                continue
             if name == b"content-length":
                 length = int(value)
             elif name == b"transfer-encoding":
@@ -218,16 +224,18 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """A response is written."""
-        last = not self.pipeline
-        super().on_response_complete()
-        self._unset_keepalive_if_required()  # `watch` knows more: what waits in the socket, and pauses of the process
+        """A response is written. No timer: `watch` knows what waits in the socket, and pauses of the process."""
+        self.server_state.total_requests += 1
         self._waited = 0.0
-        if last and not self.transport.is_closing():
-            if self._refusal is not None:
-                self._send_refusal()
-            elif self.expect_100_continue and not self._in_head:
-                self._hang_up()  # a client that was not told to go on sends either the body or the next request
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._refusal is not None:
+            self._send_refusal()
+        elif self.expect_100_continue and not self._in_head:
+            self._hang_up()  # a client that was not told to go on sends either the body or the next request
 
     def _reason(self, error: httptools.HttpParserError, begins: bytes) -> ServiceError:
         """What the parser's `error` means for a client whose piece begins as `begins`."""

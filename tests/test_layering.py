@@ -62,7 +62,7 @@ LAYERS = {
         {"formats", "jpeg"},
         {"kinds", "camera_raw"},
         {"header"},
-        {"limits", "resampling"},
+        {"av1", "limits", "resampling"},
         {"geometry"},
     ],
     "architecture": [{"weights"}, {"checkpoints", "pickles"}, {"dialects", "pvt_v2"}, {"variants"}],

@@ -268,7 +268,7 @@ class CancelOnDisconnect:
 
 def note_arrival(request: Request, model: str, version: str, queue: int) -> None:
     """Leave which model the request has got, and how many images it found there, whatever becomes of it."""
-    request.state.log = {"model": model, "version": version, "queue_at_arrival": queue}
+    request.scope["state"]["log"] = {"model": model, "version": version, "queue_at_arrival": queue}
 
 
 def note(request: Request, result: InferenceResult) -> None:
@@ -276,28 +276,25 @@ def note(request: Request, result: InferenceResult) -> None:
 
     Raises the error of an image that failed alone.
     """
-    results, state = result.results, request.state
-    state.log["images"] = state.images = len(results)
+    results = result.results
+    state: dict[str, Any] = request.scope["state"]  # whose attributes would cost several times as much
+    log = state["log"]
+    log["images"] = state["images"] = len(results)
     if status := cache_status(request, result):
-        state.cache_status = status
-        state.log["cache"] = status.partition("; ")[2]
+        state["cache_status"] = status
+        log["cache"] = status.partition("; ")[2]
     answered = [each for each in results if not isinstance(each, ServiceError)]
     if answered:
         last = max(answered, key=lambda each: sum(each.timing)) if len(answered) > 1 else answered[0]
         slowest = last.timing
-        state.log |= {
-            "pixels": sum(each.width * each.height for each in answered),
-            "batch_size": last.batch_size,
-            "batch_reason": last.batch_reason,
-        }
-        state.timing = timing = dict[str, float]()
-        for stage in ("read", "fetch"):
-            if interval := getattr(state, stage, None):
-                timing[stage] = interval[1] - interval[0]
+        log["pixels"] = sum([each.width * each.height for each in answered])
+        log["batch_size"], log["batch_reason"] = last.batch_size, last.batch_reason
+        before = (("read", state.get("read")), ("fetch", state.get("fetch")))
+        timing = state["timing"] = {stage: times[1] - times[0] for stage, times in before if times}
         if result.load_seconds > LOAD_SECONDS:
             timing["load"] = result.load_seconds
-        timing |= slowest._asdict()
-        timing["wait"] += state.begin_seconds
+        timing.update(zip(slowest._fields, slowest, strict=True))
+        timing["wait"] += state["begin_seconds"]
     elif len(results) == 1 and isinstance(error := results[0], ServiceError):
         raise error
 
@@ -350,13 +347,13 @@ async def answer(
 
 async def encoded(request: Request, result: InferenceResult, encode: Callable[[], T], numbers: int = 0) -> T:
     """What `encode` returns, which encodes so many `numbers` of `result`: many on a thread. Measures its time."""
-    state = request.state
-    engine: Engine = state.engine
+    state: dict[str, Any] = request.scope["state"]
+    engine: Engine = state["engine"]
     start = perf_counter()
     content = await engine.encode(encode) if numbers > LARGE else encode()
-    state.encode = start, (end := perf_counter())
+    state["encode"] = start, (end := perf_counter())
     seconds = end - start
     engine.encoded(result.model, seconds)
-    if hasattr(state, "timing"):  # every image may have failed
-        state.timing["encode"] = seconds
+    if timing := state.get("timing"):  # every image may have failed
+        timing["encode"] = seconds
     return content

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImagePalette
 
 from service.errors import InvalidImage
+from service.images.av1 import check_frames
 from service.images.limits import BoundedReader
 from service.images.resampling import opaque, strips
 
@@ -19,8 +20,8 @@ _EXTENDED_WEBP, _ANIMATED = b"VP8X", 2  # https://developers.google.com/speed/we
 _MOST_CHUNKS = 2**16
 _PNG = b"\x89PNG\r\n\x1a\n"
 _HEAD = 8  # bytes of a chunk's name and length
-# An AVIF or HEIF may hold a larger frame than its header says, up to libavif's own limit of 268 megapixels, which costs
-# a gigabyte and can't be known beforehand: one at a time, so that it is one gigabyte.
+# A HEIF may hold a larger frame than its header says, and so may a frame of an AVIF than its sequence header, up to
+# libavif's own limit of 268 megapixels, which costs a gigabyte: one at a time, so that it is one gigabyte.
 _ONE_AT_A_TIME = threading.Lock()
 
 _OLDEST_BMP = 12  # bytes of its header; its palette has three bytes a colour
@@ -114,8 +115,9 @@ def load_webp(image: Image.Image, raw: bytes) -> Image.Image:
     return _from_bytes(image, frame[0], "RGBA" if animated else vars(image)["rawmode"])
 
 
-def load_avif(image: Image.Image, _: bytes) -> Image.Image:
-    """The first frame, without the copies that Pillow keeps."""
+def load_avif(image: Image.Image, raw: bytes) -> Image.Image:
+    """The first frame, without the copies that Pillow keeps; none that is larger than the header says is decoded."""
+    check_frames(raw, *image.size)
     decoder = vars(image).pop("_decoder")
     with _ONE_AT_A_TIME:
         frame = decoder.get_frame(0)

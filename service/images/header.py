@@ -46,7 +46,8 @@ def jpeg_frame(data: bytes) -> tuple[int, int]:
     """
     at = 2
     for _ in range(_MARKERS):
-        at = data.index(b"\xff", at) if b"\xff" in data[at : at + 64] else len(data)
+        if data[at] != 0xFF:  # noqa: PLR2004  bytes between segments
+            at = data.index(b"\xff", at) if b"\xff" in data[at : at + 64] else len(data)
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in _NO_SIZE:  # noqa: PLR2004  frames
             return marker, _product(">HH", data, at + 5)
