@@ -34,6 +34,8 @@ from service.store.cards import ModelCard
 from service.workers import Workers
 
 T = TypeVar("T")
+DefaultSize = Callable[[ModelCard], Size | None]
+"""The input size of a request that names none, by the model's card; None: the model's own."""
 
 log = structlog.get_logger(component="engine")
 
@@ -61,7 +63,7 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._preloading = {*options.preload, *options.pinned}
         # The models that were last used under a name, at a size, for as long as they are loaded.
-        self._last_used = WeakValueDictionary[tuple[str, Size | None], Sized]()
+        self._last_used = WeakValueDictionary[tuple[str, Size | None, DefaultSize | None], Sized]()
         self._requests: set[asyncio.Task[object]] = set()
         self.leaving = False  # it serves, and is not ready: whoever sends requests here is to send them elsewhere
         self.draining = False
@@ -134,6 +136,7 @@ class Engine:
         *,
         model: str | None = None,
         size: Size | None = None,
+        default_size: DefaultSize | None = None,
         stages: bool = False,
         check: Callable[[ModelCard], None] = lambda _: None,
         max_wait_seconds: float | None = None,
@@ -143,7 +146,8 @@ class Engine:
     ) -> InferenceResult:
         """The model's outputs for each of `images`; with stage maps and the head's weights, if `stages` says so.
 
-        Images are resized to `size`, height and width, the model's own by default; pixels must have it already.
+        Images are resized to `size`, height and width; pixels must have it already. Without it they are resized to
+        `default_size` of the card, if that gives one which requests may name, else to the model's own size.
         `check` may refuse the model's card. `max_wait_seconds` limits the wait for a load; None: as the options say.
         The machine is shared fairly among clients. `held` grows by the memory of stage maps, for the caller to release.
 
@@ -161,12 +165,13 @@ class Engine:
         with self.request():
             async with time_limit(seconds) as deadline, self._registry.lease(name, most) as resident:
                 check(resident.executable.card)
+                used = (size or self._default(default_size, resident.executable.card)) if default_size else size
                 if stages:
-                    self._reserve_maps(resident.executable, size, len(images), held)
-                async with resident.at(size, stages=stages) as sized:
+                    self._reserve_maps(resident.executable, used, len(images), held)
+                async with resident.at(used, stages=stages) as sized:
                     load_seconds = monotonic() - start
-                    if self._last_used.get((name, size)) is not sized:
-                        self._last_used[name, size] = sized
+                    if self._last_used.get((name, size, default_size)) is not sized:
+                        self._last_used[name, size, default_size] = sized
                     results = await self._pipeline.infer(sized, images, deadline, stages=stages, client=client)
         if any(isinstance(each, DeadlineExceeded) for each in results):  # all have the same time
             raise _late(seconds)
@@ -177,6 +182,7 @@ class Engine:
         *,
         model: str | None = None,
         size: Size | None = None,
+        default_size: DefaultSize | None = None,
         timeout_seconds: float | None = None,
         client: str = "",
     ) -> ServiceError | None:
@@ -186,7 +192,7 @@ class Engine:
         where so little waits that `infer` may decide.
         """
         name = self.options.default_model if model is None else model
-        if not (sized := self._last_used.get((name, size))):
+        if not (sized := self._last_used.get((name, size, default_size))):
             return None
         deadline = monotonic() + (timeout_seconds or self.options.timeout_seconds)
         return self._pipeline.scheduler.refusal(sized.lane, deadline, client)
@@ -352,6 +358,10 @@ class Engine:
             return [f"{name}: {model.failure}"]
         waiting = preloading and model.state != "ready"
         return [f"{name}: {model.state}, to be loaded before the service is ready"] if waiting else []
+
+    def _default(self, default_size: DefaultSize, card: ModelCard) -> Size | None:
+        size = default_size(card)
+        return size if size and max(size) <= self.options.max_input_side else None
 
     def _check_size(self, size: Size | None) -> None:
         most = self.options.max_input_side
