@@ -191,7 +191,8 @@ def _in_full(option: str | None, name: str) -> dict[str, Any]:
     found = _model(store.contents(), stored.id, _default(store), stored.version)
     card = stored.require_card()
     answers = {"activation": card.activation, "temperature": card.temperature, "unknown_below": card.unknown_below}
-    said = card.model_dump(mode="json", exclude_none=True, include={"preprocessing", "weights", "training", "origin"})
+    fields = {"preprocessing", "explain_size", "weights", "training", "origin"}
+    said = card.model_dump(mode="json", exclude_none=True, include=fields)
     found |= (answers if card.labels else {}) | said
     return {**found, "thresholds": card.least_scores, "labels": list(card.labels), **_cached_plan(stored)}
 
@@ -213,7 +214,7 @@ def _fields(model: Details) -> dict[str, str]:
     """What `show` prints, by its name."""
     versions = (f"{each['version']} {each['state']}" for each in model.get("versions") or ())
     pixels = model.get("preprocessing") or {}
-    weights = model.get("weights") or {}
+    weights, large = model.get("weights") or {}, model.get("explain_size")
     plan = ", ".join(f"{each['size']}: {each['ms']:g} ms" for each in model.get("batch_plan") or ())
     return {
         "model": f"{model['id']}@{model['version']}".rstrip("@") + (" (default)" if model["default"] else ""),
@@ -223,7 +224,7 @@ def _fields(model: Details) -> dict[str, str]:
         "versions": ", ".join(versions),
         "classes": _classes(model),
         "scores": _scores(model),
-        "input": "x".join(map(str, model.get("input_size") or ())),
+        "input": _sides(model.get("input_size")) + (f", to explain {_sides(large)}" if large else ""),
         "preprocessing": ", ".join(f"{name} {_short(value)}" for name, value in pixels.items()),
         "accuracy": ", ".join(f"{name} {_short(value)}" for name, value in (model.get("accuracy") or {}).items()),
         "parameters": thousands(model.get("parameters")),
@@ -236,6 +237,10 @@ def _fields(model: Details) -> dict[str, str]:
         "batch plan": f"{plan} ({model['precision']}, of an earlier run)" if plan and "weights" in model else plan,
         "memory": f"{megabytes(model['memory_bytes'])} MB" if model.get("memory_bytes") else "",
     }
+
+
+def _sides(size: Sequence[int] | None) -> str:
+    return "x".join(map(str, size or ()))
 
 
 def _classes(model: Details) -> str:

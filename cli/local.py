@@ -123,6 +123,7 @@ class LocalEngine(AsyncCalls):
             [data],
             model=options.get("model"),
             size=input_size,
+            default_size=ExplainQuery().default_size if path == "/explain" else None,
             stages=path == "/explain",
             check=check,
             timeout_seconds=_TIMEOUT_SECONDS,

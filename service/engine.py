@@ -40,6 +40,8 @@ from service.tracing import BatchTracer, recorded_request
 from service.workers import Workers
 
 T = TypeVar("T")
+DefaultSize = Callable[[ModelCard], Size | None]
+"""The input size of a request that names none, by the model's card; None: the model's own."""
 
 log = structlog.get_logger(component="engine")
 
@@ -71,7 +73,7 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._preloading = {*options.preload, *options.pinned}
         # The models that were last used under a name, at a size, for as long as they are loaded.
-        self._last_used = WeakValueDictionary[tuple[str, Size | None], Sized]()
+        self._last_used = WeakValueDictionary[tuple[str, Size | None, DefaultSize | None], Sized]()
         self._requests: set[asyncio.Task[object]] = set()
         self.leaving = False  # it serves, and is not ready: whoever sends requests here is to send them elsewhere
         self.draining = False
@@ -132,6 +134,7 @@ class Engine:
         *,
         model: str | None = None,
         size: Size | None = None,
+        default_size: DefaultSize | None = None,
         stages: bool = False,
         check: Callable[[ModelCard], None] = lambda _: None,
         max_wait_seconds: float | None = None,
@@ -143,7 +146,8 @@ class Engine:
     ) -> InferenceResult:
         """The model's outputs for each of `images`; with stage maps and the head's weights, if `stages` says so.
 
-        Images are resized to `size`, height and width, the model's own by default; pixels must have it already.
+        Images are resized to `size`, height and width; pixels must have it already. Without it they are resized to
+        `default_size` of the card, if that gives one which requests may name, else to the model's own size.
         `check` may refuse the model's card. `max_wait_seconds` limits the wait for a load; None: as the options say.
         The machine is shared fairly among clients. `held` grows by the memory of stage maps, for the caller to release;
         `cache` says how the content cache is used; None: not at all. `admitting` is called once the model is there,
@@ -166,14 +170,15 @@ class Engine:
         with self.request():
             async with TimeLimit(seconds) as deadline, self._registry.lease(name, most) as resident:
                 check(resident.executable.card)
+                used = (size or self._default(default_size, resident.executable.card)) if default_size else size
                 if stages:
-                    self._reserve_maps(resident.executable, size, len(images), held)
-                async with resident.at(size, stages=stages) as sized:
+                    self._reserve_maps(resident.executable, used, len(images), held)
+                async with resident.at(used, stages=stages) as sized:
                     load_seconds = monotonic() - start
                     if trace:
                         trace.loaded = start + load_seconds
-                    if self._last_used.get((name, size)) is not sized:
-                        self._last_used[name, size] = sized
+                    if self._last_used.get((name, size, default_size)) is not sized:
+                        self._last_used[name, size, default_size] = sized
                     admitting(sized.executable.stored.id, sized.executable.stored.version, sized.lane.admitted)
                     results = await self._pipeline.infer(
                         sized, images, deadline, stages=stages, client=client, cache=cache
@@ -187,6 +192,7 @@ class Engine:
         *,
         model: str | None = None,
         size: Size | None = None,
+        default_size: DefaultSize | None = None,
         timeout_seconds: float | None = None,
         client: str = "",
     ) -> ServiceError | None:
@@ -196,7 +202,7 @@ class Engine:
         where so little waits that `infer` may decide, or where the content cache may have the answer.
         """
         name = self.options.default_model if model is None else model
-        if self._cache or not (sized := self._last_used.get((name, size))):
+        if self._cache or not (sized := self._last_used.get((name, size, default_size))):
             return None
         deadline = monotonic() + (timeout_seconds or self.options.timeout_seconds)
         return self._pipeline.scheduler.refusal(sized.lane, deadline, client)
@@ -374,6 +380,10 @@ class Engine:
             return [f"{name}: it is loaded anew, as a canary image showed that its answers were wrong: {reason}"]
         waiting = preloading and model.state != "ready"
         return [f"{name}: {model.state}, to be loaded before the service is ready"] if waiting else []
+
+    def _default(self, default_size: DefaultSize, card: ModelCard) -> Size | None:
+        size = default_size(card)
+        return size if size and max(size) <= self.options.max_input_side else None
 
     def _check_size(self, size: Size | None) -> None:
         most = self.options.max_input_side

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import AfterValidator, BaseModel, Field, JsonValue
 from pydantic.config import JsonDict
+from typing_extensions import override
 
 from app.dependencies import require_key
 from app.encodings import NPY, NPZ, SAFETENSORS, Stack, check_holds, encode, json_bytes, json_pieces
@@ -16,6 +18,7 @@ from app.openapi import BINARY_CONTENT, IMAGE_PROBLEMS, IMAGES, INFERENCE, opera
 from app.problems import Problem, documented, problem
 from app.routes.inference import JSON, LARGE, InferenceQuery, InferenceRoute, answer, chosen_media_type, encoded, infer
 from service import postprocess
+from service.engine import DefaultSize
 from service.errors import InvalidRequest, ServiceError
 from service.postprocess import (
     DEFAULT_CLASSES,
@@ -54,6 +57,7 @@ _EXPLANATION = {
     "map": [[4.0, 8.0], [5.0, 7.0]],
 }
 
+_EXPLAIN_SIZE: DefaultSize = attrgetter("explain_size")
 InputSize = Annotated[tuple[int, int], Field(description="Of the model's input: height and width, in pixels.")]
 Names = Sequence[str | None]  # of the images' files
 
@@ -315,6 +319,11 @@ class ExplainQuery(InferenceQuery):
             "absent (PNG only).",
         ),
     ] = None
+
+    @property
+    @override
+    def default_size(self) -> DefaultSize:
+        return _EXPLAIN_SIZE
 
 
 class Crop(BaseModel):

@@ -31,7 +31,7 @@ from app.encodings import chunks
 from app.problems import NotAcceptable, expected
 from app.proxies import base_url
 from app.strict import Strict
-from service.engine import Engine, TimeLimit
+from service.engine import DefaultSize, Engine, TimeLimit
 from service.errors import ServiceError
 from service.memory import ANSWERS, BODIES, Reservation
 from service.results import InferenceResult
@@ -87,6 +87,7 @@ class InferenceRoute(APIRoute):
         refused = state["engine"].refusal(
             model=query.model,
             size=query.input_size,
+            default_size=query.default_size,
             timeout_seconds=query.timeout_ms and query.timeout_ms / 1000,
             client=state["client"],
         )
@@ -128,7 +129,8 @@ class InferenceQuery(Strict):
         AfterValidator(_is_size),
         Field(
             description="The side of the square that images are resized to and cropped to, or `<height>x<width>`: "
-            "multiples of 32, up to PVT_MAX_INPUT_SIDE; the model's own size if absent.",
+            "multiples of 32, up to PVT_MAX_INPUT_SIDE. If absent, the model's own size; for `/explain` the "
+            "`explain_size` of its card, where it has one.",
             examples=["224", "256x384"],
         ),
     ] = None
@@ -138,8 +140,13 @@ class InferenceQuery(Strict):
     ] = None
 
     @property
+    def default_size(self) -> DefaultSize | None:
+        """The size for a model where the query names none; None is the model's own."""
+        return None
+
+    @property
     def input_size(self) -> tuple[int, int] | None:
-        """Height and width; None for the model's own."""
+        """Height and width, where the query names them."""
         match = _SIZE.fullmatch(self.size) if self.size else None
         return match and (int(match["height"]), int(match["width"] or match["height"]))
 
@@ -209,6 +216,7 @@ async def infer_images(
             [upload.data for upload in uploads],
             model=query.model,
             size=query.input_size,
+            default_size=query.default_size,
             stages=stages,
             check=check,
             max_wait_seconds=await max_wait_seconds(request),

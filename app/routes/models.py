@@ -170,6 +170,10 @@ class ModelDetails(ModelInfo):
         Field(description="The score that a class must have to be in an answer: one for all, or one for each."),
     ] = None
     preprocessing: Annotated[Preprocessing | None, Field(description="How images become the model's input.")] = None
+    explain_size: Annotated[
+        tuple[int, int] | None,
+        Field(description="The input size of `/explain` where a request names none, if it is not `input_size`."),
+    ] = None
 
 
 class ModelList(BaseModel):
@@ -213,6 +217,7 @@ async def get_model(request: Request, model_id: str, engine: EngineDep) -> Model
     details: dict[str, Any] = {}
     if card := model.stored.card:
         details = {"labels": card.labels, "thresholds": card.least_scores, "preprocessing": card.preprocessing}
+        details["explain_size"] = card.explain_size
     return ModelDetails(**vars(model_info(model, request)), **details)
 
 

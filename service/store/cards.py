@@ -34,6 +34,7 @@ Activation = Literal["softmax", "sigmoid", "none"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Mean = Annotated[float, Field(ge=0)]
 _Std = Annotated[float, Field(gt=0)]
+_Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
 _Level = Annotated[int, Field(ge=0, le=255)]
 Colours = Literal["rgb", "bgr"]
 
@@ -176,7 +177,11 @@ class Answers(Record):
 
 
 class ModelCard(Answers):
-    """A model's own metadata. `labels[i]` is the name of class i; without labels the model has no head."""
+    """A model's own metadata. `labels[i]` is the name of class i; without labels the model has no head.
+
+    `explain_size` is the input's height and width where maps are explained and the request names no size: a model that
+    was trained at several sizes gives finer maps at a larger one. None: as in `preprocessing`.
+    """
 
     format: Annotated[int, Field(ge=1, le=FORMAT)] = FORMAT
     id: str
@@ -190,6 +195,7 @@ class ModelCard(Answers):
     reference: ReferenceFile | None = None
     accuracy: Accuracy | None = None
     training: str | None = None
+    explain_size: tuple[_Side, _Side] | None = None
     origin: Origin | None = None
 
     @model_validator(mode="after")

@@ -1,3 +1,5 @@
+import json
+import shutil
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -54,11 +56,51 @@ def test_npy_holds_the_maps_of_all_images(client: TestClient, digits: Path) -> N
 
 def test_a_png_of_the_image_as_the_model_saw_it_is_the_default(client: TestClient, digits: Path) -> None:
     image = (digits / "seven.png").read_bytes()
-    response = post(client, image, accept="*/*", alpha=0)
+    response = post(client, image, accept="*/*", alpha=0, size=64)
 
     assert response.headers["content-type"] == "image/png"
     shown = np.asarray(Image.open(BytesIO(response.content)))
     np.testing.assert_array_equal(shown, np.asarray(Image.open(BytesIO(image)).convert("RGB")))  # 64 x 64 as it is
+
+
+@pytest.fixture
+def explaining(model_store: Path, tmp_path: Path) -> Path:
+    """A store with the embedded model, whose card has a size to explain at that is not its own."""
+    shutil.copytree(model_store, tmp_path, dirs_exist_ok=True)
+    card = tmp_path / "pvt_v2_b0.digits" / "1" / "card.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"explain_size": [64, 128]}))
+    return tmp_path
+
+
+def test_without_a_size_the_input_is_as_large_as_the_card_says_and_only_to_explain(
+    make_client: MakeClient, explaining: Path, digits: Path
+) -> None:
+    client = make_client(model_store=explaining, backend="torch", precision="float32", max_batch_size=1)
+    image = (digits / "two.png").read_bytes()
+    sizes: list[dict[str, Any]] = [{}, {"size": "64x128"}, {"size": 64}]
+
+    (default, named, own) = (post(client, image, **query).json() for query in sizes)
+    others = [
+        client.post(path, files={"image": image}, params=query)
+        for path, query in (("/predict", {"top_k": 1}), ("/features", {"stages": 4}))
+    ]
+    card = client.get("/models/pvt_v2_b0.digits").json()
+
+    assert (card["input_size"], card["explain_size"]) == ([64, 64], [64, 128])
+    assert (default["size"], own["size"]) == ([64, 128], [64, 64])
+    assert np.shape(default["results"][0]["map"]) == (2, 4)
+    assert default["results"] == named["results"]
+    (predicted,), (features,) = (response.json()["results"] for response in others)
+    assert predicted["predictions"][0]["score"] == pytest.approx(own["results"][0]["score"], abs=1e-5)
+    assert features["stages"]["4"]["shape"] == [256, 2, 2]
+
+
+def test_a_card_does_not_get_past_the_largest_side(make_client: MakeClient, explaining: Path) -> None:
+    client = make_client(
+        model_store=explaining, backend="torch", precision="float32", max_batch_size=1, max_input_side=96
+    )
+
+    assert post(client, png()).json()["size"] == [64, 64]
 
 
 def test_several_images_can_not_be_one_png(client: TestClient) -> None:

@@ -127,6 +127,23 @@ def test_answers_that_can_not_be_meant_fail_with_their_field(
     assert message in str(failed.value)
 
 
+def test_a_size_to_explain_at_is_nothing_that_older_releases_would_misread(tmp_path: Path) -> None:
+    folder = add_small(tmp_path)
+    card = read_card(folder).model_copy(update={"explain_size": (128, 96)})
+    (folder / "card.json").write_text(card_json(card))
+
+    assert read_card(folder) == card
+    assert "format" not in json.loads((folder / "card.json").read_text())
+
+
+@pytest.mark.parametrize("size", [[100, 128], [0, 128], [128, 8192], [128], 128, "128"], ids=str)
+def test_a_size_to_explain_at_that_no_model_takes_is_refused_by_name(tmp_path: Path, size: object) -> None:
+    folder = rewritten(add_small(tmp_path), lambda content: content.update(explain_size=size))
+
+    with pytest.raises(CardInvalid, match="explain_size"):
+        read_card(folder)
+
+
 def test_fields_of_a_newer_release_are_ignored_with_a_warning(tmp_path: Path) -> None:
     def change(content: dict[str, Any]) -> None:
         content["colour"] = "red"
