@@ -28,7 +28,7 @@ from app.rendered import MetricsPage, openapi_route
 from app.routes import images, management, models, openai, operations, page, platforms
 from app.routes.inference import InferenceRoute
 from app.settings import Settings
-from app.stats import StatsPage, Traffic, share_of
+from app.stats import StatsPage, share_of
 from app.workers import Worker
 from service.backends.cuda import choose, visible
 from service.engine import Engine
@@ -75,7 +75,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         docs_url=None,  # `page` has it
         redirect_slashes=False,  # a redirect would go to whatever host the client names
         telemetry=dict.fromkeys(("tracing", "metrics", "logs"), _traces()),
-        lifespan=partial(_lifespan, settings, engine_options(settings), registry, http.traffic, worker=worker),
+        lifespan=partial(_lifespan, settings, engine_options(settings), registry, http, worker=worker),
         exception_handlers=dict.fromkeys(problems.EXPECTED, problems.expected),
         # First in the table of routes, so that no time is lost on others.
         routes=[*platforms.own_routes(settings), *images.router.routes],
@@ -162,7 +162,7 @@ async def _lifespan(
     settings: Settings,
     options: EngineOptions,
     registry: CollectorRegistry,
-    traffic: Traffic,
+    http: HttpMetrics,
     app: FastAPI,
     *,
     worker: Worker | None,
@@ -181,10 +181,18 @@ async def _lifespan(
 
         lag = asyncio.create_task(process.measure_lag())
         stack.push_async_callback(cancel, [lag])
-        own = partial(share_of, engine, traffic, monotonic())
+        own = partial(share_of, engine, http.traffic, monotonic())
         metrics = MetricsPage(worker.group.registry(os.getppid()) if worker else _with_process(registry), collect)
         stats = StatsPage(engine, partial(worker.shares, own) if worker else lambda: [own()])
-        state = State(engine=engine, settings=settings, metrics=metrics, stats=stats, worker=worker, fetcher=fetcher)
+        state = State(
+            engine=engine,
+            settings=settings,
+            http=http,
+            metrics=metrics,
+            stats=stats,
+            worker=worker,
+            fetcher=fetcher,
+        )
         app.state.started = state  # for hosts without lifespan state
         if settings.grpc_port:
             from app.open_inference import grpc_server  # noqa: PLC0415  an extra, which not everybody has
