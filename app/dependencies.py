@@ -14,6 +14,7 @@ import structlog
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from app.metrics import HttpMetrics
 from app.problems import Forbidden, Unauthorized
 from app.remote_images.fetching import Fetcher
 from app.rendered import MetricsPage
@@ -41,6 +42,7 @@ class State(TypedDict):
 
     engine: Engine
     settings: Settings
+    http: HttpMetrics
     metrics: MetricsPage
     stats: StatsPage
     worker: Worker | None

@@ -28,7 +28,7 @@ from app.rendered import MetricsPage, openapi_route
 from app.routes import images, management, models, openai, operations, page, platforms
 from app.routes.inference import InferenceRoute
 from app.settings import Settings, SettingsInvalid
-from app.stats import StatsPage, Traffic, share_of
+from app.stats import StatsPage, share_of
 from app.tracing import check, tracing
 from app.workers import Worker
 from service.backends.cuda import choose, visible
@@ -83,7 +83,7 @@ def create_app(settings: Settings | None = None, worker: Worker | None = None) -
         docs_url=None,  # `page` has it
         redirect_slashes=False,  # a redirect would go to whatever host the client names
         telemetry=dict.fromkeys(("tracing", "metrics", "logs"), False),  # `app.tracing` knows the stages too
-        lifespan=partial(_lifespan, settings, options, registry, http.traffic, worker=worker),
+        lifespan=partial(_lifespan, settings, options, registry, http, worker=worker),
         exception_handlers=dict.fromkeys(problems.EXPECTED, problems.expected),
         # First in the table of routes, so that no time is lost on others.
         routes=[*platforms.own_routes(settings), *images.router.routes],
@@ -178,7 +178,7 @@ async def _lifespan(
     settings: Settings,
     options: EngineOptions,
     registry: CollectorRegistry,
-    traffic: Traffic,
+    http: HttpMetrics,
     app: FastAPI,
     *,
     worker: Worker | None,
@@ -198,12 +198,13 @@ async def _lifespan(
 
         lag = asyncio.create_task(process.measure_lag())
         stack.push_async_callback(cancel, [lag])
-        own = partial(share_of, engine, traffic, monotonic())
+        own = partial(share_of, engine, http.traffic, monotonic())
         metrics = MetricsPage(worker.group.registry(os.getppid()) if worker else _with_process(registry), collect)
         stats = StatsPage(engine, partial(worker.shares, own) if worker else lambda: [own()])
         state = State(
             engine=engine,
             settings=settings,
+            http=http,
             metrics=metrics,
             stats=stats,
             worker=worker,

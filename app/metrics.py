@@ -100,7 +100,11 @@ class HttpMetrics:
             series.seconds.observe(seconds, _exemplar(names))
             series.old_seconds.observe(seconds)
         if reason:
-            self._rejected.labels(reason).inc()
+            self.rejected(reason)
+
+    def rejected(self, reason: str) -> None:
+        """Count a refusal, by the last part of its problem's type; of what is no request it is all that is counted."""
+        self._rejected.labels(reason).inc()
 
     def _found(self, route: str, method: str, status: int, scheme: str) -> _Series:
         known = method if method in METHODS else "_OTHER"

@@ -127,6 +127,7 @@ class RequestContext:
             # Here, and not in the framework's outermost layer, so that this response too has its headers and its line.
             response = await _failure(scope, error)
             await response(scope, receive, exchange.send)
+            error.__traceback__ = None  # whose frames lead to results that have this error in them, and to the images
         finally:
             if held := state.get("answer"):
                 held.release()

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from app import problems, refusals
 from app.connections import Connections
+from app.metrics import HttpMetrics
 from app.middleware import request_id
 from app.problems import (
     ExpectationFailed,
@@ -248,6 +249,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._ignoring = True
         scope = cast("Scope | None", self.scope) or {"state": {}, "headers": ()}
         problem = problems.problem(error, scope["state"].get("request_id") or request_id(scope))
+        metrics = cast("HttpMetrics | None", self.app_state.get("http"))  # None where another application is served
+        if metrics:
+            metrics.rejected(problem.type.rpartition(":")[2])
         log.warning("request_refused", status=problem.status, detail=problem.detail, request_id=problem.request_id)
         has_body = not (self.url and self.parser.get_method() == b"HEAD")
         self._refusal = refusals.response(problem, scope["headers"], self.server_state.cors_origins, has_body=has_body)

@@ -263,9 +263,9 @@ class Dispatcher(Generic[S, T, R]):
 
     def has_work(self) -> bool:
         """Whether there is, or may soon be, a job that a thread could do now."""
-        large = self._may_decode_large() and len(self._large) > 0
-        small = self._may_decode() and len(self._sources) > 0
-        return large or small or (bool(self._idle) and len(self._payloads) > 0)
+        large = self._large and self._may_decode_large()
+        small = self._sources and self._may_decode()
+        return bool(large or small or (self._idle and self._payloads))
 
     def next_job(self, now: float) -> Job[S, T, R] | float | None:
         """What to do now; or when to ask again, if a batch is delayed; or None, until something changes."""
@@ -392,7 +392,7 @@ class Dispatcher(Generic[S, T, R]):
         if self._since is not None:
             lane.flow.add(now - self._since, size)
             lane.flow_at = now
-        waits = len(self._payloads) or len(self._sources)
+        waits = self._payloads or self._sources
         self._since = now if waits else None
 
     def _expire(self, now: float) -> None:
@@ -431,7 +431,7 @@ class Dispatcher(Generic[S, T, R]):
             self._leave_queue(call)
             call.stage = "infer"
         lane, size = calls[0].lane, len(calls)
-        others = self._decoding or self._running or len(self._sources) or len(self._large) or len(self._payloads)
+        others = self._decoding or self._running or self._sources or self._large or self._payloads
         alone = size == 1 and not others and self.admitted <= 1
         release = Release(lane.name, reason, size, self._idle.pop(), alone, now - calls[0].arrived, started=now)
         job = Running(lane, release, calls, now)

@@ -167,6 +167,9 @@ class Queues(Generic[I]):
     def __len__(self) -> int:
         return sum(len(queue.waiting) for queue in self._active)
 
+    def __bool__(self) -> bool:
+        return bool(self._active)
+
     def add(self, queue: Queue[I], item: I) -> None:
         """Put `item` into `queue`."""
         if not queue.waiting:

@@ -159,3 +159,12 @@ def test_an_expectation_with_a_space_behind_it_is_met(server: Server) -> None:
 
         assert told == b"HTTP/1.1 100 Continue\r\n\r\n"
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_what_is_no_request_is_counted_among_the_refusals(server: Server) -> None:
+    with connect(server) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 505"
+
+    while 'pvt_rejected_total{reason="unsupported-version"} 1.0' not in httpx.get(f"{server.url}/metrics").text:
+        time.sleep(0.05)  # a page that was rendered just before is served again
