@@ -10,6 +10,7 @@ const KEY = "pvt-serve-management-key";
 const SECONDS = 5; // how long one request waits for a load, before the table shows how far it is
 const busy = new Map(); // what is being done, by model
 let refusal = null;
+let looks = 0; // at the models, so far
 let watching = 0; // the timer of the next look at what is loading
 
 const managementKey = () => sessionStorage.getItem(KEY) || "";
@@ -50,7 +51,9 @@ export function describe(model) {
 }
 
 export async function showTable() {
+  const turn = ++looks;
   const [{ models }, { memory }] = await Promise.all([json("models"), json("stats")]);
+  if (turn !== looks) return; // a newer look is under way
   const manages = $("manage-note").dataset.way === "open" || Boolean(managementKey());
   const rows = models.map((each) => [
     el("strong", {}, each.id), el("span", { class: "state" }, state(each)), ...(manages ? [actions(each)] : []), each.version || "–",

@@ -21,6 +21,10 @@ def managing(lenient: Watched) -> Page:
     return page
 
 
+_HAS_VERSION = """(model) => [...document.querySelectorAll("#models-table tbody tr")].some((each) =>
+    each.querySelector("strong").textContent === model && each.children[3].textContent === "1")"""
+
+
 def press(page: Page, action: str, model: str) -> None:
     page.click(f"button[aria-label='{action} {model}']")
 
@@ -80,10 +84,10 @@ def test_a_published_model_is_pulled_and_what_goes_wrong_is_in_the_words_of_the_
     reason = httpx.get(f"{server.url}/models/{B1}").json()["reason"]
     assert reason in lenient.texts("#manage-problem")
     press(page, "Pull", B0)
-    wait_for_state(page, B0, "● in memory")
+    page.wait_for_function(_HAS_VERSION, arg=B0)
 
+    assert httpx.get(f"{server.url}/models/{B0}").json()["version"] == "1"
     assert page.locator("#manage-problem").is_hidden()
-    httpx.post(f"{server.url}/models/{B0}/unload", headers=MANAGEMENT).raise_for_status()
 
 
 def test_a_wrong_management_key_is_refused_in_the_words_of_the_service(managing: Page, lenient: Watched) -> None:
