@@ -44,7 +44,8 @@ def test_the_line_says_what_was_done_and_where_the_time_went(make_client: MakeCl
         answer = client.post("/predict", content=image, headers={"Content-Type": "image/png"})
 
     (line,) = requests(lines)
-    assert (line["version"], line["pixels"], line["batch_size"], line["batch_reason"]) == ("1", 1200, 1, "idle")
+    assert (line["version"], line["pixels"], line["batch_size"]) == ("1", 1200, 1)
+    assert line["batch_reason"] in {"idle", "full"}  # full where batches of one were measured to be the best
     assert (line["bytes_received"], line["bytes_sent"]) == (len(image), len(answer.content))
     header = dict(entry.split(";dur=") for entry in answer.headers["Server-Timing"].split(", "))
     assert {*line["stages_ms"]} == {*header} - {"total"} >= {"read", "wait", "decode", "queue", "infer", "encode"}
