@@ -110,7 +110,11 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: HttpMetrics, clie
         proxies=Proxies(settings, _first_segments(app)),
         health_route=settings.health_route,
         slow_seconds=settings.slow_ms / 1000,
-        direct=[each for each in images.router.routes if isinstance(each, InferenceRoute)],
+        direct=[
+            each
+            for each in images.router.routes
+            if isinstance(each, InferenceRoute) and each.path not in {settings.predict_route, settings.health_route}
+        ],
     )
     if settings.cors_origins:  # outermost: errors of every kind have its headers
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
