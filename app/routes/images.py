@@ -54,7 +54,7 @@ _EXPLANATION = {
     "logit": 5.5,
     "bias": -0.5,
     "crop": {"left": 0.0, "top": 0.0, "right": 64.0, "bottom": 64.0},
-    "map": [[4.0, 8.0], [5.0, 7.0]],
+    "map": [[4.0, 8.0, 8.0, 4.0], [5.0, 7.0, 7.0, 5.0], [5.0, 7.0, 7.0, 5.0], [4.0, 8.0, 8.0, 4.0]],
 }
 
 _EXPLAIN_SIZE: DefaultSize = attrgetter("explain_size")
@@ -353,7 +353,7 @@ class ImageExplanation(ImageInfo):
     map: Annotated[list[list[float]], Field(description="Rows, top to bottom; a cell is 32 x 32 pixels of the input.")]
 
 
-class ExplainResponse(BaseModel, json_schema_extra=example(_EXPLANATION, size=[64, 64])):
+class ExplainResponse(BaseModel, json_schema_extra=example(_EXPLANATION, size=[128, 128])):
     """The explanations, in the order of the images."""
 
     model: str

@@ -176,9 +176,10 @@ def test_the_overlay_is_the_map_on_the_crop_of_the_model(watched: Watched, serve
         return watched.pixels("#overlay")
 
     cells = np.array(explained["map"])
-    shown = pixels(100)[128::256, 128::256]  # the middles of the 2 x 2 cells, nearly: enlarging is bilinear
+    step = 512 // len(cells)
+    shown = pixels(100)[step // 2 :: step, step // 2 :: step]  # nearly the middles of cells: enlarging is bilinear
     expected = colormaps["viridis"]((cells - cells.min()) / np.ptp(cells))[..., :3] * 255
-    assert np.abs(shown - expected).max() <= 3
+    assert np.abs(shown - expected).max() <= 6  # two steps of the colour scale
     bare = pixels(0)
     assert (bare[5:45, 5:45] - [255, 0, 0] == 0).all()
     assert not (bare[60:, 60:, 0] > bare[60:, 60:, 1] + 40).any()

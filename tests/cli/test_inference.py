@@ -191,7 +191,7 @@ def test_a_local_engine_and_a_service_explain_alike(
     assert mine["map"] == [pytest.approx(row, abs=0.05) for row in theirs["map"]]  # another backend
     assert (mine["label"], mine["class_id"], mine["model"]) == ("9", 9, "pvt_v2_b0.digits")
     with Image.open(tmp_path / "local.png") as first, Image.open(tmp_path / "remote.png") as second:
-        assert first.size == second.size == (64, 64)
+        assert first.size == second.size == (128, 128)
         assert np.abs(np.asarray(first, int) - np.asarray(second, int)).mean() < 2
 
 

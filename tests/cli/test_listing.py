@@ -93,8 +93,9 @@ def test_show_tells_the_card_and_the_digest_of_the_file(
     assert lines["sha256"] == file_sha256(model_store / DIGITS / "1" / "model.safetensors")
     assert lines["model"] == f"{DIGITS}@1 (default)"
     assert lines["classes"] == "10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
+    assert lines["input"] == "64x64, to explain 128x128"
     assert "interpolation bicubic" in lines["preprocessing"]
-    assert "top1 0.9972" in lines["accuracy"]
+    assert "top1 0.9861" in lines["accuracy"]
 
 
 @pytest.mark.usefixtures("store")

@@ -12,7 +12,21 @@ from service.architecture.pvt_v2 import PVT_V2, create
 from service.architecture.weights import load_weights
 from service.files import file_sha256
 from service.store.cards import read_card
-from training.digits import NAMES, Digits, augmented, normalised, predicted, publish, render, rendered, split, train
+from training.digits import (
+    NAMES,
+    SIZES,
+    Digits,
+    augmented,
+    batches,
+    normalised,
+    predicted,
+    publish,
+    render,
+    rendered,
+    seen,
+    split,
+    train,
+)
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "model_store" / "pvt_v2_b0.digits" / "1"
@@ -91,12 +105,36 @@ def test_augmentation_keeps_the_range_and_inverts_about_half() -> None:
     assert 0.35 < light < 0.65
 
 
+@pytest.mark.parametrize("side", [64, 96, 256])
+def test_an_image_is_resized_in_training_as_in_serving(side: int) -> None:
+    grey = rendered(few(4))
+
+    changed = seen(grey / 255, side, torch.Generator().manual_seed(3))
+
+    served = np.stack(
+        [np.asarray(render(each).resize((side, side), Image.Resampling.BICUBIC)) for each in few(4).pixels]
+    )
+    differences = np.abs(changed.squeeze(1).numpy() * 255 - served).max((1, 2))
+    assert changed.shape == (4, 1, side, side)
+    assert (differences < 4).any()  # those whose edges are not sharper
+    assert (differences > 20).any()
+
+
+def test_batches_have_every_size_about_as_many_pixels_each_and_see_every_image_as_often() -> None:
+    found = list(batches(100, 400, SIZES, torch.Generator().manual_seed(0)))
+
+    assert {side for _, side in found} == {*range(64, 257, 32)}
+    assert {side: len(images) for images, side in found} == {64: 64, 96: 28, 128: 16, 160: 10, 192: 8, 224: 8, 256: 8}
+    counts = torch.bincount(torch.cat([images for images, _ in found]), minlength=100)
+    assert counts.max() - counts.min() <= 1
+
+
 def test_training_lowers_the_loss() -> None:
     digits = few(64)
     torch.manual_seed(0)
     model = create("pvt_v2_b0", num_classes=10, depths=(1, 1, 1, 1))
 
-    losses = train(model, rendered(digits), torch.from_numpy(digits.labels), epochs=8, seed=0)
+    losses = train(model, rendered(digits), torch.from_numpy(digits.labels), steps=8, seed=0, sizes=(64,))
 
     assert len(losses) == 8
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.05
@@ -107,7 +145,7 @@ def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     cards = []
     for run in ("first", "second"):
         model = tiny()
-        train(model, rendered(digits), torch.from_numpy(digits.labels), epochs=2, seed=5)
+        train(model, rendered(digits), torch.from_numpy(digits.labels), steps=4, seed=5, sizes=(64, 96))
         cards.append(publish(model, tmp_path / run, digits, "Trained."))
 
     assert cards[0] == cards[1]
@@ -125,6 +163,7 @@ def test_committed_card_agrees_with_its_file() -> None:
     assert card.weights.bytes == path.stat().st_size
     assert card.labels == tuple("0123456789")
     assert (card.preprocessing.height, card.preprocessing.width, card.preprocessing.crop) == (64, 64, 1.0)
+    assert card.explain_size == (128, 128)
 
 
 def test_committed_card_tells_the_models_size_and_accuracy(committed: PVT_V2) -> None:

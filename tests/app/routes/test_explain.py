@@ -10,6 +10,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from app.routes.images import ExplainResponse, ImageExplanation
+from service.scheduling.scheduler import Scheduler
 from tests.app.conftest import MakeClient, png
 
 DIGITS = "0123456789"
@@ -50,7 +51,7 @@ def test_npy_holds_the_maps_of_all_images(client: TestClient, digits: Path) -> N
     given = np.load(BytesIO(post(client, *images, accept="application/x-npy").content))
     told = post(client, *images).json()["results"]
 
-    assert given.shape == (3, 2, 2)
+    assert given.shape == (3, 4, 4)
     np.testing.assert_array_equal(given, np.array([each["map"] for each in told], np.float32))
 
 
@@ -93,6 +94,20 @@ def test_without_a_size_the_input_is_as_large_as_the_card_says_and_only_to_expla
     (predicted,), (features,) = (response.json()["results"] for response in others)
     assert predicted["predictions"][0]["score"] == pytest.approx(own["results"][0]["score"], abs=1e-5)
     assert features["stages"]["4"]["shape"] == [256, 2, 2]
+
+
+def test_what_waits_at_another_size_refuses_no_explanation(
+    make_client: MakeClient, explaining: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lanes: list[object] = []
+    monkeypatch.setattr(Scheduler, "refusal", lambda _, lane, *__, **___: lanes.append(lane))
+    client = make_client(model_store=explaining, backend="torch", precision="float32", max_batch_size=1)
+
+    for path in ("/predict", "/explain", "/explain", "/predict"):  # the first of each knows no queue
+        client.post(path, files={"image": png()})
+
+    of_explain, of_predict = lanes
+    assert of_explain is not of_predict
 
 
 def test_a_card_does_not_get_past_the_largest_side(make_client: MakeClient, explaining: Path) -> None:
