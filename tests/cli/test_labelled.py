@@ -315,7 +315,7 @@ def test_photos_are_told_apart_by_a_backbone_that_never_saw_any(
     checked = json.loads(pvt_serve("check", "pvt_v2_b0.photos", tmp_path / "test", "--sample", "0", "--json").out)
 
     assert fitted["held_out"]["accuracy"] > 0.75
-    assert checked["accuracy"] > 0.65  # by chance, of 80 images of two classes, once in 250 times
+    assert checked["accuracy"] > 0.65  # by chance, of 80 images of two classes, once in 400 times
     card: ModelCard = read_card(store / "pvt_v2_b0.photos" / "1")
     assert (card.labels, card.licence) == (("flower", "temple"), "Apache-2.0")
     assert card.accuracy
