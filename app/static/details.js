@@ -12,11 +12,17 @@ let shown = null; // { images, results, chosen, model, query }
 let map = null, stages = null; // what is refused of each
 let painted = false; // the stages are
 
-/** The model's own size, and larger ones of the same shape. */
-function sizes([height, width] = [224, 224]) {
+const asQuery = ([height, width]) => (height === width ? String(height) : `${height}x${width}`); // as `size=` has it
+
+/** The model's own size, and larger ones of the same shape. Where its card names one for maps, that is not the own one. */
+function sizes({ input_size: [height, width] = [224, 224], explain_size: best = null } = {}) {
   const longest = Math.max(height, width), round = (side) => 32 * Math.round(side / 32);
-  const larger = SIDES.filter((side) => side > longest).map((side) => [round((side * height) / longest), round((side * width) / longest)]);
-  return [["", `${width} × ${height}, the model's`], ...larger.map(([h, w]) => [h === w ? String(h) : `${h}x${w}`, `${w} × ${h}`])];
+  const sides = [...new Set([...SIDES, ...(best ? [Math.max(...best)] : [])])].filter((side) => side > longest).sort((a, b) => a - b);
+  const larger = sides.map((side) => [round((side * height) / longest), round((side * width) / longest)]);
+  return [
+    [best ? asQuery([height, width]) : "", `${width} × ${height}, the model's`],
+    ...larger.map(([h, w]) => [asQuery([h, w]), `${w} × ${h}`]),
+  ];
 }
 
 function choices() {
@@ -27,7 +33,7 @@ function choices() {
     if (pairs.some(([key]) => String(key) === value)) select.value = value;
   };
   options($("where-class"), labels.map((label, n) => [model?.labels ? n : predictions[n].class_id, label]), String(predictions[0]?.class_id));
-  options($("size"), sizes(model?.input_size), $("size").value);
+  options($("size"), sizes(model ?? {}), $("size").value || (model?.explain_size ? asQuery(model.explain_size) : ""));
   $("basis-label").hidden = images.length < 2;
   if (images.length < 2) $("basis").value = "one";
 }

@@ -209,14 +209,13 @@ def plain(text: str) -> str:
     return text.replace("\N{MULTIPLICATION SIGN}", "x")
 
 
-def test_at_a_larger_size_the_map_has_more_cells_and_its_mean_and_the_bias_are_the_logit(
+def test_the_map_has_the_cells_of_its_input_size_and_its_mean_and_the_bias_are_the_logit(
     watched: Watched, server: Server, digits: Path
 ) -> None:
     page, image = watched.open(), (digits / "eight.png").read_bytes()
     page.set_input_files("#file", digits / "eight.png")
-    page.wait_for_selector("#stages canvas")
-    page.select_option("#size", "128")
     page.wait_for_function("() => document.querySelector('#stages').textContent.includes('32 \u00d7 32')")
+    assert page.input_value("#size") == "128"  # as the card's explain_size says
     found = httpx.post(f"{server.url}/explain?size=128&class_id=8", files={"image": image},
                        headers={"Accept": "application/json"}, timeout=60).json()["results"][0]  # fmt: skip
     cells = np.array(found["map"])
@@ -232,11 +231,14 @@ def test_at_a_larger_size_the_map_has_more_cells_and_its_mean_and_the_bias_are_t
     assert np.abs(shown - expected).max() <= 4
     sizes = [plain(each) for each in page.locator("#size option").all_inner_texts()]
     assert sizes == ["64 x 64, the model's", "128 x 128", "224 x 224", "320 x 320", "448 x 448"]
+    page.select_option("#size", "64")
+    page.wait_for_function("() => document.querySelector('#stages').textContent.includes('1: 16 \u00d7 16')")
+    assert "2 x 2 cells, each of 32 x 32 pixels of the 64 x 64 input" in plain(watched.texts("#identity"))
 
 
 def stages_of(url: str, path: Path) -> list[NDArray[np.float32]]:
     """The four maps of an image, each (channels, height, width)."""
-    response = httpx.post(f"{url}/features?stages=1,2,3,4", files={"image": path.read_bytes()},
+    response = httpx.post(f"{url}/features?stages=1,2,3,4&size=128", files={"image": path.read_bytes()},
                           headers={"Accept": "application/vnd.safetensors"})  # fmt: skip
     stages = load(response.content)
     return [stages[f"stage{n}"][0] for n in (1, 2, 3, 4)]
