@@ -134,10 +134,13 @@ def test_the_image_takes_torch_for_cpus_unless_an_index_is_set_even_to_nothing(
     environment |= {} if index is None else {"TORCH_INDEX": index}
     run = partial(subprocess.run, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     built = re.findall(r"--build-arg TORCH_INDEX=(\S*)", run(["make", "--dry-run", "image"]).stdout)
-    (composed,) = re.findall(r"TORCH_INDEX: (.*)", run(["docker-compose", "-f", "docker-compose.yml", "config"]).stdout)
+    composed, *others = re.findall(
+        r"TORCH_INDEX: (.*)", run(["docker-compose", "-f", "docker-compose.yml", "config"]).stdout
+    )
 
     assert default.endswith("/cpu")
     assert built == ([] if expected is None else [expected])
+    assert {*others} <= {composed}  # of the load generator
     assert composed.strip("'") == (default if expected is None else expected)
 
 
