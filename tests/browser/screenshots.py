@@ -107,22 +107,22 @@ def _draw(page: Page) -> None:
     page.wait_for_timeout(2000)  # for the stages of the last stroke
 
 
-def _cold(page: Page) -> None:
+def _refused(page: Page, status: int, seconds: int, title: str, detail: str) -> None:
+    """A sample is refused, for so many seconds."""
     page.route("**/predict*", lambda route: route.fulfill(
-        status=503, content_type="application/problem+json", headers={"Retry-After": "4", "X-Request-ID": "f" * 32},
-        json={"title": "Model loading", "detail": "pvt_v2_b0.digits@1 is being loaded; send the request again"},
-    ))  # fmt: skip
-    page.click("#samples button[title='two.png']")
-    page.wait_for_selector(".problem.waits")
-
-
-def _limit(page: Page) -> None:
-    page.route("**/predict*", lambda route: route.fulfill(
-        status=429, content_type="application/problem+json", headers={"Retry-After": "7", "X-Request-ID": "f" * 32},
-        json={"title": "Client limit exceeded", "detail": "this client may send 5 requests a second (PVT_CLIENT_RATE)"},
+        status=status, content_type="application/problem+json", json={"title": title, "detail": detail},
+        headers={"Retry-After": str(seconds), "X-Request-ID": "f" * 32},
     ))  # fmt: skip
     page.click("#samples button[title='two.png']")
     page.wait_for_selector("#problem", state="visible")
+
+
+def _cold(page: Page) -> None:
+    _refused(page, 503, 4, "Model loading", "pvt_v2_b0.digits@1 is being loaded; send the request again")
+
+
+def _limit(page: Page) -> None:
+    _refused(page, 429, 7, "Client limit exceeded", "this client may send 5 requests a second (PVT_CLIENT_RATE)")
 
 
 def _banner(page: Page) -> None:

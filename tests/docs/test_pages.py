@@ -91,8 +91,12 @@ def test_every_decision_has_one_number_its_context_and_what_was_decided_or_measu
 
     assert sorted(number for number, _ in sections) == [*range(1, len(sections) + 1)]
     for number, text in sections:
-        assert "**Context.**" in text, number
-        assert "**Decision.**" in text or "**Measurement.**" in text, number
+        parts = re.findall(r"^\*\*(Context|Decision|Measurement)\.\*\*", text, re.MULTILINE)
+        assert parts in (["Context", "Decision", "Measurement"], ["Context", "Decision"], ["Context", "Measurement"]), (
+            number
+        )
+        assert text.endswith("\n"), f"decision {number}: a blank line after it"
+        assert not re.search(r"@@|^[A-Z]+$", text, re.MULTILINE), number  # a figure that was to be filled in
 
 
 def test_every_decision_that_is_cited_exists() -> None:
